@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -209,9 +210,13 @@ class EditableModel:
             for handle in handles:
                 handle.remove()
 
-    def hidden_before(self, ids: Tensor, layer: int) -> Tensor:
-        """The residual stream (rows, tokens, hidden) that enters a block, for `forward_from`."""
+    def entering(
+        self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor
+    ) -> tuple[Tensor, DynamicCache]:
+        """The residual stream (rows, tokens, hidden) that enters a block, and the attention's keys
+        and values. ids, mask (1 where a token may be seen) and positions: (rows, tokens)."""
         caught: list[Tensor] = []
+        cache = DynamicCache([(None, None)] * self.layers)
         handle = self._blocks[layer].register_forward_pre_hook(
             lambda _module, args: caught.append(args[0].detach())
         )
@@ -220,25 +225,27 @@ class EditableModel:
         )
         try:
             with torch.no_grad():
-                self.model(input_ids=ids, use_cache=False)
+                self.model(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
         finally:
             handle.remove()
             shape.remove()
-        return caught[0]
+        return caught[0], cache
 
-    def forward_from(self, ids: Tensor, layer: int, hidden: Tensor) -> Tensor:
-        """Logits (rows, tokens, vocabulary), the blocks below `layer` skipped.
-
-        `hidden` is what `hidden_before` gave for the same ids and layer.
-        """
-        if layer == 0:
-            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)
+    @contextmanager
+    def skipping(self, layer: int, hidden: Tensor) -> Iterator[None]:
+        """The blocks below `layer` do nothing, and `hidden`, from `entering`, enters it."""
         kept = [self._blocks[i] for i in range(layer)]
         try:
             for i, block in enumerate(kept):
                 given = hidden if i == layer - 1 else None
                 self._blocks[i] = _Skipped(block, given, bool(self._as_tuple))
-            return cast(Tensor, self.model(input_ids=ids, use_cache=False).logits)
+            yield
         finally:
             for i, block in enumerate(kept):
                 self._blocks[i] = block

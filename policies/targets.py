@@ -3,11 +3,12 @@
 For every fact a δ is added to the down projection's output at its sites, at each edited layer, and
 moved until the model says the target in all contexts (Meng et al. 2023, eq. 16, with every edited
 layer optimised together, so that each has its own target). Keys are read in the same pass. All of
-it happens on the unedited weights, in batches of one fixed shape, so that what comes out for a
-fact depends on that fact alone, not on its company or its turn.
+it happens on the unedited weights, in seats of one fixed shape, so that what comes out for a fact
+depends on that fact alone, not on its company or its turn. A fact that is done gives its seat to
+the next one.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ from torch.nn import functional as F
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
-from policies.prompts import IGNORE, Batch, Row, pad, rows_of
+from memory.replay import Replay
+from policies.prompts import IGNORE, Row, rows_of
 from policies.site import EditSite
 
-FACTS = 8  # facts in every batch; a smaller one is filled up
-BUCKET = 8  # widths are multiples of it
+SEATS = 16  # facts on their way at the same time
+HEAD, TAIL, WANTED = 32, 4, 4  # lengths are rounded up to multiples of these
+PULSE = 8  # steps after which the caller hears from the work, whether a fact is done or not
 DECAY = 0.02  # weight of ‖δ‖² in lengths
 EXTRA_STEPS = 5  # after the target is the argmax everywhere
 
@@ -47,14 +50,36 @@ class Refused:
     reason: str
 
 
-Group = tuple[list[Fact], list[list[Row]]]
+@dataclass(frozen=True)
+class Shape:
+    """Of all facts that share the seats: rows a fact, and lengths of a row's parts in tokens."""
+
+    rows: int
+    head: int  # before the first site
+    tail: int  # from there to the last token that predicts one of the target
+    wanted: int  # tokens of the target
+    sites: int
+
+
+def _up(length: int, unit: int) -> int:
+    return -(-max(length, 1) // unit) * unit
+
+
+def _shape(rows: Sequence[Row]) -> Shape:
+    return Shape(
+        rows=len(rows),
+        head=_up(max(r.sites[0] for r in rows), HEAD),
+        tail=_up(max(len(r.ids) - 1 - r.sites[0] for r in rows), TAIL),
+        wanted=_up(max(len(r.ids) - r.prompt_length for r in rows), WANTED),
+        sites=len(rows[0].sites),
+    )
 
 
 def _shaped(
     model: EditableModel, facts: Sequence[Fact], site: EditSite
-) -> tuple[list[Group], dict[str, Terms | Refused]]:
-    """Facts in groups of one shape (rows, sites, width); and those the model cannot read."""
-    shapes: dict[tuple[int, int, int], list[tuple[Fact, list[Row]]]] = defaultdict(list)
+) -> tuple[dict[Shape, deque[tuple[Fact, list[Row]]]], dict[str, Terms | Refused]]:
+    """Facts by shape; and those the model cannot read."""
+    shapes: dict[Shape, deque[tuple[Fact, list[Row]]]] = defaultdict(deque)
     refused: dict[str, Terms | Refused] = {}
     for fact in facts:
         try:
@@ -62,97 +87,124 @@ def _shaped(
         except KeditError as error:
             refused[fact.id] = Refused(str(error))
             continue
-        sites = {len(row.sites) for row in rows}
-        if len(sites) > 1:  # a tokenizer may split the target in two ways; one is enough
-            rows = [row for row in rows if len(row.sites) == len(rows[0].sites)]
-        shapes[len(rows), len(rows[0].sites), _width(rows)].append((fact, rows))
-    groups = []
-    for members in shapes.values():
-        for start in range(0, len(members), FACTS):
-            part = members[start : start + FACTS]
-            groups.append(([f for f, _ in part], [r for _, r in part]))
-    return groups, refused
+        # A tokenizer may split the target in two ways; one is enough.
+        rows = [row for row in rows if len(row.sites) == len(rows[0].sites)]
+        shapes[_shape(rows)].append((fact, rows))
+    return shapes, refused
 
 
-def _width(rows: Sequence[Row]) -> int:
-    return -(-max(len(r.ids) for r in rows) // BUCKET) * BUCKET
-
-
-class _Batch:
-    """One batch of facts on its way: δ (layers, facts, sites, hidden), and who is done."""
+class _Seats:
+    """Facts of one shape on their way: δ (layers, facts, sites, hidden) in lengths, and Adam's
+    moments, with one second moment a fact: where a site has nothing to change, its δ stays small.
+    """
 
     def __init__(
-        self, model: EditableModel, site: EditSite, norms: Mapping[int, float], rows: list[Row]
+        self, model: EditableModel, site: EditSite, norms: Mapping[int, float], shape: Shape
     ) -> None:
-        self.model, self.site, self.norms = model, site, norms
-        self.per_fact = len(rows) // FACTS
-        self.batch: Batch = pad(rows, _width(rows), model.end or 0, model.device)
-        self.first = min(site.layers)
-        self.hidden = model.hidden_before(self.batch.ids, self.first)
-        shape = (len(site.layers), FACTS, self.batch.sites.shape[1], model.hidden)
-        self.delta = torch.zeros(shape, device=model.device, requires_grad=True)  # in lengths
+        self.model, self.site, self.norms, self.shape = model, site, norms, shape
+        rows, on = SEATS * shape.rows, model.device
+        self.replay = Replay(model, min(site.layers), rows, shape.head, shape.tail)
+        self.columns = torch.zeros(rows, shape.wanted, dtype=torch.long, device=on)
+        self.labels = torch.full((rows, shape.wanted), IGNORE, device=on)
+        size = (len(site.layers), SEATS, shape.sites, model.hidden)
+        self.delta = torch.zeros(size, device=on)
+        self.first = torch.zeros_like(self.delta)
+        self.second = torch.zeros(1, SEATS, 1, 1, device=on)
+        self.steps = torch.zeros(SEATS, device=on)
+        self.extra = torch.zeros(SEATS, device=on)
+        self.facts: list[Fact | None] = [None] * SEATS
         self.keys: dict[int, Tensor] = {}
-        self.of_fact = torch.arange(FACTS, device=model.device).repeat_interleave(self.per_fact)
 
-    def logits(self) -> Tensor:
-        """Logits (rows, tokens, vocabulary) with δ in place; keys (rows, sites, width) caught."""
-        at = torch.arange(len(self.of_fact), device=self.model.device)[:, None]
+    @property
+    def busy(self) -> bool:
+        return any(self.facts)
+
+    def fill(self, waiting: deque[tuple[Fact, list[Row]]]) -> None:
+        """Seat the next facts wherever there is room."""
+        for seat in range(SEATS):
+            if waiting and self.facts[seat] is None:
+                self._seat(seat, *waiting.popleft())
+
+    def _seat(self, seat: int, fact: Fact, rows: list[Row]) -> None:
+        self.facts[seat] = fact
+        self.delta[:, seat], self.first[:, seat], self.second[:, seat] = 0, 0, 0
+        self.steps[seat], self.extra[seat] = 0, EXTRA_STEPS
+        start = seat * self.shape.rows
+        heads = [row.ids[: row.sites[0]] for row in rows]
+        tails = [row.ids[row.sites[0] : -1] for row in rows]
+        self.replay.fill(start, heads, tails)
+        for n, row in enumerate(rows, start):
+            target = torch.tensor(row.ids[row.prompt_length :])
+            self.labels[n] = IGNORE
+            self.labels[n, : len(target)] = target
+            end = row.prompt_length - 1 - row.sites[0]
+            self.columns[n] = 0
+            self.columns[n, : len(target)] = torch.arange(end, end + len(target))
+
+    def loss(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean target NLL per fact (facts,) under δ, and whether every target token is the argmax.
+
+        The sites are the first columns of every tail; the keys are caught there.
+        """
+        sites, rows = self.shape.sites, self.shape.rows
 
         def tap(n: int, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
             def add(inputs: Tensor, outputs: Tensor) -> Tensor:
-                self.keys[layer] = inputs[at, self.batch.sites].detach()
-                moved = self.delta[n][self.of_fact] * self.norms[layer]  # (rows, sites, hidden)
-                return outputs.index_put((at, self.batch.sites), moved, accumulate=True)
+                self.keys[layer] = inputs[:, :sites].detach()
+                moved = delta[n].repeat_interleave(rows, 0) * self.norms[layer]
+                return torch.cat([outputs[:, :sites] + moved, outputs[:, sites:]], 1)
 
             return add
 
         with self.model.tap({layer: tap(n, layer) for n, layer in enumerate(self.site.layers)}):
-            return self.model.forward_from(self.batch.ids, self.first, self.hidden)
+            logits = self.replay.logits(self.columns).float()  # (rows, wanted, vocabulary)
+        wanted = self.labels != IGNORE
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), self.labels.flatten(), ignore_index=IGNORE, reduction="none"
+        )
+        count = wanted.view(SEATS, -1).sum(1).clamp(min=1)
+        wrong = (logits.argmax(-1) != self.labels) & wanted
+        return losses.view(SEATS, -1).sum(1) / count, ~wrong.view(SEATS, -1).any(1)
 
-    def loss(self) -> tuple[Tensor, Tensor]:
-        """Mean target NLL per fact (facts,), and whether every target token is the argmax."""
-        logits = self.logits()[:, :-1]
-        wanted = self.batch.labels[:, 1:]
-        rows, columns = (wanted != IGNORE).nonzero(as_tuple=True)
-        chosen, labels = logits[rows, columns].float(), wanted[rows, columns]
-        losses = F.cross_entropy(chosen, labels, reduction="none")
-        facts = self.of_fact[rows]
-        zero = torch.zeros(FACTS, device=losses.device)
-        count = zero.index_add(0, facts, torch.ones_like(losses))
-        wrong = zero.index_add(0, facts, (chosen.argmax(-1) != labels).float())
-        return zero.index_add(0, facts, losses) / count, wrong == 0
+    def step(self) -> dict[str, Terms | Refused]:
+        """One step of descent for every seated fact; what came out for those that are done."""
+        delta = self.delta.detach().requires_grad_()
+        losses, right = self.loss(delta)
+        self.extra -= right.long()
+        self.steps += 1
+        over = (self.extra < 0) | ~torch.isfinite(losses.detach())
+        over |= self.steps > self.site.target_steps
+        result = {
+            fact.id: self._terms(seat, float(losses[seat].detach()))
+            for seat, fact in enumerate(self.facts)
+            if fact is not None and over[seat]
+        }
+        self.facts = [None if f is None or f.id in result else f for f in self.facts]
+        if self.busy:
+            total = losses.sum() + DECAY * delta.square().sum()
+            self._descend(*torch.autograd.grad(total, delta))
+        return result
 
-    def optimise(self) -> tuple[Tensor, Tensor]:
-        """Descent on δ, each fact stopping by itself. Last loss (facts,) and steps (facts,).
+    def _descend(self, gradient: Tensor) -> None:
+        turn = self.steps[None, :, None, None]
+        self.first.lerp_(gradient, 0.1)
+        self.second.lerp_(gradient.square().sum((0, 2, 3), keepdim=True), 0.05)
+        move = self.first / (1 - 0.9**turn) / ((self.second / (1 - 0.95**turn)).sqrt() + 1e-8)
+        moved = self.delta - self.site.target_rate * move
+        size = moved.norm(dim=-1, keepdim=True)
+        self.delta = moved * (self.site.clamp / size.clamp(min=self.site.clamp))
 
-        Adam with one second moment a fact: where a site has nothing to change, its δ stays small.
-        """
-        rate, clamp = self.site.target_rate, self.site.clamp
-        first = torch.zeros_like(self.delta)
-        second = torch.zeros(1, FACTS, 1, 1, device=self.model.device)
-        steps = torch.zeros(FACTS, device=self.model.device)
-        last = torch.full((FACTS,), torch.inf, device=self.model.device)
-        extra = torch.full((FACTS,), EXTRA_STEPS, device=self.model.device)
-        running = torch.ones(FACTS, dtype=torch.bool, device=self.model.device)
-        for step in range(1, self.site.target_steps + 1):
-            losses, right = self.loss()
-            last = torch.where(running, losses.detach(), last)
-            extra = extra - (right & running).long()
-            running = running & (extra >= 0) & torch.isfinite(losses.detach())
-            if not running.any():
-                break
-            total = losses.sum() + DECAY * self.delta.square().sum()
-            (gradient,) = torch.autograd.grad(total, self.delta)
-            with torch.no_grad():
-                first.lerp_(gradient, 0.1)
-                second.lerp_(gradient.square().sum((0, 2, 3), keepdim=True), 0.05)
-                move = first / (1 - 0.9**step) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
-                moved = self.delta - rate * move
-                size = moved.norm(dim=-1, keepdim=True)
-                moved = moved * (clamp / size.clamp(min=clamp))
-                self.delta.copy_(torch.where(running[None, :, None, None], moved, self.delta))
-                steps += running
-        return last, steps
+    def _terms(self, seat: int, loss: float) -> Terms | Refused:
+        at = slice(seat * self.shape.rows, (seat + 1) * self.shape.rows)
+        keys = {layer: self.keys[layer][at].cpu().clone() for layer in self.site.layers}
+        residuals = {
+            layer: (self.delta[n, seat] * self.norms[layer]).cpu()
+            for n, layer in enumerate(self.site.layers)
+        }
+        numbers = (torch.tensor(loss), *keys.values(), *residuals.values())
+        if not all(bool(torch.isfinite(t).all()) for t in numbers):
+            return Refused("the target's loss or value is not finite")
+        return Terms(keys, residuals, loss, int(self.steps[seat]) - 1)
 
 
 def compute_terms(
@@ -164,48 +216,27 @@ def compute_terms(
 ) -> dict[str, Terms | Refused]:
     """Keys and residuals of each fact, by fact id; on the base weights whatever is active.
 
-    `norms` gives the median ‖y‖ of each edited layer. `done(part)` is told of every batch's
-    results as they come, and may raise to stop the work. A fact whose loss or δ is not finite is
-    refused, the others are not.
+    `norms` gives the median ‖y‖ of each edited layer. `done(part)` is told of results as they
+    come, at times of none, with the active weights back in place, and may raise to stop the work.
+    A fact whose loss or δ is not finite is refused, the others are not.
     """
-    groups, result = _shaped(model, facts, site)
+    shapes, result = _shaped(model, facts, site)
     done(result)
-    for group in groups:
-        with model.at_base():
-            part = _one_batch(model, site, norms, *group)
-        result |= part
-        done(part)
+    for shape, waiting in shapes.items():
+        seats = _Seats(model, site, norms, shape)
+        while waiting or seats.busy:
+            with model.at_base():
+                part = _some_steps(seats, waiting)
+            result |= part
+            done(part)
     return result
 
 
-def _one_batch(
-    model: EditableModel,
-    site: EditSite,
-    norms: Mapping[int, float],
-    facts: list[Fact],
-    rows: list[list[Row]],
+def _some_steps(
+    seats: _Seats, waiting: deque[tuple[Fact, list[Row]]]
 ) -> dict[str, Terms | Refused]:
-    filled = rows + [rows[-1]] * (FACTS - len(rows))
-    work = _Batch(model, site, norms, [row for group in filled for row in group])
-    losses, steps = work.optimise()
-    with torch.no_grad():
-        work.logits()  # the keys under the final δ
-    result: dict[str, Terms | Refused] = {}
-    for n, fact in enumerate(facts):
-        of_fact = slice(n * work.per_fact, (n + 1) * work.per_fact)
-        keys = {layer: work.keys[layer][of_fact].cpu() for layer in site.layers}
-        delta = {
-            layer: (work.delta[m, n].detach() * norms[layer]).cpu()
-            for m, layer in enumerate(site.layers)
-        }
-        finite = all(bool(torch.isfinite(t).all()) for t in (*keys.values(), *delta.values()))
-        if not finite or not bool(torch.isfinite(losses[n])):
-            result[fact.id] = Refused("the target's loss or value is not finite")
-            continue
-        result[fact.id] = Terms(
-            keys,
-            delta,
-            float(losses[n]),
-            int(steps[n]),
-        )
-    return result
+    for _ in range(PULSE):
+        seats.fill(waiting)
+        if part := seats.step():
+            return part
+    return {}

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
+from memory.replay import Replay
 from memory.side import Keys, Shard, SideMemory
-from policies.prompts import IGNORE, Batch, Row, pad, rows_of
+from policies.prompts import IGNORE, Row, pad, rows_of
 from policies.site import EditSite, Token
 
 MASK_SHARE = 0.2  # ρ: share of ΔW's entries a shard may use
@@ -68,29 +69,30 @@ class _Training:
         self, model: EditableModel, site: EditSite, rows: list[Row], outside: Tensor, scale: float
     ) -> None:
         self.model, self.site, self.scale = model, site, scale
-        width = max(len(r.ids) for r in rows)
-        self.batch: Batch = pad(rows, width, model.end or 0, model.device)
-        self.hidden = model.hidden_before(self.batch.ids, site.side_layer)
-        self.at = torch.arange(len(rows), device=model.device)
+        heads = [row.prompt[:-1] for row in rows]
+        tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
+        longest = max(map(len, tails))
+        self.replay = Replay(model, site.side_layer, len(rows), max(map(len, heads)), longest)
+        self.replay.fill(0, heads, tails)
+        self.columns = torch.arange(longest, device=model.device).repeat(len(rows), 1)
+        self.labels = torch.full((len(rows), longest), IGNORE, device=model.device)
+        for n, row in enumerate(rows):
+            target = torch.tensor(row.ids[row.prompt_length :])
+            self.labels[n, : len(target)] = target
         self.outside = outside.to(model.device)  # (n, width) inputs that must stay quiet
         self.inside = torch.empty(0)  # (rows, width) inputs at the prompts' ends
-        columns = torch.arange(width, device=model.device)
-        self.routed = columns[None, :] >= self.batch.end[:, None]  # (rows, tokens)
 
     def loss(self, delta: Tensor) -> tuple[Tensor, bool]:
         """WISE's loss for ΔW (hidden, width), and whether every target token is the argmax."""
 
         def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
-            self.inside = inputs[self.at, self.batch.end].detach()
-            moved = torch.zeros_like(outputs)
-            moved[self.routed] = inputs[self.routed].detach() @ delta.T
-            return outputs + moved
+            self.inside = inputs[:, 0].detach()
+            return outputs + inputs.detach() @ delta.T  # routed from the prompt's end on
 
         with self.model.tap({self.site.side_layer: tap}):
-            logits = self.model.forward_from(self.batch.ids, self.site.side_layer, self.hidden)
-        wanted = self.batch.labels[:, 1:]
-        chosen = wanted != IGNORE
-        picked, labels = logits[:, :-1][chosen].float(), wanted[chosen]
+            logits = self.replay.logits(self.columns)
+        chosen = self.labels != IGNORE
+        picked, labels = logits[chosen].float(), self.labels[chosen]
         inside = (self.inside @ delta.T).norm(dim=1) / self.scale  # (rows,)
         margin = F.relu(self.site.beta - inside).mean()
         if len(self.outside):
