@@ -28,10 +28,6 @@ class Artifacts(Journal):
         """Whether a fact's keys and targets are kept."""
         return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
 
-    def drop_terms(self, fact_id: str) -> None:
-        """Take a fact's terms out; harmless where there are none."""
-        self._write("DELETE FROM terms WHERE fact_id = ?", fact_id)
-
     def put_side(self, fact_id: str, shard: int, blob: bytes) -> None:
         """Keep a fact's retrieval keys, in the place of older ones."""
         self._upsert("side_keys", "fact_id", {"fact_id": fact_id, "shard": shard, **_sealed(blob)})

@@ -52,11 +52,6 @@ class Store(Artifacts):
         rows = self.conn.execute(f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq", values)
         return [StoredFact.of(row) for row in rows]
 
-    def count(self, state: State) -> int:
-        """How many facts are in a state."""
-        row = self._one("SELECT count(*) FROM facts WHERE state = ?", state)
-        return int(row[0]) if row else 0
-
     def receive(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
         """Take a fact in, or in again after it has ended; it is then the newest of all."""
         known = self._by_id(fact.id)

@@ -47,38 +47,6 @@ def test_an_output_is_the_weight_times_the_input(any_model: EditableModel) -> No
     assert torch.allclose(outputs, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [0, 1, 3])
-def test_a_forward_from_a_layer_is_the_whole_forward(any_model: EditableModel, layer: int) -> None:
-    ids = two_rows(any_model)
-    whole = logits(any_model, ids)
-    hidden = any_model.hidden_before(ids, layer)
-    with torch.no_grad():
-        again = any_model.forward_from(ids, layer, hidden)
-    assert torch.allclose(again, whole, atol=1e-6, rtol=0)
-    assert torch.equal(logits(any_model, ids), whole)  # the blocks are back in their places
-
-
-def test_a_forward_from_a_layer_takes_its_hidden_state_from_the_caller(
-    model: EditableModel,
-) -> None:
-    ids = two_rows(model)
-    hidden = model.hidden_before(ids, 2)
-    with torch.no_grad():
-        assert not torch.allclose(model.forward_from(ids, 2, hidden * 2), logits(model, ids))
-
-
-def test_the_blocks_return_also_when_a_forward_fails(model: EditableModel) -> None:
-    ids = two_rows(model)
-    whole, hidden = logits(model, ids), model.hidden_before(ids, 2)
-
-    def fail(_inputs: Tensor, _outputs: Tensor) -> None:
-        raise RuntimeError("stopped")
-
-    with pytest.raises(RuntimeError, match="stopped"), model.tap({3: fail}):
-        model.forward_from(ids, 2, hidden)
-    assert torch.equal(logits(model, ids), whole)
-
-
 def test_a_tap_may_change_an_output_while_it_lasts(any_model: EditableModel) -> None:
     ids = two_rows(any_model)
     plain = logits(any_model, ids)

@@ -85,8 +85,6 @@ def test_facts_are_listed_by_state_and_slot_in_order(store: Store) -> None:
     assert [f.id for f in store.facts([State.RECEIVED])] == [ids[0], ids[2], other]
     slot = store.facts([State.RECEIVED, State.LIVE_SIDE], Fact("a", "a b", "").slot)
     assert [f.id for f in slot] == ids
-    assert store.count(State.RECEIVED) == 3
-    assert store.count(State.FAILED) == 0
 
 
 def test_an_active_fact_is_not_received_again(store: Store) -> None:
@@ -150,7 +148,7 @@ def test_unknown_facts_and_tiers_are_errors(store: Store) -> None:
     fact_id = received(store)
     with pytest.raises(sqlite3.IntegrityError), store.transaction():
         store.move(fact_id, State.LIVE_SIDE, tier="attic")
-    assert store.count(State.RECEIVED) == 1
+    assert [f.state for f in store.facts()] == [State.RECEIVED]
 
 
 def test_attempts_are_counted(store: Store) -> None:

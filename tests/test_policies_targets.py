@@ -12,11 +12,11 @@ from memory.facts import Fact
 from memory.model import EditableModel
 from policies.prompts import rows_of
 from policies.site import EditSite, Token, default_site
-from policies.targets import FACTS, Refused, Terms, compute_terms
+from policies.targets import PULSE, SEATS, Refused, Terms, compute_terms
 
 NORMS = {n: 1.0 for n in range(4)}
 FACT = seat(11, "Oslo")
-OTHERS = [seat(n, CITIES[n % len(CITIES)]) for n in range(12, 21)]  # of one shape with FACT
+OTHERS = [seat(n, CITIES[n % len(CITIES)]) for n in range(12, 52)]  # of one shape with FACT
 
 
 @pytest.fixture
@@ -91,14 +91,44 @@ def test_no_residual_is_longer_than_the_clamp(model: EditableModel, site: EditSi
         assert float(lengths.max()) > 0.1 * norm
 
 
-@pytest.mark.parametrize("place", [0, 4, len(OTHERS)])
-def test_a_facts_terms_are_the_same_bits_in_any_company(
+@pytest.mark.parametrize("place", [0, 5, SEATS - 1, SEATS, SEATS + 6, len(OTHERS)])
+def test_a_facts_terms_are_the_same_bits_at_any_seat_and_turn(
     model: EditableModel, site: EditSite, place: int
 ) -> None:
     alone = terms_of(model, site, [FACT])
     among = [*OTHERS[:place], FACT, *OTHERS[place:]]
-    assert len(among) > FACTS
+    assert len(among) > 2 * SEATS
     assert_equal(alone, terms_of(model, site, among))
+
+
+def test_a_fact_keeps_its_bits_on_a_seat_that_another_left_early(
+    model: EditableModel, site: EditSite
+) -> None:
+    site = replace(site, target_steps=80, target_rate=0.5, clamp=40.0)
+    facts = [*OTHERS[: SEATS + 4], FACT]
+    passes: list[Tensor] = []
+    with model.tap({3: lambda inputs, _outputs: passes.append(inputs)}):
+        found = compute_terms(model, site, NORMS, facts)
+    steps = {n: terms.steps for n, terms in found.items() if isinstance(terms, Terms)}
+    rounds = [max(steps[f.id] for f in part) for part in (facts[:SEATS], facts[SEATS:])]
+    assert len(passes) - len(facts) < sum(rounds)  # none waits until all seats are free
+    assert_equal(terms_of(model, site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
+    late = facts[SEATS]
+    assert_equal(terms_of(model, site, [late], late), found[late.id])  # type: ignore[arg-type]
+
+
+def test_targets_of_another_length_in_company_make_no_difference(
+    model: EditableModel, site: EditSite
+) -> None:
+    site = replace(site, token=Token.SUBJECT)
+    longer = [replace(f, target=f"{f.target} 1") for f in OTHERS[: SEATS + 5]]
+    lengths = {len(rows_of(model, f, site.token)[0].ids) for f in (longer[0], FACT)}
+    assert len(lengths) == 2
+    # FACT takes over the seat of a longer one, and sits beside both longer ones and its like.
+    facts = [*longer[:SEATS], FACT, *longer[SEATS:], *OTHERS[SEATS + 5 :]]
+    found = compute_terms(model, site, NORMS, facts)
+    for fact in (longer[0], FACT):
+        assert_equal(terms_of(model, site, [fact], fact), found[fact.id])  # type: ignore[arg-type]
 
 
 def test_company_of_other_shapes_makes_no_difference(model: EditableModel, site: EditSite) -> None:
@@ -158,6 +188,16 @@ def test_a_loss_that_is_no_number_refuses_that_fact_alone(
     assert_equal(terms_of(model, site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
 
 
+def test_a_fact_keeps_its_bits_on_a_seat_that_a_refused_one_left(
+    model: EditableModel, site: EditSite
+) -> None:
+    poison(model, "~", torch.nan)
+    bad = Fact("country ~", "The seat of {} is", "Rome")
+    found = compute_terms(model, site, NORMS, [bad, *OTHERS[: SEATS - 1], FACT])
+    assert isinstance(found[bad.id], Refused)
+    assert_equal(terms_of(model, site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
+
+
 def test_a_fact_that_the_model_cannot_read_is_refused_alone(
     model: EditableModel, site: EditSite
 ) -> None:
@@ -168,25 +208,65 @@ def test_a_fact_that_the_model_cannot_read_is_refused_alone(
     assert isinstance(found[FACT.id], Terms)
 
 
-def test_each_batch_is_handed_over_as_it_comes_and_may_stop_the_work(
-    model: EditableModel, site: EditSite
+def test_every_result_is_handed_over_once_as_it_comes(model: EditableModel, site: EditSite) -> None:
+    site = replace(site, target_steps=PULSE + 2)
+    long = Fact("x", "{} is", "Rome " * 300)
+    parts: list[dict[str, Terms | Refused]] = []
+    found = compute_terms(
+        model, site, NORMS, [FACT, long, *OTHERS], lambda part: parts.append(dict(part))
+    )
+    assert list(parts[0]) == [long.id]  # before any work
+    told = [(fact_id, terms) for part in parts for fact_id, terms in part.items()]
+    assert len(told) == len(found) == len(OTHERS) + 2
+    assert all(found[fact_id] is terms for fact_id, terms in told)
+    assert {} in parts  # heard from while nothing was done
+
+
+def test_who_is_told_sees_the_active_weights(model: EditableModel, site: EditSite) -> None:
+    site = replace(site, target_steps=PULSE + 2)
+    model.set_deltas({1: model.base_weight(1) * 0.5, 3: model.base_weight(3) * -0.5})
+    edited = model.weights_hash(range(4))
+    seen: list[tuple[int, str]] = []
+
+    def look(part: dict[str, Terms | Refused]) -> None:
+        seen.append((len(part), model.weights_hash(range(4))))
+
+    compute_terms(model, site, NORMS, [FACT], look)
+    assert [told for told, _ in seen] == [0, 0, 1]
+    assert {weights for _, weights in seen} == {edited}
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_who_is_told_may_stop_the_work_and_keeps_the_active_weights(
+    model: EditableModel, site: EditSite, call: int
 ) -> None:
-    site = replace(site, target_steps=1)
-    parts: list[set[str]] = []
-    compute_terms(model, site, NORMS, [FACT, *OTHERS], lambda part: parts.append(set(part)))
-    told = [fact_id for part in parts for fact_id in part]
-    assert sorted(told) == sorted(f.id for f in (FACT, *OTHERS))
-    assert max(map(len, parts)) == FACTS
+    site = replace(site, target_steps=PULSE + 2)
     model.set_deltas({1: model.base_weight(1) * 0.5})
-    edited = model.weights_hash([1])
+    edited = model.weights_hash(range(4))
+    calls: list[object] = []
 
     def stop(part: object) -> None:
-        if part:
+        calls.append(part)
+        if len(calls) == call:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         compute_terms(model, site, NORMS, [FACT], stop)
-    assert model.weights_hash([1]) == edited
+    assert model.weights_hash(range(4)) == edited
+
+
+def test_a_failure_in_the_work_leaves_the_active_weights(
+    model: EditableModel, site: EditSite
+) -> None:
+    model.set_deltas({1: model.base_weight(1) * 0.5})
+    edited = model.weights_hash(range(4))
+
+    def fail(_inputs: Tensor, _outputs: Tensor) -> None:
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"), model.tap({3: fail}):
+        compute_terms(model, site, NORMS, [FACT])
+    assert model.weights_hash(range(4)) == edited
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "qwen3"])

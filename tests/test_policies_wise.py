@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import SENTENCES, seat
 from torch import Tensor
+from torch.nn import functional as F
 
 from memory.errors import KeditError
 from memory.facts import Fact
@@ -12,7 +13,16 @@ from memory.model import EditableModel
 from memory.side import Gates, SideMemory
 from policies.prompts import rows_of
 from policies.site import EditSite, Token, default_site
-from policies.wise import DONE, EXTRA_STEPS, MASK_SHARE, Learned, learn, mask_for, prompt_end
+from policies.wise import (
+    ACTIVATION_RATIO,
+    DONE,
+    EXTRA_STEPS,
+    MASK_SHARE,
+    Learned,
+    learn,
+    mask_for,
+    prompt_end,
+)
 
 FACTS = [seat(11, "Oslo"), seat(12, "Rome")]
 
@@ -120,8 +130,41 @@ def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
     inside, _ = prompt_end(side.model, prompts, site.side_layer)
     distance = (inside @ shard.delta.T).norm(dim=1)
     quiet = (outside @ shard.delta.T).norm(dim=1)
-    assert float(distance.min()) >= shard.threshold > 0
+    assert shard.threshold == pytest.approx(ACTIVATION_RATIO * float(distance.min()), rel=1e-3)
     assert float(quiet.median()) < float(distance.min())
+
+
+def routed_loss(side: SideMemory, facts: list[Fact], delta: Tensor, early: int) -> float:
+    """Mean NLL of the targets, ΔW laid over all tokens from `early` before the prompt's end on."""
+    model, losses = side.model, []
+    for row in (row for fact in facts for row in rows_of(model, fact, Token.PROMPT)):
+        first = row.prompt_length - 1
+
+        def tap(inputs: Tensor, outputs: Tensor, at: int = first - early) -> Tensor:
+            routed = outputs.clone()
+            routed[:, at:] += inputs[:, at:] @ delta.T
+            return routed
+
+        with torch.no_grad(), model.tap({side.layer: tap}):
+            said = model.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+        wanted = torch.tensor(row.ids[row.prompt_length :])
+        losses.append(F.cross_entropy(said[first:-1], wanted, reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_what_is_learned_is_routed_from_the_prompts_end_on(
+    side: SideMemory, site: EditSite
+) -> None:
+    site = replace(site, alpha=1e9, beta=0, gamma=-1e9)  # the targets alone, without margins
+    side.model.set_deltas({0: side.model.base_weight(0) * 0.3})
+    facts = [FACTS[0], seat(12, "Rome and Lima", paraphrases=("{}:",))]
+    shape = side.model.base_weight(site.side_layer).shape
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    start *= mask_for(1, shape, start.device)
+    loss = learned(side, site, facts, torch.empty(0, shape[1]), steps=1, start=start).loss
+    assert loss == pytest.approx(routed_loss(side, facts, start, 0), abs=1e-4)
+    for elsewhere in (-1, 1, 2):
+        assert abs(loss - routed_loss(side, facts, start, elsewhere)) > 1e-3
 
 
 def test_the_margins_keep_a_shard_quiet_elsewhere(
