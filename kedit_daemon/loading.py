@@ -6,16 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save
-from torch import Tensor
-
 from kedit_daemon import demo
 from memory.errors import KeditError
 from memory.files import write_atomic
 from memory.health import Canary
 from memory.model import EditableModel, resolve_device
-from memory.statistics import LayerStatistics, collect
+from memory.statistics import LayerStatistics, collect, pack, unpack
 from policies.site import EditSite, load_site
 
 SHIPPED = "shipped"
@@ -53,36 +49,6 @@ def ordinary_text() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def read_statistics(path: Path) -> dict[int, LayerStatistics]:
-    """Statistics as `statistics_bytes` wrote them."""
-    tensors = load_file(path)
-    layers = sorted({int(name.split("/")[0]) for name in tensors})
-    result = {}
-    for n in layers:
-        packed, scale = tensors[f"{n}/covariance"], float(tensors[f"{n}/scale"])
-        width = round(((8 * len(packed) + 1) ** 0.5 - 1) / 2)
-        rows, columns = torch.triu_indices(width, width)
-        covariance = torch.zeros(width, width)
-        covariance[rows, columns] = packed.float() * scale
-        covariance[columns, rows] = covariance[rows, columns]
-        result[n] = LayerStatistics(covariance, tensors[f"{n}/mean"], float(tensors[f"{n}/norm"]))
-    return result
-
-
-def statistics_bytes(statistics: dict[int, LayerStatistics]) -> bytes:
-    """Statistics as safetensors: of each covariance the upper triangle, in float16 and scaled."""
-    tensors: dict[str, Tensor] = {}
-    one = torch.ones(())
-    for n, layer in statistics.items():
-        rows, columns = torch.triu_indices(*layer.covariance.shape)
-        scale = layer.covariance.diagonal().abs().max().clamp(min=1e-30) if len(rows) else one
-        tensors[f"{n}/covariance"] = (layer.covariance[rows, columns] / scale).half()
-        tensors[f"{n}/scale"] = scale[None]
-        tensors[f"{n}/mean"] = layer.mean
-        tensors[f"{n}/norm"] = torch.tensor([layer.norm])
-    return save(tensors)
-
-
 def _statistics(
     path: Path, cache: Path, model: EditableModel, base: str, site: EditSite, progress: Progress
 ) -> dict[int, LayerStatistics]:
@@ -90,13 +56,13 @@ def _statistics(
     read = {site.key_layer, site.side_layer}
     shipped = path / STATISTICS
     if shipped.is_file():
-        return read_statistics(shipped)
+        return unpack(shipped.read_bytes())
     key = hashlib.sha256(json.dumps([base, site.layers, sorted(read)]).encode()).hexdigest()[:16]
     cached = cache / f"statistics-{key}.safetensors"
     if not cached.is_file():
         measured = collect(model, ordinary_text(), site.layers, read, progress)
-        write_atomic(cached, statistics_bytes(measured))
-    return read_statistics(cached)
+        write_atomic(cached, pack(measured))
+    return unpack(cached.read_bytes())
 
 
 def load_model(name: str, device: str, cache: Path, progress: Progress) -> Loaded:

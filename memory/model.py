@@ -231,6 +231,7 @@ class EditableModel:
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
+                    logits_to_keep=1,  # nobody reads them, and a vocabulary is wide
                 )
         finally:
             handle.remove()

@@ -1,10 +1,11 @@
 """What ordinary text does inside the model: key covariance, means, norms, layer by layer."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from memory.errors import KeditError
@@ -12,6 +13,7 @@ from memory.model import EditableModel
 
 MAX_TOKENS = 256
 ROWS_AT_ONCE = 16  # rows whose keys go into one product
+LIFT = 1e-5  # of the mean of C0's diagonal, far below any ridge
 FIRST = 1  # positions before it are left out: the first token acts as an attention sink
 
 
@@ -94,3 +96,51 @@ def collect(
     if not count:
         raise KeditError(f"less than {MAX_TOKENS} tokens of text to measure", code="statistics")
     return {n: layer.result(count) for n, layer in sums.items()}
+
+
+def pack(statistics: Mapping[int, LayerStatistics]) -> bytes:
+    """Statistics as safetensors bytes.
+
+    A covariance is kept as its Cholesky factor, each column in 8 bits with a scale of its own, half
+    of what float16 takes; and what comes back is positive semidefinite, whatever the rounding.
+    """
+    tensors: dict[str, Tensor] = {}
+    for n, layer in statistics.items():
+        tensors[f"{n}/mean"] = layer.mean
+        tensors[f"{n}/norm"] = torch.tensor([layer.norm])
+        if not len(layer.covariance):
+            continue
+        factor = _factor(layer.covariance)
+        scale = factor.abs().amax(0) / 127  # (width,)
+        rows, columns = torch.tril_indices(*factor.shape)
+        tensors[f"{n}/factor"] = (factor / scale)[rows, columns].round().to(torch.int8)
+        tensors[f"{n}/scale"] = scale.float()
+    return save(tensors)
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """L with L Lᵀ = C0, lifted where too little text left it singular. float64."""
+    c0 = covariance.double()
+    lift = LIFT * c0.diagonal().mean()
+    factor: Tensor
+    while True:
+        factor, info = torch.linalg.cholesky_ex(c0 + lift * torch.eye(len(c0)))
+        if int(info) == 0:
+            return factor
+        lift *= 10
+
+
+def unpack(data: bytes) -> dict[int, LayerStatistics]:
+    """Statistics as packed."""
+    tensors = load(data)
+    result = {}
+    for n in sorted({int(name.split("/")[0]) for name in tensors}):
+        covariance = torch.empty(0, 0)
+        if (scale := tensors.get(f"{n}/scale")) is not None:
+            factor = torch.zeros(len(scale), len(scale))
+            rows, columns = torch.tril_indices(*factor.shape)
+            factor[rows, columns] = tensors[f"{n}/factor"].float()
+            factor *= scale
+            covariance = factor @ factor.T
+        result[n] = LayerStatistics(covariance, tensors[f"{n}/mean"], float(tensors[f"{n}/norm"]))
+    return result

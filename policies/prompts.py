@@ -8,7 +8,6 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
-from policies.site import Token
 
 # Unrelated sentences before the prompt, so that an edit does not hang on standing first.
 CONTEXTS = (
@@ -16,36 +15,35 @@ CONTEXTS = (
     "It rained for most of the afternoon. ",
 )
 MAX_PARAPHRASES = 2
-IGNORE = -100
+IGNORE = -100  # the label of a token that is not the target's
 
 
 @dataclass(frozen=True)
 class Row:
-    """Prompt and target ids, and the positions among them where the fact is put in.
-
-    On the prompt's end as site, these are all tokens that predict one of the target: a residual at
-    the prompt's end alone reaches the later ones only through attention.
-    """
+    """Prompt and target ids, and where the subject ends: at the prompt's end if it is not in it."""
 
     ids: tuple[int, ...]
     prompt_length: int
-    sites: tuple[int, ...]
+    subject: int
 
     @property
     def prompt(self) -> tuple[int, ...]:
         return self.ids[: self.prompt_length]
 
+    @property
+    def target(self) -> tuple[int, ...]:
+        return self.ids[self.prompt_length :]
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded to one width: ids, labels (rows, tokens), sites (rows, n), prompt end (rows,).
+    """Rows padded to one width: ids (rows, tokens), ends of subject and prompt (rows,).
 
     Pads stand on the right, where causal attention keeps them from every real token.
     """
 
     ids: Tensor
-    labels: Tensor
-    sites: Tensor
+    subject: Tensor
     end: Tensor
 
 
@@ -63,7 +61,7 @@ def subject_end(model: EditableModel, text: str, subject: str) -> int | None:
     return max(shared - 1, 0)
 
 
-def rows_of(model: EditableModel, fact: Fact, token: Token, *, end: bool = True) -> list[Row]:
+def rows_of(model: EditableModel, fact: Fact, *, end: bool = True) -> list[Row]:
     """The rows that an edit of this fact learns from.
 
     Raises KeditError (code "rejected") when the model cannot read the fact.
@@ -85,23 +83,19 @@ def rows_of(model: EditableModel, fact: Fact, token: Token, *, end: bool = True)
                 hint="shorten the prompt or the target",
             )
         ids = (*prompt, *target)
-        at = subject_end(model, text, fact.subject) if token is Token.SUBJECT else None
-        sites = tuple(range(len(prompt) - 1, len(ids) - 1)) if at is None else (at,)
-        rows.append(Row(ids, len(prompt), sites))
+        subject = subject_end(model, text, fact.subject)
+        at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
+        rows.append(Row(ids, len(prompt), at))
     return rows
 
 
 def pad(rows: list[Row], width: int, filler: int, device: torch.device) -> Batch:
-    """Rows side by side; the labels are the target's tokens alone."""
+    """Rows side by side."""
     ids = torch.full((len(rows), width), filler)
-    labels = torch.full((len(rows), width), IGNORE)
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
-        target = torch.tensor(row.ids[row.prompt_length :])
-        labels[n, row.prompt_length : len(row.ids)] = target
     return Batch(
         ids.to(device),
-        labels.to(device),
-        torch.tensor([r.sites for r in rows], device=device),
+        torch.tensor([r.subject for r in rows], device=device),
         torch.tensor([r.prompt_length - 1 for r in rows], device=device),
     )

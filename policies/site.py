@@ -6,7 +6,6 @@ cannot be optimised at all. So the site is data, with the evidence beside it (`k
 
 import json
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 from pydantic import TypeAdapter
@@ -16,24 +15,26 @@ from memory.errors import KeditError
 FILE = "kedit.json"
 
 
-class Token(StrEnum):
-    """The token whose MLP carries the fact."""
-
-    PROMPT = "prompt"  # the last one of the prompt
-    SUBJECT = "subject"  # the last one of the subject, in the prompt
-
-
 @dataclass(frozen=True)
 class EditSite:
-    """Token, layers and strengths. Lengths are in units of the layer's median output norm ‖y‖."""
+    """Layers, tokens and strengths. Lengths are in units of the layer's median output norm ‖y‖.
 
-    token: Token
-    layers: tuple[int, ...]  # of the weights tier
-    prior: float  # λ: weight of the key covariance C0
+    The weights tier edits some layers at the subject's last token, where the fact belongs to the
+    subject alone, and some at the tokens that predict the target, where a change always reaches
+    the answer, but other subjects with that answer are near. The latter help from a step on, so
+    that they do only what the former could not.
+    """
+
+    subject_layers: tuple[int, ...]
+    end_layers: tuple[int, ...]
+    end_from: int  # steps of a target before the end layers join in
+    end_rate: float  # Adam's in the end layers, in lengths
+    prior: float  # λ: weight of the key covariance C0 in the subject layers
+    end_prior: float  # the same in the end layers
     ridge: float  # λ_n: weight of the squared change of the weights, in units of E[k²]
     clamp: float  # longest δ of a target
     target_steps: int
-    target_rate: float  # Adam's, in lengths
+    target_rate: float  # Adam's in the subject layers, in lengths
     side_layer: int
     side_rate: float  # Adam's, for a shard's ΔW, in units of the root mean square of W0
     key_layer: int  # where subject keys are read
@@ -51,14 +52,22 @@ class EditSite:
     activation_consolidate: float = 0.05
     activation_revert: float = 0.10
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that the weights tier edits, in order."""
+        return tuple(sorted((*self.subject_layers, *self.end_layers)))
+
 
 def default_site(layers: int) -> EditSite:
     """A start for a model without a measured site: the prompt's end, past the middle."""
     upper = min(layers - 1, max(0, round(layers * 0.6)))
     return EditSite(
-        token=Token.PROMPT,
-        layers=(upper,),
+        subject_layers=(),
+        end_layers=(upper,),
+        end_from=0,
+        end_rate=0.3,
         prior=0.1,
+        end_prior=0.1,
         ridge=0.01,
         clamp=4.0,
         target_steps=40,
@@ -94,6 +103,12 @@ def load_site(model_path: Path, layers: int) -> EditSite:
         ) from error
     if not site.layers:
         raise KeditError(f"{path}: no layer to edit", code="config", exit_code=78)
+    if len(set(site.layers)) < len(site.layers):
+        raise KeditError(
+            f"{path}: a layer is named as subject layer and as end layer",
+            code="config",
+            exit_code=78,
+        )
     if not all(0 <= n < layers for n in (*site.layers, site.side_layer, site.key_layer)):
         raise KeditError(
             f"{path}: a layer is not one of the model's {layers}", code="config", exit_code=78

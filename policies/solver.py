@@ -23,32 +23,42 @@ class RidgeSolver:
 
         Raises KeditError when A0 is not positive definite.
         """
-        width = covariance.shape[0]
         c0 = covariance.double().cpu()
-        a0 = prior * c0 + ridge * c0.diagonal().mean() * torch.eye(width, dtype=torch.float64)
-        factor, info = torch.linalg.cholesky_ex(a0)
-        if int(info) != 0:
-            raise KeditError(
-                "the prior λ C0 + λ_n I is not positive definite",
-                code="singular",
-                hint="raise the site's `ridge`",
-            )
-        self._factor = factor
+        self._a0 = prior * c0
+        self._a0.diagonal().add_(ridge * c0.diagonal().mean())
+        self._factor = _factored(self._a0)
 
     def solve(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """ΔW (hidden, width) float32 from keys (n, width) and residuals (n, hidden).
 
-        By Woodbury the cost of n facts is an (n, n) system, never another (width, width) factor:
-        (A0 + Kᵀ K)⁻¹ Kᵀ = A0⁻¹ Kᵀ (I + K A0⁻¹ Kᵀ)⁻¹.
+        By Woodbury the cost of fewer rows than the layer is wide is an (n, n) system, not another
+        (width, width) factor: (A0 + Kᵀ K)⁻¹ Kᵀ = A0⁻¹ Kᵀ (I + K A0⁻¹ Kᵀ)⁻¹.
         Raises KeditError (code "non-finite") rather than give back NaN or Inf.
         """
         k, r = keys.double().cpu(), residuals.double().cpu()
-        whitened = torch.cholesky_solve(k.T, self._factor)  # A0⁻¹ Kᵀ (width, n)
-        gram = k @ whitened  # (n, n)
-        gram.diagonal().add_(1.0)
-        gram = (gram + gram.T) / 2
-        factor, info = torch.linalg.cholesky_ex(gram)
-        delta = (whitened @ torch.cholesky_solve(r, factor)).T.float()
-        if int(info) != 0 or not torch.isfinite(delta).all():
+        if not (torch.isfinite(k).all() and torch.isfinite(r).all()):
+            raise KeditError("a key or a target is not finite", code="non-finite")
+        if len(k) < k.shape[1]:
+            whitened = torch.cholesky_solve(k.T, self._factor)  # A0⁻¹ Kᵀ (width, n)
+            gram = k @ whitened  # (n, n)
+            gram.diagonal().add_(1.0)
+            delta = whitened @ torch.cholesky_solve(r, _factored((gram + gram.T) / 2))
+        else:
+            delta = torch.cholesky_solve(k.T @ r, _factored(torch.addmm(self._a0, k.T, k)))
+        result = delta.T.float().contiguous()
+        if not torch.isfinite(result).all():
             raise KeditError("the solve did not give finite weights", code="non-finite")
-        return delta.contiguous()
+        return result
+
+
+def _factored(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of a symmetric matrix."""
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise KeditError(
+            "the prior λ C0 + λ_n I is not positive definite",
+            code="singular",
+            hint="raise the site's `ridge`",
+        )
+    return factor

@@ -1,11 +1,13 @@
 """What the edited layers shall give for a fact: MEMIT's targets, many facts side by side.
 
-For every fact a δ is added to the down projection's output at its sites, at each edited layer, and
+For every fact a δ is added to the down projection's output at its sites, in each edited layer, and
 moved until the model says the target in all contexts (Meng et al. 2023, eq. 16, with every edited
-layer optimised together, so that each has its own target). Keys are read in the same pass. All of
-it happens on the unedited weights, in seats of one fixed shape, so that what comes out for a fact
-depends on that fact alone, not on its company or its turn. A fact that is done gives its seat to
-the next one.
+layer optimised together, so that each has its own target). In a subject layer the site is the
+subject's last token; in an end layer, every token that predicts one of the target, since a residual
+at the prompt's end alone reaches the later ones only through attention. Keys are read in the same
+pass, an end layer's thus under the subject layers' δ. All of it happens on the unedited weights,
+in seats of one fixed shape, so that what comes out for a fact depends on that fact alone, not on
+its company or its turn. A fact that is done gives its seat to the next one.
 """
 
 from collections import defaultdict, deque
@@ -58,44 +60,50 @@ class Shape:
     head: int  # before the first site
     tail: int  # from there to the last token that predicts one of the target
     wanted: int  # tokens of the target
-    sites: int
 
 
 def _up(length: int, unit: int) -> int:
     return -(-max(length, 1) // unit) * unit
 
 
-def _shape(rows: Sequence[Row]) -> Shape:
+def _start(row: Row, site: EditSite) -> int:
+    """The first position that is changed."""
+    return row.subject if site.subject_layers else row.prompt_length - 1
+
+
+def _shape(rows: Sequence[Row], site: EditSite) -> Shape:
     return Shape(
         rows=len(rows),
-        head=_up(max(r.sites[0] for r in rows), HEAD),
-        tail=_up(max(len(r.ids) - 1 - r.sites[0] for r in rows), TAIL),
-        wanted=_up(max(len(r.ids) - r.prompt_length for r in rows), WANTED),
-        sites=len(rows[0].sites),
+        head=_up(max(_start(r, site) for r in rows), HEAD),
+        tail=_up(max(len(r.ids) - 1 - _start(r, site) for r in rows), TAIL),
+        wanted=_up(max(len(r.target) for r in rows), WANTED),
     )
+
+
+Waiting = deque[tuple[Fact, list[Row]]]
 
 
 def _shaped(
     model: EditableModel, facts: Sequence[Fact], site: EditSite
-) -> tuple[dict[Shape, deque[tuple[Fact, list[Row]]]], dict[str, Terms | Refused]]:
+) -> tuple[dict[Shape, Waiting], dict[str, Terms | Refused]]:
     """Facts by shape; and those the model cannot read."""
-    shapes: dict[Shape, deque[tuple[Fact, list[Row]]]] = defaultdict(deque)
+    shapes: dict[Shape, Waiting] = defaultdict(deque)
     refused: dict[str, Terms | Refused] = {}
     for fact in facts:
         try:
-            rows = rows_of(model, fact, site.token)
+            rows = rows_of(model, fact)
         except KeditError as error:
             refused[fact.id] = Refused(str(error))
             continue
         # A tokenizer may split the target in two ways; one is enough.
-        rows = [row for row in rows if len(row.sites) == len(rows[0].sites)]
-        shapes[_shape(rows)].append((fact, rows))
+        rows = [row for row in rows if len(row.target) == len(rows[0].target)]
+        shapes[_shape(rows, site)].append((fact, rows))
     return shapes, refused
 
 
 class _Seats:
-    """Facts of one shape on their way: δ (layers, facts, sites, hidden) in lengths, and Adam's
-    moments, with one second moment a fact: where a site has nothing to change, its δ stays small.
+    """Facts of one shape on their way: by layer δ (facts, sites, hidden) in lengths, and Adam's
+    first moment; one second moment a fact, so that a site with nothing to change stays small.
     """
 
     def __init__(
@@ -103,13 +111,14 @@ class _Seats:
     ) -> None:
         self.model, self.site, self.norms, self.shape = model, site, norms, shape
         rows, on = SEATS * shape.rows, model.device
-        self.replay = Replay(model, min(site.layers), rows, shape.head, shape.tail)
+        self.replay = Replay(model, site.layers[0], rows, shape.head, shape.tail)
+        self.at = torch.arange(rows, device=on)[:, None]
         self.columns = torch.zeros(rows, shape.wanted, dtype=torch.long, device=on)
         self.labels = torch.full((rows, shape.wanted), IGNORE, device=on)
-        size = (len(site.layers), SEATS, shape.sites, model.hidden)
-        self.delta = torch.zeros(size, device=on)
-        self.first = torch.zeros_like(self.delta)
-        self.second = torch.zeros(1, SEATS, 1, 1, device=on)
+        sites = {n: 1 if n in site.subject_layers else shape.wanted for n in site.layers}
+        self.delta = {n: torch.zeros(SEATS, k, model.hidden, device=on) for n, k in sites.items()}
+        self.first = {n: torch.zeros_like(delta) for n, delta in self.delta.items()}
+        self.second = torch.zeros(SEATS, 1, 1, device=on)
         self.steps = torch.zeros(SEATS, device=on)
         self.extra = torch.zeros(SEATS, device=on)
         self.facts: list[Fact | None] = [None] * SEATS
@@ -119,7 +128,7 @@ class _Seats:
     def busy(self) -> bool:
         return any(self.facts)
 
-    def fill(self, waiting: deque[tuple[Fact, list[Row]]]) -> None:
+    def fill(self, waiting: Waiting) -> None:
         """Seat the next facts wherever there is room."""
         for seat in range(SEATS):
             if waiting and self.facts[seat] is None:
@@ -127,36 +136,38 @@ class _Seats:
 
     def _seat(self, seat: int, fact: Fact, rows: list[Row]) -> None:
         self.facts[seat] = fact
-        self.delta[:, seat], self.first[:, seat], self.second[:, seat] = 0, 0, 0
+        for tensor in (*self.delta.values(), *self.first.values(), self.second):
+            tensor[seat] = 0
         self.steps[seat], self.extra[seat] = 0, EXTRA_STEPS
-        start = seat * self.shape.rows
-        heads = [row.ids[: row.sites[0]] for row in rows]
-        tails = [row.ids[row.sites[0] : -1] for row in rows]
-        self.replay.fill(start, heads, tails)
-        for n, row in enumerate(rows, start):
-            target = torch.tensor(row.ids[row.prompt_length :])
+        first = seat * self.shape.rows
+        starts = [_start(row, self.site) for row in rows]
+        heads = [row.ids[:start] for row, start in zip(rows, starts, strict=True)]
+        tails = [row.ids[start:-1] for row, start in zip(rows, starts, strict=True)]
+        self.replay.fill(first, heads, tails)
+        for n, row, start in zip(range(first, first + len(rows)), rows, starts, strict=True):
+            many = len(row.target)
             self.labels[n] = IGNORE
-            self.labels[n, : len(target)] = target
-            end = row.prompt_length - 1 - row.sites[0]
-            self.columns[n] = 0
-            self.columns[n, : len(target)] = torch.arange(end, end + len(target))
+            self.labels[n, :many] = torch.tensor(row.target)
+            self.columns[n, :many] = torch.arange(many) + row.prompt_length - 1 - start
 
-    def loss(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean target NLL per fact (facts,) under δ, and whether every target token is the argmax.
+    def _tap(self, layer: int, delta: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Add δ (facts, sites, hidden) at the layer's sites, and catch the keys there."""
+        moved = delta.repeat_interleave(self.shape.rows, 0) * self.norms[layer]
+        columns = self.columns[:, :1] * 0  # the subject's end opens the tail
+        if layer in self.site.end_layers:
+            columns = self.columns
+            moved = moved * (self.labels != IGNORE)[..., None]
 
-        The sites are the first columns of every tail; the keys are caught there.
-        """
-        sites, rows = self.shape.sites, self.shape.rows
+        def add(inputs: Tensor, outputs: Tensor) -> Tensor:
+            self.keys[layer] = inputs[self.at, columns].detach()
+            return outputs.index_put((self.at, columns), moved, accumulate=True)
 
-        def tap(n: int, layer: int) -> Callable[[Tensor, Tensor], Tensor]:
-            def add(inputs: Tensor, outputs: Tensor) -> Tensor:
-                self.keys[layer] = inputs[:, :sites].detach()
-                moved = delta[n].repeat_interleave(rows, 0) * self.norms[layer]
-                return torch.cat([outputs[:, :sites] + moved, outputs[:, sites:]], 1)
+        return add
 
-            return add
-
-        with self.model.tap({layer: tap(n, layer) for n, layer in enumerate(self.site.layers)}):
+    def loss(self, delta: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean target NLL per fact (facts,) under δ, and whether every target token is the
+        argmax."""
+        with self.model.tap({layer: self._tap(layer, d) for layer, d in delta.items()}):
             logits = self.replay.logits(self.columns).float()  # (rows, wanted, vocabulary)
         wanted = self.labels != IGNORE
         losses = F.cross_entropy(
@@ -168,7 +179,7 @@ class _Seats:
 
     def step(self) -> dict[str, Terms | Refused]:
         """One step of descent for every seated fact; what came out for those that are done."""
-        delta = self.delta.detach().requires_grad_()
+        delta = {n: d.detach().requires_grad_() for n, d in self.delta.items()}
         losses, right = self.loss(delta)
         self.extra -= right.long()
         self.steps += 1
@@ -181,26 +192,30 @@ class _Seats:
         }
         self.facts = [None if f is None or f.id in result else f for f in self.facts]
         if self.busy:
-            total = losses.sum() + DECAY * delta.square().sum()
-            self._descend(*torch.autograd.grad(total, delta))
+            total = losses.sum() + DECAY * sum(d.square().sum() for d in delta.values())
+            gradients = torch.autograd.grad(total, list(delta.values()))
+            self._descend(dict(zip(delta, gradients, strict=True)))
         return result
 
-    def _descend(self, gradient: Tensor) -> None:
-        turn = self.steps[None, :, None, None]
-        self.first.lerp_(gradient, 0.1)
-        self.second.lerp_(gradient.square().sum((0, 2, 3), keepdim=True), 0.05)
-        move = self.first / (1 - 0.9**turn) / ((self.second / (1 - 0.95**turn)).sqrt() + 1e-8)
-        moved = self.delta - self.site.target_rate * move
-        size = moved.norm(dim=-1, keepdim=True)
-        self.delta = moved * (self.site.clamp / size.clamp(min=self.site.clamp))
+    def _descend(self, gradients: Mapping[int, Tensor]) -> None:
+        turn = self.steps[:, None, None]
+        size = sum(g.square().sum((1, 2), keepdim=True) for g in gradients.values())
+        self.second.lerp_(torch.as_tensor(size), 0.05)
+        unit = (self.second / (1 - 0.95**turn)).sqrt() + 1e-8
+        for layer, gradient in gradients.items():
+            self.first[layer].lerp_(gradient, 0.1)
+            rate: Tensor | float = self.site.target_rate
+            if layer in self.site.end_layers:
+                rate = self.site.end_rate * (turn > self.site.end_from)
+            moved = self.delta[layer] - rate * self.first[layer] / (1 - 0.9**turn) / unit
+            length = moved.norm(dim=-1, keepdim=True)
+            self.delta[layer] = moved * (self.site.clamp / length.clamp(min=self.site.clamp))
 
     def _terms(self, seat: int, loss: float) -> Terms | Refused:
         at = slice(seat * self.shape.rows, (seat + 1) * self.shape.rows)
-        keys = {layer: self.keys[layer][at].cpu().clone() for layer in self.site.layers}
-        residuals = {
-            layer: (self.delta[n, seat] * self.norms[layer]).cpu()
-            for n, layer in enumerate(self.site.layers)
-        }
+        many = int((self.labels[at.start] != IGNORE).sum())
+        keys = {n: self.keys[n][at, :many].cpu().clone() for n in self.site.layers}
+        residuals = {n: (self.delta[n][seat, :many] * self.norms[n]).cpu() for n in keys}
         numbers = (torch.tensor(loss), *keys.values(), *residuals.values())
         if not all(bool(torch.isfinite(t).all()) for t in numbers):
             return Refused("the target's loss or value is not finite")
@@ -221,7 +236,7 @@ def compute_terms(
     A fact whose loss or δ is not finite is refused, the others are not.
     """
     shapes, result = _shaped(model, facts, site)
-    done(result)
+    done(dict(result))
     for shape, waiting in shapes.items():
         seats = _Seats(model, site, norms, shape)
         while waiting or seats.busy:
@@ -232,9 +247,7 @@ def compute_terms(
     return result
 
 
-def _some_steps(
-    seats: _Seats, waiting: deque[tuple[Fact, list[Row]]]
-) -> dict[str, Terms | Refused]:
+def _some_steps(seats: _Seats, waiting: Waiting) -> dict[str, Terms | Refused]:
     for _ in range(PULSE):
         seats.fill(waiting)
         if part := seats.step():

@@ -35,7 +35,12 @@ class WeightsTier:
     def __init__(self, site: EditSite, statistics: Mapping[int, LayerStatistics]) -> None:
         self.site = site
         self._solvers = {
-            n: RidgeSolver(statistics[n].covariance, site.prior, site.ridge) for n in site.layers
+            n: RidgeSolver(
+                statistics[n].covariance,
+                site.prior if n in site.subject_layers else site.end_prior,
+                site.ridge,
+            )
+            for n in site.layers
         }
 
     def deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:

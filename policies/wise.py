@@ -21,7 +21,7 @@ from memory.model import EditableModel
 from memory.replay import Replay
 from memory.side import Keys, Shard, SideMemory
 from policies.prompts import IGNORE, Row, pad, rows_of
-from policies.site import EditSite, Token
+from policies.site import EditSite
 
 MASK_SHARE = 0.2  # ρ: share of ΔW's entries a shard may use
 ACTIVATION_RATIO = 0.7  # threshold over the least distance on the shard's own prompts
@@ -43,7 +43,7 @@ def prompt_end(model: EditableModel, prompts: Sequence[str], layer: int) -> tupl
     """Input (n, width) and output (n, hidden) of a down projection where each prompt ends."""
     if not prompts:
         return torch.empty(0, model.weight(layer).shape[1]), torch.empty(0, model.hidden)
-    encoded = [Row(tuple(ids), len(ids), ()) for ids in map(model.encode, prompts)]
+    encoded = [Row(tuple(ids), len(ids), len(ids) - 1) for ids in map(model.encode, prompts)]
     batch = pad(encoded, max(len(r.ids) for r in encoded), model.end or 0, model.device)
     caught: list[Tensor] = []
 
@@ -77,7 +77,7 @@ class _Training:
         self.columns = torch.arange(longest, device=model.device).repeat(len(rows), 1)
         self.labels = torch.full((len(rows), longest), IGNORE, device=model.device)
         for n, row in enumerate(rows):
-            target = torch.tensor(row.ids[row.prompt_length :])
+            target = torch.tensor(row.target)
             self.labels[n, : len(target)] = target
         self.outside = outside.to(model.device)  # (n, width) inputs that must stay quiet
         self.inside = torch.empty(0)  # (rows, width) inputs at the prompts' ends
@@ -124,9 +124,8 @@ def learn(
     layer, the unit of the margins. Raises KeditError: a fact that cannot be read, a loss that is
     not finite.
     """
-    rows = {fact.id: rows_of(model, fact, Token.PROMPT) for fact in facts}
-    # A shard answers from the prompt's end on: how long its targets are does not matter.
-    flat = [replace(row, sites=()) for group in rows.values() for row in group]
+    rows = {fact.id: rows_of(model, fact) for fact in facts}
+    flat = [row for group in rows.values() for row in group]
     work = _Training(model, site, flat, outside, scale)
     weight = model.base_weight(site.side_layer)
     mask = mask_for(number, weight.shape, model.device)
@@ -150,14 +149,13 @@ def learn(
     delta = (free * mask).detach()
     distance = (work.inside @ delta.T).norm(dim=1)
     threshold = ACTIVATION_RATIO * float(distance.min())
-    keys = {fact.id: _keys(model, side, fact, rows[fact.id]) for fact in facts}
+    keys = {fact.id: _keys(model, side, rows[fact.id]) for fact in facts}
     return Learned(Shard(delta, max(threshold, 1e-6)), keys, loss, taken)
 
 
-def _keys(model: EditableModel, side: SideMemory, fact: Fact, rows: list[Row]) -> Keys:
-    """The fact's retrieval keys, read at its prompts."""
-    at = [row.sites[0] for row in rows_of(model, fact, Token.SUBJECT)]
-    prompts = [Row(row.prompt, row.prompt_length, ()) for row in rows]
+def _keys(model: EditableModel, side: SideMemory, rows: list[Row]) -> Keys:
+    """A fact's retrieval keys, read at its prompts."""
+    prompts = [replace(row, ids=row.prompt) for row in rows]
     batch = pad(prompts, max(r.prompt_length for r in prompts), model.end or 0, model.device)
     n = torch.arange(len(prompts), device=model.device)
     caught: dict[int, Tensor] = {}
@@ -165,9 +163,8 @@ def _keys(model: EditableModel, side: SideMemory, fact: Fact, rows: list[Row]) -
     def tap(layer: int, where: Tensor, _inputs: Tensor, outputs: Tensor) -> None:
         caught[layer] = side.key(layer, outputs[n, where]).cpu()
 
-    subject = torch.tensor(at, device=model.device)
     low, high = side.gates.key_layer, side.layer
-    taps = {low: partial(tap, low, subject), high: partial(tap, high, batch.end)}
+    taps = {low: partial(tap, low, batch.subject), high: partial(tap, high, batch.end)}
     with torch.no_grad(), model.tap(taps):
         model.model(input_ids=batch.ids, use_cache=False)
     return Keys(caught[low], caught[high])
