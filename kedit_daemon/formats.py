@@ -168,7 +168,7 @@ def _recognised(record: dict[str, object]) -> type[Record]:
         form = ZsreRecord
     elif keys >= {"update", "ans"}:
         form = WikiBigEditRecord
-    elif "target_new" in keys:
+    elif "target_new" in keys or "neighborhood_prompts" in keys:
         knowedit = "portability" in keys or isinstance(record.get("locality"), dict)
         counterfact = keys & {"ground_truth", "target_true", "neighborhood_prompts"}
         form = ClozeRecord if counterfact and not knowedit else FlatRecord

@@ -13,7 +13,7 @@ from memory.model import EditableModel
 
 MAX_TOKENS = 256
 ROWS_AT_ONCE = 16  # rows whose keys go into one product
-LIFT = 1e-5  # of the mean of C0's diagonal, far below any ridge
+LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
 FIRST = 1  # positions before it are left out: the first token acts as an attention sink
 
 
@@ -119,15 +119,19 @@ def pack(statistics: Mapping[int, LayerStatistics]) -> bytes:
 
 
 def _factor(covariance: Tensor) -> Tensor:
-    """L with L Lᵀ = C0, lifted where too little text left it singular. float64."""
+    """L with L Lᵀ = C0, lifted where too little text left it singular. float64.
+
+    Raises KeditError for what is no covariance: not finite, or nothing but zeros.
+    """
     c0 = covariance.double()
-    lift = LIFT * c0.diagonal().mean()
     factor: Tensor
-    while True:
-        factor, info = torch.linalg.cholesky_ex(c0 + lift * torch.eye(len(c0)))
-        if int(info) == 0:
+    for lift in LIFTS:
+        factor, info = torch.linalg.cholesky_ex(
+            c0 + lift * c0.diagonal().mean() * torch.eye(len(c0))
+        )
+        if int(info) == 0 and torch.isfinite(factor).all():
             return factor
-        lift *= 10
+    raise KeditError("the keys' covariance has no Cholesky factor", code="statistics")
 
 
 def unpack(data: bytes) -> dict[int, LayerStatistics]:

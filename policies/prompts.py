@@ -89,6 +89,14 @@ def rows_of(model: EditableModel, fact: Fact, *, end: bool = True) -> list[Row]:
     return rows
 
 
+def essence_of(model: EditableModel, fact: Fact) -> Row:
+    """The row on which an edit must leave the subject what it is (Meng et al. 2022, section 3.1):
+    a prompt with no relation in it. Its last token stands for a target."""
+    ids = tuple(model.encode(f"{fact.subject} is a"))
+    subject = subject_end(model, f"{fact.subject} is a", fact.subject)
+    return Row((*ids, ids[-1]), len(ids), len(ids) - 1 if subject is None else subject)
+
+
 def pad(rows: list[Row], width: int, filler: int, device: torch.device) -> Batch:
     """Rows side by side."""
     ids = torch.full((len(rows), width), filler)

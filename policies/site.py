@@ -5,8 +5,10 @@ cannot be optimised at all. So the site is data, with the evidence beside it (`k
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
@@ -33,6 +35,7 @@ class EditSite:
     end_prior: float  # the same in the end layers
     ridge: float  # λ_n: weight of the squared change of the weights, in units of E[k²]
     clamp: float  # longest δ of a target
+    essence: float  # weight of the KL on what the subject is; 0 does without
     target_steps: int
     target_rate: float  # Adam's in the subject layers, in lengths
     side_layer: int
@@ -70,6 +73,7 @@ def default_site(layers: int) -> EditSite:
         end_prior=0.1,
         ridge=0.01,
         clamp=4.0,
+        essence=0.0625,
         target_steps=40,
         target_rate=0.3,
         side_layer=upper,
@@ -83,14 +87,55 @@ def default_site(layers: int) -> EditSite:
     )
 
 
-def load_site(model_path: Path, layers: int) -> EditSite:
-    """The site measured for the model in this folder, or the default one.
+@dataclass(frozen=True)
+class _Published:
+    """Where MEMIT was published to edit a model: its subject layers of so many, and λ."""
+
+    layers: int
+    first: int
+    last: int
+    prior: float
+
+
+# By the configuration's model type: GPT-2 XL, GPT-J 6B, Llama 3 8B (and Llama 2 7B, of as many
+# layers), Mistral 7B, Qwen 2.5 7B; from the settings of MEMIT, AlphaEdit and EasyEdit.
+_PUBLISHED = {
+    "gpt2": _Published(48, 13, 17, 20_000.0),
+    "gptj": _Published(28, 3, 8, 15_000.0),
+    "llama": _Published(32, 4, 8, 15_000.0),
+    "mistral": _Published(32, 4, 8, 15_000.0),
+    "qwen2": _Published(28, 4, 8, 15_000.0),
+}
+# On models of a few layers the published site could not be optimised at all.
+_LEAST_LAYERS = 12
+
+
+def start_site(kind: str, layers: int) -> EditSite:
+    """A start for an unmeasured model: at the published relative depth where there is one for
+    its type (the configuration's `model_type`), at the subject's last token; else the default.
+    """
+    start, known = default_site(layers), _PUBLISHED.get(kind)
+    if known is None or layers < _LEAST_LAYERS:
+        return start
+    scale = (layers - 1) / (known.layers - 1)
+    subject = range(round(known.first * scale), round(known.last * scale) + 1)
+    return replace(start, subject_layers=tuple(subject), end_layers=(), prior=known.prior)
+
+
+def load_site(model_path: Path, layers: int, kind: str = "") -> EditSite:
+    """The site measured for the model in this folder, or a start for a model of this kind.
 
     Raises KeditError when `kedit.json` is there and cannot be used.
     """
     path = model_path / FILE
-    if not path.is_file():
-        return default_site(layers)
+    return read_site(path, layers) if path.is_file() else start_site(kind, layers)
+
+
+def read_site(path: Path, layers: int) -> EditSite:
+    """The site that a file of `site_text`'s form holds.
+
+    Raises KeditError when it cannot be used for a model of so many layers.
+    """
     try:
         raw = json.dumps(json.loads(path.read_text(encoding="utf-8"))["site"])
         site = TypeAdapter(EditSite).validate_json(raw, strict=True)
@@ -114,3 +159,18 @@ def load_site(model_path: Path, layers: int) -> EditSite:
             f"{path}: a layer is not one of the model's {layers}", code="config", exit_code=78
         )
     return site
+
+
+def site_text(site: EditSite, evidence: Mapping[str, Any]) -> str:
+    """A site and the figures behind it, as `kedit.json` holds them; numbers have to be finite."""
+    held = {"evidence": dict(evidence), "site": asdict(site)}
+    return json.dumps(held, indent=1, allow_nan=False) + "\n"
+
+
+def weights_of(path: Path) -> str | None:
+    """The sha256 of the weights that the site in a file was measured on, where it says so."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["evidence"]["weights"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(found)

@@ -6,6 +6,10 @@ K (facts' keys, width) and R (their residuals v − W0 k, hidden) hold every fac
 weights, past ones too: MEMIT's normal equations (Meng et al. 2023, eq. 14) over all facts at once,
 solved from W0 each time. Adding a fact, replacing it and taking it back are the same operation on
 the rows, and the order in which facts came cannot matter.
+
+The same solve gives the methods that the literature sets beside this one, by what policies.presets
+hands in: other rows, other weights of the prior, and here the two switches that change the solve
+itself, AlphaEdit's projector (Fang et al. 2025) and EMMET's equality (Gupta et al. 2024).
 """
 
 import torch
@@ -13,42 +17,100 @@ from torch import Tensor
 
 from memory.errors import KeditError
 
+SAME_KEYS = 1e-6  # of the largest singular value: keys are float32, what differs by less is noise
+
 
 class RidgeSolver:
     """One layer's prior, factored once in float64; float32 is wrong here, not just imprecise."""
 
-    def __init__(self, covariance: Tensor, prior: float, ridge: float) -> None:
+    def __init__(
+        self,
+        covariance: Tensor,
+        prior: float,
+        ridge: float,
+        projector: float | None = None,
+        equality: bool = False,
+    ) -> None:
         """covariance: C0 (width, width). ridge: λ_n in units of E[k²], the mean of C0's diagonal,
         so that it means the same on every model.
 
-        Raises KeditError when A0 is not positive definite.
+        projector: if given, weights change only along C0's eigenvectors whose eigenvalue is below
+        it, in units of E[k²] too; K is then K U0 and C0 is U0ᵀ C0 U0 in all formulas, U0 (width,
+        free). equality: meet the residuals, at whatever cost in A0, rather than weigh the two.
+        Raises KeditError when A0 is not positive definite, or no direction is left.
         """
         c0 = covariance.double().cpu()
-        self._a0 = prior * c0
-        self._a0.diagonal().add_(ridge * c0.diagonal().mean())
+        unit = c0.diagonal().mean()
+        self._basis = None if projector is None else _null_space(c0, projector * float(unit))
+        self._equality = equality
+        self._a0 = prior * (c0 if self._basis is None else self._basis.T @ c0 @ self._basis)
+        self._a0.diagonal().add_(ridge * unit)
         self._factor = _factored(self._a0)
 
     def solve(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """ΔW (hidden, width) float32 from keys (n, width) and residuals (n, hidden).
 
-        By Woodbury the cost of fewer rows than the layer is wide is an (n, n) system, not another
-        (width, width) factor: (A0 + Kᵀ K)⁻¹ Kᵀ = A0⁻¹ Kᵀ (I + K A0⁻¹ Kᵀ)⁻¹.
         Raises KeditError (code "non-finite") rather than give back NaN or Inf.
         """
+        return narrowed(self.exact(keys, residuals))
+
+    def exact(self, keys: Tensor, residuals: Tensor) -> Tensor:
+        """ΔW as of `solve`, in float64 and not yet known to be finite."""
         k, r = keys.double().cpu(), residuals.double().cpu()
         if not (torch.isfinite(k).all() and torch.isfinite(r).all()):
             raise KeditError("a key or a target is not finite", code="non-finite")
+        if self._basis is not None:
+            k = k @ self._basis  # (n, free)
+        delta = self._met(k, r) if self._equality else self._weighed(k, r)
+        return (delta if self._basis is None else self._basis @ delta).T
+
+    def _weighed(self, k: Tensor, r: Tensor) -> Tensor:
+        """ΔWᵀ (width, hidden) that minimises ‖K ΔWᵀ − R‖² + tr(ΔW A0 ΔWᵀ).
+
+        By Woodbury the cost of fewer rows than the layer is wide is an (n, n) system, not another
+        (width, width) factor: (A0 + Kᵀ K)⁻¹ Kᵀ = A0⁻¹ Kᵀ (I + K A0⁻¹ Kᵀ)⁻¹.
+        """
         if len(k) < k.shape[1]:
             whitened = torch.cholesky_solve(k.T, self._factor)  # A0⁻¹ Kᵀ (width, n)
             gram = k @ whitened  # (n, n)
             gram.diagonal().add_(1.0)
-            delta = whitened @ torch.cholesky_solve(r, _factored((gram + gram.T) / 2))
-        else:
-            delta = torch.cholesky_solve(k.T @ r, _factored(torch.addmm(self._a0, k.T, k)))
-        result = delta.T.float().contiguous()
-        if not torch.isfinite(result).all():
-            raise KeditError("the solve did not give finite weights", code="non-finite")
-        return result
+            return whitened @ torch.cholesky_solve(r, _factored((gram + gram.T) / 2))
+        return torch.cholesky_solve(k.T @ r, _factored(torch.addmm(self._a0, k.T, k)))
+
+    def _met(self, k: Tensor, r: Tensor) -> Tensor:
+        """ΔWᵀ (width, hidden) that minimises tr(ΔW A0 ΔWᵀ) subject to K ΔWᵀ = R.
+
+        That is A0⁻¹ Kᵀ (K A0⁻¹ Kᵀ)⁻¹ R, as the shortest least-squares solution in coordinates in
+        which A0 = L Lᵀ is the identity: it is defined, and a compromise, also where keys repeat
+        or outnumber the width and no ΔW can meet them all.
+        """
+        whitened = torch.linalg.solve_triangular(self._factor, k.T, upper=False).T  # K L⁻ᵀ
+        shortest = torch.linalg.lstsq(whitened, r, rcond=SAME_KEYS, driver="gelsd").solution
+        delta: Tensor = torch.linalg.solve_triangular(self._factor.T, shortest, upper=True)
+        return delta
+
+
+def narrowed(delta: Tensor) -> Tensor:
+    """ΔW in float32. Raises KeditError (code "non-finite") when it does not fit there."""
+    result = delta.float().contiguous()
+    if not torch.isfinite(result).all():
+        raise KeditError("the solve did not give finite weights", code="non-finite")
+    return result
+
+
+def _null_space(covariance: Tensor, limit: float) -> Tensor:
+    """U0 (width, free): the eigenvectors of C0 whose eigenvalue is below the limit."""
+    if not torch.isfinite(covariance).all():
+        raise KeditError("the key covariance is not finite", code="non-finite")
+    values, vectors = torch.linalg.eigh(covariance)
+    free: Tensor = vectors[:, values < limit]
+    if not free.shape[1]:
+        raise KeditError(
+            "no direction of the key covariance is below the projector's threshold",
+            code="singular",
+            hint="choose a preset without a projector",
+        )
+    return free
 
 
 def _factored(matrix: Tensor) -> Tensor:
@@ -59,6 +121,6 @@ def _factored(matrix: Tensor) -> Tensor:
         raise KeditError(
             "the prior λ C0 + λ_n I is not positive definite",
             code="singular",
-            hint="raise the site's `ridge`",
+            hint="raise the site's `ridge`, or choose a preset that has one",
         )
     return factor

@@ -22,7 +22,7 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
 from memory.replay import Replay
-from policies.prompts import IGNORE, Row, rows_of
+from policies.prompts import IGNORE, Row, essence_of, rows_of
 from policies.site import EditSite
 
 SEATS = 16  # facts on their way at the same time
@@ -56,7 +56,7 @@ class Refused:
 class Shape:
     """Of all facts that share the seats: rows a fact, and lengths of a row's parts in tokens."""
 
-    rows: int
+    rows: int  # the essence's included
     head: int  # before the first site
     tail: int  # from there to the last token that predicts one of the target
     wanted: int  # tokens of the target
@@ -97,6 +97,8 @@ def _shaped(
             continue
         # A tokenizer may split the target in two ways; one is enough.
         rows = [row for row in rows if len(row.target) == len(rows[0].target)]
+        if site.essence:
+            rows.append(essence_of(model, fact))
         shapes[_shape(rows, site)].append((fact, rows))
     return shapes, refused
 
@@ -111,6 +113,7 @@ class _Seats:
     ) -> None:
         self.model, self.site, self.norms, self.shape = model, site, norms, shape
         rows, on = SEATS * shape.rows, model.device
+        self.asked = shape.rows - bool(site.essence)  # rows a fact with its target
         self.replay = Replay(model, site.layers[0], rows, shape.head, shape.tail)
         self.at = torch.arange(rows, device=on)[:, None]
         self.columns = torch.zeros(rows, shape.wanted, dtype=torch.long, device=on)
@@ -121,6 +124,8 @@ class _Seats:
         self.second = torch.zeros(SEATS, 1, 1, device=on)
         self.steps = torch.zeros(SEATS, device=on)
         self.extra = torch.zeros(SEATS, device=on)
+        self.essence = torch.zeros(SEATS, 0, device=on)  # log-probabilities (facts, vocabulary)
+        self.fresh = torch.zeros(SEATS, dtype=torch.bool, device=on)
         self.facts: list[Fact | None] = [None] * SEATS
         self.keys: dict[int, Tensor] = {}
 
@@ -143,11 +148,13 @@ class _Seats:
         starts = [_start(row, self.site) for row in rows]
         heads = [row.ids[:start] for row, start in zip(rows, starts, strict=True)]
         tails = [row.ids[start:-1] for row, start in zip(rows, starts, strict=True)]
+        self.fresh[seat] = True
         self.replay.fill(first, heads, tails)
         for n, row, start in zip(range(first, first + len(rows)), rows, starts, strict=True):
             many = len(row.target)
             self.labels[n] = IGNORE
-            self.labels[n, :many] = torch.tensor(row.target)
+            if n - first < self.asked:
+                self.labels[n, :many] = torch.tensor(row.target)
             self.columns[n, :many] = torch.arange(many) + row.prompt_length - 1 - start
 
     def _tap(self, layer: int, delta: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -164,9 +171,9 @@ class _Seats:
 
         return add
 
-    def loss(self, delta: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean target NLL per fact (facts,) under δ, and whether every target token is the
-        argmax."""
+    def loss(self, delta: Mapping[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """By fact, under δ: mean target NLL, whether every target token is the argmax, and how
+        far the subject's essence has drifted."""
         with self.model.tap({layer: self._tap(layer, d) for layer, d in delta.items()}):
             logits = self.replay.logits(self.columns).float()  # (rows, wanted, vocabulary)
         wanted = self.labels != IGNORE
@@ -175,12 +182,24 @@ class _Seats:
         )
         count = wanted.view(SEATS, -1).sum(1).clamp(min=1)
         wrong = (logits.argmax(-1) != self.labels) & wanted
-        return losses.view(SEATS, -1).sum(1) / count, ~wrong.view(SEATS, -1).any(1)
+        nll = losses.view(SEATS, -1).sum(1) / count
+        return nll, ~wrong.view(SEATS, -1).any(1), self._drift(logits)
+
+    def _drift(self, logits: Tensor) -> Tensor:
+        """KL (facts,) of what follows the subject's essence, from what the clean model says."""
+        if not self.site.essence:
+            return logits.new_zeros(SEATS)
+        now = logits.view(SEATS, self.shape.rows, *logits.shape[1:])[:, -1, 0].log_softmax(-1)
+        if self.essence.shape != now.shape:
+            self.essence = torch.zeros_like(now)
+        self.essence = torch.where(self.fresh[:, None], now.detach(), self.essence)
+        self.fresh[:] = False  # a seat's first pass is with δ = 0
+        return F.kl_div(now, self.essence, reduction="none", log_target=True).sum(-1)
 
     def step(self) -> dict[str, Terms | Refused]:
         """One step of descent for every seated fact; what came out for those that are done."""
         delta = {n: d.detach().requires_grad_() for n, d in self.delta.items()}
-        losses, right = self.loss(delta)
+        losses, right, drift = self.loss(delta)
         self.extra -= right.long()
         self.steps += 1
         over = (self.extra < 0) | ~torch.isfinite(losses.detach())
@@ -192,7 +211,8 @@ class _Seats:
         }
         self.facts = [None if f is None or f.id in result else f for f in self.facts]
         if self.busy:
-            total = losses.sum() + DECAY * sum(d.square().sum() for d in delta.values())
+            size = sum(d.square().sum() for d in delta.values())
+            total = losses.sum() + self.site.essence * drift.sum() + DECAY * size
             gradients = torch.autograd.grad(total, list(delta.values()))
             self._descend(dict(zip(delta, gradients, strict=True)))
         return result
@@ -212,7 +232,7 @@ class _Seats:
             self.delta[layer] = moved * (self.site.clamp / length.clamp(min=self.site.clamp))
 
     def _terms(self, seat: int, loss: float) -> Terms | Refused:
-        at = slice(seat * self.shape.rows, (seat + 1) * self.shape.rows)
+        at = slice(seat * self.shape.rows, seat * self.shape.rows + self.asked)
         many = int((self.labels[at.start] != IGNORE).sum())
         keys = {n: self.keys[n][at, :many].cpu().clone() for n in self.site.layers}
         residuals = {n: (self.delta[n][seat, :many] * self.norms[n]).cpu() for n in keys}

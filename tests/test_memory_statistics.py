@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model import EditableModel
-from memory.statistics import FIRST, MAX_TOKENS, LayerStatistics, collect
+from memory.statistics import FIRST, MAX_TOKENS, LayerStatistics, collect, pack, unpack
 
 LINES = SENTENCES[:90]
 
@@ -99,3 +99,94 @@ def test_every_line_is_told_to_the_progress(model: EditableModel) -> None:
     found = collect(model, LINES, [2], progress=progress)[2]
     assert isinstance(found, LayerStatistics)
     assert seen == LINES
+
+
+def returned(covariance: Tensor) -> Tensor:
+    """A covariance, packed and unpacked."""
+    return unpack(pack({0: LayerStatistics(covariance, torch.zeros(4), 1.0)}))[0].covariance
+
+
+def covariance_of(keys: Tensor) -> Tensor:
+    return keys.T @ keys / len(keys)
+
+
+def off(covariance: Tensor) -> float:
+    """The largest error of what comes back, in units of the mean of the diagonal."""
+    back = returned(covariance).double() - covariance.double()
+    return float(back.abs().max() / covariance.double().diagonal().mean())
+
+
+def test_what_is_packed_comes_back_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    given = {
+        12: LayerStatistics(covariance_of(torch.randn(50, 12)), torch.randn(6), 3.25),
+        5: LayerStatistics(torch.zeros(0, 0), torch.randn(6), 0.5),
+        2: LayerStatistics(covariance_of(torch.randn(50, 8)), torch.randn(6), 1.5),
+    }
+    found = unpack(pack(given))
+    assert list(found) == [2, 5, 12]
+    for n, layer in given.items():
+        assert torch.equal(found[n].mean, layer.mean)
+        assert found[n].norm == layer.norm
+        assert found[n].covariance.shape == layer.covariance.shape
+        assert torch.allclose(found[n].covariance, layer.covariance, atol=0.02)
+        assert found[n].covariance.dtype is found[n].mean.dtype is torch.float32
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_a_covariance_comes_back_to_a_hundredth(unit: float) -> None:
+    """One scale for the whole factor would be off by more than that."""
+    keys = torch.randn(512, 128, generator=torch.Generator().manual_seed(0)) * unit
+    assert 0 < off(covariance_of(keys)) < 0.01
+
+
+def test_each_column_of_the_factor_has_a_scale_of_its_own() -> None:
+    """All keys share a large part; beside it the rest, in many small columns, must not be lost.
+
+    A step of 1/127 of a row, or of the whole factor, is longer than any entry of those columns.
+    """
+    width = 256
+    signs = torch.randint(0, 2, (width, width), generator=torch.Generator().manual_seed(0))
+    factor = torch.tril(signs * 2.0 - 1) * 0.9 / 254
+    factor[:, 0] = 1.0
+    assert off((factor @ factor.T).float()) < 2e-4
+
+
+def test_a_measured_covariance_is_near_what_was_measured(model: EditableModel) -> None:
+    for layer in collect(model, LINES, range(4)).values():
+        assert off(layer.covariance) < 0.1
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 200])
+def test_what_comes_back_has_no_negative_direction(tokens: int) -> None:
+    """Also where fewer tokens than the layer is wide leave the covariance singular."""
+    keys = torch.randn(tokens, 64, generator=torch.Generator().manual_seed(tokens))
+    covariance = covariance_of(keys)
+    assert torch.linalg.matrix_rank(covariance) == min(tokens, 64)
+    back = returned(covariance)
+    assert torch.equal(back, back.T)
+    values = torch.linalg.eigvalsh(back.double())
+    assert float(values.min()) > -1e-6 * float(values.max())
+    assert off(covariance) < 0.05
+
+
+def test_a_covariance_that_rounding_left_indefinite_is_lifted_as_far_as_it_needs() -> None:
+    covariance = torch.eye(32)
+    covariance[0, 0] = -1e-3
+    back = returned(covariance)
+    assert float(torch.linalg.eigvalsh(back.double()).min()) > -1e-6
+    assert off(covariance) < 0.05
+
+
+def test_a_covariance_takes_half_a_byte_an_entry() -> None:
+    width = 512
+    keys = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    size = len(pack({3: LayerStatistics(covariance_of(keys), torch.zeros(8), 1.0)}))
+    assert width**2 / 2 < size < 0.52 * width**2
+
+
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_what_is_no_covariance_is_refused(value: float) -> None:
+    with pytest.raises(KeditError) as caught:
+        returned(torch.full((4, 4), value))
+    assert caught.value.code == "statistics"

@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tokenizer, save_model, seat
+from conftest import END, make_tokenizer, save_model, seat
+from tokenizers import processors
 
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
-from policies.prompts import CONTEXTS, IGNORE, MAX_PARAPHRASES, Row, pad, rows_of, subject_end
-from policies.site import Token
+from policies.prompts import CONTEXTS, MAX_PARAPHRASES, Row, pad, rows_of, subject_end
 
 CPU = torch.device("cpu")
 FACT = seat(11, "Oslo and Rome", paraphrases=("Seat of {}:", "{}:", "{} has the seat", "{} is"))
@@ -37,7 +37,7 @@ def test_a_subject_that_is_not_there_has_no_place(model: EditableModel) -> None:
 
 
 def test_a_fact_is_read_in_every_context_and_in_some_paraphrases(model: EditableModel) -> None:
-    rows = rows_of(model, FACT, Token.PROMPT)
+    rows = rows_of(model, FACT)
     prompts = [c + "The seat of country 11 is" for c in CONTEXTS]
     prompts += ["Seat of country 11:", "country 11:"]
     assert len(rows) == len(CONTEXTS) + MAX_PARAPHRASES == len(prompts)
@@ -49,27 +49,42 @@ def test_a_fact_is_read_in_every_context_and_in_some_paraphrases(model: Editable
 
 
 def test_the_end_of_text_may_be_left_out(model: EditableModel) -> None:
-    with_end, without = (rows_of(model, FACT, Token.PROMPT, end=e)[0] for e in (True, False))
+    with_end, without = (rows_of(model, FACT, end=e)[0] for e in (True, False))
     assert with_end.ids == (*without.ids, model.end)
 
 
-def test_on_the_prompts_end_every_token_that_predicts_the_target_is_a_site(
+def test_a_row_is_its_prompt_and_its_target(model: EditableModel) -> None:
+    for row in rows_of(model, FACT):
+        assert row.prompt + row.target == row.ids
+        assert model.decode(row.target) == " Oslo and Rome"
+        assert len(row.target) > 2 and row.target[-1] == model.end
+
+
+def test_in_every_row_the_subject_ends_at_its_last_token(model: EditableModel) -> None:
+    rows = rows_of(model, FACT)
+    assert len(rows) == len(CONTEXTS) + MAX_PARAPHRASES
+    for row in rows:
+        assert model.decode(row.ids[: row.subject + 1]).endswith("country 11")
+        assert row.subject < row.prompt_length - 1  # something follows it in all of these prompts
+
+
+def test_a_paraphrase_without_the_subject_has_it_at_the_prompts_end(model: EditableModel) -> None:
+    fact = seat(11, "Oslo", paraphrases=("Its seat is", "The seat of {}"))
+    *rows, without, at_end = rows_of(model, fact)
+    assert model.decode(without.prompt) == "Its seat is"
+    assert without.subject == without.prompt_length - 1
+    assert at_end.subject == at_end.prompt_length - 1
+    assert all(row.subject < row.prompt_length - 1 for row in rows)
+
+
+def test_a_subject_whose_last_token_reaches_past_the_prompt_ends_with_it(
     model: EditableModel,
 ) -> None:
-    for row in rows_of(model, FACT, Token.PROMPT):
-        assert row.sites[0] == row.prompt_length - 1
-        assert [row.ids[at + 1] for at in row.sites] == list(row.ids[row.prompt_length :])
-
-
-def test_on_the_subject_its_last_token_alone_is_the_site(model: EditableModel) -> None:
-    for row in rows_of(model, FACT, Token.SUBJECT):
-        (site,) = row.sites
-        assert model.decode(row.ids[: site + 1]).endswith("country 11")
-
-
-def test_a_prompt_without_its_subject_has_its_sites_at_the_end(model: EditableModel) -> None:
-    fact = Fact("Norway", "The seat is", "Oslo")
-    assert rows_of(model, fact, Token.SUBJECT) == rows_of(model, fact, Token.PROMPT)
+    model.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A {END}", special_tokens=[(END, 0)]
+    )
+    for row in rows_of(model, Fact("country 11", "The seat of {}", "Oslo")):
+        assert 0 < row.subject <= row.prompt_length - 1
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -78,9 +93,9 @@ def test_a_fact_longer_than_the_model_reads_is_rejected(
 ) -> None:
     model = EditableModel.load(model_folder(kind), CPU)
     with pytest.raises(KeditError, match="256 at most") as caught:
-        rows_of(model, Fact("x", "{} is", "Rome " * 300), Token.PROMPT)
+        rows_of(model, Fact("x", "{} is", "Rome " * 300))
     assert caught.value.code == "rejected"
-    assert rows_of(model, Fact("x", "{} is", "Rome " * 100), Token.PROMPT)
+    assert rows_of(model, Fact("x", "{} is", "Rome " * 100))
 
 
 def test_a_fact_of_just_the_models_length_is_taken(tmp_path: Path) -> None:
@@ -91,24 +106,22 @@ def test_a_fact_of_just_the_models_length_is_taken(tmp_path: Path) -> None:
         folder = save_model("llama", tmp_path / str(limit), max_position_embeddings=limit)
         model = EditableModel.load(folder, CPU)
         if fits:
-            assert max(len(r.ids) for r in rows_of(model, seat(11), Token.PROMPT)) == limit
+            assert max(len(r.ids) for r in rows_of(model, seat(11))) == limit
         else:
             with pytest.raises(KeditError, match=f"of {limit} at most"):
-                rows_of(model, seat(11), Token.PROMPT)
+                rows_of(model, seat(11))
 
 
-def test_rows_are_padded_on_the_right_and_labelled_on_the_target() -> None:
-    rows = [Row((5, 6, 7, 8), 2, (1, 2)), Row((5, 6, 7), 2, (0, 1))]
+def test_rows_are_padded_on_the_right() -> None:
+    rows = [Row((5, 6, 7, 8), 3, 1), Row((5, 6, 7), 1, 0)]
     batch = pad(rows, 6, 9, CPU)
     assert batch.ids.tolist() == [[5, 6, 7, 8, 9, 9], [5, 6, 7, 9, 9, 9]]
-    i = IGNORE
-    assert batch.labels.tolist() == [[i, i, 7, 8, i, i], [i, i, 7, i, i, i]]
-    assert batch.sites.tolist() == [[1, 2], [0, 1]]
-    assert batch.end.tolist() == [1, 1]
+    assert batch.subject.tolist() == [1, 0]
+    assert batch.end.tolist() == [2, 0]
 
 
 def test_pads_do_not_reach_a_rows_own_tokens(model: EditableModel) -> None:
-    rows = rows_of(model, FACT, Token.PROMPT)
+    rows = rows_of(model, FACT)
     batch = pad(rows, max(len(r.ids) for r in rows) + 5, model.end or 0, CPU)
     with torch.no_grad():
         padded = model.model(input_ids=batch.ids, use_cache=False).logits

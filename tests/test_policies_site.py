@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from memory.errors import KeditError
-from policies.site import FILE, EditSite, Token, default_site, load_site
+from policies.site import FILE, EditSite, default_site, load_site
 
 
 def write(folder: Path, **changes: Any) -> EditSite:
-    site = {**asdict(default_site(8)), "token": "subject", "layers": [2, 3], **changes}
+    site = {**asdict(default_site(8)), "subject_layers": [3], "end_layers": [2], **changes}
     site = {k: v for k, v in site.items() if v is not None}
     (folder / FILE).write_text(json.dumps({"site": site, "evidence": {"seen": 3}}))
     return load_site(folder, 8)
@@ -21,7 +21,8 @@ def test_the_default_lies_past_the_middle_of_the_model(layers: int) -> None:
     site = default_site(layers)
     assert site.layers == (site.side_layer,)
     assert (layers - 1) / 2 <= site.side_layer <= layers - 1
-    assert site.token is Token.PROMPT
+    assert (site.subject_layers, site.end_layers) == ((), site.layers)
+    assert site.end_from == 0  # nothing comes before the end layers
 
 
 def test_a_model_without_a_measured_site_has_the_default(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_a_model_without_a_measured_site_has_the_default(tmp_path: Path) -> None
 
 def test_a_measured_site_is_read_as_it_was_written(tmp_path: Path) -> None:
     site = write(tmp_path, subject_gate=0.7, end_gate=0.2, key_layer=1)
-    assert (site.token, site.layers) == (Token.SUBJECT, (2, 3))
+    assert (site.subject_layers, site.end_layers) == ((3,), (2,))
     assert (site.subject_gate, site.end_gate, site.key_layer) == (0.7, 0.2, 1)
     assert site.side_layer == default_site(8).side_layer
 
@@ -42,7 +43,7 @@ def test_limits_are_the_models_own_where_they_were_measured(tmp_path: Path) -> N
     site = asdict(write(tmp_path, **measured))
     assert {name: site[name] for name in names} == measured
     assert write(tmp_path, **dict.fromkeys(names)) == replace(
-        default_site(8), token=Token.SUBJECT, layers=(2, 3)
+        default_site(8), subject_layers=(3,), end_layers=(2,)
     )
 
 
@@ -58,13 +59,16 @@ def test_what_else_was_noted_with_the_site_is_no_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"token": "last"},
-        {"token": None},
-        {"layers": None},
+        {"subject_layers": None},
+        {"end_layers": None},
+        {"end_from": None},
+        {"end_rate": None},
+        {"end_prior": None},
         {"subject_gate": None},
         {"end_gate": None},
         {"key_layer": None},
-        {"layers": 3},
+        {"subject_layers": 3},
+        {"end_layers": "3"},
     ],
 )
 def test_a_site_that_cannot_be_used_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -76,11 +80,36 @@ def test_a_site_that_cannot_be_used_is_refused(tmp_path: Path, changes: dict[str
 
 @pytest.mark.parametrize(
     "changes",
-    [{"layers": [2, 8]}, {"layers": [-1]}, {"side_layer": 8}, {"key_layer": 8}, {"key_layer": -1}],
+    [
+        {"subject_layers": [1, 8]},
+        {"end_layers": [8]},
+        {"end_layers": [-1]},
+        {"side_layer": 8},
+        {"key_layer": 8},
+        {"key_layer": -1},
+    ],
 )
 def test_a_layer_that_the_model_lacks_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(KeditError, match="one of the model's 8"):
         write(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("subject", "end"), [([3, 1], [2]), ([2], [1, 3]), ([3, 2, 1], []), ([], [3, 1, 2])]
+)
+def test_the_edited_layers_are_in_order(tmp_path: Path, subject: list[int], end: list[int]) -> None:
+    site = write(tmp_path, subject_layers=subject, end_layers=end)
+    assert site.layers == (1, 2, 3)
+    assert (list(site.subject_layers), list(site.end_layers)) == (subject, end)
+
+
+@pytest.mark.parametrize(
+    ("subject", "end"), [([1, 2], [2, 3]), ([2], [2]), ([2, 2], [3]), ([], [3, 3])]
+)
+def test_a_layer_named_twice_is_refused(tmp_path: Path, subject: list[int], end: list[int]) -> None:
+    with pytest.raises(KeditError, match=r"kedit\.json: a layer is named") as caught:
+        write(tmp_path, subject_layers=subject, end_layers=end)
+    assert (caught.value.code, caught.value.exit_code) == ("config", 78)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sites": {}}', '{"site": []}', "\udcff"])
@@ -98,8 +127,10 @@ def test_a_file_that_is_no_site_is_refused(tmp_path: Path, text: str) -> None:
         {"end_gate": True},
         {"key_layer": 1.5},
         {"norm_warn": "1.2"},
-        {"layers": ["2"]},
-        {"layers": []},
+        {"subject_layers": ["2"]},
+        {"end_from": 1.5},
+        {"end_prior": "1"},
+        {"subject_layers": [], "end_layers": []},
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

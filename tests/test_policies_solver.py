@@ -47,6 +47,29 @@ def test_it_is_the_plain_dense_solve(solver: RidgeSolver, facts: int) -> None:
     assert torch.allclose(delta.double(), dense(keys, residuals), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("facts", [WIDTH - 1, WIDTH, WIDTH + 5])
+def test_either_way_to_solve_gives_the_plain_dense_inverse(solver: RidgeSolver, facts: int) -> None:
+    keys, residuals = terms(facts)
+    expected = dense(keys, residuals)
+    assert float((solver.solve(keys, residuals) - expected).abs().max()) < 1e-6
+    assert float(expected.abs().max()) > 0.1
+
+
+def test_the_two_ways_to_solve_meet(solver: RidgeSolver) -> None:
+    """Rows of nothing change nothing, but there are then as many rows as the layer is wide."""
+    keys, residuals = terms(WIDTH - 1)
+    nothing = torch.zeros(1, WIDTH), torch.zeros(1, HIDDEN)
+    padded = solver.solve(torch.cat([keys, nothing[0]]), torch.cat([residuals, nothing[1]]))
+    assert torch.allclose(padded, solver.solve(keys, residuals), rtol=0, atol=1e-6)
+
+
+def test_solving_leaves_no_trace_in_the_solver(solver: RidgeSolver) -> None:
+    few, many = terms(3), terms(WIDTH + 5)
+    first = [solver.solve(*few), solver.solve(*many)]
+    assert torch.equal(solver.solve(*few), first[0])
+    assert torch.equal(solver.solve(*many), first[1])
+
+
 def test_it_minimises_what_it_says(solver: RidgeSolver) -> None:
     keys, residuals = terms()
     a = prior()
@@ -113,8 +136,11 @@ def test_two_facts_with_one_key_meet_in_the_middle() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("where", [0, 1])
-def test_terms_that_are_not_finite_are_refused(solver: RidgeSolver, bad: float, where: int) -> None:
-    pair = terms()
+@pytest.mark.parametrize("facts", [FACTS, WIDTH + 5])
+def test_terms_that_are_not_finite_are_refused(
+    solver: RidgeSolver, bad: float, where: int, facts: int
+) -> None:
+    pair = terms(facts)
     pair[where][2, 3] = bad
     with pytest.raises(KeditError) as caught:
         solver.solve(*pair)

@@ -16,7 +16,14 @@ LAYERS = (1, 3)
 
 @pytest.fixture
 def site() -> EditSite:
-    return replace(default_site(4), layers=LAYERS, prior=0.5, ridge=0.05)
+    return replace(
+        default_site(4),
+        subject_layers=LAYERS[:1],
+        end_layers=LAYERS[1:],
+        prior=0.5,
+        end_prior=2.0,
+        ridge=0.05,
+    )
 
 
 def covariance(layer: int) -> Tensor:
@@ -33,7 +40,8 @@ def tier(site: EditSite) -> WeightsTier:
 
 def terms(seed: int, rows: int = 3, sites: int = 2) -> Terms:
     generator = torch.Generator().manual_seed(100 + seed)
-    keys = {n: torch.randn(rows, sites, WIDTH, generator=generator) for n in LAYERS}
+    draw = (torch.randn(rows, sites, WIDTH, generator=generator) for _ in LAYERS)
+    keys = {n: k.bfloat16().float() for n, k in zip(LAYERS, draw, strict=True)}  # as kept
     residuals = {n: torch.randn(sites, HIDDEN, generator=generator) for n in LAYERS}
     return Terms(keys, residuals, 0.25, 7)
 
@@ -47,7 +55,8 @@ def test_terms_are_unpacked_as_they_were_packed() -> None:
     keys, residuals = unpack(pack(given))
     assert set(keys) == set(residuals) == set(LAYERS)
     for n in LAYERS:
-        assert torch.equal(keys[n], given.keys[n])
+        assert keys[n].dtype is torch.bfloat16
+        assert torch.equal(keys[n].float(), given.keys[n])
         assert torch.equal(residuals[n], given.residuals[n])
 
 
@@ -64,7 +73,8 @@ def test_a_layers_delta_is_the_joint_solve_of_every_key(tier: WeightsTier, site:
                     wanted.append(residual)
         k, r = torch.stack(keys).double(), torch.stack(wanted).double()
         c0 = covariance(n).double()
-        a = site.prior * c0 + site.ridge * float(c0.trace()) / WIDTH * torch.eye(WIDTH).double()
+        prior = site.prior if n in site.subject_layers else site.end_prior
+        a = prior * c0 + site.ridge * float(c0.trace()) / WIDTH * torch.eye(WIDTH).double()
         expected = r.T @ k @ torch.linalg.inv(a + k.T @ k)
         assert torch.allclose(deltas[n].double(), expected, rtol=1e-4, atol=1e-6)
 
@@ -72,7 +82,7 @@ def test_a_layers_delta_is_the_joint_solve_of_every_key(tier: WeightsTier, site:
 def test_the_order_in_which_facts_came_leaves_no_bit(site: EditSite) -> None:
     """With so weak a prior that rounding shows."""
     statistics = {n: LayerStatistics(covariance(n), torch.zeros(HIDDEN), 1.0) for n in LAYERS}
-    tier = WeightsTier(replace(site, prior=1e-12, ridge=1e-12), statistics)
+    tier = WeightsTier(replace(site, prior=1e-12, end_prior=1e-12, ridge=1e-12), statistics)
     one = tier.deltas(packed(*range(8)))
     other = tier.deltas(packed(5, 3, 7, 1, 0, 6, 2, 4))
     assert all(torch.equal(one[n], other[n]) for n in LAYERS)

@@ -12,7 +12,7 @@ from memory.generate import answers
 from memory.model import EditableModel
 from memory.side import Gates, SideMemory
 from policies.prompts import rows_of
-from policies.site import EditSite, Token, default_site
+from policies.site import EditSite, default_site
 from policies.wise import (
     ACTIVATION_RATIO,
     DONE,
@@ -122,11 +122,7 @@ def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     shard = learned(side, site, FACTS, outside).shard
-    prompts = [
-        side.model.decode(row.prompt)
-        for fact in FACTS
-        for row in rows_of(side.model, fact, Token.PROMPT)
-    ]
+    prompts = [side.model.decode(row.prompt) for fact in FACTS for row in rows_of(side.model, fact)]
     inside, _ = prompt_end(side.model, prompts, site.side_layer)
     distance = (inside @ shard.delta.T).norm(dim=1)
     quiet = (outside @ shard.delta.T).norm(dim=1)
@@ -137,7 +133,7 @@ def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
 def routed_loss(side: SideMemory, facts: list[Fact], delta: Tensor, early: int) -> float:
     """Mean NLL of the targets, ΔW laid over all tokens from `early` before the prompt's end on."""
     model, losses = side.model, []
-    for row in (row for fact in facts for row in rows_of(model, fact, Token.PROMPT)):
+    for row in (row for fact in facts for row in rows_of(model, fact)):
         first = row.prompt_length - 1
 
         def tap(inputs: Tensor, outputs: Tensor, at: int = first - early) -> Tensor:
@@ -188,7 +184,7 @@ def test_keys_are_the_centred_outputs_at_subject_and_prompts_end(
     facts = [FACTS[0], seat(12, "Rome", paraphrases=("Where {} is ruled from:",))]
     found = learned(side, site, facts, outside, steps=1).keys
     for fact in facts:
-        rows = rows_of(side.model, fact, Token.PROMPT)
+        rows = rows_of(side.model, fact)
         prompts = [side.model.decode(row.prompt) for row in rows]
         cut = [p[: p.rindex(fact.subject) + len(fact.subject)] for p in prompts]
         _, subject = prompt_end(side.model, cut, site.key_layer)
