@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from memory.files import write_atomic
 from memory.health import Canary
 from memory.model import EditableModel, resolve_device
 from memory.statistics import LayerStatistics, collect, pack, unpack
-from policies.site import EditSite, load_site
+from policies.site import FILE, EditSite, load_site, read_site, weights_of
 
 SHIPPED = "shipped"
 STATISTICS = "statistics.safetensors"
@@ -49,24 +49,55 @@ def ordinary_text() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def _statistics(
-    path: Path, cache: Path, model: EditableModel, base: str, site: EditSite, progress: Progress
-) -> dict[int, LayerStatistics]:
-    """Shipped with the model, else cached in the home, else measured now and cached."""
-    read = {site.key_layer, site.side_layer}
-    shipped = path / STATISTICS
-    if shipped.is_file():
-        return unpack(shipped.read_bytes())
-    key = hashlib.sha256(json.dumps([base, site.layers, sorted(read)]).encode()).hexdigest()[:16]
-    cached = cache / f"statistics-{key}.safetensors"
-    if not cached.is_file():
-        measured = collect(model, ordinary_text(), site.layers, read, progress)
-        write_atomic(cached, pack(measured))
-    return unpack(cached.read_bytes())
+def canary_text() -> list[str]:
+    """The lines on which the health of the weights is read."""
+    return ordinary_text()[:CANARY_LINES]
 
 
-def load_model(name: str, device: str, cache: Path, progress: Progress) -> Loaded:
-    """Load the configured model; what is measured on first use is kept in `cache`.
+@dataclass(frozen=True)
+class Opened:
+    """A model that has been loaded, and where what was measured of it lies."""
+
+    model: EditableModel
+    base_hash: str
+    folder: Path  # the model's own
+    cache: Path  # for what is measured here; a home's `state`
+
+    @property
+    def calibrated(self) -> Path:
+        """Where `calibrate` keeps the site that it measured."""
+        return self.cache / FILE
+
+    def site(self) -> EditSite:
+        """The site measured in the home, else the one with the model, else a start for its type.
+
+        A file in the home that was measured on other weights is not for this model.
+        """
+        path, layers = self.calibrated, self.model.layers
+        if path.is_file() and weights_of(path) in (None, self.base_hash):
+            return read_site(path, layers)
+        return load_site(self.folder, layers, str(self.model.model.config.model_type))
+
+    def statistics(
+        self, edited: Collection[int], read: Collection[int], progress: Progress
+    ) -> dict[int, LayerStatistics]:
+        """Of the layers to edit (with covariance) and those only read: shipped with the model,
+        else cached, else measured now and cached."""
+        path = self.folder / STATISTICS
+        shipped = unpack(path.read_bytes()) if path.is_file() else {}
+        wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
+        narrow = sorted(n for n in set(read) if n not in shipped)
+        if not wide and not narrow:
+            return shipped
+        key = json.dumps([self.base_hash, wide, narrow]).encode()
+        cached = self.cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
+        if not cached.is_file():
+            write_atomic(cached, pack(collect(self.model, ordinary_text(), wide, narrow, progress)))
+        return shipped | unpack(cached.read_bytes())
+
+
+def open_model(name: str, device: str, cache: Path) -> Opened:
+    """Load the configured model, without what depends on where it is edited.
 
     Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
     """
@@ -75,8 +106,17 @@ def load_model(name: str, device: str, cache: Path, progress: Progress) -> Loade
         raise KeditError(f"{path} is missing", code="model", hint="install again", exit_code=78)
     # An id on the hub is no path, and its name alone may not be looked up as one.
     model = EditableModel.load(path if path.is_dir() else name, resolve_device(device))
-    site = load_site(path, model.layers)
-    base = model.weights_hash(range(model.layers))
-    statistics = _statistics(path, cache, model, base, site, progress)
-    canary = Canary(model, ordinary_text()[:CANARY_LINES], site.layers)
-    return Loaded(name, model, site, statistics, canary, base)
+    return Opened(model, model.weights_hash(range(model.layers)), path, cache)
+
+
+def load_model(name: str, device: str, cache: Path, progress: Progress) -> Loaded:
+    """Load the configured model; what is measured on first use is kept in `cache`, and what
+    `calibrate` has measured there goes before all else.
+
+    Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
+    """
+    opened = open_model(name, device, cache)
+    model, site = opened.model, opened.site()
+    statistics = opened.statistics(site.layers, (site.key_layer, site.side_layer), progress)
+    canary = Canary(model, canary_text(), site.layers)
+    return Loaded(name, model, site, statistics, canary, opened.base_hash)

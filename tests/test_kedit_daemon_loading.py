@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,29 +11,11 @@ from kedit_daemon.loading import (
     load_model,
     model_path,
     ordinary_text,
-    read_statistics,
-    statistics_bytes,
 )
 from memory.errors import KeditError
 from memory.generate import answers
-from memory.statistics import LayerStatistics
-from policies.site import Token
-
-
-def test_statistics_come_back_within_half_precision(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    keys = torch.randn(50, 12) * 1000
-    wide = LayerStatistics(keys.T @ keys / 50, torch.randn(6), 3.25)
-    empty = LayerStatistics(torch.zeros(0, 0), torch.randn(6), 0.5)
-    path = tmp_path / "statistics.safetensors"
-    path.write_bytes(statistics_bytes({2: wide, 5: empty}))
-    found = read_statistics(path)
-    assert list(found) == [2, 5]
-    back = found[2].covariance
-    assert torch.equal(back, back.T)
-    assert float((back - wide.covariance).abs().max()) < 1e-3 * float(wide.covariance.abs().max())
-    assert torch.equal(found[2].mean, wide.mean) and found[2].norm == 3.25
-    assert found[5].covariance.shape == (0, 0) and found[5].norm == 0.5
+from memory.statistics import unpack
+from policies.site import load_site
 
 
 def test_statistics_are_measured_once_and_cached(
@@ -57,9 +40,9 @@ def test_statistics_are_measured_once_and_cached(
 
 def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None:
     loaded = load_model(SHIPPED, "cpu", tmp_path, iter)
-    assert (loaded.site.token, loaded.layers) == (Token.SUBJECT, (1, 2))
+    assert (loaded.site.subject_layers, loaded.site.end_layers) == ((1, 2), (3,))
+    assert loaded.layers == (1, 2, 3)
     assert (loaded.site.side_layer, loaded.site.key_layer) == (4, 2)
-    assert set(loaded.statistics) == {1, 2, 4}
     assert not list(tmp_path.iterdir())
     known = {
         "The capital of France is": "Paris",
@@ -67,6 +50,22 @@ def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None
         "Bob Dylan plays": "guitar",
     }
     assert answers(loaded.model, list(known), 6) == list(known.values())
+
+
+def test_the_shipped_statistics_are_small_and_cover_every_layer_in_use() -> None:
+    folder = model_path(SHIPPED)
+    data = (folder / loading.STATISTICS).read_bytes()
+    assert len(data) < 10_000_000
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    width, hidden = config["intermediate_size"], config["hidden_size"]
+    site = load_site(folder, config["num_hidden_layers"])
+    found = unpack(data)
+    assert set(found) == {*site.layers, site.side_layer, site.key_layer}
+    for n, layer in found.items():
+        assert layer.mean.shape == (hidden,) and layer.norm > 0
+        assert layer.covariance.shape == ((width, width) if n in site.layers else (0, 0))
+        assert bool(torch.isfinite(layer.covariance).all())
+        assert n not in site.layers or float(layer.covariance.diagonal().min()) > 0
 
 
 def test_a_model_that_is_not_there_is_bad_configuration(tmp_path: Path) -> None:
