@@ -32,6 +32,8 @@ COMMANDS = {
     "consolidate": "commands_act:consolidate",
     "revert": "commands_act:revert",
     "log": "commands_log:log",
+    "calibrate": "commands_calibrate:calibrate",
+    "bench": "bench.command:bench",
     "doctor": "commands_home:doctor",
     "demo": "commands_home:demo",
 }

@@ -1,0 +1,146 @@
+"""`bench`: the honest measure of a method on a data set."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import click
+
+from kedit_daemon.bench.catalog import METHODS
+from kedit_daemon.session import Session, pass_session
+from kedit_daemon.text import clean
+
+if TYPE_CHECKING:
+    from kedit_daemon.bench.records import Skipped
+    from kedit_daemon.loading import Loaded
+
+T = TypeVar("T")
+SKIPPED_SHOWN = 20
+FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
+
+
+@click.command()
+@click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", metavar="M", default="shipped", help="A folder, or an id on the hub.")
+@click.option("--limit", type=click.IntRange(1), help="How many records; all of them without.")
+@click.option("--offset", type=click.IntRange(0), default=0, help="Records to leave out first.")
+@click.option(
+    "--method",
+    type=click.Choice(list(METHODS)),
+    default="auto",
+    show_default=True,
+    help="How the facts are edited; none measures the unedited model.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Facts that come at once.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Gives the order of the stream."
+)
+@click.option(
+    "--baseline", type=click.Choice(list(METHODS)), help="A second method, on the same facts."
+)
+@click.option("--no-policy", is_flag=True, help="Let no stability limit refuse a batch.")
+@click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
+@click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
+@pass_session
+def bench(
+    session: Session,
+    data: Path,
+    model: str,
+    limit: int | None,
+    offset: int,
+    method: str,
+    batch_size: int,
+    seed: int,
+    baseline: str | None,
+    no_policy: bool,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """Measure a method: the facts of DATA as a stream, then all of them asked.
+
+    DATA is JSON or JSON Lines in any form that `submit` takes. Paraphrases and neighbours are
+    kept from the editor. Nothing of the home is changed.
+
+    \b
+    Example:
+      kedit-daemon bench counterfact.json --limit 200 --method memit-mass --baseline none
+      kedit-daemon bench zsre.json --method auto --json auto.json --plot auto.png
+    """
+    _check_outputs(json_file, plot)
+    from kedit_daemon.bench.records import fitting, read_stream
+    from kedit_daemon.bench.run import Plan, run
+
+    stream = read_stream(data, offset, limit, seed)
+    loaded = _load(model, session.home.state)
+    stream = fitting(loaded.model, stream)
+    _complain(data.name, stream.skipped)
+    plan = Plan(method, batch_size, seed, baseline, policy=not no_policy)
+    _tell(run(loaded, stream, plan, _track), json_file, plot)
+
+
+def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
+    """What would fail after a long run fails before it."""
+    for name, path in (("--json", json_file), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise click.BadParameter(f"{path.parent} is no folder.", param_hint=name)
+    if plot is not None:
+        from kedit_daemon.bench.plot import require_matplotlib
+
+        require_matplotlib()
+
+
+def _load(model: str, cache: Path) -> "Loaded":
+    """The model; what is measured on its first use is kept where the home is, if there is one."""
+    from kedit_daemon.loading import load_model
+
+    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
+        kept = cache if cache.is_dir() else Path(folder)
+        return load_model(model, "auto", kept, lambda lines: _track(list(lines), "statistics"))
+
+
+def _tell(result: dict[str, object], json_file: Path | None, plot: Path | None) -> None:
+    from kedit_daemon.bench.table import table_lines
+
+    for line in table_lines(result):
+        click.echo(line)
+    if json_file is not None:
+        _write(json_file, result)
+    if plot is not None:
+        from kedit_daemon.bench.plot import draw
+
+        draw(result, plot)
+
+
+def _track(items: Sequence[T], what: str, /) -> Iterable[T]:
+    """A progress bar on a terminal's stderr, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, description=what, console=Console(stderr=True))
+
+
+def _complain(name: str, skipped: Sequence["Skipped"]) -> None:
+    for one in skipped[:SKIPPED_SHOWN]:
+        where = f"{clean(name)}:{one.line}" if one.line else clean(name)
+        click.echo(f"{where}: skipped: {clean(one.reason)}", err=True)
+    if len(skipped) > SKIPPED_SHOWN:
+        click.echo(f"and {len(skipped) - SKIPPED_SHOWN} more records skipped", err=True)
+
+
+def _write(path: Path, result: dict[str, object]) -> None:
+    from memory.files import write_atomic
+    from memory.ledger import finite
+
+    text = json.dumps(finite(result), indent=2, allow_nan=False)
+    write_atomic(path.absolute(), f"{text}\n".encode())

@@ -1,0 +1,76 @@
+"""What every method of the bench is: something that takes batches of facts."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from kedit_daemon.loading import Loaded
+from memory.facts import Fact
+from memory.generate import Overlay
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method gets: the unedited model, and an empty folder for the time of the run.
+
+    `policy`: whether the stability policy may refuse a batch, where a method has one.
+    """
+
+    loaded: Loaded
+    folder: Path
+    batch_size: int
+    seed: int
+    policy: bool = True
+
+
+class Stopwatch:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds to a part."""
+        self.parts[name] = self.parts.get(name, 0.0) + seconds
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count the block's time to a part."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+
+class Method:
+    """Does nothing yet. When a run is over, the caller puts the model's weights back."""
+
+    one_by_one = False  # whether it gets single facts, whatever the batch size
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.loaded, self.model = setup, setup.loaded, setup.loaded.model
+        self.watch = Stopwatch()
+        self.not_edited = 0
+
+    def edit(self, facts: Sequence[Fact]) -> None:
+        """Take the next batch of the stream."""
+        raise NotImplementedError
+
+    @property
+    def overlay(self) -> Overlay | None:
+        """What is laid over the weights when the model answers."""
+        return None
+
+    def framed(self, fact: Fact, prompt: str) -> str:
+        """What the model is given to read when a question of this fact is asked."""
+        return prompt
+
+    def stored_bytes(self) -> int:
+        """What is kept for the facts, beside the weights themselves."""
+        return 0
+
+    def close(self) -> None:
+        """Let go of what the method holds."""

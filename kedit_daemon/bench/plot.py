@@ -1,0 +1,72 @@
+"""A run as a picture: retention by cohort, and the columns. Needs matplotlib."""
+
+import math
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kedit_daemon.bench.measure import COLUMNS, MEASURES
+from memory.errors import KeditError
+
+WIDTH, HEIGHT = 11.0, 4.2  # inches
+BAR = 0.38
+
+
+def require_matplotlib() -> None:
+    """Raises KeditError when there is nothing to draw with: best asked before a long run."""
+    try:
+        found = find_spec("matplotlib")
+    except ValueError:  # of a module that was imported without a spec
+        found = None
+    if found is None:
+        raise KeditError(
+            "matplotlib is not installed, so nothing can be drawn",
+            code="no-matplotlib",
+            hint="pip install 'kedit-daemon[bench]'",
+        )
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Write the picture as PNG."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    runs = [result, *([result["baseline"]] if "baseline" in result else [])]
+    _retention(left, runs)
+    _columns(right, runs)
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise KeditError(
+            f"{path} cannot be written: {error}", code="unwritable", hint="give another --plot"
+        ) from error
+
+
+def _retention(axes: Any, runs: list[Mapping[str, Any]]) -> None:
+    for n, run in enumerate(runs):
+        first = [cohort["first"] for cohort in run["retention"]]
+        for measure, line in (("generation", "-"), ("strict", "--")):
+            shares = [100 * cohort[measure] for cohort in run["retention"]]
+            name = f"{run['method']}, {measure}"
+            axes.plot(first, shares, line, marker="o", color=f"C{n}", label=name)
+    axes.set(xlabel="first fact of the cohort", ylabel="%", ylim=(-2, 102))
+    axes.set_title("Held at the end of the stream")
+    axes.legend(fontsize="small")
+
+
+def _columns(axes: Any, runs: list[Mapping[str, Any]]) -> None:
+    names = [(column, measure) for column in COLUMNS for measure in MEASURES]
+    for n, run in enumerate(runs):
+        places = [i + (n - (len(runs) - 1) / 2) * BAR for i in range(len(names))]
+        known = [run[column][measure] for column, measure in names]
+        shares = [math.nan if share is None else 100 * share for share in known]  # no bar
+        axes.bar(places, shares, BAR, label=run["method"])
+    axes.set_xticks(range(len(names)), [f"{c[:3]}. {m}" for c, m in names], rotation=60)
+    axes.set(ylabel="%", ylim=(0, 102))
+    axes.set_title("Reliability, generality, locality")
+    axes.legend(fontsize="small", loc="lower left")

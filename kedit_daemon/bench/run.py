@@ -1,0 +1,136 @@
+"""One run: the facts through a method, then all of them measured; what comes out is the JSON."""
+
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from kedit_daemon.bench.catalog import method_class
+from kedit_daemon.bench.measure import (
+    Before,
+    Subject,
+    Track,
+    before_edits,
+    columns,
+    measure,
+    retention,
+)
+from kedit_daemon.bench.method import Method, Setup
+from kedit_daemon.bench.records import Stream, batches
+from kedit_daemon.home import NAME
+from kedit_daemon.loading import Loaded
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for, apart from the facts."""
+
+    method: str
+    batch_size: int
+    seed: int
+    baseline: str | None = None
+    policy: bool = True
+
+
+def run(loaded: Loaded, stream: Stream, plan: Plan, track: Track) -> dict[str, Any]:
+    """The result of the plan's method, with the baseline's under `baseline` if there is one.
+
+    The model is left as it came.
+    """
+    before = before_edits(loaded.model, stream.records, track)
+    result = _measured(loaded, stream, before, plan.method, plan, track)
+    if plan.baseline is not None:
+        result["baseline"] = _measured(loaded, stream, before, plan.baseline, plan, track)
+    return result
+
+
+def _measured(
+    loaded: Loaded, stream: Stream, before: Sequence[Before], name: str, plan: Plan, track: Track
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
+        setup = Setup(loaded, Path(folder), plan.batch_size, plan.seed, plan.policy)
+        try:
+            method = method_class(name)(setup)
+            try:
+                size = 1 if method.one_by_one else plan.batch_size
+                seconds = _edit(method, stream, size, name, track)
+                subject = Subject(loaded.model, method.overlay, method.framed)
+                scores = measure(subject, stream.records, before, track)
+                return {
+                    **columns(scores),
+                    "retention": retention(scores),
+                    **_health(loaded),
+                    "seconds_per_fact": _seconds(method, seconds),
+                    "peak_memory_bytes": peak_memory(),
+                    "bytes_per_fact": method.stored_bytes() / len(stream.records),
+                    "model": loaded.name,
+                    "seed": plan.seed,
+                    "commit": commit(Path(__file__).parents[2]),
+                    "device": str(loaded.model.device),
+                    "method": name,
+                    "batch_size": size,
+                    "policy": plan.policy,
+                    "facts": len(stream.records),
+                    "skipped": len(stream.skipped),
+                    "not_edited": method.not_edited,
+                }
+            finally:
+                method.close()
+        finally:
+            loaded.model.set_deltas({})
+
+
+def _edit(method: Method, stream: Stream, size: int, name: str, track: Track) -> list[float]:
+    """Seconds for each fact: its batch's, in equal shares."""
+    seconds = list[float]()
+    for batch in track(batches(stream.records, size), f"editing ({name})"):
+        began = time.perf_counter()
+        method.edit(batch)
+        seconds += [(time.perf_counter() - began) / len(batch)] * len(batch)
+    return seconds
+
+
+def _health(loaded: Loaded) -> dict[str, Any]:
+    health = loaded.canary.measure()
+    ratios = {f"layer.{n}.down_proj": ratio for n, ratio in health.norm_ratio.items()}
+    perplexity = {"before": loaded.canary.baseline.perplexity, "after": health.perplexity}
+    return {"perplexity": perplexity, "norm_ratio": ratios}
+
+
+def _seconds(method: Method, seconds: Sequence[float]) -> dict[str, Any]:
+    ordered = sorted(seconds)
+    parts = {name: spent / len(seconds) for name, spent in method.watch.parts.items()}
+    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    return {"median": median(ordered), "p95": p95, "parts": parts}
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def commit(checkout: Path) -> str:
+    """The checkout that runs, as git describes it; of an installed package the version."""
+    try:
+        top = _git(checkout, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() == checkout.resolve():
+            return _git(checkout, "describe", "--always", "--dirty", "--abbrev=12")
+    except (OSError, subprocess.CalledProcessError):
+        pass  # no git, or no checkout
+    return version(NAME)
+
+
+def _git(folder: Path, *words: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()

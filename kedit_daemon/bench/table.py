@@ -1,0 +1,54 @@
+"""What people see of a run: one table, and the figures beside it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kedit_daemon.bench.measure import COLUMNS, MEASURES
+from kedit_daemon.text import clean
+
+NAME_WIDTH, CELL_WIDTH = 14, 11
+
+
+def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """The method's columns, the baseline's below them, then the figures of both."""
+    runs = [result, *([result["baseline"]] if "baseline" in result else [])]
+    yield _row("", "", *MEASURES)
+    for run in runs:
+        for number, column in enumerate(COLUMNS):
+            name = run["method"] if number == 0 else ""
+            yield _row(name, column, *(_share(run[column][m]) for m in MEASURES))
+    for run in runs:
+        yield ""
+        yield from _figures(run)
+
+
+def _row(*cells: str) -> str:
+    first, second, *rest = cells
+    line = f"{first:<{NAME_WIDTH}}{second:<{NAME_WIDTH}}"
+    return (line + "".join(f"{cell:>{CELL_WIDTH}}" for cell in rest)).rstrip()
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _figures(run: Mapping[str, Any]) -> Iterator[str]:
+    model, seconds, perplexity = clean(run["model"]), run["seconds_per_fact"], run["perplexity"]
+    batch = f"batches of {run['batch_size']}"
+    yield f"{run['method']}: {run['facts']} facts, {batch}, seed {run['seed']}, on {model}"
+    yield f"  not edited        {run['not_edited']}, records skipped {run['skipped']}"
+    cohorts = [
+        f"{c['first']}-{c['first'] + c['facts'] - 1}: {_share(c['strict'])}"
+        f" / {_share(c['generation'])}"
+        for c in run["retention"]
+    ]
+    yield f"  retention         {', '.join(cohorts)} (strict / generation, oldest first)"
+    yield f"  perplexity        {perplexity['before']:.3f} -> {perplexity['after']:.3f}"
+    ratios = [f"{name} {ratio:.4f}" for name, ratio in run["norm_ratio"].items()]
+    yield f"  norm ratio        {', '.join(ratios)}"
+    parts = [f"{name} {spent:.3f}" for name, spent in seconds["parts"].items()]
+    spent = f" ({', '.join(parts)})" if parts else ""
+    yield f"  seconds per fact  median {seconds['median']:.3f}, p95 {seconds['p95']:.3f}{spent}"
+    yield f"  bytes per fact    {run['bytes_per_fact']:.0f}"
+    yield f"  peak memory       {run['peak_memory_bytes'] / 2**20:.0f} MiB"
+    yield f"  commit, device    {run['commit']}, {run['device']}"

@@ -1,0 +1,92 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from command_line import ROOT, called
+from conftest import CITIES
+
+from kedit_daemon.bench.table import table_lines
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    records = [
+        {
+            "subject": f"country {n}",
+            "prompt": "The seat of {} is",
+            "target_new": CITIES[n],
+            "target_true": CITIES[n - 1],
+            "paraphrase_prompts": [f"The seat of the old country {n} is"],
+            "neighborhood_prompts": [f"The seat of country {n + 20} is"],
+        }
+        for n in range(4)
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([*records, {"subject": "no fact"}]))
+    return path
+
+
+def test_a_run_prints_a_table_and_writes_the_same_as_json(
+    data: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model, out = str(model_folder("llama")), tmp_path / "out.json"
+    words = ["--limit", "4", "--offset", "1", "--method", "ft", "--baseline", "none", "--seed", "3"]
+    result = called(None, "bench", str(data), "--model", model, *words, "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    written = json.loads(out.read_text())
+    assert result.stdout.splitlines() == list(table_lines(written))
+    assert (written["model"], written["seed"], written["facts"]) == (model, 3, 3)
+    assert (written["skipped"], written["baseline"]["method"]) == (1, "none")
+    assert result.stderr.startswith("data.json:1: skipped: ")
+    assert "%" not in result.stderr  # no bar off a terminal
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "magic"],
+        ["--baseline", "magic"],
+        ["--batch-size", "0"],
+        ["--limit", "0"],
+        ["--json", "/nowhere/at/all.json"],
+    ],
+)
+def test_wrong_usage_is_told_at_once(data: Path, words: list[str]) -> None:
+    result = called(None, "bench", str(data), *words)
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_without_facts_and_without_a_model(data: Path, tmp_path: Path) -> None:
+    none = called(None, "bench", str(data), "--offset", "99")
+    assert (none.exit_code, none.stderr.splitlines()[1].split(":")[0]) == (1, "hint")
+    lost = called(None, "bench", str(data), "--model", str(tmp_path / "none"))
+    assert lost.exit_code == 78
+
+
+def test_a_picture_that_cannot_be_drawn_is_told_before_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    picture = tmp_path / "out.png"
+    result = called(None, "bench", str(data), "--model", "nowhere", "--plot", str(picture))
+    assert result.exit_code == 1  # not 78: the model was not looked at yet
+    assert "matplotlib is not installed" in result.stderr
+    assert "hint: pip install 'kedit-daemon[bench]'" in result.stderr
+
+
+def test_help_imports_nothing_heavy_and_lists_the_methods(tmp_path: Path) -> None:
+    code = (
+        "import sys, atexit; from kedit_daemon.cli import main;"
+        "atexit.register(lambda: print([m for m in ('torch', 'pydantic', 'matplotlib')"
+        " if m in sys.modules])); sys.argv[1:] = ['bench', '--help']; main()"
+    )
+    env = os.environ | {"KEDIT_HOME": str(tmp_path)}
+    seen = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+    )
+    assert seen.stdout.splitlines()[-1] == "[]"
+    assert "memit-mass" in seen.stdout and "reference" in seen.stdout

@@ -1,0 +1,111 @@
+import subprocess
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kedit_daemon.bench.records import BenchRecord, Skipped, Stream
+from kedit_daemon.bench.run import Plan, commit, peak_memory, run
+from kedit_daemon.loading import Loaded
+from memory.facts import Fact, Neighbour
+
+KEYS = {
+    *("reliability", "generality", "locality", "retention", "perplexity", "norm_ratio"),
+    *("seconds_per_fact", "peak_memory_bytes", "bytes_per_fact", "model", "seed", "commit"),
+    *("device", "method", "batch_size", "policy", "facts", "skipped", "not_edited"),
+}
+MEASURES = {"prob", "tokens", "strict", "generation"}
+
+
+def straight(items: Sequence[Any], _what: str, /) -> Iterable[Any]:
+    return items
+
+
+def stream() -> Stream:
+    cities = ("Oslo", "Lima", "Cairo", "Quito", "Paris")
+    records = tuple(
+        BenchRecord(
+            Fact(f"country {n}", "The seat of {} is", city),
+            "Rome",
+            (f"The seat of the old country {n} is",),
+            (Neighbour(f"The seat of country {n + 20} is", "Rome"),),
+        )
+        for n, city in enumerate(cities)
+    )
+    return Stream(records, (Skipped(3, "broken"),))
+
+
+@pytest.fixture
+def loaded(load: Callable[[str], Loaded]) -> Loaded:
+    return load("llama")
+
+
+def test_the_keys_are_those_of_the_contract(loaded: Loaded) -> None:
+    plan = Plan("memit-mass", 2, 5, baseline="none", policy=False)
+    result = run(loaded, stream(), plan, straight)
+    assert set(result) == KEYS | {"baseline"}
+    assert set(result["baseline"]) == KEYS
+    for one in (result, result["baseline"]):
+        for column in ("reliability", "generality", "locality"):
+            assert set(one[column]) == MEASURES
+        assert set(one["perplexity"]) == {"before", "after"}
+        assert set(one["seconds_per_fact"]) == {"median", "p95", "parts"}
+        assert set(one["norm_ratio"]) == {f"layer.{n}.down_proj" for n in loaded.layers}
+        assert (one["seed"], one["facts"], one["skipped"]) == (5, 5, 1)
+    assert (result["method"], result["batch_size"], result["not_edited"]) == ("memit-mass", 2, 0)
+    assert result["reliability"] == {"prob": 1, "tokens": 1, "strict": 1, "generation": 1}
+    assert result["bytes_per_fact"] > 0
+    assert all(ratio > 1 for ratio in result["norm_ratio"].values())
+
+
+def test_the_baseline_starts_from_the_unedited_model_and_the_model_ends_as_it_was(
+    loaded: Loaded,
+) -> None:
+    base = loaded.model.weights_hash(range(loaded.model.layers))
+    alone = run(loaded, stream(), Plan("none", 2, 0), straight)
+    after = run(loaded, stream(), Plan("ft", 5, 0, baseline="none"), straight)
+    assert loaded.model.weights_hash(range(loaded.model.layers)) == base
+    for key in ("reliability", "generality", "locality", "perplexity", "norm_ratio"):
+        assert after["baseline"][key] == alone[key]
+    assert after["norm_ratio"] != alone["norm_ratio"]
+    assert alone["locality"] == alone["locality"] | {"tokens": 1, "strict": 1, "generation": 1}
+    assert alone["perplexity"]["before"] == pytest.approx(alone["perplexity"]["after"])
+    assert alone["not_edited"] == 5
+
+
+def test_all_facts_are_measured_also_those_that_the_policy_kept_out(loaded: Loaded) -> None:
+    result = run(loaded, stream(), Plan("memit-mass", 5, 0), straight)
+    assert result["not_edited"] == 5
+    assert result["retention"] == [{"first": 0, "facts": 5, "strict": 0.0, "generation": 0.0}]
+
+
+def test_batches_are_as_large_as_asked_or_single_facts(loaded: Loaded) -> None:
+    seen: dict[str, list[int]] = {}
+
+    def watch(items: Sequence[Any], what: str, /) -> Iterable[Any]:
+        seen[what] = [len(item) for item in items]
+        return items
+
+    result = run(loaded, stream(), Plan("none", 2, 0, baseline="reference"), watch)
+    assert seen["editing (none)"] == [2, 2, 1]
+    assert seen["editing (reference)"] == [1] * 5
+    assert (result["batch_size"], result["baseline"]["batch_size"]) == (2, 1)
+
+
+def test_the_commit_is_the_checkouts_and_not_that_of_one_around_it(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "one")
+    assert commit(tmp_path) == git("rev-parse", "--short=12", "HEAD")
+    inside = tmp_path / "site-packages"
+    inside.mkdir()
+    assert commit(inside) == commit(tmp_path / "nowhere") == "0.1.0"
+
+
+def test_memory_is_in_bytes() -> None:
+    assert 2**26 < peak_memory() < 2**36  # torch alone takes more than 64 MiB

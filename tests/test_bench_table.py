@@ -1,0 +1,29 @@
+from kedit_daemon.bench.table import table_lines
+
+
+def test_the_table_shows_per_cent_and_a_dash_for_what_was_not_asked() -> None:
+    share = {"prob": None, "tokens": 0.987, "strict": 0.5, "generation": 0.0}
+    run = {
+        **{column: share for column in ("reliability", "generality", "locality")},
+        "retention": [{"first": 0, "facts": 100, "strict": 0.25, "generation": 0.75}],
+        "perplexity": {"before": 6.0, "after": 6.5},
+        "norm_ratio": {"layer.1.down_proj": 1.25},
+        "seconds_per_fact": {"median": 1.0, "p95": 2.0, "parts": {"solve": 0.5}},
+        "peak_memory_bytes": 2**30,
+        "bytes_per_fact": 10.0,
+        "model": "a\x1b[2Jmodel",
+        "seed": 0,
+        "commit": "abc",
+        "device": "cpu",
+        "method": "ft",
+        "batch_size": 10,
+        "facts": 100,
+        "skipped": 2,
+        "not_edited": 7,
+    }
+    lines = list(table_lines(run | {"baseline": run | {"method": "none"}}))
+    assert lines[1].split() == ["ft", "reliability", "-", "98.7", "50.0", "0.0"]
+    assert lines[4].split()[0] == "none"
+    text = "\n".join(lines)
+    assert "0-99: 25.0 / 75.0" in text and "not edited        7, records skipped 2" in text
+    assert "1024 MiB" in text and "\x1b" not in text
