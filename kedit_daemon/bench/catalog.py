@@ -13,6 +13,10 @@ METHODS = {
     "auto": "tiers:Auto",
     "in-context": "methods:InContext",
     "ft": "methods:FineTuning",
+    "memit": "published:Memit",
+    "encore": "published:Encore",
+    "alphaedit": "published:AlphaEdit",
+    "emmet": "published:Emmet",
     "reference": "reference:Reference",
 }
 
