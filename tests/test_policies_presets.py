@@ -79,8 +79,7 @@ class Paper:
         self.unit = float(self.c0.trace()) / WIDTH
         self.prior = site().prior if layer == SUBJECT else site().end_prior
         self.ridge = site().ridge * self.unit * torch.eye(WIDTH).double()
-        generator = torch.Generator().manual_seed(9)
-        self.base = torch.randn(HIDDEN, WIDTH, generator=generator).double()
+        self.base = torch.randn(HIDDEN, WIDTH, generator=torch.Generator().manual_seed(9)).double()
         self.weight = self.base.clone()
         self.past = torch.zeros(WIDTH, WIDTH).double()
 
@@ -143,9 +142,8 @@ def test_memit_mass_is_one_solve_of_all_facts_so_far_from_the_base_weights() -> 
 def test_memit_mass_is_the_weights_tier_bit_by_bit() -> None:
     given = batches()
     facts = [terms for batch in given for terms in batch]
-    for terms in facts:
-        for key in terms.keys.values():
-            key.copy_(key.bfloat16())  # as the store rounds them
+    for key in (key for terms in facts for key in terms.keys.values()):
+        key.copy_(key.bfloat16())  # as the store rounds them
     deltas = last(stream("memit-mass"), given)
     packed = {f"{n:012x}": pack(terms) for n, terms in enumerate(facts)}
     served = WeightsTier(site(), statistics()).deltas(packed)
