@@ -14,7 +14,7 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.statistics import LayerStatistics
 from policies.site import EditSite
-from policies.solver import RidgeSolver, narrowed
+from policies.solver import RidgeSolver, narrowed, stacked
 from policies.targets import Terms
 
 NULL_SPACE = 0.02  # eigenvalue of C0, in units of E[k²], below which ordinary text hardly goes
@@ -171,12 +171,6 @@ class Stream:
 
 
 def _rows(batch: Sequence[Terms], layer: int) -> tuple[Tensor, Tensor]:
-    """Keys (n, width) and residuals (n, hidden) of a batch in float64, a row per context and site.
-
-    The contexts of a fact share its residuals.
-    """
-    keys = torch.cat([terms.keys[layer].flatten(0, 1) for terms in batch])
-    residuals = torch.cat(
-        [terms.residuals[layer].repeat(len(terms.keys[layer]), 1) for terms in batch]
-    )
+    """A batch's keys (n, width) and residuals (n, hidden) in float64."""
+    keys, residuals = stacked([(terms.keys[layer], terms.residuals[layer]) for terms in batch])
     return keys.double().cpu(), residuals.double().cpu()

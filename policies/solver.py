@@ -12,12 +12,21 @@ hands in: other rows, other weights of the prior, and here the two switches that
 itself, AlphaEdit's projector (Fang et al. 2025) and EMMET's equality (Gupta et al. 2024).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from memory.errors import KeditError
 
 SAME_KEYS = 1e-6  # of the largest singular value: keys are float32, what differs by less is noise
+
+
+def stacked(facts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Keys (n, width) and residuals (n, hidden) of one layer, a row for each context and site of
+    each fact, from the facts' keys (contexts, sites, width) and residuals (sites, hidden)."""
+    keys = torch.cat([k.flatten(0, 1) for k, _ in facts])
+    return keys, torch.cat([r.repeat(len(k), 1) for k, r in facts])
 
 
 class RidgeSolver:

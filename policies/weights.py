@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from memory.statistics import LayerStatistics
 from policies.site import EditSite
-from policies.solver import RidgeSolver
+from policies.solver import RidgeSolver, stacked
 from policies.targets import Terms
 
 
@@ -54,7 +53,6 @@ class WeightsTier:
             return {}
         result = {}
         for layer in self.site.layers:
-            keys = torch.cat([k[layer].flatten(0, 1) for k, _ in opened])
-            residuals = torch.cat([r[layer].repeat(len(k[layer]), 1) for k, r in opened])
+            keys, residuals = stacked([(k[layer], r[layer]) for k, r in opened])
             result[layer] = self._solvers[layer].solve(keys, residuals)
         return result
