@@ -11,7 +11,7 @@ from memory.errors import KeditError
 from memory.files import write_atomic
 from memory.health import Canary
 from memory.model import EditableModel, resolve_device
-from memory.statistics import LayerStatistics, collect, pack, unpack
+from memory.statistics import PACKED, LayerStatistics, collect, pack, unpack
 from policies.site import FILE, EditSite, load_site, read_site, weights_of
 
 SHIPPED = "shipped"
@@ -89,7 +89,7 @@ class Opened:
         narrow = sorted(n for n in set(read) if n not in shipped)
         if not wide and not narrow:
             return shipped
-        key = json.dumps([self.base_hash, wide, narrow]).encode()
+        key = json.dumps([PACKED, self.base_hash, wide, narrow]).encode()
         cached = self.cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
         if not cached.is_file():
             write_atomic(cached, pack(collect(self.model, ordinary_text(), wide, narrow, progress)))

@@ -24,7 +24,7 @@ from memory.rows import GenerationRow, SideRow
 from memory.side import Gates, Keys, Match, Shard, SideMemory, fact_id_of
 from memory.store import Store
 from policies.probe import ask_all
-from policies.weights import WeightsTier
+from policies.weights import WeightsTier, unpack
 
 INDEX = "keys.faiss"
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class Served:
     def restore(self) -> None:
         """Bring the model to where the store says it is."""
         self._check_base()
+        self._check_site()
         self._restore_weights()
         self._restore_side()
         self._sweep()
@@ -71,6 +72,21 @@ class Served:
                 f"this home was made for another model than {self.loaded.name}",
                 code="model",
                 hint="set `model` in config.toml back, or make a new home with init",
+                exit_code=78,
+            )
+
+    def _check_site(self) -> None:
+        """The facts' terms belong to the layers that were edited when they were computed."""
+        fact_id = self.store.any_terms()
+        if fact_id is None:
+            return
+        stored, edited = sorted(unpack(self.store.terms(fact_id))[0]), list(self.site.layers)
+        if stored != edited:
+            raise KeditError(
+                f"this home's facts were computed for the layers {stored}, and the model is edited"
+                f" at {edited} now",
+                code="site",
+                hint="put the model's kedit.json back, or hand the facts in to a new home",
                 exit_code=78,
             )
 

@@ -28,6 +28,11 @@ class Artifacts(Journal):
         """Whether a fact's keys and targets are kept."""
         return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
 
+    def any_terms(self) -> str | None:
+        """The id of some fact whose keys and targets are kept."""
+        row = self._one("SELECT fact_id FROM terms LIMIT 1")
+        return None if row is None else str(row[0])
+
     def put_side(self, fact_id: str, shard: int, blob: bytes) -> None:
         """Keep a fact's retrieval keys, in the place of older ones."""
         self._upsert("side_keys", "fact_id", {"fact_id": fact_id, "shard": shard, **_sealed(blob)})

@@ -71,6 +71,8 @@ class EditableModel:
         self.model, self.tokenizer = model.train(False).requires_grad_(False), tokenizer
         self.device = next(model.parameters()).device
         self.hidden = int(model.config.get_text_config().hidden_size)
+        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.positions = int(longest or 1 << 30)  # tokens that a text may have
         self._blocks = self._find_blocks()
         self._downs = [self._find_down(block) for block in self._blocks]
         self.layers = len(self._downs)

@@ -48,8 +48,9 @@ class Replay:
             ids[n, start:end] = torch.tensor([*before, *after])
             mask[n, start:end] = 1
             positions[n, start:] = torch.arange(self.head + self.tail - start)
-        limit = getattr(self.model.model.config, "max_position_embeddings", None) or 1 << 30
-        positions.clamp_(max=limit - 1)  # pads on the right may stand beyond the last position
+        positions.clamp_(
+            max=self.model.positions - 1
+        )  # pads on the right may stand beyond the last position
         mask[:, self.head :] = 1  # pads on the right are seen by pads alone
         ids, mask, positions = (t.to(self.model.device) for t in (ids, mask, positions))
         hidden, cache = self.model.entering(self.layer, ids, mask, positions)

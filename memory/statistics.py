@@ -13,6 +13,7 @@ from memory.model import EditableModel
 
 MAX_TOKENS = 256
 ROWS_AT_ONCE = 16  # rows whose keys go into one product
+PACKED = 2  # the form that `pack` writes; another form is another number
 LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
 FIRST = 1  # positions before it are left out: the first token acts as an attention sink
 
@@ -135,8 +136,14 @@ def _factor(covariance: Tensor) -> Tensor:
 
 
 def unpack(data: bytes) -> dict[int, LayerStatistics]:
-    """Statistics as packed."""
+    """Statistics as packed. Raises KeditError for another form."""
     tensors = load(data)
+    if any(name.endswith("/covariance") for name in tensors):
+        raise KeditError(
+            "the statistics are in an older form",
+            code="statistics",
+            hint="remove statistics.safetensors from the model's folder: it is measured again",
+        )
     result = {}
     for n in sorted({int(name.split("/")[0]) for name in tensors}):
         covariance = torch.empty(0, 0)

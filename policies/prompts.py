@@ -61,24 +61,23 @@ def subject_end(model: EditableModel, text: str, subject: str) -> int | None:
     return max(shared - 1, 0)
 
 
-def rows_of(model: EditableModel, fact: Fact, *, end: bool = True) -> list[Row]:
+def rows_of(model: EditableModel, fact: Fact) -> list[Row]:
     """The rows that an edit of this fact learns from.
 
     Raises KeditError (code "rejected") when the model cannot read the fact.
     """
     texts = [context + fact.question for context in CONTEXTS]
     texts += fact.rephrased[:MAX_PARAPHRASES]
-    limit = getattr(model.model.config, "max_position_embeddings", None) or 1 << 30
     rows = []
     for text in texts:
         prompt = model.encode(text)
         target = model.encode_target(text, fact.target)
-        if end and model.end is not None:
+        if model.end is not None:
             target = [*target, model.end]
-        if not prompt or not target or len(prompt) + len(target) > limit:
+        if not prompt or not target or len(prompt) + len(target) > model.positions:
             raise KeditError(
                 f"the fact does not fit the model: {len(prompt)} + {len(target)} tokens, "
-                f"of {limit} at most",
+                f"of {model.positions} at most",
                 code="rejected",
                 hint="shorten the prompt or the target",
             )

@@ -56,6 +56,11 @@ class EditSite:
     activation_revert: float = 0.10
 
     @property
+    def holds_essence(self) -> bool:
+        """Whether targets are held to what the subject is. An end layer changes nothing there."""
+        return bool(self.essence and self.subject_layers)
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layers that the weights tier edits, in order."""
         return tuple(sorted((*self.subject_layers, *self.end_layers)))

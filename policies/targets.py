@@ -97,7 +97,7 @@ def _shaped(
             continue
         # A tokenizer may split the target in two ways; one is enough.
         rows = [row for row in rows if len(row.target) == len(rows[0].target)]
-        if site.essence:
+        if site.holds_essence:
             rows.append(essence_of(model, fact))
         shapes[_shape(rows, site)].append((fact, rows))
     return shapes, refused
@@ -113,7 +113,7 @@ class _Seats:
     ) -> None:
         self.model, self.site, self.norms, self.shape = model, site, norms, shape
         rows, on = SEATS * shape.rows, model.device
-        self.asked = shape.rows - bool(site.essence)  # rows a fact with its target
+        self.asked = shape.rows - site.holds_essence  # rows a fact with its target
         self.replay = Replay(model, site.layers[0], rows, shape.head, shape.tail)
         self.at = torch.arange(rows, device=on)[:, None]
         self.columns = torch.zeros(rows, shape.wanted, dtype=torch.long, device=on)
@@ -187,7 +187,7 @@ class _Seats:
 
     def _drift(self, logits: Tensor) -> Tensor:
         """KL (facts,) of what follows the subject's essence, from what the clean model says."""
-        if not self.site.essence:
+        if not self.site.holds_essence:
             return logits.new_zeros(SEATS)
         now = logits.view(SEATS, self.shape.rows, *logits.shape[1:])[:, -1, 0].log_softmax(-1)
         if self.essence.shape != now.shape:

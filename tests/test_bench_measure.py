@@ -154,3 +154,10 @@ def test_an_overlay_reaches_all_measures(model: EditableModel) -> None:
     assert score is not None
     assert (score.strict, score.generation) == (0.0, 0.0)
     assert score.tokens < 1
+
+
+def test_a_neighbour_with_the_new_answer_has_no_pair(model: EditableModel) -> None:
+    records = [record(1, "Rome")]  # whose neighbour's own answer is Rome, too
+    subject = Subject(model, None, lambda _fact, prompt: prompt)
+    scores = measured(subject, records, before_edits(model, records, straight))
+    assert columns(scores)["locality"]["prob"] is None

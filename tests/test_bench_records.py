@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.bench.records import batches, fitting, read_stream
+from kedit_daemon.bench.records import BenchRecord, Stream, batches, fitting, read_stream
 from memory.errors import KeditError
-from memory.facts import Neighbour
+from memory.facts import Fact, Neighbour
 from memory.model import EditableModel
 
 FLAT = {
@@ -143,3 +143,15 @@ def test_the_last_batch_may_be_smaller(tmp_path: Path) -> None:
     stream = read_stream(written(tmp_path, *map(numbered, range(7))), 0, None, 0)
     sizes = [len(batch) for batch in batches(stream.records, 3)]
     assert sizes == [3, 3, 1]
+
+
+def test_old_answers_count_against_the_models_room(model: EditableModel) -> None:
+    fact = Fact("country 1", "The seat of {} is", "Oslo")
+    long = "Rome " * model.positions
+    for record in (
+        BenchRecord(fact, long, (), ()),
+        BenchRecord(fact, None, (), (Neighbour("The seat of country 2 is", long),)),
+    ):
+        kept = fitting(model, Stream((record, BenchRecord(fact, "Rome", (), ())), ()))
+        assert [r.true_target for r in kept.records] == ["Rome"]
+        assert len(kept.skipped) == 1

@@ -8,12 +8,14 @@ import pytest
 from kedit_daemon.bench.records import BenchRecord, Skipped, Stream
 from kedit_daemon.bench.run import Plan, commit, peak_memory, run
 from kedit_daemon.loading import Loaded
+from memory.errors import KeditError
 from memory.facts import Fact, Neighbour
 
 KEYS = {
     *("reliability", "generality", "locality", "retention", "perplexity", "norm_ratio"),
     *("seconds_per_fact", "peak_memory_bytes", "bytes_per_fact", "model", "seed", "commit"),
     *("device", "method", "batch_size", "policy", "facts", "skipped", "not_edited"),
+    "site",
 }
 MEASURES = {"prob", "tokens", "strict", "generation"}
 
@@ -109,3 +111,15 @@ def test_the_commit_is_the_checkouts_and_not_that_of_one_around_it(tmp_path: Pat
 
 def test_memory_is_in_bytes() -> None:
     assert 2**26 < peak_memory() < 2**36  # torch alone takes more than 64 MiB
+
+
+def test_a_baseline_that_cannot_run_is_refused_before_the_method_runs(loaded: Loaded) -> None:
+    begun: list[str] = []
+
+    def told(items: Sequence[Any], what: str, /) -> Iterable[Any]:
+        begun.append(what)
+        return items
+
+    with pytest.raises(KeditError):
+        run(loaded, stream(), Plan("none", 2, 0, "alphaedit"), told)
+    assert begun == []

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,16 @@ def test_a_home_made_for_another_model_is_refused(at: Bench, load: Callable[...,
     with pytest.raises(KeditError, match="made for another model") as caught:
         Served(load("gpt2"), at.store, at.home).restore()
     assert (caught.value.exit_code, caught.value.code) == (78, "model")
+
+
+def test_facts_computed_for_other_layers_are_refused(at: Bench) -> None:
+    loaded = at.editor.served.loaded
+    layers = tuple(n for n in range(loaded.model.layers) if n not in loaded.layers)[:1]
+    moved = replace(loaded, site=replace(loaded.site, subject_layers=(), end_layers=layers))
+    statistics = {n: loaded.statistics[loaded.layers[0]] for n in layers} | loaded.statistics
+    with pytest.raises(KeditError, match="computed for the layers") as caught:
+        Served(replace(moved, statistics=statistics), at.store, at.home).restore()
+    assert (caught.value.exit_code, caught.value.code) == (78, "site")
 
 
 def test_keys_come_back_as_they_were() -> None:

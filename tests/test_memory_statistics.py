@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SENTENCES
+from safetensors.torch import save
 from torch import Tensor
 
 from memory.errors import KeditError
@@ -190,3 +191,9 @@ def test_what_is_no_covariance_is_refused(value: float) -> None:
     with pytest.raises(KeditError) as caught:
         returned(torch.full((4, 4), value))
     assert caught.value.code == "statistics"
+
+
+def test_an_older_form_is_told_from_this_one() -> None:
+    with pytest.raises(KeditError) as caught:
+        unpack(save({"1/covariance": torch.zeros(3), "1/mean": torch.zeros(2)}))
+    assert (caught.value.code, bool(caught.value.hint)) == ("statistics", True)

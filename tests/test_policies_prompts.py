@@ -48,11 +48,6 @@ def test_a_fact_is_read_in_every_context_and_in_some_paraphrases(model: Editable
         assert row.prompt == row.ids[: row.prompt_length]
 
 
-def test_the_end_of_text_may_be_left_out(model: EditableModel) -> None:
-    with_end, without = (rows_of(model, FACT, end=e)[0] for e in (True, False))
-    assert with_end.ids == (*without.ids, model.end)
-
-
 def test_a_row_is_its_prompt_and_its_target(model: EditableModel) -> None:
     for row in rows_of(model, FACT):
         assert row.prompt + row.target == row.ids

@@ -68,7 +68,8 @@ def bench(
     """Measure a method: the facts of DATA as a stream, then all of them asked.
 
     DATA is JSON or JSON Lines in any form that `submit` takes. Paraphrases and neighbours are
-    kept from the editor. Nothing of the home is changed.
+    kept from the editor. The home's facts and weights
+    are left alone; it may lend the place where its model is edited.
 
     \b
     Example:

@@ -131,7 +131,8 @@ def _questions(subject: Subject, record: BenchRecord, before: Before) -> dict[st
     for neighbour, tokens, said in zip(
         record.neighbours, before.tokens, before.answers, strict=True
     ):
-        pair = (neighbour.answer, fact.target) if neighbour.answer is not None else None
+        old = neighbour.answer
+        pair = None if old is None or same(old, fact.target) else (old, fact.target)
         near.append(_Question(subject.framed(fact, neighbour.prompt), tokens, said, pair))
     again = [of_fact(prompt) for prompt in record.paraphrases]
     return dict(zip(COLUMNS, ([of_fact(fact.question)], again, near), strict=True))

@@ -149,14 +149,16 @@ def _misfit(model: EditableModel, record: BenchRecord) -> str | None:
         rows = rows_of(model, record.fact)
     except KeditError as error:
         return str(error)
-    limit = getattr(model.model.config, "max_position_embeddings", None) or 1 << 30
     asked = [*record.paraphrases, *(n.prompt for n in record.neighbours)]
     encoded = [model.encode(prompt) for prompt in asked]
     if not all(encoded):
         return "one of its prompts has no token"
     # In context the fact stands before the prompt, and room is needed for an answer.
     longest = 2 * max(len(row.ids) for row in rows) + max(map(len, encoded), default=0)
-    return f"its prompts need {longest} tokens of {limit}" if longest > limit else None
+    old = [record.true_target, *(near.answer for near in record.neighbours)]
+    longest += max(len(model.encode(answer)) for answer in old if answer) if any(old) else 0
+    most = model.positions
+    return f"its prompts and answers need {longest} tokens of {most}" if longest > most else None
 
 
 def batches(records: Sequence[BenchRecord], size: int) -> list[list[Fact]]:

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -45,11 +45,19 @@ def run(loaded: Loaded, stream: Stream, plan: Plan, track: Track) -> dict[str, A
 
     The model is left as it came.
     """
+    if plan.baseline is not None:
+        _can_begin(loaded, plan.baseline, plan)
     before = before_edits(loaded.model, stream.records, track)
     result = _measured(loaded, stream, before, plan.method, plan, track)
     if plan.baseline is not None:
         result["baseline"] = _measured(loaded, stream, before, plan.baseline, plan, track)
     return result
+
+
+def _can_begin(loaded: Loaded, name: str, plan: Plan) -> None:
+    """What a baseline refuses, it refuses before the method's long run."""
+    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
+        method_class(name)(Setup(loaded, Path(folder), plan.batch_size, plan.seed)).close()
 
 
 def _measured(
@@ -72,6 +80,7 @@ def _measured(
                     "peak_memory_bytes": peak_memory(),
                     "bytes_per_fact": method.stored_bytes() / len(stream.records),
                     "model": loaded.name,
+                    "site": asdict(loaded.site),
                     "seed": plan.seed,
                     "commit": commit(Path(__file__).parents[2]),
                     "device": str(loaded.model.device),
