@@ -91,7 +91,7 @@ def test_the_overlay_is_told_which_rows_run_and_routes_them(bench: Callable[...,
 
 
 def test_the_loss_that_training_uses_is_the_loss_that_is_measured(model: EditableModel) -> None:
-    rows = [rows_of(model, seat(n, city), end=False)[0] for n, city in ((1, "Oslo"), (12, "Rome"))]
+    rows = [rows_of(model, seat(n, city))[0] for n, city in ((1, "Oslo"), (12, "Rome"))]
     batch = pad(rows, max(len(r.ids) for r in rows), 0, model.device)
     losses = target_losses(model.model(input_ids=batch.ids).logits, rows)
     measured = forced(model, [Wanted(r.prompt, r.target) for r in rows])
