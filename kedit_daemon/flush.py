@@ -21,8 +21,15 @@ log = logging.getLogger(__name__)
 class Flush:
     """Moves facts from where they wait into the weights."""
 
-    def __init__(self, weights: Weights, attempts: int, pulse: Callable[[], None]) -> None:
-        self.weights, self.served = weights, weights.served
+    def __init__(
+        self,
+        weights: Weights,
+        attempts: int,
+        pulse: Callable[[], None],
+        selective: bool = True,
+    ) -> None:
+        """`selective`: whether a fact that the candidate does not answer with is left out."""
+        self.weights, self.served, self.selective = weights, weights.served, selective
         self.store, self.model = weights.store, weights.model
         self.attempts, self.pulse = attempts, pulse
 
@@ -121,7 +128,7 @@ class Flush:
             after = ask_all(self.model, held)
             probes |= {f.id: compare(f, before[f.id], after[f.id]) for f in held}
             wrong = {f.id for f in held if not probes[f.id].right}
-            if not wrong:
+            if not wrong or not self.selective:
                 break
             lost |= wrong
             ids = [*self._kept(old, lost), *(f.id for f in facts if f.id not in lost)]

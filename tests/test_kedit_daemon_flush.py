@@ -148,3 +148,23 @@ def test_a_newer_fact_that_does_not_hold_ends_nothing(
     assert state(at, old.id) == "live-weights"
     assert set(at.served.weights_facts()) == {old.id, other.id}
     assert at.says(old.question) == "Oslo"
+
+
+def test_a_flush_that_is_not_selective_takes_what_does_not_hold_too(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench()
+    one, two = seat(1, "Oslo"), seat(2, "Lima")
+
+    def deaf(fact: Fact, before: list[str], after: list[str]) -> Probe:
+        return replace(compare(fact, before, after), right=fact.id != one.id)
+
+    monkeypatch.setattr(flush, "compare", deaf)
+    at.editor.flush.selective = False
+    at.receive(one, two, direct=True)
+    done = at.editor.run_flush(False)
+    assert (set(done["flushed"]), done["failed"]) == ({one.id, two.id}, [])
+    stored = at.store.fact(one.id)
+    assert stored is not None and stored.probe is not None
+    assert (stored.state, stored.probe["right"]) == ("live-weights", False)
+    assert set(at.served.weights_facts()) == {one.id, two.id}

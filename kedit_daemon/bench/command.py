@@ -47,7 +47,11 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--baseline", type=click.Choice(list(METHODS)), help="A second method, on the same facts."
 )
-@click.option("--no-policy", is_flag=True, help="Let no stability limit refuse a batch.")
+@click.option(
+    "--no-policy",
+    is_flag=True,
+    help="Take every fact, held or not, whatever the stability limits say.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
 @click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
 @pass_session

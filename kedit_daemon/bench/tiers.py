@@ -117,7 +117,8 @@ class MemitMass(_Daemon):
         super().__init__(setup)
         limits = thresholds(self.config, self.loaded.site)
         weights = _TimedWeights(self.served, limits, self.watch)
-        self.flush = Flush(weights, self.config.inbox.max_attempts, self.pulse)
+        most = self.config.inbox.max_attempts
+        self.flush = Flush(weights, most, self.pulse, selective=setup.policy)
 
     def direct(self, in_batch: int) -> bool:
         """Always."""
