@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kedit_daemon import demo
+from memory.device import resolve_device
 from memory.errors import KeditError
 from memory.files import write_atomic
 from memory.health import Canary
-from memory.model import EditableModel, resolve_device
+from memory.model import EditableModel
 from memory.statistics import PACKED, LayerStatistics, collect, pack, unpack
 from policies.site import FILE, EditSite, load_site, read_site, weights_of
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from memory.device import multiplies_bfloat16
 from memory.errors import KeditError
 
 # (input k, output y) of a down projection -> another output, or None to leave it as it is.
@@ -35,13 +37,6 @@ LOOKED_FOR = (
     "attention that maps a wider MLP back to config.hidden_size (mlp.down_proj, mlp.c_proj, "
     "mlp.fc_out, mlp.dense_4h_to_h, mlp.fc2 or fc2)"
 )
-
-
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the GPU when there is one; any other name is torch's."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
 
 
 class _Skipped(nn.Module):
@@ -174,6 +169,28 @@ class EditableModel:
             with torch.no_grad():
                 for layer, weight in edited.items():
                     self.weight(layer).copy_(weight)
+
+    @contextmanager
+    def lowered(self) -> Iterator[None]:
+        """For gradients: products in bfloat16 where the device is made for it; weights stay as they
+        are, as do sums, norms and softmax.
+
+        Attention is spelled out as products: the fused kernels' backward is slow for a few tokens,
+        and on a GPU not always the same bits.
+        """
+        weights = [p for p in self.model.parameters() if p.ndim > 1]
+        low = multiplies_bfloat16(self.device)
+        try:
+            for weight in weights:  # a weight's copy is kept within the block only if it may learn
+                weight.requires_grad_(low)
+            with (
+                torch.autocast(self.device.type, torch.bfloat16, enabled=low),
+                sdpa_kernel(SDPBackend.MATH),
+            ):
+                yield
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
 
     def weights_hash(self, layers: Sequence[int]) -> str:
         """sha256 over the float32 bytes of the given layers' weights as they are now."""

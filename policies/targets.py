@@ -166,8 +166,9 @@ class _Seats:
             moved = moved * (self.labels != IGNORE)[..., None]
 
         def add(inputs: Tensor, outputs: Tensor) -> Tensor:
-            self.keys[layer] = inputs[self.at, columns].detach()
-            return outputs.index_put((self.at, columns), moved, accumulate=True)
+            self.keys[layer] = inputs[self.at, columns].detach().float()
+            there = moved.to(outputs.dtype)
+            return outputs.index_put((self.at, columns), there, accumulate=True)
 
         return add
 
@@ -260,7 +261,7 @@ def compute_terms(
     for shape, waiting in shapes.items():
         seats = _Seats(model, site, norms, shape)
         while waiting or seats.busy:
-            with model.at_base():
+            with model.at_base(), model.lowered():
                 part = _some_steps(seats, waiting)
             result |= part
             done(part)

@@ -7,8 +7,9 @@ from conftest import ARCHITECTURES, save_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+from memory.device import multiplies_bfloat16
 from memory.errors import KeditError
-from memory.model import EditableModel, resolve_device
+from memory.model import EditableModel
 
 CPU = torch.device("cpu")
 Folder = Callable[[str], Path]
@@ -144,9 +145,26 @@ def test_text_keeps_its_special_tokens_to_itself(model: EditableModel) -> None:
     assert model.decode(ids) == "Rome"
 
 
-def test_a_device_is_taken_by_name() -> None:
-    assert resolve_device("cpu") == CPU
-    assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+def test_gradients_may_be_taken_from_lower_products_and_weights_stay(model: EditableModel) -> None:
+    ids = torch.tensor([model.encode("Rome lies in Italy")])
+    start, before = model.model.get_input_embeddings()(ids), model.weights_hash(range(model.layers))
+
+    def gradient() -> Tensor:
+        free = start.clone().requires_grad_()
+        logits = model.model(inputs_embeds=free, use_cache=False).logits
+        loss = logits.float().log_softmax(-1)[0, -1, 5]
+        return torch.autograd.grad(loss, free)[0]
+
+    exact = gradient()
+    with model.lowered():
+        low, again = gradient(), gradient()
+    assert torch.equal(low, again)
+    assert low.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(low.flatten(), exact.flatten(), dim=0) > 0.99
+    assert torch.equal(low, exact) == (not multiplies_bfloat16(model.device))
+    assert not any(p.requires_grad for p in model.model.parameters())
+    assert model.weights_hash(range(model.layers)) == before
+    assert torch.equal(gradient(), exact)
 
 
 @pytest.mark.parametrize("data", [None, b"", b"x" * 1000, "half"])

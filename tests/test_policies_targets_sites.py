@@ -18,6 +18,12 @@ from policies.site import EditSite, default_site
 from policies.targets import Terms, compute_terms
 
 
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device without bfloat16, so that what is put in by hand agrees to the last digits."""
+    monkeypatch.setattr("memory.model.multiplies_bfloat16", lambda _device: False)
+
+
 @pytest.fixture(params=KINDS)
 def any_site(request: pytest.FixtureRequest) -> EditSite:
     return replace(default_site(4), target_steps=12, **KINDS[request.param])
