@@ -40,6 +40,11 @@ def thresholds(config: Config, site: EditSite) -> Thresholds:
             at.activation_consolidate or site.activation_consolidate,
             at.activation_revert or site.activation_revert,
         ),
+        agreement=Limits(
+            at.agreement_warn or site.agreement_warn,
+            at.agreement_consolidate or site.agreement_consolidate,
+            at.agreement_revert or site.agreement_revert,
+        ),
     )
     for figure, limits in vars(result).items():
         if not limits.warn <= limits.consolidate <= limits.revert:

@@ -21,7 +21,7 @@ from policies.routing import Route, decide, wants_batch
 from policies.stability import Thresholds, Verdict
 
 NO_LIMIT = 1e30  # what `--no-policy` sets every threshold to
-FIGURES = ("norm", "perplexity", "activation")
+FIGURES = ("norm", "perplexity", "activation", "agreement")
 VERDICTS = ("warn", "consolidate", "revert")
 
 
