@@ -9,6 +9,7 @@ from typing import Any
 
 from kedit_daemon.failures import first_error
 from kedit_daemon.home import Home
+from memory.facts import State
 
 OLD_SECONDS = 900.0
 FREE_BYTES = 500 << 20
@@ -20,7 +21,10 @@ RUNNABLE = ("audit", "consolidate", "flush")
 
 def warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[str, Any]]:
     """Of what `gather` found: {message, command, attention}, the last when a person is needed."""
-    sources = (_process(found, home), _facts(found, home), _audit(found), _jobs(found))
+    sources = (
+        *(_process(found, home), _facts(found, home), _weights(found)),
+        *(_audit(found), _jobs(found)),
+    )
     return [
         {"message": message, "command": f"{program} {command}", "attention": attention}
         for source in (*sources, _disk(found))
@@ -55,6 +59,13 @@ def _facts(found: Mapping[str, Any], home: Home) -> _Found:
     age = found["pending"]["oldest_seconds"]
     if found["pid"] is not None and age is not None and age > OLD_SECONDS:
         yield f"a fact has waited for {age / 60:.0f} minutes", "facts --state received", False
+
+
+def _weights(found: Mapping[str, Any]) -> _Found:
+    most, beside = found["weights_capacity"], found["facts"][State.LIVE_SIDE]
+    if most is not None and found["weights_facts"] >= most and beside:
+        stay = "1 fact stays" if beside == 1 else f"{beside:,} facts stay"
+        yield f"weights full: {stay} in the side memory", f"facts --state {State.LIVE_SIDE}", False
 
 
 def _audit(found: Mapping[str, Any]) -> _Found:
