@@ -36,6 +36,11 @@ class _Trial:
     health: Health
     verdict: Verdict
 
+    def after(self, larger: "_Trial") -> "_Trial":
+        """With what did not hold in the larger trial before it, which this one has not tried."""
+        probes = larger.probes | self.probes
+        return replace(self, lost=[*larger.lost, *self.lost], probes=probes)
+
 
 class Flush:
     """Moves facts from where they wait into the weights."""
@@ -52,8 +57,6 @@ class Flush:
         self.weights, self.served, self.selective = weights, weights.served, selective
         self.store, self.model = weights.store, weights.model
         self.attempts, self.pulse = attempts, pulse
-
-    # What to take -------------------------------------------------------------------------------
 
     def batch(self, most: int, memory: int) -> list[StoredFact]:
         """The facts that the next flush takes, the first ones first: at most so many, with keys
@@ -96,8 +99,6 @@ class Flush:
             for fact in facts:
                 self.store.send_beside(fact.id, **why)
 
-    # The flush ----------------------------------------------------------------------------------
-
     def run(self, batch: Sequence[StoredFact], reason: str, dry_run: bool) -> dict[str, Any]:
         """Move a batch into the weights, or the part of it that they bear. Facts that do not
         hold, and those for which there is no room, stay where they were."""
@@ -119,7 +120,7 @@ class Flush:
             unborne = [trial] if trial.verdict.action >= Action.CONSOLIDATE else []
             if unborne and (part := self._borne(trial)):
                 self.weights.solve(self._with(part))
-                trial = self._tried(part, before)
+                trial = self._tried(part, before).after(trial)
                 unborne += [trial] if trial.verdict.action >= Action.CONSOLIDATE else []
             result = self._result(trial, refused, dry_run)
             if dry_run:

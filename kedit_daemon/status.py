@@ -62,8 +62,7 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "generations": known["generations"],
         "facts": known["states"],
         "weights_facts": known["states"][State.LIVE_WEIGHTS],
-        "weights_capacity": known.get("weights_capacity"),
-        "weights_limit": known.get("weights_limit"),
+        **{key: known.get(key) for key in (CAPACITY, LIMIT)},
         "pending": {
             "count": known["states"][State.RECEIVED],
             "oldest_received_at": oldest,
@@ -111,8 +110,8 @@ def _recorded(home: Home, now: datetime) -> dict[str, Any]:
                 "applied_today": _applied(conn, now),
                 "failed_facts": _failed(conn),
                 "flush_held": _meta(conn, HELD),
-                "weights_capacity": None if (most := _meta(conn, CAPACITY)) is None else int(most),
-                "weights_limit": _meta(conn, LIMIT),
+                CAPACITY: None if (most := _meta(conn, CAPACITY)) is None else int(most),
+                LIMIT: _meta(conn, LIMIT),
             }
         except sqlite3.Error as error:
             raise KeditError(

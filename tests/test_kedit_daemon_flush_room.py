@@ -2,13 +2,17 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from conftest import CITIES, LOOSE, Bench, seat
 
+from kedit_daemon import flush
 from kedit_daemon.room import TRIALS
 from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD
+from memory.facts import Fact
 from memory.health import Health
 from policies.membership import members
+from policies.probe import Probe, compare
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -60,6 +64,23 @@ def test_a_batch_that_the_weights_do_not_bear_is_published_in_part(bench: Make) 
     assert {state(at, f.id) for f in FACTS} == {"live-weights", "live-side"}
     assert not [f for f in at.store.facts() if f.attempts]
     assert [at.says(f.question) for f in FACTS] == [f.target for f in FACTS]
+
+
+def test_what_does_not_hold_in_a_batch_that_is_cut_has_failed(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench(stability=bounded(norm_with(bench, "five", 5)))
+
+    def deaf(fact: Fact, before: list[str], after: list[str]) -> Probe:
+        return replace(compare(fact, before, after), right=fact.id != FACTS[5].id)
+
+    monkeypatch.setattr(flush, "compare", deaf)
+    at.receive(*FACTS, direct=True)
+    done = at.editor.run_flush(False)
+    assert done["flushed"] == [f.id for f in FACTS[:4]]
+    assert done["failed"] == [FACTS[5].id]
+    stored = [at.store.fact(f.id) for f in FACTS[4:]]
+    assert [f.attempts for f in stored if f] == [0, 1]
 
 
 def full(make: Make, name: str = "home") -> Bench:
