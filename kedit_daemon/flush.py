@@ -157,7 +157,8 @@ class Flush:
         why = "; ".join(trial.verdict.reasons)
         if trial.verdict.action is Action.REVERT:
             self._hold_back(trial.taken, why)
-        elif not trial.taken:
+        elif not trial.taken and not any(f.state is State.RECEIVED for f in trial.lost):
+            # Facts beside the weights would be tried again at once, and without end.
             self._hold_back([], "no fact of the batch held in the weights")
         else:
             with self.store.transaction():
