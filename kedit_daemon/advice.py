@@ -9,18 +9,23 @@ from typing import Any
 
 from kedit_daemon.failures import first_error
 from kedit_daemon.home import Home
+from memory.facts import State
 
 OLD_SECONDS = 900.0
 FREE_BYTES = 500 << 20
 GOOD = ("keep", "ok")
 # The verdicts that need no person, and the command that helps with them.
 MILD = {"warn": "log --kind audit", "consolidate": "consolidate"}
+FULL = 0.95  # of the capacity, as the edit loop has it in a module that takes long to import
 RUNNABLE = ("audit", "consolidate", "flush")
 
 
 def warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[str, Any]]:
     """Of what `gather` found: {message, command, attention}, the last when a person is needed."""
-    sources = (_process(found, home), _facts(found, home), _audit(found), _jobs(found))
+    sources = (
+        *(_process(found, home), _facts(found, home), _weights(found)),
+        *(_audit(found), _jobs(found)),
+    )
     return [
         {"message": message, "command": f"{program} {command}", "attention": attention}
         for source in (*sources, _disk(found))
@@ -55,6 +60,13 @@ def _facts(found: Mapping[str, Any], home: Home) -> _Found:
     age = found["pending"]["oldest_seconds"]
     if found["pid"] is not None and age is not None and age > OLD_SECONDS:
         yield f"a fact has waited for {age / 60:.0f} minutes", "facts --state received", False
+
+
+def _weights(found: Mapping[str, Any]) -> _Found:
+    most, beside = found["weights_capacity"], found["facts"][State.LIVE_SIDE]
+    if most is not None and found["weights_facts"] >= FULL * most and beside:
+        stay = "1 fact stays" if beside == 1 else f"{beside:,} facts stay"
+        yield f"weights full: {stay} in the side memory", f"facts --state {State.LIVE_SIDE}", False
 
 
 def _audit(found: Mapping[str, Any]) -> _Found:

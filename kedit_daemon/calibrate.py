@@ -38,6 +38,7 @@ LONGEST = 200  # tokens of a wording or near prompt; longer ones are left out
 ROWS = 8  # that run together; all of their logits are held at once
 SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RULES = {
+    "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
     "choice": "the harmonic mean of reliability, generality and locality; within its standard"
     f" error of the best, {SPREAD} / √facts, the smallest norm ratio",
     "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
@@ -194,7 +195,7 @@ def calibrate(opened: Opened, pilot: Pilot, watch: Watch) -> Calibration:
     norms = {n: s.norm for n, s in opened.statistics((), range(model.layers), iter).items()}
     search = Search(
         model,
-        opened.site(),
+        replace(opened.site(), anchors={}),  # they belong to other targets
         pilot.facts,
         Examiner(model, pilot),
         norms,
@@ -204,6 +205,7 @@ def calibrate(opened: Opened, pilot: Pilot, watch: Watch) -> Calibration:
     chosen = search.run(told)
     told("limits")
     site, figures = _limited(model, chosen.site, search.deltas(chosen.site))
+    site = replace(site, anchors=search.anchors(chosen.site))
     evidence = {
         "made_by": "kedit-daemon calibrate",
         "weights": opened.base_hash,
@@ -262,7 +264,7 @@ def _curve(
 
 
 def _clean_norms(model: EditableModel, site: EditSite, facts: Sequence[Fact]) -> dict[int, float]:
-    """By layer the norm anchor: the median ‖y‖ of the unedited model where facts are edited."""
+    """By layer the median ‖y‖ of the unedited model where facts are edited."""
     found: dict[int, list[Tensor]] = {n: [] for n in site.layers}
     for row in (row for fact in facts for row in rows_of(model, fact)):
 

@@ -66,6 +66,8 @@ steps = 60
 [flush]
 # Facts that one flush moves at most.
 batch_facts = 100
+# What the keys of these facts may take in memory.
+memory_mb = 512
 
 [stability]
 # Each figure: warn, then consolidate, then revert.
@@ -82,6 +84,10 @@ perplexity_revert = 1.15
 # activation_warn = 0.03
 # activation_consolidate = 0.05
 # activation_revert = 0.10
+# Share of that text's tokens that the model foresees differently than unedited. Likewise.
+# agreement_warn = 0.03
+# agreement_consolidate = 0.06
+# agreement_revert = 0.15
 
 [schedule]
 # Minute, hour, day of month, month, weekday (mon to sun); times are UTC.
@@ -141,6 +147,7 @@ class FlushConfig(_Table):
     """Moving facts into the weights."""
 
     batch_facts: Count = 100
+    memory_mb: Count = 512
 
 
 class StabilityConfig(_Table):
@@ -155,10 +162,13 @@ class StabilityConfig(_Table):
     activation_warn: Ratio | None = None
     activation_consolidate: Ratio | None = None
     activation_revert: Ratio | None = None
+    agreement_warn: Ratio | None = None
+    agreement_consolidate: Ratio | None = None
+    agreement_revert: Ratio | None = None
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
-        for figure in ("norm", "perplexity", "activation"):
+        for figure in ("norm", "perplexity", "activation", "agreement"):
             verdicts = ("warn", "consolidate", "revert")
             given = [f"{figure}_{verdict}" for verdict in verdicts]
             names = [name for name in given if getattr(self, name) is not None]

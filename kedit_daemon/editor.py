@@ -40,6 +40,11 @@ def thresholds(config: Config, site: EditSite) -> Thresholds:
             at.activation_consolidate or site.activation_consolidate,
             at.activation_revert or site.activation_revert,
         ),
+        agreement=Limits(
+            at.agreement_warn or site.agreement_warn,
+            at.agreement_consolidate or site.agreement_consolidate,
+            at.agreement_revert or site.agreement_revert,
+        ),
     )
     for figure, limits in vars(result).items():
         if not limits.warn <= limits.consolidate <= limits.revert:
@@ -70,10 +75,23 @@ class Editor:
         if for_side:
             self._learn(for_side)
             return True
-        if reason := self._due([f for f in waiting if wants_batch(f)]):
+        for_batch = [f for f in waiting if wants_batch(f)]
+        if no_room := self._without_room(for_batch):
+            self.flush.send_beside(no_room)
+            return True
+        if reason := self._due(for_batch):
             self._flush(reason)
             return True
         return False
+
+    def _without_room(self, for_batch: list[StoredFact]) -> list[StoredFact]:
+        """The facts that no batch would take: the weights are full, and they replace nothing."""
+        if not for_batch or self._room() >= 1:
+            return []
+        return [f for f in for_batch if not self.flush.replaces(f)]
+
+    def _room(self) -> float:
+        return self.flush.room(self.weights.room.known())
 
     def _newest(self, waiting: list[StoredFact]) -> list[StoredFact]:
         """One fact a slot: one that was sent back to wait may have been superseded meanwhile."""
@@ -108,6 +126,8 @@ class Editor:
         if self.store.meta(HELD) is not None and not waiting:
             return None
         live = self.store.facts((State.LIVE_SIDE,))
+        if not waiting and (not live or self._room() < 1):
+            return None
         now = datetime.fromisoformat(self.store.now())
         age = max(
             ((now - datetime.fromisoformat(f.changed_at)).total_seconds() for f in live),
@@ -117,15 +137,17 @@ class Editor:
         return flush_due(waiting, len(live), age, rules.flush_facts, rules.flush_age_seconds)
 
     def _flush(self, reason: str) -> dict[str, Any]:
-        batch = self.flush.batch(self.config.flush.batch_facts)
-        return self.flush.run(batch, reason, dry_run=False)
+        return self.flush.run(self._batch(), reason, dry_run=False)
+
+    def _batch(self) -> list[StoredFact]:
+        at = self.config.flush
+        return self.flush.batch(at.batch_facts, at.memory_mb << 20)
 
     # What people and jobs ask for ---------------------------------------------------------------
 
     def run_flush(self, dry_run: bool) -> dict[str, Any]:
         """Flush now, whatever waits."""
-        batch = self.flush.batch(self.config.flush.batch_facts)
-        return self.flush.run(batch, "asked for", dry_run)
+        return self.flush.run(self._batch(), "asked for", dry_run)
 
     def audit(self) -> dict[str, Any]:
         """Measure, judge, write it down, and do what the verdict says."""

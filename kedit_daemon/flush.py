@@ -1,21 +1,46 @@
 """The flush: MEMIT-MASS takes a batch of facts into the weights, if they hold and it stays well."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from kedit_daemon.room import FULL
+from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD, Weights
 from memory.facts import ACTIVE, Fact, State
+from memory.health import Health
 from memory.rows import StoredFact
+from policies.capacity import Capacity, observed
+from policies.membership import members, within
 from policies.probe import Probe, ask_all, compare
+from policies.prompts import key_bytes
 from policies.routing import older_in_slot, wants_batch
-from policies.stability import Action
+from policies.stability import Action, Verdict
 from policies.targets import Refused, Terms, compute_terms
 from policies.weights import pack
 
 ROUNDS = 3  # times that a flush may leave out facts that did not hold and solve again
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What came of solving the weights with a batch."""
+
+    facts: int  # in the weights then
+    taken: list[StoredFact]
+    lost: list[StoredFact]  # those that did not hold
+    probes: dict[str, Probe]
+    health: Health
+    verdict: Verdict
+
+    def after(self, larger: "_Trial") -> "_Trial":
+        """With what did not hold in the larger trial before it, which this one has not tried."""
+        probes = larger.probes | self.probes
+        return replace(self, lost=[*larger.lost, *self.lost], probes=probes)
 
 
 class Flush:
@@ -28,81 +53,157 @@ class Flush:
         pulse: Callable[[], None],
         selective: bool = True,
     ) -> None:
-        """`selective`: whether a fact that the candidate does not answer with is left out."""
+        """`selective`: whether facts that do not hold, and those beyond what the weights are known
+        to bear, are left out."""
         self.weights, self.served, self.selective = weights, weights.served, selective
         self.store, self.model = weights.store, weights.model
         self.attempts, self.pulse = attempts, pulse
 
-    def batch(self, most: int) -> list[StoredFact]:
-        """The facts that the next flush takes: those sent straight to a batch, then the oldest."""
-        waiting = [f for f in self.store.facts((State.RECEIVED,)) if wants_batch(f)]
-        return [*waiting, *self.store.facts((State.LIVE_SIDE,))][:most]
+    def batch(self, most: int, memory: int) -> list[StoredFact]:
+        """The facts that the next flush takes, the first ones first: at most so many, with keys
+        of at most so many bytes."""
+        sent = {f.id: f for f in self.store.facts((State.RECEIVED,)) if wants_batch(f)}
+        beside = {f.id: f for f in self.store.facts((State.LIVE_SIDE,))}
+        keys = {row.fact_id: unpack_keys(row.blob).subject for row in self.store.side_rows()}
+        chosen = members(list(sent), list(beside), keys, most)
+        facts = sent | beside
+        sizes = {n: key_bytes(self.model, self.served.site, facts[n].fact) for n in chosen}
+        return [facts[n] for n in within(chosen, sizes, memory)]
+
+    def room(self, most: int | None) -> float:
+        """How many more facts the weights take, if they bear so many. For the last few it is not
+        worth making a generation."""
+        if most is None or not self.selective:
+            return math.inf
+        left = most - len(self.served.weights_facts())
+        return left if left > (1 - FULL) * most else 0
+
+    def fitting(self, batch: Sequence[StoredFact], capacity: Capacity | None) -> list[StoredFact]:
+        """Those of a batch for which there is room; what replaces takes none."""
+        room, taken = self.room(capacity.facts if capacity else None), list[StoredFact]()
+        for fact in batch:
+            new = not self.replaces(fact)
+            if not new or room >= 1:
+                taken.append(fact)
+                room -= new
+        return taken
+
+    def replaces(self, fact: StoredFact) -> bool:
+        """Whether it takes the place of a fact in the weights."""
+        return any(old.state is State.LIVE_WEIGHTS for old in self.older(fact))
+
+    def send_beside(self, facts: Sequence[StoredFact]) -> None:
+        """What waits for a batch, and finds the weights full, goes to the side memory."""
+        capacity = self.weights.room.capacity()
+        if capacity is None:
+            return
+        why = {"figure": capacity.figure, "capacity": capacity.facts, "limit": capacity.limit}
+        with self.store.transaction():
+            for fact in facts:
+                self.store.send_beside(fact.id, **why)
 
     def run(self, batch: Sequence[StoredFact], reason: str, dry_run: bool) -> dict[str, Any]:
-        """Move a batch into the weights. Facts that do not hold stay where they were."""
+        """Move a batch into the weights, or the part of it that they bear. Facts that do not
+        hold, and those for which there is no room, stay where they were."""
         began = time.monotonic()
-        refused = self._compute([f.fact for f in batch])
-        self._reject([f for f in batch if f.id in refused], refused)
-        batch = [f for f in batch if f.id not in refused]
+        capacity = self.weights.room.capacity()
+        fitting = self.fitting(batch, capacity)
+        if capacity is not None and batch and not fitting:
+            return self._nothing({}, dry_run, [f"weights full: {capacity}"])
+        refused = self._compute([f.fact for f in fitting])
+        self._reject([f for f in fitting if f.id in refused], refused)
+        batch = [f for f in fitting if f.id not in refused]
         if not batch:
             return self._nothing(refused, dry_run)
         old = {f.id: {o.id for o in self.older(f)} for f in batch}
         batch = [f for f in batch if not any(f.id in ended for ended in old.values())]
-        old = {f.id: old[f.id] for f in batch}
-        kept = self._kept(old, set())
         before = self.served.probe_before([f.fact for f in batch])
-        with self.weights.trial([*kept, *(f.id for f in batch)]):
-            probes, lost = self._hold(old, [f.fact for f in batch], before)
-            health, verdict = self.weights.measured()
-            taken = [f for f in batch if f.id not in lost]
-            failed = [f for f in batch if f.id in lost]
-            result: dict[str, Any] = {
-                "flushed": [f.id for f in taken],
-                "failed": sorted({*lost, *refused}),
-                "generation": self.store.active_generation(),
-                "verdict": str(verdict.action),
-                "reasons": list(verdict.reasons),
-                "figures": health.as_dict(),
-                "dry_run": dry_run,
-            }
+        with self.weights.trial(self._with(batch)):
+            trial = self._tried(batch, before)
+            unborne = [trial] if trial.verdict.action >= Action.CONSOLIDATE else []
+            if unborne and (part := self._borne(trial)):
+                self.weights.solve(self._with(part))
+                trial = self._tried(part, before).after(trial)
+                unborne += [trial] if trial.verdict.action >= Action.CONSOLIDATE else []
+            result = self._result(trial, refused, dry_run)
             if dry_run:
                 return result
-            if taken and verdict.action is not Action.REVERT:
+            if trial.taken and trial.verdict.action < Action.CONSOLIDATE:
                 seconds = (time.monotonic() - began) / len(batch)
-                ids = [*self._kept(old, lost), *result["flushed"]]
                 result["generation"] = self.weights.publish(
-                    ids, reason, health, lambda n: self._flushed(n, taken, before, probes, seconds)
+                    self._with(trial.taken),
+                    reason,
+                    trial.health,
+                    lambda n: self._flushed(n, trial.taken, before, trial.probes, seconds),
                 )
-        if verdict.action is Action.REVERT:
-            result["flushed"] = []
-            self._hold_back(taken, "; ".join(verdict.reasons))
-        elif not taken:
-            self._hold_back([], "no fact of the batch held in the weights")
-        self._retry(failed, {n: f"the weights answered {p.answer!r}" for n, p in probes.items()})
+        self._after(trial, unborne)
         self.served.forget_side()
         return result
 
-    def _nothing(self, refused: dict[str, str], dry_run: bool) -> dict[str, Any]:
+    def _tried(self, batch: Sequence[StoredFact], before: dict[str, list[str]]) -> "_Trial":
+        """Look at the candidate, which holds the batch: who holds, and is it well?"""
+        probes, lost = self._hold(batch, before)
         health, verdict = self.weights.measured()
+        taken = [f for f in batch if f.id not in lost]
+        lost_facts = [f for f in batch if f.id in lost]
+        count = len(self._with(taken))
+        return _Trial(count, taken, lost_facts, probes, health, verdict)
+
+    def _borne(self, trial: "_Trial") -> list[StoredFact]:
+        """The part of a trial's facts that the weights bear, if it is smaller than all of them."""
+        seen = observed(trial.facts, trial.health.as_dict())
+        part = self.fitting(trial.taken, self.weights.room.capacity([seen]))
+        return part if len(part) < len(trial.taken) else []
+
+    def _after(self, trial: "_Trial", unborne: Sequence["_Trial"]) -> None:
+        """Draw the consequences of a flush for the facts that are not in the weights now."""
+        why = "; ".join(trial.verdict.reasons)
+        if trial.verdict.action is Action.REVERT:
+            self._hold_back(trial.taken, why)
+        elif not trial.taken and not any(f.state is State.RECEIVED for f in trial.lost):
+            # Facts beside the weights would be tried again at once, and without end.
+            self._hold_back([], "no fact of the batch held in the weights")
+        else:
+            with self.store.transaction():
+                for one in unborne:
+                    self.weights.room.too_many(one.facts, one.health)
+        if trial.verdict.action is Action.CONSOLIDATE:
+            # Room does not help a fact that needs none: only the side memory can take it.
+            sent = [f for f in trial.taken if f.state is State.RECEIVED and self.replaces(f)]
+            self.send_beside(sent)
+        answers = {n: f"the weights answered {p.answer!r}" for n, p in trial.probes.items()}
+        self._retry(trial.lost, answers)
+
+    def _result(
+        self, trial: "_Trial", refused: dict[str, Refused], dry_run: bool
+    ) -> dict[str, Any]:
+        well = trial.verdict.action < Action.CONSOLIDATE
         return {
-            "flushed": [],
-            "failed": sorted(refused),
+            "flushed": [f.id for f in trial.taken] if well else [],
+            "failed": sorted({*(f.id for f in trial.lost), *refused}),
             "generation": self.store.active_generation(),
-            "verdict": str(verdict.action),
-            "reasons": list(verdict.reasons),
-            "figures": health.as_dict(),
+            "verdict": str(trial.verdict.action),
+            "reasons": list(trial.verdict.reasons),
+            "figures": trial.health.as_dict(),
             "dry_run": dry_run,
         }
 
-    def _compute(self, facts: Sequence[Fact]) -> dict[str, str]:
+    def _nothing(
+        self, refused: dict[str, Refused], dry_run: bool, why: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        health, verdict = self.weights.measured()
+        verdict = replace(verdict, reasons=(*why, *verdict.reasons))
+        return self._result(_Trial(0, [], [], {}, health, verdict), refused, dry_run)
+
+    def _compute(self, facts: Sequence[Fact]) -> dict[str, Refused]:
         """Terms for every fact that has none yet, kept as they come; why some were refused."""
-        refused: dict[str, str] = {}
+        refused: dict[str, Refused] = {}
 
         def keep(part: dict[str, Terms | Refused]) -> None:
             with self.store.transaction():
                 for fact_id, terms in part.items():
                     if isinstance(terms, Refused):
-                        refused[fact_id] = terms.reason
+                        refused[fact_id] = terms
                     else:
                         self.store.put_terms(fact_id, pack(terms))
             self.pulse()
@@ -112,27 +213,27 @@ class Flush:
         compute_terms(self.model, self.served.site, norms, wanted, keep)
         return refused
 
-    def _kept(self, old: dict[str, set[str]], lost: set[str]) -> list[str]:
-        """What stays in the weights: all but those that a fact of the batch takes the place of."""
-        gone = {n for new, ended in old.items() if new not in lost for n in ended}
-        return [n for n in self.served.weights_facts() if n not in gone]
+    def _with(self, facts: Sequence[StoredFact]) -> list[str]:
+        """The facts in the weights once these are, by id: what they replace is gone."""
+        gone = {old.id for fact in facts for old in self.older(fact)}
+        kept = [n for n in self.served.weights_facts() if n not in gone]
+        return [*kept, *(f.id for f in facts)]
 
     def _hold(
-        self, old: dict[str, set[str]], facts: Sequence[Fact], before: dict[str, list[str]]
+        self, batch: Sequence[StoredFact], before: dict[str, list[str]]
     ) -> tuple[dict[str, Probe], set[str]]:
         """Probe the candidate, and solve again without the facts that it does not hold."""
         lost: set[str] = set()
         probes: dict[str, Probe] = {}
         for _ in range(ROUNDS):
-            held = [f for f in facts if f.id not in lost]
-            after = ask_all(self.model, held)
-            probes |= {f.id: compare(f, before[f.id], after[f.id]) for f in held}
+            held = [f for f in batch if f.id not in lost]
+            after = ask_all(self.model, [f.fact for f in held])
+            probes |= {f.id: compare(f.fact, before[f.id], after[f.id]) for f in held}
             wrong = {f.id for f in held if not probes[f.id].right}
             if not wrong or not self.selective:
                 break
             lost |= wrong
-            ids = [*self._kept(old, lost), *(f.id for f in facts if f.id not in lost)]
-            self.weights.solve(ids)
+            self.weights.solve(self._with([f for f in held if f.id not in wrong]))
         return probes, lost
 
     def _flushed(
@@ -166,10 +267,14 @@ class Flush:
             self.store.event("flush_refused", facts=[f.id for f in taken], reasons=why)
         self._retry(taken, {f.id: f"the flush was refused: {why}" for f in taken})
 
-    def _reject(self, facts: Sequence[StoredFact], reasons: dict[str, str]) -> None:
+    def _reject(self, facts: Sequence[StoredFact], refused: dict[str, Refused]) -> None:
         with self.store.transaction():
             for fact in facts:
-                self.store.move(fact.id, State.REJECTED, reason=reasons[fact.id])
+                why = refused[fact.id]
+                if why.beside:
+                    self.retry(fact, "weights", why.reason)
+                    continue
+                self.store.move(fact.id, State.REJECTED, reason=why.reason)
                 self.store.add_edit(fact.id, "weights", None, 0.0, "rejected", None)
 
     def _retry(self, facts: Sequence[StoredFact], reasons: dict[str, str]) -> None:

@@ -24,7 +24,9 @@ from memory.reading import open_readonly, overview
 NOT_RUNNING, NEEDS_ATTENTION = 3, 4
 # The defaults of the section [schedule], which live in a module that takes long to import.
 SCHEDULE = {"audit": "0 * * * *", "consolidate": "0 4 * * *", "expire": "* * * * *"}
-HELD = "flush_held"  # as the edit loop calls it, in a module that takes long to import
+# As the edit loop calls them, in modules that take long to import.
+HELD = "flush_held"
+CAPACITY, LIMIT = "weights_capacity", "weights_limit"
 _NOTHING_YET: dict[str, Any] = {
     "states": dict.fromkeys(map(str, State), 0),
     "events": 0,
@@ -59,6 +61,8 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "generation": known["generation"],
         "generations": known["generations"],
         "facts": known["states"],
+        "weights_facts": known["states"][State.LIVE_WEIGHTS],
+        **{key: known.get(key) for key in (CAPACITY, LIMIT)},
         "pending": {
             "count": known["states"][State.RECEIVED],
             "oldest_received_at": oldest,
@@ -105,7 +109,9 @@ def _recorded(home: Home, now: datetime) -> dict[str, Any]:
                 **overview(conn, now),
                 "applied_today": _applied(conn, now),
                 "failed_facts": _failed(conn),
-                "flush_held": _held(conn),
+                "flush_held": _meta(conn, HELD),
+                CAPACITY: None if (most := _meta(conn, CAPACITY)) is None else int(most),
+                LIMIT: _meta(conn, LIMIT),
             }
         except sqlite3.Error as error:
             raise KeditError(
@@ -140,9 +146,9 @@ def _failed(conn: sqlite3.Connection) -> list[dict[str, Any]]:
     return [{"id": row["id"], "reason": row["reason"]} for row in rows]
 
 
-def _held(conn: sqlite3.Connection) -> str | None:
-    """Why flushes wait for a person, if they do."""
-    row = conn.execute("SELECT value FROM meta WHERE key = ?", (HELD,)).fetchone()
+def _meta(conn: sqlite3.Connection, key: str) -> str | None:
+    """What the edit loop has written down under a name."""
+    row = conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return row[0] if row else None
 
 

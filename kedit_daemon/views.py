@@ -45,6 +45,8 @@ def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
     )
     counts = [f"{name} {count:,}" for name, count in found["facts"].items() if count]
     yield _spaced("  facts", *(counts or ["none yet"]))
+    if found["weights_capacity"] is not None:
+        yield _weights_line(found)
     yield _audit_line(found, now)
     yield from _job_lines(found["jobs"], now)
     for warning in found["warnings"]:
@@ -153,12 +155,23 @@ def when(at: str, now: datetime | None = None) -> str:
     return moment.strftime("%H:%M" if today else "%Y-%m-%d %H:%M:%S")
 
 
+def _weights_line(found: Mapping[str, Any]) -> str:
+    """A count of facts that no figure limits is only as far as the daemon can foresee."""
+    held, most, limit = (found[f"weights_{key}"] for key in ("facts", "capacity", "limit"))
+    facts = "1 fact" if held == 1 else f"{held:,} facts"
+    if limit is None:
+        return f"  weights   {facts} of at least {most:,} they bear"
+    return f"  weights   {facts} of about {most:,} they bear ({clean(limit)})"
+
+
 def _audit_line(found: Mapping[str, Any], now: datetime) -> str:
     audit = found["last_audit"]
     if audit is None:
         return f"  last audit  none yet  (chain {found['events']:,} events)"
     figures = audit["figures"]
     told = [f"chain {found['events']:,} events"]
+    if "agreement" in figures:
+        told.insert(0, f"agreement {_figure(figures['agreement'])}")
     if "perplexity_ratio" in figures:
         told.insert(0, f"perplexity ratio {_figure(figures['perplexity_ratio'])}")
     if ratios := figures.get("norm_ratio"):

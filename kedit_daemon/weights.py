@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kedit_daemon.room import Room
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.facts import ACTIVE, State
@@ -29,6 +30,7 @@ class Weights:
     def __init__(self, served: Served, thresholds: Thresholds) -> None:
         self.served, self.store, self.model = served, served.store, served.model
         self.thresholds = thresholds
+        self.room = Room(self.store, thresholds)
         self._candidate: dict[int, Tensor] = {}
 
     @contextmanager
@@ -51,13 +53,16 @@ class Weights:
             tensors = {str(n): delta for n, delta in deltas.items()}
             sha = save_tensors(self.served.home.generations, tensors)
         weights = self.model.weights_hash(self.served.loaded.layers)
-        parent = self.store.active_generation()
+        parent, held = self.store.active_generation(), len(self.served.weights_facts())
         with self.store.transaction():
             number = self.store.add_generation(
                 sha, weights, parent, reason, sorted(ids), health.as_dict()
             )
             self.store.activate(number)
             self.store.set_meta(HELD, None)
+            if len(ids) < held:
+                self.room.forget_trials()
+            self.room.remember()
             moves(number)
         self.served.deltas = deltas
         self._recheck()

@@ -1,6 +1,7 @@
 """What is computed from facts: terms, retrieval keys, shards, generations of the weights."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,15 @@ class Artifacts(Journal):
         """All generations, oldest first."""
         rows = self.conn.execute(f"SELECT {GENERATION_COLUMNS} FROM generations ORDER BY id")
         return [GenerationRow.of(row) for row in rows]
+
+    def measured_generations(self, most: int = 100) -> list[tuple[int, dict[str, Any]]]:
+        """Of the latest generations that hold facts: how many, and the figures; newest first."""
+        rows = self.conn.execute(
+            "SELECT json_array_length(fact_ids), figures FROM generations"
+            " WHERE sha256 IS NOT NULL ORDER BY id DESC LIMIT ?",
+            (most,),
+        )
+        return [(int(count), json.loads(figures)) for count, figures in rows]
 
     def active_generation(self) -> int:
         """The generation that is served."""

@@ -24,6 +24,7 @@ class Health:
     activation_ratio: dict[str, float]  # E‖y‖ on the canary text
     perplexity: float
     perplexity_ratio: float
+    agreement: float  # share of the canary's tokens after which the likeliest one is the base's
     finite: bool
 
     def as_dict(self) -> dict[str, object]:
@@ -38,6 +39,7 @@ class Baseline:
 
     activations: dict[int, float]
     perplexity: float
+    likeliest: tuple[tuple[int, ...], ...]  # next tokens, by line
 
 
 class Canary:
@@ -49,9 +51,10 @@ class Canary:
         with model.at_base():
             self.baseline = Baseline(*self._read())
 
-    def _read(self) -> tuple[dict[int, float], float]:
-        """Mean output norm of each layer, and perplexity per token."""
+    def _read(self) -> tuple[dict[int, float], float, tuple[tuple[int, ...], ...]]:
+        """Mean output norm of each layer, perplexity per token, and the likeliest tokens."""
         norms = dict.fromkeys(self.layers, 0.0)
+        likeliest: list[tuple[int, ...]] = []
         loss, count = 0.0, 0
 
         def watch(layer: int, _inputs: Tensor, outputs: Tensor) -> None:
@@ -64,14 +67,21 @@ class Canary:
                 out = self.model.model(input_ids=tokens, labels=tokens, use_cache=False)
                 loss += float(out.loss) * (len(ids) - 1)
                 count += len(ids) - 1
+                likeliest.append(tuple(out.logits[0, :-1].argmax(-1).tolist()))
         if not count:
-            return dict.fromkeys(self.layers, 0.0), math.nan
+            return dict.fromkeys(self.layers, 0.0), math.nan, ()
         mean = loss / count
-        return {n: v / count for n, v in norms.items()}, math.exp(mean) if mean < 700 else math.inf
+        perplexity = math.exp(mean) if mean < 700 else math.inf
+        return {n: v / count for n, v in norms.items()}, perplexity, tuple(likeliest)
+
+    def _agreement(self, likeliest: tuple[tuple[int, ...], ...]) -> float:
+        pairs = zip(likeliest, self.baseline.likeliest, strict=True)
+        same = [a == b for now, base in pairs for a, b in zip(now, base, strict=True)]
+        return sum(same) / len(same) if same else math.nan
 
     def measure(self) -> Health:
         """The figures of the model as it is now."""
-        activations, perplexity = self._read()
+        activations, perplexity, likeliest = self._read()
         ratios, updates = {}, {}
         for layer in self.layers:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)
@@ -89,5 +99,6 @@ class Canary:
             activation_ratio=moved,
             perplexity=perplexity,
             perplexity_ratio=perplexity / self.baseline.perplexity,
+            agreement=self._agreement(likeliest),
             finite=all(math.isfinite(n) for n in numbers),
         )

@@ -109,6 +109,12 @@ class Store(Artifacts):
         self._write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
         return self._known(fact_id).attempts
 
+    def send_beside(self, fact_id: str, **why: Any) -> None:
+        """Let a waiting fact that is for a batch be for the side memory instead; its attempts
+        stay as they are. `why` goes into the event."""
+        self._write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
+        self.event("weights_full", fact_id, **why)
+
     def submission(self, work_name: str) -> bool:
         """Whether a claimed file has been taken in already."""
         return self._one("SELECT 1 FROM submissions WHERE work_name = ?", work_name) is not None

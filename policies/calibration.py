@@ -19,6 +19,7 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
 from memory.statistics import LayerStatistics
+from policies.anchor import anchor
 from policies.site import EditSite
 from policies.stability import Limits
 from policies.targets import Refused, Terms, compute_terms
@@ -137,6 +138,7 @@ class Search:
         self._told: Callable[[str], None] = lambda _what: None
         self._statistics: Mapping[int, LayerStatistics] = {}
         self._packed: dict[EditSite, dict[str, bytes]] = {}  # terms, by what they depend on
+        self._lengths: dict[EditSite, list[Mapping[int, float]]] = {}  # of their targets
         self.found: list[Candidate] = []
 
     @property
@@ -171,6 +173,11 @@ class Search:
         """ΔW of all the facts at a site whose quality was measured."""
         self._need([site])
         return WeightsTier(site, self._statistics).deltas(self._packed[_unsolved(site)])
+
+    def anchors(self, site: EditSite) -> dict[int, float]:
+        """The norm anchors of a site whose quality was measured, by layer."""
+        lengths = self._lengths[_unsolved(site)]
+        return {n: round(anchor([one[n] for one in lengths]), 3) for n in site.layers}
 
     # The sites ----------------------------------------------------------------------------------
 
@@ -236,6 +243,7 @@ class Search:
         """Solve for each variant of a site, all from the site's own terms, and measure it."""
         terms, candidate = self._terms(stage, site)
         packed = self._packed[_unsolved(site)] = {n: pack(t) for n, t in terms.items()}
+        self._lengths[_unsolved(site)] = [t.lengths for t in terms.values()]
         tried = []
         for variant in variants:
             try:

@@ -8,6 +8,7 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
+from policies.site import EditSite
 
 # Unrelated sentences before the prompt, so that an edit does not hang on standing first.
 CONTEXTS = (
@@ -86,6 +87,15 @@ def rows_of(model: EditableModel, fact: Fact) -> list[Row]:
         at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
         rows.append(Row(ids, len(prompt), at))
     return rows
+
+
+def key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
+    """What a fact's keys take in a solve, in float32: in each edited layer a key for every
+    context, and in an end layer for every token of the target."""
+    contexts = len(CONTEXTS) + len(fact.rephrased[:MAX_PARAPHRASES])
+    tokens = len(model.encode_target(fact.question, fact.target)) + (model.end is not None)
+    keys = {n: 1 if n in site.subject_layers else tokens for n in site.layers}
+    return sum(4 * contexts * k * model.base_weight(n).shape[1] for n, k in keys.items())
 
 
 def essence_of(model: EditableModel, fact: Fact) -> Row:

@@ -6,7 +6,7 @@ cannot be optimised at all. So the site is data, with the evidence beside it (`k
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,12 @@ class EditSite:
     activation_warn: float = 0.03  # change of the activation norms, likewise
     activation_consolidate: float = 0.05
     activation_revert: float = 0.10
+    agreement_warn: float = 0.03  # share of the canary's tokens that are foreseen differently
+    agreement_consolidate: float = 0.06
+    agreement_revert: float = 0.15
+    # By layer the mean ‖v‖ of targets on the unedited model, in lengths: targets far beyond are
+    # refused. None is where it is not measured. Not hashed, since a mapping cannot be.
+    anchors: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     @property
     def holds_essence(self) -> bool:

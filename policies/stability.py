@@ -38,11 +38,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|."""
+    """norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|.
+    agreement: share of the canary's tokens after which another one is the likeliest now."""
 
     norm: Limits
     perplexity: Limits
     activation: Limits
+    agreement: Limits
 
 
 @dataclass(frozen=True)
@@ -73,4 +75,8 @@ def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action
     yield (
         thresholds.perplexity.judge(health.perplexity_ratio),
         f"canary perplexity is {health.perplexity_ratio:.3f} of the base",
+    )
+    yield (
+        thresholds.agreement.judge(1 - health.agreement),
+        f"agreement with the base on the canary is {health.agreement:.3f}",
     )

@@ -22,6 +22,7 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
 from memory.replay import Replay
+from policies.anchor import too_long
 from policies.prompts import IGNORE, Row, essence_of, rows_of
 from policies.site import EditSite
 
@@ -36,20 +37,23 @@ EXTRA_STEPS = 5  # after the target is the argmax everywhere
 class Terms:
     """A fact's part in the solve, by layer: keys (rows, sites, width), residuals (sites, hidden).
 
-    A residual is δ = v − W0 k; every context of the fact shares it.
+    A residual is δ = v − W0 k; every context of the fact shares it. lengths: by layer the mean
+    ‖v‖, in units of the layer's median ‖y‖.
     """
 
     keys: Mapping[int, Tensor]
     residuals: Mapping[int, Tensor]
     loss: float
     steps: int
+    lengths: Mapping[int, float]
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a fact got no targets."""
+    """Why a fact got no targets, and whether the side memory may take it all the same."""
 
     reason: str
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,7 @@ class _Seats:
         self.fresh = torch.zeros(SEATS, dtype=torch.bool, device=on)
         self.facts: list[Fact | None] = [None] * SEATS
         self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
 
     @property
     def busy(self) -> bool:
@@ -167,6 +172,7 @@ class _Seats:
 
         def add(inputs: Tensor, outputs: Tensor) -> Tensor:
             self.keys[layer] = inputs[self.at, columns].detach().float()
+            self.values[layer] = (outputs[self.at, columns] + moved).detach()
             there = moved.to(outputs.dtype)
             return outputs.index_put((self.at, columns), there, accumulate=True)
 
@@ -240,7 +246,11 @@ class _Seats:
         numbers = (torch.tensor(loss), *keys.values(), *residuals.values())
         if not all(bool(torch.isfinite(t).all()) for t in numbers):
             return Refused("the target's loss or value is not finite")
-        return Terms(keys, residuals, loss, int(self.steps[seat]) - 1)
+        values = {n: self.values[n][at, :many].norm(dim=-1) for n in keys}  # (rows, sites)
+        lengths = {n: float(v.mean()) / self.norms[n] for n, v in values.items()}
+        if why := too_long(lengths, self.site.anchors):
+            return Refused(why, beside=True)
+        return Terms(keys, residuals, loss, int(self.steps[seat]) - 1, lengths)
 
 
 def compute_terms(
@@ -254,7 +264,8 @@ def compute_terms(
 
     `norms` gives the median ‖y‖ of each edited layer. `done(part)` is told of results as they
     come, at times of none, with the active weights back in place, and may raise to stop the work.
-    A fact whose loss or δ is not finite is refused, the others are not.
+    A fact whose loss or δ is not finite, or whose target is far beyond the site's anchors, is
+    refused, the others are not.
     """
     shapes, result = _shaped(model, facts, site)
     done(dict(result))

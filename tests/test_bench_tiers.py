@@ -102,3 +102,14 @@ def test_the_run_sets_the_batch_and_the_policy_and_nothing_else(setup: MakeSetup
     assert min(v for v in vars(free.stability).values()) > 1e12
     assert bound.stability.perplexity_revert < 2
     assert (free.side, free.routing) == (bound.side, bound.routing)
+
+
+def test_a_batch_that_a_flush_cuts_goes_on_while_there_is_room(setup: MakeSetup) -> None:
+    method = MemitMass(setup())
+    method.flush.selective = True
+    method.edit(FACTS[:1])  # one fact seen: no more than two are foreseen to be borne
+    assert method.flush.weights.room.known() == 2
+    method.edit(FACTS[1:])
+    assert len(method.store.generations()) == 4  # the base, and three flushes
+    assert (method.not_edited, len(method.served.weights_facts())) == (0, 3)
+    method.close()

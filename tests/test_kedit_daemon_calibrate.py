@@ -175,7 +175,7 @@ def test_a_calibration_holds_the_figures_behind_it(
     assert evidence["pilot"] == {"facts": 2, "held_out": 2, "near": 3}
     assert evidence["chosen"] in evidence["candidates"]
     assert evidence["chosen"]["score"] > 0
-    assert set(evidence["clean_norms"]) == set(found.site.layers)
+    assert set(evidence["clean_norms"]) == set(found.site.anchors) == set(found.site.layers)
     assert set(evidence["activation_variation"]) == set(found.site.layers)
     assert all(norm > 1 for norm, _ in evidence["norm_and_activation_change"])
     assert json.loads(site_text(found.site, evidence))["evidence"]["rules"]

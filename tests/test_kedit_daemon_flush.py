@@ -168,3 +168,16 @@ def test_a_flush_that_is_not_selective_takes_what_does_not_hold_too(
     assert stored is not None and stored.probe is not None
     assert (stored.state, stored.probe["right"]) == ("live-weights", False)
     assert set(at.served.weights_facts()) == {one.id, two.id}
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_only_facts_that_would_be_tried_without_end_hold_flushes_back(
+    bench: Make, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=direct)
+    if not direct:
+        at.settle()
+    monkeypatch.setattr(flush, "compare", lambda *said: replace(compare(*said), right=False))
+    assert at.editor.run_flush(False)["flushed"] == []
+    assert (at.store.meta(HELD) is None) is direct

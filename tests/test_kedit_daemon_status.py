@@ -11,7 +11,7 @@ from kedit_daemon import lock
 from kedit_daemon.config import Config
 from kedit_daemon.failures import failed_report
 from kedit_daemon.home import Home
-from kedit_daemon.status import HELD, SCHEDULE, exit_code, gather
+from kedit_daemon.status import CAPACITY, HELD, LIMIT, SCHEDULE, exit_code, gather
 from memory.errors import KeditError
 from memory.facts import Fact, State
 from memory.store import Store
@@ -221,7 +221,41 @@ def test_a_file_that_is_no_database(home: Home) -> None:
         found(home)
 
 
-def test_the_name_of_held_flushes_is_the_edit_loop_s() -> None:
-    from kedit_daemon import weights  # takes long
+def test_names_in_the_meta_table_are_the_edit_loop_s() -> None:
+    from kedit_daemon import room, weights  # takes long
 
     assert weights.HELD == HELD
+    assert (room.CAPACITY, room.LIMIT) == (CAPACITY, LIMIT)
+
+
+def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
+    with opened(home) as store:
+        store.receive(fact(1), "a.jsonl", False)
+        store.move(fact(1).id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+    seen = found(home)
+    keys = ("weights_facts", "weights_capacity", "weights_limit")
+    assert [seen[key] for key in keys] == [1, None, None]
+    with opened(home) as store:
+        store.set_meta(CAPACITY, "170")
+        store.set_meta(LIMIT, "norm of layer 2")
+    seen = found(home)
+    assert [seen[key] for key in keys] == [1, 170, "norm of layer 2"]
+
+
+def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
+    with opened(home) as store:
+        for n in range(3):
+            store.receive(fact(n), "a.jsonl", False)
+        store.move(fact(0).id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.set_meta(CAPACITY, "1")
+    with lock.hold(home.lock):
+        assert messages(home) == []  # nothing stays beside
+        for n, told in ((1, "1 fact stays"), (2, "2 facts stay")):
+            with opened(home) as store:
+                store.move(fact(n).id, State.LIVE_SIDE, tier="side")
+            text = f"weights full: {told} in the side memory"
+            assert messages(home) == [(text, "kedit-daemon facts --state live-side", False)]
+        assert exit_code(found(home)) == 0
+        with opened(home) as store:
+            store.set_meta(CAPACITY, "2")
+        assert messages(home) == []

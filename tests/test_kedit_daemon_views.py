@@ -88,7 +88,11 @@ def test_a_running_daemon_on_one_screen(tmp_path: Path) -> None:
         last_audit={
             "at": "2026-03-01T02:00:00.000Z",
             "verdict": "keep",
-            "figures": {"norm_ratio": {"4": 1.00213}, "perplexity_ratio": 1.01},
+            "figures": {
+                "norm_ratio": {"4": 1.00213},
+                "perplexity_ratio": 1.01,
+                "agreement": 0.93129,
+            },
         },
         jobs={
             "audit": {"started_at": "2026-03-01T11:00:00Z", "outcome": "ok", "next": None},
@@ -102,7 +106,7 @@ def test_a_running_daemon_on_one_screen(tmp_path: Path) -> None:
         "   side memory 2,114 keys, 38 MB",
         "  facts   none yet",
         "  last audit  keep  02:00  (norm ratio (4: 1.002), perplexity ratio 1.01,"
-        " chain 14,220 events)",
+        " agreement 0.9313, chain 14,220 events)",
         "  last jobs   audit ok 11:00",
         "  next jobs   consolidate 2026-03-02 04:00:00  UTC",
         "! 1 file  → kedit-daemon show f",
@@ -113,6 +117,21 @@ def test_a_daemon_that_has_never_run(tmp_path: Path) -> None:
     lines = plain(status_lines(situation(tmp_path)))
     assert lines[0] == "● kedit-daemon  stopped   generation 0"
     assert "  last audit  none yet  (chain 0 events)" in lines
+
+
+@pytest.mark.parametrize(
+    ("held", "most", "limit", "line"),
+    [
+        (1112, 1700, "norm of layer 2", "1,112 facts of about 1,700 they bear (norm of layer 2)"),
+        (1, 2, None, "1 fact of at least 2 they bear"),
+    ],
+)
+def test_how_full_the_weights_are_is_a_line(
+    tmp_path: Path, held: int, most: int, limit: str | None, line: str
+) -> None:
+    full = {"weights_facts": held, "weights_capacity": most, "weights_limit": limit}
+    assert f"  weights   {line}" in plain(status_lines(situation(tmp_path, **full)))
+    assert not [s for s in plain(status_lines(situation(tmp_path))) if s.startswith("  weights")]
 
 
 def test_facts_are_a_table() -> None:

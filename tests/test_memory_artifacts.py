@@ -108,3 +108,14 @@ def test_an_unknown_generation_is_neither_active_nor_a_parent(store: Store) -> N
     with pytest.raises(sqlite3.IntegrityError), store.transaction():
         store.add_generation("aa", "ww", 5, "flush", [], {})
     assert store.active_generation() == 0
+
+
+def test_the_latest_generations_tell_how_many_facts_gave_which_figures(store: Store) -> None:
+    assert store.measured_generations() == []
+    with store.transaction():
+        store.add_generation("s1", "w1", 0, "flush", ["a", "b"], {"agreement": 0.5})
+        store.add_generation(None, "w2", 1, "back", [], {"agreement": 1.0})
+        store.add_generation("s3", "w3", 2, "flush", ["a"], {"agreement": 0.75})
+    measured = [(1, {"agreement": 0.75}), (2, {"agreement": 0.5})]
+    assert store.measured_generations() == measured
+    assert store.measured_generations(1) == measured[:1]

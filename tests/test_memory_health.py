@@ -35,7 +35,7 @@ def test_an_unedited_model_measures_as_its_own_base(model: EditableModel, canary
     assert health.norm_ratio == {"1": 1.0, "2": 1.0}
     assert health.update_norm == {"1": 0.0, "2": 0.0}
     assert health.activation_ratio == {"1": 1.0, "2": 1.0}
-    assert health.perplexity_ratio == 1.0
+    assert health.perplexity_ratio == health.agreement == 1.0
     assert health.perplexity == pytest.approx(perplexity(model), rel=1e-4)
     assert health.finite
 
@@ -50,6 +50,31 @@ def test_an_edit_shows_in_the_figures_of_its_layer(model: EditableModel, canary:
     assert health.perplexity == pytest.approx(perplexity(model), rel=1e-4)
     assert health.perplexity_ratio == pytest.approx(health.perplexity / canary.baseline.perplexity)
     assert health.perplexity_ratio != 1.0
+
+
+def likeliest(model: EditableModel) -> list[int]:
+    found: list[int] = []
+    for line in LINES:
+        ids = torch.tensor([model.encode(line)])
+        with torch.no_grad():
+            said = model.model(input_ids=ids, use_cache=False).logits[0, :-1]
+        found += [int(n) for n in said.argmax(-1)]
+    return found
+
+
+def test_agreement_is_the_share_of_tokens_that_are_foreseen_as_before(
+    model: EditableModel, canary: Canary
+) -> None:
+    base = likeliest(model)
+    model.set_deltas({2: model.base_weight(2) * 0.1})
+    now = likeliest(model)
+    share = sum(a == b for a, b in zip(now, base, strict=True)) / len(base)
+    assert 0 < share < 1
+    assert canary.measure().agreement == pytest.approx(share)
+
+
+def test_a_canary_without_a_line_agrees_with_nothing(model: EditableModel) -> None:
+    assert math.isnan(Canary(model, ["Rome"], [1]).measure().agreement)
 
 
 def test_the_baseline_is_of_the_base_also_when_read_on_an_edited_model(

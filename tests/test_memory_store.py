@@ -1,3 +1,4 @@
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -208,3 +209,24 @@ def test_everything_is_there_after_a_restart(path: Path) -> None:
     with closing(Store(path, lambda: datetime.now(UTC))) as store:
         assert store.fact(fact_id) == stored
         assert [g.id for g in store.generations()] == [0]
+
+
+@pytest.mark.parametrize("attempts", [0, 1, 2])
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_fact_that_is_sent_beside_is_for_the_side_memory_now(
+    store: Store, direct: bool, attempts: int
+) -> None:
+    with store.transaction():
+        fact_id = store.receive(EYRE, "a.jsonl", direct).id
+        for _ in range(attempts):
+            store.attempted(fact_id)
+        store.send_beside(fact_id, figure="perplexity", capacity=7, limit=0.1)
+    stored = store.fact(fact_id)
+    assert stored is not None
+    # The side memory is where a direct fact goes after an odd number of attempts, and any other
+    # after an even one.
+    assert stored.direct is (attempts % 2 == 1)
+    assert (stored.attempts, stored.state) == (attempts, State.RECEIVED)
+    assert events(store)[-1] == ("weights_full", fact_id)
+    (data,) = store.conn.execute("SELECT data FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+    assert json.loads(data) == {"figure": "perplexity", "capacity": 7, "limit": 0.1}

@@ -53,7 +53,7 @@ def fact(seed: int, contexts: int = 2) -> Terms:
     sites = {SUBJECT: 1, END: 2}
     keys = {n: torch.randn(contexts, k, WIDTH, generator=generator) for n, k in sites.items()}
     residuals = {n: torch.randn(k, HIDDEN, generator=generator) for n, k in sites.items()}
-    return Terms(keys, residuals, 0.25, 7)
+    return Terms(keys, residuals, 0.25, 7, dict.fromkeys(keys, 1.0))
 
 
 def batches(count: int = 3, facts: int = 4) -> list[list[Terms]]:

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ from tokenizers import processors
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
-from policies.prompts import CONTEXTS, MAX_PARAPHRASES, Row, pad, rows_of, subject_end
+from policies.prompts import (
+    CONTEXTS,
+    MAX_PARAPHRASES,
+    Row,
+    key_bytes,
+    pad,
+    rows_of,
+    subject_end,
+)
+from policies.site import default_site
+from policies.targets import Terms, compute_terms
 
 CPU = torch.device("cpu")
 FACT = seat(11, "Oslo and Rome", paraphrases=("Seat of {}:", "{}:", "{} has the seat", "{} is"))
@@ -123,3 +134,11 @@ def test_pads_do_not_reach_a_rows_own_tokens(model: EditableModel) -> None:
         for n, row in enumerate(rows):
             alone = model.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
             assert torch.allclose(padded[n, : len(row.ids)], alone, atol=1e-5)
+
+
+def test_what_keys_take_is_what_the_targets_have(model: EditableModel) -> None:
+    site = replace(default_site(4), subject_layers=(1,), end_layers=(2,), target_steps=1)
+    found = compute_terms(model, site, {1: 1.0, 2: 1.0}, [FACT])[FACT.id]
+    assert isinstance(found, Terms)
+    real = sum(4 * keys.numel() for keys in found.keys.values())
+    assert key_bytes(model, site, FACT) == real

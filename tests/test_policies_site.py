@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from memory.errors import KeditError
-from policies.site import FILE, EditSite, default_site, load_site
+from policies.site import FILE, EditSite, default_site, load_site, site_text
 
 
 def write(folder: Path, **changes: Any) -> EditSite:
@@ -38,13 +38,26 @@ def test_a_measured_site_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_limits_are_the_models_own_where_they_were_measured(tmp_path: Path) -> None:
-    names = [f"{f}_{v}" for f in ("norm", "activation") for v in ("warn", "consolidate", "revert")]
+    names = [
+        f"{f}_{v}"
+        for f in ("norm", "activation", "agreement")
+        for v in ("warn", "consolidate", "revert")
+    ]
     measured = {name: 2.0 + n for n, name in enumerate(names)}
     site = asdict(write(tmp_path, **measured))
     assert {name: site[name] for name in names} == measured
     assert write(tmp_path, **dict.fromkeys(names)) == replace(
         default_site(8), subject_layers=(3,), end_layers=(2,)
     )
+
+
+def test_anchors_are_by_layer_and_come_back_as_they_were_written(tmp_path: Path) -> None:
+    assert write(tmp_path).anchors == {}
+    site = write(tmp_path, anchors={"2": 4.25, "3": 1.5})
+    assert site.anchors == {2: 4.25, 3: 1.5}
+    (tmp_path / FILE).write_text(site_text(site, {}))
+    assert load_site(tmp_path, 8) == site
+    assert len({site, replace(site, anchors={})}) == 2  # a site is what terms are kept under
 
 
 @pytest.mark.parametrize("layers", [2, 4, 12, 80])

@@ -7,13 +7,19 @@ from memory.health import Health
 from policies.stability import Action, Limits, Thresholds, judge
 
 LIMITS = Limits(1.1, 1.2, 1.3)
-THRESHOLDS = Thresholds(norm=LIMITS, perplexity=LIMITS, activation=Limits(0.1, 0.2, 0.3))
+THRESHOLDS = Thresholds(
+    norm=LIMITS,
+    perplexity=LIMITS,
+    activation=Limits(0.1, 0.2, 0.3),
+    agreement=Limits(0.03, 0.06, 0.15),
+)
 WELL: dict[str, Any] = {
     "norm_ratio": {"2": 1.0, "3": 1.0},
     "update_norm": {"2": 0.0, "3": 0.0},
     "activation_ratio": {"2": 1.0, "3": 1.0},
     "perplexity": 10.0,
     "perplexity_ratio": 1.0,
+    "agreement": 1.0,
     "finite": True,
 }
 
@@ -57,6 +63,22 @@ def test_each_limit_begins_where_it_says(value: float, action: Action) -> None:
 )
 def test_activations_may_neither_grow_nor_shrink(change: float, action: Action, sign: int) -> None:
     assert verdict(activation_ratio={"2": 1.0, "3": 1.0 + sign * change})[0] is action
+
+
+@pytest.mark.parametrize(
+    ("share", "action"),
+    [
+        (0.98, Action.KEEP),
+        (0.96, Action.WARN),
+        (0.93, Action.CONSOLIDATE),
+        (0.80, Action.REVERT),
+        (math.nan, Action.REVERT),
+    ],
+)
+def test_a_loss_of_agreement_is_worse_the_larger_it_is(share: float, action: Action) -> None:
+    found, reasons = verdict(agreement=share)
+    assert found is action
+    assert reasons == ((f"agreement with the base on the canary is {share:.3f}",) if action else ())
 
 
 def test_all_well_is_kept_without_a_reason() -> None:

@@ -204,3 +204,27 @@ def test_other_architectures_keep_a_facts_bits_too(
     model = EditableModel.load(model_folder(kind), torch.device("cpu"))
     any_site = replace(any_site, target_steps=4)
     assert_equal(terms_of(model, any_site, [FACT]), terms_of(model, any_site, [*OTHERS, FACT]))
+
+
+def test_a_target_far_beyond_its_anchor_is_refused_and_may_go_beside(
+    model: EditableModel, any_site: EditSite
+) -> None:
+    lengths = terms_of(model, any_site, [FACT]).lengths
+    assert set(lengths) == {1, 2}
+    near = replace(any_site, anchors={n: 0.51 * v for n, v in lengths.items()})
+    assert_equal(terms_of(model, near, [FACT]), terms_of(model, any_site, [FACT]))
+    far = replace(any_site, anchors={2: 0.49 * lengths[2]})
+    refused = compute_terms(model, far, NORMS, [FACT])[FACT.id]
+    assert isinstance(refused, Refused) and refused.beside
+    assert f"layer 2 is {lengths[2]:.2f} long" in refused.reason
+
+
+def test_a_targets_length_is_that_of_what_the_layer_shall_give(
+    model: EditableModel, any_site: EditSite
+) -> None:
+    norms = {n: 2.0 for n in range(4)}
+    found = compute_terms(model, any_site, norms, [FACT])[FACT.id]
+    assert isinstance(found, Terms)
+    for layer, keys in found.keys.items():  # (rows, sites, width)
+        values = keys @ model.base_weight(layer).T + found.residuals[layer]
+        assert found.lengths[layer] == pytest.approx(float(values.norm(dim=-1).mean()) / 2)

@@ -43,7 +43,7 @@ def terms(seed: int, rows: int = 3, sites: int = 2) -> Terms:
     draw = (torch.randn(rows, sites, WIDTH, generator=generator) for _ in LAYERS)
     keys = {n: k.bfloat16().float() for n, k in zip(LAYERS, draw, strict=True)}  # as kept
     residuals = {n: torch.randn(sites, HIDDEN, generator=generator) for n in LAYERS}
-    return Terms(keys, residuals, 0.25, 7)
+    return Terms(keys, residuals, 0.25, 7, dict.fromkeys(keys, 1.0))
 
 
 def packed(*seeds: int) -> dict[str, bytes]:

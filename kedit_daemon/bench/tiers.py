@@ -21,7 +21,7 @@ from policies.routing import Route, decide, wants_batch
 from policies.stability import Thresholds, Verdict
 
 NO_LIMIT = 1e30  # what `--no-policy` sets every threshold to
-FIGURES = ("norm", "perplexity", "activation")
+FIGURES = ("norm", "perplexity", "activation", "agreement")
 VERDICTS = ("warn", "consolidate", "revert")
 
 
@@ -125,10 +125,14 @@ class MemitMass(_Daemon):
         return True
 
     def settle(self, received: Sequence[StoredFact]) -> None:
-        """One flush. What does not hold in the weights is not tried in the side memory."""
+        """One flush, and more while there is room for facts that it has left. What does not hold
+        in the weights is not tried in the side memory."""
         began = self._heard = time.perf_counter()
         before = sum(self.watch.parts.values())
-        self.flush.run(received, "bench", dry_run=False)
+        left = received
+        while left and self.flush.run(left, "bench", dry_run=False)["flushed"]:
+            waiting = self.store.facts((State.RECEIVED,))
+            left = [f for f in waiting if f in received]  # as they came: not tried yet
         total = time.perf_counter() - began
         self.watch.add("targets", self._heard - began)  # a flush pulses while it computes these
         spent = sum(self.watch.parts.values()) - before

@@ -219,6 +219,7 @@ def _flush_and_audit(main: Running, story: Story, tally: Tally) -> Fact:
         moved = figures["activation_ratio"][layer]
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
+    tally.echo(f"   {figures['agreement']:.1%} of its tokens are foreseen as before")
     tally.check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
     return next(f for f in story.facts if f.id in done["flushed"])
 

@@ -1,0 +1,54 @@
+"""Room in the weights: what they bear by all that was measured, kept where people can see it."""
+
+import json
+from collections.abc import Sequence
+
+from memory.health import Health
+from memory.ledger import canonical
+from memory.store import Store
+from policies.capacity import Capacity, Observation, capacity, observed
+from policies.stability import Thresholds
+
+# In the store's meta. The first two are read by `status`, which imports nothing heavy.
+CAPACITY, LIMIT = "weights_capacity", "weights_limit"
+TRIALS = "weights_trials"  # solves that were not published: [facts, figures] each, newest last
+TRIALS_KEPT = 8
+FULL = 0.95  # of the capacity
+
+
+class Room:
+    """Learns from the generations, and from solves that were too large to become one."""
+
+    def __init__(self, store: Store, thresholds: Thresholds) -> None:
+        self.store, self.thresholds = store, thresholds
+        with store.transaction():
+            self.remember()
+
+    def capacity(self, more: Sequence[Observation] = ()) -> Capacity | None:
+        """How many facts the weights bear, with observations that are not written down yet."""
+        rows = [*self.store.measured_generations(), *self._trials()]
+        return capacity([*(observed(n, figures) for n, figures in rows), *more], self.thresholds)
+
+    def known(self) -> int | None:
+        """The count of `capacity`, as it was written down last."""
+        count = self.store.meta(CAPACITY)
+        return None if count is None else int(count)
+
+    def remember(self) -> None:
+        """Write down what the weights bear. Inside a transaction."""
+        found = self.capacity()
+        self.store.set_meta(CAPACITY, None if found is None else str(found.facts))
+        self.store.set_meta(LIMIT, None if found is None else found.figure)
+
+    def too_many(self, facts: int, health: Health) -> None:
+        """Keep the figures of a solve that was not published. Inside a transaction."""
+        trials = [*self._trials(), (facts, health.as_dict())][-TRIALS_KEPT:]
+        self.store.set_meta(TRIALS, canonical(trials))
+        self.remember()
+
+    def forget_trials(self) -> None:
+        """What was tried beside facts that have left says nothing any more. In a transaction."""
+        self.store.set_meta(TRIALS, None)
+
+    def _trials(self) -> list[tuple[int, dict[str, object]]]:
+        return [(int(n), figures) for n, figures in json.loads(self.store.meta(TRIALS) or "[]")]

@@ -1,0 +1,31 @@
+"""The norm anchor: how long a target may be, beside those that the unedited model takes.
+
+Targets far longer than usual go with edits that grow the weights and tear at what is near. The
+anchor of a layer is the mean ‖v‖ of a pilot's targets there, without the longest; a fact whose
+targets are beyond `FAR` anchors is better left out of the weights.
+"""
+
+from collections.abc import Mapping, Sequence
+
+FAR = 2.0  # anchors
+LEFT_OUT = 0.05  # of the pilot, the longest
+
+
+def anchor(lengths: Sequence[float]) -> float:
+    """The mean of the lengths without the longest 5 %. Raises ValueError where there is none."""
+    if not lengths:
+        raise ValueError("no lengths to take an anchor from")
+    kept = sorted(lengths)[: len(lengths) - int(LEFT_OUT * len(lengths))]
+    return sum(kept) / len(kept)
+
+
+def too_long(lengths: Mapping[int, float], anchors: Mapping[int, float]) -> str | None:
+    """Why a fact with targets of these lengths by layer is refused, if it is; a layer without
+    an anchor refuses nothing. All in one unit."""
+    for layer, length in lengths.items():
+        if layer in anchors and not length <= FAR * anchors[layer]:
+            return (
+                f"the target in layer {layer} is {length:.2f} long, more than {FAR:g} times the"
+                f" norm anchor {anchors[layer]:.2f}"
+            )
+    return None
