@@ -30,8 +30,7 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
-    default="auto",
-    show_default=True,
+    show_default="auto",
     help="How the facts are edited; none measures the unedited model.",
 )
 @click.option(
@@ -52,6 +51,16 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     is_flag=True,
     help="Take every fact, held or not, whatever the stability limits say.",
 )
+@click.option(
+    "--sweep",
+    type=click.Choice(["batch-size"]),
+    help="Run once for each of several batch sizes, and choose one; memit-mass without --method.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep the work in FILE.work/ beside the --json file, and go on with it after a cut.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
 @click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
 @pass_session
@@ -61,11 +70,13 @@ def bench(
     model: str,
     limit: int | None,
     offset: int,
-    method: str,
+    method: str | None,
     batch_size: int,
     seed: int,
     baseline: str | None,
     no_policy: bool,
+    sweep: str | None,
+    resume: bool,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
@@ -80,16 +91,32 @@ def bench(
       kedit-daemon bench counterfact.json --limit 200 --method memit-mass --baseline none
       kedit-daemon bench zsre.json --method auto --json auto.json --plot auto.png
     """
+    _check_together(sweep, baseline, resume, json_file)
     _check_outputs(json_file, plot)
     from kedit_daemon.bench.records import fitting, read_stream
     from kedit_daemon.bench.run import Plan, run
+    from kedit_daemon.bench.sweep import sweep_sizes
+    from kedit_daemon.bench.work import kept, options_of
 
     stream = read_stream(data, offset, limit, seed)
     loaded = _load(model, session.home.state)
     stream = fitting(loaded.model, stream)
     _complain(data.name, stream.skipped)
-    plan = Plan(method, batch_size, seed, baseline, policy=not no_policy)
-    _tell(run(loaded, stream, plan, _track), json_file, plot)
+    method = method or ("memit-mass" if sweep else "auto")
+    options = options_of(loaded, data, click.get_current_context().params)
+    with kept(json_file, resume, options) as work:
+        plan = Plan(method, batch_size, seed, baseline, policy=not no_policy, work=work)
+        measure = sweep_sizes if sweep else run
+        _tell(measure(loaded, stream, plan, _track), json_file, plot)
+
+
+def _check_together(
+    sweep: str | None, baseline: str | None, resume: bool, json_file: Path | None
+) -> None:
+    if sweep and baseline:
+        raise click.UsageError("--sweep takes no --baseline: its rows stand beside each other.")
+    if resume and json_file is None:
+        raise click.UsageError("--resume needs --json FILE: the work is kept in FILE.work/.")
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None) -> None:

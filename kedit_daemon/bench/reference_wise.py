@@ -1,8 +1,7 @@
 """WISE as published (Wang et al. 2024), fact by fact: what the side memory is measured against.
 
-Every step runs the whole model, and every decision reads every token. Nothing here is shared with
-the side memory or with its training. Left out are the weight decay (1e-5) and the bound on W' − W
-(1, some fifty times an entry's size): neither is ever felt here.
+Every step runs the whole model, and every decision reads every token. Nothing is shared with the
+side memory. Left out are the weight decay (1e-5) and the bound on W' − W (1): neither is felt.
 """
 
 from collections.abc import Iterator, Sequence
@@ -238,11 +237,8 @@ class ReferenceWise(Method):
             if not (best.values >= 0).any():
                 return None
             changed = outputs.clone()
-            for row, (value, n) in enumerate(
-                zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            ):
-                if value >= 0:
-                    changed[row] += inputs[row] @ memories[n].delta.T
+            for row in (best.values >= 0).nonzero()[:, 0].tolist():
+                changed[row] += inputs[row] @ memories[int(best.indices[row])].delta.T
             return changed
 
         with self.model.tap({self.layer: lay}):
