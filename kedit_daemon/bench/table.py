@@ -6,7 +6,7 @@ from typing import Any
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
 from kedit_daemon.text import clean
 
-NAME_WIDTH, CELL_WIDTH = 14, 11
+NAME_WIDTH, CELL_WIDTH = 16, 11
 SWEPT = ("strict", "generation")  # of MEASURES, what a sweep shows
 
 
@@ -64,7 +64,7 @@ def _sweep_lines(result: Mapping[str, Any]) -> Iterator[str]:
     run = result["sweep"][0]
     model, seed = clean(run["model"]), run["seed"]
     yield f"{result['method']}: {result['facts']} facts, seed {seed}, on {model}"
-    short = [f"{column[:3]}. {measure[:6]}" for column in COLUMNS for measure in SWEPT]
+    short = [f"{column[:3]}. {measure[:3]}" for column in COLUMNS for measure in SWEPT]
     yield _cells("batch", "median s", "s/fact", *short, "perplexity", "norm")
     for row in result["sweep"]:
         shares = [_share(row[column][measure]) for column in COLUMNS for measure in SWEPT]
