@@ -4,12 +4,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import ROOT, called
 from conftest import CITIES
 
 from kedit_daemon.bench.table import table_lines
+from kedit_daemon.home import Home
+from kedit_daemon.weights import Weights
+from memory.errors import KeditError
 
 
 @pytest.fixture
@@ -53,6 +57,9 @@ def test_a_run_prints_a_table_and_writes_the_same_as_json(
         ["--batch-size", "0"],
         ["--limit", "0"],
         ["--json", "/nowhere/at/all.json"],
+        ["--sweep", "colour"],
+        ["--sweep", "batch-size", "--baseline", "none"],
+        ["--resume"],
     ],
 )
 def test_wrong_usage_is_told_at_once(data: Path, words: list[str]) -> None:
@@ -90,3 +97,55 @@ def test_help_imports_nothing_heavy_and_lists_the_methods(tmp_path: Path) -> Non
     )
     assert seen.stdout.splitlines()[-1] == "[]"
     assert "memit-mass" in seen.stdout and "reference" in seen.stdout
+
+
+def test_a_run_that_was_cut_off_is_resumed_from_beside_its_json_file(
+    data: Path, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, work = tmp_path / "out.json", tmp_path / "out.json.work"
+    home = Home(tmp_path / "home")
+    home.create()  # lends its place for what is measured of the model
+    words = [str(data), "--model", str(model_folder("llama")), "--batch-size", "2", "--no-policy"]
+    words += ["--method", "memit-mass", "--json", str(out)]
+    real, taken = Weights.publish, list[int]()
+
+    def publish(*given: Any) -> int:
+        if len(taken) == 1:
+            raise KeditError("cut", code="cut")
+        taken.append(real(*given))
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Weights, "publish", publish)
+        cut = called(home, "bench", *words, "--resume")
+    assert (cut.exit_code, out.exists(), work.is_dir()) == (1, False, True)
+    other = called(home, "bench", *words, "--resume", "--seed", "3")
+    assert other.exit_code == 1 and "another seed" in other.stderr
+    done = called(home, "bench", *words, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert not work.exists()
+    resumed = json.loads(out.read_text())
+    assert called(home, "bench", *words).exit_code == 0
+    whole = json.loads(out.read_text())
+    assert not work.exists()
+    for key in ("reliability", "generality", "locality", "retention", "not_edited"):
+        assert resumed[key] == whole[key]
+
+
+def test_a_sweep_runs_every_size_and_takes_memit_mass_unless_told_otherwise(
+    data: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    out, words = tmp_path / "out.json", ["--model", str(model_folder("llama"))]
+    home = Home(tmp_path / "home")
+    home.create()
+    words += ["--sweep", "batch-size", "--json", str(out)]
+    result = called(home, "bench", str(data), *words, "--no-policy")
+    assert result.exit_code == 0, result.stderr
+    written = json.loads(out.read_text())
+    assert result.stdout.splitlines() == list(table_lines(written))
+    assert (written["method"], [row["batch_size"] for row in written["sweep"]]) == (
+        "memit-mass",
+        [1],
+    )
+    assert called(home, "bench", str(data), *words, "--method", "ft").exit_code == 0
+    assert json.loads(out.read_text())["method"] == "ft"

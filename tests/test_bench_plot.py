@@ -30,3 +30,17 @@ def test_the_picture_is_a_png_and_shows_the_baseline(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     with pytest.raises(KeditError, match="cannot be written"):
         draw(result("auto"), tmp_path / "none" / "out.png")
+
+
+def test_a_sweep_is_drawn_against_its_sizes(tmp_path: Path) -> None:
+    def sweep(chosen: int) -> dict[str, Any]:
+        seconds = {"mean": 1.0, "median": 0.9}
+        rows = [result("ft") | {"batch_size": n, "seconds_per_fact": seconds} for n in (1, 5)]
+        curve = {"per_fact": 0.5, "per_batch": 1.5}
+        return {"method": "ft", "facts": 7, "sweep": rows, "curve": curve, "chosen": chosen}
+
+    one, five = tmp_path / "one.png", tmp_path / "five.png"
+    draw(sweep(1), one)
+    draw(sweep(5), five)
+    assert one.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert one.read_bytes() != five.read_bytes()

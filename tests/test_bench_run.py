@@ -1,15 +1,20 @@
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kedit_daemon.bench.measure import Track
 from kedit_daemon.bench.records import BenchRecord, Skipped, Stream
 from kedit_daemon.bench.run import Plan, commit, peak_memory, run
+from kedit_daemon.bench.work import Progress
 from kedit_daemon.loading import Loaded
+from kedit_daemon.weights import Weights
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour
+from policies.targets import compute_terms
 
 KEYS = {
     *("reliability", "generality", "locality", "retention", "perplexity", "norm_ratio"),
@@ -52,7 +57,7 @@ def test_the_keys_are_those_of_the_contract(loaded: Loaded) -> None:
         for column in ("reliability", "generality", "locality"):
             assert set(one[column]) == MEASURES
         assert set(one["perplexity"]) == {"before", "after"}
-        assert set(one["seconds_per_fact"]) == {"median", "p95", "parts"}
+        assert set(one["seconds_per_fact"]) == {"median", "mean", "p95", "parts"}
         assert set(one["norm_ratio"]) == {f"layer.{n}.down_proj" for n in loaded.layers}
         assert (one["seed"], one["facts"], one["skipped"]) == (5, 5, 1)
     assert (result["method"], result["batch_size"], result["not_edited"]) == ("memit-mass", 2, 0)
@@ -123,3 +128,108 @@ def test_a_baseline_that_cannot_run_is_refused_before_the_method_runs(loaded: Lo
     with pytest.raises(KeditError):
         run(loaded, stream(), Plan("none", 2, 0, "alphaedit"), told)
     assert begun == []
+
+
+class Cut(Exception):
+    """Stands for whatever ends a run."""
+
+
+def cut_after(batches: int) -> Track:
+    """Stops the work on the stream after so many batches."""
+
+    def track(items: Sequence[Any], what: str, /) -> Iterable[Any]:
+        for number, item in enumerate(items):
+            if what.startswith("editing") and number == batches:
+                raise Cut
+            yield item
+
+    return track
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The facts whose terms are computed, as they are."""
+    seen: list[str] = []
+
+    def compute(model: Any, site: Any, norms: Any, facts: Sequence[Fact], *rest: Any) -> Any:
+        seen.extend(fact.id for fact in facts)
+        return compute_terms(model, site, norms, facts, *rest)
+
+    monkeypatch.setattr("kedit_daemon.flush.compute_terms", compute)
+    return seen
+
+
+SAME = ("reliability", "generality", "locality", "retention", "not_edited", "bytes_per_fact")
+
+
+@pytest.mark.parametrize("method", ["memit-mass", "wise", "auto"])
+def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
+    loaded: Loaded, tmp_path: Path, computed: list[str], method: str
+) -> None:
+    plan = Plan(method, 2, 0, policy=False)
+    whole = run(loaded, stream(), plan, straight)
+    once, plan = sorted(computed), replace(plan, work=tmp_path)
+    computed.clear()
+    for batches in (1, 1):  # of those that are left
+        with pytest.raises(Cut):
+            run(loaded, stream(), plan, cut_after(batches))
+    resumed = run(loaded, stream(), plan, straight)
+    assert {key: resumed[key] for key in SAME} == {key: whole[key] for key in SAME}
+    for key in ("norm_ratio", "perplexity"):
+        assert resumed[key] == pytest.approx(whole[key])
+    assert sorted(computed) == once
+    assert (method == "memit-mass") == (len(set(computed)) == len(computed) == 5)
+
+
+def test_a_batch_that_was_cut_off_is_finished(
+    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: list[str]
+) -> None:
+    plan = Plan("memit-mass", 3, 0, policy=False)
+    whole = run(loaded, stream(), plan, straight)
+    computed.clear()
+    plan, real = replace(plan, work=tmp_path), Weights.publish
+
+    def cut(*given: Any) -> int:
+        if len(computed) == 5:  # in the second batch
+            raise Cut
+        return real(*given)
+
+    def cut_late(*given: Any) -> int:
+        real(*given)
+        raise Cut
+
+    for way in (cut, cut_late):
+        with monkeypatch.context() as patch, pytest.raises(Cut):
+            patch.setattr(Weights, "publish", way)
+            run(loaded, stream(), plan, straight)
+    before = Progress.read(tmp_path / "memit-mass-3")
+    assert len(before.seconds) == 1 and before.begun > 0
+    resumed = run(loaded, stream(), plan, straight)
+    assert {key: resumed[key] for key in SAME} == {key: whole[key] for key in SAME}
+    assert len(set(computed)) == len(computed) == 5
+    after = Progress.read(tmp_path / "memit-mass-3")
+    assert after.seconds[0] == before.seconds[0] and after.seconds[1] > before.begun
+    spent = resumed["seconds_per_fact"]
+    assert 5 * spent["mean"] == pytest.approx(sum(after.seconds))
+
+
+def test_a_method_without_a_store_begins_again_and_a_finished_one_does_not(
+    loaded: Loaded, tmp_path: Path
+) -> None:
+    whole = run(loaded, stream(), Plan("ft", 2, 0), straight)
+    plan, begun = Plan("none", 2, 0, "ft", work=tmp_path), list[str]()
+
+    def told(items: Sequence[Any], what: str, /) -> Iterable[Any]:
+        begun.append(what)
+        return items
+
+    with pytest.raises(Cut):
+        run(loaded, stream(), replace(plan, method="ft"), cut_after(2))
+    result = run(loaded, stream(), plan, told)
+    assert result["baseline"]["reliability"] == whole["reliability"]
+    assert result["baseline"]["norm_ratio"] == pytest.approx(whole["norm_ratio"])
+    assert begun.count("editing (ft)") == 1
+    begun.clear()
+    again = run(loaded, stream(), plan, told)
+    assert begun == ["before"]
+    assert again["baseline"]["seconds_per_fact"] == result["baseline"]["seconds_per_fact"]

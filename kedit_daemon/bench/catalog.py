@@ -18,6 +18,7 @@ METHODS = {
     "alphaedit": "published:AlphaEdit",
     "emmet": "published:Emmet",
     "reference": "reference:Reference",
+    "reference-wise": "reference_wise:ReferenceWise",
 }
 
 

@@ -3,9 +3,9 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -14,7 +14,9 @@ from kedit_daemon.session import Session, pass_session
 from kedit_daemon.text import clean
 
 if TYPE_CHECKING:
-    from kedit_daemon.bench.records import Skipped
+    from kedit_daemon.bench.measure import Track
+    from kedit_daemon.bench.records import Skipped, Stream
+    from kedit_daemon.bench.run import Plan
     from kedit_daemon.loading import Loaded
 
 T = TypeVar("T")
@@ -30,8 +32,7 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
-    default="auto",
-    show_default=True,
+    show_default="auto",
     help="How the facts are edited; none measures the unedited model.",
 )
 @click.option(
@@ -52,6 +53,16 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     is_flag=True,
     help="Take every fact, held or not, whatever the stability limits say.",
 )
+@click.option(
+    "--sweep",
+    type=click.Choice(["batch-size"]),
+    help="Run once for each of several batch sizes, and choose one; memit-mass without --method.",
+)
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Keep the work in FILE.work/ beside the --json file, and go on with it after a cut.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
 @click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
 @pass_session
@@ -61,39 +72,50 @@ def bench(
     model: str,
     limit: int | None,
     offset: int,
-    method: str,
+    method: str | None,
     batch_size: int,
     seed: int,
     baseline: str | None,
     no_policy: bool,
+    sweep: str | None,
+    resume: bool,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
     """Measure a method: the facts of DATA as a stream, then all of them asked.
 
     DATA is JSON or JSON Lines in any form that `submit` takes. Paraphrases and neighbours are
-    kept from the editor. The home's facts and weights
-    are left alone; it may lend the place where its model is edited.
+    kept from the editor. The home is left alone; it may lend the place where its model is edited.
 
     \b
     Example:
       kedit-daemon bench counterfact.json --limit 200 --method memit-mass --baseline none
       kedit-daemon bench zsre.json --method auto --json auto.json --plot auto.png
     """
-    _check_outputs(json_file, plot)
+    _check(sweep, baseline, resume, json_file, plot)
     from kedit_daemon.bench.records import fitting, read_stream
-    from kedit_daemon.bench.run import Plan, run
+    from kedit_daemon.bench.run import Plan
+    from kedit_daemon.bench.work import kept, options_of
 
     stream = read_stream(data, offset, limit, seed)
     loaded = _load(model, session.home.state)
     stream = fitting(loaded.model, stream)
     _complain(data.name, stream.skipped)
-    plan = Plan(method, batch_size, seed, baseline, policy=not no_policy)
-    _tell(run(loaded, stream, plan, _track), json_file, plot)
+    method = method or ("memit-mass" if sweep else "auto")
+    options = options_of(loaded, data, click.get_current_context().params)
+    with kept(json_file, resume, options) as work:
+        plan = Plan(method, batch_size, seed, baseline, policy=not no_policy, work=work)
+        _tell(_measure(sweep)(loaded, stream, plan, _track), json_file, plot)
 
 
-def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
+def _check(
+    sweep: str | None, baseline: str | None, resume: bool, json_file: Path | None, plot: Path | None
+) -> None:
     """What would fail after a long run fails before it."""
+    if sweep and baseline:
+        raise click.UsageError("--sweep takes no --baseline: its rows stand beside each other.")
+    if resume and json_file is None:
+        raise click.UsageError("--resume needs --json FILE: the work is kept in FILE.work/.")
     for name, path in (("--json", json_file), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
             raise click.BadParameter(f"{path.parent} is no folder.", param_hint=name)
@@ -110,6 +132,14 @@ def _load(model: str, cache: Path) -> "Loaded":
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
         kept = cache if cache.is_dir() else Path(folder)
         return load_model(model, "auto", kept, lambda lines: _track(list(lines), "statistics"))
+
+
+def _measure(sweep: str | None) -> "Callable[[Loaded, Stream, Plan, Track], dict[str, Any]]":
+    """What runs the plan: once, or once for each size."""
+    from kedit_daemon.bench.run import run
+    from kedit_daemon.bench.sweep import sweep_sizes
+
+    return sweep_sizes if sweep else run
 
 
 def _tell(result: dict[str, object], json_file: Path | None, plot: Path | None) -> None:

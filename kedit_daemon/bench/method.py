@@ -13,7 +13,8 @@ from memory.generate import Overlay
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method gets: the unedited model, and an empty folder for the time of the run.
+    """What a method gets: the unedited model, and a folder for the time of the run. The folder is
+    empty, but for a method that `keeps` it may hold what a run that was cut off has done.
 
     `policy`: whether the stability policy may refuse a batch, where a method has one.
     """
@@ -49,6 +50,7 @@ class Method:
     """Does nothing yet. When a run is over, the caller puts the model's weights back."""
 
     one_by_one = False  # whether it gets single facts, whatever the batch size
+    keeps = False  # whether its folder holds all that it has done, for a run that is resumed
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.loaded, self.model = setup, setup.loaded, setup.loaded.model

@@ -1,4 +1,5 @@
-"""A run as a picture: retention by cohort, and the columns. Needs matplotlib."""
+"""A run as a picture: retention by cohort, and the columns; of a sweep what its sizes do. Needs
+matplotlib."""
 
 import math
 from collections.abc import Mapping
@@ -36,9 +37,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    runs = [result, *([result["baseline"]] if "baseline" in result else [])]
-    _retention(left, runs)
-    _columns(right, runs)
+    if "sweep" in result:
+        _sweep_seconds(left, result)
+        _sweep_quality(right, result)
+    else:
+        runs = [result, *([result["baseline"]] if "baseline" in result else [])]
+        _retention(left, runs)
+        _columns(right, runs)
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
@@ -70,3 +75,33 @@ def _columns(axes: Any, runs: list[Mapping[str, Any]]) -> None:
     axes.set(ylabel="%", ylim=(0, 102))
     axes.set_title("Reliability, generality, locality")
     axes.legend(fontsize="small", loc="lower left")
+
+
+def _sweep_seconds(axes: Any, result: Mapping[str, Any]) -> None:
+    curve = result["curve"]
+    sizes = [row["batch_size"] for row in result["sweep"]]
+    for name in ("mean", "median"):
+        spent = [row["seconds_per_fact"][name] for row in result["sweep"]]
+        axes.plot(sizes, spent, "o" if name == "mean" else "x", label=name)
+    fitted = [curve["per_fact"] + curve["per_batch"] / size for size in sizes]
+    axes.plot(sizes, fitted, label="fitted to the means")
+    _over_sizes(axes, result, "seconds of a fact")
+    axes.set_ylim(bottom=0)
+
+
+def _sweep_quality(axes: Any, result: Mapping[str, Any]) -> None:
+    sizes = [row["batch_size"] for row in result["sweep"]]
+    for n, column in enumerate(COLUMNS):
+        for measure, line in (("generation", "-"), ("strict", "--")):
+            known = [row[column][measure] for row in result["sweep"]]
+            shares = [math.nan if share is None else 100 * share for share in known]
+            axes.plot(sizes, shares, line, marker="o", color=f"C{n}", label=f"{column}, {measure}")
+    _over_sizes(axes, result, "%")
+    axes.set_ylim(-2, 102)
+
+
+def _over_sizes(axes: Any, result: Mapping[str, Any], what: str) -> None:
+    axes.set(xscale="log", xlabel="facts in a batch", ylabel=what)
+    axes.axvline(result["chosen"], color="grey", linestyle=":", label="chosen")
+    axes.set_title(f"{result['method']}, {result['facts']} facts")
+    axes.legend(fontsize="small")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from kedit_daemon.bench.catalog import method_class
@@ -25,19 +25,21 @@ from kedit_daemon.bench.measure import (
 )
 from kedit_daemon.bench.method import Method, Setup
 from kedit_daemon.bench.records import Stream, batches
+from kedit_daemon.bench.work import Progress, method_folder, result_in, write_result
 from kedit_daemon.home import NAME
 from kedit_daemon.loading import Loaded
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for, apart from the facts."""
+    """What is asked for, apart from the facts. `work`: where a run that is resumed has its work."""
 
     method: str
     batch_size: int
     seed: int
     baseline: str | None = None
     policy: bool = True
+    work: Path | None = None
 
 
 def run(loaded: Loaded, stream: Stream, plan: Plan, track: Track) -> dict[str, Any]:
@@ -48,9 +50,9 @@ def run(loaded: Loaded, stream: Stream, plan: Plan, track: Track) -> dict[str, A
     if plan.baseline is not None:
         _can_begin(loaded, plan.baseline, plan)
     before = before_edits(loaded.model, stream.records, track)
-    result = _measured(loaded, stream, before, plan.method, plan, track)
+    result = measured(loaded, stream, before, plan.method, plan, track)
     if plan.baseline is not None:
-        result["baseline"] = _measured(loaded, stream, before, plan.baseline, plan, track)
+        result["baseline"] = measured(loaded, stream, before, plan.baseline, plan, track)
     return result
 
 
@@ -60,19 +62,22 @@ def _can_begin(loaded: Loaded, name: str, plan: Plan) -> None:
         method_class(name)(Setup(loaded, Path(folder), plan.batch_size, plan.seed)).close()
 
 
-def _measured(
+def measured(
     loaded: Loaded, stream: Stream, before: Sequence[Before], name: str, plan: Plan, track: Track
 ) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        setup = Setup(loaded, Path(folder), plan.batch_size, plan.seed, plan.policy)
+    """The result of one method from the unedited model on, without a baseline."""
+    with method_folder(plan.work, name, plan.batch_size) as folder:
+        if (known := result_in(folder)) is not None:
+            return known
+        setup = Setup(loaded, folder, plan.batch_size, plan.seed, plan.policy)
         try:
             method = method_class(name)(setup)
             try:
                 size = 1 if method.one_by_one else plan.batch_size
-                seconds = _edit(method, stream, size, name, track)
+                seconds = _edit(method, stream, size, name, folder, track)
                 subject = Subject(loaded.model, method.overlay, method.framed)
                 scores = measure(subject, stream.records, before, track)
-                return {
+                result = {
                     **columns(scores),
                     "retention": retention(scores),
                     **_health(loaded),
@@ -91,20 +96,35 @@ def _measured(
                     "skipped": len(stream.skipped),
                     "not_edited": method.not_edited,
                 }
+                write_result(folder, result)
+                return result
             finally:
                 method.close()
         finally:
             loaded.model.set_deltas({})
 
 
-def _edit(method: Method, stream: Stream, size: int, name: str, track: Track) -> list[float]:
-    """Seconds for each fact: its batch's, in equal shares."""
-    seconds = list[float]()
-    for batch in track(batches(stream.records, size), f"editing ({name})"):
+def _edit(
+    method: Method, stream: Stream, size: int, name: str, folder: Path, track: Track
+) -> list[float]:
+    """Seconds for each fact: its batch's, in equal shares. What a run that was cut off has done
+    is not done again, where the method keeps it."""
+    progress = Progress.read(folder) if method.keeps else Progress()
+    method.watch.parts, method.not_edited = progress.parts, progress.not_edited
+    every = batches(stream.records, size)
+    for batch in track(every[len(progress.seconds) :], f"editing ({name})"):
         began = time.perf_counter()
-        method.edit(batch)
-        seconds += [(time.perf_counter() - began) / len(batch)] * len(batch)
-    return seconds
+        try:
+            method.edit(batch)
+        except BaseException:  # a Ctrl-C, too
+            progress.begun += time.perf_counter() - began
+            progress.write(folder)
+            raise
+        progress.seconds.append(progress.begun + time.perf_counter() - began)
+        progress.begun, progress.not_edited = 0.0, method.not_edited
+        progress.write(folder)
+    shares = zip(every, progress.seconds, strict=True)
+    return [spent / len(batch) for batch, spent in shares for _ in batch]
 
 
 def _health(loaded: Loaded) -> dict[str, Any]:
@@ -118,7 +138,7 @@ def _seconds(method: Method, seconds: Sequence[float]) -> dict[str, Any]:
     ordered = sorted(seconds)
     parts = {name: spent / len(seconds) for name, spent in method.watch.parts.items()}
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return {"median": median(ordered), "p95": p95, "parts": parts}
+    return {"median": median(ordered), "mean": fmean(ordered), "p95": p95, "parts": parts}
 
 
 def peak_memory() -> int:

@@ -6,11 +6,16 @@ from typing import Any
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
 from kedit_daemon.text import clean
 
-NAME_WIDTH, CELL_WIDTH = 14, 11
+NAME_WIDTH, CELL_WIDTH = 16, 11
+SWEPT = ("strict", "generation")  # of MEASURES, what a sweep shows
 
 
 def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
-    """The method's columns, the baseline's below them, then the figures of both."""
+    """The method's columns, the baseline's below them, then the figures of both; of a sweep a
+    line for each size."""
+    if "sweep" in result:
+        yield from _sweep_lines(result)
+        return
     runs = [result, *([result["baseline"]] if "baseline" in result else [])]
     yield _row("", "", *MEASURES)
     for run in runs:
@@ -52,3 +57,26 @@ def _figures(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"  bytes per fact    {run['bytes_per_fact']:.0f}"
     yield f"  peak memory       {run['peak_memory_bytes'] / 2**20:.0f} MiB"
     yield f"  commit, device    {run['commit']}, {run['device']}"
+
+
+def _sweep_lines(result: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each batch size, then what they come to."""
+    run = result["sweep"][0]
+    model, seed = clean(run["model"]), run["seed"]
+    yield f"{result['method']}: {result['facts']} facts, seed {seed}, on {model}"
+    short = [f"{column[:3]}. {measure[:3]}" for column in COLUMNS for measure in SWEPT]
+    yield _cells("batch", "median s", "s/fact", *short, "perplexity", "norm")
+    for row in result["sweep"]:
+        shares = [_share(row[column][measure]) for column in COLUMNS for measure in SWEPT]
+        seconds, norm = row["seconds_per_fact"], max(row["norm_ratio"].values())
+        figures = [f"{row['perplexity']['after']:.3f}", f"{norm:.4f}"]
+        times = [f"{seconds['median']:.3f}", f"{seconds['mean']:.3f}"]
+        yield _cells(str(row["batch_size"]), *times, *shares, *figures)
+    curve = result["curve"]
+    yield ""
+    yield f"seconds of a fact   {curve['per_fact']:.3f} + {curve['per_batch']:.3f} / batch size"
+    yield f"chosen              batches of {result['chosen']}"
+
+
+def _cells(first: str, *rest: str) -> str:
+    return f"{first:<6}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in rest)

@@ -37,6 +37,8 @@ def config_of(setup: Setup) -> Config:
 class _Daemon(Method):
     """A home with everything that the daemon has around its editor."""
 
+    keeps = True
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.config = config_of(setup)
@@ -52,11 +54,17 @@ class _Daemon(Method):
         self._heard = time.perf_counter()
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """Hand the facts in, and let the tiers work until the batch is settled."""
+        """Hand the facts in, and let the tiers work until the batch is settled.
+
+        Of a batch that was cut off, what has been done is left as it is.
+        """
         direct = self.direct(len(facts))
         with self.store.transaction():
-            received = [self.store.receive(fact, "bench", direct) for fact in facts]
-        self.settle(received)
+            for fact in facts:
+                if self.store.fact(fact.id) is None:
+                    self.store.receive(fact, "bench", direct)
+        stored = [f for fact in facts if (f := self.store.fact(fact.id))]
+        self.settle([f for f in stored if f.state is State.RECEIVED and not f.attempts])
         ids = {fact.id for fact in facts}
         live = {f.id for f in self.store.facts(LIVE)}
         self.not_edited += len(ids - live)
@@ -66,7 +74,7 @@ class _Daemon(Method):
         raise NotImplementedError
 
     def settle(self, received: Sequence[StoredFact]) -> None:
-        """Work on the facts that have just been received."""
+        """Work on the facts that wait and have not been tried."""
         raise NotImplementedError
 
     @property
