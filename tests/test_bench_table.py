@@ -1,4 +1,4 @@
-from kedit_daemon.bench.table import table_lines
+from kedit_daemon.bench.table import aligned, table_lines
 
 
 def test_the_table_shows_per_cent_and_a_dash_for_what_was_not_asked() -> None:
@@ -27,3 +27,7 @@ def test_the_table_shows_per_cent_and_a_dash_for_what_was_not_asked() -> None:
     text = "\n".join(lines)
     assert "0-99: 25.0 / 75.0" in text and "not edited        7, records skipped 2" in text
     assert "1024 MiB" in text and "\x1b" not in text
+
+
+def test_rows_are_aligned_on_their_widest_cells() -> None:
+    assert list(aligned([["name", "n"], ["a", "100"]])) == ["name    n", "a     100"]

@@ -3,18 +3,22 @@
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from kedit_daemon.bench.catalog import METHODS
+from kedit_daemon.bench.studies.catalog import LIMITS, STUDIES
 from kedit_daemon.session import Session, pass_session
 from kedit_daemon.text import clean
 
 if TYPE_CHECKING:
-    from kedit_daemon.bench.records import Skipped
+    from kedit_daemon.bench.records import Skipped, Stream
+    from kedit_daemon.bench.run import Plan
     from kedit_daemon.loading import Loaded
 
 T = TypeVar("T")
@@ -25,7 +29,11 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.command()
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", metavar="M", default="shipped", help="A folder, or an id on the hub.")
-@click.option("--limit", type=click.IntRange(1), help="How many records; all of them without.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="How many records; without, all, or as many as a study wants.",
+)
 @click.option("--offset", type=click.IntRange(0), default=0, help="Records to leave out first.")
 @click.option(
     "--method",
@@ -52,6 +60,11 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     is_flag=True,
     help="Take every fact, held or not, whatever the stability limits say.",
 )
+@click.option(
+    "--study",
+    type=click.Choice(list(STUDIES)),
+    help="In the place of a method: one question in several parts, without the policy.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
 @click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
 @pass_session
@@ -66,30 +79,82 @@ def bench(
     seed: int,
     baseline: str | None,
     no_policy: bool,
+    study: str | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
     """Measure a method: the facts of DATA as a stream, then all of them asked.
 
     DATA is JSON or JSON Lines in any form that `submit` takes. Paraphrases and neighbours are
-    kept from the editor. The home's facts and weights
-    are left alone; it may lend the place where its model is edited.
+    kept from the editor. The home's facts and weights are left alone; it may lend the place where
+    its model is edited.
 
     \b
     Example:
       kedit-daemon bench counterfact.json --limit 200 --method memit-mass --baseline none
       kedit-daemon bench zsre.json --method auto --json auto.json --plot auto.png
+      kedit-daemon bench zsre.json --study exactness --limit 300
     """
     _check_outputs(json_file, plot)
+    if study is not None:
+        _refuse_methods()
+    loaded, stream = _opened(session, data, model, offset, limit or LIMITS.get(study or ""), seed)
+    if study is not None:
+        _study(study, loaded, stream, batch_size, seed, json_file, plot)
+    else:
+        from kedit_daemon.bench.run import Plan
+
+        plan = Plan(method, batch_size, seed, baseline, policy=not no_policy)
+        _method(plan, loaded, stream, json_file, plot)
+
+
+def _method(
+    plan: "Plan", loaded: "Loaded", stream: "Stream", json_file: Path | None, plot: Path | None
+) -> None:
+    from kedit_daemon.bench.plot import draw
+    from kedit_daemon.bench.run import run
+    from kedit_daemon.bench.table import table_lines
+
+    result = run(loaded, stream, plan, _track)
+    _tell(result, table_lines(result), json_file, plot, partial(draw, result))
+
+
+def _refuse_methods() -> None:
+    """A study has its own parts, and a method beside it would do nothing."""
+    context = click.get_current_context()
+    for name in ("method", "baseline"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--study has no --{name}.")
+
+
+def _opened(
+    session: Session, data: Path, model: str, offset: int, limit: int | None, seed: int
+) -> tuple["Loaded", "Stream"]:
+    """The model, and the stream of what it can read; the rest is told."""
     from kedit_daemon.bench.records import fitting, read_stream
-    from kedit_daemon.bench.run import Plan, run
 
     stream = read_stream(data, offset, limit, seed)
     loaded = _load(model, session.home.state)
     stream = fitting(loaded.model, stream)
     _complain(data.name, stream.skipped)
-    plan = Plan(method, batch_size, seed, baseline, policy=not no_policy)
-    _tell(run(loaded, stream, plan, _track), json_file, plot)
+    return loaded, stream
+
+
+def _study(
+    name: str,
+    loaded: "Loaded",
+    stream: "Stream",
+    batch_size: int,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    from kedit_daemon.bench.studies.catalog import study_named
+    from kedit_daemon.bench.studies.study import conduct, drawn, told
+
+    study = study_named(name)
+    result = conduct(name, study, loaded, stream, batch_size, seed, _track)
+    _tell(result, told(study, result), json_file, plot, partial(drawn, study, result))
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
@@ -112,17 +177,19 @@ def _load(model: str, cache: Path) -> "Loaded":
         return load_model(model, "auto", kept, lambda lines: _track(list(lines), "statistics"))
 
 
-def _tell(result: dict[str, object], json_file: Path | None, plot: Path | None) -> None:
-    from kedit_daemon.bench.table import table_lines
-
-    for line in table_lines(result):
+def _tell(
+    result: dict[str, object],
+    lines: Iterable[str],
+    json_file: Path | None,
+    plot: Path | None,
+    draw: Callable[[Path], None],
+) -> None:
+    for line in lines:
         click.echo(line)
     if json_file is not None:
         _write(json_file, result)
     if plot is not None:
-        from kedit_daemon.bench.plot import draw
-
-        draw(result, plot)
+        draw(plot)
 
 
 def _track(items: Sequence[T], what: str, /) -> Iterable[T]:

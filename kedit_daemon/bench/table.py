@@ -1,6 +1,6 @@
 """What people see of a run: one table, and the figures beside it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
@@ -12,14 +12,27 @@ NAME_WIDTH, CELL_WIDTH = 14, 11
 def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
     """The method's columns, the baseline's below them, then the figures of both."""
     runs = [result, *([result["baseline"]] if "baseline" in result else [])]
+    yield from column_lines(runs)
+    for run in runs:
+        yield ""
+        yield from _figures(run)
+
+
+def column_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The columns of runs, each with its name under `method`."""
     yield _row("", "", *MEASURES)
     for run in runs:
         for number, column in enumerate(COLUMNS):
             name = run["method"] if number == 0 else ""
-            yield _row(name, column, *(_share(run[column][m]) for m in MEASURES))
-    for run in runs:
-        yield ""
-        yield from _figures(run)
+            yield _row(name, column, *(share(run[column][m]) for m in MEASURES))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of as many cells each: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
+        yield "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip()
 
 
 def _row(*cells: str) -> str:
@@ -28,7 +41,8 @@ def _row(*cells: str) -> str:
     return (line + "".join(f"{cell:>{CELL_WIDTH}}" for cell in rest)).rstrip()
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """A share in per cent; a dash for what was not asked."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -38,8 +52,8 @@ def _figures(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"{run['method']}: {run['facts']} facts, {batch}, seed {run['seed']}, on {model}"
     yield f"  not edited        {run['not_edited']}, records skipped {run['skipped']}"
     cohorts = [
-        f"{c['first']}-{c['first'] + c['facts'] - 1}: {_share(c['strict'])}"
-        f" / {_share(c['generation'])}"
+        f"{c['first']}-{c['first'] + c['facts'] - 1}: {share(c['strict'])}"
+        f" / {share(c['generation'])}"
         for c in run["retention"]
     ]
     yield f"  retention         {', '.join(cohorts)} (strict / generation, oldest first)"
