@@ -50,7 +50,6 @@ class Presets(Study):
                     rows.append({"preset": name, "edits": edited, **point})
             found = None if failed else asked(model, records, before)
             ends[name] = {"columns": found, "failed": failed[0] if failed else None}
-            model.set_deltas({})
         return {"not_edited": len(given.records) - len(pairs), "presets": ends, "rows": rows}
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
