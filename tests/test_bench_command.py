@@ -10,6 +10,8 @@ import pytest
 from command_line import ROOT, called
 from conftest import CITIES
 
+from kedit_daemon.bench.studies.catalog import study_named
+from kedit_daemon.bench.studies.study import told
 from kedit_daemon.bench.table import table_lines
 from kedit_daemon.home import Home
 from kedit_daemon.weights import Weights
@@ -49,9 +51,28 @@ def test_a_run_prints_a_table_and_writes_the_same_as_json(
     assert "%" not in result.stderr  # no bar off a terminal
 
 
+def test_a_study_takes_the_place_of_a_method(
+    data: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    model, out, picture = str(model_folder("llama")), tmp_path / "out.json", tmp_path / "out.png"
+    words = ["--study", "capacity", "--model", model, "--limit", "3", "--seed", "3"]
+    files = ["--json", str(out), "--plot", str(picture)]
+    result = called(None, "bench", str(data), *words, *files)
+    assert result.exit_code == 0, result.stderr
+    written = json.loads(out.read_text())
+    assert (written["study"], written["model"], written["seed"]) == ("capacity", model, 3)
+    assert (written["facts"], written["knee"], written["rows"][-1]["size"]) == (3, 3, 3)
+    assert result.stdout.splitlines() == list(told(study_named("capacity"), written))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     "words",
     [
+        ["--study", "magic"],
+        ["--study", "churn", "--method", "auto"],
+        ["--study", "churn", "--baseline", "none"],
         ["--method", "magic"],
         ["--baseline", "magic"],
         ["--batch-size", "0"],

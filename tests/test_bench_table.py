@@ -1,6 +1,6 @@
 from typing import Any
 
-from kedit_daemon.bench.table import table_lines
+from kedit_daemon.bench.table import aligned, table_lines
 
 
 def test_the_table_shows_per_cent_and_a_dash_for_what_was_not_asked() -> None:
@@ -54,3 +54,7 @@ def test_a_sweep_is_a_line_for_each_size_and_the_choice() -> None:
     assert lines[3].split()[:3] == ["5", "1.000", "0.800"]
     assert len({len(line) for line in lines[1:4]}) == 1
     assert lines[-2].endswith("0.500 + 1.500 / batch size") and lines[-1].endswith("of 5")
+
+
+def test_rows_are_aligned_on_their_widest_cells() -> None:
+    assert list(aligned([["name", "n"], ["a", "100"]])) == ["name    n", "a     100"]

@@ -4,17 +4,19 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from kedit_daemon.bench.catalog import METHODS
+from kedit_daemon.bench.studies.catalog import LIMITS, STUDIES
 from kedit_daemon.session import Session, pass_session
 from kedit_daemon.text import clean
 
 if TYPE_CHECKING:
-    from kedit_daemon.bench.measure import Track
     from kedit_daemon.bench.records import Skipped, Stream
     from kedit_daemon.bench.run import Plan
     from kedit_daemon.loading import Loaded
@@ -27,7 +29,11 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.command()
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--model", metavar="M", default="shipped", help="A folder, or an id on the hub.")
-@click.option("--limit", type=click.IntRange(1), help="How many records; all of them without.")
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="How many records; without, all, or as many as a study wants.",
+)
 @click.option("--offset", type=click.IntRange(0), default=0, help="Records to leave out first.")
 @click.option(
     "--method",
@@ -63,6 +69,11 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     is_flag=True,
     help="Keep the work in FILE.work/ beside the --json file, and go on with it after a cut.",
 )
+@click.option(
+    "--study",
+    type=click.Choice(list(STUDIES)),
+    help="In the place of a method: one question in several parts, without the policy.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
 @click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
 @pass_session
@@ -79,6 +90,7 @@ def bench(
     no_policy: bool,
     sweep: str | None,
     resume: bool,
+    study: str | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
@@ -91,21 +103,79 @@ def bench(
     Example:
       kedit-daemon bench counterfact.json --limit 200 --method memit-mass --baseline none
       kedit-daemon bench zsre.json --method auto --json auto.json --plot auto.png
+      kedit-daemon bench zsre.json --study exactness --limit 300
     """
     _check(sweep, baseline, resume, json_file, plot)
-    from kedit_daemon.bench.records import fitting, read_stream
+    if study is not None:
+        _refuse_beside_study()
+    loaded, stream = _opened(session, data, model, offset, limit or LIMITS.get(study or ""), seed)
+    if study is not None:
+        _study(study, loaded, stream, batch_size, seed, json_file, plot)
+        return
     from kedit_daemon.bench.run import Plan
     from kedit_daemon.bench.work import kept, options_of
+
+    method = method or ("memit-mass" if sweep else "auto")
+    options = options_of(loaded, data, click.get_current_context().params)
+    with kept(json_file, resume, options) as work:
+        plan = Plan(method, batch_size, seed, baseline, policy=not no_policy, work=work)
+        _method(sweep, plan, loaded, stream, json_file, plot)
+
+
+def _method(
+    sweep: str | None,
+    plan: "Plan",
+    loaded: "Loaded",
+    stream: "Stream",
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """A method once, or once for each size."""
+    from kedit_daemon.bench.plot import draw
+    from kedit_daemon.bench.run import run
+    from kedit_daemon.bench.sweep import sweep_sizes
+    from kedit_daemon.bench.table import table_lines
+
+    result = (sweep_sizes if sweep else run)(loaded, stream, plan, _track)
+    _tell(result, table_lines(result), json_file, plot, partial(draw, result))
+
+
+def _refuse_beside_study() -> None:
+    """A study has its own parts, and a method beside it would do nothing."""
+    context = click.get_current_context()
+    for name in ("method", "baseline", "sweep", "resume"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(f"--study has no --{name}.")
+
+
+def _opened(
+    session: Session, data: Path, model: str, offset: int, limit: int | None, seed: int
+) -> tuple["Loaded", "Stream"]:
+    """The model, and the stream of what it can read; the rest is told."""
+    from kedit_daemon.bench.records import fitting, read_stream
 
     stream = read_stream(data, offset, limit, seed)
     loaded = _load(model, session.home.state)
     stream = fitting(loaded.model, stream)
     _complain(data.name, stream.skipped)
-    method = method or ("memit-mass" if sweep else "auto")
-    options = options_of(loaded, data, click.get_current_context().params)
-    with kept(json_file, resume, options) as work:
-        plan = Plan(method, batch_size, seed, baseline, policy=not no_policy, work=work)
-        _tell(_measure(sweep)(loaded, stream, plan, _track), json_file, plot)
+    return loaded, stream
+
+
+def _study(
+    name: str,
+    loaded: "Loaded",
+    stream: "Stream",
+    batch_size: int,
+    seed: int,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    from kedit_daemon.bench.studies.catalog import study_named
+    from kedit_daemon.bench.studies.study import conduct, drawn, told
+
+    study = study_named(name)
+    result = conduct(name, study, loaded, stream, batch_size, seed, _track)
+    _tell(result, told(study, result), json_file, plot, partial(drawn, study, result))
 
 
 def _check(
@@ -134,25 +204,19 @@ def _load(model: str, cache: Path) -> "Loaded":
         return load_model(model, "auto", kept, lambda lines: _track(list(lines), "statistics"))
 
 
-def _measure(sweep: str | None) -> "Callable[[Loaded, Stream, Plan, Track], dict[str, Any]]":
-    """What runs the plan: once, or once for each size."""
-    from kedit_daemon.bench.run import run
-    from kedit_daemon.bench.sweep import sweep_sizes
-
-    return sweep_sizes if sweep else run
-
-
-def _tell(result: dict[str, object], json_file: Path | None, plot: Path | None) -> None:
-    from kedit_daemon.bench.table import table_lines
-
-    for line in table_lines(result):
+def _tell(
+    result: dict[str, object],
+    lines: Iterable[str],
+    json_file: Path | None,
+    plot: Path | None,
+    draw: Callable[[Path], None],
+) -> None:
+    for line in lines:
         click.echo(line)
     if json_file is not None:
         _write(json_file, result)
     if plot is not None:
-        from kedit_daemon.bench.plot import draw
-
-        draw(result, plot)
+        draw(plot)
 
 
 def _track(items: Sequence[T], what: str, /) -> Iterable[T]:

@@ -2,7 +2,8 @@
 matplotlib."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,16 @@ def require_matplotlib() -> None:
         )
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture as PNG."""
+@contextmanager
+def picture(path: Path) -> Iterator[Any]:
+    """Two axes side by side, to be drawn on within the block; then they are written as PNG."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    if "sweep" in result:
-        _sweep_seconds(left, result)
-        _sweep_quality(right, result)
-    else:
-        runs = [result, *([result["baseline"]] if "baseline" in result else [])]
-        _retention(left, runs)
-        _columns(right, runs)
+    yield figure.subplots(1, 2)
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
@@ -52,7 +47,19 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
-def _retention(axes: Any, runs: list[Mapping[str, Any]]) -> None:
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Write the picture of a run."""
+    runs = [result, *([result["baseline"]] if "baseline" in result else [])]
+    with picture(path) as (left, right):
+        if "sweep" in result:
+            _sweep_seconds(left, result)
+            _sweep_quality(right, result)
+        else:
+            _retention(left, runs)
+            bars(right, runs)
+
+
+def _retention(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     for n, run in enumerate(runs):
         first = [cohort["first"] for cohort in run["retention"]]
         for measure, line in (("generation", "-"), ("strict", "--")):
@@ -64,7 +71,8 @@ def _retention(axes: Any, runs: list[Mapping[str, Any]]) -> None:
     axes.legend(fontsize="small")
 
 
-def _columns(axes: Any, runs: list[Mapping[str, Any]]) -> None:
+def bars(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
+    """The columns of runs, each with its name under `method`."""
     names = [(column, measure) for column in COLUMNS for measure in MEASURES]
     for n, run in enumerate(runs):
         places = [i + (n - (len(runs) - 1) / 2) * BAR for i in range(len(names))]

@@ -9,6 +9,8 @@ from policies.presets import PRESETS, Stream
 from policies.targets import Terms, compute_terms
 from policies.weights import pack
 
+UNSOLVED = ("non-finite", "singular")  # codes of a solve that fails, through no fault of ours
+
 
 class _Published(Method):
     """Batch after batch into the weights, with nobody to look whether it does them good."""
@@ -30,7 +32,7 @@ class _Published(Method):
             with self.watch.part("solve"):
                 self.model.set_deltas(self.stream.add(batch))
         except KeditError as error:
-            if error.code not in ("non-finite", "singular"):
+            if error.code not in UNSOLVED:
                 raise
             batch = []
         self.not_edited += len(facts) - len(batch)

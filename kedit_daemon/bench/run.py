@@ -80,15 +80,11 @@ def measured(
                 result = {
                     **columns(scores),
                     "retention": retention(scores),
-                    **_health(loaded),
+                    **health_of(loaded),
                     "seconds_per_fact": _seconds(method, seconds),
                     "peak_memory_bytes": peak_memory(),
                     "bytes_per_fact": method.stored_bytes() / len(stream.records),
-                    "model": loaded.name,
-                    "site": asdict(loaded.site),
-                    "seed": plan.seed,
-                    "commit": commit(Path(__file__).parents[2]),
-                    "device": str(loaded.model.device),
+                    **made_with(loaded, plan.seed),
                     "method": name,
                     "batch_size": size,
                     "policy": plan.policy,
@@ -127,9 +123,26 @@ def _edit(
     return [spent / len(batch) for batch, spent in shares for _ in batch]
 
 
-def _health(loaded: Loaded) -> dict[str, Any]:
+def made_with(loaded: Loaded, seed: int) -> dict[str, Any]:
+    """What the figures were made with: the model, its site, the seed, the code, the device."""
+    return {
+        "model": loaded.name,
+        "site": asdict(loaded.site),
+        "seed": seed,
+        "commit": commit(Path(__file__).parents[2]),
+        "device": str(loaded.model.device),
+    }
+
+
+def matrix_name(layer: int | str) -> str:
+    """What an edited matrix is called in the JSON."""
+    return f"layer.{layer}.down_proj"
+
+
+def health_of(loaded: Loaded) -> dict[str, Any]:
+    """Perplexity before all edits and now, and ‖W‖_F / ‖W0‖_F by matrix."""
     health = loaded.canary.measure()
-    ratios = {f"layer.{n}.down_proj": ratio for n, ratio in health.norm_ratio.items()}
+    ratios = {matrix_name(n): ratio for n, ratio in health.norm_ratio.items()}
     perplexity = {"before": loaded.canary.baseline.perplexity, "after": health.perplexity}
     return {"perplexity": perplexity, "norm_ratio": ratios}
 

@@ -1,6 +1,6 @@
 """What people see of a run: one table, and the figures beside it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
@@ -17,14 +17,27 @@ def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield from _sweep_lines(result)
         return
     runs = [result, *([result["baseline"]] if "baseline" in result else [])]
+    yield from column_lines(runs)
+    for run in runs:
+        yield ""
+        yield from _figures(run)
+
+
+def column_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The columns of runs, each with its name under `method`."""
     yield _row("", "", *MEASURES)
     for run in runs:
         for number, column in enumerate(COLUMNS):
             name = run["method"] if number == 0 else ""
-            yield _row(name, column, *(_share(run[column][m]) for m in MEASURES))
-    for run in runs:
-        yield ""
-        yield from _figures(run)
+            yield _row(name, column, *(share(run[column][m]) for m in MEASURES))
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Rows of as many cells each: the first column to the left, the others to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
+        yield "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip()
 
 
 def _row(*cells: str) -> str:
@@ -33,7 +46,8 @@ def _row(*cells: str) -> str:
     return (line + "".join(f"{cell:>{CELL_WIDTH}}" for cell in rest)).rstrip()
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """A share in per cent; a dash for what was not asked."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
@@ -43,8 +57,8 @@ def _figures(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"{run['method']}: {run['facts']} facts, {batch}, seed {run['seed']}, on {model}"
     yield f"  not edited        {run['not_edited']}, records skipped {run['skipped']}"
     cohorts = [
-        f"{c['first']}-{c['first'] + c['facts'] - 1}: {_share(c['strict'])}"
-        f" / {_share(c['generation'])}"
+        f"{c['first']}-{c['first'] + c['facts'] - 1}: {share(c['strict'])}"
+        f" / {share(c['generation'])}"
         for c in run["retention"]
     ]
     yield f"  retention         {', '.join(cohorts)} (strict / generation, oldest first)"
@@ -67,7 +81,7 @@ def _sweep_lines(result: Mapping[str, Any]) -> Iterator[str]:
     short = [f"{column[:3]}. {measure[:3]}" for column in COLUMNS for measure in SWEPT]
     yield _cells("batch", "median s", "s/fact", *short, "perplexity", "norm")
     for row in result["sweep"]:
-        shares = [_share(row[column][measure]) for column in COLUMNS for measure in SWEPT]
+        shares = [share(row[column][measure]) for column in COLUMNS for measure in SWEPT]
         seconds, norm = row["seconds_per_fact"], max(row["norm_ratio"].values())
         figures = [f"{row['perplexity']['after']:.3f}", f"{norm:.4f}"]
         times = [f"{seconds['median']:.3f}", f"{seconds['mean']:.3f}"]

@@ -1,0 +1,1 @@
+"""Studies: one question each, in several parts, over a stream of facts."""

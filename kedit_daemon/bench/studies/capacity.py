@@ -1,0 +1,97 @@
+"""How many facts the weights hold: joint solves over more and more of the stream."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kedit_daemon.bench.measure import COLUMNS, before_edits
+from kedit_daemon.bench.studies.shared import (
+    asked,
+    cent,
+    column_cells,
+    column_heads,
+    figures,
+    ratio_cells,
+    ratio_heads,
+    spread,
+    terms_of,
+)
+from kedit_daemon.bench.studies.study import Given, Study
+from kedit_daemon.bench.table import aligned
+from policies.weights import WeightsTier, pack
+
+SIZES = (25, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
+SAMPLE = 300  # facts that are asked at each size, at most
+KNEE = 0.95  # of the best size's reliability and locality
+
+
+class Capacity(Study):
+    """The joint solve over the first n facts of the stream, for growing n."""
+
+    def run(self, given: Given) -> dict[str, Any]:
+        """Columns, norms and the solve's time by size, and the knee."""
+        loaded, model = given.loaded, given.loaded.model
+        pairs = [(record, pack(terms)) for record, terms in terms_of(given)]
+        sizes = [*(n for n in SIZES if n < len(pairs)), len(pairs)]
+        samples = {n: spread(range(n), SAMPLE) for n in sizes}
+        places = sorted({place for sample in samples.values() for place in sample})
+        found = before_edits(model, [pairs[place][0] for place in places], given.track)
+        before = dict(zip(places, found, strict=True))
+        width = model.base_weight(loaded.layers[0]).shape[1]
+        tier, rows = WeightsTier(loaded.site, loaded.statistics), list[dict[str, Any]]()
+        for n in given.track(sizes, "sizes"):
+            began = time.perf_counter()
+            model.set_deltas(tier.deltas({record.fact.id: terms for record, terms in pairs[:n]}))
+            seconds = time.perf_counter() - began
+            sample = samples[n]
+            columns = asked(model, [pairs[p][0] for p in sample], [before[p] for p in sample])
+            row = {"size": n, "per_width": n / width, "asked": len(sample), **columns}
+            rows.append({**row, **figures(loaded), "solve_seconds": seconds})
+        missing = len(given.records) - len(pairs)
+        return {"not_edited": missing, "width": width, "knee": knee(rows), "rows": rows}
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """A row for each size, then the knee."""
+        heads = ["facts", "per d_ff", *column_heads(COLUMNS), *ratio_heads(result), "solve, s"]
+        rows = [heads]
+        for row in result["rows"]:
+            columns = column_cells({name: row[name] for name in COLUMNS})
+            ratios, seconds = ratio_cells(row), f"{row['solve_seconds']:.2f}"
+            rows.append([str(row["size"]), f"{row['per_width']:.4f}", *columns, *ratios, seconds])
+        yield from aligned(rows)
+        yield ""
+        at = result["knee"]
+        known = "none" if at is None else f"{at} facts, {at / result['width']:.4f} per d_ff"
+        yield f"knee: {known}; d_ff {result['width']}"
+        yield f"not edited {result['not_edited']}"
+
+    def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
+        """The columns, and the norms, against facts per unit of d_ff."""
+        rows = result["rows"]
+        across = [row["per_width"] for row in rows]
+        for n, column in enumerate(COLUMNS):
+            for measure, style in (("strict", "-"), ("generation", "--")):
+                shares, label = [cent(row[column][measure]) for row in rows], f"{column}, {measure}"
+                left.plot(across, shares, style, marker=".", color=f"C{n}", label=label)
+        if result["knee"] is not None:
+            left.axvline(result["knee"] / result["width"], color="grey", label="knee")
+        for matrix in rows[0]["norm_ratio"]:
+            right.plot(across, [r["norm_ratio"][matrix] for r in rows], marker=".", label=matrix)
+        for axes in (left, right):
+            axes.set(xlabel="facts per unit of d_ff", xscale="log")
+        left.set(ylabel="%", ylim=(-2, 102), title="Held")
+        right.set(ylabel="‖W‖ / ‖W0‖", title="Norms")
+
+
+def knee(rows: Sequence[Mapping[str, Any]]) -> int | None:
+    """The largest size whose strict reliability and locality are both near the best there is.
+
+    A column that no size has a figure for does not count. None where no size qualifies.
+    """
+    good = {row["size"] for row in rows}
+    for column in ("reliability", "locality"):
+        known = {r["size"]: r[column]["strict"] for r in rows if r[column]["strict"] is not None}
+        if known:
+            best = max(known.values())
+            good &= {size for size, strict in known.items() if strict >= KNEE * best}
+    return max(good, default=None)

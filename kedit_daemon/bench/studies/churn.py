@@ -1,0 +1,132 @@
+"""Whether facts that keep changing wear the weights out: replaced by a joint solve, or stacked."""
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kedit_daemon.bench.measure import Before, before_edits
+from kedit_daemon.bench.records import BenchRecord, batches
+from kedit_daemon.bench.studies.shared import (
+    OtherTargets,
+    asked,
+    cent,
+    figures,
+    home_for,
+    largest_norm,
+    ratio_cells,
+    ratio_heads,
+    stored_terms,
+    thinned,
+    unsolved,
+)
+from kedit_daemon.bench.studies.study import Given, Study
+from kedit_daemon.bench.table import aligned, share
+from kedit_daemon.bench.tiers import MemitMass
+from memory.facts import Fact
+from policies.presets import PRESETS, Stream
+
+ROUNDS = 20  # times that every fact is superseded
+STACKED = "memit"  # the preset that the same terms go through
+SHARES = ("reliability_strict", "reliability_generation", "locality_strict")
+WAYS = ("replaced", "stacked")
+
+
+class Churn(Study):
+    """Every fact superseded again and again, through the daemon's flush and stacked beside it."""
+
+    def run(self, given: Given) -> dict[str, Any]:
+        """Both ways, round by round."""
+        with home_for(given) as home:
+            rows, failed = _rounds(given, home)
+        return {
+            "not_edited": home.not_edited,
+            "failed": failed[0] if failed else None,
+            "norm_deviation_percent": {way: _deviation(rows, way) for way in WAYS},
+            "rows": rows,
+        }
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """Each way's rounds, then how far its norms went from those of the first facts."""
+        rows = [["way", "edits", *ratio_heads(result), *(_short(name) for name in SHARES)]]
+        for way in WAYS:
+            for row in _of(result["rows"], way):
+                shares = [share(row[name]) for name in SHARES]
+                rows.append([way, str(row["edits"]), *ratio_cells(row), *shares])
+        yield from aligned(rows)
+        yield ""
+        for way, most in result["norm_deviation_percent"].items():
+            known = "-" if most is None else f"{most:.2f} %"
+            yield f"{way}: norms at most {known} from those after the first facts"
+        if result["failed"]:
+            yield f"stacked ended early: {result['failed']}"
+        yield f"not edited {result['not_edited']}"
+
+    def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
+        """Norms, and what holds, against edits."""
+        for n, way in enumerate(WAYS):
+            rows = _of(result["rows"], way)
+            edits = [row["edits"] for row in rows]
+            left.plot(edits, [largest_norm(r) for r in rows], marker=".", color=f"C{n}", label=way)
+            for name, style in (("reliability_strict", "-"), ("locality_strict", "--")):
+                shares = [cent(row[name]) for row in rows]
+                label = f"{way}, {_short(name)}"
+                right.plot(edits, shares, style, marker=".", color=f"C{n}", label=label)
+        left.set(xlabel="edits", ylabel="largest ‖W‖ / ‖W0‖", title="Norms", yscale="log")
+        right.set(xlabel="edits", ylabel="%", ylim=(-2, 102), title="Held")
+
+
+def _rounds(given: Given, home: MemitMass) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows of both ways, and why the stacked one ended early, if it did."""
+    loaded, model = given.loaded, given.loaded.model
+    others = OtherTargets(given.records, random.Random(given.seed))
+    live = thinned(given.records)
+    before = before_edits(model, live, given.track)
+    stream = Stream(PRESETS[STACKED], loaded.site, loaded.statistics)
+    rows, failed = list[dict[str, Any]](), list[str]()
+    for number in given.track(range(ROUNDS + 1), "rounds"):
+        wanted = [others.superseding(record) for record in live] if number else live
+        for batch in batches(wanted, given.batch_size):
+            home.edit(batch)
+        held = set(home.served.weights_facts())
+        live = [n if n.fact.id in held else o for n, o in zip(wanted, live, strict=True)]
+        edits = {"edits": len(live) * (number + 1)}
+        rows.append({"way": WAYS[0], **edits, **_point(given, live, before)})
+        if not failed:
+            with unsolved(failed):
+                _stack(given, stream, home, [r.fact for r in live if r.fact.id in held])
+                rows.append({"way": WAYS[1], **edits, **_point(given, live, before)})
+        model.set_deltas(home.served.deltas)
+    return rows, failed
+
+
+def _stack(given: Given, stream: Stream, home: MemitMass, facts: Sequence[Fact]) -> None:
+    """The terms that the home has for the facts, on top of all that the stream had before."""
+    for start in range(0, len(facts), given.batch_size):
+        batch = [stored_terms(home.store, f.id) for f in facts[start : start + given.batch_size]]
+        given.loaded.model.set_deltas(stream.add(batch))
+
+
+def _point(given: Given, live: Sequence[BenchRecord], before: Sequence[Before]) -> dict[str, Any]:
+    found = asked(given.loaded.model, live, before)
+    return {
+        **figures(given.loaded),
+        "reliability_strict": found["reliability"]["strict"],
+        "reliability_generation": found["reliability"]["generation"],
+        "locality_strict": found["locality"]["strict"],
+    }
+
+
+def _of(rows: Sequence[Mapping[str, Any]], way: str) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["way"] == way]
+
+
+def _deviation(rows: Sequence[Mapping[str, Any]], way: str) -> float | None:
+    """The largest change of a norm since the first facts, in per cent; None without any round."""
+    first, *rest = [row["norm_ratio"] for row in _of(rows, way)] or [{}]
+    away = [abs(norms[name] / first[name] - 1) for norms in rest for name in first]
+    return 100 * max(away) if away else None
+
+
+def _short(name: str) -> str:
+    column, measure = name.split("_")
+    return f"{column[:3]}. {measure}"

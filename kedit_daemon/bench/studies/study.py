@@ -1,0 +1,83 @@
+"""What every study is, and what stands in the JSON of each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit_daemon.bench.measure import Track
+from kedit_daemon.bench.plot import picture
+from kedit_daemon.bench.records import BenchRecord, Stream
+from kedit_daemon.bench.run import made_with
+from kedit_daemon.loading import Loaded
+from kedit_daemon.text import clean
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a study works on: the unedited model, the stream, and how many facts come at once."""
+
+    loaded: Loaded
+    records: Sequence[BenchRecord]
+    batch_size: int
+    seed: int
+    track: Track
+
+
+class Study:
+    """One question. It may edit the model as it likes: the caller puts the weights back."""
+
+    def run(self, given: Given) -> dict[str, Any]:
+        """What was found, with the points of its curve under `rows`."""
+        raise NotImplementedError
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """The table, and what follows from it."""
+        raise NotImplementedError
+
+    def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
+        """The curve, on two axes of matplotlib."""
+        raise NotImplementedError
+
+
+def conduct(
+    name: str,
+    study: Study,
+    loaded: Loaded,
+    stream: Stream,
+    batch_size: int,
+    seed: int,
+    track: Track,
+) -> dict[str, Any]:
+    """The result of a study, and what it was made with. The model is left as it came."""
+    given = Given(loaded, stream.records, batch_size, seed, track)
+    try:
+        found = study.run(given)
+    finally:
+        loaded.model.set_deltas({})
+    return {
+        "study": name,
+        **made_with(loaded, seed),
+        "facts": len(stream.records),
+        "skipped": len(stream.skipped),
+        "batch_size": batch_size,
+        **found,
+    }
+
+
+def told(study: Study, result: Mapping[str, Any]) -> Iterator[str]:
+    """All lines that people see of a study."""
+    batch = f"batches of {result['batch_size']}, seed {result['seed']}"
+    facts = f"{result['facts']} facts, {result['skipped']} records skipped"
+    yield f"{result['study']}: {facts}, {batch}, on {clean(result['model'])}"
+    yield f"commit {result['commit']}, {result['device']}"
+    yield ""
+    yield from study.lines(result)
+
+
+def drawn(study: Study, result: Mapping[str, Any], path: Path) -> None:
+    """Write the study's curve as PNG."""
+    with picture(path) as (left, right):
+        study.draw(result, left, right)
+        for axes in (left, right):
+            axes.legend(fontsize="small")

@@ -1,0 +1,37 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from study_tools import records, straight
+
+from kedit_daemon.bench.records import Skipped, Stream
+from kedit_daemon.bench.studies.catalog import LIMITS, STUDIES, study_named
+from kedit_daemon.bench.studies.study import Study, conduct, drawn, told
+from kedit_daemon.loading import Loaded
+
+SHARED = {"study", "model", "site", "seed", "commit", "device", "facts", "skipped", "batch_size"}
+
+
+def test_every_name_has_its_study() -> None:
+    assert set(STUDIES) == {"exactness", "churn", "presets", "capacity"}
+    assert all(isinstance(study_named(name), Study) for name in STUDIES)
+    assert set(LIMITS) <= set(STUDIES)
+
+
+@pytest.mark.parametrize("name", ["exactness", "presets", "capacity"])
+def test_a_study_is_told_drawn_and_leaves_the_model_as_it_was(
+    load: Callable[[str], Loaded], tmp_path: Path, name: str
+) -> None:
+    pytest.importorskip("matplotlib")
+    loaded, study = load("llama"), study_named(name)
+    base = loaded.model.weights_hash(range(loaded.model.layers))
+    stream = Stream(tuple(records(3)), (Skipped(3, "broken"),))
+    result = conduct(name, study, loaded, stream, 3, 7, straight)
+    assert loaded.model.weights_hash(range(loaded.model.layers)) == base
+    assert SHARED | {"rows"} <= set(result)
+    assert (result["study"], result["seed"], result["batch_size"]) == (name, 7, 3)
+    assert (result["facts"], result["skipped"]) == (3, 1)
+    lines = list(told(study, result))
+    assert lines[0].startswith(f"{name}: 3 facts, 1 records skipped, batches of 3, seed 7, on ")
+    drawn(study, result, tmp_path / "out.png")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
