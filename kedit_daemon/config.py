@@ -27,75 +27,6 @@ FILE = "config.toml"
 PREFIX = "KEDIT_"
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
-DEFAULT_TEXT = """\
-# kedit-daemon. Every value here is the default. A variable KEDIT_<SECTION>_<KEY> in the
-# environment, as KEDIT_INBOX_MAX_BYTES, or KEDIT_MODEL for a key outside the sections, wins.
-
-# The model to keep current: "shipped", a folder, or an id on the Hugging Face hub.
-model = "shipped"
-# "auto" takes a GPU when there is one; else "cpu", "cuda" or "cuda:N".
-device = "auto"
-
-[inbox]
-# A file that was copied in is taken once it has not changed for so long.
-settle_seconds = 1.0
-# The folder is looked through at least this often, whatever the file system reports.
-rescan_seconds = 30.0
-# Larger files, and files with more facts, are refused whole.
-max_bytes = 10485760
-max_facts = 10000
-# The longest target of a fact, in characters.
-max_target_chars = 400
-# A fact that failed so often is set aside.
-max_attempts = 3
-
-[routing]
-# A file with at least so many facts goes straight to the weights, as one batch.
-direct_facts = 64
-# The side memory is flushed to the weights when so many facts wait there,
-flush_facts = 100
-# or when the oldest has waited so long.
-flush_age_seconds = 86400.0
-
-[side]
-# Facts that share one shard of the side memory.
-shard_facts = 16
-# Training steps of a shard.
-steps = 60
-
-[flush]
-# Facts that one flush moves at most.
-batch_facts = 100
-# What the keys of these facts may take in memory.
-memory_mb = 512
-
-[stability]
-# Each figure: warn, then consolidate, then revert.
-# Norm of an edited matrix, relative to the unedited one. Without a value here those measured for
-# the model are taken (kedit.json in its folder), else 1.15, 1.3 and 1.6.
-# norm_warn = 1.15
-# norm_consolidate = 1.3
-# norm_revert = 1.6
-# Perplexity of ordinary text, relative to the unedited model's.
-perplexity_warn = 1.05
-perplexity_consolidate = 1.10
-perplexity_revert = 1.15
-# Change of the activation norms on a fixed text, as a share. As with the norm, else these.
-# activation_warn = 0.03
-# activation_consolidate = 0.05
-# activation_revert = 0.10
-# Share of that text's tokens that the model foresees differently than unedited. Likewise.
-# agreement_warn = 0.03
-# agreement_consolidate = 0.06
-# agreement_revert = 0.15
-
-[schedule]
-# Minute, hour, day of month, month, weekday (mon to sun); times are UTC.
-audit = "0 * * * *"
-consolidate = "0 4 * * *"
-expire = "* * * * *"
-"""
-
 
 def _cron(text: str) -> str:
     trigger = CronTrigger.from_crontab(text, timezone=UTC)
@@ -212,7 +143,8 @@ SECTIONS: Mapping[str, type[_Table]] = {
 def default_text(model: str) -> str:
     """The commented default settings for a model."""
     # A JSON string without escapes for letters is a TOML string too.
-    return DEFAULT_TEXT.replace('= "shipped"', "= " + json.dumps(model, ensure_ascii=False))
+    text = (Path(__file__).parent / FILE).read_text(encoding="utf-8")
+    return text.replace('= "shipped"', "= " + json.dumps(model, ensure_ascii=False))
 
 
 def load(home: Path, environ: Mapping[str, str]) -> Config:

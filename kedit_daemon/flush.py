@@ -4,43 +4,25 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from kedit_daemon.room import FULL
+from kedit_daemon.room import FULL, Trial
 from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD, Weights
 from memory.facts import ACTIVE, Fact, State
-from memory.health import Health
 from memory.rows import StoredFact
 from policies.capacity import Capacity, observed
 from policies.membership import members, within
 from policies.probe import Probe, ask_all, compare
 from policies.prompts import key_bytes
 from policies.routing import older_in_slot, wants_batch
-from policies.stability import Action, Verdict
+from policies.stability import Action
 from policies.targets import Refused, Terms, compute_terms
 from policies.weights import pack
 
 ROUNDS = 3  # times that a flush may leave out facts that did not hold and solve again
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """What came of solving the weights with a batch."""
-
-    facts: int  # in the weights then
-    taken: list[StoredFact]
-    lost: list[StoredFact]  # those that did not hold
-    probes: dict[str, Probe]
-    health: Health
-    verdict: Verdict
-
-    def after(self, larger: "_Trial") -> "_Trial":
-        """With what did not hold in the larger trial before it, which this one has not tried."""
-        probes = larger.probes | self.probes
-        return replace(self, lost=[*larger.lost, *self.lost], probes=probes)
 
 
 class Flush:
@@ -134,28 +116,29 @@ class Flush:
                     self._with(trial.taken),
                     reason,
                     trial.health,
-                    lambda n: self._flushed(n, trial.taken, before, trial.probes, seconds),
+                    lambda n: self._flushed(n, trial, unborne, before, seconds),
                 )
+                unborne = []
         self._after(trial, unborne)
         self.served.forget_side()
         return result
 
-    def _tried(self, batch: Sequence[StoredFact], before: dict[str, list[str]]) -> "_Trial":
+    def _tried(self, batch: Sequence[StoredFact], before: dict[str, list[str]]) -> Trial:
         """Look at the candidate, which holds the batch: who holds, and is it well?"""
         probes, lost = self._hold(batch, before)
         health, verdict = self.weights.measured()
         taken = [f for f in batch if f.id not in lost]
         lost_facts = [f for f in batch if f.id in lost]
         count = len(self._with(taken))
-        return _Trial(count, taken, lost_facts, probes, health, verdict)
+        return Trial(count, taken, lost_facts, probes, health, verdict)
 
-    def _borne(self, trial: "_Trial") -> list[StoredFact]:
+    def _borne(self, trial: Trial) -> list[StoredFact]:
         """The part of a trial's facts that the weights bear, if it is smaller than all of them."""
         seen = observed(trial.facts, trial.health.as_dict())
         part = self.fitting(trial.taken, self.weights.room.capacity([seen]))
         return part if len(part) < len(trial.taken) else []
 
-    def _after(self, trial: "_Trial", unborne: Sequence["_Trial"]) -> None:
+    def _after(self, trial: Trial, unborne: Sequence[Trial]) -> None:
         """Draw the consequences of a flush for the facts that are not in the weights now."""
         why = "; ".join(trial.verdict.reasons)
         if trial.verdict.action is Action.REVERT:
@@ -165,8 +148,7 @@ class Flush:
             self._hold_back([], "no fact of the batch held in the weights")
         else:
             with self.store.transaction():
-                for one in unborne:
-                    self.weights.room.too_many(one.facts, one.health)
+                self._learn(unborne)
         if trial.verdict.action is Action.CONSOLIDATE:
             # Room does not help a fact that needs none: only the side memory can take it.
             sent = [f for f in trial.taken if f.state is State.RECEIVED and self.replaces(f)]
@@ -174,9 +156,11 @@ class Flush:
         answers = {n: f"the weights answered {p.answer!r}" for n, p in trial.probes.items()}
         self._retry(trial.lost, answers)
 
-    def _result(
-        self, trial: "_Trial", refused: dict[str, Refused], dry_run: bool
-    ) -> dict[str, Any]:
+    def _learn(self, unborne: Sequence[Trial]) -> None:
+        for one in unborne:
+            self.weights.room.too_many(one.facts, one.health)
+
+    def _result(self, trial: Trial, refused: dict[str, Refused], dry_run: bool) -> dict[str, Any]:
         well = trial.verdict.action < Action.CONSOLIDATE
         return {
             "flushed": [f.id for f in trial.taken] if well else [],
@@ -193,7 +177,7 @@ class Flush:
     ) -> dict[str, Any]:
         health, verdict = self.weights.measured()
         verdict = replace(verdict, reasons=(*why, *verdict.reasons))
-        return self._result(_Trial(0, [], [], {}, health, verdict), refused, dry_run)
+        return self._result(Trial(0, [], [], {}, health, verdict), refused, dry_run)
 
     def _compute(self, facts: Sequence[Fact]) -> dict[str, Refused]:
         """Terms for every fact that has none yet, kept as they come; why some were refused."""
@@ -239,14 +223,17 @@ class Flush:
     def _flushed(
         self,
         number: int,
-        taken: Sequence[StoredFact],
+        trial: Trial,
+        unborne: Sequence[Trial],
         before: dict[str, list[str]],
-        probes: dict[str, Probe],
         seconds: float,
     ) -> None:
-        for fact in taken:
+        """All of it in the transaction that makes the generation: what is done over after a crash
+        is then done by the same knowledge."""
+        self._learn(unborne)
+        for fact in trial.taken:
             self.supersede(fact)
-            probe = probes[fact.id]
+            probe = trial.probes[fact.id]
             self.store.drop_side(fact.id)
             self.store.move(
                 fact.id,

@@ -2,18 +2,38 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from memory.health import Health
 from memory.ledger import canonical
+from memory.rows import StoredFact
 from memory.store import Store
 from policies.capacity import Capacity, Observation, capacity, observed
-from policies.stability import Thresholds
+from policies.probe import Probe
+from policies.stability import Thresholds, Verdict
 
 # In the store's meta. The first two are read by `status`, which imports nothing heavy.
 CAPACITY, LIMIT = "weights_capacity", "weights_limit"
 TRIALS = "weights_trials"  # solves that were not published: [facts, figures] each, newest last
 TRIALS_KEPT = 8
 FULL = 0.95  # of the capacity
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of solving the weights with a batch."""
+
+    facts: int  # in the weights then
+    taken: list[StoredFact]
+    lost: list[StoredFact]  # those that did not hold
+    probes: dict[str, Probe]
+    health: Health
+    verdict: Verdict
+
+    def after(self, larger: "Trial") -> "Trial":
+        """With what did not hold in the larger trial before it, which this one has not tried."""
+        probes = larger.probes | self.probes
+        return replace(self, lost=[*larger.lost, *self.lost], probes=probes)
 
 
 class Room:

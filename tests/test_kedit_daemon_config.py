@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kedit_daemon.config import DEFAULT_TEXT, Config, StabilityConfig, default_text, load
+from kedit_daemon.config import Config, StabilityConfig, default_text, load
 from memory.errors import KeditError
 from policies.site import default_site
 
@@ -27,12 +27,12 @@ def refusal(folder: Path, text: str | bytes, environ: dict[str, str] | None = No
 
 
 def test_the_default_text_says_every_default(tmp_path: Path) -> None:
-    assert read(tmp_path, DEFAULT_TEXT) == Config()
-    assert tomllib.loads(DEFAULT_TEXT) == Config().model_dump(exclude_none=True)
+    assert read(tmp_path, default_text("shipped")) == Config()
+    assert tomllib.loads(default_text("shipped")) == Config().model_dump(exclude_none=True)
 
 
 def test_the_default_text_shows_the_thresholds_that_a_model_without_its_own_has() -> None:
-    section = DEFAULT_TEXT.split("[stability]")[1].split("[schedule]")[0]
+    section = default_text("shipped").split("[stability]")[1].split("[schedule]")[0]
     shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE))
     assert shown.keys() == StabilityConfig.model_fields.keys()
     own = {k: v for k, v in shown.items() if not k.startswith("perplexity")}

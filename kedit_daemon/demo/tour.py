@@ -67,7 +67,7 @@ class Running:
     def __init__(self, root: Path) -> None:
         self.home = Home(root)
         self.home.create()
-        self.home.config.write_text(config.DEFAULT_TEXT, encoding="utf-8")
+        self.home.config.write_text(config.default_text("shipped"), encoding="utf-8")
 
     @contextmanager
     def started(self) -> Iterator[None]:
