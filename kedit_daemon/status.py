@@ -8,6 +8,7 @@ import sqlite3
 import tomllib
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from kedit_daemon.schedule import next_run
 from memory.errors import KeditError
 from memory.facts import LIVE, State
 from memory.reading import open_readonly, overview
+from policies.batching import fit
 
 NOT_RUNNING, NEEDS_ATTENTION = 3, 4
 # The defaults of the section [schedule], which live in a module that takes long to import.
@@ -62,7 +64,7 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "generations": known["generations"],
         "facts": known["states"],
         "weights_facts": known["states"][State.LIVE_WEIGHTS],
-        **{key: known.get(key) for key in (CAPACITY, LIMIT)},
+        **{key: known.get(key) for key in (CAPACITY, LIMIT, "flush_cost")},
         "pending": {
             "count": known["states"][State.RECEIVED],
             "oldest_received_at": oldest,
@@ -112,6 +114,7 @@ def _recorded(home: Home, now: datetime) -> dict[str, Any]:
                 "flush_held": _meta(conn, HELD),
                 CAPACITY: None if (most := _meta(conn, CAPACITY)) is None else int(most),
                 LIMIT: _meta(conn, LIMIT),
+                "flush_cost": _flush_cost(conn),
             }
         except sqlite3.Error as error:
             raise KeditError(
@@ -150,6 +153,18 @@ def _meta(conn: sqlite3.Connection, key: str) -> str | None:
     """What the edit loop has written down under a name."""
     row = conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return row[0] if row else None
+
+
+def _flush_cost(conn: sqlite3.Connection) -> dict[str, Any] | None:
+    """What flushes have cost so far, as seconds of each and of each fact in it; None before two
+    of different sizes."""
+    rows = conn.execute(
+        "SELECT count(*) AS facts, avg(seconds) AS seconds FROM edits"
+        " WHERE tier = 'weights' AND outcome = 'live' GROUP BY generation"
+    ).fetchall()
+    if len({row["facts"] for row in rows}) < 2:
+        return None
+    return {"flushes": len(rows), **asdict(fit([(row["facts"], row["seconds"]) for row in rows]))}
 
 
 def _jobs(

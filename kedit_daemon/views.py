@@ -47,6 +47,9 @@ def status_lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield _spaced("  facts", *(counts or ["none yet"]))
     if found["weights_capacity"] is not None:
         yield _weights_line(found)
+    if cost := found["flush_cost"]:
+        each = f"{cost['per_batch']:.1f} s, and {cost['per_fact']:.2f} s for each fact in it"
+        yield f"  flushes   {cost['flushes']:,}, each {each}"
     yield _audit_line(found, now)
     yield from _job_lines(found["jobs"], now)
     for warning in found["warnings"]:

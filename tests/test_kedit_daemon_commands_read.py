@@ -43,7 +43,7 @@ def test_status_of_a_running_daemon(home: Home) -> None:
             "jobs",
         ),
         *("last_audit", "model", "paused", "pending", "pid", "side_memory", "since", "state"),
-        *("warnings", "weights_capacity", "weights_facts", "weights_limit"),
+        *("flush_cost", "warnings", "weights_capacity", "weights_facts", "weights_limit"),
     }
 
 

@@ -259,3 +259,19 @@ def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
         with opened(home) as store:
             store.set_meta(CAPACITY, "2")
         assert messages(home) == []
+
+
+def test_flushes_tell_what_they_cost_and_a_fact_in_them(home: Home) -> None:
+    with opened(home) as store:
+        for n in range(6):
+            store.receive(fact(n), "a.jsonl", False)
+        store.add_edit(fact(0).id, "weights", 1, 5.5, "live", None)
+        store.add_edit(fact(0).id, "side", None, 9.0, "live", None)
+        store.add_edit(fact(0).id, "weights", 2, 9.0, "failed", None)
+    assert found(home)["flush_cost"] is None  # one size tells no two costs apart
+    with opened(home) as store:
+        for n in range(1, 6):
+            store.add_edit(fact(n).id, "weights", 2, 1.5, "live", None)
+    assert found(home)["flush_cost"] == pytest.approx(
+        {"flushes": 2, "per_batch": 5.0, "per_fact": 0.5}
+    )

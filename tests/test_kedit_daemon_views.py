@@ -134,6 +134,13 @@ def test_how_full_the_weights_are_is_a_line(
     assert not [s for s in plain(status_lines(situation(tmp_path))) if s.startswith("  weights")]
 
 
+def test_what_flushes_cost_is_a_line_once_it_is_known(tmp_path: Path) -> None:
+    cost = {"flushes": 3, "per_batch": 5.04, "per_fact": 0.25}
+    line = "  flushes   3, each 5.0 s, and 0.25 s for each fact in it"
+    assert line in plain(status_lines(situation(tmp_path, flush_cost=cost)))
+    assert not [s for s in plain(status_lines(situation(tmp_path))) if s.startswith("  flushes")]
+
+
 def test_facts_are_a_table() -> None:
     rows = [row(), row(state="received", generation=None)]
     assert plain(fact_lines(rows)) == [
