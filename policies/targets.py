@@ -26,7 +26,7 @@ from policies.anchor import too_long
 from policies.prompts import IGNORE, Row, essence_of, rows_of
 from policies.site import EditSite
 
-SEATS = 16  # facts on their way at the same time
+SEATS = 12  # facts on their way at the same time
 HEAD, TAIL, WANTED = 32, 4, 4  # lengths are rounded up to multiples of these
 PULSE = 8  # steps after which the caller hears from the work, whether a fact is done or not
 DECAY = 0.02  # weight of ‖δ‖² in lengths
