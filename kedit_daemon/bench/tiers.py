@@ -23,6 +23,7 @@ from policies.stability import Thresholds, Verdict
 NO_LIMIT = 1e30  # what `--no-policy` sets every threshold to
 FIGURES = ("norm", "perplexity", "activation", "agreement")
 VERDICTS = ("warn", "consolidate", "revert")
+OVER = (State.SUPERSEDED, State.REVERTED)  # a fact that comes again after that is a new one
 
 
 def config_of(setup: Setup) -> Config:
@@ -61,7 +62,8 @@ class _Daemon(Method):
         direct = self.direct(len(facts))
         with self.store.transaction():
             for fact in facts:
-                if self.store.fact(fact.id) is None:
+                known = self.store.fact(fact.id)
+                if known is None or known.state in OVER:
                     self.store.receive(fact, "bench", direct)
         stored = [f for fact in facts if (f := self.store.fact(fact.id))]
         self.settle([f for f in stored if f.state is State.RECEIVED and not f.attempts])
