@@ -77,7 +77,8 @@ class Editor:
             return True
         for_batch = [f for f in waiting if wants_batch(f)]
         if no_room := self._without_room(for_batch):
-            self.flush.send_beside(no_room)
+            with self.store.transaction():
+                self.flush.send_beside(no_room)
             return True
         if reason := self._due(for_batch):
             self._flush(reason)

@@ -75,14 +75,14 @@ class Flush:
         return any(old.state is State.LIVE_WEIGHTS for old in self.older(fact))
 
     def send_beside(self, facts: Sequence[StoredFact]) -> None:
-        """What waits for a batch, and finds the weights full, goes to the side memory."""
+        """What waits for a batch, and finds the weights full, goes to the side memory. Inside a
+        transaction."""
         capacity = self.weights.room.capacity()
         if capacity is None:
             return
         why = {"figure": capacity.figure, "capacity": capacity.facts, "limit": capacity.limit}
-        with self.store.transaction():
-            for fact in facts:
-                self.store.send_beside(fact.id, **why)
+        for fact in facts:
+            self.store.send_beside(fact.id, **why)
 
     def run(self, batch: Sequence[StoredFact], reason: str, dry_run: bool) -> dict[str, Any]:
         """Move a batch into the weights, or the part of it that they bear. Facts that do not
@@ -93,8 +93,9 @@ class Flush:
         if capacity is not None and batch and not fitting:
             return self._nothing({}, dry_run, [f"weights full: {capacity}"])
         refused = self._compute([f.fact for f in fitting])
-        self._reject([f for f in fitting if f.id in refused], refused)
         batch = [f for f in fitting if f.id not in refused]
+        if not dry_run:
+            self._reject([f for f in fitting if f.id in refused], refused, alone=not batch)
         if not batch:
             return self._nothing(refused, dry_run)
         old = {f.id: {o.id for o in self.older(f)} for f in batch}
@@ -111,15 +112,16 @@ class Flush:
             if dry_run:
                 return result
             if trial.taken and trial.verdict.action < Action.CONSOLIDATE:
-                seconds = (time.monotonic() - began) / len(batch)
+                seconds = (time.monotonic() - began) / len(trial.taken)
                 result["generation"] = self.weights.publish(
                     self._with(trial.taken),
                     reason,
                     trial.health,
                     lambda n: self._flushed(n, trial, unborne, before, seconds),
                 )
-                unborne = []
-        self._after(trial, unborne)
+            else:
+                with self.store.transaction():
+                    self._not_taken(trial, unborne)
         self.served.forget_side()
         return result
 
@@ -138,27 +140,30 @@ class Flush:
         part = self.fitting(trial.taken, self.weights.room.capacity([seen]))
         return part if len(part) < len(trial.taken) else []
 
-    def _after(self, trial: Trial, unborne: Sequence[Trial]) -> None:
-        """Draw the consequences of a flush for the facts that are not in the weights now."""
-        why = "; ".join(trial.verdict.reasons)
-        if trial.verdict.action is Action.REVERT:
-            self._hold_back(trial.taken, why)
+    def _not_taken(self, trial: Trial, unborne: Sequence[Trial]) -> None:
+        """Draw the consequences of a flush that made no generation. Inside a transaction."""
+        reverted = trial.verdict.action is Action.REVERT
+        self._learn([one for one in unborne if not (reverted and one is trial)])
+        if reverted:
+            self._hold_back(trial.taken, "; ".join(trial.verdict.reasons))
         elif not trial.taken and not any(f.state is State.RECEIVED for f in trial.lost):
-            # Facts beside the weights would be tried again at once, and without end.
             self._hold_back([], "no fact of the batch held in the weights")
-        else:
-            with self.store.transaction():
-                self._learn(unborne)
         if trial.verdict.action is Action.CONSOLIDATE:
             # Room does not help a fact that needs none: only the side memory can take it.
             sent = [f for f in trial.taken if f.state is State.RECEIVED and self.replaces(f)]
             self.send_beside(sent)
+        self._retry_lost(trial)
+
+    def _retry_lost(self, trial: Trial) -> None:
         answers = {n: f"the weights answered {p.answer!r}" for n, p in trial.probes.items()}
         self._retry(trial.lost, answers)
 
     def _learn(self, unborne: Sequence[Trial]) -> None:
+        """Keep, and write down, what was solved and found to be more than the weights bear."""
         for one in unborne:
             self.weights.room.too_many(one.facts, one.health)
+            action, reasons = str(one.verdict.action), list(one.verdict.reasons)
+            self.store.event("flush_too_large", facts=one.facts, verdict=action, reasons=reasons)
 
     def _result(self, trial: Trial, refused: dict[str, Refused], dry_run: bool) -> dict[str, Any]:
         well = trial.verdict.action < Action.CONSOLIDATE
@@ -245,16 +250,20 @@ class Flush:
                 probe=probe.as_dict(),
             )
             self.store.add_edit(fact.id, "weights", number, seconds, "live", probe.as_dict())
+        self._retry_lost(trial)
 
     def _hold_back(self, taken: Sequence[StoredFact], why: str) -> None:
-        """A batch that would do harm, or no good, is not taken, and no other is tried by itself."""
+        """A batch that would do harm, or no good, is not taken, and no other is tried by itself:
+        facts beside the weights would be tried again at once, and without end. In a transaction."""
         log.warning("flush not taken: %s", why)
-        with self.store.transaction():
-            self.store.set_meta(HELD, why)
-            self.store.event("flush_refused", facts=[f.id for f in taken], reasons=why)
+        self.store.set_meta(HELD, why)
+        self.store.event("flush_refused", facts=[f.id for f in taken], reasons=why)
         self._retry(taken, {f.id: f"the flush was refused: {why}" for f in taken})
 
-    def _reject(self, facts: Sequence[StoredFact], refused: dict[str, Refused]) -> None:
+    def _reject(
+        self, facts: Sequence[StoredFact], refused: dict[str, Refused], alone: bool
+    ) -> None:
+        """What has no targets; `alone`: there was nothing else in the batch."""
         with self.store.transaction():
             for fact in facts:
                 why = refused[fact.id]
@@ -263,11 +272,13 @@ class Flush:
                     continue
                 self.store.move(fact.id, State.REJECTED, reason=why.reason)
                 self.store.add_edit(fact.id, "weights", None, 0.0, "rejected", None)
+            stay = [f.state is State.LIVE_SIDE and refused[f.id].beside for f in facts]
+            if alone and stay and all(stay):
+                self._hold_back([], "no fact of the batch has targets that the weights may take")
 
     def _retry(self, facts: Sequence[StoredFact], reasons: dict[str, str]) -> None:
-        with self.store.transaction():
-            for fact in facts:
-                self.retry(fact, "weights", reasons[fact.id])
+        for fact in facts:
+            self.retry(fact, "weights", reasons[fact.id])
 
     def retry(self, fact: StoredFact, tier: str, reason: str) -> None:
         """Let a waiting fact try the other tier, or fail after too many attempts.

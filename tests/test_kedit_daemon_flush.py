@@ -181,3 +181,22 @@ def test_only_facts_that_would_be_tried_without_end_hold_flushes_back(
     monkeypatch.setattr(flush, "compare", lambda *said: replace(compare(*said), right=False))
     assert at.editor.run_flush(False)["flushed"] == []
     assert (at.store.meta(HELD) is None) is direct
+
+
+def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("policies.targets.too_long", lambda _lengths, _anchors: "too long")
+    at = bench(side=STEPS)
+    one = seat(1, "Oslo")
+    at.receive(one)
+    at.settle()
+    events = at.store.conn.execute("SELECT count(*) FROM events").fetchone()
+    assert at.editor.run_flush(True)["failed"] == [one.id]
+    assert at.store.conn.execute("SELECT count(*) FROM events").fetchone() == events
+    at.clock.pass_time(days=9)
+    assert at.editor.step()  # by age
+    assert state(at, one.id) == "live-side"
+    assert at.says(one.question) == "Oslo"
+    assert at.store.meta(HELD) is not None
+    assert not at.editor.step()

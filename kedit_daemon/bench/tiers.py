@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from kedit_daemon.bench.method import Method, Setup, Stopwatch
@@ -43,6 +44,9 @@ class _Daemon(Method):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         self.config = config_of(setup)
+        if not setup.policy:
+            site = replace(self.loaded.site, anchors={})
+            self.loaded = replace(self.loaded, site=site)
         self.home = Home(setup.folder / "home")
         self.home.create()
         self.store = Store(self.home.database, lambda: datetime.now(UTC))
