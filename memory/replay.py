@@ -48,9 +48,8 @@ class Replay:
             ids[n, start:end] = torch.tensor([*before, *after])
             mask[n, start:end] = 1
             positions[n, start:] = torch.arange(self.head + self.tail - start)
-        positions.clamp_(
-            max=self.model.positions - 1
-        )  # pads on the right may stand beyond the last position
+        # Pads on the right may stand beyond the last position.
+        positions.clamp_(max=self.model.positions - 1)
         mask[:, self.head :] = 1  # pads on the right are seen by pads alone
         ids, mask, positions = (t.to(self.model.device) for t in (ids, mask, positions))
         hidden, cache = self.model.entering(self.layer, ids, mask, positions)

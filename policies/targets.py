@@ -132,7 +132,6 @@ class _Seats:
         self.fresh = torch.zeros(SEATS, dtype=torch.bool, device=on)
         self.facts: list[Fact | None] = [None] * SEATS
         self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
 
     @property
     def busy(self) -> bool:
@@ -172,7 +171,6 @@ class _Seats:
 
         def add(inputs: Tensor, outputs: Tensor) -> Tensor:
             self.keys[layer] = inputs[self.at, columns].detach().float()
-            self.values[layer] = (outputs[self.at, columns] + moved).detach()
             there = moved.to(outputs.dtype)
             return outputs.index_put((self.at, columns), there, accumulate=True)
 
@@ -246,11 +244,16 @@ class _Seats:
         numbers = (torch.tensor(loss), *keys.values(), *residuals.values())
         if not all(bool(torch.isfinite(t).all()) for t in numbers):
             return Refused("the target's loss or value is not finite")
-        values = {n: self.values[n][at, :many].norm(dim=-1) for n in keys}  # (rows, sites)
-        lengths = {n: float(v.mean()) / self.norms[n] for n, v in values.items()}
+        lengths = {n: self._length(n, keys[n], residuals[n]) for n in keys}
         if why := too_long(lengths, self.site.anchors):
             return Refused(why, beside=True)
         return Terms(keys, residuals, loss, int(self.steps[seat]) - 1, lengths)
+
+    def _length(self, layer: int, keys: Tensor, residuals: Tensor) -> float:
+        """The mean ‖v‖, v = W0 k + δ, of keys (rows, sites, width), in lengths."""
+        with torch.autocast(keys.device.type, enabled=False):
+            values = keys @ self.model.base_weight(layer).T.to(keys) + residuals
+        return float(values.norm(dim=-1).mean()) / self.norms[layer]
 
 
 def compute_terms(

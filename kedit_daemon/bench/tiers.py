@@ -141,16 +141,21 @@ class MemitMass(_Daemon):
     def settle(self, received: Sequence[StoredFact]) -> None:
         """One flush, and more while there is room for facts that it has left. What does not hold
         in the weights is not tried in the side memory."""
-        began = self._heard = time.perf_counter()
-        before = sum(self.watch.parts.values())
         left = received
-        while left and self.flush.run(left, "bench", dry_run=False)["flushed"]:
+        while left and self._flushed(left):
             waiting = self.store.facts((State.RECEIVED,))
             left = [f for f in waiting if f in received]  # as they came: not tried yet
+
+    def _flushed(self, batch: Sequence[StoredFact]) -> bool:
+        """One flush, with its time told apart; whether any fact has come into the weights."""
+        began = self._heard = time.perf_counter()
+        before = sum(self.watch.parts.values())
+        result = self.flush.run(batch, "bench", dry_run=False)
         total = time.perf_counter() - began
         self.watch.add("targets", self._heard - began)  # a flush pulses while it computes these
         spent = sum(self.watch.parts.values()) - before
         self.watch.add("probe", total - spent)
+        return bool(result["flushed"])
 
 
 class Wise(_Daemon):
