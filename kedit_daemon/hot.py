@@ -114,7 +114,7 @@ class Hot:
     def _lay(self, number: int, new: Sequence[StoredFact], learned: Learned) -> None:
         self.served.side.shards[number] = learned.shard
         for fact in new:
-            self.served.side.put(fact.id, number, learned.keys[fact.id])
+            self.served.side.put(fact.id, number, learned.keys[fact.id], fact.fact.name)
 
     def _undo(self, number: int, new: Sequence[StoredFact], old: Shard | None) -> None:
         for fact in new:

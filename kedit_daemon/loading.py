@@ -55,6 +55,12 @@ def canary_text() -> list[str]:
     return ordinary_text()[:CANARY_LINES]
 
 
+def statements() -> list[str]:
+    """The shipped statements that want one word more: for the canary."""
+    path = Path(demo.__file__).parent / "statements.txt"
+    return path.read_text(encoding="utf-8").splitlines()
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model that has been loaded, and where what was measured of it lies."""
@@ -119,5 +125,5 @@ def load_model(name: str, device: str, cache: Path, progress: Progress) -> Loade
     opened = open_model(name, device, cache)
     model, site = opened.model, opened.site()
     statistics = opened.statistics(site.layers, (site.key_layer, site.side_layer), progress)
-    canary = Canary(model, canary_text(), site.layers)
+    canary = Canary(model, canary_text(), site.layers, statements())
     return Loaded(name, model, site, statistics, canary, opened.base_hash)

@@ -46,7 +46,9 @@ class Served:
         self.model, self.site = loaded.model, loaded.site
         self.tier = WeightsTier(loaded.site, loaded.statistics)
         site = self.site
-        gates = Gates(site.key_layer, site.side_layer, site.subject_gate, site.end_gate)
+        gates = Gates(
+            site.key_layer, site.side_layer, site.subject_gate, site.end_gate, site.unnamed_gate
+        )
         centres = {n: layer.mean for n, layer in loaded.statistics.items()}
         self.side = SideMemory(self.model, gates, centres)
         self.deltas: dict[int, Tensor] = {}  # of the active generation
@@ -117,7 +119,7 @@ class Served:
         return deltas
 
     def _restore_side(self) -> None:
-        live = {f.id for f in self.store.facts((State.LIVE_SIDE,))}
+        live = {f.id: f.fact.name for f in self.store.facts((State.LIVE_SIDE,))}
         rows = [row for row in self.store.side_rows() if row.fact_id in live]
         broken = self._restore_shards()
         with self.store.transaction():
@@ -128,9 +130,11 @@ class Served:
             for number in broken:
                 self.store.drop_shard(number)
         whole = [row for row in rows if row.shard not in broken]
-        if not self._load_index(whole):
-            for row in whole:
-                self.side.put(row.fact_id, row.shard, unpack_keys(row.blob))
+        indexed = self._load_index(whole)
+        for row in whole:
+            keys = unpack_keys(row.blob)
+            self.side.put(row.fact_id, row.shard, keys, live[row.fact_id], indexed=indexed)
+        if not indexed:
             self.save_index()
 
     def _restore_shards(self) -> set[int]:
@@ -158,8 +162,6 @@ class Served:
         if {fact_id_of(n) for n in index.numbers()} != {row.fact_id for row in rows}:
             return False
         self.side.index = index
-        for row in rows:
-            self.side.put(row.fact_id, row.shard, unpack_keys(row.blob), indexed=True)
         return True
 
     def save_index(self) -> None:

@@ -72,6 +72,12 @@ class Fact:
         """The given paraphrases as the model reads them."""
         return tuple(fill(p, self.subject) for p in self.paraphrases)
 
+    @property
+    def name(self) -> str:
+        """The subject, where the prompt and every paraphrase have it in them; else nothing."""
+        always = all(self.subject in text for text in (self.question, *self.rephrased))
+        return self.subject if always else ""
+
 
 def to_json(fact: Fact) -> str:
     """The whole fact as canonical JSON: the same fact gives the same bytes."""

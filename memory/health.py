@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -9,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from memory.generate import MAX_ROWS
 from memory.ledger import canonical
 from memory.model import EditableModel
 
@@ -24,7 +26,7 @@ class Health:
     activation_ratio: dict[str, float]  # E‖y‖ on the canary text
     perplexity: float
     perplexity_ratio: float
-    agreement: float  # share of the canary's tokens after which the likeliest one is the base's
+    agreement: float  # share of the statements that go on with the same token as the base's
     finite: bool
 
     def as_dict(self) -> dict[str, object]:
@@ -39,22 +41,34 @@ class Baseline:
 
     activations: dict[int, float]
     perplexity: float
-    likeliest: tuple[tuple[int, ...], ...]  # next tokens, by line
+    completed: tuple[int, ...]  # the likeliest token after each statement
 
 
 class Canary:
-    """A fixed text on which the model's health is read."""
+    """What the model's health is read on: ordinary text, and statements that want one word more.
 
-    def __init__(self, model: EditableModel, lines: Sequence[str], layers: Sequence[int]) -> None:
+    An edit moves other facts sooner than the run of ordinary text: the statements show it first.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        lines: Sequence[str],
+        layers: Sequence[int],
+        statements: Sequence[str] = (),
+    ) -> None:
         self.model, self.layers = model, tuple(layers)
         self._rows = [ids for line in lines if len(ids := model.encode(line)[:MAX_TOKENS]) > 8]
+        self._asked: dict[int, list[list[int]]] = defaultdict(list)  # statements, by their length
+        for statement in statements:
+            ids = model.encode(statement)
+            self._asked[len(ids)].append(ids)
         with model.at_base():
-            self.baseline = Baseline(*self._read())
+            self.baseline = Baseline(*self._read(), self._completed())
 
-    def _read(self) -> tuple[dict[int, float], float, tuple[tuple[int, ...], ...]]:
-        """Mean output norm of each layer, perplexity per token, and the likeliest tokens."""
+    def _read(self) -> tuple[dict[int, float], float]:
+        """Mean output norm of each layer on the text, and perplexity per token."""
         norms = dict.fromkeys(self.layers, 0.0)
-        likeliest: list[tuple[int, ...]] = []
         loss, count = 0.0, 0
 
         def watch(layer: int, _inputs: Tensor, outputs: Tensor) -> None:
@@ -67,21 +81,31 @@ class Canary:
                 out = self.model.model(input_ids=tokens, labels=tokens, use_cache=False)
                 loss += float(out.loss) * (len(ids) - 1)
                 count += len(ids) - 1
-                likeliest.append(tuple(out.logits[0, :-1].argmax(-1).tolist()))
         if not count:
-            return dict.fromkeys(self.layers, 0.0), math.nan, ()
+            return dict.fromkeys(self.layers, 0.0), math.nan
         mean = loss / count
         perplexity = math.exp(mean) if mean < 700 else math.inf
-        return {n: v / count for n, v in norms.items()}, perplexity, tuple(likeliest)
+        return {n: v / count for n, v in norms.items()}, perplexity
 
-    def _agreement(self, likeliest: tuple[tuple[int, ...], ...]) -> float:
-        pairs = zip(likeliest, self.baseline.likeliest, strict=True)
-        same = [a == b for now, base in pairs for a, b in zip(now, base, strict=True)]
-        return sum(same) / len(same) if same else math.nan
+    def _completed(self) -> tuple[int, ...]:
+        """The likeliest token after each statement; statements of one length run together."""
+        found: list[int] = []
+        for group in self._asked.values():
+            for start in range(0, len(group), MAX_ROWS):
+                ids = torch.tensor(group[start : start + MAX_ROWS], device=self.model.device)
+                with torch.no_grad():
+                    out = self.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+                found += out.logits[:, -1].argmax(-1).tolist()
+        return tuple(found)
+
+    def _agreement(self) -> float:
+        pairs = zip(self._completed(), self.baseline.completed, strict=True)
+        same = [now == base for now, base in pairs]
+        return sum(same) / len(same) if same else 1.0
 
     def measure(self) -> Health:
         """The figures of the model as it is now."""
-        activations, perplexity, likeliest = self._read()
+        activations, perplexity = self._read()
         ratios, updates = {}, {}
         for layer in self.layers:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)
@@ -99,6 +123,6 @@ class Canary:
             activation_ratio=moved,
             perplexity=perplexity,
             perplexity_ratio=perplexity / self.baseline.perplexity,
-            agreement=self._agreement(likeliest),
+            agreement=self._agreement(),
             finite=all(math.isfinite(n) for n in numbers),
         )

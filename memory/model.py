@@ -229,6 +229,19 @@ class EditableModel:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def hearing(self, ids: list[Tensor]) -> Iterator[None]:
+        """Keep the token ids (rows, tokens) of each pass, as they come."""
+
+        def hook(_model: nn.Module, _args: tuple[Tensor, ...], given: dict[str, Tensor]) -> None:
+            ids.append(given["input_ids"])
+
+        handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def entering(
         self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor
     ) -> tuple[Tensor, DynamicCache]:

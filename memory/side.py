@@ -4,10 +4,11 @@ A shard is a delta ΔW (hidden, width) for the down projection of the side layer
 facts. A fact has two kinds of keys. Its *subject keys*, the key layer's outputs at the subject's
 last token, are in the index and are looked for at every token of a prompt. Its *end keys*, the
 side layer's outputs where its prompts end, tell what is asked of the subject. A fact fires for a
-row when a subject key and an end key are near enough, and the shard's own activation distance
-d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms it. The decision is taken once for each row,
-at the prompt's end, and holds for every token decoded after it. A row without a match is not
-touched: its numbers are those of the weights, bit for bit.
+row when a subject key and an end key are near enough, the prompt names the subject, and the shard's
+own activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms it. (Keys alone mix
+up subjects that end alike once there are thousands.) The decision is taken once for each row, at
+the prompt's end, and holds for every token decoded after it. A row without a match is not touched:
+its numbers are those of the weights, bit for bit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.index import KeyIndex
 from memory.model import EditableModel
+from memory.naming import names, plain
 
 CANDIDATES = 16  # vectors looked at for each token; a fact has several
 
@@ -52,12 +54,14 @@ class Keys:
 
 @dataclass(frozen=True)
 class Gates:
-    """Where routing looks, and the least cosines that route."""
+    """Where routing looks, and the least cosines that route; `unnamed` is that of a subject key
+    whose fact does not name its subject in all of its prompts."""
 
     key_layer: int
     side_layer: int
     subject: float
     end: float
+    unnamed: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class SideMemory:
         self.shards: dict[int, Shard] = {}
         self.shard_of: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
+        self.names: dict[str, str] = {}
         self.hidden: set[str] = set()  # facts that do not fire for the time being
         self.index = KeyIndex(model.hidden, gpu=model.device.type == "cuda")
 
@@ -95,25 +100,38 @@ class SideMemory:
         """Retrieval keys (..., hidden) from a layer's outputs: centred, of unit length."""
         return torch.nn.functional.normalize(outputs.float() - self.centres[layer], dim=-1)
 
-    def put(self, fact_id: str, shard: int, keys: Keys, *, indexed: bool = False) -> None:
-        """Make a fact findable; `indexed`: its subject keys are in the index already."""
+    def put(
+        self, fact_id: str, shard: int, keys: Keys, name: str, *, indexed: bool = False
+    ) -> None:
+        """Make a fact findable. `name`: its subject, or "" where one of its prompts does without;
+        `indexed`: its subject keys are in the index already."""
         if not indexed:
             self.drop(fact_id)
             self.index.add(number_of(fact_id), keys.subject)
         self.end_keys[fact_id] = keys.end.to(self.model.device)
+        self.names[fact_id] = plain(name)
         self.shard_of[fact_id] = shard
 
     def drop(self, fact_id: str) -> None:
         """Make a fact unfindable, at once."""
         if self.shard_of.pop(fact_id, None) is not None:
-            del self.end_keys[fact_id]
+            del self.end_keys[fact_id], self.names[fact_id]
             self.index.remove(number_of(fact_id))
 
-    def candidates(self, outputs: Tensor) -> list[str]:
-        """Facts whose subject stands in a prompt, from the key layer's outputs (tokens, hidden)."""
+    def candidates(self, ids: Tensor, outputs: Tensor) -> list[str]:
+        """Facts whose subject stands in a prompt: its ids (tokens,), and the key layer's outputs
+        (tokens, hidden) for them."""
         hits = self.index.search(self.key(self.gates.key_layer, outputs), CANDIDATES)
-        near = [h.number for row in hits for h in row if h.score >= self.gates.subject]
-        return [fact_id for n in dict.fromkeys(near) if (fact_id := fact_id_of(n)) in self.shard_of]
+        best: dict[str, float] = {}  # a fact's best cosine, best first within a token
+        for hit in (h for row in hits for h in row if h.score >= self.gates.subject):
+            fact_id = fact_id_of(hit.number)
+            best[fact_id] = max(hit.score, best.get(fact_id, hit.score))
+        known = [fact_id for fact_id in best if fact_id in self.shard_of]
+        said = plain(self.model.decode(ids.tolist())) if known else ""
+        return [n for n in known if self._meant(self.names[n], said, best[n])]
+
+    def _meant(self, name: str, said: str, score: float) -> bool:
+        return names(said, name) if name else score >= self.gates.unnamed
 
     def confirm(self, candidates: Sequence[str], inputs: Tensor, outputs: Tensor) -> Match | None:
         """The candidate that is asked for, from the side layer where the prompt ends:
@@ -137,10 +155,12 @@ class SideMemory:
         """
         fired.clear()
         found: list[list[str]] = []
+        heard: list[Tensor] = []
 
         def look(_inputs: Tensor, outputs: Tensor) -> None:
             if not fired:
-                found[:] = [self.candidates(row) if self.shard_of else [] for row in outputs]
+                rows = zip(heard[0], outputs, strict=True)
+                found[:] = [self.candidates(*row) if self.shard_of else [] for row in rows]
 
         def lay(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             if not fired:
@@ -154,5 +174,6 @@ class SideMemory:
                 changed[n, -1] += self.shards[match.shard].delta @ inputs[n, -1]
             return changed
 
-        with self.model.tap({self.gates.key_layer: look, self.layer: lay}):
+        taps = {self.gates.key_layer: look, self.layer: lay}
+        with self.model.hearing(heard), self.model.tap(taps):
             yield

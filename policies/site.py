@@ -46,6 +46,7 @@ class EditSite:
     alpha: float  # WISE margins: distance outside a shard's facts, at most
     beta: float  # distance on the shard's facts, at least
     gamma: float  # least gap between the two
+    unnamed_gate: float = 0.95  # the subject gate of a fact with a prompt that does not name it
     # ‖W‖/‖W0‖ at which an audit warns, consolidates, reverts. These start values are judged from
     # what large models bear; how many facts a layer holds per unit of norm is the model's own.
     norm_warn: float = 1.15
@@ -54,9 +55,9 @@ class EditSite:
     activation_warn: float = 0.03  # change of the activation norms, likewise
     activation_consolidate: float = 0.05
     activation_revert: float = 0.10
-    agreement_warn: float = 0.03  # share of the canary's tokens that are foreseen differently
-    agreement_consolidate: float = 0.06
-    agreement_revert: float = 0.15
+    agreement_warn: float = 0.02  # share of the canary's statements completed differently
+    agreement_consolidate: float = 0.03
+    agreement_revert: float = 0.10
     # By layer the mean ‖v‖ of targets on the unedited model, in lengths: targets far beyond are
     # refused. None is where it is not measured. Not hashed, since a mapping cannot be.
     anchors: Mapping[int, float] = field(default_factory=dict, hash=False)
@@ -90,7 +91,7 @@ def default_site(layers: int) -> EditSite:
         side_layer=upper,
         side_rate=0.3,
         key_layer=max(0, upper // 2),
-        subject_gate=0.9,
+        subject_gate=0.8,
         end_gate=0.4,
         alpha=0.1,
         beta=1.0,

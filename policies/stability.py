@@ -39,7 +39,7 @@ class Limits:
 @dataclass(frozen=True)
 class Thresholds:
     """norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|.
-    agreement: share of the canary's tokens after which another one is the likeliest now."""
+    agreement: share of the canary's statements that are completed differently now."""
 
     norm: Limits
     perplexity: Limits
@@ -78,5 +78,5 @@ def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action
     )
     yield (
         thresholds.agreement.judge(1 - health.agreement),
-        f"agreement with the base on the canary is {health.agreement:.3f}",
+        f"agreement with the base on statements is {health.agreement:.3f}",
     )

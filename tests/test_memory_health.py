@@ -11,6 +11,7 @@ from memory.health import Canary, Health
 from memory.model import EditableModel
 
 LINES = SENTENCES[:12]
+STATEMENTS = [" ".join(line.split()[: 3 + n % 3]) for n, line in enumerate(SENTENCES[:90])]
 
 
 def perplexity(model: EditableModel) -> float:
@@ -27,7 +28,7 @@ def perplexity(model: EditableModel) -> float:
 
 @pytest.fixture
 def canary(model: EditableModel) -> Canary:
-    return Canary(model, LINES, [1, 2])
+    return Canary(model, LINES, [1, 2], STATEMENTS)
 
 
 def test_an_unedited_model_measures_as_its_own_base(model: EditableModel, canary: Canary) -> None:
@@ -52,29 +53,30 @@ def test_an_edit_shows_in_the_figures_of_its_layer(model: EditableModel, canary:
     assert health.perplexity_ratio != 1.0
 
 
-def likeliest(model: EditableModel) -> list[int]:
+def completed(model: EditableModel) -> list[int]:
     found: list[int] = []
-    for line in LINES:
-        ids = torch.tensor([model.encode(line)])
+    for statement in STATEMENTS:
+        ids = torch.tensor([model.encode(statement)])
         with torch.no_grad():
-            said = model.model(input_ids=ids, use_cache=False).logits[0, :-1]
-        found += [int(n) for n in said.argmax(-1)]
+            found.append(int(model.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
     return found
 
 
-def test_agreement_is_the_share_of_tokens_that_are_foreseen_as_before(
+def test_agreement_is_the_share_of_statements_that_are_completed_as_before(
     model: EditableModel, canary: Canary
 ) -> None:
-    base = likeliest(model)
-    model.set_deltas({2: model.base_weight(2) * 0.1})
-    now = likeliest(model)
+    base = completed(model)
+    model.set_deltas({2: model.base_weight(2) * 0.3})
+    now = completed(model)
     share = sum(a == b for a, b in zip(now, base, strict=True)) / len(base)
     assert 0 < share < 1
     assert canary.measure().agreement == pytest.approx(share)
 
 
-def test_a_canary_without_a_line_agrees_with_nothing(model: EditableModel) -> None:
-    assert math.isnan(Canary(model, ["Rome"], [1]).measure().agreement)
+def test_without_statements_nothing_disagrees(model: EditableModel) -> None:
+    canary = Canary(model, LINES, [2])
+    model.set_deltas({2: model.base_weight(2) * 5})
+    assert canary.measure().agreement == 1.0
 
 
 def test_the_baseline_is_of_the_base_also_when_read_on_an_edited_model(
@@ -82,7 +84,7 @@ def test_the_baseline_is_of_the_base_also_when_read_on_an_edited_model(
 ) -> None:
     model.set_deltas({2: model.base_weight(2) * 0.5})
     edited = model.weights_hash([1, 2])
-    assert Canary(model, LINES, [1, 2]).baseline == canary.baseline
+    assert Canary(model, LINES, [1, 2], STATEMENTS).baseline == canary.baseline
     assert model.weights_hash([1, 2]) == edited
 
 
@@ -110,7 +112,8 @@ def test_a_perplexity_beyond_all_numbers_is_infinite_and_no_error(
 
 
 def test_lines_too_short_to_say_anything_are_left_out(model: EditableModel, canary: Canary) -> None:
-    assert Canary(model, [*LINES, "Rome", ""], [1, 2]).baseline == canary.baseline
+    again = Canary(model, [*LINES, "Rome", ""], [1, 2], STATEMENTS)
+    assert again.baseline == canary.baseline
 
 
 def test_the_figures_are_json(canary: Canary) -> None:

@@ -51,18 +51,22 @@ def side_of(
 ) -> SideMemory:
     """A side memory with one shard for every fact, found at just its prompt."""
     centres = {n: torch.linspace(-0.1, 0.1, model.hidden) * n for n in (KEY, LAYER)}
-    side = SideMemory(model, Gates(KEY, LAYER, subject, end), centres)
+    side = SideMemory(model, Gates(KEY, LAYER, subject, end, subject), centres)
     for n, (fact_id, prompt) in enumerate(prompts.items(), 1):
         generator = torch.Generator().manual_seed(n)
         delta = torch.randn(model.weight(LAYER).shape, generator=generator) * 2
         side.shards[n] = Shard(delta, threshold)
-        side.put(fact_id, n, keys_of(side, prompt))
+        side.put(fact_id, n, keys_of(side, prompt), "")
     return side
 
 
+def looked(side: SideMemory, prompt: str) -> list[str]:
+    return side.candidates(torch.tensor(side.model.encode(prompt)), read(side.model, prompt)[0])
+
+
 def match_of(side: SideMemory, prompt: str) -> Match | None:
-    low, inputs, outputs = read(side.model, prompt)
-    return side.confirm(side.candidates(low), inputs, outputs)
+    _, inputs, outputs = read(side.model, prompt)
+    return side.confirm(looked(side, prompt), inputs, outputs)
 
 
 def fired(side: SideMemory, prompt: str) -> str | None:
@@ -99,7 +103,7 @@ def test_a_key_layer_that_is_not_below_the_side_layer_is_refused(
 ) -> None:
     centres = {n: torch.zeros(model.hidden) for n in range(model.layers)}
     with pytest.raises(KeditError, match="not below") as caught:
-        SideMemory(model, Gates(key_layer, LAYER, 0.9, 0.9), centres)
+        SideMemory(model, Gates(key_layer, LAYER, 0.9, 0.9, 0.9), centres)
     assert (caught.value.code, caught.value.exit_code) == ("unsupported", 78)
 
 
@@ -116,9 +120,9 @@ def test_a_fact_fires_at_its_prompt_alone(model: EditableModel) -> None:
 
 def test_a_subject_is_looked_for_at_every_token(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST, TWO: SECOND})
-    assert side.candidates(read(model, FIRST)[0]) == [ONE]
-    assert side.candidates(read(model, LONGER)[0]) == [ONE]
-    assert side.candidates(read(model, PROMPTS[2])[0]) == []
+    assert looked(side, FIRST) == [ONE]
+    assert looked(side, LONGER) == [ONE]
+    assert looked(side, PROMPTS[2]) == []
     assert fired(side, LONGER) is None
     gate(side, end=-1.0)
     assert fired(side, LONGER) == ONE
@@ -127,10 +131,35 @@ def test_a_subject_is_looked_for_at_every_token(model: EditableModel) -> None:
 def test_the_subject_gate_alone_may_say_no(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST}, end=-1.0)
     key = side.key(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
-    gate(side, subject=float(key.max()) - 1e-3)
+    gate(side, subject=float(key.max()) - 1e-3, unnamed=-1.0)
     assert fired(side, SECOND) == ONE
     gate(side, subject=float(key.max()) + 1e-3)
     assert fired(side, SECOND) is None
+
+
+def test_a_named_fact_fires_where_its_subject_is_named_and_nowhere_else(
+    model: EditableModel,
+) -> None:
+    side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
+    assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, ONE]
+    side.put(ONE, 1, keys_of(side, FIRST), "Country 11")
+    assert [fired(side, p) for p in (*PROMPTS, LONGER)] == [ONE, None, None, ONE]
+    assert fired(side, "It rained. THE SEAT OF COUNTRY 11, is") == ONE
+    gate(side, unnamed=1.1)  # not asked of it
+    assert fired(side, FIRST) == ONE
+    gate(side, subject=1.1)
+    assert fired(side, FIRST) is None
+
+
+def test_a_fact_that_leaves_its_subject_unnamed_has_a_gate_of_its_own(
+    model: EditableModel,
+) -> None:
+    side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
+    key = side.key(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
+    gate(side, unnamed=float(key.max()) - 1e-3)
+    assert fired(side, SECOND) == ONE
+    gate(side, unnamed=float(key.max()) + 1e-3)
+    assert [fired(side, p) for p in (FIRST, SECOND)] == [ONE, None]
 
 
 def test_the_end_gate_alone_may_say_no(model: EditableModel) -> None:
@@ -146,7 +175,7 @@ def test_the_nearest_of_a_facts_keys_counts(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     pair = [keys_of(side, FIRST), keys_of(side, SECOND)]
     joint = Keys(torch.cat([k.subject for k in pair]), torch.cat([k.end for k in pair]))
-    side.put(ONE, 1, joint)
+    side.put(ONE, 1, joint, "")
     assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, None]
 
 
@@ -195,7 +224,7 @@ def test_a_hidden_fact_does_not_fire_while_it_is_hidden(model: EditableModel) ->
 
 def test_a_fact_that_is_put_again_has_its_new_keys_alone(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.put(ONE, 1, keys_of(side, SECOND))
+    side.put(ONE, 1, keys_of(side, SECOND), "")
     assert [fired(side, p) for p in PROMPTS] == [None, ONE, None]
     assert len(side.index) == 1
 
@@ -203,9 +232,10 @@ def test_a_fact_that_is_put_again_has_its_new_keys_alone(model: EditableModel) -
 def test_a_fact_whose_subject_keys_are_indexed_is_not_added_twice(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     keys = keys_of(side, FIRST)
-    del side.shard_of[ONE], side.end_keys[ONE]  # as an index that was read from its file
+    # As with an index that was read from its file.
+    del side.shard_of[ONE], side.end_keys[ONE], side.names[ONE]
     assert fired(side, FIRST) is None
-    side.put(ONE, 1, keys, indexed=True)
+    side.put(ONE, 1, keys, "", indexed=True)
     assert fired(side, FIRST) == ONE
     assert len(side.index) == 1
 

@@ -78,7 +78,7 @@ def test_activations_may_neither_grow_nor_shrink(change: float, action: Action, 
 def test_a_loss_of_agreement_is_worse_the_larger_it_is(share: float, action: Action) -> None:
     found, reasons = verdict(agreement=share)
     assert found is action
-    assert reasons == ((f"agreement with the base on the canary is {share:.3f}",) if action else ())
+    assert reasons == ((f"agreement with the base on statements is {share:.3f}",) if action else ())
 
 
 def test_all_well_is_kept_without_a_reason() -> None:

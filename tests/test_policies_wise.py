@@ -36,7 +36,7 @@ def site() -> EditSite:
 def side(model: EditableModel, site: EditSite) -> SideMemory:
     layers = (site.key_layer, site.side_layer)
     centres = {n: prompt_end(model, SENTENCES[:30], n)[1].mean(0) for n in layers}
-    return SideMemory(model, Gates(*layers, site.subject_gate, site.end_gate), centres)
+    return SideMemory(model, Gates(*layers, site.subject_gate, site.end_gate, 0.95), centres)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def learned(
 def lay(side: SideMemory, found: Learned) -> None:
     side.shards[1] = found.shard
     for fact_id, keys in found.keys.items():
-        side.put(fact_id, 1, keys)
+        side.put(fact_id, 1, keys, "")
 
 
 def said(side: SideMemory, facts: list[Fact]) -> list[str]:
