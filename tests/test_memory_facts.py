@@ -35,3 +35,10 @@ def test_json_is_canonical() -> None:
     assert list(said) == sorted(said)
     assert to_json(from_json(to_json(fact))) == to_json(fact)
     assert to_json(fact).isascii()
+
+
+def test_a_fact_names_its_subject_only_if_all_of_its_prompts_do() -> None:
+    assert Fact("Peru", "{} lies in", "Asia").name == "Peru"
+    assert Fact("Peru", "The land of Peru lies in", "Asia", ("Where is {}?",)).name == "Peru"
+    assert Fact("Peru", "It lies in", "Asia").name == ""
+    assert Fact("Peru", "{} lies in", "Asia", ("{} is in", "The land of the Inca is in")).name == ""

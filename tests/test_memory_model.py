@@ -110,6 +110,17 @@ def test_at_base_shows_the_base_and_then_the_same_bits_again(model: EditableMode
     assert torch.equal(model.weight(2), edited)
 
 
+def test_the_ids_of_every_pass_are_heard_while_it_lasts(any_model: EditableModel) -> None:
+    heard: list[torch.Tensor] = []
+    first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
+    with torch.no_grad(), any_model.hearing(heard):
+        cache = any_model.model(input_ids=first, use_cache=True).past_key_values
+        any_model.model(input_ids=second, past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        any_model.model(input_ids=first, use_cache=False)
+    assert [ids.tolist() for ids in heard] == [first.tolist(), second.tolist()]
+
+
 def test_the_hash_is_of_the_named_layers_as_they_are(model: EditableModel) -> None:
     first, both = model.weights_hash([1]), model.weights_hash([1, 2])
     assert first != both

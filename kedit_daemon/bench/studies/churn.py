@@ -54,9 +54,9 @@ class Churn(Study):
                 rows.append([way, str(row["edits"]), *ratio_cells(row), *shares])
         yield from aligned(rows)
         yield ""
-        for way, most in result["norm_deviation_percent"].items():
-            known = "-" if most is None else f"{most:.2f} %"
-            yield f"{way}: norms at most {known} from those after the first facts"
+        for way, found in result["norm_deviation_percent"].items():
+            end, most = ("-" if n is None else f"{n:.2f} %" for n in (found["end"], found["most"]))
+            yield f"{way}: norms in the end {end} from those after the first facts, at most {most}"
         if result["failed"]:
             yield f"stacked ended early: {result['failed']}"
         yield f"not edited {result['not_edited']}"
@@ -120,11 +120,12 @@ def _of(rows: Sequence[Mapping[str, Any]], way: str) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["way"] == way]
 
 
-def _deviation(rows: Sequence[Mapping[str, Any]], way: str) -> float | None:
-    """The largest change of a norm since the first facts, in per cent; None without any round."""
+def _deviation(rows: Sequence[Mapping[str, Any]], way: str) -> dict[str, float | None]:
+    """The largest change of a norm since the first facts, in per cent, after the last round and
+    after any; None without a round. Other targets have other norms, so that the rounds differ."""
     first, *rest = [row["norm_ratio"] for row in _of(rows, way)] or [{}]
-    away = [abs(norms[name] / first[name] - 1) for norms in rest for name in first]
-    return 100 * max(away) if away else None
+    away = [100 * max(abs(norms[name] / first[name] - 1) for name in first) for norms in rest]
+    return {"end": away[-1] if away else None, "most": max(away, default=None)}
 
 
 def _short(name: str) -> str:
