@@ -21,6 +21,7 @@ from policies.stability import Action
 from policies.targets import Refused, Terms, compute_terms
 from policies.weights import pack
 
+SHRINKING = 4  # times that a batch is cut down at once, at most, when it is too large
 ROUNDS = 3  # times that a flush may leave out facts that did not hold and solve again
 log = logging.getLogger(__name__)
 
@@ -102,12 +103,14 @@ class Flush:
         batch = [f for f in batch if not any(f.id in ended for ended in old.values())]
         before = self.served.probe_before([f.fact for f in batch])
         with self.weights.trial(self._with(batch)):
-            trial = self._tried(batch, before)
-            unborne = [trial] if trial.verdict.action >= Action.CONSOLIDATE else []
-            if unborne and (part := self._borne(trial)):
+            trial, unborne = self._tried(batch, before), list[Trial]()
+            while trial.verdict.action >= Action.CONSOLIDATE:
+                unborne.append(trial)
+                part = self._smaller(unborne)
+                if not part:
+                    break
                 self.weights.solve(self._with(part))
                 trial = self._tried(part, before).after(trial)
-                unborne += [trial] if trial.verdict.action >= Action.CONSOLIDATE else []
             result = self._result(trial, refused, dry_run)
             if dry_run:
                 return result
@@ -134,11 +137,14 @@ class Flush:
         count = len(self._with(taken))
         return Trial(count, taken, lost_facts, probes, health, verdict)
 
-    def _borne(self, trial: Trial) -> list[StoredFact]:
-        """The part of a trial's facts that the weights bear, if it is smaller than all of them."""
-        seen = observed(trial.facts, trial.health.as_dict())
-        part = self.fitting(trial.taken, self.weights.room.capacity([seen]))
-        return part if len(part) < len(trial.taken) else []
+    def _smaller(self, unborne: Sequence[Trial]) -> list[StoredFact]:
+        """The part of the last trial's facts to try next, if it is smaller than all of them: what
+        the weights seem to bear, but a share that a fit to few points cannot be far below."""
+        last = unborne[-1].taken
+        seen = [observed(trial.facts, trial.health.as_dict()) for trial in unborne]
+        part = self.fitting(last, self.weights.room.capacity(seen))
+        part = max(part, last[: len(last) // SHRINKING], key=len)
+        return part if len(part) < len(last) else []
 
     def _not_taken(self, trial: Trial, unborne: Sequence[Trial]) -> None:
         """Draw the consequences of a flush that made no generation. Inside a transaction."""

@@ -1,6 +1,7 @@
-"""Whether a text names a subject: the same words, whatever their case and punctuation."""
+"""Which subjects a text names: the same words, whatever their case and punctuation."""
 
 import unicodedata
+from collections import defaultdict
 
 
 def plain(text: str) -> str:
@@ -26,4 +27,50 @@ def names(text: str, subject: str) -> bool:
 
 def _apart(pair: str) -> bool:
     """Whether two characters side by side may belong to two words; one alone stands at an edge."""
-    return len(pair) < 2 or not all(c.isdigit() or c.upper() != c.lower() for c in pair)
+    return len(pair) < 2 or not all(map(_joins, pair))
+
+
+def _joins(char: str) -> bool:
+    """Whether words of this character's script stand apart: digits, and letters with capitals."""
+    return char.isdigit() or char.upper() != char.lower()
+
+
+class Names:
+    """The subjects of many facts, so kept that a text need not be compared with each of them."""
+
+    def __init__(self) -> None:
+        self._subject: dict[str, str] = {}  # plain, by fact
+        self._facts: dict[str, set[str]] = defaultdict(set)  # by plain subject
+        self._subjects: dict[str, set[str]] = defaultdict(set)  # by a part that a text must have
+
+    def put(self, fact_id: str, subject: str) -> None:
+        """Keep a fact's subject; in the place of another one that it may have had."""
+        self.drop(fact_id)
+        known = self._subject[fact_id] = plain(subject)
+        self._facts[known].add(fact_id)
+        self._subjects[_part(known)].add(known)
+
+    def drop(self, fact_id: str) -> None:
+        """Forget a fact."""
+        subject = self._subject.pop(fact_id, None)
+        if subject is None:
+            return
+        self._facts[subject].discard(fact_id)
+        if not self._facts[subject]:
+            del self._facts[subject]
+            self._subjects[_part(subject)].discard(subject)
+
+    def in_text(self, text: str) -> set[str]:
+        """The facts whose subject a text names."""
+        said = plain(text)
+        parts = {*said.split(), *said, *(said[n : n + 2] for n in range(len(said)))}
+        near = set[str]().union(*(self._subjects.get(part, ()) for part in parts))
+        return {n for subject in near if names(said, subject) for n in self._facts[subject]}
+
+
+def _part(subject: str) -> str:
+    """A part of a plain subject that is found again in each text that names it: its longest word;
+    its first two letters where its words may not stand apart. Nothing of an empty one."""
+    if all(c == " " or _joins(c) for c in subject):
+        return max(subject.split(), key=len, default="")
+    return subject[:2]

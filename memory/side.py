@@ -21,7 +21,7 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.index import KeyIndex
 from memory.model import EditableModel
-from memory.naming import names, plain
+from memory.naming import Names
 
 CANDIDATES = 16  # vectors looked at for each token; a fact has several
 
@@ -92,7 +92,8 @@ class SideMemory:
         self.shards: dict[int, Shard] = {}
         self.shard_of: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
-        self.names: dict[str, str] = {}
+        self.names = Names()
+        self.unnamed: set[str] = set()  # facts that are meant also where they are not named
         self.hidden: set[str] = set()  # facts that do not fire for the time being
         self.index = KeyIndex(model.hidden, gpu=model.device.type == "cuda")
 
@@ -109,29 +110,32 @@ class SideMemory:
             self.drop(fact_id)
             self.index.add(number_of(fact_id), keys.subject)
         self.end_keys[fact_id] = keys.end.to(self.model.device)
-        self.names[fact_id] = plain(name)
+        self.names.put(fact_id, name)
+        (self.unnamed.discard if name else self.unnamed.add)(fact_id)
         self.shard_of[fact_id] = shard
 
     def drop(self, fact_id: str) -> None:
         """Make a fact unfindable, at once."""
         if self.shard_of.pop(fact_id, None) is not None:
-            del self.end_keys[fact_id], self.names[fact_id]
+            del self.end_keys[fact_id]
+            self.names.drop(fact_id)
+            self.unnamed.discard(fact_id)
             self.index.remove(number_of(fact_id))
 
     def candidates(self, ids: Tensor, outputs: Tensor) -> list[str]:
         """Facts whose subject stands in a prompt: its ids (tokens,), and the key layer's outputs
         (tokens, hidden) for them."""
+        named = self.names.in_text(self.model.decode(ids.tolist()))
+        if not named and not self.unnamed:
+            return []  # most prompts are about no fact, and are not looked up at all
         hits = self.index.search(self.key(self.gates.key_layer, outputs), CANDIDATES)
-        best: dict[str, float] = {}  # a fact's best cosine, best first within a token
-        for hit in (h for row in hits for h in row if h.score >= self.gates.subject):
-            fact_id = fact_id_of(hit.number)
-            best[fact_id] = max(hit.score, best.get(fact_id, hit.score))
-        known = [fact_id for fact_id in best if fact_id in self.shard_of]
-        said = plain(self.model.decode(ids.tolist())) if known else ""
-        return [n for n in known if self._meant(self.names[n], said, best[n])]
+        found = [(fact_id_of(h.number), h.score) for row in hits for h in row]
+        return list(dict.fromkeys(n for n, score in found if score >= self._gate(n, n in named)))
 
-    def _meant(self, name: str, said: str, score: float) -> bool:
-        return names(said, name) if name else score >= self.gates.unnamed
+    def _gate(self, fact_id: str, named: bool) -> float:
+        if named:
+            return self.gates.subject
+        return self.gates.unnamed if fact_id in self.unnamed else torch.inf
 
     def confirm(self, candidates: Sequence[str], inputs: Tensor, outputs: Tensor) -> Match | None:
         """The candidate that is asked for, from the side layer where the prompt ends:

@@ -66,6 +66,30 @@ def test_a_batch_that_the_weights_do_not_bear_is_published_in_part(bench: Make) 
     assert [at.says(f.question) for f in FACTS] == [f.target for f in FACTS]
 
 
+def test_a_batch_is_cut_down_until_the_weights_bear_it(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"agreement_warn": 0.1, "agreement_consolidate": 0.1, "agreement_revert": 0.15}
+    at = bench(stability=LOOSE["stability"] | limits)
+    tried: list[int] = []
+    solve, measure = at.editor.weights.solve, at.loaded.canary.measure
+    monkeypatch.setattr(
+        at.editor.weights, "solve", lambda ids: tried.append(len(ids)) or solve(ids)
+    )
+    # As the root of the count, which a straight line through the first point foresees too high.
+    monkeypatch.setattr(
+        at.loaded.canary,
+        "measure",
+        lambda: replace(measure(), agreement=1 - 0.099 * tried[-1] ** 0.5),
+    )
+    at.receive(*FACTS, direct=True)
+    done = at.editor.run_flush(False)
+    assert (done["verdict"], done["flushed"]) == ("keep", [FACTS[0].id])
+    assert tried == [6, 2, 1]
+    assert at.store.meta(HELD) is None
+    assert at.editor.weights.room.known() == 1
+
+
 def test_what_does_not_hold_in_a_batch_that_is_cut_has_failed(
     bench: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

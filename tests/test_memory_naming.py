@@ -1,6 +1,8 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from memory.naming import names, plain
+from memory.naming import Names, names, plain
 
 
 @pytest.mark.parametrize(
@@ -40,3 +42,30 @@ def test_a_subject_is_named_whatever_its_case_and_punctuation(text: str, subject
 )
 def test_another_subject_is_not_named(text: str, subject: str) -> None:
     assert not names(plain(text), plain(subject))
+
+
+def test_a_text_names_all_facts_on_its_subjects() -> None:
+    known = Names()
+    for fact_id, subject in (("a", "Denmark"), ("b", "Den Haag"), ("c", "denmark"), ("d", "")):
+        known.put(fact_id, subject)
+    assert known.in_text("From Den Haag to Denmark") == {"a", "b", "c"}
+    assert known.in_text("Danish dens") == set()
+    known.drop("a")
+    known.drop("a")
+    assert known.in_text("DENMARK!") == {"c"}
+    known.put("c", "Den Haag")
+    assert known.in_text("Denmark") == set()
+    assert known.in_text("den haag") == {"b", "c"}
+    known.drop("d")
+
+
+subjects = st.text(alphabet="ab AB1.中国é", max_size=5)
+
+
+@given(st.lists(subjects, max_size=6), st.text(alphabet="ab AB1.中国é", max_size=20))
+def test_what_is_named_is_what_would_be_found_one_by_one(many: list[str], text: str) -> None:
+    known = Names()
+    for n, subject in enumerate(many):
+        known.put(str(n), subject)
+    one_by_one = {str(n) for n, s in enumerate(many) if names(plain(text), plain(s))}
+    assert known.in_text(text) == one_by_one

@@ -130,8 +130,9 @@ def test_a_subject_is_looked_for_at_every_token(model: EditableModel) -> None:
 
 def test_the_subject_gate_alone_may_say_no(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST}, end=-1.0)
+    side.put(ONE, 1, keys_of(side, FIRST), "seat of country")  # both prompts name that
     key = side.key(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
-    gate(side, subject=float(key.max()) - 1e-3, unnamed=-1.0)
+    gate(side, subject=float(key.max()) - 1e-3)
     assert fired(side, SECOND) == ONE
     gate(side, subject=float(key.max()) + 1e-3)
     assert fired(side, SECOND) is None
@@ -149,6 +150,25 @@ def test_a_named_fact_fires_where_its_subject_is_named_and_nowhere_else(
     assert fired(side, FIRST) == ONE
     gate(side, subject=1.1)
     assert fired(side, FIRST) is None
+
+
+def test_a_prompt_that_names_no_subject_is_not_looked_up(
+    model: EditableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = side_of(model, {ONE: FIRST, TWO: SECOND}, subject=-1.0, end=-1.0)
+    for fact_id, prompt in ((ONE, FIRST), (TWO, SECOND)):
+        side.put(fact_id, 1, keys_of(side, prompt), prompt[-13:-3])
+    asked: list[int] = []
+    search = side.index.search
+    monkeypatch.setattr(side.index, "search", lambda *given: asked.append(1) or search(*given))
+    assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
+    assert len(asked) == 2
+    side.put(TWO, 1, keys_of(side, SECOND), "")
+    fired(side, PROMPTS[2])
+    assert len(asked) == 3
+    side.drop(TWO)
+    fired(side, PROMPTS[2])
+    assert len(asked) == 3
 
 
 def test_a_fact_that_leaves_its_subject_unnamed_has_a_gate_of_its_own(
@@ -233,7 +253,8 @@ def test_a_fact_whose_subject_keys_are_indexed_is_not_added_twice(model: Editabl
     side = side_of(model, {ONE: FIRST})
     keys = keys_of(side, FIRST)
     # As with an index that was read from its file.
-    del side.shard_of[ONE], side.end_keys[ONE], side.names[ONE]
+    del side.shard_of[ONE], side.end_keys[ONE]
+    side.unnamed.clear()
     assert fired(side, FIRST) is None
     side.put(ONE, 1, keys, "", indexed=True)
     assert fired(side, FIRST) == ONE
