@@ -38,6 +38,15 @@ class Answer:
     fired: Match | None
 
 
+def empty_side(loaded: Loaded) -> SideMemory:
+    """A side memory for a model, with nothing in it."""
+    site = loaded.site
+    gates = Gates(
+        site.key_layer, site.side_layer, site.subject_gate, site.end_gate, site.unnamed_gate
+    )
+    return SideMemory(loaded.model, gates, {n: s.mean for n, s in loaded.statistics.items()})
+
+
 class Served:
     """The model as people meet it: weights of one generation, side memory laid over."""
 
@@ -45,12 +54,7 @@ class Served:
         self.loaded, self.store, self.home = loaded, store, home
         self.model, self.site = loaded.model, loaded.site
         self.tier = WeightsTier(loaded.site, loaded.statistics)
-        site = self.site
-        gates = Gates(
-            site.key_layer, site.side_layer, site.subject_gate, site.end_gate, site.unnamed_gate
-        )
-        centres = {n: layer.mean for n, layer in loaded.statistics.items()}
-        self.side = SideMemory(self.model, gates, centres)
+        self.side = empty_side(loaded)
         self.deltas: dict[int, Tensor] = {}  # of the active generation
 
     # Start --------------------------------------------------------------------------------------

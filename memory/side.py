@@ -137,11 +137,15 @@ class SideMemory:
             return self.gates.subject
         return self.gates.unnamed if fact_id in self.unnamed else torch.inf
 
+    def asked(self, candidates: Sequence[str], outputs: Tensor) -> dict[str, float]:
+        """How near each candidate's end keys are to what is asked: outputs (hidden,)."""
+        asked = self.key(self.layer, outputs)
+        return {n: float((self.end_keys[n] @ asked).max()) for n in candidates}
+
     def confirm(self, candidates: Sequence[str], inputs: Tensor, outputs: Tensor) -> Match | None:
         """The candidate that is asked for, from the side layer where the prompt ends:
         inputs (width,), outputs (hidden,)."""
-        asked = self.key(self.layer, outputs)
-        scores = {n: float((self.end_keys[n] @ asked).max()) for n in candidates}
+        scores = self.asked(candidates, outputs)
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
             if scores[fact_id] < self.gates.end:
                 return None

@@ -149,12 +149,12 @@ def learn(
     delta = (free * mask).detach()
     distance = (work.inside @ delta.T).norm(dim=1)
     threshold = ACTIVATION_RATIO * float(distance.min())
-    keys = {fact.id: _keys(model, side, rows[fact.id]) for fact in facts}
+    keys = {fact.id: keys_of(model, side, rows[fact.id]) for fact in facts}
     return Learned(Shard(delta, max(threshold, 1e-6)), keys, loss, taken)
 
 
-def _keys(model: EditableModel, side: SideMemory, rows: list[Row]) -> Keys:
-    """A fact's retrieval keys, read at its prompts."""
+def keys_of(model: EditableModel, side: SideMemory, rows: Sequence[Row]) -> Keys:
+    """A fact's retrieval keys, read at the prompts of its rows."""
     prompts = [replace(row, ids=row.prompt) for row in rows]
     batch = pad(prompts, max(r.prompt_length for r in prompts), model.end or 0, model.device)
     n = torch.arange(len(prompts), device=model.device)

@@ -42,7 +42,7 @@ def forced(
         order = sorted(range(len(rows)), key=lambda n: len(rows[n].prompt) + len(rows[n].answer))
         chunks = [order[i : i + MAX_ROWS] for i in range(0, len(order), MAX_ROWS)]
     else:
-        chunks = _equally_long([row.prompt for row in rows])
+        chunks = equally_long([row.prompt for row in rows])
     for places in chunks:
         chunk = [rows[n] for n in places]
         with torch.no_grad():
@@ -55,7 +55,7 @@ def forced(
     return [result[n] for n in range(len(rows))]
 
 
-def _equally_long(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
+def equally_long(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """Places of prompts of one length, at most MAX_ROWS together."""
     groups: dict[int, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
@@ -125,7 +125,7 @@ def continued(
 ) -> list[tuple[int, ...]]:
     """The first tokens of each greedy answer; nothing after an end of text, which is included."""
     result: list[tuple[int, ...]] = [()] * len(prompts)
-    for places in _equally_long(prompts):
+    for places in equally_long(prompts):
         step, cache = torch.tensor([prompts[p] for p in places], device=model.device), None
         said: list[Tensor] = []
         with torch.no_grad():

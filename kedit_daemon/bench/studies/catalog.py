@@ -11,6 +11,7 @@ STUDIES = {
     "churn": "churn:Churn",
     "presets": "presets:Presets",
     "capacity": "capacity:Capacity",
+    "routing": "routing:Routing",
 }
 
 LIMITS = {"churn": 200}

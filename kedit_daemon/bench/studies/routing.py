@@ -1,0 +1,144 @@
+"""Which prompts the side memory takes for questions about a fact, by its keys alone.
+
+No shard is trained: what a shard's margin turns away as well is not counted, so that the false
+routes are an upper bound.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_daemon.bench.scoring import equally_long
+from kedit_daemon.bench.studies.shared import cent, spread
+from kedit_daemon.bench.studies.study import Given, Study
+from kedit_daemon.bench.table import aligned, share
+from kedit_daemon.loading import ordinary_text
+from kedit_daemon.serving import empty_side
+from memory.side import SideMemory
+from policies.prompts import rows_of
+from policies.wise import keys_of
+
+GATES = tuple(n / 20 for n in range(20))  # least cosines of an end key
+TEXTS = 10_000  # starts of lines of ordinary text, at most
+WORDS = 3  # by which one start of a line is longer than the one before
+GROUPS = ("prompts", "paraphrases", "neighbours", "text")
+ABOUT = ("prompts", "paraphrases")  # the others are about no fact
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the fact that it is about, if it is about one, and what was found."""
+
+    prompt: str
+    fact_id: str | None
+    found: str | None = None
+    score: float = -1.0
+
+
+class Routing(Study):
+    """Recall, false routes and precision over the end gate."""
+
+    def run(self, given: Given) -> dict[str, Any]:
+        """Shares of the prompts of each group, by gate."""
+        model, side = given.loaded.model, empty_side(given.loaded)
+        for record in given.track(given.records, "keys"):
+            fact = record.fact
+            side.put(fact.id, 0, keys_of(model, side, rows_of(model, fact)), fact.name)
+        groups = {
+            name: found(side, group) for name, group in given.track(_groups(given), "prompts")
+        }
+        rows = [{"gate": gate, **_at(groups, gate)} for gate in GATES]
+        gate = given.loaded.site.end_gate
+        return {
+            "asked": {name: len(group) for name, group in groups.items()},
+            "at_gate": {"gate": gate, **_at(groups, gate)},
+            "rows": rows,
+        }
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
+        """A row for each gate, then the one in use."""
+        heads = ["gate", "prompts", "paraphrases", "false: neighbours", "false: text", "precision"]
+        rows = [heads]
+        for row in [*result["rows"], result["at_gate"]]:
+            rows.append([f"{row['gate']:.2f}", *(share(row[n]) for n in (*GROUPS, "precision"))])
+        *table, last = aligned(rows)
+        yield from table
+        yield ""
+        yield "in use:"
+        yield last
+        yield "asked: " + ", ".join(f"{many} {name}" for name, many in result["asked"].items())
+
+    def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
+        """Precision against recall, and the shares against the gate."""
+        rows = result["rows"]
+        for name in ABOUT:
+            left.plot(
+                [cent(row[name]) for row in rows],
+                [cent(row["precision"]) for row in rows],
+                marker=".",
+                label=name,
+            )
+        for name in GROUPS:
+            right.plot(
+                [row["gate"] for row in rows],
+                [cent(row[name]) for row in rows],
+                marker=".",
+                label=name if name in ABOUT else f"false, {name}",
+            )
+        right.axvline(result["at_gate"]["gate"], color="grey", label="in use")
+        left.set(xlabel="recall, %", ylabel="precision, %", title="Precision and recall")
+        right.set(xlabel="end gate", ylabel="% routed", title="Routed by group")
+
+
+def _groups(given: Given) -> list[tuple[str, list[Asked]]]:
+    facts = [(record, record.fact.id) for record in given.records]
+    lines = [line.split() for line in ordinary_text()]
+    starts = [words[:n] for words in lines for n in range(WORDS, len(words) + 1, WORDS)]
+    most = given.loaded.model.positions
+    fits = (text for text in map(" ".join, starts) if len(given.loaded.model.encode(text)) <= most)
+    return [
+        ("prompts", [Asked(record.fact.question, n) for record, n in facts]),
+        ("paraphrases", [Asked(p, n) for record, n in facts for p in record.paraphrases]),
+        ("neighbours", [Asked(n.prompt, None) for r in given.records for n in r.neighbours]),
+        ("text", [Asked(text, None) for text in spread(list(fits), TEXTS)]),
+    ]
+
+
+def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
+    """Every prompt with the fact whose end key is nearest, of those whose subject is in it."""
+    encoded = [tuple(side.model.encode(one.prompt)) for one in group]
+    result = list(group)
+    for places in equally_long(encoded):
+        ids = torch.tensor([encoded[place] for place in places], device=side.model.device)
+        caught: dict[int, Tensor] = {}
+
+        def look(_inputs: Tensor, outputs: Tensor, caught: dict[int, Tensor] = caught) -> None:
+            caught[len(caught)] = outputs  # the key layer's, then the side layer's
+
+        taps = {side.gates.key_layer: look, side.layer: look}
+        with torch.no_grad(), side.model.tap(taps):
+            side.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        for row, place in enumerate(places):
+            scores = side.asked(side.candidates(ids[row], caught[0][row]), caught[1][row, -1])
+            if scores:
+                best = max(scores, key=lambda n: scores[n])
+                one = group[place]
+                result[place] = Asked(one.prompt, one.fact_id, best, scores[best])
+    return result
+
+
+def _at(groups: Mapping[str, Sequence[Asked]], gate: float) -> dict[str, float | None]:
+    """Of prompts about a fact, the share that reaches it; of the others, that which reaches any;
+    and of all that reach one, the share that reaches the right one."""
+    reached = {name: [a for a in group if a.score >= gate] for name, group in groups.items()}
+    right = {name: [a for a in some if a.found == a.fact_id] for name, some in reached.items()}
+    result: dict[str, float | None] = {}
+    for name, group in groups.items():
+        counted = right[name] if name in ABOUT else reached[name]
+        result[name] = len(counted) / len(group) if group else None
+    fired = sum(map(len, reached.values()))
+    result["precision"] = sum(len(right[name]) for name in ABOUT) / fired if fired else None
+    return result
