@@ -1,4 +1,5 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from kedit_daemon.bench.plot import picture
 from kedit_daemon.bench.studies import routing
 from kedit_daemon.bench.studies.routing import Asked
 from kedit_daemon.loading import Loaded
+from kedit_daemon.serving import empty_side
+from memory.side import Match
 
 
 def test_prompts_of_each_group_are_routed_by_keys_and_names(
@@ -23,14 +26,33 @@ def test_prompts_of_each_group_are_routed_by_keys_and_names(
     assert first["paraphrases"] >= last["paraphrases"]
     assert {row[name] for row in result["rows"] for name in ("neighbours", "text")} == {0.0}
     assert {row["precision"] for row in result["rows"]} == {1.0}
+    assert result["unrouted"] == {"prompts": 32, "other": 0}
     assert result["at_gate"]["gate"] == work.loaded.site.end_gate
     lines = list(study.lines(result))
     assert [line.split()[0] for line in lines[1:3]] == ["0.00", "0.05"]
-    assert lines[-1].startswith("asked: 6 prompts, 6 paraphrases")
+    assert lines[-2].startswith("asked: 6 prompts, 6 paraphrases")
+    assert lines[-1] == "unrouted: 32, of which 0 have other logits"
     pytest.importorskip("matplotlib")
     with picture(tmp_path / "out.png") as (left, right):
         study.draw(result, left, right)
     assert len(left.lines) == 2 and len(right.lines) == 5
+
+
+def test_logits_that_a_bit_has_moved_are_counted(
+    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = empty_side(load("llama"))
+    asked = ["The seat of country 30 is", "The seat of country 31 is"]
+    assert routing.unrouted(side, asked) == {"prompts": 2, "other": 0}
+    overlay, model = side.overlay, side.model
+
+    @contextmanager
+    def leaking(fired: list[Match | None]) -> Iterator[None]:
+        with overlay(fired), model.tap({0: lambda _k, y: y * (1 + 1e-6)}):
+            yield
+
+    monkeypatch.setattr(side, "overlay", leaking)
+    assert routing.unrouted(side, asked) == {"prompts": 2, "other": 2}
 
 
 def test_the_wrong_fact_is_no_recall_and_takes_from_precision() -> None:

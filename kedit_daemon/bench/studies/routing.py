@@ -4,7 +4,7 @@ No shard is trained: what a shard's margin turns away as well is not counted, so
 routes are an upper bound.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
 from kedit_daemon.loading import ordinary_text
 from kedit_daemon.serving import empty_side
-from memory.side import SideMemory
+from memory.side import Match, Shard, SideMemory
 from policies.prompts import rows_of
 from policies.wise import keys_of
 
@@ -52,9 +52,11 @@ class Routing(Study):
         }
         rows = [{"gate": gate, **_at(groups, gate)} for gate in GATES]
         gate = given.loaded.site.end_gate
+        quiet = [one.prompt for name in GROUPS if name not in ABOUT for one in groups[name]]
         return {
             "asked": {name: len(group) for name, group in groups.items()},
             "at_gate": {"gate": gate, **_at(groups, gate)},
+            "unrouted": unrouted(side, given.track(quiet, "unrouted")),
             "rows": rows,
         }
 
@@ -70,6 +72,8 @@ class Routing(Study):
         yield "in use:"
         yield last
         yield "asked: " + ", ".join(f"{many} {name}" for name, many in result["asked"].items())
+        quiet = result["unrouted"]
+        yield f"unrouted: {quiet['prompts']}, of which {quiet['other']} have other logits"
 
     def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
         """Precision against recall, and the shares against the gate."""
@@ -128,6 +132,24 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
                 one = group[place]
                 result[place] = Asked(one.prompt, one.fact_id, best, scores[best])
     return result
+
+
+def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
+    """How many prompts are not routed, and how many of them have logits that differ in a bit from
+    those of the model alone. One prompt at a time: so does nothing else decide about its bits."""
+    shape, count, other = side.model.weight(side.layer).shape, 0, 0
+    side.shards[0] = Shard(torch.ones(shape, device=side.model.device), 1e-9)  # is felt if it fires
+    for prompt in prompts:
+        ids = torch.tensor([side.model.encode(prompt)], device=side.model.device)
+        fired: list[Match | None] = []
+        with torch.no_grad():
+            alone = side.model.model(input_ids=ids, use_cache=False).logits
+            with side.overlay(fired):
+                beside = side.model.model(input_ids=ids, use_cache=False).logits
+        if fired == [None]:
+            count += 1
+            other += not torch.equal(alone, beside)
+    return {"prompts": count, "other": other}
 
 
 def _at(groups: Mapping[str, Sequence[Asked]], gate: float) -> dict[str, float | None]:
