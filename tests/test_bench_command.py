@@ -170,3 +170,16 @@ def test_a_sweep_runs_every_size_and_takes_memit_mass_unless_told_otherwise(
     )
     assert called(home, "bench", str(data), *words, "--method", "ft").exit_code == 0
     assert json.loads(out.read_text())["method"] == "ft"
+
+
+def test_wise_as_published_is_the_reference(
+    data: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    words = ["bench", str(data), "--model", str(model_folder("llama")), "--limit", "1", "--paper"]
+    out = tmp_path / "out.json"
+    result = called(None, *words, "--method", "wise", "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(out.read_text())["method"] == "reference-wise"
+    for method in ([], ["--method", "memit"]):
+        result = called(None, *words, *method)
+        assert (result.exit_code, "--paper goes with --method wise" in result.stderr) == (2, True)

@@ -42,6 +42,9 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     help="How the facts are edited; none measures the unedited model.",
 )
 @click.option(
+    "--paper", is_flag=True, help="With --method wise: as published, which is reference-wise."
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(1),
     default=100,
@@ -84,6 +87,7 @@ def bench(
     limit: int | None,
     offset: int,
     method: str | None,
+    paper: bool,
     batch_size: int,
     seed: int,
     baseline: str | None,
@@ -106,6 +110,8 @@ def bench(
       kedit-daemon bench zsre.json --study exactness --limit 300
     """
     _check(sweep, baseline, resume, json_file, plot)
+    if paper and method != "wise":
+        raise click.UsageError("--paper goes with --method wise.")
     if study is not None:
         _refuse_beside_study()
     loaded, stream = _opened(session, data, model, offset, limit or LIMITS.get(study or ""), seed)
@@ -115,7 +121,7 @@ def bench(
     from kedit_daemon.bench.run import Plan
     from kedit_daemon.bench.work import kept, options_of
 
-    method = method or ("memit-mass" if sweep else "auto")
+    method = "reference-wise" if paper else method or ("memit-mass" if sweep else "auto")
     options = options_of(loaded, data, click.get_current_context().params)
     with kept(json_file, resume, options) as work:
         plan = Plan(method, batch_size, seed, baseline, policy=not no_policy, work=work)
