@@ -11,9 +11,10 @@ STUDIES = {
     "churn": "churn:Churn",
     "presets": "presets:Presets",
     "capacity": "capacity:Capacity",
+    "index": "index:Index",
 }
 
-LIMITS = {"churn": 200}
+LIMITS = {"churn": 200, "index": 1000}
 """Records without --limit, of a study that is not about the whole stream."""
 
 
