@@ -291,3 +291,4 @@ class Daemon:
         with self.store.transaction():
             self.store.event("daemon_stopped")
         self._anchor()
+        self.editor.served.save_index()

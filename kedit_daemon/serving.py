@@ -3,9 +3,8 @@
 Everything here is derived from the store, and rebuilt from it when a file is missing or damaged.
 """
 
-import hashlib
 import logging
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,14 @@ from memory.facts import Fact, State
 from memory.files import load_tensors, save_tensors
 from memory.generate import answers
 from memory.index import KeyIndex
-from memory.rows import GenerationRow, SideRow
-from memory.side import Gates, Keys, Match, Shard, SideMemory, fact_id_of
+from memory.rows import GenerationRow
+from memory.side import Gates, Keys, Match, Shard, SideMemory, number_of
 from memory.store import Store
 from policies.probe import ask_all
 from policies.weights import WeightsTier, unpack
 
-INDEX = "keys.faiss"
+INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval index
+CHANGED = 0.25  # share of the index that has changed when its file is written again
 log = logging.getLogger(__name__)
 
 
@@ -134,12 +134,12 @@ class Served:
             for number in broken:
                 self.store.drop_shard(number)
         whole = [row for row in rows if row.shard not in broken]
-        indexed = self._load_index(whole)
+        keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
+        self._restore_index({number_of(n): k.subject for n, k in keys.items()})
         for row in whole:
-            keys = unpack_keys(row.blob)
-            self.side.put(row.fact_id, row.shard, keys, live[row.fact_id], indexed=indexed)
-        if not indexed:
-            self.save_index()
+            self.side.put(
+                row.fact_id, row.shard, keys[row.fact_id], live[row.fact_id], indexed=True
+            )
 
     def _restore_shards(self) -> set[int]:
         """Load the shards; the numbers of those whose file is missing or damaged."""
@@ -153,45 +153,49 @@ class Served:
                 broken.add(row.id)
         return broken
 
-    def _load_index(self, rows: Sequence[SideRow]) -> bool:
-        """Take the index file if it is whole and holds just the facts that it should."""
-        path = self.home.index / INDEX
-        if not path.is_file():
-            return False
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != self.store.meta("index_sha256"):
-            log.warning("%s is not what was written; building it again", path)
-            return False
-        index = KeyIndex.loaded(data, gpu=self.model.device.type == "cuda")
-        if {fact_id_of(n) for n in index.numbers()} != {row.fact_id for row in rows}:
-            return False
-        self.side.index = index
-        return True
+    def _restore_index(self, keys: Mapping[int, Tensor]) -> None:
+        """Take the index file if it is whole, and bring it to the keys that the store has: a
+        crash may have left it behind them."""
+        sha = self.store.meta(INDEX)
+        if sha is not None:
+            try:
+                gpu = self.model.device.type == "cuda"
+                self.side.index = KeyIndex.loaded(self.home.index, sha, gpu=gpu)
+            except KeditError as error:
+                log.warning("%s; building the index again", error)
+                with self.store.transaction():
+                    self.store.set_meta(INDEX, None)
+        self.side.index.sync(keys)
+        self.save_index()
 
     def save_index(self) -> None:
-        """Write the index file: a cache, so a crash before its sha256 is noted is harmless."""
-        sha = self.side.index.save(self.home.index / INDEX)
-        if sha != self.store.meta("index_sha256"):
-            with self.store.transaction():
-                self.store.set_meta("index_sha256", sha)
+        """Write the index file if the index has changed: a cache, which takes long to write when
+        it is large. A crash before its sha256 is noted leaves the file from before in force."""
+        if not self.side.index.changed:
+            return
+        sha = self.side.index.save(self.home.index)
+        with self.store.transaction():
+            self.store.set_meta(INDEX, sha)
+        _sweep_folder(self.home.index, {sha})
 
     def forget_side(self) -> None:
         """Drop from the side memory what the store has dropped: facts, and shards left empty."""
-        kept = {row.fact_id for row in self.store.side_rows()}
-        for fact_id in set(self.side.shard_of) - kept:
+        for fact_id in set(self.side.shard_of) - self.store.side_facts():
             self.side.drop(fact_id)
         used = set(self.side.shard_of.values())
         with self.store.transaction():
             for number in set(self.side.shards) - used:
                 del self.side.shards[number]
                 self.store.drop_shard(number)
-        self.save_index()
+        if self.side.index.changed > CHANGED:
+            self.save_index()
 
     def _sweep(self) -> None:
         """Remove tensor files that no row names: what a crash left between file and transaction."""
         named = {row.sha256 for row in self.store.generations()}
         _sweep_folder(self.home.generations, named)
         _sweep_folder(self.home.side, {row.sha256 for row in self.store.shards()})
+        _sweep_folder(self.home.index, {self.store.meta(INDEX)})
 
     # Answers ------------------------------------------------------------------------------------
 

@@ -48,6 +48,10 @@ class Artifacts(Journal):
             for fact_id, shard, sha, blob in rows
         ]
 
+    def side_facts(self) -> set[str]:
+        """The facts that have retrieval keys, by id: cheap beside reading the keys."""
+        return {fact_id for (fact_id,) in self.conn.execute("SELECT fact_id FROM side_keys")}
+
     def drop_side(self, fact_id: str) -> None:
         """Take a fact's retrieval keys out; harmless where there are none."""
         self._write("DELETE FROM side_keys WHERE fact_id = ?", fact_id)

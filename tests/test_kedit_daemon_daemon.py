@@ -7,16 +7,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import LOOSE, seat
+from conftest import CITIES, LOOSE, Bench, Clock, seat
 
 from kedit_daemon import control
 from kedit_daemon.home import Home
 from memory import reading
 from memory.errors import KeditError
+from memory.facts import State
+from memory.index import KeyIndex
 from memory.ledger import read_head, verify
+from memory.side import number_of
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -87,6 +91,45 @@ def stopped_well(home: Home) -> None:
     assert found.head_seq == (read_head(home.head) or (0, ""))[0]
     assert last[0] == "daemon_stopped"
     assert not home.socket.exists()
+
+
+def index_file(home: Home) -> str:
+    connection = reading.open_readonly(home.database)
+    try:
+        query = "SELECT value FROM meta WHERE key = 'index_sha256'"
+        return str(connection.execute(query).fetchone()[0])
+    finally:
+        connection.close()
+
+
+def test_the_index_is_written_when_the_daemon_stops(
+    tmp_path: Path, model_folder: Callable[[str], Path], bench: Callable[..., Bench], clock: Clock
+) -> None:
+    clock.now = datetime.now(UTC)  # facts that look old to the daemon would be flushed
+    home = make_home(tmp_path / "home", model_folder("llama"))
+    facts = [seat(n, CITIES[n]) for n in range(6)]
+    at = bench(side={"steps": 300})
+    at.receive(facts[0])
+    at.settle()
+    (row,) = at.store.side_rows()
+    at.receive(*facts[1:])
+    with at.store.transaction():
+        for fact in facts[1:]:
+            at.store.put_side(fact.id, row.shard, row.blob)
+            at.store.move(fact.id, State.LIVE_SIDE, tier="side")
+    process = start(home)
+    try:
+        wait(home.socket.exists, home)
+        before = index_file(home)
+        control.call(home.socket, "revert", {"facts": [facts[1].id]})
+        assert index_file(home) == before  # one of six is not worth it
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        written = KeyIndex.loaded(home.index, index_file(home))
+        assert set(written.numbers()) == {number_of(f.id) for f in facts if f is not facts[1]}
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_dropped_file_is_answered_with(home: Home) -> None:

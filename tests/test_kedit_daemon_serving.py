@@ -10,7 +10,7 @@ from kedit_daemon.loading import Loaded
 from kedit_daemon.serving import INDEX, Served, pack_keys, unpack_keys
 from memory.errors import KeditError
 from memory.facts import State
-from memory.side import Keys
+from memory.side import Keys, fact_id_of
 
 ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")
 Make = Callable[..., Bench]
@@ -80,22 +80,83 @@ def test_the_facts_of_a_damaged_shard_are_learned_again(at: Bench) -> None:
 
 @pytest.mark.parametrize("data", [None, b"noise"])
 def test_a_damaged_index_is_built_again(at: Bench, data: bytes | None) -> None:
-    before, path = answers(at), at.home.index / INDEX
+    before, path = answers(at), only(at.home.index)
     whole = path.read_bytes()
     path.unlink()
     if data is not None:
         path.write_bytes(data)
     at.restart()
     assert answers(at) == before
-    assert len(path.read_bytes()) == len(whole)
+    assert len(only(at.home.index).read_bytes()) == len(whole)
+
+
+def indexed(bench: Bench) -> list[str]:
+    return sorted(fact_id_of(n) for n in bench.served.side.index.numbers())
+
+
+def test_an_index_file_that_is_behind_is_brought_to_what_the_store_says(at: Bench) -> None:
+    behind, sha = only(at.home.index).read_bytes(), at.store.meta(INDEX)
+    kept = {row.fact_id: row for row in at.store.side_rows()}[THREE.id]
+    turned = replace(unpack_keys(kept.blob), subject=torch.eye(2, at.loaded.model.hidden))
+    with at.store.transaction():  # a fact is gone, one is learned again, and the process dies
+        at.store.drop_side(TWO.id)
+        at.store.move(TWO.id, State.REVERTED)
+        at.store.put_side(THREE.id, kept.shard, pack_keys(turned))
+    assert (only(at.home.index).read_bytes(), at.store.meta(INDEX)) == (behind, sha)
+    at.restart()
+    index = at.served.side.index
+    assert indexed(at) == [THREE.id]
+    assert index.search(turned.subject, 1)[0][0].score == pytest.approx(1)
+    assert index.changed == 0 and at.store.meta(INDEX) != sha
+    with at.store.transaction():
+        at.store.put_side(THREE.id, kept.shard, kept.blob)
+    at.restart()
+    assert answers(at)[2] == ("Cairo", THREE.id)
+
+
+def test_a_whole_index_file_is_taken_and_not_written_again(at: Bench) -> None:
+    at.restart()
+    (path,) = at.home.index.iterdir()
+    when = path.stat().st_mtime_ns
+    answers_before = answers(at)
+    at.restart()
+    assert only(at.home.index) == path
+    assert path.stat().st_mtime_ns == when
+    assert answers(at) == answers_before
+
+
+def test_the_index_file_is_written_when_a_share_of_the_index_has_changed(at: Bench) -> None:
+    at.served.save_index()
+    sha, keys = at.store.meta(INDEX), torch.eye(at.loaded.model.hidden)
+    for number in range(10):
+        at.served.side.index.add(number, keys[number : number + 1])
+    at.served.save_index()
+    assert at.store.meta(INDEX) != sha
+    sha = at.store.meta(INDEX)
+    for number in range(3):  # of 12
+        at.served.side.index.remove(number)
+        at.served.forget_side()
+        assert (at.store.meta(INDEX) == sha) == (number < 2)
+    assert only(at.home.index).stem == at.store.meta(INDEX)
+
+
+def test_a_crash_between_the_index_file_and_its_sha256_is_harmless(at: Bench) -> None:
+    before = answers(at)
+    at.served.side.index.remove(int(TWO.id, 16))
+    at.served.side.index.save(at.home.index)
+    assert len(list(at.home.index.iterdir())) == 2
+    at.restart()
+    assert answers(at) == before
+    assert only(at.home.index).stem == at.store.meta(INDEX)
 
 
 def test_files_that_a_crash_left_are_swept(at: Bench) -> None:
-    kept = {only(at.home.generations), only(at.home.side)}
-    for folder in (at.home.generations, at.home.side):
+    folders = (at.home.generations, at.home.side, at.home.index)
+    kept = {only(folder) for folder in folders}
+    for folder in folders:
         (folder / f"{'0' * 64}.safetensors").write_bytes(b"an orphan")
     at.restart()
-    assert {only(at.home.generations), only(at.home.side)} == kept
+    assert {only(folder) for folder in folders} == kept
 
 
 def test_a_home_made_for_another_model_is_refused(at: Bench, load: Callable[..., Loaded]) -> None:

@@ -1,4 +1,3 @@
-import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from memory import index as module
 from memory.errors import KeditError
+from memory.files import save_tensors, tensors_path
 from memory.index import Hit, KeyIndex
 
 WIDTH = 16
@@ -16,6 +17,25 @@ WIDTH = 16
 
 def unit(count: int, seed: int = 0) -> Tensor:
     return normalize(torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lists from a hundred keys on: any search is slow."""
+    monkeypatch.setattr(module, "FLAT_KEYS", 100)
+    monkeypatch.setattr(module, "FLAT_SECONDS", 0.0)
+
+
+def grouped(count: int, seed: int = 0) -> dict[int, Tensor]:
+    """Two keys, near to each other, under each of some numbers; the numbers in ten groups."""
+    middle, far, near = unit(10, seed), unit(count, seed + 1), unit(2 * count, seed + 2)
+    first = middle.repeat(count // 10 + 1, 1)[:count] + far
+    both = normalize(first[:, None] + 0.2 * near.view(count, 2, WIDTH), dim=-1)
+    return {1 + n: both[n] for n in range(count)}
+
+
+def said(index: KeyIndex, queries: Tensor, count: int = 1) -> list[list[int]]:
+    return [[h.number for h in hits] for hits in index.search(queries, count)]
 
 
 def test_torch_is_loaded_before_faiss() -> None:
@@ -45,7 +65,7 @@ def test_a_number_may_have_several_keys_and_loses_them_all() -> None:
     index.add(largest, keys[:3])
     index.add(8, keys[3:])
     assert len(index) == 5
-    assert sorted(index.numbers()) == [8, 8, largest, largest, largest]
+    assert sorted(index.numbers()) == [8, largest]
     assert index.remove(largest) == 3
     assert index.remove(largest) == 0
     assert {h.number for hits in index.search(keys, 5) for h in hits} == {8}
@@ -75,12 +95,124 @@ def test_a_written_index_is_the_same_when_read(tmp_path: Path) -> None:
     index.add(4, keys[4:])
     index.remove(9)
     index.add(2, keys[:1])
-    sha = index.save(tmp_path / "keys.faiss")
-    data = (tmp_path / "keys.faiss").read_bytes()
-    assert sha == hashlib.sha256(data).hexdigest()
-    read = KeyIndex.loaded(data)
+    read = KeyIndex.loaded(tmp_path, index.save(tmp_path))
     assert (len(read), read.width, read.numbers()) == (3, WIDTH, index.numbers())
     assert read.search(keys, 3) == index.search(keys, 3)
     read.add(7, unit(1, seed=5))
     assert read.search(unit(1, seed=5), 1)[0][0].number == 7
     assert Hit(7, 1.0) not in index.search(unit(1, seed=5), 4)[0]
+    assert (read.remove(4), len(read)) == (2, 2)
+
+
+def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
+    index = KeyIndex(WIDTH)
+    index.add(9, unit(3))
+    sha = index.save(tmp_path)
+    data = tensors_path(tmp_path, sha).read_bytes()
+    tensors_path(tmp_path, sha).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    noise = torch.arange(100, dtype=torch.uint8)
+    other = save_tensors(tmp_path, {"index": noise, "held": torch.zeros(0, 3, dtype=torch.int64)})
+    for bad in (sha, other, "0" * 64):
+        with pytest.raises(KeditError) as caught:
+            KeyIndex.loaded(tmp_path, bad)
+        assert caught.value.code == "corrupt"
+
+
+def test_a_number_that_is_added_again_has_its_new_keys_alone() -> None:
+    index, keys = KeyIndex(WIDTH), unit(5)
+    index.add(1, keys[:3])
+    index.add(1, keys[3:])
+    assert len(index) == 2
+    assert index.search(keys[:1], 1)[0][0].score < 0.99
+
+
+def test_few_keys_or_a_quick_search_stay_flat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FLAT_SECONDS", 0.0)
+    index = KeyIndex(WIDTH)
+    index.sync(grouped(300))
+    assert index.lists == 0
+    monkeypatch.setattr(module, "FLAT_KEYS", 100)
+    monkeypatch.setattr(module, "FLAT_SECONDS", 60.0)
+    index = KeyIndex(WIDTH)
+    index.sync(grouped(300))
+    assert index.lists == 0
+
+
+def test_in_lists_the_nearest_are_found_as_before(at_once: None) -> None:
+    keys = grouped(2000)
+    index, flat = KeyIndex(WIDTH), KeyIndex(WIDTH)
+    index.sync(keys)
+    for number in list(keys)[:40]:
+        flat.add(number, keys[number])
+    assert (index.lists, flat.lists) == (126, 0)
+    queries = normalize(torch.cat(list(keys.values())) + 0.05 * unit(4000, seed=9), dim=-1)
+    cosines = queries @ torch.cat(list(keys.values())).T
+    best, found = cosines.max(1), index.search(queries, 16)
+    right = [hits[0].number == 1 + int(b) // 2 for hits, b in zip(found, best.indices, strict=True)]
+    assert sum(right) >= 0.99 * len(right)
+    scores = [hits[0].score for hits, ok in zip(found, right, strict=True) if ok]
+    known = [v for v, ok in zip(best.values.tolist(), right, strict=True) if ok]
+    assert scores == pytest.approx(known, abs=2e-3)
+    assert all(len(hits) == 16 for hits in found)
+
+
+def test_numbers_come_and_go_in_lists(at_once: None) -> None:
+    index, keys = KeyIndex(WIDTH), grouped(200)
+    index.sync(keys)
+    largest, new = int("f" * 12, 16), unit(3, seed=20)
+    index.add(largest, new)
+    assert index.lists and said(index, new) == [[largest]] * 3
+    assert index.remove(largest) == 3
+    assert index.remove(largest) == 0
+    assert largest not in {n for found in said(index, new, 16) for n in found}
+    index.add(7, new)
+    assert len(index) == 401 and said(index, new) == [[7]] * 3
+    assert said(index, keys[7], 1) != [[7], [7]]
+
+
+def test_lists_are_made_again_when_there_are_four_times_as_many_keys(at_once: None) -> None:
+    index, keys = KeyIndex(WIDTH), grouped(430)
+    index.sync({n: k for n, k in keys.items() if n <= 100})
+    first = index.lists
+    for number in range(101, 380):
+        index.add(number, keys[number])
+    assert index.lists == first
+    for number in range(380, 431):
+        index.add(number, keys[number])
+    assert index.lists == 2 * first
+    found = said(index, torch.cat(list(keys.values())))
+    assert sum(n == [1 + place // 2] for place, n in enumerate(found)) >= 0.99 * len(found)
+    for number in keys:
+        assert index.remove(number) == 2
+    assert (len(index), index.lists, index.search(unit(1), 3)) == (0, 0, [[]])
+    index.add(1, keys[1])
+    assert said(index, keys[1]) == [[1], [1]]
+
+
+@pytest.mark.parametrize("many", [6, 200])
+def test_a_file_is_brought_to_what_is_wanted(at_once: None, tmp_path: Path, many: int) -> None:
+    index, keys = KeyIndex(WIDTH), grouped(many)
+    index.sync(keys)
+    assert index.changed == 1
+    read = KeyIndex.loaded(tmp_path, index.save(tmp_path))
+    assert (index.changed, read.changed, read.lists) == (0, 0, index.lists)
+    read.sync(keys)
+    assert read.changed == 0
+    other = unit(2, seed=31)
+    wanted = {n: k for n, k in keys.items() if n > 2} | {3: other, 999: other[:1]}
+    read.sync(wanted)
+    assert read.changed == 4 / len(wanted)
+    assert (set(read.numbers()), len(read)) == (set(wanted), 2 * (many - 2) + 1)
+    assert sorted(said(read, other[:1], 2)[0]) == [3, 999]
+    assert said(read, other[1:]) == [[3]]
+    assert not {1, 2} & {
+        n for found in said(read, torch.cat([keys[1], keys[2]]), 16) for n in found
+    }
+
+
+def test_a_key_that_is_not_finite_changes_nothing(at_once: None) -> None:
+    index, keys = KeyIndex(WIDTH), grouped(5)
+    index.sync(keys)
+    with pytest.raises(KeditError):
+        index.sync({1: torch.full((1, WIDTH), torch.nan)})
+    assert sorted(index.numbers()) == sorted(keys)

@@ -12,9 +12,10 @@ STUDIES = {
     "presets": "presets:Presets",
     "capacity": "capacity:Capacity",
     "routing": "routing:Routing",
+    "index": "index:Index",
 }
 
-LIMITS = {"churn": 200}
+LIMITS = {"churn": 200, "index": 1000}
 """Records without --limit, of a study that is not about the whole stream."""
 
 
