@@ -14,12 +14,12 @@ SHARED = {"study", "model", "site", "seed", "commit", "device", "facts", "skippe
 
 
 def test_every_name_has_its_study() -> None:
-    assert set(STUDIES) == {"exactness", "churn", "presets", "capacity", "index"}
+    assert set(STUDIES) == {"exactness", "churn", "presets", "capacity", "routing", "index"}
     assert all(isinstance(study_named(name), Study) for name in STUDIES)
     assert set(LIMITS) <= set(STUDIES)
 
 
-@pytest.mark.parametrize("name", ["exactness", "presets", "capacity", "index"])
+@pytest.mark.parametrize("name", ["exactness", "presets", "capacity", "routing", "index"])
 def test_a_study_is_told_drawn_and_leaves_the_model_as_it_was(
     load: Callable[[str], Loaded], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
