@@ -1,21 +1,20 @@
 """The hot tier at work: waiting facts are learned into a shard, probed, and live."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kedit_daemon.flush import Flush
 from kedit_daemon.loading import ordinary_text
-from kedit_daemon.serving import pack_keys
+from kedit_daemon.serving import pack_keys, save_shard
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.files import save_tensors
 from memory.rows import StoredFact
-from memory.side import Shard
+from memory.side import Keys, Shard
 from policies.probe import Probe, compare
-from policies.wise import Learned, learn, prompt_end
+from policies.wise import learn, prompt_end, retrieval_keys
 
 OUTSIDE_LINES = 200
 OUTSIDE_NEIGHBOURS = 4  # of each fact
@@ -45,11 +44,12 @@ class Hot:
         ended = {f.id: {o.id for o in self.flush.older(f)} for f in new}
         gone = set[str]().union(*ended.values())  # what the new facts take the place of
         kept = [f for f in held if f.id not in gone]
-        learned = self._learn(number, kept, [f.fact for f in new])
+        shard = self._learn(number, [*kept, *(f.fact for f in new)])
+        keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in new])
         seconds = (time.monotonic() - began) / len(new)
         before = self.served.probe_before([f.fact for f in new])
         old = self.served.side.shards.get(number)
-        self._lay(number, new, learned)
+        self._lay(number, shard, new, keys)
         try:
             after = self._probe(new, gone)
             probes = {f.id: compare(f.fact, before[f.id], after[f.id]) for f in new}
@@ -59,7 +59,7 @@ class Hot:
                 self._undo(number, new, old)  # the shard has unlearned a fact that lives on
                 right = []
             else:
-                self._keep(number, len(kept), right, learned, before, probes, seconds)
+                self._keep(number, len(kept), right, keys, before, probes, seconds)
         except BaseException:
             self._undo(number, new, old)
             raise
@@ -81,21 +81,21 @@ class Hot:
                 return numbers[-1], [f.fact for f in found if f]
         return (numbers[-1] + 1 if numbers else 1), []
 
-    def _learn(self, number: int, held: list[Fact], new: list[Fact]) -> Learned:
-        shard = self.served.side.shards.get(number)
+    def _learn(self, number: int, facts: list[Fact]) -> Shard:
+        old = self.served.side.shards.get(number)
         norm = self.served.loaded.statistics[self.served.site.side_layer].norm
-        return learn(
+        learned = learn(
             self.served.model,
-            self.served.side,
             self.served.site,
-            [*held, *new],
+            facts,
             number,
-            start=shard.delta if shard else None,
-            outside=self._outside([*held, *new]),
+            start=old.delta if old else None,
+            outside=self._outside(facts),
             scale=norm,
             steps=self.steps,
             pulse=lambda _step: self.pulse(),
         )
+        return learned.shard
 
     def _outside(self, facts: Sequence[Fact]) -> Tensor:
         """Inputs on which the shard must stay quiet: ordinary text, and the facts' neighbours."""
@@ -111,10 +111,12 @@ class Hot:
         finally:
             self.served.side.hidden = set()
 
-    def _lay(self, number: int, new: Sequence[StoredFact], learned: Learned) -> None:
-        self.served.side.shards[number] = learned.shard
+    def _lay(
+        self, number: int, shard: Shard, new: Sequence[StoredFact], keys: Mapping[str, Keys]
+    ) -> None:
+        self.served.side.shards[number] = shard
         for fact in new:
-            self.served.side.put(fact.id, number, learned.keys[fact.id], fact.fact.name)
+            self.served.side.put(fact.id, number, keys[fact.id], fact.fact.name)
 
     def _undo(self, number: int, new: Sequence[StoredFact], old: Shard | None) -> None:
         for fact in new:
@@ -129,18 +131,19 @@ class Hot:
         number: int,
         held: int,
         right: Sequence[StoredFact],
-        learned: Learned,
+        keys: Mapping[str, Keys],
         before: dict[str, list[str]],
         probes: dict[str, Probe],
         seconds: float,
     ) -> None:
-        sha = save_tensors(self.served.home.side, {"delta": learned.shard.delta})
+        shard = self.served.side.shards[number]
+        sha = save_shard(self.served.home.side, shard)
         with self.store.transaction():
-            self.store.put_shard(number, sha, held + len(right), learned.shard.threshold)
+            self.store.put_shard(number, sha, held + len(right), shard.threshold)
             for fact in right:
                 probe = probes[fact.id]
                 self.flush.supersede(fact)
-                self.store.put_side(fact.id, number, pack_keys(learned.keys[fact.id]))
+                self.store.put_side(fact.id, number, pack_keys(keys[fact.id]))
                 self.store.move(
                     fact.id,
                     State.LIVE_SIDE,

@@ -1,10 +1,11 @@
 """The hot tier: facts learned into one shard of the side memory in seconds.
 
-WISE (Wang et al. 2024): a shard is a delta for one down projection, confined to a random subspace
-by a mask, trained so that the model says the targets (eq. 2) while the activation distance
-d(a) = ‖ΔW a‖ stays large on the shard's facts and small on everything else (margin loss, eq. 5).
-Where the published loop runs the whole model for each step, here everything below the side layer
-is computed once, and all facts of the shard are learned together.
+WISE (Wang et al. 2024): a shard is a delta for one down projection, trained so that the model says
+the targets (eq. 2) while the activation distance d(a) = ‖ΔW a‖ stays large on the shard's facts and
+small on everything else (margin loss, eq. 5). Where the published delta is as large as the weight,
+under a random mask, here it is of low rank, ΔW = B A. Where the published loop runs the whole model
+for each step, here everything below the side layer is computed once, and all facts of the shard are
+learned together.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +20,12 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
 from memory.replay import Replay
-from memory.side import Keys, Shard, SideMemory
+from memory.side import Delta, Keys, Shard, SideMemory
 from policies.prompts import IGNORE, Row, pad, rows_of
 from policies.site import EditSite
 
-MASK_SHARE = 0.2  # ρ: share of ΔW's entries a shard may use
+RANK = 8  # of a shard's ΔW
+DOWN_RATE = 0.1  # Adam's for A, in units of what its entries begin with
 ACTIVATION_RATIO = 0.7  # threshold over the least distance on the shard's own prompts
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
@@ -31,10 +33,9 @@ EXTRA_STEPS = 2
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained shard, and every fact's retrieval keys."""
+    """A trained shard."""
 
     shard: Shard
-    keys: dict[str, Keys]
     loss: float
     steps: int
 
@@ -52,14 +53,8 @@ def prompt_end(model: EditableModel, prompts: Sequence[str], layer: int) -> tupl
         caught.extend((inputs[at, batch.end], outputs[at, batch.end]))
 
     with torch.no_grad(), model.tap({layer: tap}):
-        model.model(input_ids=batch.ids, use_cache=False)
+        model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)  # nobody reads them
     return caught[0], caught[1]
-
-
-def mask_for(shard: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The shard's random subspace, (hidden, width) of bool; it follows from the shard's number."""
-    generator = torch.Generator().manual_seed(shard)
-    return (torch.rand(tuple(shape), generator=generator) < MASK_SHARE).to(device)
 
 
 class _Training:
@@ -80,23 +75,52 @@ class _Training:
             target = torch.tensor(row.target)
             self.labels[n, : len(target)] = target
         self.outside = outside.to(model.device)  # (n, width) inputs that must stay quiet
-        self.inside = torch.empty(0)  # (rows, width) inputs at the prompts' ends
+        self.inside = self._ends()
 
-    def loss(self, delta: Tensor) -> tuple[Tensor, bool]:
-        """WISE's loss for ΔW (hidden, width), and whether every target token is the argmax."""
+    def _ends(self) -> Tensor:
+        """Inputs (rows, width) where the prompts end: no ΔW changes these."""
+        caught: list[Tensor] = []
+        taps = {self.site.side_layer: lambda k, _y: caught.append(k[:, 0])}
+        with torch.no_grad(), self.model.tap(taps):
+            self.replay.logits(self.columns[:, :1])
+        return caught[0]
+
+    @property
+    def down_unit(self) -> float:
+        """The size of A's entries at which a random A k is of length 1 where a prompt ends."""
+        return 1 / float(RANK**0.5 * self.inside.norm(dim=1).mean())
+
+    def begin(self, number: int) -> Delta:
+        """ΔW = 0 of shard `number`: B is nothing yet, and A is random."""
+        hidden, width = self.model.base_weight(self.site.side_layer).shape
+        generator = torch.Generator().manual_seed(number)
+        down = torch.randn(RANK, width, generator=generator) * self.down_unit
+        on = self.model.device
+        return Delta(torch.zeros(hidden, RANK, device=on), down.to(on))
+
+    def optimiser(self, delta: Delta) -> torch.optim.Adam:
+        """Steps of B in lengths of an output, and of A in units of what it begins with."""
+        up_rate = self.site.side_rate * self.scale / self.model.hidden**0.5
+        groups = [
+            {"params": [delta.up], "lr": up_rate},
+            {"params": [delta.down], "lr": DOWN_RATE * self.down_unit},
+        ]
+        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def loss(self, delta: Delta) -> tuple[Tensor, bool]:
+        """WISE's loss for a ΔW, and whether every target token is the argmax."""
 
         def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
-            self.inside = inputs[:, 0].detach()
-            return outputs + inputs.detach() @ delta.T  # routed from the prompt's end on
+            return outputs + delta.moved(inputs.detach())  # routed from the prompt's end on
 
         with self.model.tap({self.site.side_layer: tap}):
             logits = self.replay.logits(self.columns)
         chosen = self.labels != IGNORE
         picked, labels = logits[chosen].float(), self.labels[chosen]
-        inside = (self.inside @ delta.T).norm(dim=1) / self.scale  # (rows,)
+        inside = delta.moved(self.inside).norm(dim=1) / self.scale  # (rows,)
         margin = F.relu(self.site.beta - inside).mean()
         if len(self.outside):
-            quiet = (self.outside @ delta.T).norm(dim=1) / self.scale  # (n,)
+            quiet = delta.moved(self.outside).norm(dim=1) / self.scale  # (n,)
             margin = margin + F.relu(quiet - self.site.alpha).mean()
             gap = quiet[:, None] - inside[None, :] + self.site.gamma
             margin = margin + F.relu(gap).mean()
@@ -105,12 +129,11 @@ class _Training:
 
 def learn(
     model: EditableModel,
-    side: SideMemory,
     site: EditSite,
     facts: Sequence[Fact],
     number: int,
     *,
-    start: Tensor | None,
+    start: Delta | None,
     outside: Tensor,
     scale: float,
     steps: int,
@@ -124,18 +147,14 @@ def learn(
     layer, the unit of the margins. Raises KeditError: a fact that cannot be read, a loss that is
     not finite.
     """
-    rows = {fact.id: rows_of(model, fact) for fact in facts}
-    flat = [row for group in rows.values() for row in group]
-    work = _Training(model, site, flat, outside, scale)
-    weight = model.base_weight(site.side_layer)
-    mask = mask_for(number, weight.shape, model.device)
-    initial = torch.zeros_like(weight) if start is None else start.to(model.device)
-    free = initial.clone().requires_grad_()
-    unit = float(weight.square().mean().sqrt())
-    optimiser = torch.optim.Adam([free], lr=site.side_rate * unit, betas=(0.9, 0.95))
+    rows = [row for fact in facts for row in rows_of(model, fact)]
+    work = _Training(model, site, rows, outside, scale)
+    first = start or work.begin(number)
+    delta = Delta(first.up.clone().requires_grad_(), first.down.clone().requires_grad_())
+    optimiser = work.optimiser(delta)
     loss, left, taken = torch.inf, EXTRA_STEPS, 0
     for taken in range(1, steps + 1):
-        value, right = work.loss(free * mask)
+        value, right = work.loss(delta)
         optimiser.zero_grad()
         value.backward()
         loss = float(value.detach())
@@ -146,16 +165,18 @@ def learn(
             break
         optimiser.step()
         pulse(taken)
-    delta = (free * mask).detach()
-    distance = (work.inside @ delta.T).norm(dim=1)
+    delta = Delta(delta.up.detach(), delta.down.detach())
+    distance = delta.moved(work.inside).norm(dim=1)
     threshold = ACTIVATION_RATIO * float(distance.min())
-    keys = {fact.id: _keys(model, side, rows[fact.id]) for fact in facts}
-    return Learned(Shard(delta, max(threshold, 1e-6)), keys, loss, taken)
+    return Learned(Shard(delta, max(threshold, 1e-6)), loss, taken)
 
 
-def _keys(model: EditableModel, side: SideMemory, rows: list[Row]) -> Keys:
-    """A fact's retrieval keys, read at its prompts."""
-    prompts = [replace(row, ids=row.prompt) for row in rows]
+def retrieval_keys(
+    model: EditableModel, side: SideMemory, facts: Sequence[Fact]
+) -> dict[str, Keys]:
+    """Every fact's retrieval keys, by its id: read at its prompts, of all facts in one pass."""
+    flat = [(fact.id, row) for fact in facts for row in rows_of(model, fact)]
+    prompts = [replace(row, ids=row.prompt) for _, row in flat]
     batch = pad(prompts, max(r.prompt_length for r in prompts), model.end or 0, model.device)
     n = torch.arange(len(prompts), device=model.device)
     caught: dict[int, Tensor] = {}
@@ -166,5 +187,9 @@ def _keys(model: EditableModel, side: SideMemory, rows: list[Row]) -> Keys:
     low, high = side.gates.key_layer, side.layer
     taps = {low: partial(tap, low, batch.subject), high: partial(tap, high, batch.end)}
     with torch.no_grad(), model.tap(taps):
-        model.model(input_ids=batch.ids, use_cache=False)
-    return Keys(caught[low], caught[high])
+        model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)
+    found = {}
+    for fact in facts:
+        at = [place for place, (fact_id, _) in enumerate(flat) if fact_id == fact.id]
+        found[fact.id] = Keys(caught[low][at], caught[high][at])
+    return found
