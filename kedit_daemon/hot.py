@@ -32,6 +32,8 @@ class Hot:
         lines = [" ".join(line.split()[:12]) for line in ordinary_text()[:OUTSIDE_LINES]]
         with self.served.model.at_base():
             self._ordinary, _ = prompt_end(self.served.model, lines, layer)
+        self._near: dict[str, Tensor] = {}  # inputs (n, width) where a fact's neighbours end
+        self._near_at: int | None = None  # the generation whose weights these were read on
 
     def take(self, waiting: Sequence[StoredFact]) -> list[str]:
         """Learn as many of the waiting facts as the open shard has room for; those now live.
@@ -98,11 +100,21 @@ class Hot:
         return learned.shard
 
     def _outside(self, facts: Sequence[Fact]) -> Tensor:
-        """Inputs on which the shard must stay quiet: ordinary text, and the facts' neighbours."""
-        near = [n.prompt for f in facts for n in f.neighbours[:OUTSIDE_NEIGHBOURS]]
-        model = self.served.model
-        inputs, _ = prompt_end(model, near, self.served.site.side_layer)
-        return torch.cat([self._ordinary, inputs.to(self._ordinary.device)])
+        """Inputs on which the shard must stay quiet: ordinary text, and the facts' neighbours.
+
+        Those of the facts that the open shard holds are known from when these were taken.
+        """
+        model, generation = self.served.model, self.store.active_generation()
+        known = self._near if generation == self._near_at else {}
+        near = {f.id: f.neighbours[:OUTSIDE_NEIGHBOURS] for f in facts if f.id not in known}
+        prompts = [n.prompt for group in near.values() for n in group]
+        inputs, _ = prompt_end(model, prompts, self.served.site.side_layer)
+        read = dict(zip(near, inputs.split([len(group) for group in near.values()]), strict=True))
+        self._near = {f.id: (known | read)[f.id] for f in facts}
+        self._near_at = generation
+        return torch.cat(
+            [t.to(self._ordinary.device) for t in (self._ordinary, *self._near.values())]
+        )
 
     def _probe(self, new: Sequence[StoredFact], gone: set[str]) -> dict[str, list[str]]:
         self.served.side.hidden = gone

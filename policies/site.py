@@ -89,7 +89,7 @@ def default_site(layers: int) -> EditSite:
         target_steps=40,
         target_rate=0.3,
         side_layer=upper,
-        side_rate=0.3,
+        side_rate=1.0,
         key_layer=max(0, upper // 2),
         subject_gate=0.8,
         end_gate=0.4,

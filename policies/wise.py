@@ -25,7 +25,7 @@ from policies.prompts import IGNORE, Row, pad, rows_of
 from policies.site import EditSite
 
 RANK = 8  # of a shard's ΔW
-DOWN_RATE = 0.1  # Adam's for A, in units of what its entries begin with
+DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
 ACTIVATION_RATIO = 0.7  # threshold over the least distance on the shard's own prompts
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
@@ -85,25 +85,26 @@ class _Training:
             self.replay.logits(self.columns[:, :1])
         return caught[0]
 
-    @property
-    def down_unit(self) -> float:
-        """The size of A's entries at which a random A k is of length 1 where a prompt ends."""
-        return 1 / float(RANK**0.5 * self.inside.norm(dim=1).mean())
-
     def begin(self, number: int) -> Delta:
-        """ΔW = 0 of shard `number`: B is nothing yet, and A is random."""
-        hidden, width = self.model.base_weight(self.site.side_layer).shape
+        """ΔW = 0 of shard `number`: B is nothing yet, and A k is near 0 outside and about of length
+        1 at the prompts' ends. For A's rows are random mixtures of what the inputs outside leave
+        unexplained (by ridge regression) of the inputs at the ends."""
+        own, quiet = self.inside, self.outside
+        gram = quiet @ quiet.T  # (n, n)
+        gram.diagonal().add_(gram.trace() / quiet.shape[1])
+        own = own - torch.linalg.solve(gram, quiet @ own.T).T @ quiet
         generator = torch.Generator().manual_seed(number)
-        down = torch.randn(RANK, width, generator=generator) * self.down_unit
-        on = self.model.device
-        return Delta(torch.zeros(hidden, RANK, device=on), down.to(on))
+        down = torch.randn(RANK, len(own), generator=generator).to(own.device) @ own
+        down /= (self.inside @ down.T).norm(dim=1).mean()
+        return Delta(own.new_zeros(self.model.hidden, RANK), down)
 
     def optimiser(self, delta: Delta) -> torch.optim.Adam:
-        """Steps of B in lengths of an output, and of A in units of what it begins with."""
+        """Steps of B in lengths of an output, and of A in sizes of its entries."""
         up_rate = self.site.side_rate * self.scale / self.model.hidden**0.5
+        down_rate = DOWN_RATE * float(delta.down.detach().square().mean().sqrt())
         groups = [
             {"params": [delta.up], "lr": up_rate},
-            {"params": [delta.down], "lr": DOWN_RATE * self.down_unit},
+            {"params": [delta.down], "lr": down_rate},
         ]
         return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
