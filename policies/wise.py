@@ -29,6 +29,7 @@ DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
 ACTIVATION_RATIO = 0.7  # threshold over the least distance on the shard's own prompts
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
+READ_TOGETHER = 16  # rows, which are padded to the longest of them
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,14 @@ class _Training:
         self, model: EditableModel, site: EditSite, rows: list[Row], outside: Tensor, scale: float
     ) -> None:
         self.model, self.site, self.scale = model, site, scale
+        rows = sorted(rows, key=lambda row: row.prompt_length)  # read beside their like
         heads = [row.prompt[:-1] for row in rows]
         tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
         longest = max(map(len, tails))
         self.replay = Replay(model, site.side_layer, len(rows), max(map(len, heads)), longest)
-        self.replay.fill(0, heads, tails)
+        for at in range(0, len(rows), READ_TOGETHER):
+            part = slice(at, at + READ_TOGETHER)
+            self.replay.fill(at, heads[part], tails[part])
         self.columns = torch.arange(longest, device=model.device).repeat(len(rows), 1)
         self.labels = torch.full((len(rows), longest), IGNORE, device=model.device)
         for n, row in enumerate(rows):
