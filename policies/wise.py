@@ -179,9 +179,25 @@ def learn(
 def retrieval_keys(
     model: EditableModel, side: SideMemory, facts: Sequence[Fact]
 ) -> dict[str, Keys]:
-    """Every fact's retrieval keys, by its id: read at its prompts, of all facts in one pass."""
-    flat = [(fact.id, row) for fact in facts for row in rows_of(model, fact)]
-    prompts = [replace(row, ids=row.prompt) for _, row in flat]
+    """Every fact's retrieval keys, by its id: read at its prompts, each beside its like."""
+    rows = [(fact.id, row) for fact in facts for row in rows_of(model, fact)]
+    order = sorted(range(len(rows)), key=lambda n: rows[n][1].prompt_length)
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # a row's two keys (hidden,), by its place
+    for at in range(0, len(order), READ_TOGETHER):
+        part = order[at : at + READ_TOGETHER]
+        low, high = _keys(model, side, [rows[n][1] for n in part])
+        found |= {n: (low[i], high[i]) for i, n in enumerate(part)}
+    result = {}
+    for fact in facts:
+        pairs = [found[n] for n, (fact_id, _) in enumerate(rows) if fact_id == fact.id]
+        subject, end = zip(*pairs, strict=True)
+        result[fact.id] = Keys(torch.stack(subject), torch.stack(end))
+    return result
+
+
+def _keys(model: EditableModel, side: SideMemory, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Subject and end keys (rows, hidden) of some rows."""
+    prompts = [replace(row, ids=row.prompt) for row in rows]
     batch = pad(prompts, max(r.prompt_length for r in prompts), model.end or 0, model.device)
     n = torch.arange(len(prompts), device=model.device)
     caught: dict[int, Tensor] = {}
@@ -193,8 +209,4 @@ def retrieval_keys(
     taps = {low: partial(tap, low, batch.subject), high: partial(tap, high, batch.end)}
     with torch.no_grad(), model.tap(taps):
         model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)
-    found = {}
-    for fact in facts:
-        at = [place for place, (fact_id, _) in enumerate(flat) if fact_id == fact.id]
-        found[fact.id] = Keys(caught[low][at], caught[high][at])
-    return found
+    return caught[low], caught[high]

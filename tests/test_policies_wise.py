@@ -109,7 +109,7 @@ def test_a_shard_begins_as_nothing_that_sees_its_facts_and_little_else(
     assert not delta.moved(inside).any()
     seen, quiet = (float((k @ delta.down.T).norm(dim=1).mean()) for k in (inside, outside))
     assert seen == pytest.approx(1, rel=1e-3)
-    assert quiet < 0.3
+    assert quiet < 0.05
 
 
 def test_learned_facts_are_said_under_the_overlay(
@@ -207,7 +207,10 @@ def test_the_margins_keep_a_shard_quiet_elsewhere(
 def test_keys_are_the_centred_outputs_at_subject_and_prompts_end(
     side: SideMemory, site: EditSite
 ) -> None:
-    facts = [FACTS[0], seat(12, "Rome", paraphrases=("Where {} is ruled from:",))]
+    facts = [
+        *(seat(n, "Oslo") for n in range(20, 29)),
+        seat(12, "Rome", paraphrases=("Where {} is ruled from:",)),
+    ]
     found = retrieval_keys(side.model, side, facts)
     for fact in facts:
         rows = rows_of(side.model, fact)
