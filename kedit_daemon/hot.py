@@ -1,21 +1,20 @@
 """The hot tier at work: waiting facts are learned into a shard, probed, and live."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kedit_daemon.flush import Flush
 from kedit_daemon.loading import ordinary_text
-from kedit_daemon.serving import pack_keys
+from kedit_daemon.serving import pack_keys, save_shard
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.files import save_tensors
 from memory.rows import StoredFact
-from memory.side import Shard
+from memory.side import Keys, Shard
 from policies.probe import Probe, compare
-from policies.wise import Learned, learn, prompt_end
+from policies.wise import learn, prompt_end, retrieval_keys
 
 OUTSIDE_LINES = 200
 OUTSIDE_NEIGHBOURS = 4  # of each fact
@@ -33,6 +32,8 @@ class Hot:
         lines = [" ".join(line.split()[:12]) for line in ordinary_text()[:OUTSIDE_LINES]]
         with self.served.model.at_base():
             self._ordinary, _ = prompt_end(self.served.model, lines, layer)
+        self._near: dict[str, Tensor] = {}  # inputs (n, width) where a fact's neighbours end
+        self._near_at: int | None = None  # the generation whose weights these were read on
 
     def take(self, waiting: Sequence[StoredFact]) -> list[str]:
         """Learn as many of the waiting facts as the open shard has room for; those now live.
@@ -45,11 +46,12 @@ class Hot:
         ended = {f.id: {o.id for o in self.flush.older(f)} for f in new}
         gone = set[str]().union(*ended.values())  # what the new facts take the place of
         kept = [f for f in held if f.id not in gone]
-        learned = self._learn(number, kept, [f.fact for f in new])
+        shard = self._learn(number, [*kept, *(f.fact for f in new)])
+        keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in new])
         seconds = (time.monotonic() - began) / len(new)
         before = self.served.probe_before([f.fact for f in new])
         old = self.served.side.shards.get(number)
-        self._lay(number, new, learned)
+        self._lay(number, shard, new, keys)
         try:
             after = self._probe(new, gone)
             probes = {f.id: compare(f.fact, before[f.id], after[f.id]) for f in new}
@@ -59,7 +61,7 @@ class Hot:
                 self._undo(number, new, old)  # the shard has unlearned a fact that lives on
                 right = []
             else:
-                self._keep(number, len(kept), right, learned, before, probes, seconds)
+                self._keep(number, len(kept), right, keys, before, probes, seconds)
         except BaseException:
             self._undo(number, new, old)
             raise
@@ -81,28 +83,38 @@ class Hot:
                 return numbers[-1], [f.fact for f in found if f]
         return (numbers[-1] + 1 if numbers else 1), []
 
-    def _learn(self, number: int, held: list[Fact], new: list[Fact]) -> Learned:
-        shard = self.served.side.shards.get(number)
+    def _learn(self, number: int, facts: list[Fact]) -> Shard:
+        old = self.served.side.shards.get(number)
         norm = self.served.loaded.statistics[self.served.site.side_layer].norm
-        return learn(
+        learned = learn(
             self.served.model,
-            self.served.side,
             self.served.site,
-            [*held, *new],
+            facts,
             number,
-            start=shard.delta if shard else None,
-            outside=self._outside([*held, *new]),
+            start=old.delta if old else None,
+            outside=self._outside(facts),
             scale=norm,
             steps=self.steps,
             pulse=lambda _step: self.pulse(),
         )
+        return learned.shard
 
     def _outside(self, facts: Sequence[Fact]) -> Tensor:
-        """Inputs on which the shard must stay quiet: ordinary text, and the facts' neighbours."""
-        near = [n.prompt for f in facts for n in f.neighbours[:OUTSIDE_NEIGHBOURS]]
-        model = self.served.model
-        inputs, _ = prompt_end(model, near, self.served.site.side_layer)
-        return torch.cat([self._ordinary, inputs.to(self._ordinary.device)])
+        """Inputs on which the shard must stay quiet: ordinary text, and the facts' neighbours.
+
+        Those of the facts that the open shard holds are known from when these were taken.
+        """
+        model, generation = self.served.model, self.store.active_generation()
+        known = self._near if generation == self._near_at else {}
+        near = {f.id: f.neighbours[:OUTSIDE_NEIGHBOURS] for f in facts if f.id not in known}
+        prompts = [n.prompt for group in near.values() for n in group]
+        inputs, _ = prompt_end(model, prompts, self.served.site.side_layer)
+        read = dict(zip(near, inputs.split([len(group) for group in near.values()]), strict=True))
+        self._near = {f.id: (known | read)[f.id] for f in facts}
+        self._near_at = generation
+        return torch.cat(
+            [t.to(self._ordinary.device) for t in (self._ordinary, *self._near.values())]
+        )
 
     def _probe(self, new: Sequence[StoredFact], gone: set[str]) -> dict[str, list[str]]:
         self.served.side.hidden = gone
@@ -111,10 +123,12 @@ class Hot:
         finally:
             self.served.side.hidden = set()
 
-    def _lay(self, number: int, new: Sequence[StoredFact], learned: Learned) -> None:
-        self.served.side.shards[number] = learned.shard
+    def _lay(
+        self, number: int, shard: Shard, new: Sequence[StoredFact], keys: Mapping[str, Keys]
+    ) -> None:
+        self.served.side.shards[number] = shard
         for fact in new:
-            self.served.side.put(fact.id, number, learned.keys[fact.id], fact.fact.name)
+            self.served.side.put(fact.id, number, keys[fact.id], fact.fact.name)
 
     def _undo(self, number: int, new: Sequence[StoredFact], old: Shard | None) -> None:
         for fact in new:
@@ -129,18 +143,19 @@ class Hot:
         number: int,
         held: int,
         right: Sequence[StoredFact],
-        learned: Learned,
+        keys: Mapping[str, Keys],
         before: dict[str, list[str]],
         probes: dict[str, Probe],
         seconds: float,
     ) -> None:
-        sha = save_tensors(self.served.home.side, {"delta": learned.shard.delta})
+        shard = self.served.side.shards[number]
+        sha = save_shard(self.served.home.side, shard)
         with self.store.transaction():
-            self.store.put_shard(number, sha, held + len(right), learned.shard.threshold)
+            self.store.put_shard(number, sha, held + len(right), shard.threshold)
             for fact in right:
                 probe = probes[fact.id]
                 self.flush.supersede(fact)
-                self.store.put_side(fact.id, number, pack_keys(learned.keys[fact.id]))
+                self.store.put_side(fact.id, number, pack_keys(keys[fact.id]))
                 self.store.move(
                     fact.id,
                     State.LIVE_SIDE,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from memory.files import load_tensors, save_tensors
 from memory.generate import answers
 from memory.index import KeyIndex
 from memory.rows import GenerationRow
-from memory.side import Gates, Keys, Match, Shard, SideMemory, number_of
+from memory.side import Delta, Gates, Keys, Match, Shard, SideMemory, number_of
 from memory.store import Store
 from policies.probe import ask_all
 from policies.weights import WeightsTier, unpack
@@ -146,8 +147,8 @@ class Served:
         broken = set()
         for row in self.store.shards():
             try:
-                delta = load_tensors(self.home.side, row.sha256)["delta"]
-                self.side.shards[row.id] = Shard(delta.to(self.model.device), row.threshold)
+                delta = _load_delta(self.home.side, row.sha256, self.model.device)
+                self.side.shards[row.id] = Shard(delta, row.threshold)
             except KeditError as error:
                 log.warning("%s; its facts are learned again", error)
                 broken.add(row.id)
@@ -235,6 +236,18 @@ class Served:
         """The unedited model's answers to the facts' probe prompts, by fact id."""
         with self.model.at_base():
             return ask_all(self.model, facts)
+
+
+def save_shard(folder: Path, shard: Shard) -> str:
+    """Write a shard's ΔW into the folder and return the file's sha256."""
+    return save_tensors(folder, {"up": shard.delta.up, "down": shard.delta.down})
+
+
+def _load_delta(folder: Path, sha: str, device: torch.device) -> Delta:
+    tensors = load_tensors(folder, sha)
+    if set(tensors) != {"up", "down"}:
+        raise KeditError(f"shard {sha} is of a form that is no longer used", code="corrupt")
+    return Delta(tensors["up"].to(device), tensors["down"].to(device))
 
 
 def pack_keys(keys: Keys) -> bytes:

@@ -22,7 +22,8 @@ class Replay:
     """A fixed number of rows of one fixed shape, each replaceable by itself.
 
     A row is a head of at most `head` tokens, left padded, and a tail of at most `tail`, right
-    padded. Since the shape is fixed, a row's numbers do not depend on its neighbours.
+    padded. Since the shape is fixed, a row's numbers do not depend on its neighbours, only (in the
+    last bits) on the rows that were put in place together with it.
     """
 
     def __init__(self, model: EditableModel, layer: int, rows: int, head: int, tail: int) -> None:
@@ -52,13 +53,17 @@ class Replay:
         positions.clamp_(max=self.model.positions - 1)
         mask[:, self.head :] = 1  # pads on the right are seen by pads alone
         ids, mask, positions = (t.to(self.model.device) for t in (ids, mask, positions))
-        hidden, cache = self.model.entering(self.layer, ids, mask, positions)
+        # Where all of these rows are pads, there is nothing to compute.
+        pads = self.head - max(map(len, heads))
+        read = (t[:, pads:] for t in (ids, mask, positions))
+        hidden, cache = self.model.entering(self.layer, *read)
         at = slice(first, first + len(heads))
         self.ids[at], self.positions[at] = ids[:, self.head :], positions[:, self.head :]
-        self.mask[at], self.hidden[at] = mask, hidden[:, self.head :]
+        self.mask[at], self.hidden[at] = mask, hidden[:, self.head - pads :]
         for n in {0, *range(self.layer, self.model.layers)}:
             for mine, new in zip(self._room(n, cache), _states(cache, n), strict=True):
-                mine[at] = new[:, :, : self.head]
+                mine[at] = 0
+                mine[at, :, pads:] = new[:, :, : self.head - pads]
 
     def _room(self, layer: int, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Where a layer's keys and values are kept; made when the model first shows their shape."""

@@ -1,6 +1,6 @@
 """The side memory: deltas for one layer in shards, found by key, laid over the rows they concern.
 
-A shard is a delta ΔW (hidden, width) for the down projection of the side layer, trained on a few
+A shard is a delta ΔW = B A of low rank for the down projection of the side layer, trained on a few
 facts. A fact has two kinds of keys. Its *subject keys*, the key layer's outputs at the subject's
 last token, are in the index and are looked for at every token of a prompt. Its *end keys*, the
 side layer's outputs where its prompts end, tell what is asked of the subject. A fact fires for a
@@ -37,10 +37,22 @@ def fact_id_of(number: int) -> str:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """ΔW (hidden, width) of some facts, and the distance from which it may answer."""
+class Delta:
+    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width)."""
 
-    delta: Tensor
+    up: Tensor
+    down: Tensor
+
+    def moved(self, inputs: Tensor) -> Tensor:
+        """ΔW k (..., hidden) of inputs k (..., width): two small products, never ΔW itself."""
+        return inputs @ self.down.T @ self.up.T
+
+
+@dataclass(frozen=True)
+class Shard:
+    """ΔW of some facts, and the distance from which it may answer."""
+
+    delta: Delta
     threshold: float
 
 
@@ -150,7 +162,7 @@ class SideMemory:
             if scores[fact_id] < self.gates.end:
                 return None
             shard = self.shards[self.shard_of[fact_id]]
-            margin = float((shard.delta @ inputs).norm()) / shard.threshold
+            margin = float(shard.delta.moved(inputs).norm()) / shard.threshold
             if margin >= 1 and fact_id not in self.hidden:
                 return Match(fact_id, self.shard_of[fact_id], scores[fact_id], margin)
         return None
@@ -179,7 +191,7 @@ class SideMemory:
                 return None
             changed = outputs.clone()
             for n, match in routed:
-                changed[n, -1] += self.shards[match.shard].delta @ inputs[n, -1]
+                changed[n, -1] += self.shards[match.shard].delta.moved(inputs[n, -1])
             return changed
 
         taps = {self.gates.key_layer: look, self.layer: lay}

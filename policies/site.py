@@ -39,7 +39,7 @@ class EditSite:
     target_steps: int
     target_rate: float  # Adam's in the subject layers, in lengths
     side_layer: int
-    side_rate: float  # Adam's, for a shard's ΔW, in units of the root mean square of W0
+    side_rate: float  # Adam's, for the B of a shard's ΔW = B A, in lengths
     key_layer: int  # where subject keys are read
     subject_gate: float  # least cosine of a subject key that may route
     end_gate: float  # least cosine of an end key that may route
@@ -89,7 +89,7 @@ def default_site(layers: int) -> EditSite:
         target_steps=40,
         target_rate=0.3,
         side_layer=upper,
-        side_rate=0.3,
+        side_rate=1.0,
         key_layer=max(0, upper // 2),
         subject_gate=0.8,
         end_gate=0.4,

@@ -1,10 +1,11 @@
 """The hot tier: facts learned into one shard of the side memory in seconds.
 
-WISE (Wang et al. 2024): a shard is a delta for one down projection, confined to a random subspace
-by a mask, trained so that the model says the targets (eq. 2) while the activation distance
-d(a) = ‖ΔW a‖ stays large on the shard's facts and small on everything else (margin loss, eq. 5).
-Where the published loop runs the whole model for each step, here everything below the side layer
-is computed once, and all facts of the shard are learned together.
+WISE (Wang et al. 2024): a shard is a delta for one down projection, trained so that the model says
+the targets (eq. 2) while the activation distance d(a) = ‖ΔW a‖ stays large on the shard's facts and
+small on everything else (margin loss, eq. 5). Where the published delta is as large as the weight,
+under a random mask, here it is of low rank, ΔW = B A. Where the published loop runs the whole model
+for each step, here everything below the side layer is computed once, and all facts of the shard are
+learned together.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,22 +20,23 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
 from memory.replay import Replay
-from memory.side import Keys, Shard, SideMemory
+from memory.side import Delta, Keys, Shard, SideMemory
 from policies.prompts import IGNORE, Row, pad, rows_of
 from policies.site import EditSite
 
-MASK_SHARE = 0.2  # ρ: share of ΔW's entries a shard may use
+RANK = 8  # of a shard's ΔW
+DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
 ACTIVATION_RATIO = 0.7  # threshold over the least distance on the shard's own prompts
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
+READ_TOGETHER = 16  # rows, which are padded to the longest of them
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained shard, and every fact's retrieval keys."""
+    """A trained shard."""
 
     shard: Shard
-    keys: dict[str, Keys]
     loss: float
     steps: int
 
@@ -52,14 +54,8 @@ def prompt_end(model: EditableModel, prompts: Sequence[str], layer: int) -> tupl
         caught.extend((inputs[at, batch.end], outputs[at, batch.end]))
 
     with torch.no_grad(), model.tap({layer: tap}):
-        model.model(input_ids=batch.ids, use_cache=False)
+        model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)  # nobody reads them
     return caught[0], caught[1]
-
-
-def mask_for(shard: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """The shard's random subspace, (hidden, width) of bool; it follows from the shard's number."""
-    generator = torch.Generator().manual_seed(shard)
-    return (torch.rand(tuple(shape), generator=generator) < MASK_SHARE).to(device)
 
 
 class _Training:
@@ -69,34 +65,67 @@ class _Training:
         self, model: EditableModel, site: EditSite, rows: list[Row], outside: Tensor, scale: float
     ) -> None:
         self.model, self.site, self.scale = model, site, scale
+        rows = sorted(rows, key=lambda row: row.prompt_length)  # read beside their like
         heads = [row.prompt[:-1] for row in rows]
         tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
         longest = max(map(len, tails))
         self.replay = Replay(model, site.side_layer, len(rows), max(map(len, heads)), longest)
-        self.replay.fill(0, heads, tails)
+        for at in range(0, len(rows), READ_TOGETHER):
+            part = slice(at, at + READ_TOGETHER)
+            self.replay.fill(at, heads[part], tails[part])
         self.columns = torch.arange(longest, device=model.device).repeat(len(rows), 1)
         self.labels = torch.full((len(rows), longest), IGNORE, device=model.device)
         for n, row in enumerate(rows):
             target = torch.tensor(row.target)
             self.labels[n, : len(target)] = target
         self.outside = outside.to(model.device)  # (n, width) inputs that must stay quiet
-        self.inside = torch.empty(0)  # (rows, width) inputs at the prompts' ends
+        self.inside = self._ends()
 
-    def loss(self, delta: Tensor) -> tuple[Tensor, bool]:
-        """WISE's loss for ΔW (hidden, width), and whether every target token is the argmax."""
+    def _ends(self) -> Tensor:
+        """Inputs (rows, width) where the prompts end: no ΔW changes these."""
+        caught: list[Tensor] = []
+        taps = {self.site.side_layer: lambda k, _y: caught.append(k[:, 0])}
+        with torch.no_grad(), self.model.tap(taps):
+            self.replay.logits(self.columns[:, :1])
+        return caught[0]
+
+    def begin(self, number: int) -> Delta:
+        """ΔW = 0 of shard `number`: B is nothing yet, and A k is near 0 outside and about of length
+        1 at the prompts' ends. For A's rows are random mixtures of what the inputs outside leave
+        unexplained (by ridge regression) of the inputs at the ends."""
+        own, quiet = self.inside, self.outside
+        gram = quiet @ quiet.T  # (n, n)
+        gram.diagonal().add_(gram.trace() / quiet.shape[1])
+        own = own - torch.linalg.solve(gram, quiet @ own.T).T @ quiet
+        generator = torch.Generator().manual_seed(number)
+        down = torch.randn(RANK, len(own), generator=generator).to(own.device) @ own
+        down /= (self.inside @ down.T).norm(dim=1).mean()
+        return Delta(own.new_zeros(self.model.hidden, RANK), down)
+
+    def optimiser(self, delta: Delta) -> torch.optim.Adam:
+        """Steps of B in lengths of an output, and of A in sizes of its entries."""
+        up_rate = self.site.side_rate * self.scale / self.model.hidden**0.5
+        down_rate = DOWN_RATE * float(delta.down.detach().square().mean().sqrt())
+        groups = [
+            {"params": [delta.up], "lr": up_rate},
+            {"params": [delta.down], "lr": down_rate},
+        ]
+        return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+    def loss(self, delta: Delta) -> tuple[Tensor, bool]:
+        """WISE's loss for a ΔW, and whether every target token is the argmax."""
 
         def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
-            self.inside = inputs[:, 0].detach()
-            return outputs + inputs.detach() @ delta.T  # routed from the prompt's end on
+            return outputs + delta.moved(inputs.detach())  # routed from the prompt's end on
 
         with self.model.tap({self.site.side_layer: tap}):
             logits = self.replay.logits(self.columns)
         chosen = self.labels != IGNORE
         picked, labels = logits[chosen].float(), self.labels[chosen]
-        inside = (self.inside @ delta.T).norm(dim=1) / self.scale  # (rows,)
+        inside = delta.moved(self.inside).norm(dim=1) / self.scale  # (rows,)
         margin = F.relu(self.site.beta - inside).mean()
         if len(self.outside):
-            quiet = (self.outside @ delta.T).norm(dim=1) / self.scale  # (n,)
+            quiet = delta.moved(self.outside).norm(dim=1) / self.scale  # (n,)
             margin = margin + F.relu(quiet - self.site.alpha).mean()
             gap = quiet[:, None] - inside[None, :] + self.site.gamma
             margin = margin + F.relu(gap).mean()
@@ -105,12 +134,11 @@ class _Training:
 
 def learn(
     model: EditableModel,
-    side: SideMemory,
     site: EditSite,
     facts: Sequence[Fact],
     number: int,
     *,
-    start: Tensor | None,
+    start: Delta | None,
     outside: Tensor,
     scale: float,
     steps: int,
@@ -124,18 +152,14 @@ def learn(
     layer, the unit of the margins. Raises KeditError: a fact that cannot be read, a loss that is
     not finite.
     """
-    rows = {fact.id: rows_of(model, fact) for fact in facts}
-    flat = [row for group in rows.values() for row in group]
-    work = _Training(model, site, flat, outside, scale)
-    weight = model.base_weight(site.side_layer)
-    mask = mask_for(number, weight.shape, model.device)
-    initial = torch.zeros_like(weight) if start is None else start.to(model.device)
-    free = initial.clone().requires_grad_()
-    unit = float(weight.square().mean().sqrt())
-    optimiser = torch.optim.Adam([free], lr=site.side_rate * unit, betas=(0.9, 0.95))
+    rows = [row for fact in facts for row in rows_of(model, fact)]
+    work = _Training(model, site, rows, outside, scale)
+    first = start or work.begin(number)
+    delta = Delta(first.up.clone().requires_grad_(), first.down.clone().requires_grad_())
+    optimiser = work.optimiser(delta)
     loss, left, taken = torch.inf, EXTRA_STEPS, 0
     for taken in range(1, steps + 1):
-        value, right = work.loss(free * mask)
+        value, right = work.loss(delta)
         optimiser.zero_grad()
         value.backward()
         loss = float(value.detach())
@@ -146,15 +170,32 @@ def learn(
             break
         optimiser.step()
         pulse(taken)
-    delta = (free * mask).detach()
-    distance = (work.inside @ delta.T).norm(dim=1)
+    delta = Delta(delta.up.detach(), delta.down.detach())
+    distance = delta.moved(work.inside).norm(dim=1)
     threshold = ACTIVATION_RATIO * float(distance.min())
-    keys = {fact.id: keys_of(model, side, rows[fact.id]) for fact in facts}
-    return Learned(Shard(delta, max(threshold, 1e-6)), keys, loss, taken)
+    return Learned(Shard(delta, max(threshold, 1e-6)), loss, taken)
 
 
-def keys_of(model: EditableModel, side: SideMemory, rows: Sequence[Row]) -> Keys:
-    """A fact's retrieval keys, read at the prompts of its rows."""
+def retrieval_keys(
+    model: EditableModel, side: SideMemory, facts: Sequence[Fact]
+) -> dict[str, Keys]:
+    """Every fact's retrieval keys, by its id: read at its prompts, each beside its like."""
+    rows = [(fact.id, row) for fact in facts for row in rows_of(model, fact)]
+    order = sorted(range(len(rows)), key=lambda n: rows[n][1].prompt_length)
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # a row's two keys (hidden,), by its place
+    for at in range(0, len(order), READ_TOGETHER):
+        part = order[at : at + READ_TOGETHER]
+        low, high = _keys(model, side, [rows[n][1] for n in part])
+        found |= {n: (low[i], high[i]) for i, n in enumerate(part)}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {fact.id: [] for fact in facts}
+    for place, (fact_id, _) in enumerate(rows):
+        pairs[fact_id].append(found[place])
+    keys = {fact_id: zip(*some, strict=True) for fact_id, some in pairs.items()}
+    return {n: Keys(*(torch.stack(each) for each in both)) for n, both in keys.items()}
+
+
+def _keys(model: EditableModel, side: SideMemory, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Subject and end keys (rows, hidden) of some rows."""
     prompts = [replace(row, ids=row.prompt) for row in rows]
     batch = pad(prompts, max(r.prompt_length for r in prompts), model.end or 0, model.device)
     n = torch.arange(len(prompts), device=model.device)
@@ -166,5 +207,5 @@ def keys_of(model: EditableModel, side: SideMemory, rows: Sequence[Row]) -> Keys
     low, high = side.gates.key_layer, side.layer
     taps = {low: partial(tap, low, batch.subject), high: partial(tap, high, batch.end)}
     with torch.no_grad(), model.tap(taps):
-        model.model(input_ids=batch.ids, use_cache=False)
-    return Keys(caught[low], caught[high])
+        model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)
+    return caught[low], caught[high]

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Bench, seat
+from torch import Tensor
 
 from kedit_daemon import hot
 from kedit_daemon.hot import Hot, cannot_learn
@@ -81,7 +82,7 @@ def test_a_failure_between_learning_and_writing_undoes_the_learning(
     at = bench(side=STEPS)
     at.receive(ONE)
     at.settle()
-    delta = at.served.side.shards[1].delta.clone()
+    shard = at.served.side.shards[1]
 
     def broken(*_: object) -> None:
         raise KeditError("the disk is full", code="disk")
@@ -91,7 +92,7 @@ def test_a_failure_between_learning_and_writing_undoes_the_learning(
     with pytest.raises(KeditError, match="disk"):
         at.editor.hot.take(at.store.facts((State.RECEIVED,)))
     assert set(at.served.side.shard_of) == {ONE.id}
-    assert torch.equal(at.served.side.shards[1].delta, delta)
+    assert at.served.side.shards[1] is shard
 
 
 def test_the_reason_of_a_failure_is_a_sentence() -> None:
@@ -131,3 +132,25 @@ def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(
         ("received", 1),
     ]
     assert at.says(ONE.question) == "Oslo"
+
+
+def test_neighbours_are_read_on_the_weights_as_they_are_served(bench: Make) -> None:
+    at = bench(side=STEPS)
+
+    def outside(hot: Hot) -> Tensor:
+        return hot._outside([ONE, TWO])
+
+    def fresh() -> Tensor:
+        return outside(Hot(at.editor.flush, 16, 1, lambda: None))
+
+    kept = at.editor.hot
+    before = outside(kept)
+    kept._outside([TWO])
+    assert torch.allclose(outside(kept), before, atol=1e-5)
+    assert torch.allclose(fresh(), before, atol=1e-5)
+    at.served.model.set_deltas({0: at.served.model.base_weight(0) * 0.3})
+    with at.store.transaction():
+        at.store.activate(at.store.add_generation(None, "another", 0, "a flush", (), {}))
+    after = outside(kept)
+    assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.allclose(after, fresh(), atol=1e-5)

@@ -10,6 +10,7 @@ from kedit_daemon.loading import Loaded
 from kedit_daemon.serving import INDEX, Served, pack_keys, unpack_keys
 from memory.errors import KeditError
 from memory.facts import State
+from memory.files import save_tensors
 from memory.side import Keys, fact_id_of
 
 ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")
@@ -76,6 +77,29 @@ def test_the_facts_of_a_damaged_shard_are_learned_again(at: Bench) -> None:
     at.settle()
     assert [text for text, _ in answers(at)[:3]] == ["Oslo", "Lima", "Cairo"]
     assert not at.store.facts((State.RECEIVED,))
+
+
+def test_a_shard_comes_back_as_it_was(at: Bench) -> None:
+    before = dict(at.served.side.shards)
+    at.restart()
+    assert at.served.side.shards.keys() == before.keys()
+    for number, found in at.served.side.shards.items():
+        known = before[number]
+        assert found.threshold == known.threshold
+        assert torch.equal(found.delta.up, known.delta.up)
+        assert torch.equal(found.delta.down, known.delta.down)
+
+
+def test_the_facts_of_a_shard_of_an_older_form_are_learned_again(at: Bench) -> None:
+    (row,) = at.store.shards()
+    weight = at.served.model.base_weight(at.served.site.side_layer)
+    sha = save_tensors(at.home.side, {"delta": torch.zeros_like(weight)})
+    with at.store.transaction():
+        at.store.put_shard(row.id, sha, row.facts, row.threshold)
+    at.restart()
+    assert [f.id for f in at.store.facts((State.RECEIVED,))] == [TWO.id, THREE.id]
+    at.settle()
+    assert [text for text, _ in answers(at)[:3]] == ["Oslo", "Lima", "Cairo"]
 
 
 @pytest.mark.parametrize("data", [None, b"noise"])

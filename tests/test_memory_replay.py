@@ -164,6 +164,16 @@ def test_a_row_that_is_no_number_spoils_no_other(any_model: EditableModel) -> No
     assert torch.allclose(healed[1], healed[0], atol=1e-4)
 
 
+def test_pads_before_the_longest_head_of_a_filling_are_not_computed(model: EditableModel) -> None:
+    rows, seen = pieces(model)[:5], list[int]()
+    replay = filled(model, 1, rows)
+    with model.tap({0: lambda k, _y: seen.append(k.shape[1])}):
+        replay.fill(3, [rows[3][0]], [rows[3][1]])
+        replay.fill(1, [[]], [rows[1][1]])
+    assert seen == [len(rows[3][0]) + TAIL, TAIL]
+    assert_whole(model, replay, [rows[0], ([], rows[1][1]), *rows[2:]])
+
+
 @pytest.mark.parametrize("layer", [1, 3])
 def test_the_blocks_below_are_not_run_again(any_model: EditableModel, layer: int) -> None:
     rows = pieces(any_model)

@@ -9,9 +9,9 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.generate import answers
 from memory.model import EditableModel
-from memory.side import Gates, Keys, Match, Shard, SideMemory, fact_id_of, number_of
+from memory.side import Delta, Gates, Keys, Match, Shard, SideMemory, fact_id_of, number_of
 
-KEY, LAYER = 1, 2
+KEY, LAYER, RANK = 1, 2, 3
 ONE, TWO = "000000000001", "ffffffffffff"
 FIRST, SECOND = "The seat of country 11 is", "The seat of country 12 is"
 PROMPTS = [FIRST, SECOND, "The seat of country 13 is"]
@@ -42,6 +42,14 @@ def gate(side: SideMemory, **changes: float) -> None:
     side.gates = replace(side.gates, **changes)  # type: ignore[arg-type]
 
 
+def delta_of(model: EditableModel, seed: int) -> Delta:
+    """A random ΔW, as large as one of full rank whose entries are of size 2."""
+    random = torch.Generator().manual_seed(seed)
+    hidden, width = model.weight(LAYER).shape
+    up = torch.randn(hidden, RANK, generator=random)
+    return Delta(up, torch.randn(RANK, width, generator=random) * 2 / RANK**0.5)
+
+
 def side_of(
     model: EditableModel,
     prompts: dict[str, str],
@@ -53,9 +61,7 @@ def side_of(
     centres = {n: torch.linspace(-0.1, 0.1, model.hidden) * n for n in (KEY, LAYER)}
     side = SideMemory(model, Gates(KEY, LAYER, subject, end, subject), centres)
     for n, (fact_id, prompt) in enumerate(prompts.items(), 1):
-        generator = torch.Generator().manual_seed(n)
-        delta = torch.randn(model.weight(LAYER).shape, generator=generator) * 2
-        side.shards[n] = Shard(delta, threshold)
+        side.shards[n] = Shard(delta_of(model, n), threshold)
         side.put(fact_id, n, keys_of(side, prompt), "")
     return side
 
@@ -112,7 +118,8 @@ def test_a_fact_fires_at_its_prompt_alone(model: EditableModel) -> None:
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
     match = match_of(side, SECOND)
     _, inputs, _ = read(model, SECOND)
-    distance = float((side.shards[2].delta @ inputs).norm())
+    delta = side.shards[2].delta
+    distance = float((delta.up @ delta.down @ inputs).norm())
     assert match is not None
     assert (match.shard, match.score) == (2, pytest.approx(1, abs=1e-5))
     assert match.margin == pytest.approx(distance / 1e-3, rel=1e-5)
@@ -207,7 +214,7 @@ def test_of_two_facts_on_a_subject_the_one_that_is_asked_for_fires(model: Editab
 def test_the_distance_alone_may_say_no(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     delta = side.shards[1].delta
-    distance = float((delta @ read(model, FIRST)[1]).norm())
+    distance = float((delta.up @ delta.down @ read(model, FIRST)[1]).norm())
     side.shards[1] = Shard(delta, distance * 0.999)
     assert fired(side, FIRST) == ONE
     side.shards[1] = Shard(delta, distance * 1.001)
@@ -283,7 +290,8 @@ def test_a_routed_token_is_computed_with_the_shards_weights(model: EditableModel
             routed = model.model(input_ids=ids, use_cache=False).logits[0, -1]
         # The same sum, had the last token alone seen W0 + ΔW.
         prefix = model.model(input_ids=ids[:, :-1], use_cache=True)
-        model.set_deltas({LAYER: side.shards[1].delta})
+        delta = side.shards[1].delta
+        model.set_deltas({LAYER: delta.up @ delta.down})
         last = model.model(input_ids=ids[:, -1:], past_key_values=prefix.past_key_values)
     assert torch.allclose(routed, last.logits[0, -1], atol=1e-4)
 

@@ -10,18 +10,19 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.generate import answers
 from memory.model import EditableModel
-from memory.side import Gates, SideMemory
+from memory.side import Delta, Gates, SideMemory
+from policies import wise
 from policies.prompts import rows_of
 from policies.site import EditSite, default_site
 from policies.wise import (
     ACTIVATION_RATIO,
     DONE,
     EXTRA_STEPS,
-    MASK_SHARE,
+    RANK,
     Learned,
     learn,
-    mask_for,
     prompt_end,
+    retrieval_keys,
 )
 
 FACTS = [seat(11, "Oslo"), seat(12, "Rome")]
@@ -51,18 +52,25 @@ def learned(
     facts: list[Fact],
     outside: Tensor,
     steps: int = 200,
-    start: Tensor | None = None,
+    start: Delta | None = None,
+    number: int = 1,
 ) -> Learned:
     scale = float(side.centres[side.layer].norm())  # near the outputs' own length
     return learn(
-        side.model, side, site, facts, 1, start=start, outside=outside, scale=scale, steps=steps
+        side.model, site, facts, number, start=start, outside=outside, scale=scale, steps=steps
     )
 
 
-def lay(side: SideMemory, found: Learned) -> None:
+def lay(side: SideMemory, found: Learned, facts: list[Fact]) -> None:
     side.shards[1] = found.shard
-    for fact_id, keys in found.keys.items():
+    for fact_id, keys in retrieval_keys(side.model, side, facts).items():
         side.put(fact_id, 1, keys, "")
+
+
+def prompts_of(side: SideMemory, facts: list[Fact]) -> list[str]:
+    """As they are learned, contexts and all."""
+    model = side.model
+    return [model.decode(row.prompt) for fact in facts for row in rows_of(model, fact)]
 
 
 def said(side: SideMemory, facts: list[Fact]) -> list[str]:
@@ -82,23 +90,34 @@ def test_the_prompts_end_is_read_whatever_the_company(model: EditableModel) -> N
     assert [t.shape for t in empty] == [(0, inputs.shape[1]), (0, outputs.shape[1])]
 
 
-def test_a_shards_subspace_follows_from_its_number() -> None:
-    shape, cpu = (200, 300), torch.device("cpu")
-    one, other = mask_for(1, shape, cpu), mask_for(2, shape, cpu)
-    torch.manual_seed(5)
-    assert torch.equal(mask_for(1, shape, cpu), one)
-    assert not torch.equal(one, other)
-    assert float(one.float().mean()) == pytest.approx(MASK_SHARE, abs=0.01)
+def test_a_shards_beginning_follows_from_its_number(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    one, again = (learned(side, site, FACTS, outside, steps=2).shard.delta for _ in range(2))
+    assert torch.equal(one.up, again.up) and torch.equal(one.down, again.down)
+    other = learned(side, site, FACTS, outside, steps=2, number=2).shard.delta
+    assert not torch.allclose(one.down, other.down, atol=0.1 * float(one.down.std()))
+
+
+def test_a_shard_begins_as_nothing_that_sees_its_facts_and_little_else(
+    side: SideMemory, site: EditSite, outside: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wise, "DOWN_RATE", 0.0)
+    still = replace(site, side_rate=0.0)
+    delta = learned(side, still, FACTS, outside, steps=1).shard.delta
+    inside, _ = prompt_end(side.model, prompts_of(side, FACTS), site.side_layer)
+    assert not delta.moved(inside).any()
+    seen, quiet = (float((k @ delta.down.T).norm(dim=1).mean()) for k in (inside, outside))
+    assert seen == pytest.approx(1, rel=1e-3)
+    assert quiet < 0.05
 
 
 def test_learned_facts_are_said_under_the_overlay(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     plain = said(side, FACTS)
-    found = learned(side, site, FACTS, outside)
-    lay(side, found)
+    lay(side, learned(side, site, FACTS, outside), FACTS)
     assert said(side, FACTS) == ["Oslo", "Rome"] != plain
-    assert set(found.keys) == {f.id for f in FACTS}
 
 
 def test_facts_with_targets_of_different_length_share_a_shard(
@@ -107,30 +126,36 @@ def test_facts_with_targets_of_different_length_share_a_shard(
     facts = [seat(11, "Oslo"), seat(12, "Rome and Lima")]
     lengths = {len(side.model.encode_target(f.question, f.target)) for f in facts}
     assert len(lengths) == 2
-    lay(side, learned(side, site, facts, outside))
+    lay(side, learned(side, site, facts, outside), facts)
     assert said(side, facts) == ["Oslo", "Rome and Lima"]
 
 
-def test_a_shard_stays_in_its_subspace(side: SideMemory, site: EditSite, outside: Tensor) -> None:
-    delta = learned(side, site, FACTS, outside, steps=8).shard.delta
-    mask = mask_for(1, delta.shape, delta.device)
-    assert not delta[~mask].any()
-    assert delta[mask].any()
+def test_a_shard_has_the_same_small_rank_however_often_it_is_trained(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    hidden, width = side.model.base_weight(site.side_layer).shape
+    first = learned(side, site, FACTS[:1], outside, steps=8).shard.delta
+    again = learned(side, site, FACTS, outside, steps=8, start=first).shard.delta
+    for delta in (first, again):
+        assert (delta.up.shape, delta.down.shape) == ((hidden, RANK), (RANK, width))
+        assert not delta.up.requires_grad and not delta.down.requires_grad
+    assert hidden > RANK
+    for before, after in ((first.up, again.up), (first.down, again.down)):
+        assert not torch.allclose(before, after, atol=0.01 * float(before.std()))
 
 
 def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     shard = learned(side, site, FACTS, outside).shard
-    prompts = [side.model.decode(row.prompt) for fact in FACTS for row in rows_of(side.model, fact)]
-    inside, _ = prompt_end(side.model, prompts, site.side_layer)
-    distance = (inside @ shard.delta.T).norm(dim=1)
-    quiet = (outside @ shard.delta.T).norm(dim=1)
+    inside, _ = prompt_end(side.model, prompts_of(side, FACTS), site.side_layer)
+    distance = shard.delta.moved(inside).norm(dim=1)
+    quiet = shard.delta.moved(outside).norm(dim=1)
     assert shard.threshold == pytest.approx(ACTIVATION_RATIO * float(distance.min()), rel=1e-3)
     assert float(quiet.median()) < float(distance.min())
 
 
-def routed_loss(side: SideMemory, facts: list[Fact], delta: Tensor, early: int) -> float:
+def routed_loss(side: SideMemory, facts: list[Fact], delta: Delta, early: int) -> float:
     """Mean NLL of the targets, ΔW laid over all tokens from `early` before the prompt's end on."""
     model, losses = side.model, []
     for row in (row for fact in facts for row in rows_of(model, fact)):
@@ -138,7 +163,7 @@ def routed_loss(side: SideMemory, facts: list[Fact], delta: Tensor, early: int) 
 
         def tap(inputs: Tensor, outputs: Tensor, at: int = first - early) -> Tensor:
             routed = outputs.clone()
-            routed[:, at:] += inputs[:, at:] @ delta.T
+            routed[:, at:] += delta.moved(inputs[:, at:])
             return routed
 
         with torch.no_grad(), model.tap({side.layer: tap}):
@@ -154,10 +179,11 @@ def test_what_is_learned_is_routed_from_the_prompts_end_on(
     site = replace(site, alpha=1e9, beta=0, gamma=-1e9)  # the targets alone, without margins
     side.model.set_deltas({0: side.model.base_weight(0) * 0.3})
     facts = [FACTS[0], seat(12, "Rome and Lima", paraphrases=("{}:",))]
-    shape = side.model.base_weight(site.side_layer).shape
-    start = torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    start *= mask_for(1, shape, start.device)
-    loss = learned(side, site, facts, torch.empty(0, shape[1]), steps=1, start=start).loss
+    hidden, width = side.model.base_weight(site.side_layer).shape
+    random = torch.Generator().manual_seed(2)
+    up, down = (torch.randn(n, RANK, generator=random) / 4 for n in (hidden, width))
+    start = Delta(up, down.T)
+    loss = learned(side, site, facts, torch.empty(0, width), steps=1, start=start).loss
     assert loss == pytest.approx(routed_loss(side, facts, start, 0), abs=1e-4)
     for elsewhere in (-1, 1, 2):
         assert abs(loss - routed_loss(side, facts, start, elsewhere)) > 1e-3
@@ -172,17 +198,20 @@ def test_the_margins_keep_a_shard_quiet_elsewhere(
     def contrast(found: Learned) -> float:
         prompts = [f.question for f in FACTS]
         inside, _ = prompt_end(side.model, prompts, site.side_layer)
-        delta = found.shard.delta.T
-        return float((inside @ delta).norm(dim=1).mean() / (outside @ delta).norm(dim=1).mean())
+        near, far = (found.shard.delta.moved(k).norm(dim=1).mean() for k in (inside, outside))
+        return float(near / far)
 
     assert contrast(calm) > contrast(loud)
 
 
 def test_keys_are_the_centred_outputs_at_subject_and_prompts_end(
-    side: SideMemory, site: EditSite, outside: Tensor
+    side: SideMemory, site: EditSite
 ) -> None:
-    facts = [FACTS[0], seat(12, "Rome", paraphrases=("Where {} is ruled from:",))]
-    found = learned(side, site, facts, outside, steps=1).keys
+    facts = [
+        *(seat(n, "Oslo") for n in range(20, 29)),
+        seat(12, "Rome", paraphrases=("Where {} is ruled from:",)),
+    ]
+    found = retrieval_keys(side.model, side, facts)
     for fact in facts:
         rows = rows_of(side.model, fact)
         prompts = [side.model.decode(row.prompt) for row in rows]
@@ -198,24 +227,28 @@ def test_learning_reads_the_weights_as_served_and_leaves_them_alone(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     model, low = side.model, site.key_layer
-    clean = learned(side, site, FACTS, outside, steps=3)
+    clean, clean_keys = (
+        learned(side, site, FACTS, outside, steps=3).shard.delta,
+        retrieval_keys(model, side, FACTS),
+    )
     model.set_deltas({low: model.base_weight(low) * 0.5})
     edited = model.weights_hash(range(4))
-    again = learned(side, site, FACTS, outside, steps=3)
+    again = learned(side, site, FACTS, outside, steps=3).shard.delta
+    again_keys = retrieval_keys(model, side, FACTS)
     assert model.weights_hash(range(4)) == edited
-    assert not torch.allclose(again.shard.delta, clean.shard.delta, atol=1e-3)
+    assert not torch.allclose(again.up, clean.up, atol=0.01 * float(clean.up.std()))
     for fact in FACTS:
         _, end = prompt_end(model, [fact.question], site.side_layer)
-        keys = again.keys[fact.id].end
+        keys = again_keys[fact.id].end
         assert torch.allclose(keys[0], side.key(site.side_layer, end)[0], atol=1e-4)
-        assert not torch.allclose(keys, clean.keys[fact.id].end, atol=1e-3)
+        assert not torch.allclose(keys, clean_keys[fact.id].end, atol=1e-3)
 
 
 def test_facts_are_said_on_edited_weights(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     side.model.set_deltas({n: side.model.base_weight(n) * 0.3 for n in (0, site.side_layer)})
-    lay(side, learned(side, site, FACTS, outside))
+    lay(side, learned(side, site, FACTS, outside), FACTS)
     assert said(side, FACTS) == ["Oslo", "Rome"]
 
 
@@ -227,7 +260,8 @@ def test_training_ends_when_there_is_nothing_left_to_learn(
     first = learned(side, site, FACTS[:1], outside)
     assert first.steps < 200
     assert first.loss < DONE
-    again = learned(side, site, FACTS[:1], outside, start=first.shard.delta)
+    gently = replace(site, side_rate=0.01)
+    again = learned(side, gently, FACTS[:1], outside, start=first.shard.delta)
     assert again.steps == EXTRA_STEPS + 1
 
 
@@ -237,7 +271,7 @@ def test_a_shard_goes_on_from_what_it_knows(
     first = learned(side, site, FACTS[:1], outside)
     assert learned(side, site, FACTS[:1], outside, 1, first.shard.delta).loss < 1.5 * first.loss
     grown = learned(side, site, FACTS, outside, start=first.shard.delta)
-    lay(side, grown)
+    lay(side, grown, FACTS)
     assert said(side, FACTS) == ["Oslo", "Rome"]
 
 
@@ -245,7 +279,6 @@ def test_a_pulse_is_felt_at_every_step(side: SideMemory, site: EditSite, outside
     felt: list[int] = []
     learn(
         side.model,
-        side,
         site,
         FACTS,
         1,
@@ -261,7 +294,8 @@ def test_a_pulse_is_felt_at_every_step(side: SideMemory, site: EditSite, outside
 def test_a_loss_that_is_no_number_is_refused(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
-    start = torch.full_like(side.model.base_weight(site.side_layer), torch.nan)
+    hidden, width = side.model.base_weight(site.side_layer).shape
+    start = Delta(torch.zeros(hidden, RANK), torch.full((RANK, width), torch.nan))
     before = side.model.weights_hash(range(4))
     with pytest.raises(KeditError) as caught:
         learned(side, site, FACTS, outside, start=start)
@@ -280,5 +314,5 @@ def test_a_fact_that_the_model_cannot_read_is_refused(
 def test_nothing_outside_is_no_obstacle(side: SideMemory, site: EditSite) -> None:
     width = side.model.weight(site.side_layer).shape[1]
     found = learned(side, site, FACTS, torch.empty(0, width))
-    lay(side, found)
+    lay(side, found, FACTS)
     assert said(side, FACTS) == ["Oslo", "Rome"]

@@ -17,9 +17,8 @@ from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
 from kedit_daemon.loading import ordinary_text
 from kedit_daemon.serving import empty_side
-from memory.side import Match, Shard, SideMemory
-from policies.prompts import rows_of
-from policies.wise import keys_of
+from memory.side import Delta, Match, Shard, SideMemory
+from policies.wise import retrieval_keys
 
 GATES = tuple(n / 20 for n in range(20))  # least cosines of an end key
 TEXTS = 10_000  # starts of lines of ordinary text, at most
@@ -44,9 +43,10 @@ class Routing(Study):
     def run(self, given: Given) -> dict[str, Any]:
         """Shares of the prompts of each group, by gate."""
         model, side = given.loaded.model, empty_side(given.loaded)
-        for record in given.track(given.records, "keys"):
-            fact = record.fact
-            side.put(fact.id, 0, keys_of(model, side, rows_of(model, fact)), fact.name)
+        facts = [record.fact for record in given.records]
+        keys = retrieval_keys(model, side, facts)
+        for fact in given.track(facts, "keys"):
+            side.put(fact.id, 0, keys[fact.id], fact.name)
         groups = {
             name: found(side, group) for name, group in given.track(_groups(given), "prompts")
         }
@@ -137,8 +137,10 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
 def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
     """How many prompts are not routed, and how many of them have logits that differ in a bit from
     those of the model alone. One prompt at a time: so does nothing else decide about its bits."""
-    shape, count, other = side.model.weight(side.layer).shape, 0, 0
-    side.shards[0] = Shard(torch.ones(shape, device=side.model.device), 1e-9)  # is felt if it fires
+    hidden, width = side.model.weight(side.layer).shape
+    ones = torch.ones(1, max(hidden, width), device=side.model.device)
+    side.shards[0] = Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)  # is felt if it fires
+    count, other = 0, 0
     for prompt in prompts:
         ids = torch.tensor([side.model.encode(prompt)], device=side.model.device)
         fired: list[Match | None] = []
