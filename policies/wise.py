@@ -24,9 +24,9 @@ from memory.side import Delta, Keys, Shard, SideMemory
 from policies.prompts import IGNORE, Row, pad, rows_of
 from policies.site import EditSite
 
-RANK = 8  # of a shard's ΔW
+RANK = 8  # of a shard's ΔW, at most
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
-ACTIVATION_RATIO = 0.7  # threshold over the least distance on the shard's own prompts
+ACTIVATION_RATIO = 0.3  # threshold over the least distance on the shard's own prompts
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
 READ_TOGETHER = 16  # rows, which are padded to the longest of them
@@ -89,7 +89,7 @@ class _Training:
             self.replay.logits(self.columns[:, :1])
         return caught[0]
 
-    def begin(self, number: int) -> Delta:
+    def begin(self, number: int, rank: int) -> Delta:
         """ΔW = 0 of shard `number`: B is nothing yet, and A k is near 0 outside and about of length
         1 at the prompts' ends. For A's rows are random mixtures of what the inputs outside leave
         unexplained (by ridge regression) of the inputs at the ends."""
@@ -98,9 +98,9 @@ class _Training:
         gram.diagonal().add_(gram.trace() / quiet.shape[1])
         own = own - torch.linalg.solve(gram, quiet @ own.T).T @ quiet
         generator = torch.Generator().manual_seed(number)
-        down = torch.randn(RANK, len(own), generator=generator).to(own.device) @ own
+        down = torch.randn(rank, len(own), generator=generator).to(own.device) @ own
         down /= (self.inside @ down.T).norm(dim=1).mean()
-        return Delta(own.new_zeros(self.model.hidden, RANK), down)
+        return Delta(own.new_zeros(self.model.hidden, rank), down)
 
     def optimiser(self, delta: Delta) -> torch.optim.Adam:
         """Steps of B in lengths of an output, and of A in sizes of its entries."""
@@ -138,13 +138,12 @@ def learn(
     facts: Sequence[Fact],
     number: int,
     *,
-    start: Delta | None,
     outside: Tensor,
     scale: float,
     steps: int,
     pulse: Callable[[int], None] = lambda _step: None,
 ) -> Learned:
-    """Train shard `number` on all its facts, from ΔW `start` or from nothing.
+    """Train shard `number` on its facts.
 
     On the weights as they are served: that is what the side memory is laid over.
 
@@ -154,7 +153,7 @@ def learn(
     """
     rows = [row for fact in facts for row in rows_of(model, fact)]
     work = _Training(model, site, rows, outside, scale)
-    first = start or work.begin(number)
+    first = work.begin(number, rank_for(len(facts)))
     delta = Delta(first.up.clone().requires_grad_(), first.down.clone().requires_grad_())
     optimiser = work.optimiser(delta)
     loss, left, taken = torch.inf, EXTRA_STEPS, 0
@@ -174,6 +173,11 @@ def learn(
     distance = delta.moved(work.inside).norm(dim=1)
     threshold = ACTIVATION_RATIO * float(distance.min())
     return Learned(Shard(delta, max(threshold, 1e-6)), loss, taken)
+
+
+def rank_for(facts: int) -> int:
+    """The rank of a shard's ΔW: a fact alone has to say a few different tokens."""
+    return min(RANK, 2 + 2 * facts)
 
 
 def retrieval_keys(

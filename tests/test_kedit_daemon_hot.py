@@ -4,13 +4,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import Bench, seat
-from torch import Tensor
 
 from kedit_daemon import hot
-from kedit_daemon.hot import Hot, cannot_learn
+from kedit_daemon.hot import OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, Neighbour, State
 from policies.probe import Probe, compare
+from policies.wise import prompt_end
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -32,14 +32,24 @@ def test_a_learned_fact_has_its_shard_keys_and_probe_in_the_store(bench: Make) -
     assert (stored.tier, stored.after, stored.probe["right"]) == ("side", "Oslo", True)
 
 
-def test_a_second_fact_joins_the_open_shard_and_the_first_still_holds(bench: Make) -> None:
+def test_a_second_fact_has_a_shard_of_its_own_and_the_first_is_as_it_was(bench: Make) -> None:
     at = bench(side=STEPS)
     at.receive(ONE)
     at.settle()
+    first = at.served.side.shards[1]
     at.receive(TWO)
     at.settle()
-    assert set(at.served.side.shard_of.values()) == {1}
+    assert at.served.side.shard_of == {ONE.id: 1, TWO.id: 2}
+    assert at.served.side.shards[1] is first
     assert (at.says(ONE.question), at.says(TWO.question)) == ("Oslo", "Lima")
+
+
+def test_facts_that_come_together_share_a_shard_up_to_its_size(bench: Make) -> None:
+    at = bench(side={**STEPS, "shard_facts": 2})
+    at.receive(ONE, TWO, seat(3, "Cairo"))
+    at.settle()
+    assert sorted(at.served.side.shard_of.values()) == [1, 1, 2]
+    assert [(row.id, row.facts) for row in at.store.shards()] == [(1, 2), (2, 1)]
 
 
 def test_what_is_not_said_tries_the_weights_and_leaves_no_trace(bench: Make) -> None:
@@ -102,18 +112,6 @@ def test_the_reason_of_a_failure_is_a_sentence() -> None:
     assert (made.code, str(made)) == ("unexpected", "unexpected: ValueError: no such layer")
 
 
-def test_a_newer_fact_ends_an_older_one_in_another_shard(bench: Make) -> None:
-    at, newer = bench(side={**STEPS, "shard_facts": 1}), seat(1, "Lima")
-    for fact in (ONE, newer):
-        at.receive(fact)
-        at.settle()
-    assert [(str(f.state), f.attempts) for f in at.store.facts()] == [
-        ("superseded", 0),
-        ("live-side", 0),
-    ]
-    assert (set(at.served.side.shards), at.says(newer.question)) == ({2}, "Lima")
-
-
 def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(
     bench: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,23 +132,11 @@ def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(
     assert at.says(ONE.question) == "Oslo"
 
 
-def test_neighbours_are_read_on_the_weights_as_they_are_served(bench: Make) -> None:
-    at = bench(side=STEPS)
-
-    def outside(hot: Hot) -> Tensor:
-        return hot._outside([ONE, TWO])
-
-    def fresh() -> Tensor:
-        return outside(Hot(at.editor.flush, 16, 1, lambda: None))
-
-    kept = at.editor.hot
-    before = outside(kept)
-    kept._outside([TWO])
-    assert torch.allclose(outside(kept), before, atol=1e-5)
-    assert torch.allclose(fresh(), before, atol=1e-5)
-    at.served.model.set_deltas({0: at.served.model.base_weight(0) * 0.3})
-    with at.store.transaction():
-        at.store.activate(at.store.add_generation(None, "another", 0, "a flush", (), {}))
-    after = outside(kept)
-    assert not torch.allclose(after, before, atol=1e-3)
-    assert torch.allclose(after, fresh(), atol=1e-5)
+def test_a_shard_is_kept_quiet_on_its_facts_neighbours_and_ordinary_text(bench: Make) -> None:
+    near = tuple(Neighbour(f"The seat of country {n} is") for n in range(20, 26))
+    hot = bench(side=STEPS).editor.hot
+    alone, beside = (hot._outside([replace(ONE, neighbours=some)]) for some in ((), near))
+    assert len(beside) == len(alone) + OUTSIDE_NEIGHBOURS
+    asked = [n.prompt for n in near[:OUTSIDE_NEIGHBOURS]]
+    inputs, _ = prompt_end(hot.served.model, asked, hot.served.site.side_layer)
+    assert torch.allclose(beside[len(alone) :], inputs, atol=1e-5)
