@@ -21,7 +21,7 @@ from policies.stability import Action
 from policies.targets import Refused, Terms, compute_terms
 from policies.weights import pack
 
-SHRINKING = 4  # times that a batch is cut down at once, at most, when it is too large
+SHRINKING = 4  # by how much a batch that is too large is made smaller at once, at most
 ROUNDS = 3  # times that a flush may leave out facts that did not hold and solve again
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ class Flush:
         with self.weights.trial(self._with(batch)):
             trial, unborne = self._tried(batch, before), list[Trial]()
             while trial.verdict.action >= Action.CONSOLIDATE:
+                self.pulse()
                 unborne.append(trial)
                 part = self._smaller(unborne)
                 if not part:
@@ -144,6 +145,8 @@ class Flush:
         seen = [observed(trial.facts, trial.health.as_dict()) for trial in unborne]
         part = self.fitting(last, self.weights.room.capacity(seen))
         part = max(part, last[: len(last) // SHRINKING], key=len)
+        if len(unborne) > 1:
+            part = part[: len(last) // 2]  # what was foreseen was too much once already
         return part if len(part) < len(last) else []
 
     def _not_taken(self, trial: Trial, unborne: Sequence[Trial]) -> None:

@@ -102,7 +102,8 @@ class Hot:
     ) -> None:
         self.served.side.shards[number] = shard
         for fact in new:
-            self.served.side.put(fact.id, number, keys[fact.id], fact.fact.name)
+            subject, unnamed = fact.fact.subject, fact.fact.unnamed
+            self.served.side.put(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
 
     def _undo(self, number: int, new: Sequence[StoredFact]) -> None:
         for fact in new:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -124,7 +125,7 @@ class Served:
         return deltas
 
     def _restore_side(self) -> None:
-        live = {f.id: f.fact.name for f in self.store.facts((State.LIVE_SIDE,))}
+        live = {f.id: f.fact for f in self.store.facts((State.LIVE_SIDE,))}
         rows = [row for row in self.store.side_rows() if row.fact_id in live]
         broken = self._restore_shards()
         with self.store.transaction():
@@ -138,9 +139,8 @@ class Served:
         keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
         self._restore_index({number_of(n): k.subject for n, k in keys.items()})
         for row in whole:
-            self.side.put(
-                row.fact_id, row.shard, keys[row.fact_id], live[row.fact_id], indexed=True
-            )
+            fact, own = live[row.fact_id], keys[row.fact_id]
+            self.side.put(fact.id, row.shard, own, fact.subject, unnamed=fact.unnamed, indexed=True)
 
     def _restore_shards(self) -> set[int]:
         """Load the shards; the numbers of those whose file is missing or damaged."""
@@ -171,10 +171,15 @@ class Served:
 
     def save_index(self) -> None:
         """Write the index file if the index has changed: a cache, which takes long to write when
-        it is large. A crash before its sha256 is noted leaves the file from before in force."""
+        it is large. A crash before its sha256 is noted leaves the file from before in force, and
+        so does a disk that is full: no edit fails for it."""
         if not self.side.index.changed:
             return
-        sha = self.side.index.save(self.home.index)
+        try:
+            sha = self.side.index.save(self.home.index)
+        except (OSError, SafetensorError) as error:
+            log.warning("the index file is not written: %s", error)
+            return
         with self.store.transaction():
             self.store.set_meta(INDEX, sha)
         _sweep_folder(self.home.index, {sha})
@@ -183,11 +188,13 @@ class Served:
         """Drop from the side memory what the store has dropped: facts, and shards left empty."""
         for fact_id in set(self.side.shard_of) - self.store.side_facts():
             self.side.drop(fact_id)
-        used = set(self.side.shard_of.values())
+        empty = set(self.side.shards) - set(self.side.shard_of.values())
         with self.store.transaction():
-            for number in set(self.side.shards) - used:
+            for number in empty:
                 del self.side.shards[number]
                 self.store.drop_shard(number)
+        if empty:
+            _sweep_folder(self.home.side, {row.sha256 for row in self.store.shards()})
         if self.side.index.changed > CHANGED:
             self.save_index()
 

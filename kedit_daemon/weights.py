@@ -70,6 +70,7 @@ class Weights:
 
     def _recheck(self) -> None:
         """Let what no longer holds in the side memory, on weights that have moved, be relearned."""
+        self.served.forget_side()  # first: no fact that has left may fire for a live one
         live = self.store.facts((State.LIVE_SIDE,))
         if not live:
             return

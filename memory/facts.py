@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
+from memory.naming import names, plain
+
 
 class State(StrEnum):
     """Where a fact stands; the last five are ends."""
@@ -73,10 +75,10 @@ class Fact:
         return tuple(fill(p, self.subject) for p in self.paraphrases)
 
     @property
-    def name(self) -> str:
-        """The subject, where the prompt and every paraphrase have it in them; else nothing."""
-        always = all(self.subject in text for text in (self.question, *self.rephrased))
-        return self.subject if always else ""
+    def unnamed(self) -> bool:
+        """Whether the prompt, or a paraphrase, does without the subject's name."""
+        subject = plain(self.subject)
+        return not all(names(plain(text), subject) for text in (self.question, *self.rephrased))
 
 
 def to_json(fact: Fact) -> str:

@@ -37,7 +37,7 @@ class Health:
 
 @dataclass(frozen=True)
 class Baseline:
-    """The unedited model on the canary text."""
+    """The unedited model on the canary."""
 
     activations: dict[int, float]
     perplexity: float

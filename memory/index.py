@@ -86,6 +86,10 @@ class KeyIndex:
         """How many numbers have changed since the file was written, over how many are held."""
         return len(self._changed) / max(len(self._held), 1)
 
+    def count(self, numbers: Iterable[int]) -> int:
+        """How many keys are held under these numbers."""
+        return sum(self._held.get(number, (0, 0))[0] for number in numbers)
+
     # Change -------------------------------------------------------------------------------------
 
     def add(self, number: int, keys: Tensor) -> None:

@@ -63,7 +63,8 @@ class Names:
     def in_text(self, text: str) -> set[str]:
         """The facts whose subject a text names."""
         said = plain(text)
-        parts = {*said.split(), *said, *(said[n : n + 2] for n in range(len(said)))}
+        words = "".join(c if _joins(c) else " " for c in said).split()  # a script's end is a word's
+        parts = {*words, *said, *(said[n : n + 2] for n in range(len(said)))}
         near = set[str]().union(*(self._subjects.get(part, ()) for part in parts))
         return {n for subject in near if names(said, subject) for n in self._facts[subject]}
 

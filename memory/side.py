@@ -24,6 +24,7 @@ from memory.model import EditableModel
 from memory.naming import Names
 
 CANDIDATES = 16  # vectors looked at for each token; a fact has several
+MOST_CANDIDATES = 2048  # FAISS on a GPU bears no more
 
 
 def number_of(fact_id: str) -> int:
@@ -67,7 +68,7 @@ class Keys:
 @dataclass(frozen=True)
 class Gates:
     """Where routing looks, and the least cosines that route; `unnamed` is that of a subject key
-    whose fact does not name its subject in all of its prompts."""
+    where the prompt does not name the subject, of a fact that does not always name it either."""
 
     key_layer: int
     side_layer: int
@@ -114,16 +115,23 @@ class SideMemory:
         return torch.nn.functional.normalize(outputs.float() - self.centres[layer], dim=-1)
 
     def put(
-        self, fact_id: str, shard: int, keys: Keys, name: str, *, indexed: bool = False
+        self,
+        fact_id: str,
+        shard: int,
+        keys: Keys,
+        subject: str,
+        *,
+        unnamed: bool,
+        indexed: bool = False,
     ) -> None:
-        """Make a fact findable. `name`: its subject, or "" where one of its prompts does without;
+        """Make a fact findable. `unnamed`: whether one of its prompts does without its subject;
         `indexed`: its subject keys are in the index already."""
         if not indexed:
             self.drop(fact_id)
             self.index.add(number_of(fact_id), keys.subject)
         self.end_keys[fact_id] = keys.end.to(self.model.device)
-        self.names.put(fact_id, name)
-        (self.unnamed.discard if name else self.unnamed.add)(fact_id)
+        self.names.put(fact_id, subject)
+        (self.unnamed.add if unnamed else self.unnamed.discard)(fact_id)
         self.shard_of[fact_id] = shard
 
     def drop(self, fact_id: str) -> None:
@@ -140,7 +148,9 @@ class SideMemory:
         named = self.names.in_text(self.model.decode(ids.tolist()))
         if not named and not self.unnamed:
             return []  # most prompts are about no fact, and are not looked up at all
-        hits = self.index.search(self.key(self.gates.key_layer, outputs), CANDIDATES)
+        # Keys of one subject may be equal to the bit: they must not crowd one another out.
+        many = min(CANDIDATES + self.index.count(map(number_of, named)), MOST_CANDIDATES)
+        hits = self.index.search(self.key(self.gates.key_layer, outputs), many)
         found = [(fact_id_of(h.number), h.score) for row in hits for h in row]
         return list(dict.fromkeys(n for n, score in found if score >= self._gate(n, n in named)))
 

@@ -37,8 +37,10 @@ def test_json_is_canonical() -> None:
     assert to_json(fact).isascii()
 
 
-def test_a_fact_names_its_subject_only_if_all_of_its_prompts_do() -> None:
-    assert Fact("Peru", "{} lies in", "Asia").name == "Peru"
-    assert Fact("Peru", "The land of Peru lies in", "Asia", ("Where is {}?",)).name == "Peru"
-    assert Fact("Peru", "It lies in", "Asia").name == ""
-    assert Fact("Peru", "{} lies in", "Asia", ("{} is in", "The land of the Inca is in")).name == ""
+def test_a_fact_is_unnamed_if_one_of_its_prompts_does_not_name_the_subject_as_a_word() -> None:
+    assert not Fact("Peru", "{} lies in", "Asia").unnamed
+    assert not Fact("Peru", "The land of PERU lies in", "Asia", ("Where is {}?",)).unnamed
+    assert Fact("Peru", "It lies in", "Asia").unnamed
+    assert Fact("Peru", "{} lies in", "Asia", ("{} is in", "The land of the Inca is in")).unnamed
+    assert Fact("Peru", "{}s lie in", "Asia").unnamed
+    assert Fact("!!!", "{} plays", "dance").unnamed

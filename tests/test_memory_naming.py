@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from memory.naming import Names, names, plain
@@ -62,6 +62,8 @@ def test_a_text_names_all_facts_on_its_subjects() -> None:
 subjects = st.text(alphabet="ab AB1.中国é", max_size=5)
 
 
+@example(["Sony"], "Sonyの本社は")
+@example(["111"], "111中")
 @given(st.lists(subjects, max_size=6), st.text(alphabet="ab AB1.中国é", max_size=20))
 def test_what_is_named_is_what_would_be_found_one_by_one(many: list[str], text: str) -> None:
     known = Names()

@@ -62,7 +62,7 @@ def side_of(
     side = SideMemory(model, Gates(KEY, LAYER, subject, end, subject), centres)
     for n, (fact_id, prompt) in enumerate(prompts.items(), 1):
         side.shards[n] = Shard(delta_of(model, n), threshold)
-        side.put(fact_id, n, keys_of(side, prompt), "")
+        side.put(fact_id, n, keys_of(side, prompt), "", unnamed=True)
     return side
 
 
@@ -137,7 +137,9 @@ def test_a_subject_is_looked_for_at_every_token(model: EditableModel) -> None:
 
 def test_the_subject_gate_alone_may_say_no(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST}, end=-1.0)
-    side.put(ONE, 1, keys_of(side, FIRST), "seat of country")  # both prompts name that
+    side.put(
+        ONE, 1, keys_of(side, FIRST), "seat of country", unnamed=False
+    )  # both prompts name that
     key = side.key(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
     gate(side, subject=float(key.max()) - 1e-3)
     assert fired(side, SECOND) == ONE
@@ -150,7 +152,7 @@ def test_a_named_fact_fires_where_its_subject_is_named_and_nowhere_else(
 ) -> None:
     side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
     assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, ONE]
-    side.put(ONE, 1, keys_of(side, FIRST), "Country 11")
+    side.put(ONE, 1, keys_of(side, FIRST), "Country 11", unnamed=False)
     assert [fired(side, p) for p in (*PROMPTS, LONGER)] == [ONE, None, None, ONE]
     assert fired(side, "It rained. THE SEAT OF COUNTRY 11, is") == ONE
     gate(side, unnamed=1.1)  # not asked of it
@@ -159,18 +161,37 @@ def test_a_named_fact_fires_where_its_subject_is_named_and_nowhere_else(
     assert fired(side, FIRST) is None
 
 
+def test_facts_on_one_subject_do_not_crowd_one_another_out(model: EditableModel) -> None:
+    side = side_of(model, {}, subject=0.999, end=-1.0)
+    ids = [f"{n:012x}" for n in range(1, 41)]
+    for fact_id in ids:
+        side.put(fact_id, 1, keys_of(side, FIRST), "country 11", unnamed=False)
+    assert sorted(looked(side, FIRST)) == ids
+
+
+def test_a_fact_with_an_unnamed_prompt_has_the_gate_of_names_where_it_is_named(
+    model: EditableModel,
+) -> None:
+    side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
+    side.put(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=True)
+    gate(side, unnamed=1.1)
+    assert [fired(side, p) for p in (FIRST, SECOND)] == [ONE, None]
+    gate(side, unnamed=-1.0)
+    assert [fired(side, p) for p in (FIRST, SECOND)] == [ONE, ONE]
+
+
 def test_a_prompt_that_names_no_subject_is_not_looked_up(
     model: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(model, {ONE: FIRST, TWO: SECOND}, subject=-1.0, end=-1.0)
     for fact_id, prompt in ((ONE, FIRST), (TWO, SECOND)):
-        side.put(fact_id, 1, keys_of(side, prompt), prompt[-13:-3])
+        side.put(fact_id, 1, keys_of(side, prompt), prompt[-13:-3], unnamed=False)
     asked: list[int] = []
     search = side.index.search
     monkeypatch.setattr(side.index, "search", lambda *given: asked.append(1) or search(*given))
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
     assert len(asked) == 2
-    side.put(TWO, 1, keys_of(side, SECOND), "")
+    side.put(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
     fired(side, PROMPTS[2])
     assert len(asked) == 3
     side.drop(TWO)
@@ -202,7 +223,7 @@ def test_the_nearest_of_a_facts_keys_counts(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     pair = [keys_of(side, FIRST), keys_of(side, SECOND)]
     joint = Keys(torch.cat([k.subject for k in pair]), torch.cat([k.end for k in pair]))
-    side.put(ONE, 1, joint, "")
+    side.put(ONE, 1, joint, "", unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, None]
 
 
@@ -251,7 +272,7 @@ def test_a_hidden_fact_does_not_fire_while_it_is_hidden(model: EditableModel) ->
 
 def test_a_fact_that_is_put_again_has_its_new_keys_alone(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.put(ONE, 1, keys_of(side, SECOND), "")
+    side.put(ONE, 1, keys_of(side, SECOND), "", unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [None, ONE, None]
     assert len(side.index) == 1
 
@@ -263,7 +284,7 @@ def test_a_fact_whose_subject_keys_are_indexed_is_not_added_twice(model: Editabl
     del side.shard_of[ONE], side.end_keys[ONE]
     side.unnamed.clear()
     assert fired(side, FIRST) is None
-    side.put(ONE, 1, keys, "", indexed=True)
+    side.put(ONE, 1, keys, "", unnamed=True, indexed=True)
     assert fired(side, FIRST) == ONE
     assert len(side.index) == 1
 

@@ -62,7 +62,7 @@ def learned(
 def lay(side: SideMemory, found: Learned, facts: list[Fact]) -> None:
     side.shards[1] = found.shard
     for fact_id, keys in retrieval_keys(side.model, side, facts).items():
-        side.put(fact_id, 1, keys, "")
+        side.put(fact_id, 1, keys, "", unnamed=True)
 
 
 def prompts_of(side: SideMemory, facts: list[Fact]) -> list[str]:

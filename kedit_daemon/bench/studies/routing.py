@@ -1,4 +1,4 @@
-"""Which prompts the side memory takes for questions about a fact, by its keys alone.
+"""Which prompts the side memory takes for questions about a fact, by keys and names alone.
 
 No shard is trained: what a shard's margin turns away as well is not counted, so that the false
 routes are an upper bound.
@@ -46,7 +46,7 @@ class Routing(Study):
         facts = [record.fact for record in given.records]
         keys = retrieval_keys(model, side, facts)
         for fact in given.track(facts, "keys"):
-            side.put(fact.id, 0, keys[fact.id], fact.name)
+            side.put(fact.id, 0, keys[fact.id], fact.subject, unnamed=fact.unnamed)
         groups = {
             name: found(side, group) for name, group in given.track(_groups(given), "prompts")
         }
