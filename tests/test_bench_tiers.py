@@ -64,10 +64,11 @@ def test_wise_leaves_the_weights_alone_and_answers_by_its_overlay(setup: MakeSet
     assert method.overlay is not None
     assert answers(model, asked, 12, method.overlay) == ["Oslo", "Lima", "Cairo"]
     assert answers(model, asked, 12) != ["Oslo", "Lima", "Cairo"]
-    (shard,) = method.store.shards()
+    shards = method.store.shards()  # one for each batch
+    assert [shard.facts for shard in shards] == [2, 1]
     keys = sum(len(row.blob) for row in method.store.side_rows())
-    size = (method.home.side / f"{shard.sha256}.safetensors").stat().st_size
-    assert method.stored_bytes() == keys + size
+    paths = [method.home.side / f"{shard.sha256}.safetensors" for shard in shards]
+    assert method.stored_bytes() == keys + sum(path.stat().st_size for path in paths)
     assert set(method.watch.parts) == {"learn", "probe"}
     method.close()
 
