@@ -55,6 +55,18 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
     return answers
 
 
+def equally_long(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Places of prompts of one length, at most MAX_ROWS together."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, prompt in enumerate(prompts):
+        groups[len(prompt)].append(place)
+    return [
+        places[start : start + MAX_ROWS]
+        for places in groups.values()
+        for start in range(0, len(places), MAX_ROWS)
+    ]
+
+
 # Opens an overlay for a group of rows that run together; told their places among the prompts.
 Overlay = Callable[[list[int]], AbstractContextManager[object]]
 
@@ -66,17 +78,12 @@ def answers(
     overlay: Overlay | None = None,
 ) -> list[str]:
     """One answer a prompt, each cut at its natural stop."""
-    groups: dict[int, list[int]] = defaultdict(list)
     encoded = [model.encode(p) for p in prompts]
-    for place, tokens in enumerate(encoded):
-        groups[len(tokens)].append(place)
     result = [""] * len(prompts)
-    for places in groups.values():
-        for start in range(0, len(places), MAX_ROWS):
-            rows = places[start : start + MAX_ROWS]
-            ids = torch.tensor([encoded[p] for p in rows], device=model.device)
-            with torch.no_grad(), overlay(rows) if overlay else nullcontext():
-                said = _decode_group(model, ids, max_tokens)
-            for place, tokens in zip(rows, said, strict=True):
-                result[place] = first_sentence(model.decode(tokens))
+    for rows in equally_long(encoded):
+        ids = torch.tensor([encoded[p] for p in rows], device=model.device)
+        with torch.no_grad(), overlay(rows) if overlay else nullcontext():
+            said = _decode_group(model, ids, max_tokens)
+        for place, tokens in zip(rows, said, strict=True):
+            result[place] = first_sentence(model.decode(tokens))
     return result

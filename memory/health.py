@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memory.generate import MAX_ROWS
+from memory.generate import equally_long
 from memory.ledger import canonical
 from memory.model import EditableModel
 
@@ -59,10 +58,7 @@ class Canary:
     ) -> None:
         self.model, self.layers = model, tuple(layers)
         self._rows = [ids for line in lines if len(ids := model.encode(line)[:MAX_TOKENS]) > 8]
-        self._asked: dict[int, list[list[int]]] = defaultdict(list)  # statements, by their length
-        for statement in statements:
-            ids = model.encode(statement)
-            self._asked[len(ids)].append(ids)
+        self._asked = [model.encode(statement) for statement in statements]
         with model.at_base():
             self.baseline = Baseline(*self._read(), self._completed())
 
@@ -90,12 +86,11 @@ class Canary:
     def _completed(self) -> tuple[int, ...]:
         """The likeliest token after each statement; statements of one length run together."""
         found: list[int] = []
-        for group in self._asked.values():
-            for start in range(0, len(group), MAX_ROWS):
-                ids = torch.tensor(group[start : start + MAX_ROWS], device=self.model.device)
-                with torch.no_grad():
-                    out = self.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-                found += out.logits[:, -1].argmax(-1).tolist()
+        for places in equally_long(self._asked):
+            ids = torch.tensor([self._asked[n] for n in places], device=self.model.device)
+            with torch.no_grad():
+                out = self.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            found += out.logits[:, -1].argmax(-1).tolist()
         return tuple(found)
 
     def _agreement(self) -> float:

@@ -1,6 +1,5 @@
 """Teacher forcing: what the model gives to each token of wanted answers, rows side by side."""
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memory.generate import MAX_ROWS, Overlay
+from memory.generate import MAX_ROWS, Overlay, equally_long
 from memory.model import EditableModel
 from policies.prompts import Row
 
@@ -53,18 +52,6 @@ def forced(
                     scored = _by_token(model, chunk)
         result.update(zip(places, scored, strict=True))
     return [result[n] for n in range(len(rows))]
-
-
-def equally_long(prompts: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Places of prompts of one length, at most MAX_ROWS together."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for place, prompt in enumerate(prompts):
-        groups[len(prompt)].append(place)
-    return [
-        places[start : start + MAX_ROWS]
-        for places in groups.values()
-        for start in range(0, len(places), MAX_ROWS)
-    ]
 
 
 def _at_once(model: EditableModel, rows: Sequence[Wanted]) -> list[Forced]:

@@ -24,6 +24,7 @@ from memory.errors import KeditError
 from memory.facts import LIVE, Fact, Neighbour
 from memory.facts import fill as filled
 from policies.probe import same
+from policies.site import EditSite
 
 FOLDER = Path(__file__).parent
 START_SECONDS = 120.0
@@ -46,7 +47,7 @@ class Story:
 
 def _settings() -> str:
     """The default ones, but for what the weights may move: they are to be seen at work here, and
-    at the default limit those of so small a model take two or three facts."""
+    at the default limit those of so small a model take one to three facts."""
     text = config.default_text("shipped")
     for verdict, limit in MOVED.items():
         name = f"agreement_{verdict}"
@@ -234,7 +235,8 @@ def _flush_and_audit(main: Running, story: Story, tally: Tally) -> Fact:
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
     tally.echo(f"   {figures['agreement']:.1%} of other statements are completed as before;")
-    tally.echo("   by default no more than 3 % may differ, and most facts would stay beside")
+    most = EditSite.agreement_consolidate
+    tally.echo(f"   by default less than {most:.0%} may differ, and most facts would stay beside")
     tally.check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
     return next(f for f in story.facts if f.id in done["flushed"])
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit_daemon.bench.scoring import equally_long
 from kedit_daemon.bench.studies.shared import cent, spread
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
 from kedit_daemon.loading import ordinary_text
 from kedit_daemon.serving import empty_side
+from memory.generate import equally_long
 from memory.side import Delta, Match, Shard, SideMemory
 from policies.wise import retrieval_keys
 
