@@ -126,7 +126,6 @@ class Flush:
             else:
                 with self.store.transaction():
                     self._not_taken(trial, unborne)
-        self.served.forget_side()
         return result
 
     def _tried(self, batch: Sequence[StoredFact], before: dict[str, list[str]]) -> Trial:

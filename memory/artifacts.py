@@ -56,13 +56,10 @@ class Artifacts(Journal):
         """Take a fact's retrieval keys out; harmless where there are none."""
         self._write("DELETE FROM side_keys WHERE fact_id = ?", fact_id)
 
-    def put_shard(self, shard_id: int | None, sha256: str, facts: int, threshold: float) -> int:
-        """Add a shard (None), or set what is known of one; returns its id."""
+    def put_shard(self, shard_id: int, sha256: str, facts: int, threshold: float) -> None:
+        """Add a shard. One that is there already is never overwritten: that fails."""
         row = {"sha256": sha256, "facts": facts, "threshold": threshold, "created_at": self.now()}
-        if shard_id is None:
-            return self._insert("shards", row)
-        self._upsert("shards", "id", {"id": shard_id, **row}, keep=("created_at",))
-        return shard_id
+        self._insert("shards", {"id": shard_id, **row})
 
     def shards(self) -> list[ShardRow]:
         """All shards, oldest first."""

@@ -1,7 +1,7 @@
 """The database under the store: one connection, whole transactions, events, meta."""
 
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -84,9 +84,9 @@ class Journal:
         done = self._write(f"INSERT INTO {table}({names}) VALUES ({marks})", *row.values())
         return int(done.lastrowid or 0)
 
-    def _upsert(self, table: str, key: str, row: dict[str, Any], keep: Sequence[str] = ()) -> None:
+    def _upsert(self, table: str, key: str, row: dict[str, Any]) -> None:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
-        changed = ", ".join(f"{n} = excluded.{n}" for n in row if n != key and n not in keep)
+        changed = ", ".join(f"{n} = excluded.{n}" for n in row if n != key)
         self._write(
             f"INSERT INTO {table}({names}) VALUES ({marks}) ON CONFLICT({key}) DO UPDATE "
             f"SET {changed}",

@@ -95,6 +95,7 @@ def test_the_facts_of_a_shard_of_an_older_form_are_learned_again(at: Bench) -> N
     weight = at.served.model.base_weight(at.served.site.side_layer)
     sha = save_tensors(at.home.side, {"delta": torch.zeros_like(weight)})
     with at.store.transaction():
+        at.store.drop_shard(row.id)
         at.store.put_shard(row.id, sha, row.facts, row.threshold)
     at.restart()
     assert [f.id for f in at.store.facts((State.RECEIVED,))] == [TWO.id, THREE.id]

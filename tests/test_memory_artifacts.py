@@ -62,19 +62,17 @@ def test_damaged_blobs_are_refused(store: Store, table: str) -> None:
     assert caught.value.code == "corrupt"
 
 
-def test_shards_keep_their_birth(store: Store) -> None:
+def test_shards_are_written_once(store: Store) -> None:
     with store.transaction():
-        first = store.put_shard(None, "aa", 1, 0.5)
-        second = store.put_shard(None, "bb", 2, 1)
-        store.put_shard(7, "cc", 3, 2.0)
-    born = store.shards()[0].created_at
-    with store.transaction():
-        assert store.put_shard(first, "dd", 4, 0.25) == first
-        store.drop_shard(second)
-    one, seven = store.shards()
-    assert (one.id, one.sha256, one.facts, one.threshold) == (first, "dd", 4, 0.25)
-    assert one.created_at == born
-    assert seven.id == 7
+        for number, sha in ((1, "aa"), (2, "bb"), (7, "cc")):
+            store.put_shard(number, sha, number, 0.5)
+        store.drop_shard(2)
+    with pytest.raises(sqlite3.IntegrityError), store.transaction():
+        store.put_shard(7, "dd", 4, 0.25)
+    assert [(row.id, row.sha256, row.facts) for row in store.shards()] == [
+        (1, "aa", 1),
+        (7, "cc", 7),
+    ]
 
 
 def test_the_base_is_generation_0_and_active_at_first(store: Store) -> None:
