@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kedit_daemon.formats import Problem, only_failed
+from kedit_daemon.writers import known_closed
 from memory.errors import KeditError
 from memory.files import sync_folder, write_atomic
 
@@ -49,7 +50,8 @@ class Refusal:
 
 
 class Inbox:
-    """The one reader of an inbox; `settle_seconds` without a change make a file complete."""
+    """The one reader of an inbox. A file is complete when it is known to be closed; where that
+    cannot be known, `settle_seconds` without a change make it so."""
 
     def __init__(
         self, folder: Path, settle_seconds: float, max_bytes: int, clock: Callable[[], datetime]
@@ -81,7 +83,8 @@ class Inbox:
                 mark = (found.st_ino, found.st_size, found.st_mtime_ns)
                 sight = seen[name] if name in seen and seen[name][0] == mark else (mark, now)
                 self._sights[name] = sight
-                if max(wall - found.st_mtime, now - sight[1]) >= self.settle_seconds:
+                quiet = max(wall - found.st_mtime, now - sight[1])
+                if quiet >= self.settle_seconds or _closed(inbox, name):
                     settled.append((found.st_mtime_ns, name))
             claims = [c for _, name in sorted(settled) if (c := self._claim(inbox, name))]
         return self._admitted(claims)
@@ -258,6 +261,15 @@ def _plain_file(folder: int, name: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _closed(folder: int, name: str) -> bool:
+    """Whether a file is there with something in it, and nobody writes to it any more."""
+    try:
+        with _plain_file(folder, name) as file:
+            return os.fstat(file).st_size > 0 and known_closed(file)
+    except (OSError, KeditError):
+        return False  # the claim tells what is wrong with it
 
 
 def _contents(folder: int, name: str, most: int) -> bytes:

@@ -57,16 +57,33 @@ def test_an_old_file_is_claimed_at_once(inbox: Inbox, folder: Path) -> None:
     assert inbox.scan(9) == []
 
 
-def test_a_growing_file_is_claimed_once_it_stops(inbox: Inbox, folder: Path) -> None:
+def test_a_file_is_claimed_when_its_writer_closes_it(inbox: Inbox, folder: Path) -> None:
+    path = drop(folder, "a.jsonl", b"1", age=0)
+    with open(path, "ab") as file:
+        assert inbox.scan(10.0) == [] and inbox.settling == 1
+        file.write(b"2")
+    [claim] = inbox.scan(10.1)
+    assert inbox.read(claim) == b"12" and inbox.settling == 0
+
+
+def test_an_empty_file_may_be_about_to_be_filled(inbox: Inbox, folder: Path) -> None:
+    drop(folder, "a.jsonl", b"", age=0)
+    assert inbox.scan(10.0) == []
+    assert len(inbox.scan(11.0)) == 1
+
+
+def test_a_file_that_is_held_open_is_claimed_once_it_stands_still(
+    inbox: Inbox, folder: Path
+) -> None:
     # The times lie ahead, as after a clock was set back: only standing still tells.
     path = drop(folder, "a.jsonl", b"1", age=-500)
-    assert inbox.scan(10.0) == [] and inbox.settling == 1
-    with open(path, "ab") as file:
+    with open(path, "ab", buffering=0) as file:
+        assert inbox.scan(10.0) == [] and inbox.settling == 1
         file.write(b"2")
-    os.utime(path, (NOW.timestamp() + 600,) * 2)
-    assert inbox.scan(10.9) == []
-    assert inbox.scan(11.5) == []
-    [claim] = inbox.scan(11.9)
+        os.utime(path, (NOW.timestamp() + 600,) * 2)
+        assert inbox.scan(10.9) == []
+        assert inbox.scan(11.5) == []
+        [claim] = inbox.scan(11.9)
     assert inbox.read(claim) == b"12" and inbox.settling == 0
 
 
