@@ -1,5 +1,7 @@
 PYTHON ?= python3
 PACKAGES = kedit_daemon memory policies
+# Torch's threads must not spin where other work wants the same cores.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: demo test .venv
 

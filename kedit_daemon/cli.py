@@ -140,6 +140,9 @@ def cli(ctx: click.Context, folder: Path | None, debug: bool) -> None:
 
 def main() -> None:
     """The installed command."""
+    # Torch's threads, which are not loaded yet, would wait for one another by spinning: where
+    # another process wants the same core, an edit then takes ten times as long and more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character must not end the command.
         if isinstance(stream, io.TextIOWrapper):

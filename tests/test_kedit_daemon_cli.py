@@ -122,3 +122,23 @@ def test_status_is_quick_and_imports_nothing_heavy(home: Home) -> None:
         child.returncode = 3
         seconds.append(usage.ru_utime + usage.ru_stime)  # whatever else the machine is doing
     assert statistics.median(seconds) < 0.15
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's OpenMP tells its settings")
+def test_torch_does_not_spin_while_it_waits_for_its_threads() -> None:
+    code = (
+        "import sys\n"
+        "from kedit_daemon.cli import main\n"
+        "sys.argv[1:] = ['--version']\n"
+        "try:\n    main()\nexcept SystemExit:\n    import torch\n"
+        "torch.set_num_threads(2)\n"
+    )
+    environ = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    child = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**environ, "OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        check=True,
+    )
+    assert b"GOMP_SPINCOUNT = '0'" in child.stderr
