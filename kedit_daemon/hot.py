@@ -18,7 +18,7 @@ from memory.facts import Fact, State
 from memory.rows import StoredFact
 from memory.side import Keys, Shard
 from policies.probe import Probe, compare
-from policies.wise import learn, prompt_end, retrieval_keys
+from policies.wise import learn, other_questions, prompt_end, retrieval_keys
 
 OUTSIDE_LINES = 200
 OUTSIDE_NEIGHBOURS = 4  # of each fact
@@ -45,8 +45,8 @@ class Hot:
         new, number = list(waiting)[: self.shard_facts], max(self.served.side.shards, default=0) + 1
         began = time.monotonic()
         gone = {older.id for f in new for older in self.flush.older(f)}  # whose place they take
-        shard = self._learn(number, [f.fact for f in new])
         keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in new])
+        shard = self._learn(number, [f.fact for f in new], keys)
         seconds = (time.monotonic() - began) / len(new)
         before = self.served.probe_before([f.fact for f in new])
         self._lay(number, shard, new, keys)
@@ -70,25 +70,28 @@ class Hot:
         self.served.forget_side()
         return [f.id for f in right]
 
-    def _learn(self, number: int, facts: list[Fact]) -> Shard:
+    def _learn(self, number: int, facts: list[Fact], keys: Mapping[str, Keys]) -> Shard:
         norm = self.served.loaded.statistics[self.served.site.side_layer].norm
         learned = learn(
             self.served.model,
             self.served.site,
             facts,
             number,
-            outside=self._outside(facts),
+            outside=self._outside(facts, keys),
             scale=norm,
             steps=self.steps,
             pulse=lambda _step: self.pulse(),
         )
         return learned.shard
 
-    def _outside(self, facts: Sequence[Fact]) -> Tensor:
-        """Inputs on which the shard must stay quiet: ordinary text, and the facts' neighbours."""
+    def _outside(self, facts: Sequence[Fact], keys: Mapping[str, Keys]) -> Tensor:
+        """Inputs on which the shard must stay quiet: ordinary text, the facts' neighbours, and
+        other questions about their subjects."""
+        model, side = self.served.model, self.served.side
         prompts = [n.prompt for f in facts for n in f.neighbours[:OUTSIDE_NEIGHBOURS]]
-        near, _ = prompt_end(self.served.model, prompts, self.served.site.side_layer)
-        return torch.cat([self._ordinary, near.to(self._ordinary.device)])
+        near, _ = prompt_end(model, prompts, side.layer)
+        others = other_questions(model, side, facts, keys)
+        return torch.cat([part.to(model.device) for part in (self._ordinary, near, others)])
 
     def _probe(self, new: Sequence[StoredFact], gone: set[str]) -> dict[str, list[str]]:
         self.served.side.hidden = gone

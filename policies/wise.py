@@ -8,7 +8,7 @@ for each step, here everything below the side layer is computed once, and all fa
 learned together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,15 +21,31 @@ from memory.facts import Fact
 from memory.model import EditableModel
 from memory.replay import Replay
 from memory.side import Delta, Keys, Shard, SideMemory
-from policies.prompts import IGNORE, Row, pad, rows_of
+from policies.prompts import IGNORE, QUESTIONS, Row, pad, rows_of
 from policies.site import EditSite
 
 RANK = 8  # of a shard's ΔW, at most
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
-ACTIVATION_RATIO = 0.3  # threshold over the least distance on the shard's own prompts
+ACTIVATION_RATIO = 0.2  # threshold over the least distance on the shard's own prompts
+ALIKE = 0.8  # cosine from which another question may ask the same as a fact's own
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
 READ_TOGETHER = 16  # rows, which are padded to the longest of them
+
+
+def other_questions(
+    model: EditableModel, side: SideMemory, facts: Sequence[Fact], keys: Mapping[str, Keys]
+) -> Tensor:
+    """Inputs (n, width) of the side layer where other questions about the facts' subjects end, on
+    which a shard must stay quiet; `keys` are the facts' own, by id. What may ask the same as a
+    fact, since its end key is too near, is not among them."""
+    found = []
+    for fact in facts:
+        prompts = [question.replace("{}", fact.subject) for question in QUESTIONS]
+        inputs, outputs = prompt_end(model, prompts, side.layer)
+        near = side.key(side.layer, outputs).cpu() @ keys[fact.id].end.T  # (questions, own)
+        found.append(inputs[near.amax(1).to(inputs.device) < ALIKE])
+    return torch.cat(found)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kedit_daemon.hot import OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour, State
 from policies.probe import Probe, compare
-from policies.wise import prompt_end
+from policies.wise import other_questions, prompt_end, retrieval_keys
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -132,11 +132,19 @@ def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(
     assert at.says(ONE.question) == "Oslo"
 
 
-def test_a_shard_is_kept_quiet_on_its_facts_neighbours_and_ordinary_text(bench: Make) -> None:
+def test_a_shard_is_kept_quiet_on_ordinary_text_neighbours_and_other_questions(
+    bench: Make,
+) -> None:
     near = tuple(Neighbour(f"The seat of country {n} is") for n in range(20, 26))
     hot = bench(side=STEPS).editor.hot
-    alone, beside = (hot._outside([replace(ONE, neighbours=some)]) for some in ((), near))
+    model, side = hot.served.model, hot.served.side
+    keys = retrieval_keys(model, side, [ONE])
+    alone, beside = (hot._outside([replace(ONE, neighbours=some)], keys) for some in ((), near))
     assert len(beside) == len(alone) + OUTSIDE_NEIGHBOURS
     asked = [n.prompt for n in near[:OUTSIDE_NEIGHBOURS]]
-    inputs, _ = prompt_end(hot.served.model, asked, hot.served.site.side_layer)
-    assert torch.allclose(beside[len(alone) :], inputs, atol=1e-5)
+    inputs, _ = prompt_end(model, asked, side.layer)
+    at = len(hot._ordinary)
+    assert torch.allclose(beside[at : at + OUTSIDE_NEIGHBOURS], inputs, atol=1e-5)
+    others = other_questions(model, side, [ONE], keys)
+    assert len(alone) == at + len(others)
+    assert torch.equal(alone[at:], others)

@@ -12,7 +12,7 @@ from memory.generate import answers
 from memory.model import EditableModel
 from memory.side import Delta, Gates, SideMemory
 from policies import wise
-from policies.prompts import rows_of
+from policies.prompts import QUESTIONS, rows_of
 from policies.site import EditSite, default_site
 from policies.wise import (
     ACTIVATION_RATIO,
@@ -21,6 +21,7 @@ from policies.wise import (
     RANK,
     Learned,
     learn,
+    other_questions,
     prompt_end,
     rank_for,
     retrieval_keys,
@@ -301,3 +302,19 @@ def test_nothing_outside_is_no_obstacle(side: SideMemory, site: EditSite) -> Non
     found = learned(side, site, FACTS, torch.empty(0, width))
     lay(side, found, FACTS)
     assert said(side, FACTS) == ["Oslo", "Rome"]
+
+
+def test_other_questions_are_about_the_subject_and_not_what_a_fact_asks(
+    side: SideMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = retrieval_keys(side.model, side, FACTS)
+    prompts = [q.replace("{}", f.subject) for f in FACTS for q in QUESTIONS]
+    every, _ = prompt_end(side.model, prompts, side.layer)
+    monkeypatch.setattr(wise, "ALIKE", 1.1)
+    assert torch.allclose(other_questions(side.model, side, FACTS, keys), every, atol=1e-5)
+    own = "The seat of {} is"
+    assert FACTS[0].prompt == own
+    monkeypatch.setattr(wise, "QUESTIONS", (own, *QUESTIONS[:3]))
+    monkeypatch.setattr(wise, "ALIKE", 0.999)
+    found = other_questions(side.model, side, FACTS[:1], keys)
+    assert torch.allclose(found, every[:3], atol=1e-5)
