@@ -126,7 +126,7 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
         with torch.no_grad(), side.model.tap(taps):
             side.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         for row, place in enumerate(places):
-            scores = side.asked(side.candidates(ids[row], caught[0][row]), caught[1][row, -1])
+            scores = side.asked(side.candidates(encoded[place], caught[0][row]), caught[1][row, -1])
             if scores:
                 best = max(scores, key=lambda n: scores[n])
                 one = group[place]
@@ -137,9 +137,7 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
 def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
     """How many prompts are not routed, and how many of them have logits that differ in a bit from
     those of the model alone. One prompt at a time: so does nothing else decide about its bits."""
-    hidden, width = side.model.weight(side.layer).shape
-    ones = torch.ones(1, max(hidden, width), device=side.model.device)
-    side.shards[0] = Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)  # is felt if it fires
+    side.shards[0] = always(side)
     count, other = 0, 0
     for prompt in prompts:
         ids = torch.tensor([side.model.encode(prompt)], device=side.model.device)
@@ -152,6 +150,13 @@ def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
             count += 1
             other += not torch.equal(alone, beside)
     return {"prompts": count, "other": other}
+
+
+def always(side: SideMemory) -> Shard:
+    """A shard that confirms whatever the keys find, and is felt."""
+    hidden, width = side.model.weight(side.layer).shape
+    ones = torch.ones(1, max(hidden, width), device=side.model.device)
+    return Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)
 
 
 def _at(groups: Mapping[str, Sequence[Asked]], gate: float) -> dict[str, float | None]:
