@@ -1,9 +1,10 @@
 """What the side memory costs those who do not ask about its facts, with many facts in it.
 
 The model's pass over a prompt, and over one token after it, is timed with the side memory laid
-over and without it, in turns on one thread. Other work on the machine moves all turns alike, so
-that the median of the ratios tells; the same ratio of two turns without it tells how far to trust
-it. No shard is trained: what the keys route is not a prompt of this study.
+over and without it, in turns on one thread, in CPU time of that thread: what else the machine does
+counts for less. It also moves all turns alike, so that the median of the ratios tells; the same
+ratio of two turns without it tells how far to trust it. No shard is trained: what the keys route
+is not a prompt of this study.
 """
 
 import random
