@@ -201,8 +201,7 @@ class KeyIndex:
         """The nearest `count` vectors of each query (n, width), best first."""
         if not len(self):
             return [[] for _ in keys]
-        queries = keys.detach().float().cpu().contiguous().numpy()
-        scores, ids = self._searcher().search(queries, min(count, len(self)))
+        scores, ids = self._nearest(keys, count)
         return [
             [
                 Hit(int(n) >> ORDINAL_BITS, float(s))
@@ -211,6 +210,22 @@ class KeyIndex:
             ]
             for row_n, row_s in zip(ids, scores, strict=True)
         ]
+
+    def near(self, keys: Tensor, count: int, least: float) -> list[int]:
+        """The numbers among the nearest `count` vectors of the queries (n, width) whose cosine with
+        one is at least so much, each once."""
+        if not len(self):
+            return []
+        scores, ids = self._nearest(keys, count)
+        enough = (scores.astype(np.float64) >= least) & (ids >= 0)
+        return list(dict.fromkeys((ids[enough] >> ORDINAL_BITS).tolist()))
+
+    def _nearest(self, keys: Tensor, count: int) -> tuple[Vectors, Ids]:
+        """Cosines and ids (n, count) of the nearest vectors, best first; id -1 where there are no
+        more."""
+        queries = keys.detach().float().cpu().contiguous().numpy()
+        scores, ids = self._searcher().search(queries, min(count, len(self)))
+        return scores, ids
 
     def _searcher(self) -> Any:
         if self._resources is None:

@@ -73,6 +73,7 @@ class EditableModel:
         self.layers = len(self._downs)
         self._base: dict[int, Tensor] = {}
         self._as_tuple: bool | None = None
+        self._flat: bool | None = None  # whether MLPs run on all tokens in one dimension
 
     @classmethod
     def load(cls, path_or_id: str | Path, device: torch.device) -> "EditableModel":
@@ -215,14 +216,18 @@ class EditableModel:
 
         def hook(n: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
             def call(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+                self._flat = args[0].ndim == 2
+                if not self._flat:
+                    return taps[n](args[0], output)
                 inputs = args[0].reshape(*shapes[n], -1)
                 changed = taps[n](inputs, output.reshape(*shapes[n], -1))
                 return None if changed is None else changed.reshape(output.shape)
 
             return call
 
-        handles = [self._blocks[n].register_forward_pre_hook(enter(n)) for n in taps]
-        handles += [self._downs[n].register_forward_hook(hook(n)) for n in taps]
+        handles = [self._downs[n].register_forward_hook(hook(n)) for n in taps]
+        if self._flat is not False:  # as is not known before the first tap; each hook takes time
+            handles += [self._blocks[n].register_forward_pre_hook(enter(n)) for n in taps]
         try:
             yield
         finally:
@@ -230,11 +235,13 @@ class EditableModel:
                 handle.remove()
 
     @contextmanager
-    def hearing(self, ids: list[Tensor]) -> Iterator[None]:
-        """Keep the token ids (rows, tokens) of each pass, as they come."""
+    def hearing(self, hear: Callable[[Tensor], None]) -> Iterator[None]:
+        """Tell the token ids (rows, tokens) of the next pass before it begins; of that one alone,
+        so that others cost nothing."""
 
         def hook(_model: nn.Module, _args: tuple[Tensor, ...], given: dict[str, Tensor]) -> None:
-            ids.append(given["input_ids"])
+            handle.remove()
+            hear(given["input_ids"])
 
         handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
         try:

@@ -63,8 +63,11 @@ class Names:
     def in_text(self, text: str) -> set[str]:
         """The facts whose subject a text names."""
         said = plain(text)
-        words = "".join(c if _joins(c) else " " for c in said).split()  # a script's end is a word's
-        parts = {*words, *said, *(said[n : n + 2] for n in range(len(said)))}
+        # A script's end is a word's. Every letter and digit of ASCII stands in words apart.
+        apart = said if said.isascii() else "".join(c if _joins(c) else " " for c in said)
+        parts = set(apart.split())
+        if apart != said:  # else no subject is in it that is kept by its first letters
+            parts.update(said, (said[n : n + 2] for n in range(len(said))))
         near = set[str]().union(*(self._subjects.get(part, ()) for part in parts))
         return {n for subject in near if names(said, subject) for n in self._facts[subject]}
 

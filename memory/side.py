@@ -12,7 +12,7 @@ its numbers are those of the weights, bit for bit.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from memory.naming import Names
 
 CANDIDATES = 16  # vectors looked at for each token; a fact has several
 MOST_CANDIDATES = 2048  # FAISS on a GPU bears no more
+ROUNDING = 1e-5  # by which a cosine may differ where it is computed among others
 
 
 def number_of(fact_id: str) -> int:
@@ -106,13 +107,19 @@ class SideMemory:
         self.shard_of: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
         self.names = Names()
-        self.unnamed: set[str] = set()  # facts that are meant also where they are not named
+        # Facts that are meant also where they are not named. Few have such a prompt, and these are
+        # looked for apart, where nothing is named: their subject keys, and their end keys as one.
+        self.unnamed: set[str] = set()
+        self._unnamed_keys = KeyIndex(model.hidden, gpu=model.device.type == "cuda")
+        self._unnamed_ends: Tensor | None = None  # (keys, hidden), of none until they are asked
         self.hidden: set[str] = set()  # facts that do not fire for the time being
         self.index = KeyIndex(model.hidden, gpu=model.device.type == "cuda")
 
     def key(self, layer: int, outputs: Tensor) -> Tensor:
         """Retrieval keys (..., hidden) from a layer's outputs: centred, of unit length."""
-        return torch.nn.functional.normalize(outputs.float() - self.centres[layer], dim=-1)
+        away = outputs.float() - self.centres[layer]
+        keys: Tensor = away / away.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        return keys
 
     def put(
         self,
@@ -131,7 +138,10 @@ class SideMemory:
             self.index.add(number_of(fact_id), keys.subject)
         self.end_keys[fact_id] = keys.end.to(self.model.device)
         self.names.put(fact_id, subject)
-        (self.unnamed.add if unnamed else self.unnamed.discard)(fact_id)
+        self._want_name(fact_id)
+        if unnamed:
+            self.unnamed.add(fact_id)
+            self._unnamed_keys.add(number_of(fact_id), keys.subject)
         self.shard_of[fact_id] = shard
 
     def drop(self, fact_id: str) -> None:
@@ -139,25 +149,49 @@ class SideMemory:
         if self.shard_of.pop(fact_id, None) is not None:
             del self.end_keys[fact_id]
             self.names.drop(fact_id)
-            self.unnamed.discard(fact_id)
+            self._want_name(fact_id)
             self.index.remove(number_of(fact_id))
 
-    def candidates(self, ids: Tensor, outputs: Tensor) -> list[str]:
-        """Facts whose subject stands in a prompt: its ids (tokens,), and the key layer's outputs
-        (tokens, hidden) for them."""
-        named = self.names.in_text(self.model.decode(ids.tolist()))
-        if not named and not self.unnamed:
-            return []  # most prompts are about no fact, and are not looked up at all
+    def _want_name(self, fact_id: str) -> None:
+        """Look for a fact no more where it is not named."""
+        self._unnamed_ends = None
+        self.unnamed.discard(fact_id)
+        self._unnamed_keys.remove(number_of(fact_id))
+
+    def candidates(self, ids: Sequence[int], outputs: Tensor) -> list[str]:
+        """Facts whose subject stands in a prompt: its ids, and the key layer's outputs (tokens,
+        hidden) for them."""
+        named = self.named(ids)
+        keys = self.key(self.gates.key_layer, outputs)
+        return [*self._near(named, named, keys), *self._near_unnamed(named, keys)]
+
+    def named(self, ids: Sequence[int]) -> set[str]:
+        """Facts whose subject a prompt names."""
+        return self.names.in_text(self.model.decode(ids)) if self.shard_of else set()
+
+    def _near(self, wanted: set[str], named: set[str], keys: Tensor) -> list[str]:
+        """Those wanted of the named facts that have a subject key near one of keys (n, hidden)."""
+        if not wanted:
+            return []
         # Keys of one subject may be equal to the bit: they must not crowd one another out.
         many = min(CANDIDATES + self.index.count(map(number_of, named)), MOST_CANDIDATES)
-        hits = self.index.search(self.key(self.gates.key_layer, outputs), many)
-        found = [(fact_id_of(h.number), h.score) for row in hits for h in row]
-        return list(dict.fromkeys(n for n, score in found if score >= self._gate(n, n in named)))
+        near = map(fact_id_of, self.index.near(keys, many, self.gates.subject))
+        return [n for n in near if n in wanted]
 
-    def _gate(self, fact_id: str, named: bool) -> float:
-        if named:
-            return self.gates.subject
-        return self.gates.unnamed if fact_id in self.unnamed else torch.inf
+    def _near_unnamed(self, named: set[str], keys: Tensor) -> list[str]:
+        """The facts that are not named, and need not be, with a subject key near one of keys."""
+        near = map(fact_id_of, self._unnamed_keys.near(keys, CANDIDATES, self.gates.unnamed))
+        return [n for n in near if n not in named]
+
+    def _unnamed_asked(self, outputs: Tensor) -> bool:
+        """Whether what is asked, outputs (hidden,), is near an end key of a fact that need not be
+        named. Of ordinary text it hardly ever is."""
+        if not self.unnamed:
+            return False
+        if self._unnamed_ends is None:
+            self._unnamed_ends = torch.cat([self.end_keys[n] for n in sorted(self.unnamed)])
+        nearest = (self._unnamed_ends @ self.key(self.layer, outputs)).max()
+        return float(nearest) >= self.gates.end - ROUNDING
 
     def asked(self, candidates: Sequence[str], outputs: Tensor) -> dict[str, float]:
         """How near each candidate's end keys are to what is asked: outputs (hidden,)."""
@@ -177,33 +211,59 @@ class SideMemory:
                 return Match(fact_id, self.shard_of[fact_id], scores[fact_id], margin)
         return None
 
+    def route(
+        self, named: set[str], keyed: Tensor, inputs: Tensor, outputs: Tensor
+    ) -> Match | None:
+        """The fact that fires for a row: of what it names, the key layer's outputs (tokens,
+        hidden), and from the side layer where it ends inputs (width,) and outputs (hidden,).
+
+        What costs less is asked first: most rows that name a fact ask for something else. Keys are
+        searched for the few that are left.
+        """
+        scores = self.asked(list(named), outputs) if named else {}
+        wanted = {n for n, score in scores.items() if score >= self.gates.end}
+        unnamed = self._unnamed_asked(outputs)
+        if not wanted and not unnamed:
+            return None
+        keys = self.key(self.gates.key_layer, keyed)
+        found = self._near(wanted, named, keys)
+        found += self._near_unnamed(named, keys) if unnamed else []
+        return self.confirm(found, inputs, outputs)
+
     @contextmanager
     def overlay(self, fired: list[Match | None]) -> Iterator[None]:
         """Route the rows of one batch: decided in its first pass, kept for all that follow.
 
-        `fired` is filled with the decision for each row. Rows must end at their last column.
+        `fired` is filled with the decision for each row. Rows must end at their last column. Once
+        no row can be routed any more the model runs as it would without: nothing is tapped.
         """
         fired.clear()
-        found: list[list[str]] = []
-        heard: list[Tensor] = []
+        named: list[set[str]] = []
+        keyed: list[Tensor] = []
+
+        def hear(ids: Tensor) -> None:
+            named.extend(map(self.named, ids.tolist()))
+            if any(named) or self.unnamed:
+                taps.enter_context(self.model.tap({self.gates.key_layer: look, self.layer: lay}))
+            else:
+                fired.extend(None for _ in named)
 
         def look(_inputs: Tensor, outputs: Tensor) -> None:
             if not fired:
-                rows = zip(heard[0], outputs, strict=True)
-                found[:] = [self.candidates(*row) if self.shard_of else [] for row in rows]
+                keyed.append(outputs)
 
         def lay(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             if not fired:
-                ends = zip(found, inputs[:, -1], outputs[:, -1], strict=True)
-                fired.extend(self.confirm(names, k, y) if names else None for names, k, y in ends)
+                rows = zip(named, keyed.pop(), inputs[:, -1], outputs[:, -1], strict=True)
+                fired.extend(self.route(*row) for row in rows)
             routed = [(n, match) for n, match in enumerate(fired) if match]
             if not routed:
+                taps.close()
                 return None
             changed = outputs.clone()
             for n, match in routed:
                 changed[n, -1] += self.shards[match.shard].delta.moved(inputs[n, -1])
             return changed
 
-        taps = {self.gates.key_layer: look, self.layer: lay}
-        with self.model.hearing(heard), self.model.tap(taps):
+        with ExitStack() as taps, self.model.hearing(hear):
             yield

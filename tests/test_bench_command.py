@@ -67,6 +67,18 @@ def test_a_study_takes_the_place_of_a_method(
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_routing_study_takes_texts(
+    data: Path, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    texts, out = tmp_path / "texts.txt", tmp_path / "out.json"
+    texts.write_text("It rained.\nThe sun shone.\n")
+    words = ["--study", "routing", "--model", str(model_folder("llama")), "--texts", str(texts)]
+    result = called(None, "bench", str(data), *words, "--limit", "2", "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    written = json.loads(out.read_text())
+    assert (written["texts"], written["asked"]["text"]) == ("texts.txt", 2)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -81,6 +93,9 @@ def test_a_study_takes_the_place_of_a_method(
         ["--sweep", "colour"],
         ["--sweep", "batch-size", "--baseline", "none"],
         ["--resume"],
+        ["--texts", __file__],
+        ["--texts", __file__, "--study", "churn"],
+        ["--texts", "/nowhere/at/all.txt", "--study", "routing"],
     ],
 )
 def test_wrong_usage_is_told_at_once(data: Path, words: list[str]) -> None:

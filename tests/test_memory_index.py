@@ -79,6 +79,18 @@ def test_each_query_has_its_own_row_also_with_few_keys() -> None:
     assert [[h.number for h in hits] for hits in found] == [[5], [5], [5]]
 
 
+def test_near_are_the_numbers_whose_cosine_is_enough_each_once() -> None:
+    index, keys = KeyIndex(8), torch.eye(8)
+    assert index.near(keys, 2, -1.0) == []
+    index.add(5, keys[:2])
+    index.add(9, keys[2:4])
+    between = normalize(keys[2] + 0.5 * keys[0], dim=-1)  # .89 from number 9, .45 from 5
+    assert index.near(torch.stack([between, keys[3]]), 2, 0.5) == [9]
+    assert index.near(torch.stack([keys[1], between]), 2, 0.4) == [5, 9]
+    assert index.near(between[None], 1, 0.4) == [9]
+    assert index.near(between[None], 100, 0.9) == []
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_key_that_is_not_finite_is_refused(bad: float) -> None:
     index, keys = KeyIndex(WIDTH), unit(2)

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -110,15 +111,32 @@ def test_at_base_shows_the_base_and_then_the_same_bits_again(model: EditableMode
     assert torch.equal(model.weight(2), edited)
 
 
-def test_the_ids_of_every_pass_are_heard_while_it_lasts(any_model: EditableModel) -> None:
-    heard: list[torch.Tensor] = []
+def test_the_ids_of_the_next_pass_are_heard_before_it_begins(any_model: EditableModel) -> None:
+    heard: list[list[list[int]]] = []
+
+    def hear(ids: torch.Tensor) -> None:
+        heard.append(ids.tolist())
+        taps.enter_context(any_model.tap({0: lambda _k, _y: heard.append([])}))
+
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
-    with torch.no_grad(), any_model.hearing(heard):
+    with torch.no_grad(), ExitStack() as taps, any_model.hearing(hear):
         cache = any_model.model(input_ids=first, use_cache=True).past_key_values
+        taps.close()
         any_model.model(input_ids=second, past_key_values=cache, use_cache=True)
-    with torch.no_grad():
-        any_model.model(input_ids=first, use_cache=False)
-    assert [ids.tolist() for ids in heard] == [first.tolist(), second.tolist()]
+    with torch.no_grad(), any_model.hearing(hear):
+        pass
+    any_model.model(input_ids=first, use_cache=False)
+    assert heard == [first.tolist(), []]
+
+
+def test_a_tap_sees_rows_and_tokens_each_time(any_model: EditableModel) -> None:
+    seen: list[tuple[torch.Size, torch.Size]] = []
+    for tokens in (3, 2):
+        ids = torch.ones(2, tokens, dtype=torch.long)
+        with torch.no_grad(), any_model.tap({1: lambda k, y: seen.append((k.shape, y.shape))}):
+            any_model.model(input_ids=ids, use_cache=False)
+    hidden, width = any_model.weight(1).shape
+    assert seen == [((2, n, width), (2, n, hidden)) for n in (3, 2)]
 
 
 def test_the_hash_is_of_the_named_layers_as_they_are(model: EditableModel) -> None:

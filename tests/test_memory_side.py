@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.generate import answers
+from memory.index import KeyIndex
 from memory.model import EditableModel
 from memory.side import Delta, Gates, Keys, Match, Shard, SideMemory, fact_id_of, number_of
 
@@ -67,12 +69,11 @@ def side_of(
 
 
 def looked(side: SideMemory, prompt: str) -> list[str]:
-    return side.candidates(torch.tensor(side.model.encode(prompt)), read(side.model, prompt)[0])
+    return side.candidates(side.model.encode(prompt), read(side.model, prompt)[0])
 
 
 def match_of(side: SideMemory, prompt: str) -> Match | None:
-    _, inputs, outputs = read(side.model, prompt)
-    return side.confirm(looked(side, prompt), inputs, outputs)
+    return side.route(side.named(side.model.encode(prompt)), *read(side.model, prompt))
 
 
 def fired(side: SideMemory, prompt: str) -> str | None:
@@ -180,23 +181,72 @@ def test_a_fact_with_an_unnamed_prompt_has_the_gate_of_names_where_it_is_named(
     assert [fired(side, p) for p in (FIRST, SECOND)] == [ONE, ONE]
 
 
+def searches(side: SideMemory, monkeypatch: pytest.MonkeyPatch) -> list[KeyIndex]:
+    """Gets the index that is searched, at each search from now on."""
+    found: list[KeyIndex] = []
+    near = KeyIndex.near
+
+    def counted(index: KeyIndex, *given: Any) -> list[int]:
+        if len(index):
+            found.append(index)
+        return near(index, *given)
+
+    monkeypatch.setattr(KeyIndex, "near", counted)
+    return found
+
+
 def test_a_prompt_that_names_no_subject_is_not_looked_up(
     model: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(model, {ONE: FIRST, TWO: SECOND}, subject=-1.0, end=-1.0)
     for fact_id, prompt in ((ONE, FIRST), (TWO, SECOND)):
         side.put(fact_id, 1, keys_of(side, prompt), prompt[-13:-3], unnamed=False)
-    asked: list[int] = []
-    search = side.index.search
-    monkeypatch.setattr(side.index, "search", lambda *given: asked.append(1) or search(*given))
+    found = searches(side, monkeypatch)
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
-    assert len(asked) == 2
+    assert found == [side.index] * 2
     side.put(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
-    fired(side, PROMPTS[2])
-    assert len(asked) == 3
+    assert fired(side, PROMPTS[2]) == TWO
+    assert len(found) == 3 and found[2] is not side.index and len(found[2]) == 1
     side.drop(TWO)
-    fired(side, PROMPTS[2])
-    assert len(asked) == 3
+    assert fired(side, PROMPTS[2]) is None
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("unnamed", [False, True])
+def test_nothing_is_searched_where_something_else_is_asked(
+    model: EditableModel, monkeypatch: pytest.MonkeyPatch, unnamed: bool
+) -> None:
+    side = side_of(model, {}, subject=-1.0)
+    side.shards[1] = Shard(delta_of(model, 1), 1e-3)
+    side.put(ONE, 1, keys_of(side, FIRST), "" if unnamed else "country 11", unnamed=unnamed)
+    found = searches(side, monkeypatch)
+    assert looked(side, LONGER) == [ONE]
+    assert len(found) == 1
+    assert fired(side, LONGER) is None
+    assert len(found) == 1
+    assert fired(side, FIRST) == ONE
+    assert len(found) == 2
+
+
+def test_facts_that_need_not_be_named_come_and_go(model: EditableModel) -> None:
+    side = side_of(model, {ONE: FIRST})
+    assert [fired(side, p) for p in PROMPTS] == [ONE, None, None]
+    side.put(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
+    assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
+    side.put(TWO, 1, keys_of(side, PROMPTS[2]), "", unnamed=True)
+    assert [fired(side, p) for p in PROMPTS] == [ONE, None, TWO]
+    side.drop(ONE)
+    assert [fired(side, p) for p in PROMPTS] == [None, None, TWO]
+
+
+def test_facts_that_are_named_do_not_crowd_out_one_that_is_not(model: EditableModel) -> None:
+    side = side_of(model, {TWO: FIRST}, end=-1.0)
+    for n in range(1, 41):
+        side.put(f"{n:012x}", 1, keys_of(side, FIRST), f"town {n}", unnamed=False)
+    assert looked(side, FIRST) == [TWO]
+    assert fired(side, FIRST) == TWO
+    side.put(TWO, 1, keys_of(side, FIRST), "", unnamed=False)
+    assert fired(side, FIRST) is None
 
 
 def test_a_fact_that_leaves_its_subject_unnamed_has_a_gate_of_its_own(
@@ -346,6 +396,50 @@ def test_a_row_that_was_not_routed_at_its_prompts_end_never_is(model: EditableMo
             step = model.model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
     assert found == [None]
     assert torch.equal(step.logits, plain.logits)
+
+
+def hooks(model: EditableModel) -> int:
+    modules = list(model.model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "unnamed", "left"),
+    [
+        (FIRST, "country 12", False, 0),
+        (LONGER, "country 11", False, 0),
+        (LONGER, "", True, 0),
+        (FIRST, "country 11", False, 2),
+    ],
+)
+def test_where_no_row_is_routed_a_token_goes_through_the_model_alone(
+    model: EditableModel, prompt: str, subject: str, unnamed: bool, left: int
+) -> None:
+    side = side_of(model, {ONE: FIRST})
+    side.put(ONE, 1, keys_of(side, FIRST), subject, unnamed=unnamed)
+    match_of(side, prompt)  # the model's first tap has hooks of its own
+    found: list[Match | None] = []
+    with torch.no_grad(), side.overlay(found):
+        model.model(input_ids=batch(model, [prompt]))
+        assert (hooks(model), [bool(m) for m in found]) == (left, [bool(left)])
+        model.model(input_ids=torch.tensor([[5]]))
+        assert (hooks(model), len(found)) == (left, 1)
+    assert hooks(model) == 0
+
+
+def test_a_prompt_that_names_nothing_is_not_tapped_at_all(
+    model: EditableModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = side_of(model, {ONE: FIRST})
+    side.put(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=False)
+    tapped: list[list[int]] = []
+    tap = model.tap
+    monkeypatch.setattr(model, "tap", lambda taps: tapped.append(list(taps)) or tap(taps))
+    found: list[Match | None] = []
+    assert said(side, PROMPTS[1:], found) == answers(model, PROMPTS[1:], 6)
+    assert (tapped, found) == ([], [None, None])
+    said(side, [FIRST], found)
+    assert tapped == [[KEY, LAYER]]
 
 
 def test_an_overlay_begins_anew_with_each_batch(model: EditableModel) -> None:

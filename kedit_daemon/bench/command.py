@@ -77,6 +77,13 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=click.Choice(list(STUDIES)),
     help="In the place of a method: one question in several parts, without the policy.",
 )
+@click.option(
+    "--texts",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="With --study routing: lines of ordinary text, plain or .xz, to ask in the place of the "
+    "shipped ones.",
+)
 @click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
 @click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
 @pass_session
@@ -95,6 +102,7 @@ def bench(
     sweep: str | None,
     resume: bool,
     study: str | None,
+    texts: Path | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
@@ -112,11 +120,13 @@ def bench(
     _check(sweep, baseline, resume, json_file, plot)
     if paper and method != "wise":
         raise click.UsageError("--paper goes with --method wise.")
+    if texts is not None and study != "routing":
+        raise click.UsageError("--texts goes with --study routing.")
     if study is not None:
         _refuse_beside_study()
     loaded, stream = _opened(session, data, model, offset, limit or LIMITS.get(study or ""), seed)
     if study is not None:
-        _study(study, loaded, stream, batch_size, seed, json_file, plot)
+        _study(study, loaded, stream, batch_size, seed, texts, json_file, plot)
         return
     from kedit_daemon.bench.run import Plan
     from kedit_daemon.bench.work import kept, options_of
@@ -173,6 +183,7 @@ def _study(
     stream: "Stream",
     batch_size: int,
     seed: int,
+    texts: Path | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
@@ -180,7 +191,7 @@ def _study(
     from kedit_daemon.bench.studies.study import conduct, drawn, told
 
     study = study_named(name)
-    result = conduct(name, study, loaded, stream, batch_size, seed, _track)
+    result = conduct(name, study, loaded, stream, batch_size, seed, _track, texts)
     _tell(result, told(study, result), json_file, plot, partial(drawn, study, result))
 
 

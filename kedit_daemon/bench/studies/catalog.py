@@ -13,9 +13,10 @@ STUDIES = {
     "capacity": "capacity:Capacity",
     "routing": "routing:Routing",
     "index": "index:Index",
+    "cost": "cost:Cost",
 }
 
-LIMITS = {"churn": 200, "index": 1000}
+LIMITS = {"churn": 200, "index": 1000, "cost": 1000}
 """Records without --limit, of a study that is not about the whole stream."""
 
 

@@ -5,36 +5,22 @@ routes are an upper bound.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kedit_daemon.bench.studies.shared import cent, spread
+from kedit_daemon.bench.studies.prompts import ABOUT, GROUPS, Asked, groups_of
+from kedit_daemon.bench.studies.shared import cent
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
-from kedit_daemon.loading import ordinary_text
 from kedit_daemon.serving import empty_side
+from kedit_daemon.text import clean
 from memory.generate import equally_long
 from memory.side import Delta, Match, Shard, SideMemory
 from policies.wise import retrieval_keys
 
 GATES = tuple(n / 20 for n in range(20))  # least cosines of an end key
-TEXTS = 10_000  # starts of lines of ordinary text, at most
-WORDS = 3  # by which one start of a line is longer than the one before
-GROUPS = ("prompts", "paraphrases", "neighbours", "text")
-ABOUT = ("prompts", "paraphrases")  # the others are about no fact
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, the fact that it is about, if it is about one, and what was found."""
-
-    prompt: str
-    fact_id: str | None
-    found: str | None = None
-    score: float = -1.0
 
 
 class Routing(Study):
@@ -47,13 +33,13 @@ class Routing(Study):
         keys = retrieval_keys(model, side, facts)
         for fact in given.track(facts, "keys"):
             side.put(fact.id, 0, keys[fact.id], fact.subject, unnamed=fact.unnamed)
-        groups = {
-            name: found(side, group) for name, group in given.track(_groups(given), "prompts")
-        }
+        asked = list(groups_of(given).items())
+        groups = {name: found(side, group) for name, group in given.track(asked, "prompts")}
         rows = [{"gate": gate, **_at(groups, gate)} for gate in GATES]
         gate = given.loaded.site.end_gate
         quiet = [one.prompt for name in GROUPS if name not in ABOUT for one in groups[name]]
         return {
+            "texts": given.texts and given.texts.name,
             "asked": {name: len(group) for name, group in groups.items()},
             "at_gate": {"gate": gate, **_at(groups, gate)},
             "unrouted": unrouted(side, given.track(quiet, "unrouted")),
@@ -62,8 +48,7 @@ class Routing(Study):
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
         """A row for each gate, then the one in use."""
-        heads = ["gate", "prompts", "paraphrases", "false: neighbours", "false: text", "precision"]
-        rows = [heads]
+        rows = [["gate", *map(_head, GROUPS), "precision"]]
         for row in [*result["rows"], result["at_gate"]]:
             rows.append([f"{row['gate']:.2f}", *(share(row[n]) for n in (*GROUPS, "precision"))])
         *table, last = aligned(rows)
@@ -72,6 +57,8 @@ class Routing(Study):
         yield "in use:"
         yield last
         yield "asked: " + ", ".join(f"{many} {name}" for name, many in result["asked"].items())
+        if result["texts"]:
+            yield f"text: lines of {clean(result['texts'])}"
         quiet = result["unrouted"]
         yield f"unrouted: {quiet['prompts']}, of which {quiet['other']} have other logits"
 
@@ -90,25 +77,15 @@ class Routing(Study):
                 [row["gate"] for row in rows],
                 [cent(row[name]) for row in rows],
                 marker=".",
-                label=name if name in ABOUT else f"false, {name}",
+                label=_head(name),
             )
         right.axvline(result["at_gate"]["gate"], color="grey", label="in use")
         left.set(xlabel="recall, %", ylabel="precision, %", title="Precision and recall")
         right.set(xlabel="end gate", ylabel="% routed", title="Routed by group")
 
 
-def _groups(given: Given) -> list[tuple[str, list[Asked]]]:
-    facts = [(record, record.fact.id) for record in given.records]
-    lines = [line.split() for line in ordinary_text()]
-    starts = [words[:n] for words in lines for n in range(WORDS, len(words) + 1, WORDS)]
-    most = given.loaded.model.positions
-    fits = (text for text in map(" ".join, starts) if len(given.loaded.model.encode(text)) <= most)
-    return [
-        ("prompts", [Asked(record.fact.question, n) for record, n in facts]),
-        ("paraphrases", [Asked(p, n) for record, n in facts for p in record.paraphrases]),
-        ("neighbours", [Asked(n.prompt, None) for r in given.records for n in r.neighbours]),
-        ("text", [Asked(text, None) for text in spread(list(fits), TEXTS)]),
-    ]
+def _head(group: str) -> str:
+    return group if group in ABOUT else f"false: {group}"
 
 
 def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
@@ -126,7 +103,7 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
         with torch.no_grad(), side.model.tap(taps):
             side.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
         for row, place in enumerate(places):
-            scores = side.asked(side.candidates(ids[row], caught[0][row]), caught[1][row, -1])
+            scores = side.asked(side.candidates(encoded[place], caught[0][row]), caught[1][row, -1])
             if scores:
                 best = max(scores, key=lambda n: scores[n])
                 one = group[place]
@@ -137,9 +114,7 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
 def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
     """How many prompts are not routed, and how many of them have logits that differ in a bit from
     those of the model alone. One prompt at a time: so does nothing else decide about its bits."""
-    hidden, width = side.model.weight(side.layer).shape
-    ones = torch.ones(1, max(hidden, width), device=side.model.device)
-    side.shards[0] = Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)  # is felt if it fires
+    side.shards[0] = always(side)
     count, other = 0, 0
     for prompt in prompts:
         ids = torch.tensor([side.model.encode(prompt)], device=side.model.device)
@@ -152,6 +127,13 @@ def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
             count += 1
             other += not torch.equal(alone, beside)
     return {"prompts": count, "other": other}
+
+
+def always(side: SideMemory) -> Shard:
+    """A shard that confirms whatever the keys find, and is felt."""
+    hidden, width = side.model.weight(side.layer).shape
+    ones = torch.ones(1, max(hidden, width), device=side.model.device)
+    return Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)
 
 
 def _at(groups: Mapping[str, Sequence[Asked]], gate: float) -> dict[str, float | None]:

@@ -29,6 +29,7 @@ from policies.weights import unpack
 
 T = TypeVar("T")
 NEIGHBOURS = 100  # at most so many are asked at each point of a curve
+APART = 7  # lines from where one text of ordinary lines begins to where the next does
 SHOWN = ("strict", "generation")
 
 Columns = dict[str, dict[str, float | None]]
@@ -107,6 +108,17 @@ def spread(items: Sequence[T], most: int) -> list[T]:
     """At most `most` of the items, evenly apart."""
     many = len(items)
     return list(items) if many <= most else [items[i * many // most] for i in range(most)]
+
+
+def after_text(
+    model: EditableModel, lines: Sequence[str], number: int, tokens: int, end: str
+) -> str:
+    """About so many tokens of ordinary text, other ones for each number, then the end."""
+    at, text, ids = APART * number, "", list[int]()
+    while len(ids) < tokens:
+        text, at = f"{text} {lines[at % len(lines)]}".strip(), at + 1
+        ids = model.encode(text)
+    return f"{model.decode(ids[: max(tokens, 0)])} {end}".strip()
 
 
 def neighbours_of(records: Sequence[BenchRecord]) -> list[tuple[int, Neighbour]]:

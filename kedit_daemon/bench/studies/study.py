@@ -15,13 +15,17 @@ from kedit_daemon.text import clean
 
 @dataclass(frozen=True)
 class Given:
-    """What a study works on: the unedited model, the stream, and how many facts come at once."""
+    """What a study works on: the unedited model, the stream, and how many facts come at once.
+
+    `texts` has lines of ordinary text in the place of the shipped ones.
+    """
 
     loaded: Loaded
     records: Sequence[BenchRecord]
     batch_size: int
     seed: int
     track: Track
+    texts: Path | None = None
 
 
 class Study:
@@ -48,9 +52,10 @@ def conduct(
     batch_size: int,
     seed: int,
     track: Track,
+    texts: Path | None = None,
 ) -> dict[str, Any]:
     """The result of a study, and what it was made with. The model is left as it came."""
-    given = Given(loaded, stream.records, batch_size, seed, track)
+    given = Given(loaded, stream.records, batch_size, seed, track, texts)
     try:
         found = study.run(given)
     finally:

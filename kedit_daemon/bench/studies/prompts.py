@@ -1,0 +1,110 @@
+"""What the routing study asks: each group of prompts, with the fact that a prompt is about."""
+
+import lzma
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kedit_daemon.bench.studies.shared import after_text, spread
+from kedit_daemon.bench.studies.study import Given
+from kedit_daemon.loading import ordinary_text
+from memory.errors import KeditError
+from memory.facts import Fact
+from memory.model import EditableModel
+
+TEXTS = 10_000  # lines of ordinary text, or starts of the shipped ones, at most
+WORDS = 3  # by which one start of a line is longer than the one before
+LONG = 200  # tokens of ordinary text before a question
+ABOUT = ("prompts", "paraphrases", "two facts", "chat", "long")
+GROUPS = (*ABOUT, "neighbours", "text")  # the last two are about no fact
+CHATS = (
+    "User: I read about {subject} today.\nAssistant: What would you like to know?\n"
+    "User: {question}",
+    "User: Have you heard of {subject}?\nAssistant: Yes. How can I help?\n"
+    "User: Please complete this sentence. {question}",
+    "User: Hello! Can we talk about {subject}?\nAssistant: Of course.\n"
+    "User: It is for a quiz.\nAssistant: Then ask me.\nUser: {question}",
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, the fact that it is about, if it is about one, and what was found."""
+
+    prompt: str
+    fact_id: str | None
+    found: str | None = None
+    score: float = -1.0
+
+
+def groups_of(given: Given) -> dict[str, list[Asked]]:
+    """The prompts of each of GROUPS; without those that are too long for the model."""
+    model, facts = given.loaded.model, [record.fact for record in given.records]
+    lines = ordinary_text() if given.texts is None else lines_of(given.texts)
+    groups = {
+        "prompts": [Asked(fact.question, fact.id) for fact in facts],
+        "paraphrases": [Asked(p, r.fact.id) for r in given.records for p in r.paraphrases],
+        "two facts": _two_facts(facts, random.Random(given.seed)),
+        "chat": [Asked(_chat(form, fact), fact.id) for fact in facts for form in CHATS],
+        "long": _long(model, facts, lines),
+        "neighbours": [Asked(n.prompt, None) for r in given.records for n in r.neighbours],
+        "text": [Asked(text, None) for text in _texts(model, lines, given.texts is None)],
+    }
+    most = model.positions
+    return {name: [a for a in groups[name] if _tokens(model, a) <= most] for name in GROUPS}
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, plain or .xz, without empty ones. Raises KeditError."""
+    try:
+        data = path.read_bytes()
+        text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
+    except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise KeditError(f"{path} cannot be read: {error}", code="unreadable") from error
+    lines = [line.strip() for line in text.splitlines()]
+    if not any(lines):
+        raise KeditError(f"{path} has no text", code="unreadable", hint="give lines of text")
+    return [line for line in lines if line]
+
+
+def cut(model: EditableModel, text: str) -> str:
+    """A text, or as much of its start as the model can read."""
+    ids, kept = model.encode(text), model.positions
+    while len(ids) > model.positions:
+        text = model.decode(ids[:kept])
+        ids, kept = model.encode(text), kept - 1
+    return text
+
+
+def _tokens(model: EditableModel, asked: Asked) -> int:
+    return len(model.encode(asked.prompt))
+
+
+def _two_facts(facts: Sequence[Fact], chance: random.Random) -> list[Asked]:
+    """Each fact's question after another fact, told with its target."""
+    order = chance.sample(facts, len(facts))
+    pairs = zip(order, [*order[1:], *order[:1]], strict=True) if len(order) > 1 else ()
+    return [Asked(f"{one.question} {one.target}. {two.question}", two.id) for one, two in pairs]
+
+
+def _chat(form: str, fact: Fact) -> str:
+    return form.replace("{question}", fact.question).replace("{subject}", fact.subject)
+
+
+def _long(model: EditableModel, facts: Sequence[Fact], lines: Sequence[str]) -> list[Asked]:
+    """Each fact's question after much ordinary text, with and without its subject before that."""
+    found = list[Asked]()
+    for number, fact in enumerate(facts):
+        text = after_text(model, lines, number, LONG, fact.question)
+        found += [Asked(text, fact.id), Asked(f"{fact.subject}. {text}", fact.id)]
+    return found
+
+
+def _texts(model: EditableModel, lines: Sequence[str], starts: bool) -> Iterable[str]:
+    """Lines as far as the model can read them; or the many starts of few lines."""
+    if not starts:
+        return [cut(model, line) for line in spread(lines, TEXTS)]
+    words = [line.split() for line in lines]
+    some = (" ".join(w[:n]) for w in words for n in range(WORDS, len(w) + 1, WORDS))
+    return spread([text for text in some if len(model.encode(text)) <= model.positions], TEXTS)
