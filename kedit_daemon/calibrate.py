@@ -20,6 +20,7 @@ from memory.errors import KeditError
 from memory.facts import Fact, State
 from memory.health import Canary
 from memory.model import EditableModel
+from memory.side import SideMemory
 from policies.calibration import (
     ACTIVATION,
     NORM,
@@ -29,6 +30,7 @@ from policies.calibration import (
     activation_limits,
     norm_limits,
 )
+from policies.gate import end_gate
 from policies.probe import MAX_NEIGHBOURS, MAX_PARAPHRASES
 from policies.prompts import Row, rows_of
 from policies.site import EditSite
@@ -43,6 +45,8 @@ RULES = {
     f" error of the best, {SPREAD} / √facts, the smallest norm ratio",
     "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
     f" halves of the canary text, from {vars(ACTIVATION[0])} to {vars(ACTIVATION[1])}",
+    "end_gate": "the cosine that at most so many of the pairs of a pilot's fact and a piece of"
+    " ordinary text reach as false_routes says",
     "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
     f" their limits, from {vars(NORM[0])} to {vars(NORM[1])}",
 }
@@ -189,10 +193,14 @@ class Examiner:
         return said
 
 
-def calibrate(opened: Opened, pilot: Pilot, watch: Watch) -> Calibration:
-    """Search for the site of an unedited model, and set its limits."""
+def calibrate(opened: Opened, pilot: Pilot, false_routes: float, watch: Watch) -> Calibration:
+    """Search for the site of an unedited model, and set its limits and its end gate.
+
+    `false_routes`: the share of unrelated text that may pass the gate, as of `end_gate`.
+    """
     began, model = time.monotonic(), opened.model
-    norms = {n: s.norm for n, s in opened.statistics((), range(model.layers), iter).items()}
+    statistics = opened.statistics((), range(model.layers), iter)
+    norms = {n: s.norm for n, s in statistics.items()}
     search = Search(
         model,
         replace(opened.site(), anchors={}),  # they belong to other targets
@@ -205,7 +213,10 @@ def calibrate(opened: Opened, pilot: Pilot, watch: Watch) -> Calibration:
     chosen = search.run(told)
     told("limits")
     site, figures = _limited(model, chosen.site, search.deltas(chosen.site))
-    site = replace(site, anchors=search.anchors(chosen.site))
+    side = SideMemory(model, site.gates, {n: s.mean for n, s in statistics.items()})
+    asked = [prompt for prompt, _ in pilot.held_out]
+    gate = end_gate(side, pilot.facts, asked, ordinary_text(), false_routes)
+    site = replace(site, anchors=search.anchors(chosen.site), end_gate=gate.gate)
     evidence = {
         "made_by": "kedit-daemon calibrate",
         "weights": opened.base_hash,
@@ -214,6 +225,7 @@ def calibrate(opened: Opened, pilot: Pilot, watch: Watch) -> Calibration:
         "chosen": chosen.as_dict(),
         "candidates": [candidate.as_dict() for candidate in search.found],
         **figures,
+        "end_gate": gate.as_dict(),
         "clean_norms": _clean_norms(model, site, pilot.facts),
         "seconds": round(time.monotonic() - began, 1),
     }

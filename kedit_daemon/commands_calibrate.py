@@ -48,18 +48,30 @@ WIDTH = 8
     show_default=True,
     help="How many of them to edit at once.",
 )
+@click.option(
+    "--false-routes",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.001,
+    show_default=True,
+    help="Share of unrelated text that may pass for a question about a fact that it names.",
+)
 @json_option
 @dry_run_option
 @pass_session
 def calibrate(
-    session: Session, pilot: Path | None, count: int, as_json: bool, dry_run: bool
+    session: Session,
+    pilot: Path | None,
+    count: int,
+    false_routes: float,
+    as_json: bool,
+    dry_run: bool,
 ) -> None:
     """Measure where the model takes facts, and how strongly to edit it.
 
     A batch of facts is edited at many layers, without their paraphrases; the site that says them
     best, also in those other words, and leaves their neighbours alone, goes into the home with
-    the limits of the audits and all figures (state/kedit.json). It takes some minutes on a small
-    model. The daemon must not run meanwhile, or this exits with 75.
+    the limits of the audits, the side memory's gate and all figures (state/kedit.json). It takes
+    some minutes on a small model. The daemon must not run meanwhile, or this exits with 75.
 
     Terms are computed for the edited layers, and kept for good: a home that has ever moved facts
     into the weights is refused; calibrate a new one.
@@ -76,7 +88,7 @@ def calibrate(
     config = load(session.home.root, session.environ)
     session.home.create()
     with hold(session.home.lock):
-        found = _measured(session, config, pilot, count, dry_run)
+        found = _measured(session, config, pilot, count, false_routes, dry_run)
         path = session.home.state / FILE
         if not dry_run:
             write_atomic(path, site_text(found.site, found.evidence).encode())
@@ -94,7 +106,12 @@ def _held(found: "Calibration") -> dict[str, Any]:
 
 
 def _measured(
-    session: Session, config: "Config", pilot: Path | None, count: int, dry_run: bool
+    session: Session,
+    config: "Config",
+    pilot: Path | None,
+    count: int,
+    false_routes: float,
+    dry_run: bool,
 ) -> "Calibration":
     from dataclasses import replace
     from shutil import copy
@@ -114,9 +131,8 @@ def _measured(
             if (session.home.state / FILE).is_file():
                 copy(session.home.state / FILE, cache)
         opened = open_model(config.model, config.device, cache)
-        found = calibrate(
-            opened, make_pilot(opened.model, facts, count), stack.enter_context(_progress())
-        )
+        chosen = make_pilot(opened.model, facts, count)
+        found = calibrate(opened, chosen, false_routes, stack.enter_context(_progress()))
     at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     names = {"at": at, "model": config.model, "pilot_file": str(source)}
     return replace(found, evidence=names | found.evidence)
@@ -152,6 +168,11 @@ def lines(found: "Calibration") -> Iterator[str]:
         verdicts = ("warn", "consolidate", "revert")
         limits = (f"{v} {getattr(site, f'{figure}_{v}'):g}" for v in verdicts)
         yield f"{figure} limits: {', '.join(limits)}"
+    gate = found.evidence["end_gate"]
+    yield (
+        f"end gate: {gate['gate']:.3f}, which {gate['false_routes']:.2%} of {gate['pairs']} pairs"
+        f" of a fact and other text pass, and {gate['passed']:.0%} of the facts in other words"
+    )
 
 
 def _row(row: Mapping[str, Any]) -> str:

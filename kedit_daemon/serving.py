@@ -22,7 +22,7 @@ from memory.files import load_tensors, save_tensors
 from memory.generate import answers
 from memory.index import KeyIndex
 from memory.rows import GenerationRow
-from memory.side import Delta, Gates, Keys, Match, Shard, SideMemory, number_of
+from memory.side import Delta, Keys, Match, Shard, SideMemory, number_of
 from memory.store import Store
 from policies.probe import ask_all
 from policies.weights import WeightsTier, unpack
@@ -42,11 +42,8 @@ class Answer:
 
 def empty_side(loaded: Loaded) -> SideMemory:
     """A side memory for a model, with nothing in it."""
-    site = loaded.site
-    gates = Gates(
-        site.key_layer, site.side_layer, site.subject_gate, site.end_gate, site.unnamed_gate
-    )
-    return SideMemory(loaded.model, gates, {n: s.mean for n, s in loaded.statistics.items()})
+    means = {n: s.mean for n, s in loaded.statistics.items()}
+    return SideMemory(loaded.model, loaded.site.gates, means)
 
 
 class Served:

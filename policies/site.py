@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from memory.errors import KeditError
+from memory.side import Gates
 
 FILE = "kedit.json"
 
@@ -61,6 +62,13 @@ class EditSite:
     # By layer the mean ‖v‖ of targets on the unedited model, in lengths: targets far beyond are
     # refused. None is where it is not measured. Not hashed, since a mapping cannot be.
     anchors: Mapping[int, float] = field(default_factory=dict, hash=False)
+
+    @property
+    def gates(self) -> Gates:
+        """Where and from which cosines on the side memory fires."""
+        return Gates(
+            self.key_layer, self.side_layer, self.subject_gate, self.end_gate, self.unnamed_gate
+        )
 
     @property
     def holds_essence(self) -> bool:

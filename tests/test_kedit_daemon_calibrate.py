@@ -21,7 +21,7 @@ from kedit_daemon.calibrate import (
     refuse_if_in_use,
 )
 from kedit_daemon.home import Home
-from kedit_daemon.loading import STATISTICS, Opened, load_model, open_model
+from kedit_daemon.loading import STATISTICS, Opened, load_model, open_model, ordinary_text
 from kedit_daemon.records import Limits
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour
@@ -67,7 +67,7 @@ def calibrated(folder: Path, cache: Path) -> tuple[Calibration, list[str], int]:
         units.append(count)
         return told.append
 
-    found = calibrate(opened, make_pilot(opened.model, FACTS, 2), watch)
+    found = calibrate(opened, make_pilot(opened.model, FACTS, 2), 0.01, watch)
     assert opened.model.weights_hash(range(3)) == opened.base_hash
     return found, told, units[0]
 
@@ -178,6 +178,9 @@ def test_a_calibration_holds_the_figures_behind_it(
     assert set(evidence["clean_norms"]) == set(found.site.anchors) == set(found.site.layers)
     assert set(evidence["activation_variation"]) == set(found.site.layers)
     assert all(norm > 1 for norm, _ in evidence["norm_and_activation_change"])
+    assert evidence["end_gate"]["gate"] == found.site.end_gate
+    assert evidence["end_gate"]["false_routes"] == 0.01
+    assert evidence["end_gate"]["pairs"] == 2 * len(ordinary_text())
     assert json.loads(site_text(found.site, evidence))["evidence"]["rules"]
 
 

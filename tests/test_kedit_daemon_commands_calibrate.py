@@ -48,9 +48,11 @@ def files(home: Home) -> set[str]:
 def test_a_calibration_is_kept_in_the_home_and_used(home: Home, pilot: Path) -> None:
     path = home.state / FILE
     path.unlink(missing_ok=True)
-    result = called(home, "calibrate", "--pilot", str(pilot), "--facts", "2", "--json")
+    given = ["--pilot", str(pilot), "--facts", "2", "--false-routes", "0.05"]
+    result = called(home, "calibrate", *given, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     said, kept = read(result), json.loads(path.read_text())
+    assert kept["evidence"]["end_gate"]["false_routes"] == 0.05
     assert said["written"] == str(path)
     assert {"site": said["site"], "evidence": said["evidence"]} == kept
     assert kept["evidence"]["pilot_file"] == str(pilot)
@@ -66,12 +68,13 @@ def test_a_dry_run_shows_the_candidates_and_writes_nothing(home: Home, pilot: Pa
     result = called(home, "calibrate", "--pilot", str(pilot), "--facts", "2", "--dry-run")
     assert (result.exit_code, result.stderr) == (0, "dry run: nothing written\n")
     assert files(home) == before
-    head, *rows, summary, norm, activation = result.stdout.splitlines()
+    head, *rows, summary, norm, activation, gate = result.stdout.splitlines()
     assert head.split()[:4] == ["STAGE", "SUBJECT", "END", "prior"]
     assert {row[2:].split()[0] for row in rows} >= {"screening", "start", "quality", "clamp"}
     assert any(row.startswith("*") for row in rows)
     assert summary == f"* chosen, of {len(rows)}"
     assert norm.startswith("norm limits: warn 1.") and "revert" in activation
+    assert gate.startswith("end gate: 0.") and "0.10% of 1274 pairs" in gate
 
 
 def test_a_home_that_a_daemon_holds_is_left_alone(home: Home, pilot: Path) -> None:
@@ -90,6 +93,7 @@ def test_a_home_in_use_is_refused(tmp_path: Path, pilot: Path) -> None:
 def test_what_cannot_be_measured_is_refused(home: Home, tmp_path: Path) -> None:
     assert called(home, "calibrate", "--pilot", str(tmp_path / "none")).exit_code == 2
     assert called(home, "calibrate", "--facts", "0").exit_code == 2
+    assert called(home, "calibrate", "--false-routes", "0").exit_code == 2
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"subject": "Oslo"}\n')
     result = called(home, "calibrate", "--pilot", str(broken))

@@ -1,0 +1,77 @@
+"""The end gate: how near a prompt's end must be to a fact's own before the fact may fire.
+
+Ends of text that has nothing to do with a fact have cosines of their own with its end keys, and how
+these spread is the model's: the gate is set where so few of them lie beyond as the user allows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory.facts import Fact
+from memory.side import SideMemory
+from policies.wise import prompt_end, retrieval_keys
+
+FEWEST, MOST = 3, 12  # words of a piece of text
+READ_TOGETHER = 64
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+
+@dataclass(frozen=True)
+class EndGate:
+    """The gate, and what it was set by: the scores of `pairs` of a fact and a piece of text, and
+    the share of the prompts that ask for the facts in other words which it lets pass."""
+
+    gate: float
+    false_routes: float
+    pairs: int
+    scores: dict[float, float]
+    passed: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def end_gate(
+    side: SideMemory,
+    facts: Sequence[Fact],
+    asked: Sequence[str],
+    text: Sequence[str],
+    false_routes: float,
+) -> EndGate:
+    """The least gate that lets at most a share `false_routes` of the pairs of a fact and a piece of
+    ordinary text pass, as if all of it named the facts' subjects. `text`: lines, of which the
+    starts are read; `asked`: prompts for the facts in other words."""
+    keys = retrieval_keys(side.model, side, facts)
+    pieces = [_start(line, number) for number, line in enumerate(text)]
+    scores = _scores(side, pieces, [keys[f.id].end for f in facts]).flatten().sort().values
+    # At most `beyond` scores are allowed above the gate.
+    beyond = int(false_routes * len(scores))
+    gate = min(float(scores[len(scores) - 1 - beyond].nextafter(torch.tensor(2.0))), 1.0)
+    passed = _scores(side, asked, [keys[f.id].end for f in facts]).amax(1) >= gate
+    quantiles = scores.quantile(torch.tensor(QUANTILES)).tolist()
+    return EndGate(
+        gate,
+        false_routes,
+        len(scores),
+        dict(zip(QUANTILES, quantiles, strict=True)),
+        float(passed.float().mean()),
+    )
+
+
+def _start(line: str, number: int) -> str:
+    """A line's first words: another number of them for each line, so that pieces end anyhow."""
+    return " ".join(line.split()[: FEWEST + number % (MOST - FEWEST + 1)])
+
+
+def _scores(side: SideMemory, prompts: Sequence[str], keys: Sequence[Tensor]) -> Tensor:
+    """Cosines (prompts, facts) of the prompts' ends with the nearest of each fact's end keys."""
+    ends = []
+    for at in range(0, len(prompts), READ_TOGETHER):
+        _, outputs = prompt_end(side.model, prompts[at : at + READ_TOGETHER], side.layer)
+        ends.append(side.key(side.layer, outputs).cpu())
+    return torch.stack([(torch.cat(ends) @ own.T).amax(1) for own in keys], dim=1)
