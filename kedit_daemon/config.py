@@ -70,7 +70,7 @@ class RoutingConfig(_Table):
 class SideConfig(_Table):
     """The side memory."""
 
-    shard_facts: Count = 16
+    batch_facts: Count = 16
     steps: Count = 60
 
 

@@ -64,7 +64,7 @@ class Editor:
         self.served, self.store, self.config = served, served.store, config
         self.weights = Weights(served, thresholds(config, served.site))
         self.flush = Flush(self.weights, config.inbox.max_attempts, pulse)
-        self.hot = Hot(self.flush, config.side.shard_facts, config.side.steps, pulse)
+        self.hot = Hot(self.flush, config.side.batch_facts, config.side.steps, pulse)
 
     # The loop -----------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""The hot tier at work: waiting facts are learned into a shard of their own, probed, and live.
+"""The hot tier at work: waiting facts are learned into shards of their own, probed, and live.
 
-A shard is never opened again: what is live in it stays as it was probed, and one fact more costs no
-more when there are many.
+A shard is never opened again: what is live stays as it was probed, and one fact more costs no more
+when there are many. A fact that goes takes its shard with it.
 """
 
 import time
@@ -28,70 +28,64 @@ class Hot:
     """Takes facts into the side memory."""
 
     def __init__(
-        self, flush: Flush, shard_facts: int, steps: int, pulse: Callable[[], None]
+        self, flush: Flush, batch_facts: int, steps: int, pulse: Callable[[], None]
     ) -> None:
         self.flush, self.served, self.store = flush, flush.served, flush.store
-        self.shard_facts, self.steps, self.pulse = shard_facts, steps, pulse
+        self.batch_facts, self.steps, self.pulse = batch_facts, steps, pulse
         layer = self.served.site.side_layer
         lines = [" ".join(line.split()[:12]) for line in ordinary_text()[:OUTSIDE_LINES]]
         with self.served.model.at_base():
             self._ordinary, _ = prompt_end(self.served.model, lines, layer)
 
     def take(self, waiting: Sequence[StoredFact]) -> list[str]:
-        """Learn as many of the waiting facts as fit into a shard; those now live.
+        """Learn as many of the waiting facts as are learned at once; those now live.
 
         Raises KeditError when one of them cannot be learned at all; nothing is changed then.
         """
-        new, number = list(waiting)[: self.shard_facts], max(self.served.side.shards, default=0) + 1
+        new = list(waiting)[: self.batch_facts]
         began = time.monotonic()
         gone = {older.id for f in new for older in self.flush.older(f)}  # whose place they take
         keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in new])
-        shard = self._learn(number, [f.fact for f in new], keys)
+        shards = self._learn([f.fact for f in new], keys)
         seconds = (time.monotonic() - began) / len(new)
         before = self.served.probe_before([f.fact for f in new])
-        self._lay(number, shard, new, keys)
+        self._lay(new, shards, keys)
         try:
             after = self._probe(new, gone)
             probes = {f.id: compare(f.fact, before[f.id], after[f.id]) for f in new}
-            right = [f for f in new if probes[f.id].right]
-            wrong = [f for f in new if not probes[f.id].right]
-            if right:
-                self._keep(number, right, keys, before, probes, seconds)
-            else:
-                self._undo(number, new)
+            self._keep([f for f in new if probes[f.id].right], keys, before, probes, seconds)
         except BaseException:
-            self._undo(number, new)
+            self._undo(new)
             raise
         with self.store.transaction():
-            for fact in wrong:
+            for fact in (f for f in new if not probes[f.id].right):
                 answer = probes[fact.id].answer
                 self.flush.retry(fact, "side", f"the side memory answered {answer!r}")
         self._relieve()
         self.served.forget_side()
-        return [f.id for f in right]
+        return [f.id for f in new if probes[f.id].right]
 
-    def _learn(self, number: int, facts: list[Fact], keys: Mapping[str, Keys]) -> Shard:
+    def _learn(self, facts: list[Fact], keys: Mapping[str, Keys]) -> list[Shard]:
         norm = self.served.loaded.statistics[self.served.site.side_layer].norm
         learned = learn(
             self.served.model,
             self.served.site,
             facts,
-            number,
-            outside=self._outside(facts, keys),
+            outside=self._ordinary,
+            others=[self._others(fact, keys[fact.id]) for fact in facts],
             scale=norm,
             steps=self.steps,
             pulse=lambda _step: self.pulse(),
         )
-        return learned.shard
+        return learned.shards
 
-    def _outside(self, facts: Sequence[Fact], keys: Mapping[str, Keys]) -> Tensor:
-        """Inputs on which the shard must stay quiet: ordinary text, the facts' neighbours, and
-        other questions about their subjects."""
+    def _others(self, fact: Fact, keys: Keys) -> Tensor:
+        """Inputs on which the fact's shard must stay quiet: its neighbours, and other questions
+        about its subject."""
         model, side = self.served.model, self.served.side
-        prompts = [n.prompt for f in facts for n in f.neighbours[:OUTSIDE_NEIGHBOURS]]
+        prompts = [n.prompt for n in fact.neighbours[:OUTSIDE_NEIGHBOURS]]
         near, _ = prompt_end(model, prompts, side.layer)
-        others = other_questions(model, side, facts, keys)
-        return torch.cat([part.to(model.device) for part in (self._ordinary, near, others)])
+        return torch.cat([near.to(model.device), other_questions(model, side, fact, keys)])
 
     def _probe(self, new: Sequence[StoredFact], gone: set[str]) -> dict[str, list[str]]:
         self.served.side.hidden = gone
@@ -101,33 +95,35 @@ class Hot:
             self.served.side.hidden = set()
 
     def _lay(
-        self, number: int, shard: Shard, new: Sequence[StoredFact], keys: Mapping[str, Keys]
+        self, new: Sequence[StoredFact], shards: Sequence[Shard], keys: Mapping[str, Keys]
     ) -> None:
-        self.served.side.shards[number] = shard
-        for fact in new:
+        side = self.served.side
+        first = max(side.shards, default=0) + 1
+        for number, (fact, shard) in enumerate(zip(new, shards, strict=True), first):
+            side.shards[number] = shard
             subject, unnamed = fact.fact.subject, fact.fact.unnamed
-            self.served.side.put(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
+            side.put(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
 
-    def _undo(self, number: int, new: Sequence[StoredFact]) -> None:
+    def _undo(self, new: Sequence[StoredFact]) -> None:
         for fact in new:
+            del self.served.side.shards[self.served.side.shard_of[fact.id]]
             self.served.side.drop(fact.id)
-        del self.served.side.shards[number]
 
     def _keep(
         self,
-        number: int,
         right: Sequence[StoredFact],
         keys: Mapping[str, Keys],
         before: dict[str, list[str]],
         probes: dict[str, Probe],
         seconds: float,
     ) -> None:
-        shard = self.served.side.shards[number]
-        sha = save_shard(self.served.home.side, shard)
+        side = self.served.side
+        numbers = {fact.id: side.shard_of[fact.id] for fact in right}
+        shas = {n: save_shard(self.served.home.side, side.shards[n]) for n in numbers.values()}
         with self.store.transaction():
-            self.store.put_shard(number, sha, len(right), shard.threshold)
             for fact in right:
-                probe = probes[fact.id]
+                number, probe = numbers[fact.id], probes[fact.id]
+                self.store.put_shard(number, shas[number], 1, side.shards[number].threshold)
                 self.flush.supersede(fact)
                 self.store.put_side(fact.id, number, pack_keys(keys[fact.id]))
                 self.store.move(

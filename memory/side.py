@@ -40,14 +40,15 @@ def fact_id_of(number: int) -> str:
 
 @dataclass(frozen=True)
 class Delta:
-    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width)."""
+    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width). Several of them
+    may lie side by side, along first dimensions."""
 
     up: Tensor
     down: Tensor
 
     def moved(self, inputs: Tensor) -> Tensor:
         """ΔW k (..., hidden) of inputs k (..., width): two small products, never ΔW itself."""
-        return inputs @ self.down.T @ self.up.T
+        return inputs @ self.down.mT @ self.up.mT
 
 
 @dataclass(frozen=True)

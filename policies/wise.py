@@ -1,58 +1,55 @@
-"""The hot tier: facts learned into one shard of the side memory in seconds.
+"""The hot tier: facts learned into shards of the side memory in seconds.
 
 WISE (Wang et al. 2024): a shard is a delta for one down projection, trained so that the model says
 the targets (eq. 2) while the activation distance d(a) = ‖ΔW a‖ stays large on the shard's facts and
 small on everything else (margin loss, eq. 5). Where the published delta is as large as the weight,
-under a random mask, here it is of low rank, ΔW = B A. Where the published loop runs the whole model
-for each step, here everything below the side layer is computed once, and all facts of the shard are
-learned together.
+under a random mask, and holds hundreds of facts, here each fact has its own, of low rank, ΔW = B A:
+what is taken out of the side memory leaves nothing behind. Where the published loop runs the whole
+model for each step, here everything below the side layer is computed once, and the facts that come
+together are learned side by side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.model import EditableModel
+from memory.model import EditableModel, Tap
 from memory.replay import Replay
-from memory.side import Delta, Keys, Shard, SideMemory
+from memory.side import Delta, Keys, Shard, SideMemory, number_of
 from policies.prompts import IGNORE, QUESTIONS, Row, pad, rows_of
 from policies.site import EditSite
 
-RANK = 8  # of a shard's ΔW, at most
+RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
-ACTIVATION_RATIO = 0.2  # threshold over the least distance on the shard's own prompts
+ACTIVATION_RATIO = 0.15  # threshold over the least distance on the shard's own prompts
 ALIKE = 0.8  # cosine from which another question may ask the same as a fact's own
 DONE = 0.02  # loss at which training stops
 EXTRA_STEPS = 2
 READ_TOGETHER = 16  # rows, which are padded to the longest of them
 
 
-def other_questions(
-    model: EditableModel, side: SideMemory, facts: Sequence[Fact], keys: Mapping[str, Keys]
-) -> Tensor:
-    """Inputs (n, width) of the side layer where other questions about the facts' subjects end, on
-    which a shard must stay quiet; `keys` are the facts' own, by id. What may ask the same as a
-    fact, since its end key is too near, is not among them."""
-    found = []
-    for fact in facts:
-        prompts = [question.replace("{}", fact.subject) for question in QUESTIONS]
-        inputs, outputs = prompt_end(model, prompts, side.layer)
-        near = side.key(side.layer, outputs).cpu() @ keys[fact.id].end.T  # (questions, own)
-        found.append(inputs[near.amax(1).to(inputs.device) < ALIKE])
-    return torch.cat(found)
+def other_questions(model: EditableModel, side: SideMemory, fact: Fact, keys: Keys) -> Tensor:
+    """Inputs (n, width) of the side layer where other questions about a fact's subject end, on
+    which its shard must stay quiet; `keys` are the fact's own. What may ask the same, since its end
+    key is too near, is not among them."""
+    prompts = [question.replace("{}", fact.subject) for question in QUESTIONS]
+    inputs, outputs = prompt_end(model, prompts, side.layer)
+    near = side.key(side.layer, outputs).cpu() @ keys.end.T  # (questions, own)
+    return inputs[near.amax(1).to(inputs.device) < ALIKE]
 
 
 @dataclass(frozen=True)
 class Learned:
-    """A trained shard."""
+    """A trained shard for each fact, and their mean loss."""
 
-    shard: Shard
+    shards: list[Shard]
     loss: float
     steps: int
 
@@ -68,20 +65,45 @@ def prompt_end(model: EditableModel, prompts: Sequence[str], layer: int) -> tupl
     def tap(inputs: Tensor, outputs: Tensor) -> None:
         at = torch.arange(len(batch.end), device=inputs.device)
         caught.extend((inputs[at, batch.end], outputs[at, batch.end]))
+        raise _Read
 
-    with torch.no_grad(), model.tap({layer: tap}):
-        model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)  # nobody reads them
+    _read(model, batch.ids, {layer: tap})
     return caught[0], caught[1]
 
 
+class _Read(Exception):
+    """All that was to be read of a pass has been read."""
+
+
+def _read(model: EditableModel, ids: Tensor, taps: Mapping[int, Tap]) -> None:
+    """A pass over ids (rows, tokens) for its taps alone: it ends where one of them raises _Read."""
+    with suppress(_Read), torch.no_grad(), model.tap(taps):
+        model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+
+
 class _Training:
-    """One shard's training: everything that does not change from step to step, held here."""
+    """The training of some facts, each on its own ΔW: what does not change from step to step.
+
+    Nothing of a fact's loss hangs on another fact's ΔW, and Adam does not feel a loss's scale: so
+    each is learned as it would be alone, and all of them in the time of a few. Where deltas lie
+    side by side, they do so along a first dimension (facts, ...).
+    """
 
     def __init__(
-        self, model: EditableModel, site: EditSite, rows: list[Row], outside: Tensor, scale: float
+        self,
+        model: EditableModel,
+        site: EditSite,
+        facts: Sequence[Fact],
+        outside: Tensor,
+        others: Sequence[Tensor],
+        scale: float,
     ) -> None:
-        self.model, self.site, self.scale = model, site, scale
-        rows = sorted(rows, key=lambda row: row.prompt_length)  # read beside their like
+        self.model, self.site, self.scale, on = model, site, scale, model.device
+        pairs = [(n, row) for n, fact in enumerate(facts) for row in rows_of(model, fact)]
+        pairs.sort(key=lambda pair: pair[1].prompt_length)  # read beside their like
+        rows = [row for _, row in pairs]
+        self.owner = torch.tensor([n for n, _ in pairs], device=on)  # (rows,) whose row it is
+        self.own = (self.owner == torch.arange(len(facts), device=on)[:, None]).float()
         heads = [row.prompt[:-1] for row in rows]
         tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
         longest = max(map(len, tails))
@@ -89,13 +111,19 @@ class _Training:
         for at in range(0, len(rows), READ_TOGETHER):
             part = slice(at, at + READ_TOGETHER)
             self.replay.fill(at, heads[part], tails[part])
-        self.columns = torch.arange(longest, device=model.device).repeat(len(rows), 1)
-        self.labels = torch.full((len(rows), longest), IGNORE, device=model.device)
+        self.columns = torch.arange(longest, device=on).repeat(len(rows), 1)
+        self.labels = torch.full((len(rows), longest), IGNORE, device=on)
         for n, row in enumerate(rows):
             target = torch.tensor(row.target)
             self.labels[n, : len(target)] = target
-        self.outside = outside.to(model.device)  # (n, width) inputs that must stay quiet
-        self.inside = self._ends()
+        self.inside = self._ends()  # (rows, width)
+        # Inputs that must stay quiet: (n, width) for all, (facts, m, width) for each its own.
+        self.outside = outside.to(on)
+        self.others = nn.utils.rnn.pad_sequence([o.to(on) for o in others], batch_first=True)
+        lengths = torch.tensor([[len(outside) + len(o)] for o in others], device=on)
+        # (facts, n + m), 1 where there is one
+        most = len(outside) + self.others.shape[1]
+        self.real = (torch.arange(most, device=on) < lengths).float()
 
     def _ends(self) -> Tensor:
         """Inputs (rows, width) where the prompts end: no ΔW changes these."""
@@ -105,95 +133,112 @@ class _Training:
             self.replay.logits(self.columns[:, :1])
         return caught[0]
 
-    def begin(self, number: int, rank: int) -> Delta:
-        """ΔW = 0 of shard `number`: B is nothing yet, and A k is near 0 outside and about of length
-        1 at the prompts' ends. For A's rows are random mixtures of what the inputs outside leave
+    def begin(self, fact: int, seed: int) -> Delta:
+        """ΔW = 0 of a fact: B is nothing yet, and A k is near 0 outside and about of length 1 at
+        its prompts' ends. For A's rows are random mixtures of what the inputs outside leave
         unexplained (by ridge regression) of the inputs at the ends."""
-        own, quiet = self.inside, self.outside
+        ends = self.inside[self.owner == fact]
+        own = self.others[fact][self.real[fact, len(self.outside) :] > 0]
+        quiet = torch.cat([self.outside, own])
         gram = quiet @ quiet.T  # (n, n)
         gram.diagonal().add_(gram.trace() / quiet.shape[1])
-        own = own - torch.linalg.solve(gram, quiet @ own.T).T @ quiet
-        generator = torch.Generator().manual_seed(number)
-        down = torch.randn(rank, len(own), generator=generator).to(own.device) @ own
-        down /= (self.inside @ down.T).norm(dim=1).mean()
-        return Delta(own.new_zeros(self.model.hidden, rank), down)
+        left = ends - torch.linalg.solve(gram, quiet @ ends.T).T @ quiet
+        generator = torch.Generator().manual_seed(seed)
+        down = torch.randn(RANK, len(left), generator=generator).to(left.device) @ left
+        down /= (ends @ down.T).norm(dim=1).mean()
+        return Delta(left.new_zeros(self.model.hidden, RANK), down)
 
-    def optimiser(self, delta: Delta) -> torch.optim.Adam:
-        """Steps of B in lengths of an output, and of A in sizes of its entries."""
-        up_rate = self.site.side_rate * self.scale / self.model.hidden**0.5
-        down_rate = DOWN_RATE * float(delta.down.detach().square().mean().sqrt())
-        groups = [
-            {"params": [delta.up], "lr": up_rate},
-            {"params": [delta.down], "lr": down_rate},
-        ]
-        return torch.optim.Adam(groups, betas=(0.9, 0.95))
-
-    def loss(self, delta: Delta) -> tuple[Tensor, bool]:
-        """WISE's loss for a ΔW, and whether every target token is the argmax."""
+    def losses(self, deltas: Delta) -> tuple[Tensor, bool]:
+        """WISE's loss (facts,) of each ΔW, and whether every target token is the argmax."""
+        # Those of the rows, by a product: picking them would be slow to take back.
+        of_rows = Delta(
+            *(
+                (self.own.T @ d.flatten(1)).unflatten(1, d.shape[1:])
+                for d in (deltas.up, deltas.down)
+            )
+        )
 
         def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
-            return outputs + delta.moved(inputs.detach())  # routed from the prompt's end on
+            return outputs + of_rows.moved(inputs.detach())  # routed from the prompt's end on
 
         with self.model.tap({self.site.side_layer: tap}):
             logits = self.replay.logits(self.columns)
-        chosen = self.labels != IGNORE
-        picked, labels = logits[chosen].float(), self.labels[chosen]
-        inside = delta.moved(self.inside).norm(dim=1) / self.scale  # (rows,)
-        margin = F.relu(self.site.beta - inside).mean()
-        if len(self.outside):
-            quiet = delta.moved(self.outside).norm(dim=1) / self.scale  # (n,)
-            margin = margin + F.relu(quiet - self.site.alpha).mean()
-            gap = quiet[:, None] - inside[None, :] + self.site.gamma
-            margin = margin + F.relu(gap).mean()
-        return F.cross_entropy(picked, labels) + margin, bool((picked.argmax(-1) == labels).all())
+        given = self.labels != IGNORE  # (rows, columns)
+        picked, labels = logits[given].float(), self.labels[given]
+        told = self.own[:, given.nonzero()[:, 0]]  # (facts, tokens) 1 where a token is the fact's
+        said = told @ F.cross_entropy(picked, labels, reduction="none") / told.sum(1)
+        right = bool((picked.argmax(-1) == labels).all())
+        return said + self._margins(of_rows, deltas), right
+
+    def _margins(self, of_rows: Delta, deltas: Delta) -> Tensor:
+        """Eq. 5 (facts,), with distances in units of the scale."""
+        inside = of_rows.moved(self.inside[:, None])[:, 0].norm(dim=1) / self.scale  # (rows,)
+        near = _mean(F.relu(self.site.beta - inside), self.own)
+        hidden = self.outside @ deltas.down.flatten(0, 1).mT  # (n, facts · rank), in one product
+        every = hidden.unflatten(1, deltas.down.shape[:2]).transpose(0, 1) @ deltas.up.mT
+        moved = torch.cat([every, deltas.moved(self.others)], dim=1)
+        quiet = moved.norm(dim=2) / self.scale  # (facts, n + m)
+        far = _mean(F.relu(quiet - self.site.alpha), self.real)
+        gap = F.relu(quiet[:, :, None] - inside + self.site.gamma)  # (facts, n + m, rows)
+        return near + far + _mean(gap, self.real[:, :, None] * self.own[:, None], dims=(1, 2))
+
+    def shard(self, fact: int, delta: Delta) -> Shard:
+        """A fact's shard, with the distance from which it may answer."""
+        distance = delta.moved(self.inside[self.owner == fact]).norm(dim=1)
+        return Shard(delta, max(ACTIVATION_RATIO * float(distance.min()), 1e-6))
+
+
+def _mean(values: Tensor, counted: Tensor, dims: tuple[int, ...] = (1,)) -> Tensor:
+    """Means (facts,) of what is counted; 0 where nothing is."""
+    return (values * counted).sum(dims) / counted.sum(dims).clamp(min=1)
 
 
 def learn(
     model: EditableModel,
     site: EditSite,
     facts: Sequence[Fact],
-    number: int,
     *,
     outside: Tensor,
+    others: Sequence[Tensor],
     scale: float,
     steps: int,
     pulse: Callable[[int], None] = lambda _step: None,
 ) -> Learned:
-    """Train shard `number` on its facts.
+    """Train a shard for each fact.
 
     On the weights as they are served: that is what the side memory is laid over.
 
-    outside: inputs (n, width) on which the shard must stay quiet. scale: the median ‖y‖ of the
-    layer, the unit of the margins. Raises KeditError: a fact that cannot be read, a loss that is
-    not finite.
+    outside: inputs (n, width) on which all of them must stay quiet. others: for each fact such
+    inputs (m, width) of its own. scale: the median ‖y‖ of the layer, the unit of the margins.
+    Raises KeditError: a fact that cannot be read, a loss that is not finite.
     """
-    rows = [row for fact in facts for row in rows_of(model, fact)]
-    work = _Training(model, site, rows, outside, scale)
-    first = work.begin(number, rank_for(len(facts)))
-    delta = Delta(first.up.clone().requires_grad_(), first.down.clone().requires_grad_())
-    optimiser = work.optimiser(delta)
+    work = _Training(model, site, facts, outside, others, scale)
+    begun = [work.begin(n, number_of(fact.id)) for n, fact in enumerate(facts)]
+    up = torch.stack([delta.up for delta in begun]).requires_grad_()
+    down = torch.stack([delta.down for delta in begun])
+    # Steps of B are in lengths of an output, and of A in the size of its fact's entries.
+    size = down.square().mean((1, 2), keepdim=True).sqrt()
+    part = (down / size).requires_grad_()
+    groups = [
+        {"params": [up], "lr": site.side_rate * scale / model.hidden**0.5},
+        {"params": [part], "lr": DOWN_RATE},
+    ]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     loss, left, taken = torch.inf, EXTRA_STEPS, 0
     for taken in range(1, steps + 1):
-        value, right = work.loss(delta)
+        losses, right = work.losses(Delta(up, part * size))
         optimiser.zero_grad()
-        value.backward()
-        loss = float(value.detach())
-        if not loss < torch.inf or loss != loss:
+        losses.sum().backward()
+        loss = float(losses.detach().mean())
+        if not loss < torch.inf:
             raise KeditError("the side memory's loss is not finite", code="non-finite")
         left -= right and loss < DONE
         if left < 0:
             break
         optimiser.step()
         pulse(taken)
-    delta = Delta(delta.up.detach(), delta.down.detach())
-    distance = delta.moved(work.inside).norm(dim=1)
-    threshold = ACTIVATION_RATIO * float(distance.min())
-    return Learned(Shard(delta, max(threshold, 1e-6)), loss, taken)
-
-
-def rank_for(facts: int) -> int:
-    """The rank of a shard's ΔW: a fact alone has to say a few different tokens."""
-    return min(RANK, 2 + 2 * facts)
+    deltas = [Delta(*both) for both in zip(up.detach(), (part * size).detach(), strict=True)]
+    return Learned([work.shard(n, delta) for n, delta in enumerate(deltas)], loss, taken)
 
 
 def retrieval_keys(
@@ -223,9 +268,10 @@ def _keys(model: EditableModel, side: SideMemory, rows: Sequence[Row]) -> tuple[
 
     def tap(layer: int, where: Tensor, _inputs: Tensor, outputs: Tensor) -> None:
         caught[layer] = side.key(layer, outputs[n, where]).cpu()
+        if layer == side.layer:
+            raise _Read
 
     low, high = side.gates.key_layer, side.layer
     taps = {low: partial(tap, low, batch.subject), high: partial(tap, high, batch.end)}
-    with torch.no_grad(), model.tap(taps):
-        model.model(input_ids=batch.ids, use_cache=False, logits_to_keep=1)
+    _read(model, batch.ids, taps)
     return caught[low], caught[high]
