@@ -180,9 +180,9 @@ class Daemon:
                 request = self.control.requests.get_nowait()
             except Empty:
                 return
-            if request.name == "ask":
+            if request.name in ("ask", WAKE):
                 self._answer(request)
-            elif request.name != WAKE:
+            else:
                 self._postponed.append(request)
 
     def _look_into_inbox(self) -> None:

@@ -1,7 +1,7 @@
 """The side memory: deltas for one layer in shards, found by key, laid over the rows they concern.
 
-A shard is a delta ΔW = B A of low rank for the down projection of the side layer, trained on a few
-facts. A fact has two kinds of keys. Its *subject keys*, the key layer's outputs at the subject's
+A shard is a delta ΔW = B A of low rank for the down projection of the side layer, trained on a
+fact. A fact has two kinds of keys. Its *subject keys*, the key layer's outputs at the subject's
 last token, are in the index and are looked for at every token of a prompt. Its *end keys*, the
 side layer's outputs where its prompts end, tell what is asked of the subject. A fact fires for a
 row when a subject key and an end key are near enough, the prompt names the subject, and the shard's
@@ -53,7 +53,7 @@ class Delta:
 
 @dataclass(frozen=True)
 class Shard:
-    """ΔW of some facts, and the distance from which it may answer."""
+    """ΔW of a fact, and the distance from which it may answer."""
 
     delta: Delta
     threshold: float

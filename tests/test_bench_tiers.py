@@ -64,8 +64,8 @@ def test_wise_leaves_the_weights_alone_and_answers_by_its_overlay(setup: MakeSet
     assert method.overlay is not None
     assert answers(model, asked, 12, method.overlay) == ["Oslo", "Lima", "Cairo"]
     assert answers(model, asked, 12) != ["Oslo", "Lima", "Cairo"]
-    shards = method.store.shards()  # one for each batch
-    assert [shard.facts for shard in shards] == [2, 1]
+    shards = method.store.shards()
+    assert len(shards) == 3
     keys = sum(len(row.blob) for row in method.store.side_rows())
     paths = [method.home.side / f"{shard.sha256}.safetensors" for shard in shards]
     assert method.stored_bytes() == keys + sum(path.stat().st_size for path in paths)

@@ -14,7 +14,11 @@ import pytest
 from conftest import CITIES, LOOSE, Bench, Clock, seat
 
 from kedit_daemon import control
+from kedit_daemon.control import Request
+from kedit_daemon.daemon import WAKE, Daemon
+from kedit_daemon.editor import Editor
 from kedit_daemon.home import Home
+from kedit_daemon.notify import Notifier
 from memory import reading
 from memory.errors import KeditError
 from memory.facts import State
@@ -166,3 +170,26 @@ def test_a_second_daemon_for_the_same_home_ends_at_once(home: Home) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environ(), timeout=60)
     assert done.returncode == 75, done.stderr
     assert home.socket.exists()
+
+
+def test_a_file_that_comes_during_an_edit_is_taken_right_after_it(
+    bench: Callable[..., Bench],
+) -> None:
+    at, one, two = bench(side={"steps": 20}), seat(1, "Oslo"), seat(2, "Lima")
+    # By itself, with a time that stands still, it looks into the inbox in its first turn only.
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    calls = iter(range(10_000))
+
+    def pulse() -> None:
+        if next(calls) == 3:
+            record = {"subject": two.subject, "prompt": two.prompt, "target": two.target}
+            (at.home.inbox / "dropped.jsonl").write_text(json.dumps(record) + "\n")
+            daemon.control.requests.put(Request(WAKE, {}))
+        daemon._pulse()
+
+    daemon.editor = Editor(at.served, at.config, pulse)
+    at.receive(one)
+    daemon._turn()
+    assert [f.id for f in at.store.facts()] == [one.id]
+    daemon._turn()
+    assert {f.id for f in at.store.facts()} == {one.id, two.id}

@@ -34,16 +34,6 @@ def test_facts_go_live_in_the_side_memory_and_ask_names_the_one_that_fired(bench
     assert (fired["fact"], fired["tier"], fired["score"]) == (one.id, "weights", None)
 
 
-def test_a_full_shard_opens_another(bench: Make) -> None:
-    at = bench(side={**STEPS, "shard_facts": 2})
-    facts = [seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")]
-    at.receive(*facts)
-    at.settle()
-    assert [at.served.side.shard_of[f.id] for f in facts] == [1, 1, 2]
-    assert [(row.id, row.facts) for row in at.store.shards()] == [(1, 2), (2, 1)]
-    assert [at.says(f.question) for f in facts] == ["Oslo", "Lima", "Cairo"]
-
-
 def test_a_fact_that_cannot_be_read_is_rejected_and_the_others_live(bench: Make) -> None:
     at = bench(side=STEPS)
     long = Fact("country 9", "The seat of {} " + "in the long run " * 100 + "is", "Rome")

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from kedit_daemon.hot import OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour, State
 from policies.probe import Probe, compare
-from policies.wise import other_questions, prompt_end, retrieval_keys
+from policies.wise import Learned, learn, other_questions, prompt_end, retrieval_keys
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -44,12 +45,35 @@ def test_a_second_fact_has_a_shard_of_its_own_and_the_first_is_as_it_was(bench: 
     assert (at.says(ONE.question), at.says(TWO.question)) == ("Oslo", "Lima")
 
 
-def test_facts_that_come_together_share_a_shard_up_to_its_size(bench: Make) -> None:
-    at = bench(side={**STEPS, "shard_facts": 2})
+def test_facts_that_come_together_are_learned_together_up_to_a_number(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> Learned:
+        sizes.append(len(given[2]))
+        return learn(*given, **more)
+
+    monkeypatch.setattr(hot, "learn", counted)
+    at = bench(side={**STEPS, "batch_facts": 2})
     at.receive(ONE, TWO, seat(3, "Cairo"))
     at.settle()
-    assert sorted(at.served.side.shard_of.values()) == [1, 1, 2]
-    assert [(row.id, row.facts) for row in at.store.shards()] == [(1, 2), (2, 1)]
+    assert sizes == [2, 1]
+    assert sorted(at.served.side.shard_of.values()) == [1, 2, 3]
+    assert [(row.id, row.facts) for row in at.store.shards()] == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_of_a_fact_that_goes_nothing_is_left(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, TWO)
+    at.settle()
+    (kept,) = (row for row in at.store.shards() if row.id == at.served.side.shard_of[TWO.id])
+    before = at.served.side.shards[kept.id]
+    at.editor.revert([ONE.id], None, False)
+    assert at.served.side.shards == {kept.id: before}
+    assert at.store.shards() == [kept]
+    assert [path.stem for path in at.home.side.iterdir()] == [kept.sha256]
+    assert at.says(TWO.question) == "Lima" != at.says(ONE.question)
 
 
 def test_what_is_not_said_tries_the_weights_and_leaves_no_trace(bench: Make) -> None:
@@ -132,19 +156,14 @@ def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(
     assert at.says(ONE.question) == "Oslo"
 
 
-def test_a_shard_is_kept_quiet_on_ordinary_text_neighbours_and_other_questions(
-    bench: Make,
-) -> None:
+def test_a_shard_is_kept_quiet_on_neighbours_and_on_other_questions(bench: Make) -> None:
     near = tuple(Neighbour(f"The seat of country {n} is") for n in range(20, 26))
     hot = bench(side=STEPS).editor.hot
     model, side = hot.served.model, hot.served.side
-    keys = retrieval_keys(model, side, [ONE])
-    alone, beside = (hot._outside([replace(ONE, neighbours=some)], keys) for some in ((), near))
-    assert len(beside) == len(alone) + OUTSIDE_NEIGHBOURS
+    keys = retrieval_keys(model, side, [ONE])[ONE.id]
+    alone, beside = (hot._others(replace(ONE, neighbours=some), keys) for some in ((), near))
     asked = [n.prompt for n in near[:OUTSIDE_NEIGHBOURS]]
     inputs, _ = prompt_end(model, asked, side.layer)
-    at = len(hot._ordinary)
-    assert torch.allclose(beside[at : at + OUTSIDE_NEIGHBOURS], inputs, atol=1e-5)
-    others = other_questions(model, side, [ONE], keys)
-    assert len(alone) == at + len(others)
-    assert torch.equal(alone[at:], others)
+    assert torch.allclose(beside[: len(inputs)], inputs, atol=1e-5)
+    assert torch.equal(beside[len(inputs) :], alone)
+    assert torch.equal(alone, other_questions(model, side, ONE, keys))

@@ -23,7 +23,6 @@ from policies.wise import (
     learn,
     other_questions,
     prompt_end,
-    rank_for,
     retrieval_keys,
 )
 
@@ -54,16 +53,18 @@ def learned(
     facts: list[Fact],
     outside: Tensor,
     steps: int = 200,
-    number: int = 1,
+    others: list[Tensor] | None = None,
 ) -> Learned:
     scale = float(side.centres[side.layer].norm())  # near the outputs' own length
-    return learn(side.model, site, facts, number, outside=outside, scale=scale, steps=steps)
+    own = [outside[:0]] * len(facts) if others is None else others
+    return learn(side.model, site, facts, outside=outside, others=own, scale=scale, steps=steps)
 
 
 def lay(side: SideMemory, found: Learned, facts: list[Fact]) -> None:
-    side.shards[1] = found.shard
-    for fact_id, keys in retrieval_keys(side.model, side, facts).items():
-        side.put(fact_id, 1, keys, "", unnamed=True)
+    keys = retrieval_keys(side.model, side, facts)
+    for number, (fact, shard) in enumerate(zip(facts, found.shards, strict=True)):
+        side.shards[number] = shard
+        side.put(fact.id, number, keys[fact.id], "", unnamed=True)
 
 
 def prompts_of(side: SideMemory, facts: list[Fact]) -> list[str]:
@@ -89,26 +90,52 @@ def test_the_prompts_end_is_read_whatever_the_company(model: EditableModel) -> N
     assert [t.shape for t in empty] == [(0, inputs.shape[1]), (0, outputs.shape[1])]
 
 
-def test_a_shards_beginning_follows_from_its_number(
+def test_a_shards_beginning_follows_from_its_fact(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
-    one, again = (learned(side, site, FACTS, outside, steps=2).shard.delta for _ in range(2))
-    assert torch.equal(one.up, again.up) and torch.equal(one.down, again.down)
-    other = learned(side, site, FACTS, outside, steps=2, number=2).shard.delta
-    assert not torch.allclose(one.down, other.down, atol=0.1 * float(one.down.std()))
+    still = replace(site, side_rate=0.0)
+    one, again = (learned(side, still, FACTS, outside, steps=1).shards for _ in range(2))
+    for shard, same in zip(one, again, strict=True):
+        assert torch.equal(shard.delta.down, same.delta.down)
+    # Another target makes another fact of the same prompts.
+    (other,) = learned(side, still, [seat(11, "Lima")], outside, steps=1).shards
+    spread = float(one[0].delta.down.std())
+    assert not torch.allclose(one[0].delta.down, other.delta.down, atol=0.1 * spread)
 
 
-def test_a_shard_begins_as_nothing_that_sees_its_facts_and_little_else(
+def test_a_shard_begins_as_nothing_that_sees_its_fact_and_little_else(
     side: SideMemory, site: EditSite, outside: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wise, "DOWN_RATE", 0.0)
     still = replace(site, side_rate=0.0)
-    delta = learned(side, still, FACTS, outside, steps=1).shard.delta
-    inside, _ = prompt_end(side.model, prompts_of(side, FACTS), site.side_layer)
-    assert not delta.moved(inside).any()
-    seen, quiet = (float((k @ delta.down.T).norm(dim=1).mean()) for k in (inside, outside))
-    assert seen == pytest.approx(1, rel=1e-3)
-    assert quiet < 0.05
+    others, _ = prompt_end(side.model, ["The river of country 11 is", "He"], site.side_layer)
+    found = learned(side, still, FACTS, outside, 1, [others, others[:1]]).shards
+    for fact, shard, own in zip(FACTS, found, (others, others[:1]), strict=True):
+        inside, _ = prompt_end(side.model, prompts_of(side, [fact]), site.side_layer)
+        assert not shard.delta.moved(inside).any()
+        seen, quiet, near = (
+            float((k @ shard.delta.down.T).norm(dim=1).mean()) for k in (inside, outside, own)
+        )
+        assert seen == pytest.approx(1, rel=1e-3)
+        assert quiet < 0.05
+        assert near < 0.5
+
+
+def test_what_is_learned_together_is_what_is_learned_alone(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    facts = [*FACTS, seat(13, "Rome and Lima", paraphrases=("{}:",))]
+    prompts = ["The river of country 11 is", "He", "In the long run the river"]
+    quiet, _ = prompt_end(side.model, prompts, site.side_layer)
+    others = [quiet[:1], quiet, quiet[1:]]
+    together = learned(side, site, facts, outside, 6, others).shards
+    for n, fact in enumerate(facts):
+        (alone,) = learned(side, site, [fact], outside, 6, others[n : n + 1]).shards
+        for one, other in zip(
+            vars(alone.delta).values(), vars(together[n].delta).values(), strict=True
+        ):
+            assert torch.allclose(one, other, atol=0.02 * float(other.abs().max()))
+        assert alone.threshold == pytest.approx(together[n].threshold, rel=0.02)
 
 
 def test_learned_facts_are_said_under_the_overlay(
@@ -119,7 +146,7 @@ def test_learned_facts_are_said_under_the_overlay(
     assert said(side, FACTS) == ["Oslo", "Rome"] != plain
 
 
-def test_facts_with_targets_of_different_length_share_a_shard(
+def test_facts_with_targets_of_different_length_are_learned_together(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     facts = [seat(11, "Oslo"), seat(12, "Rome and Lima")]
@@ -129,33 +156,30 @@ def test_facts_with_targets_of_different_length_share_a_shard(
     assert said(side, facts) == ["Oslo", "Rome and Lima"]
 
 
-def test_a_shard_is_of_small_rank_and_of_smaller_with_few_facts(
-    side: SideMemory, site: EditSite, outside: Tensor
-) -> None:
+def test_a_shard_is_of_small_rank(side: SideMemory, site: EditSite, outside: Tensor) -> None:
     hidden, width = side.model.base_weight(site.side_layer).shape
-    assert [rank_for(n) for n in (1, 2, 3, 16)] == [4, 6, RANK, RANK]
-    for facts in (FACTS[:1], FACTS):
-        delta, rank = learned(side, site, facts, outside, steps=8).shard.delta, rank_for(len(facts))
-        assert (delta.up.shape, delta.down.shape) == ((hidden, rank), (rank, width))
-        assert not delta.up.requires_grad and not delta.down.requires_grad
     assert hidden > RANK
+    for shard in learned(side, site, FACTS, outside, steps=8).shards:
+        delta = shard.delta
+        assert (delta.up.shape, delta.down.shape) == ((hidden, RANK), (RANK, width))
+        assert not delta.up.requires_grad and not delta.down.requires_grad
 
 
 def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
-    shard = learned(side, site, FACTS, outside).shard
-    inside, _ = prompt_end(side.model, prompts_of(side, FACTS), site.side_layer)
-    distance = shard.delta.moved(inside).norm(dim=1)
-    quiet = shard.delta.moved(outside).norm(dim=1)
-    assert shard.threshold == pytest.approx(ACTIVATION_RATIO * float(distance.min()), rel=1e-3)
-    assert float(quiet.median()) < float(distance.min())
+    for fact, shard in zip(FACTS, learned(side, site, FACTS, outside).shards, strict=True):
+        inside, _ = prompt_end(side.model, prompts_of(side, [fact]), site.side_layer)
+        distance = shard.delta.moved(inside).norm(dim=1)
+        quiet = shard.delta.moved(outside).norm(dim=1)
+        assert shard.threshold == pytest.approx(ACTIVATION_RATIO * float(distance.min()), rel=1e-3)
+        assert float(quiet.median()) < float(distance.min())
 
 
-def routed_loss(side: SideMemory, facts: list[Fact], delta: Delta, early: int) -> float:
-    """Mean NLL of the targets, ΔW laid over all tokens from `early` before the prompt's end on."""
+def routed_loss(side: SideMemory, fact: Fact, delta: Delta, early: int) -> float:
+    """Mean NLL of the target, ΔW laid over all tokens from `early` before the prompt's end on."""
     model, losses = side.model, []
-    for row in (row for fact in facts for row in rows_of(model, fact)):
+    for row in rows_of(model, fact):
         first = row.prompt_length - 1
 
         def tap(inputs: Tensor, outputs: Tensor, at: int = first - early) -> Tensor:
@@ -182,9 +206,13 @@ def test_what_is_learned_is_routed_from_the_prompts_end_on(
     start = Delta(up, down.T)
     monkeypatch.setattr(wise._Training, "begin", lambda *_: start)
     loss = learned(side, site, facts, torch.empty(0, width), steps=1).loss
-    assert loss == pytest.approx(routed_loss(side, facts, start, 0), abs=1e-4)
+
+    def routed(early: int) -> float:
+        return sum(routed_loss(side, fact, start, early) for fact in facts) / len(facts)
+
+    assert loss == pytest.approx(routed(0), abs=1e-4)
     for elsewhere in (-1, 1, 2):
-        assert abs(loss - routed_loss(side, facts, start, elsewhere)) > 1e-3
+        assert abs(loss - routed(elsewhere)) > 1e-3
 
 
 def test_the_margins_keep_a_shard_quiet_elsewhere(
@@ -196,10 +224,24 @@ def test_the_margins_keep_a_shard_quiet_elsewhere(
     def contrast(found: Learned) -> float:
         prompts = [f.question for f in FACTS]
         inside, _ = prompt_end(side.model, prompts, site.side_layer)
-        near, far = (found.shard.delta.moved(k).norm(dim=1).mean() for k in (inside, outside))
-        return float(near / far)
+        deltas = [shard.delta for shard in found.shards]
+        near = sum(float(d.moved(k).norm()) for d, k in zip(deltas, inside, strict=True))
+        return near / sum(float(d.moved(outside).norm(dim=1).mean()) for d in deltas)
 
     assert contrast(calm) > contrast(loud)
+
+
+def test_a_fact_is_kept_quiet_on_its_own_other_questions(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    prompts = ["The river of country 11 is", "The river of country 12 is"]
+    asked, _ = prompt_end(side.model, prompts, site.side_layer)
+    site = replace(site, gamma=-1e9)
+    none = learned(side, site, FACTS, outside, 30).shards
+    own = learned(side, site, FACTS, outside, 30, [asked[:1], asked[1:]]).shards
+    for n in range(2):
+        before, after = (float(found[n].delta.moved(asked[n]).norm()) for found in (none, own))
+        assert after < 0.7 * before
 
 
 def test_keys_are_the_centred_outputs_at_subject_and_prompts_end(
@@ -226,12 +268,12 @@ def test_learning_reads_the_weights_as_served_and_leaves_them_alone(
 ) -> None:
     model, low = side.model, site.key_layer
     clean, clean_keys = (
-        learned(side, site, FACTS, outside, steps=3).shard.delta,
+        learned(side, site, FACTS, outside, steps=3).shards[0].delta,
         retrieval_keys(model, side, FACTS),
     )
     model.set_deltas({low: model.base_weight(low) * 0.5})
     edited = model.weights_hash(range(4))
-    again = learned(side, site, FACTS, outside, steps=3).shard.delta
+    again = learned(side, site, FACTS, outside, steps=3).shards[0].delta
     again_keys = retrieval_keys(model, side, FACTS)
     assert model.weights_hash(range(4)) == edited
     assert not torch.allclose(again.up, clean.up, atol=0.01 * float(clean.up.std()))
@@ -267,8 +309,8 @@ def test_a_pulse_is_felt_at_every_step(side: SideMemory, site: EditSite, outside
         side.model,
         site,
         FACTS,
-        1,
         outside=outside,
+        others=[outside, outside],
         scale=1.0,
         steps=4,
         pulse=felt.append,
@@ -307,14 +349,13 @@ def test_nothing_outside_is_no_obstacle(side: SideMemory, site: EditSite) -> Non
 def test_other_questions_are_about_the_subject_and_not_what_a_fact_asks(
     side: SideMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = retrieval_keys(side.model, side, FACTS)
-    prompts = [q.replace("{}", f.subject) for f in FACTS for q in QUESTIONS]
+    fact = FACTS[0]
+    keys = retrieval_keys(side.model, side, FACTS)[fact.id]
+    prompts = [question.replace("{}", fact.subject) for question in QUESTIONS]
     every, _ = prompt_end(side.model, prompts, side.layer)
     monkeypatch.setattr(wise, "ALIKE", 1.1)
-    assert torch.allclose(other_questions(side.model, side, FACTS, keys), every, atol=1e-5)
-    own = "The seat of {} is"
-    assert FACTS[0].prompt == own
-    monkeypatch.setattr(wise, "QUESTIONS", (own, *QUESTIONS[:3]))
+    assert torch.allclose(other_questions(side.model, side, fact, keys), every, atol=1e-5)
+    monkeypatch.setattr(wise, "QUESTIONS", (fact.prompt, *QUESTIONS[:3]))
     monkeypatch.setattr(wise, "ALIKE", 0.999)
-    found = other_questions(side.model, side, FACTS[:1], keys)
+    found = other_questions(side.model, side, fact, keys)
     assert torch.allclose(found, every[:3], atol=1e-5)
