@@ -61,7 +61,7 @@ class Pilot:
     """Facts to edit, and what to ask then: wordings and prompts that no edit has seen."""
 
     facts: tuple[Fact, ...]
-    held_out: tuple[tuple[str, str], ...]  # prompt and target
+    held_out: tuple[tuple[int, str, str], ...]  # place of the fact, prompt and target
     near: tuple[str, ...]  # prompts whose answers must stay
 
 
@@ -123,12 +123,14 @@ def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot
     return Pilot(facts_only, tuple(held_out), tuple(near))
 
 
-def _held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[str, str]]:
-    pairs = [(p, fact.target) for fact in facts for p in fact.rephrased[:MAX_PARAPHRASES]]
-    if not pairs:
+def _held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
+    placed = list(enumerate(facts))
+    found = [(n, p, fact.target) for n, fact in placed for p in fact.rephrased[:MAX_PARAPHRASES]]
+    if not found:
         lines = [" ".join(line.split()[:8]).rstrip(".") for line in ordinary_text()]
-        pairs = [(f"{a}. {f.question}", f.target) for a, f in zip(lines, facts, strict=False)]
-    return [pair for pair in pairs if len(model.encode(pair[0])) <= LONGEST]
+        pairs = zip(lines, placed, strict=False)
+        found = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
+    return [one for one in found if len(model.encode(one[1])) <= LONGEST]
 
 
 def _readable(model: EditableModel, fact: Fact) -> bool:
@@ -146,7 +148,7 @@ class Examiner:
     def __init__(self, model: EditableModel, pilot: Pilot) -> None:
         self.model = model
         self._asked = [self._row(fact.question, fact.target) for fact in pilot.facts]
-        self._held_out = [self._row(*pair) for pair in pilot.held_out]
+        self._held_out = [self._row(prompt, target) for _, prompt, target in pilot.held_out]
         self._near = [(model.encode(prompt), [0]) for prompt in pilot.near]
         self._before = self._greedy(self._near)
 
@@ -214,7 +216,7 @@ def calibrate(opened: Opened, pilot: Pilot, false_routes: float, watch: Watch) -
     told("limits")
     site, figures = _limited(model, chosen.site, search.deltas(chosen.site))
     side = SideMemory(model, site.gates, {n: s.mean for n, s in statistics.items()})
-    asked = [prompt for prompt, _ in pilot.held_out]
+    asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
     gate = end_gate(side, pilot.facts, asked, ordinary_text(), false_routes)
     site = replace(site, anchors=search.anchors(chosen.site), end_gate=gate.gate)
     evidence = {

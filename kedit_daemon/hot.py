@@ -18,7 +18,7 @@ from memory.facts import Fact, State
 from memory.rows import StoredFact
 from memory.side import Keys, Shard
 from policies.probe import Probe, compare
-from policies.wise import learn, other_questions, prompt_end, retrieval_keys
+from policies.wise import fitting, learn, other_questions, prompt_end, retrieval_keys
 
 OUTSIDE_LINES = 200
 OUTSIDE_NEIGHBOURS = 4  # of each fact
@@ -49,8 +49,8 @@ class Hot:
         shards = self._learn([f.fact for f in new], keys)
         seconds = (time.monotonic() - began) / len(new)
         before = self.served.probe_before([f.fact for f in new])
-        self._lay(new, shards, keys)
         try:
+            self._lay(new, shards, keys)
             after = self._probe(new, gone)
             probes = {f.id: compare(f.fact, before[f.id], after[f.id]) for f in new}
             self._keep([f for f in new if probes[f.id].right], keys, before, probes, seconds)
@@ -84,7 +84,7 @@ class Hot:
         about its subject."""
         model, side = self.served.model, self.served.side
         prompts = [n.prompt for n in fact.neighbours[:OUTSIDE_NEIGHBOURS]]
-        near, _ = prompt_end(model, prompts, side.layer)
+        near, _ = prompt_end(model, fitting(model, prompts), side.layer)
         return torch.cat([near.to(model.device), other_questions(model, side, fact, keys)])
 
     def _probe(self, new: Sequence[StoredFact], gone: set[str]) -> dict[str, list[str]]:
@@ -105,9 +105,11 @@ class Hot:
             side.put(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
 
     def _undo(self, new: Sequence[StoredFact]) -> None:
+        side = self.served.side
         for fact in new:
-            del self.served.side.shards[self.served.side.shard_of[fact.id]]
-            self.served.side.drop(fact.id)
+            side.drop(fact.id)
+        for number in set(side.shards) - set(side.shard_of.values()):
+            del side.shards[number]
 
     def _keep(
         self,

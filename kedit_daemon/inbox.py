@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kedit_daemon.formats import Problem, only_failed
-from kedit_daemon.writers import known_closed
+from kedit_daemon.writers import known_closed, tells_closed
 from memory.errors import KeditError
 from memory.files import sync_folder, write_atomic
 
@@ -50,8 +50,8 @@ class Refusal:
 
 
 class Inbox:
-    """The one reader of an inbox. A file is complete when it is known to be closed; where that
-    cannot be known, `settle_seconds` without a change make it so."""
+    """The one reader of an inbox. A file is complete when two scans find it the same, and it is
+    known to be closed; where that cannot be known, `settle_seconds` without a change make it so."""
 
     def __init__(
         self, folder: Path, settle_seconds: float, max_bytes: int, clock: Callable[[], datetime]
@@ -61,6 +61,7 @@ class Inbox:
         (folder / FAILED).mkdir(exist_ok=True)
         self.folder = folder.resolve()
         self.settle_seconds = settle_seconds
+        self._tells_closed = tells_closed(self.folder)
         self.max_bytes = max_bytes
         self._clock = clock
         # By name: inode, size and mtime, and since when they have been the same.
@@ -81,10 +82,12 @@ class Inbox:
             self._sights = {}
             for name, found in stats.items():
                 mark = (found.st_ino, found.st_size, found.st_mtime_ns)
-                sight = seen[name] if name in seen and seen[name][0] == mark else (mark, now)
+                same = name in seen and seen[name][0] == mark
+                sight = seen[name] if same else (mark, now)
                 self._sights[name] = sight
                 quiet = max(wall - found.st_mtime, now - sight[1])
-                if quiet >= self.settle_seconds or _closed(inbox, name):
+                closed = same and self._tells_closed and _closed(inbox, name)
+                if closed or quiet >= self.settle_seconds:
                     settled.append((found.st_mtime_ns, name))
             claims = [c for _, name in sorted(settled) if (c := self._claim(inbox, name))]
         return self._admitted(claims)

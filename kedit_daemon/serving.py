@@ -186,12 +186,14 @@ class Served:
         for fact_id in set(self.side.shard_of) - self.store.side_facts():
             self.side.drop(fact_id)
         empty = set(self.side.shards) - set(self.side.shard_of.values())
+        rows = self.store.shards() if empty else []
         with self.store.transaction():
             for number in empty:
                 del self.side.shards[number]
                 self.store.drop_shard(number)
-        if empty:
-            _sweep_folder(self.home.side, {row.sha256 for row in self.store.shards()})
+        kept = {row.sha256 for row in rows if row.id not in empty}
+        for sha in {row.sha256 for row in rows if row.id in empty} - kept:
+            (self.home.side / f"{sha}.safetensors").unlink(missing_ok=True)
         if self.side.index.changed > CHANGED:
             self.save_index()
 

@@ -22,8 +22,9 @@ QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 @dataclass(frozen=True)
 class EndGate:
-    """The gate, and what it was set by: the scores of `pairs` of a fact and a piece of text, and
-    the share of the prompts that ask for the facts in other words which it lets pass."""
+    """The gate, and what it was set by: the scores of `pairs` of a fact and a piece of text, of
+    which a share `false_routes` passes. `passed`: the share of prompts in other words that pass to
+    the fact that they ask for."""
 
     gate: float
     false_routes: float
@@ -39,26 +40,27 @@ class EndGate:
 def end_gate(
     side: SideMemory,
     facts: Sequence[Fact],
-    asked: Sequence[str],
+    asked: Sequence[tuple[int, str]],
     text: Sequence[str],
     false_routes: float,
 ) -> EndGate:
     """The least gate that lets at most a share `false_routes` of the pairs of a fact and a piece of
     ordinary text pass, as if all of it named the facts' subjects. `text`: lines, of which the
-    starts are read; `asked`: prompts for the facts in other words."""
+    starts are read; `asked`: prompts in other words, each with the place of its fact."""
     keys = retrieval_keys(side.model, side, facts)
     pieces = [_start(line, number) for number, line in enumerate(text)]
     scores = _scores(side, pieces, [keys[f.id].end for f in facts]).flatten().sort().values
     # At most `beyond` scores are allowed above the gate.
     beyond = int(false_routes * len(scores))
     gate = min(float(scores[len(scores) - 1 - beyond].nextafter(torch.tensor(2.0))), 1.0)
-    passed = _scores(side, asked, [keys[f.id].end for f in facts]).amax(1) >= gate
-    quantiles = scores.quantile(torch.tensor(QUANTILES)).tolist()
+    owners, prompts = zip(*asked, strict=True)
+    found = _scores(side, prompts, [keys[f.id].end for f in facts])
+    passed = found[range(len(prompts)), list(owners)] >= gate
     return EndGate(
         gate,
-        false_routes,
+        beyond / len(scores),
         len(scores),
-        dict(zip(QUANTILES, quantiles, strict=True)),
+        {share: float(scores[int(share * (len(scores) - 1))]) for share in QUANTILES},
         float(passed.float().mean()),
     )
 

@@ -38,8 +38,8 @@ READ_TOGETHER = 16  # rows, which are padded to the longest of them
 def other_questions(model: EditableModel, side: SideMemory, fact: Fact, keys: Keys) -> Tensor:
     """Inputs (n, width) of the side layer where other questions about a fact's subject end, on
     which its shard must stay quiet; `keys` are the fact's own. What may ask the same, since its end
-    key is too near, is not among them."""
-    prompts = [question.replace("{}", fact.subject) for question in QUESTIONS]
+    key is too near, is not among them, nor what is too long for the model."""
+    prompts = fitting(model, [question.replace("{}", fact.subject) for question in QUESTIONS])
     inputs, outputs = prompt_end(model, prompts, side.layer)
     near = side.key(side.layer, outputs).cpu() @ keys.end.T  # (questions, own)
     return inputs[near.amax(1).to(inputs.device) < ALIKE]
@@ -71,6 +71,11 @@ def prompt_end(model: EditableModel, prompts: Sequence[str], layer: int) -> tupl
     return caught[0], caught[1]
 
 
+def fitting(model: EditableModel, prompts: Sequence[str]) -> list[str]:
+    """The prompts that the model has positions for."""
+    return [prompt for prompt in prompts if len(model.encode(prompt)) <= model.positions]
+
+
 class _Read(Exception):
     """All that was to be read of a pass has been read."""
 
@@ -84,9 +89,9 @@ def _read(model: EditableModel, ids: Tensor, taps: Mapping[int, Tap]) -> None:
 class _Training:
     """The training of some facts, each on its own ΔW: what does not change from step to step.
 
-    Nothing of a fact's loss hangs on another fact's ΔW, and Adam does not feel a loss's scale: so
-    each is learned as it would be alone, and all of them in the time of a few. Where deltas lie
-    side by side, they do so along a first dimension (facts, ...).
+    Nothing of a fact's loss hangs on another fact's ΔW: so each step is what it would be alone, and
+    all are taken in the time of a few. Only how many there are is decided for all. Where deltas
+    lie side by side, they do so along a first dimension (facts, ...).
     """
 
     def __init__(
@@ -237,7 +242,9 @@ def learn(
             break
         optimiser.step()
         pulse(taken)
-    deltas = [Delta(*both) for both in zip(up.detach(), (part * size).detach(), strict=True)]
+    # Copies: a part would keep the whole in memory, long after the other facts have gone.
+    made = zip(up.detach(), (part * size).detach(), strict=True)
+    deltas = [Delta(*(each.clone() for each in both)) for both in made]
     return Learned([work.shard(n, delta) for n, delta in enumerate(deltas)], loss, taken)
 
 

@@ -76,7 +76,7 @@ def test_a_pilot_keeps_paraphrases_from_the_edit(model: EditableModel) -> None:
     pilot = make_pilot(model, [*FACTS, seat(7)], 2)
     assert [f.id for f in pilot.facts] == [f.id for f in FACTS]
     assert all(not f.paraphrases for f in pilot.facts)
-    assert pilot.held_out == tuple((f.rephrased[0], f.target) for f in FACTS)
+    assert pilot.held_out == tuple((n, f.rephrased[0], f.target) for n, f in enumerate(FACTS))
     assert pilot.near == ("Nothing", "He said that", "1 2 3 4")
 
 
@@ -93,7 +93,8 @@ def test_without_neighbours_the_other_facts_are_near(model: EditableModel) -> No
 def test_without_paraphrases_other_words_stand_before_the_question(model: EditableModel) -> None:
     pilot = make_pilot(model, [seat(1), seat(2)], 2)
     assert len(pilot.held_out) == 2
-    for (prompt, target), fact in zip(pilot.held_out, pilot.facts, strict=True):
+    assert [place for place, _, _ in pilot.held_out] == [0, 1]
+    for (_, prompt, target), fact in zip(pilot.held_out, pilot.facts, strict=True):
         assert prompt.endswith(fact.question) and len(prompt) > len(fact.question)
         assert target == fact.target
 
@@ -104,7 +105,7 @@ def test_what_the_model_cannot_read_is_left_out(model: EditableModel) -> None:
     wordy = replace(FACTS[0], paraphrases=(long, *FACTS[0].paraphrases))
     pilot = make_pilot(model, [unreadable, wordy], 5)
     assert [f.id for f in pilot.facts] == [wordy.id]
-    assert [prompt for prompt, _ in pilot.held_out] == [FACTS[0].rephrased[0]]
+    assert [prompt for _, prompt, _ in pilot.held_out] == [FACTS[0].rephrased[0]]
     with pytest.raises(KeditError) as caught:
         make_pilot(model, [unreadable], 5)
     assert (caught.value.code, "at least three" in caught.value.hint) == ("pilot", True)
@@ -118,7 +119,7 @@ def test_the_examiner_asks_what_greedy_answers_would_say(model: EditableModel) -
     said = model.decode(ids[-2:])
     known = Fact("country 3", "The seat of {} is", said.strip())
     wanted = known.target if model.encode_target(known.question, known.target) == ids[-2:] else None
-    pilot = Pilot((known, FACTS[0]), ((known.question, known.target),), ("Nothing", "1 2"))
+    pilot = Pilot((known, FACTS[0]), ((0, known.question, known.target),), ("Nothing", "1 2"))
     quality = Examiner(model, pilot)({})
     assert (quality.locality, quality.norm_ratio) == (1.0, 1.0)
     assert (quality.reliability, quality.generality) == ((0.5, 1.0) if wanted else (0.0, 0.0))
@@ -126,7 +127,7 @@ def test_the_examiner_asks_what_greedy_answers_would_say(model: EditableModel) -
 
 def test_the_examiner_sees_a_change_and_takes_it_back(model: EditableModel) -> None:
     before = model.weights_hash(range(4))
-    examiner = Examiner(model, Pilot(tuple(FACTS), (("x", "y"),), ("Nothing", "1 2", "He said")))
+    examiner = Examiner(model, Pilot(tuple(FACTS), ((0, "x", "y"),), ("Nothing", "1 2", "He said")))
     torch.manual_seed(1)
     moved = examiner({1: torch.randn_like(model.weight(1)) * 5})
     assert moved.locality < 1 and moved.norm_ratio > 2
@@ -179,8 +180,8 @@ def test_a_calibration_holds_the_figures_behind_it(
     assert set(evidence["activation_variation"]) == set(found.site.layers)
     assert all(norm > 1 for norm, _ in evidence["norm_and_activation_change"])
     assert evidence["end_gate"]["gate"] == found.site.end_gate
-    assert evidence["end_gate"]["false_routes"] == 0.01
     assert evidence["end_gate"]["pairs"] == 2 * len(ordinary_text())
+    assert evidence["end_gate"]["false_routes"] == pytest.approx(0.01, abs=1e-3)
     assert json.loads(site_text(found.site, evidence))["evidence"]["rules"]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kedit_daemon import writers
 from kedit_daemon.formats import Problem
 from kedit_daemon.inbox import Claim, Inbox
 from memory.errors import KeditError
@@ -58,12 +59,26 @@ def test_an_old_file_is_claimed_at_once(inbox: Inbox, folder: Path) -> None:
 
 
 def test_a_file_is_claimed_when_its_writer_closes_it(inbox: Inbox, folder: Path) -> None:
+    if not writers.tells_closed(folder):
+        pytest.skip("no leases on this file system")
     path = drop(folder, "a.jsonl", b"1", age=0)
     with open(path, "ab") as file:
         assert inbox.scan(10.0) == [] and inbox.settling == 1
+        assert inbox.scan(10.1) == []
         file.write(b"2")
-    [claim] = inbox.scan(10.1)
+    assert inbox.scan(10.2) == []  # it is another one than in the scan before
+    [claim] = inbox.scan(10.3)
     assert inbox.read(claim) == b"12" and inbox.settling == 0
+
+
+def test_a_closed_file_on_a_file_system_of_others_has_to_stand_still(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "LOCAL", frozenset())
+    inbox = Inbox(folder, settle_seconds=1.0, max_bytes=1_000, clock=lambda: NOW)
+    drop(folder, "a.jsonl", b"1", age=-500)
+    assert [inbox.scan(at) for at in (10.0, 10.1, 10.9)] == [[], [], []]
+    assert len(inbox.scan(11.0)) == 1
 
 
 def test_an_empty_file_may_be_about_to_be_filled(inbox: Inbox, folder: Path) -> None:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from kedit_daemon.writers import known_closed
+from kedit_daemon import writers
+from kedit_daemon.writers import known_closed, tells_closed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="leases are Linux's")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
+    if not tells_closed(tmp_path):
+        pytest.skip("no leases on this file system")
     path = tmp_path / "a.jsonl"
     path.write_text("{}")
     return path
@@ -78,8 +81,17 @@ def test_a_writer_who_comes_in_between_does_no_harm(path: Path) -> None:
     assert still_there and met == 3
 
 
-def test_where_there_are_no_leases_it_is_not_known(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_is_believed_of_local_file_systems_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    device = os.stat(tmp_path).st_dev
+    known, mounts = f"{os.major(device)}:{os.minor(device)}", tmp_path / "mountinfo"
+    monkeypatch.setattr(writers, "MOUNTS", mounts)
+    for kind, told in (("ext4", True), ("fuse.sshfs", False), ("nfs4", False)):
+        other = "22 1 0:99 / /other rw shared:1 - ext4 /dev/x rw"
+        mounts.write_text(f"{other}\n23 22 {known} / /here rw shared:2 - {kind} host:/x rw\n")
+        assert tells_closed(tmp_path) is told
+    mounts.write_text(f"{other}\n")
+    assert not tells_closed(tmp_path)
     monkeypatch.delattr(fcntl, "F_SETLEASE")
-    assert not asked(path)
+    assert not tells_closed(tmp_path)
