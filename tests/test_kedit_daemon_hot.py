@@ -15,7 +15,7 @@ from policies.wise import Learned, learn, other_questions, prompt_end, retrieval
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
-ONE, TWO = seat(1, "Oslo"), seat(2, "Lima")
+ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")
 
 
 def test_a_learned_fact_has_its_shard_keys_and_probe_in_the_store(bench: Make) -> None:
@@ -127,6 +127,27 @@ def test_a_failure_between_learning_and_writing_undoes_the_learning(
         at.editor.hot.take(at.store.facts((State.RECEIVED,)))
     assert set(at.served.side.shard_of) == {ONE.id}
     assert at.served.side.shards[1] is shard
+
+
+def test_a_key_that_cannot_be_put_in_place_leaves_nothing_of_its_batch(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE)
+    at.settle()
+    put = at.served.side.put
+
+    def broken(fact_id: str, *given: Any, **more: Any) -> None:
+        if fact_id == THREE.id:
+            raise KeditError("a retrieval key is not finite", code="non-finite")
+        put(fact_id, *given, **more)
+
+    monkeypatch.setattr(at.served.side, "put", broken)
+    at.receive(TWO, THREE)
+    with pytest.raises(KeditError, match="not finite"):
+        at.editor.hot.take(at.store.facts((State.RECEIVED,)))
+    assert at.served.side.shard_of == {ONE.id: 1}
+    assert set(at.served.side.shards) == {1}
 
 
 def test_the_reason_of_a_failure_is_a_sentence() -> None:

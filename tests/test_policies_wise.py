@@ -163,6 +163,8 @@ def test_a_shard_is_of_small_rank(side: SideMemory, site: EditSite, outside: Ten
         delta = shard.delta
         assert (delta.up.shape, delta.down.shape) == ((hidden, RANK), (RANK, width))
         assert not delta.up.requires_grad and not delta.down.requires_grad
+        for part in (delta.up, delta.down):  # it does not keep those of the other facts
+            assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
 
 
 def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
@@ -359,3 +361,12 @@ def test_other_questions_are_about_the_subject_and_not_what_a_fact_asks(
     monkeypatch.setattr(wise, "ALIKE", 0.999)
     found = other_questions(side.model, side, fact, keys)
     assert torch.allclose(found, every[:3], atol=1e-5)
+
+
+def test_a_question_that_is_too_long_for_the_model_is_left_out(side: SideMemory) -> None:
+    words = (side.model.positions - len(side.model.encode("The seat of is"))) // 2
+    fact = Fact("Oslo " * words + "Oslo", "{}", "Rome")
+    keys = retrieval_keys(side.model, side, FACTS)[FACTS[0].id]
+    assert len(other_questions(side.model, side, fact, keys)) <= len(QUESTIONS)
+    longer = Fact("Oslo " * 2 * side.model.positions, "{}", "Rome")
+    assert len(other_questions(side.model, side, longer, keys)) == 0
