@@ -364,9 +364,6 @@ def test_other_questions_are_about_the_subject_and_not_what_a_fact_asks(
 
 
 def test_a_question_that_is_too_long_for_the_model_is_left_out(side: SideMemory) -> None:
-    words = (side.model.positions - len(side.model.encode("The seat of is"))) // 2
-    fact = Fact("Oslo " * words + "Oslo", "{}", "Rome")
     keys = retrieval_keys(side.model, side, FACTS)[FACTS[0].id]
-    assert len(other_questions(side.model, side, fact, keys)) <= len(QUESTIONS)
     longer = Fact("Oslo " * 2 * side.model.positions, "{}", "Rome")
     assert len(other_questions(side.model, side, longer, keys)) == 0
