@@ -121,6 +121,9 @@ class _Training:
         for n, row in enumerate(rows):
             target = torch.tensor(row.target)
             self.labels[n, : len(target)] = target
+        self.given = self.labels != IGNORE  # (rows, columns)
+        # (facts, tokens) of the tokens that are given, 1 where one is the fact's
+        self.told = self.own[:, self.given.nonzero()[:, 0]]
         self.inside = self._ends()  # (rows, width)
         # Inputs that must stay quiet: (n, width) for all, (facts, m, width) for each its own.
         self.outside = outside.to(on)
@@ -168,10 +171,9 @@ class _Training:
 
         with self.model.tap({self.site.side_layer: tap}):
             logits = self.replay.logits(self.columns)
-        given = self.labels != IGNORE  # (rows, columns)
-        picked, labels = logits[given].float(), self.labels[given]
-        told = self.own[:, given.nonzero()[:, 0]]  # (facts, tokens) 1 where a token is the fact's
-        said = told @ F.cross_entropy(picked, labels, reduction="none") / told.sum(1)
+        picked, labels = logits[self.given].float(), self.labels[self.given]
+        losses = F.cross_entropy(picked, labels, reduction="none")  # (tokens,)
+        said = self.told @ losses / self.told.sum(1)
         right = bool((picked.argmax(-1) == labels).all())
         return said + self._margins(of_rows, deltas), right
 
