@@ -86,10 +86,6 @@ class KeyIndex:
         """How many numbers have changed since the file was written, over how many are held."""
         return len(self._changed) / max(len(self._held), 1)
 
-    def count(self, numbers: Iterable[int]) -> int:
-        """How many keys are held under these numbers."""
-        return sum(self._held.get(number, (0, 0))[0] for number in numbers)
-
     # Change -------------------------------------------------------------------------------------
 
     def add(self, number: int, keys: Tensor) -> None:
@@ -220,11 +216,21 @@ class KeyIndex:
         enough = (scores.astype(np.float64) >= least) & (ids >= 0)
         return list(dict.fromkeys((ids[enough] >> ORDINAL_BITS).tolist()))
 
+    def those_near(self, numbers: Sequence[int], keys: Tensor, least: float) -> list[int]:
+        """Those of the numbers that have a vector whose cosine with one of keys (n, width) is at
+        least so much. Nothing is searched: only the vectors of these numbers are looked at."""
+        held = [number for number in numbers if number in self._held]
+        if not held:
+            return []
+        ids = _ids(held, [self._held[number][0] for number in held])
+        vectors = self._cpu.reconstruct_batch(ids)
+        nearest = (vectors @ _queries(keys).T).max(axis=1)
+        return list(dict.fromkeys((ids[nearest >= least] >> ORDINAL_BITS).tolist()))
+
     def _nearest(self, keys: Tensor, count: int) -> tuple[Vectors, Ids]:
         """Cosines and ids (n, count) of the nearest vectors, best first; id -1 where there are no
         more."""
-        queries = keys.detach().float().cpu().contiguous().numpy()
-        scores, ids = self._searcher().search(queries, min(count, len(self)))
+        scores, ids = self._searcher().search(_queries(keys), min(count, len(self)))
         return scores, ids
 
     def _searcher(self) -> Any:
@@ -269,6 +275,10 @@ def _lists(keys: int) -> int:
 def _vectors(keys: Tensor) -> Vectors:
     if not torch.isfinite(keys).all():
         raise KeditError("a retrieval key is not finite", code="non-finite")
+    return _queries(keys)
+
+
+def _queries(keys: Tensor) -> Vectors:
     vectors: Vectors = keys.detach().float().cpu().contiguous().numpy()
     return vectors
 

@@ -2,16 +2,17 @@
 
 A shard is a delta ΔW = B A of low rank for the down projection of the side layer, trained on a
 fact. A fact has two kinds of keys. Its *subject keys*, the key layer's outputs at the subject's
-last token, are in the index and are looked for at every token of a prompt. Its *end keys*, the
+last token, are in the index and are compared with every token of a prompt. Its *end keys*, the
 side layer's outputs where its prompts end, tell what is asked of the subject. A fact fires for a
 row when a subject key and an end key are near enough, the prompt names the subject, and the shard's
 own activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms it. (Keys alone mix
-up subjects that end alike once there are thousands.) The decision is taken once for each row, at
+up subjects that end alike once there are thousands.) A name leads to its few facts at once; the
+index is searched for those that may go without theirs. The decision is taken once for each row, at
 the prompt's end, and holds for every token decoded after it. A row without a match is not touched:
 its numbers are those of the weights, bit for bit.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +25,6 @@ from memory.model import EditableModel
 from memory.naming import Names
 
 CANDIDATES = 16  # vectors looked at for each token; a fact has several
-MOST_CANDIDATES = 2048  # FAISS on a GPU bears no more
 ROUNDING = 1e-5  # by which a cosine may differ where it is computed among others
 
 
@@ -164,20 +164,16 @@ class SideMemory:
         hidden) for them."""
         named = self.named(ids)
         keys = self.key(self.gates.key_layer, outputs)
-        return [*self._near(named, named, keys), *self._near_unnamed(named, keys)]
+        return [*self._near(named, keys), *self._near_unnamed(named, keys)]
 
     def named(self, ids: Sequence[int]) -> set[str]:
         """Facts whose subject a prompt names."""
         return self.names.in_text(self.model.decode(ids)) if self.shard_of else set()
 
-    def _near(self, wanted: set[str], named: set[str], keys: Tensor) -> list[str]:
-        """Those wanted of the named facts that have a subject key near one of keys (n, hidden)."""
-        if not wanted:
-            return []
-        # Keys of one subject may be equal to the bit: they must not crowd one another out.
-        many = min(CANDIDATES + self.index.count(map(number_of, named)), MOST_CANDIDATES)
-        near = map(fact_id_of, self.index.near(keys, many, self.gates.subject))
-        return [n for n in near if n in wanted]
+    def _near(self, named: set[str], keys: Tensor) -> list[str]:
+        """Those of the named facts that have a subject key near one of keys (n, hidden)."""
+        near = self.index.those_near([number_of(n) for n in named], keys, self.gates.subject)
+        return [fact_id_of(n) for n in near]
 
     def _near_unnamed(self, named: set[str], keys: Tensor) -> list[str]:
         """The facts that are not named, and need not be, with a subject key near one of keys."""
@@ -194,15 +190,14 @@ class SideMemory:
         nearest = (self._unnamed_ends @ self.key(self.layer, outputs)).max()
         return float(nearest) >= self.gates.end - ROUNDING
 
-    def asked(self, candidates: Sequence[str], outputs: Tensor) -> dict[str, float]:
+    def asked(self, candidates: Iterable[str], outputs: Tensor) -> dict[str, float]:
         """How near each candidate's end keys are to what is asked: outputs (hidden,)."""
         asked = self.key(self.layer, outputs)
         return {n: float((self.end_keys[n] @ asked).max()) for n in candidates}
 
-    def confirm(self, candidates: Sequence[str], inputs: Tensor, outputs: Tensor) -> Match | None:
-        """The candidate that is asked for, from the side layer where the prompt ends:
-        inputs (width,), outputs (hidden,)."""
-        scores = self.asked(candidates, outputs)
+    def confirm(self, scores: Mapping[str, float], inputs: Tensor) -> Match | None:
+        """Of facts by how near they are to what is asked, the nearest whose shard agrees:
+        inputs (width,) of the side layer where the prompt ends."""
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
             if scores[fact_id] < self.gates.end:
                 return None
@@ -218,18 +213,19 @@ class SideMemory:
         """The fact that fires for a row: of what it names, the key layer's outputs (tokens,
         hidden), and from the side layer where it ends inputs (width,) and outputs (hidden,).
 
-        What costs less is asked first: most rows that name a fact ask for something else. Keys are
-        searched for the few that are left.
+        What costs less is asked first: most rows that name a fact ask for something else. The
+        index is searched only where a fact that need not be named may be meant.
         """
-        scores = self.asked(list(named), outputs) if named else {}
+        scores = self.asked(named, outputs) if named else {}
         wanted = {n for n, score in scores.items() if score >= self.gates.end}
         unnamed = self._unnamed_asked(outputs)
         if not wanted and not unnamed:
             return None
         keys = self.key(self.gates.key_layer, keyed)
-        found = self._near(wanted, named, keys)
-        found += self._near_unnamed(named, keys) if unnamed else []
-        return self.confirm(found, inputs, outputs)
+        found = {n: scores[n] for n in self._near(wanted, keys)}
+        if unnamed:
+            found |= self.asked(self._near_unnamed(named, keys), outputs)
+        return self.confirm(found, inputs)
 
     @contextmanager
     def overlay(self, fired: list[Match | None]) -> Iterator[None]:

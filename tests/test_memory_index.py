@@ -91,6 +91,22 @@ def test_near_are_the_numbers_whose_cosine_is_enough_each_once() -> None:
     assert index.near(between[None], 100, 0.9) == []
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_those_near_are_some_numbers_with_a_key_that_is_near_enough(lists: bool) -> None:
+    index, keys = KeyIndex(8), torch.eye(8)
+    for number in (5, 9, 7):
+        index.add(number, keys[number - 5 : number - 3])
+    if lists:
+        index._make_lists()
+    between = normalize(keys[4] + 0.5 * keys[0], dim=-1)  # .89 from 9, .45 from 5, 0 from 7
+    assert index.those_near([5, 7, 9], between[None], 0.4) == [5, 9]
+    assert index.those_near([9, 7, 5], torch.stack([keys[3], between]), 0.5) == [9, 7]
+    assert index.those_near([5, 7], between[None], 0.4) == [5]
+    index.remove(5)
+    assert index.those_near([5, 6], between[None], -1.0) == []
+    assert index.those_near([], between[None], -1.0) == []
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_key_that_is_not_finite_is_refused(bad: float) -> None:
     index, keys = KeyIndex(WIDTH), unit(2)

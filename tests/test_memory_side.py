@@ -182,16 +182,19 @@ def test_a_fact_with_an_unnamed_prompt_has_the_gate_of_names_where_it_is_named(
 
 
 def searches(side: SideMemory, monkeypatch: pytest.MonkeyPatch) -> list[KeyIndex]:
-    """Gets the index that is searched, at each search from now on."""
+    """Gets the index that is asked for keys, each time from now on."""
     found: list[KeyIndex] = []
-    near = KeyIndex.near
 
-    def counted(index: KeyIndex, *given: Any) -> list[int]:
-        if len(index):
-            found.append(index)
-        return near(index, *given)
+    def counting(ask: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        def counted(index: KeyIndex, first: Any, *given: Any) -> list[int]:
+            if len(index) and len(first):
+                found.append(index)
+            return ask(index, first, *given)
 
-    monkeypatch.setattr(KeyIndex, "near", counted)
+        return counted
+
+    for ask in (KeyIndex.near, KeyIndex.those_near):
+        monkeypatch.setattr(KeyIndex, ask.__name__, counting(ask))
     return found
 
 
