@@ -31,6 +31,10 @@ def test_prompts_of_each_group_are_routed_by_keys_and_names(
     assert first["paraphrases"] >= last["paraphrases"]
     assert {row[name] for row in result["rows"] for name in ("neighbours", "text")} == {0.0}
     assert result["unrouted"] == {"prompts": 32, "other": 0}
+    served = result["served"]
+    assert served["facts"] == 6
+    assert (served["prompts"], served["neighbours"], served["text"]) == (1.0, 0.0, 0.0)
+    assert served["paraphrases"] <= result["at_gate"]["paraphrases"]
     assert result["at_gate"]["gate"] == work.loaded.site.end_gate
     lines = list(study.lines(result))
     assert [line.split()[0] for line in lines[1:3]] == ["0.00", "0.05"]
@@ -120,8 +124,8 @@ def test_logits_that_a_bit_has_moved_are_counted(
     load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = empty_side(load("llama"))
-    asked = ["The seat of country 30 is", "The seat of country 31 is"]
-    assert routing.unrouted(side, asked) == {"prompts": 2, "other": 0}
+    asked = [Asked(f"The seat of country {n} is", None) for n in (30, 31)]
+    assert [one.moved for one in routing.answered(side, asked)] == [False, False]
     overlay, model = side.overlay, side.model
 
     @contextmanager
@@ -130,7 +134,7 @@ def test_logits_that_a_bit_has_moved_are_counted(
             yield
 
     monkeypatch.setattr(side, "overlay", leaking)
-    assert routing.unrouted(side, asked) == {"prompts": 2, "other": 2}
+    assert [one.moved for one in routing.answered(side, asked)] == [True, True]
 
 
 def test_the_wrong_fact_is_no_recall_and_takes_from_precision() -> None:

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from kedit_daemon.bench.studies.index import made_up, one_thread
-from kedit_daemon.bench.studies.routing import always
 from kedit_daemon.bench.studies.shared import after_text, nothing_left, spread
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned
 from kedit_daemon.loading import ordinary_text
 from kedit_daemon.serving import empty_side
-from memory.side import Keys, Match, SideMemory, fact_id_of, number_of
+from memory.side import Delta, Keys, Match, Shard, SideMemory, fact_id_of, number_of
 from policies.wise import retrieval_keys
 
 KEYS = 100_000  # subject keys in the index
@@ -132,6 +131,13 @@ def filled(given: Given, facts: Subjects) -> SideMemory:
     for fact_id, (own, name) in facts.items():
         side.put(fact_id, 0, own, name, unnamed=False, indexed=True)
     return side
+
+
+def always(side: SideMemory) -> Shard:
+    """A shard that confirms whatever the keys find."""
+    hidden, width = side.model.weight(side.layer).shape
+    ones = torch.ones(1, max(hidden, width), device=side.model.device)
+    return Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)
 
 
 def _asked(given: Given, side: SideMemory) -> dict[tuple[str, int], list[Tensor]]:

@@ -30,12 +30,14 @@ CHATS = (
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt, the fact that it is about, if it is about one, and what was found."""
+    """A prompt, the fact that it is about, if it is about one, what was found, and, where nothing
+    was, whether the logits have moved."""
 
     prompt: str
     fact_id: str | None
     found: str | None = None
     score: float = -1.0
+    moved: bool = False
 
 
 def groups_of(given: Given) -> dict[str, list[Asked]]:

@@ -1,23 +1,30 @@
-"""Which prompts the side memory takes for questions about a fact, by keys and names alone.
+"""Which prompts the side memory takes for questions about a fact.
 
-No shard is trained: what a shard's margin turns away as well is not counted, so that the false
-routes are an upper bound.
+Over the gate by keys and names alone, without what a shard's margin turns away as well; then as it
+is served, with every fact learned into its shard.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kedit_daemon.bench.method import Setup
+from kedit_daemon.bench.records import batches
 from kedit_daemon.bench.studies.prompts import ABOUT, GROUPS, Asked, groups_of
 from kedit_daemon.bench.studies.shared import cent
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
+from kedit_daemon.bench.tiers import Wise
 from kedit_daemon.serving import empty_side
 from kedit_daemon.text import clean
 from memory.generate import equally_long
-from memory.side import Delta, Match, Shard, SideMemory
+from memory.side import Match, SideMemory
 from policies.wise import retrieval_keys
 
 GATES = tuple(n / 20 for n in range(20))  # least cosines of an end key
@@ -37,12 +44,17 @@ class Routing(Study):
         groups = {name: found(side, group) for name, group in given.track(asked, "prompts")}
         rows = [{"gate": gate, **_at(groups, gate)} for gate in GATES]
         gate = given.loaded.site.end_gate
-        quiet = [one.prompt for name in GROUPS if name not in ABOUT for one in groups[name]]
+        with learned(given) as full:
+            served = {n: answered(full, group) for n, group in given.track(asked, "served")}
+            live = len(full.shard_of)
+        quiet = [one for name in GROUPS if name not in ABOUT for one in served[name]]
+        alone = [one for one in quiet if one.found is None]
         return {
             "texts": given.texts and given.texts.name,
             "asked": {name: len(group) for name, group in groups.items()},
             "at_gate": {"gate": gate, **_at(groups, gate)},
-            "unrouted": unrouted(side, given.track(quiet, "unrouted")),
+            "served": {"facts": live, **_at(served, gate)},
+            "unrouted": {"prompts": len(alone), "other": sum(one.moved for one in alone)},
             "rows": rows,
         }
 
@@ -51,10 +63,14 @@ class Routing(Study):
         rows = [["gate", *map(_head, GROUPS), "precision"]]
         for row in [*result["rows"], result["at_gate"]]:
             rows.append([f"{row['gate']:.2f}", *(share(row[n]) for n in (*GROUPS, "precision"))])
-        *table, last = aligned(rows)
+        served = result["served"]
+        rows.append(["", *(share(served[n]) for n in (*GROUPS, "precision"))])
+        *table, in_use, last = aligned(rows)
         yield from table
         yield ""
-        yield "in use:"
+        yield "in use, by keys and names:"
+        yield in_use
+        yield f"as served, {served['facts']} facts learned:"
         yield last
         yield "asked: " + ", ".join(f"{many} {name}" for name, many in result["asked"].items())
         if result["texts"]:
@@ -111,29 +127,36 @@ def found(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
     return result
 
 
-def unrouted(side: SideMemory, prompts: Iterable[str]) -> dict[str, int]:
-    """How many prompts are not routed, and how many of them have logits that differ in a bit from
-    those of the model alone. One prompt at a time: so does nothing else decide about its bits."""
-    side.shards[0] = always(side)
-    count, other = 0, 0
-    for prompt in prompts:
-        ids = torch.tensor([side.model.encode(prompt)], device=side.model.device)
+@contextmanager
+def learned(given: Given) -> Iterator[SideMemory]:
+    """A side memory that has learned the facts of the stream, as the daemon would."""
+    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
+        tier = Wise(Setup(given.loaded, Path(folder), given.batch_size, given.seed))
+        try:
+            for batch in given.track(batches(given.records, given.batch_size), "learned"):
+                tier.edit(batch)
+            yield tier.served.side
+        finally:
+            tier.close()
+
+
+def answered(side: SideMemory, group: Sequence[Asked]) -> list[Asked]:
+    """Every prompt with the fact that fired, and whether the logits of one that no fact answers
+    differ in a bit from those of the model alone. One at a time: so does nothing else decide about
+    its bits."""
+    result = []
+    for one in group:
+        ids = torch.tensor([side.model.encode(one.prompt)], device=side.model.device)
         fired: list[Match | None] = []
         with torch.no_grad():
-            alone = side.model.model(input_ids=ids, use_cache=False).logits
             with side.overlay(fired):
                 beside = side.model.model(input_ids=ids, use_cache=False).logits
-        if fired == [None]:
-            count += 1
-            other += not torch.equal(alone, beside)
-    return {"prompts": count, "other": other}
-
-
-def always(side: SideMemory) -> Shard:
-    """A shard that confirms whatever the keys find, and is felt."""
-    hidden, width = side.model.weight(side.layer).shape
-    ones = torch.ones(1, max(hidden, width), device=side.model.device)
-    return Shard(Delta(ones[:, :hidden].T, ones[:, :width]), 1e-9)
+            if match := fired[0]:
+                result.append(replace(one, found=match.fact_id, score=match.score))
+                continue
+            alone = side.model.model(input_ids=ids, use_cache=False).logits
+        result.append(replace(one, moved=not torch.equal(alone, beside)))
+    return result
 
 
 def _at(groups: Mapping[str, Sequence[Asked]], gate: float) -> dict[str, float | None]:
