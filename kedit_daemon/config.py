@@ -62,7 +62,7 @@ class InboxConfig(_Table):
 class RoutingConfig(_Table):
     """Which facts go to the side memory, and when they move on to the weights."""
 
-    direct_facts: Count = 64
+    direct_facts: Count = 500
     flush_facts: Count = 100
     flush_age_seconds: Seconds = 86_400.0
 
