@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from kedit_daemon.auditor import thresholds
 from kedit_daemon.bench.method import Method, Setup, Stopwatch
 from kedit_daemon.config import Config, FlushConfig, StabilityConfig
-from kedit_daemon.editor import Editor, thresholds
+from kedit_daemon.editor import Editor
 from kedit_daemon.flush import Flush
 from kedit_daemon.home import Home
 from kedit_daemon.serving import Served
