@@ -1,18 +1,40 @@
 """The audit: what is served is measured, judged and written down, and the verdict carried out."""
 
+import json
+import random
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.config import Config
-from kedit_daemon.weights import Weights
+from kedit_daemon.flush import Flush
+from kedit_daemon.mending import as_written, damage, mend
 from memory.errors import KeditError
 from memory.facts import LIVE, State
-from memory.ledger import read_head, verify
+from memory.health import Health
+from memory.ledger import canonical, read_head, verify
+from memory.rows import StoredFact
+from policies.guilt import Guilt
 from policies.probe import longest_target, same
+from policies.routing import wants_batch
 from policies.site import EditSite
-from policies.stability import Action, Limits, Thresholds
+from policies.stability import Action, Limits, Thresholds, Verdict, judge
+from policies.steadiness import Acted, Restraint, held_back
 
-RETAINED = 20  # of the oldest live facts, asked again at every audit
+OLDEST = 50  # live facts that are asked again at every audit
+SAMPLE = 200  # of all live facts, in a probe of retention
+ACTS = "audit_acts"  # in the store's meta: [when, what], the newest last
+DISARMED = "audit_disarmed"  # while the weights have not been clearly well since a consolidation
+PROBES = "retention_probes"  # how many there were: the number draws the sample
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Share of some live facts that are still stated, if there are any, and the others."""
+
+    share: float | None
+    lost: list[StoredFact]
 
 
 def thresholds(config: Config, site: EditSite) -> Thresholds:
@@ -35,6 +57,7 @@ def thresholds(config: Config, site: EditSite) -> Thresholds:
             at.agreement_consolidate or site.agreement_consolidate,
             at.agreement_revert or site.agreement_revert,
         ),
+        retention=Limits(at.retention_warn, at.retention_consolidate, at.retention_revert),
     )
     for figure, limits in vars(result).items():
         if not limits.warn <= limits.consolidate <= limits.revert:
@@ -50,65 +73,142 @@ def thresholds(config: Config, site: EditSite) -> Thresholds:
 class Auditor:
     """Looks after the weights and the side memory that are served."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights, self.served, self.store = weights, weights.served, weights.store
+    def __init__(self, flush: Flush, restraint: Restraint) -> None:
+        self.flush, self.weights, self.quarantine = flush, flush.weights, flush.quarantine
+        self.served, self.store, self.restraint = flush.served, flush.store, restraint
 
-    def audit(self) -> dict[str, Any]:
-        """Measure, judge, write it down, and do what the verdict says."""
+    def audit(self, dry_run: bool = False) -> dict[str, Any]:
+        """Mend what is damaged in memory, measure, judge, write it down, and do what the verdict
+        says. A dry run measures and judges what is there."""
         began = time.monotonic()
-        health, verdict = self.weights.measured()
+        found = damage(self.served)
+        if found and not dry_run:
+            mend(self.flush, found)
+        health, retention = self.weights.measured()[0], self._retention(OLDEST)
+        verdict = judge(health, self.weights.thresholds, retention.share)
         figures: dict[str, Any] = health.as_dict()
-        figures |= {"retention": self._retention(), "weights_as_written": self._as_written()}
+        figures |= {"retention": retention.share, "weights_as_written": as_written(self.served)}
         chain = verify(self.store.conn, read_head(self.served.home.head))
         figures["chain_intact"] = chain.intact
+        reasons, action = [*found, *verdict.reasons], str(verdict.action)
+        result: dict[str, Any] = {
+            "verdict": action,
+            "reasons": reasons,
+            "figures": figures,
+            "generation": self.store.active_generation(),
+            "dry_run": dry_run,
+        }
         seconds = time.monotonic() - began
-        generation = self.store.active_generation()
+        if dry_run:
+            held = self._held_back(verdict.action, health)
+            return result | {"seconds": seconds, "would": held or action}
         with self.store.transaction():
             number = self.store.add_audit(
-                generation, str(verdict.action), figures, verdict.reasons, seconds
+                self.store.active_generation(), action, figures, reasons, seconds
             )
-        return {
-            "audit": number,
-            "verdict": str(verdict.action),
-            "reasons": list(verdict.reasons),
-            "figures": figures,
-            "seconds": seconds,
-            "generation": generation,
-            "acted": self._act(verdict.action, "; ".join(verdict.reasons)),
-        }
+        acted = self._act(verdict, health)
+        learned_anew = self._relearn(retention.lost)
+        return result | {"audit": number, "seconds": seconds, "acted": acted} | learned_anew
 
-    def _retention(self) -> float | None:
-        """Share of the oldest live facts that the model still states."""
-        oldest = [f.fact for f in self.store.facts(LIVE)[:RETAINED]]
-        if not oldest:
+    # Retention ----------------------------------------------------------------------------------
+
+    def probe_retention(self) -> dict[str, Any]:
+        """Ask the oldest live facts, and a sample of all, whether the model still states them."""
+        number = int(self.store.meta(PROBES) or "0") + 1
+        oldest, sample = self._retention(OLDEST), self._retention(SAMPLE, random.Random(number))
+        figures = {"oldest": oldest.share, "sample": sample.share}
+        lost = {f.id: f for f in (*oldest.lost, *sample.lost)}
+        with self.store.transaction():
+            self.store.set_meta(PROBES, str(number))
+            self.store.event("retention", figures=figures, lost=sorted(lost))
+        return {"figures": figures} | self._relearn(list(lost.values()))
+
+    def _retention(self, most: int, chance: random.Random | None = None) -> Retention:
+        """Of the oldest live facts, or of so many drawn by chance, those that are not stated."""
+        live = self.store.facts(LIVE)
+        some = live[:most] if chance is None else chance.sample(live, min(most, len(live)))
+        if not some:
+            return Retention(None, [])
+        longest = longest_target(self.served.model, [f.fact for f in some])
+        said = self.served.ask([f.fact.question for f in some], longest)
+        pairs = zip(said, some, strict=True)
+        lost = [f for answer, f in pairs if not same(answer.text, f.fact.target)]
+        return Retention(1 - len(lost) / len(some), lost)
+
+    def _relearn(self, lost: Sequence[StoredFact]) -> dict[str, Any]:
+        """Let what is live and not stated be learned again, in the side memory."""
+        live = [f for n in lost if (f := self.store.fact(n.id)) and f.state in LIVE]
+        if not live:
+            return {}
+        why = "an audit found that it is not stated any more"
+        self.weights.take_out(live, State.RECEIVED, why)
+        self._send_beside(live)
+        return {"learned_anew": [f.id for f in live]}
+
+    def _send_beside(self, facts: Sequence[StoredFact]) -> None:
+        with self.store.transaction():
+            for fact in facts:
+                now = self.store.fact(fact.id)
+                if now is not None and wants_batch(now):
+                    self.store.send_beside(fact.id, figure="audit")
+
+    # What is done -------------------------------------------------------------------------------
+
+    def _held_back(self, action: Action, health: Health) -> str | None:
+        if not health.finite:
             return None
-        said = self.served.ask(
-            [f.question for f in oldest], longest_target(self.served.model, oldest)
-        )
-        right = [same(a.text, f.target) for a, f in zip(said, oldest, strict=True)]
-        return sum(right) / len(right)
+        armed = self.store.meta(DISARMED) is None
+        return held_back(action, self._acts(), armed, self.store.now(), self.restraint)
 
-    def _as_written(self) -> bool:
-        """Whether the weights in memory are those that were published."""
+    def _act(self, verdict: Verdict, health: Health) -> str:
+        well = judge(health, self.weights.thresholds.eased()).action < Action.CONSOLIDATE
+        if well and self.store.meta(DISARMED) is not None:
+            with self.store.transaction():
+                self.store.set_meta(DISARMED, None)
+        if verdict.action < Action.CONSOLIDATE:
+            return "nothing"
+        if why := self._held_back(verdict.action, health):
+            return f"nothing: {why}"
+        self._remember(verdict.action)
+        if verdict.action is Action.REVERT:
+            return self._quarantine(verdict)
+        done = self.weights.consolidate(dry_run=False)
+        if done["taken"]:
+            return "consolidated"
+        return "; ".join(done["reasons"]) or "already the joint solve"
+
+    def _acts(self) -> list[Acted]:
+        return [Acted(at, action) for at, action in json.loads(self.store.meta(ACTS) or "[]")]
+
+    def _remember(self, action: Action) -> None:
+        """Before it is done: what fails must not be tried again at once either."""
+        acts = [[act.at, act.action] for act in self._acts()][1 - self.restraint.budget :]
+        with self.store.transaction():
+            self.store.set_meta(ACTS, canonical([*acts, [self.store.now(), str(action)]]))
+            if action is Action.CONSOLIDATE:
+                self.store.set_meta(DISARMED, "1")
+
+    def _quarantine(self, verdict: Verdict) -> str:
+        """Find who of the last batch is to blame, or of all, and take them out of the weights.
+        Who is not to blame and yet too much is learned in the side memory."""
         row = self.store.generation(self.store.active_generation())
-        return row.sha256 is None or row.weights_hash == self.served.model.weights_hash(
-            self.served.loaded.layers
-        )
-
-    def _act(self, action: Action, reasons: str) -> str:
-        if action is Action.REVERT:
-            return self._quarantine(reasons)
-        if action is Action.CONSOLIDATE:
-            done = self.weights.consolidate(dry_run=False)
-            return "consolidated" if done["changed"] else "already the joint solve"
-        return "nothing"
-
-    def _quarantine(self, reasons: str) -> str:
-        """Take the last batch out of the weights; there may be nothing to take."""
-        row = self.store.generation(self.store.active_generation())
-        before = self.store.generation(row.parent).fact_ids if row.parent is not None else ()
-        last = [f for n in row.fact_ids if n not in before and (f := self.store.fact(n))]
-        if not last:
+        older = self.store.generation(row.parent).fact_ids if row.parent is not None else ()
+        found = self._to_blame(row.fact_ids, older) or self._to_blame(row.fact_ids, ())
+        if found is None:
             return "nothing to revert"
-        self.weights.take_out(last, State.REVERTED, f"quarantined by an audit: {reasons}")
-        return f"reverted {len(last)} facts of generation {row.id}"
+        self.quarantine.lock_up(found.guilty)
+        if found.crowd:
+            self.weights.take_out(found.crowd, State.RECEIVED, "; ".join(verdict.reasons))
+            self._send_beside(found.crowd)
+        return f"quarantined {len(found.guilty)} facts, moved {len(found.crowd)} beside the weights"
+
+    def _to_blame(self, ids: Sequence[str], older: Sequence[str]) -> Guilt[StoredFact] | None:
+        """Who of the facts in the weights, without the older ones, makes them sick."""
+        beside = [n for n in ids if n in older]
+        suspects = [f for n in ids if n not in older and (f := self.store.fact(n))]
+
+        def with_those(some: Sequence[StoredFact]) -> list[str]:
+            return [*beside, *(f.id for f in some)]
+
+        found = self.quarantine.search(suspects, with_those)
+        return found if found.guilty or found.crowd else None

@@ -75,19 +75,20 @@ def flush(ctx: click.Context, session: Session, dry_run: bool, as_json: bool) ->
 
 
 @click.command()
+@dry_run_option
 @json_option
 @pass_session
 @click.pass_context
-def audit(ctx: click.Context, session: Session, as_json: bool) -> None:
-    """Measure the health of the weights, now.
+def audit(ctx: click.Context, session: Session, dry_run: bool, as_json: bool) -> None:
+    """Measure the health of the weights, now, and act on it.
 
     Exits with 4 when the verdict is to revert.
 
     \b
     Example:
-      kedit-daemon audit
+      kedit-daemon audit --dry-run
     """
-    reply = ask_daemon(session, "audit", {})
+    reply = ask_daemon(session, "audit", {"dry_run": dry_run})
     _report(reply, as_json)
     if reply.get("verdict") == REVERT:
         ctx.exit(NEEDS_ATTENTION)

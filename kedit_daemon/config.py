@@ -96,10 +96,15 @@ class StabilityConfig(_Table):
     agreement_warn: Ratio | None = None
     agreement_consolidate: Ratio | None = None
     agreement_revert: Ratio | None = None
+    retention_warn: Ratio = 0.03
+    retention_consolidate: Ratio = 0.05
+    retention_revert: Ratio = 0.10
+    cool_down_seconds: Annotated[float, Field(ge=0)] = 600.0
+    acts_a_day: Count = 12
 
     @model_validator(mode="after")
     def _rising(self) -> Self:
-        for figure in ("norm", "perplexity", "activation", "agreement"):
+        for figure in ("norm", "perplexity", "activation", "agreement", "retention"):
             verdicts = ("warn", "consolidate", "revert")
             given = [f"{figure}_{verdict}" for verdict in verdicts]
             names = [name for name in given if getattr(self, name) is not None]
@@ -115,6 +120,7 @@ class ScheduleConfig(_Table):
     audit: Cron = "0 * * * *"
     consolidate: Cron = "0 4 * * *"
     expire: Cron = "* * * * *"
+    retention: Cron = "30 2 * * *"
 
 
 class Config(_Table):

@@ -234,7 +234,7 @@ class Daemon:
         if name == "flush":
             return editor.run_flush(dry_run)
         if name == "audit":
-            return editor.audit()
+            return editor.audit(dry_run)
         if name == "consolidate":
             return editor.consolidate(dry_run)
         if name == "revert":
@@ -265,6 +265,9 @@ class Daemon:
             return str(self.editor.audit()["verdict"])
         if name == "consolidate":
             return "changed" if self.editor.consolidate(False)["changed"] else "unchanged"
+        if name == "retention":
+            figures = self.editor.auditor.probe_retention()["figures"]
+            return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
         return f"{self.editor.expire()} expired"
 
     # Start and end ------------------------------------------------------------------------------

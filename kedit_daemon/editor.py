@@ -17,6 +17,7 @@ from memory.facts import ACTIVE, State
 from memory.rows import StoredFact
 from memory.side import Match
 from policies.routing import flush_due, wants_batch
+from policies.steadiness import Restraint
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,9 @@ class Editor:
         self.served, self.store, self.config = served, served.store, config
         self.weights = Weights(served, thresholds(config, served.site))
         self.flush = Flush(self.weights, config.inbox.max_attempts, pulse)
-        self.auditor = Auditor(self.weights)
+        at = config.stability
+        restraint = Restraint(at.cool_down_seconds, at.acts_a_day)
+        self.auditor = Auditor(self.flush, restraint)
         self.hot = Hot(self.flush, config.side.batch_facts, config.side.steps, pulse)
 
     # The loop -----------------------------------------------------------------------------------
@@ -102,8 +105,15 @@ class Editor:
         rules = self.config.routing
         return flush_due(waiting, len(live), age, rules.flush_facts, rules.flush_age_seconds)
 
-    def _flush(self, reason: str) -> dict[str, Any]:
-        return self.flush.run(self._batch(), reason, dry_run=False)
+    def _flush(self, reason: str) -> None:
+        """A flush that fails as a whole must not stop the daemon, nor come again at once."""
+        batch = self._batch()
+        try:
+            self.flush.run(batch, reason, dry_run=False)
+        except KeditError as error:
+            if error.code == "stopping":
+                raise
+            self.flush.give_up(batch, str(error))
 
     def _batch(self) -> list[StoredFact]:
         at = self.config.flush
@@ -115,9 +125,9 @@ class Editor:
         """Flush now, whatever waits."""
         return self.flush.run(self._batch(), "asked for", dry_run)
 
-    def audit(self) -> dict[str, Any]:
+    def audit(self, dry_run: bool = False) -> dict[str, Any]:
         """Measure, judge, write it down, and do what the verdict says."""
-        return self.auditor.audit()
+        return self.auditor.audit(dry_run)
 
     def consolidate(self, dry_run: bool) -> dict[str, Any]:
         """Solve the weights again from W0."""

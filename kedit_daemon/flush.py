@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kedit_daemon.quarantine import Quarantine
 from kedit_daemon.room import FULL, Trial
 from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD, Weights
@@ -41,6 +42,7 @@ class Flush:
         self.weights, self.served, self.selective = weights, weights.served, selective
         self.store, self.model = weights.store, weights.model
         self.attempts, self.pulse = attempts, pulse
+        self.quarantine = Quarantine(weights)
 
     def batch(self, most: int, memory: int) -> list[StoredFact]:
         """The facts that the next flush takes, the first ones first: at most so many, with keys
@@ -93,7 +95,7 @@ class Flush:
         fitting = self.fitting(batch, capacity)
         if capacity is not None and batch and not fitting:
             return self._nothing({}, dry_run, [f"weights full: {capacity}"])
-        refused = self._compute([f.fact for f in fitting])
+        refused = self.compute([f.fact for f in fitting])
         batch = [f for f in fitting if f.id not in refused]
         if not dry_run:
             self._reject([f for f in fitting if f.id in refused], refused, alone=not batch)
@@ -101,6 +103,13 @@ class Flush:
             return self._nothing(refused, dry_run)
         old = {f.id: {o.id for o in self.older(f)} for f in batch}
         batch = [f for f in batch if not any(f.id in ended for ended in old.values())]
+        guilty = self.quarantine.sift(batch, self._with)
+        if not dry_run:
+            self.quarantine.lock_up(guilty)
+        sick = {f.id for f, _ in guilty}
+        batch = [f for f in batch if f.id not in sick]
+        if not batch:
+            return self._nothing(refused, dry_run) | {"quarantined": sorted(sick)}
         before = self.served.probe_before([f.fact for f in batch])
         with self.weights.trial(self._with(batch)):
             trial, unborne = self._tried(batch, before), list[Trial]()
@@ -112,7 +121,7 @@ class Flush:
                     break
                 self.weights.solve(self._with(part))
                 trial = self._tried(part, before).after(trial)
-            result = self._result(trial, refused, dry_run)
+            result = self._result(trial, refused, dry_run) | {"quarantined": sorted(sick)}
             if dry_run:
                 return result
             if trial.taken and trial.verdict.action < Action.CONSOLIDATE:
@@ -147,6 +156,11 @@ class Flush:
         if len(unborne) > 1:
             part = part[: len(last) // 2]  # what was foreseen was too much once already
         return part if len(part) < len(last) else []
+
+    def give_up(self, batch: Sequence[StoredFact], why: str) -> None:
+        """Write down that a flush could not be done at all."""
+        with self.store.transaction():
+            self._hold_back(batch, why)
 
     def _not_taken(self, trial: Trial, unborne: Sequence[Trial]) -> None:
         """Draw the consequences of a flush that made no generation. Inside a transaction."""
@@ -192,7 +206,7 @@ class Flush:
         verdict = replace(verdict, reasons=(*why, *verdict.reasons))
         return self._result(Trial(0, [], [], {}, health, verdict), refused, dry_run)
 
-    def _compute(self, facts: Sequence[Fact]) -> dict[str, Refused]:
+    def compute(self, facts: Sequence[Fact]) -> dict[str, Refused]:
         """Terms for every fact that has none yet, kept as they come; why some were refused."""
         refused: dict[str, Refused] = {}
 

@@ -62,7 +62,7 @@ class Served:
         """Bring the model to where the store says it is."""
         self._check_base()
         self._check_site()
-        self._restore_weights()
+        self.restore_weights()
         self._restore_side()
         self._sweep()
 
@@ -95,7 +95,8 @@ class Served:
                 exit_code=78,
             )
 
-    def _restore_weights(self) -> None:
+    def restore_weights(self) -> None:
+        """Lay the active generation over the unedited weights, from its file if that is whole."""
         row = self.store.generation(self.store.active_generation())
         if row.sha256 is None:
             return
@@ -120,6 +121,13 @@ class Served:
             )
             self.store.activate(number)
         return deltas
+
+    def renew_side(self) -> None:
+        """Build the side memory again from the store and the shards' files."""
+        self.side = empty_side(self.loaded)
+        with self.store.transaction():
+            self.store.set_meta(INDEX, None)  # the file may hold what is wrong
+        self._restore_side()
 
     def _restore_side(self) -> None:
         live = {f.id: f.fact for f in self.store.facts((State.LIVE_SIDE,))}

@@ -25,7 +25,12 @@ from policies.batching import fit
 
 NOT_RUNNING, NEEDS_ATTENTION = 3, 4
 # The defaults of the section [schedule], which live in a module that takes long to import.
-SCHEDULE = {"audit": "0 * * * *", "consolidate": "0 4 * * *", "expire": "* * * * *"}
+SCHEDULE = {
+    "audit": "0 * * * *",
+    "consolidate": "0 4 * * *",
+    "expire": "* * * * *",
+    "retention": "30 2 * * *",
+}
 # As the edit loop calls them, in modules that take long to import.
 HELD = "flush_held"
 CAPACITY, LIMIT = "weights_capacity", "weights_limit"

@@ -71,14 +71,23 @@ def reply_lines(reply: Mapping[str, Any]) -> Iterator[str]:
     """What flush, audit, consolidate or revert has done, or would do."""
     if reply.get("dry_run"):
         yield "dry run: nothing has been changed"
-    for name in ("flushed", "failed", "reverted", "restored"):
-        if name in reply:
+    for name in ("flushed", "failed", "quarantined", "reverted", "restored"):
+        if reply.get(name) or (name in reply and name != "quarantined"):
             ids = reply[name]
             yield _line(name, f"{len(ids)}  {' '.join(map(clean, ids))}".rstrip())
     for fact_id, answer in reply.get("answers", {}).items():
         before, after = (clip(answer.get(key), VALUE_CHARS) for key in ("before", "after"))
         yield _line("answer", f"{clean(fact_id)}  {before} → {after}")
-    for name in ("verdict", "acted", "changed", "facts", "generation", "weights_hash", "seconds"):
+    for name in (
+        "verdict",
+        "acted",
+        "would",
+        "changed",
+        "facts",
+        "generation",
+        "weights_hash",
+        "seconds",
+    ):
         if reply.get(name) is not None:
             yield _line(name, _short(reply[name]))
     for reason in _texts(reply.get("reasons")):

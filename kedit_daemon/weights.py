@@ -5,7 +5,8 @@ generation by one transaction together with the states of the facts it concerns.
 wrong before that transaction, the model returns to the active generation.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +17,12 @@ from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.facts import ACTIVE, State
 from memory.files import save_tensors
+from memory.generate import answers
 from memory.health import Health
 from memory.rows import StoredFact
 from policies.probe import longest_target, same
-from policies.stability import Thresholds, Verdict, judge
+from policies.solver import UNSOLVED
+from policies.stability import Action, Thresholds, Verdict, judge, worse
 
 HELD = "flush_held"  # why flushes wait for a person or for room; in the store's meta
 
@@ -34,15 +37,21 @@ class Weights:
         self._candidate: dict[int, Tensor] = {}
 
     @contextmanager
-    def trial(self, ids: Sequence[str]) -> Iterator[None]:
-        """Serve a candidate set of facts within the block; it stays only if `publish` was run."""
+    def candidates(self) -> Iterator[None]:
+        """Serve what is solved within the block; it stays only if `publish` was run."""
         before = self.store.active_generation()
-        self.solve(ids)
         try:
             yield
         finally:
             if self.store.active_generation() == before:
                 self.model.set_deltas(self.served.deltas)
+
+    @contextmanager
+    def trial(self, ids: Sequence[str]) -> Iterator[None]:
+        """Serve a candidate set of facts within the block; it stays only if `publish` was run."""
+        with self.candidates():
+            self.solve(ids)
+            yield
 
     def publish(
         self, ids: Sequence[str], reason: str, health: Health, moves: Callable[[int], None]
@@ -87,6 +96,28 @@ class Weights:
         self._candidate = self.served.solve(ids)
         self.model.set_deltas(self._candidate)
 
+    def verdict_on(self, ids: Sequence[str]) -> Verdict:
+        """What would be said of the weights with just these facts; they stay so."""
+        try:
+            self.solve(ids)
+        except KeditError as error:
+            if error.code not in UNSOLVED:
+                raise
+            return Verdict(Action.REVERT, (str(error),))
+        return self.measured()[1]
+
+    def strain(self, fact_id: str) -> float:
+        """How much a fact asks of the weights all by itself: the largest ‖ΔW‖_F over ‖W0‖_F;
+        infinite where it cannot be solved."""
+        try:
+            deltas = self.served.solve([fact_id])
+        except KeditError as error:
+            if error.code not in UNSOLVED:
+                raise
+            return math.inf
+        asked = (d.norm() / self.model.base_weight(n).norm() for n, d in deltas.items())
+        return max(map(float, asked), default=0.0)
+
     def measured(self) -> tuple[Health, Verdict]:
         health = self.served.loaded.canary.measure()
         return health, judge(health, self.thresholds)
@@ -94,14 +125,19 @@ class Weights:
     # Taking out ---------------------------------------------------------------------------------
 
     def take_out(
-        self, facts: Sequence[StoredFact], state: State, reason: str, dry_run: bool = False
+        self,
+        facts: Sequence[StoredFact],
+        state: State,
+        reason: str,
+        dry_run: bool = False,
+        *,
+        why: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """End active facts: the weights are solved again without them, at once and exactly."""
+        """Take active facts out: the weights are solved again without them, at once and exactly.
+        `why`: a fact's own reason, by its id, where it has one."""
         gone = {f.id for f in facts}
-        current = self.served.weights_facts()
-        return self._change(
-            [n for n in current if n not in gone], list(facts), [], state, reason, dry_run
-        )
+        ids = [n for n in self.served.weights_facts() if n not in gone]
+        return self._change(ids, list(facts), [], state, reason, dry_run, why or {})
 
     def go_back(self, generation: int, dry_run: bool) -> dict[str, Any]:
         """Make the weights hold the facts of an earlier generation again.
@@ -116,7 +152,7 @@ class Weights:
         out += [f for f in self.store.facts(ACTIVE) if f.fact.slot in slots and f not in out]
         out = [f for f in out if f.id not in wanted]
         reason = f"back to generation {generation}"
-        return self._change(sorted(wanted), out, back, State.REVERTED, reason, dry_run)
+        return self._change(sorted(wanted), out, back, State.REVERTED, reason, dry_run, {})
 
     def _must(self, fact_id: str) -> StoredFact:
         fact = self.store.fact(fact_id)
@@ -132,6 +168,7 @@ class Weights:
         state: State,
         reason: str,
         dry_run: bool,
+        why: Mapping[str, str],
     ) -> dict[str, Any]:
         asked = [f.fact for f in (*out, *back)]
         before = self.served.probe_after(asked)
@@ -143,7 +180,7 @@ class Weights:
                 weights = self.model.weights_hash(self.served.loaded.layers)
                 generation = self.store.active_generation()
                 if not dry_run:
-                    generation = self._ended(ids, out, back, state, reason, health, after)
+                    generation = self._ended(ids, out, back, state, reason, why, health, after)
         finally:
             self.served.side.hidden = set()
         if not dry_run:
@@ -166,13 +203,15 @@ class Weights:
         back: list[StoredFact],
         state: State,
         reason: str,
+        why: Mapping[str, str],
         health: Health,
         after: dict[str, list[str]],
     ) -> int:
         def moves(number: int) -> None:
             for fact in out:
                 self.store.drop_side(fact.id)
-                self.store.move(fact.id, state, reason=reason, after=after[fact.id][0])
+                said = after[fact.id][0]
+                self.store.move(fact.id, state, reason=why.get(fact.id, reason), after=said)
             for fact in back:
                 self.store.move(
                     fact.id,
@@ -197,23 +236,35 @@ class Weights:
     # Consolidation ------------------------------------------------------------------------------
 
     def consolidate(self, dry_run: bool) -> dict[str, Any]:
-        """Solve again from W0 over all facts in the weights; taken if it is no worse."""
+        """Solve again from W0 over all facts in the weights; taken if nothing gets worse."""
         ids = self.served.weights_facts()
         active = self.store.generation(self.store.active_generation())
-        was, _ = self.measured()
+        was, held = self.measured()[0], self._held(ids)
         with self.trial(ids):
             health, verdict = self.measured()
             weights = self.model.weights_hash(self.served.loaded.layers)
             changed = active.sha256 is not None and weights != active.weights_hash
+            reasons = worse(was, health) if changed else []
+            if changed and (lost := held - self._held(ids)):
+                reasons.append(f"{len(lost)} facts would not be stated any more")
             generation = active.id
-            if changed and not dry_run and health.perplexity <= was.perplexity * 1.01:
+            if changed and not dry_run and not reasons:
                 generation = self.publish(ids, "consolidated", health, lambda _n: None)
         return {
             "generation": generation,
             "weights_hash": weights,
             "facts": len(ids),
             "changed": changed,
+            "taken": generation != active.id,
+            "before": was.as_dict(),
             "figures": health.as_dict(),
             "verdict": str(verdict.action),
+            "reasons": reasons,
             "dry_run": dry_run,
         }
+
+    def _held(self, ids: Sequence[str]) -> set[str]:
+        """Which of these facts the weights state, by id."""
+        facts = [self._must(n).fact for n in ids]
+        said = answers(self.model, [f.question for f in facts], longest_target(self.model, facts))
+        return {f.id for f, text in zip(facts, said, strict=True) if same(text, f.target)}

@@ -29,6 +29,10 @@ class Artifacts(Journal):
         """Whether a fact's keys and targets are kept."""
         return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
 
+    def drop_terms(self, fact_id: str) -> None:
+        """Keep a fact's keys and targets no more."""
+        self._write("DELETE FROM terms WHERE fact_id = ?", fact_id)
+
     def any_terms(self) -> str | None:
         """The id of some fact whose keys and targets are kept."""
         row = self._one("SELECT fact_id FROM terms LIMIT 1")

@@ -86,6 +86,14 @@ class KeyIndex:
         """How many numbers have changed since the file was written, over how many are held."""
         return len(self._changed) / max(len(self._held), 1)
 
+    def broken(self) -> list[int]:
+        """The numbers that have a key which is not finite."""
+        if not len(self):
+            return []
+        ids, vectors = self._all()
+        bad = ids[~np.isfinite(vectors).all(axis=1)]
+        return sorted(set((bad >> ORDINAL_BITS).tolist()))
+
     # Change -------------------------------------------------------------------------------------
 
     def add(self, number: int, keys: Tensor) -> None:

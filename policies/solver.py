@@ -19,6 +19,7 @@ from torch import Tensor
 
 from memory.errors import KeditError
 
+UNSOLVED = ("non-finite", "singular")  # codes of a solve that fails for what it was given
 SAME_KEYS = 1e-6  # of the largest singular value: keys are float32, what differs by less is noise
 
 

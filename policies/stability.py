@@ -6,6 +6,9 @@ from enum import IntEnum
 
 from memory.health import Health
 
+HYSTERESIS = 0.1  # of the way from rest to a limit
+NOTHING = 0.01  # a figure that is worse by less is not worse
+
 
 class Action(IntEnum):
     """Verdicts, mildest first."""
@@ -35,16 +38,28 @@ class Limits:
             return Action.CONSOLIDATE
         return Action.WARN if value >= self.warn else Action.KEEP
 
+    def eased(self, rest: float) -> "Limits":
+        """The same limits, nearer to where the unedited model rests."""
+        nearer = [rest + (1 - HYSTERESIS) * (limit - rest) for limit in vars(self).values()]
+        return Limits(*nearer)
+
 
 @dataclass(frozen=True)
 class Thresholds:
     """norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|.
-    agreement: share of the canary's statements that are completed differently now."""
+    agreement: share of the canary's statements that are completed differently now. retention:
+    share of the oldest live facts that are not stated any more."""
 
     norm: Limits
     perplexity: Limits
     activation: Limits
     agreement: Limits
+    retention: Limits
+
+    def eased(self) -> "Thresholds":
+        """Limits below which the figures are clearly well, not just for once."""
+        rests = {"norm": 1.0, "perplexity": 1.0}
+        return Thresholds(**{n: own.eased(rests.get(n, 0.0)) for n, own in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -55,9 +70,13 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge(health: Health, thresholds: Thresholds) -> Verdict:
-    """The severest of what the single measures ask for."""
+def judge(health: Health, thresholds: Thresholds, retention: float | None = None) -> Verdict:
+    """The severest of what the single measures ask for; `retention`, where facts were asked, is
+    the share that is still stated."""
     found = list(_judge_each(health, thresholds))
+    if retention is not None:
+        reason = f"of the oldest facts {retention:.3f} are still stated"
+        found.append((thresholds.retention.judge(1 - retention), reason))
     action = max((a for a, _ in found), default=Action.KEEP)
     return Verdict(action, tuple(reason for a, reason in found if a > Action.KEEP))
 
@@ -80,3 +99,16 @@ def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action
         thresholds.agreement.judge(1 - health.agreement),
         f"agreement with the base on statements is {health.agreement:.3f}",
     )
+
+
+def worse(was: Health, now: Health) -> list[str]:
+    """What has got worse from one state to another, by more than rounding and chance."""
+    found = [] if now.finite else ["a number is NaN or infinite"]
+    pairs = [("canary perplexity", was.perplexity, now.perplexity)]
+    pairs += [(f"norm of layer {n}", was.norm_ratio[n], now.norm_ratio[n]) for n in was.norm_ratio]
+    for name, before, after in pairs:
+        if not after <= (1 + NOTHING) * before:
+            found.append(f"{name} would go from {before:.4g} to {after:.4g}")
+    if not now.agreement >= was.agreement - NOTHING:
+        found.append(f"agreement would go from {was.agreement:.4g} to {now.agreement:.4g}")
+    return found

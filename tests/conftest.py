@@ -191,7 +191,7 @@ class Bench:
 LOOSE = {
     "stability": {
         f"{figure}_{verdict}": limit
-        for figure in ("norm", "perplexity", "activation", "agreement")
+        for figure in ("norm", "perplexity", "activation", "agreement", "retention")
         for verdict, limit in (("warn", 1e6), ("consolidate", 2e6), ("revert", 3e6))
     }
 }

@@ -14,7 +14,7 @@ from memory.store import Store
 from policies.stability import Limits, Thresholds
 
 LIMITS = Limits(2.0, 3.0, 4.0)
-THRESHOLDS = Thresholds(norm=LIMITS, perplexity=LIMITS, activation=LIMITS, agreement=LIMITS)
+THRESHOLDS = Thresholds(LIMITS, LIMITS, LIMITS, LIMITS, LIMITS)
 
 
 @pytest.fixture

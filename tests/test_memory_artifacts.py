@@ -22,6 +22,15 @@ def received(store: Store, *subjects: str) -> list[str]:
         return [store.receive(Fact(s, "{} is", "x"), "f", False).id for s in subjects]
 
 
+def test_terms_that_are_dropped_are_gone(store: Store) -> None:
+    one, two = received(store, "a", "b")
+    with store.transaction():
+        store.put_terms(one, b"1")
+        store.put_terms(two, b"2")
+        store.drop_terms(one)
+    assert (store.has_terms(one), store.terms(two)) == (False, b"2")
+
+
 def test_terms_are_put_and_replaced(store: Store) -> None:
     [fact_id] = received(store, "a")
     assert not store.has_terms(fact_id)

@@ -2,6 +2,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +106,21 @@ def test_those_near_are_some_numbers_with_a_key_that_is_near_enough(lists: bool)
     index.remove(5)
     assert index.those_near([5, 6], between[None], -1.0) == []
     assert index.those_near([], between[None], -1.0) == []
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_the_numbers_of_keys_that_have_been_damaged_are_told(lists: bool) -> None:
+    index, keys = KeyIndex(WIDTH), unit(6)
+    assert index.broken() == []
+    for number in (5, 9, 7):
+        index.add(number, keys[number - 5 : number - 3])
+    if lists:
+        index._make_lists()
+    assert index.broken() == []
+    ids = [(number << 15) + 1 for number in (9, 7)]
+    index._cpu.remove_ids(np.array(ids))
+    index._cpu.add_with_ids(np.full((2, WIDTH), np.nan, dtype=np.float32), np.array(ids))
+    assert index.broken() == [7, 9]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

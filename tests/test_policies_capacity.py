@@ -11,6 +11,7 @@ THRESHOLDS = Thresholds(
     perplexity=Limits(1.05, 1.10, 1.15),
     activation=Limits(0.1, 0.2, 0.4),
     agreement=Limits(0.03, 0.06, 0.15),
+    retention=Limits(0.03, 0.05, 0.1),
 )
 NORM = "norm of layer 2"
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from memory.health import Health
-from policies.stability import Action, Limits, Thresholds, judge
+from policies.stability import Action, Limits, Thresholds, judge, worse
 
 LIMITS = Limits(1.1, 1.2, 1.3)
 THRESHOLDS = Thresholds(
@@ -12,6 +12,7 @@ THRESHOLDS = Thresholds(
     perplexity=LIMITS,
     activation=Limits(0.1, 0.2, 0.3),
     agreement=Limits(0.03, 0.06, 0.15),
+    retention=Limits(0.03, 0.05, 0.1),
 )
 WELL: dict[str, Any] = {
     "norm_ratio": {"2": 1.0, "3": 1.0},
@@ -104,3 +105,44 @@ def test_a_number_that_is_not_finite_is_reverted_whatever_the_limits() -> None:
 
 def test_a_verdict_reads_as_a_word() -> None:
     assert [str(a) for a in sorted(Action)] == ["keep", "warn", "consolidate", "revert"]
+
+
+@pytest.mark.parametrize(
+    ("share", "action"),
+    [(1.0, Action.KEEP), (0.96, Action.WARN), (0.94, Action.CONSOLIDATE), (0.5, Action.REVERT)],
+)
+def test_facts_that_are_not_stated_any_more_count(share: float, action: Action) -> None:
+    found = judge(Health(**WELL), THRESHOLDS, share)
+    assert found.action is action
+    reasons = (f"of the oldest facts {share:.3f} are still stated",)
+    assert found.reasons == (reasons if action else ())
+
+
+def test_eased_limits_lie_nearer_to_rest() -> None:
+    eased = THRESHOLDS.eased()
+    assert tuple(vars(eased.norm).values()) == pytest.approx((1.09, 1.18, 1.27))
+    assert eased.perplexity == eased.norm
+    assert tuple(vars(eased.activation).values()) == pytest.approx((0.09, 0.18, 0.27))
+    assert eased.agreement.warn == pytest.approx(0.027)
+    assert eased.retention.revert == pytest.approx(0.09)
+
+
+def test_only_what_gets_worse_by_more_than_chance_is_worse() -> None:
+    was = Health(**WELL)
+    assert worse(was, was) == []
+    better = {"perplexity": 8.0, "norm_ratio": {"2": 0.5, "3": 0.9}}
+    assert worse(was, Health(**{**WELL, **better})) == []
+    near = {"perplexity": 10.09, "norm_ratio": {"2": 1.009, "3": 1.0}, "agreement": 0.991}
+    assert worse(was, Health(**{**WELL, **near})) == []
+    far: dict[str, Any] = {
+        "perplexity": math.nan,
+        "norm_ratio": {"2": 1.0, "3": 1.02},
+        "agreement": 0.98,
+        "finite": False,
+    }
+    assert worse(was, Health(**{**WELL, **far})) == [
+        "a number is NaN or infinite",
+        "canary perplexity would go from 10 to nan",
+        "norm of layer 3 would go from 1 to 1.02",
+        "agreement would go from 1 to 0.98",
+    ]

@@ -6,10 +6,9 @@ from kedit_daemon.bench.method import Method, Setup
 from memory.errors import KeditError
 from memory.facts import Fact
 from policies.presets import PRESETS, Stream
+from policies.solver import UNSOLVED
 from policies.targets import Terms, compute_terms
 from policies.weights import pack
-
-UNSOLVED = ("non-finite", "singular")  # codes of a solve that fails, through no fault of ours
 
 
 class _Published(Method):

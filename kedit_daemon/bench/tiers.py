@@ -23,7 +23,7 @@ from policies.routing import Route, decide, wants_batch
 from policies.stability import Thresholds, Verdict
 
 NO_LIMIT = 1e30  # what `--no-policy` sets every threshold to
-FIGURES = ("norm", "perplexity", "activation", "agreement")
+FIGURES = ("norm", "perplexity", "activation", "agreement", "retention")
 VERDICTS = ("warn", "consolidate", "revert")
 OVER = (State.SUPERSEDED, State.REVERTED)  # a fact that comes again after that is a new one
 

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 from kedit_daemon.bench.measure import Before, Subject, columns, measure
 from kedit_daemon.bench.method import Setup
-from kedit_daemon.bench.published import UNSOLVED
 from kedit_daemon.bench.records import BenchRecord
 from kedit_daemon.bench.run import health_of
 from kedit_daemon.bench.studies.study import Given
@@ -24,6 +23,7 @@ from memory.facts import Neighbour
 from memory.model import EditableModel
 from memory.store import Store
 from policies.probe import normalised
+from policies.solver import UNSOLVED
 from policies.targets import Refused, Terms, compute_terms
 from policies.weights import unpack
 

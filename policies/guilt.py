@@ -1,0 +1,56 @@
+"""Who is to blame: the facts of a batch that make the weights sick, found by solving without them.
+
+A solve is exact and needs no optimiser, so that every part of a batch can be tried. Halves that are
+well are kept whole: k facts among n cost some k log n solves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from policies.stability import Action, Verdict
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Guilt(Generic[T]):
+    """What was found of some suspects, each in the order in which they came.
+
+    innocent: they are well together. guilty: each makes the weights sick all by itself, and how.
+    crowd: each is well by itself, and too much beside the innocent.
+    """
+
+    innocent: list[T]
+    guilty: list[tuple[T, Verdict]]
+    crowd: list[T]
+
+
+def search(
+    suspects: Sequence[T], judged: Callable[[Sequence[T]], Verdict], limit: Action
+) -> Guilt[T]:
+    """Who of the suspects is to blame for a verdict of `limit` or worse; nobody, where it is so
+    without them as well.
+
+    judged: the verdict on the weights with some of the suspects, and whatever else there is.
+    """
+
+    def well(some: Sequence[T]) -> bool:
+        return judged(some).action < limit
+
+    def kept(beside: list[T], some: Sequence[T]) -> list[T]:
+        if well([*beside, *some]):
+            return list(some)
+        if len(some) < 2:
+            return []
+        half = len(some) // 2
+        first = kept(beside, some[:half])
+        return [*first, *kept([*beside, *first], some[half:])]
+
+    innocent = kept([], suspects) if well([]) else list(suspects)
+    alone = [(one, judged([one])) for one in suspects if one not in innocent]
+    return Guilt(
+        innocent,
+        [(one, verdict) for one, verdict in alone if verdict.action >= limit],
+        [one for one, verdict in alone if verdict.action < limit],
+    )

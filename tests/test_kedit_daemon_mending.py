@@ -1,0 +1,111 @@
+from collections.abc import Callable
+from math import nan
+
+import numpy as np
+import pytest
+import torch
+from conftest import Bench, seat
+from poison import poison
+
+from kedit_daemon.mending import damage
+from memory.files import tensors_path
+from memory.side import number_of
+
+STEPS = {"steps": 300}
+ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Paris")
+Make = Callable[..., Bench]
+
+
+@pytest.fixture
+def at(bench: Make) -> Bench:
+    """One fact in the weights, and two beside them."""
+    made = bench(side=STEPS)
+    made.receive(ONE, direct=True)
+    made.settle()
+    made.receive(TWO, THREE)
+    made.settle()
+    assert damage(made.served) == []
+    return made
+
+
+def kinds(at: Bench) -> list[str]:
+    return [kind for (kind,) in at.store.conn.execute("SELECT kind FROM events ORDER BY seq")]
+
+
+def whole(at: Bench) -> bool:
+    said = [at.says(f.question) for f in (ONE, TWO, THREE)]
+    return said == [f.target for f in (ONE, TWO, THREE)] and damage(at.served) == []
+
+
+def weights(at: Bench) -> None:
+    with torch.no_grad():
+        at.loaded.model.weight(at.served.site.layers[0])[3, 5] = nan
+
+
+def one_bit(at: Bench) -> None:
+    with torch.no_grad():
+        at.loaded.model.weight(at.served.site.layers[0])[3, 5] += 1e-4
+
+
+def shard(at: Bench) -> None:
+    at.served.side.shards[at.served.side.shard_of[TWO.id]].delta.up[0, 0] = nan
+
+
+def end_key(at: Bench) -> None:
+    at.served.side.end_keys[TWO.id][0, 0] = nan
+
+
+def index_key(at: Bench) -> None:
+    index, ids = at.served.side.index, np.array([number_of(TWO.id) << 15])
+    index._cpu.remove_ids(ids)
+    index._cpu.add_with_ids(np.full((1, index.width), np.nan, dtype=np.float32), ids)
+
+
+def terms(at: Bench) -> None:
+    poison(at, ONE, nan)
+
+
+PLANTS = {
+    weights: "the weights are not those that were published",
+    one_bit: "the weights are not those that were published",
+    shard: "shard {number} is not finite",
+    end_key: f"end key of fact {TWO.id} is not finite",
+    index_key: f"key of fact {TWO.id} is not finite",
+    terms: f"the targets of fact {ONE.id} are damaged",
+}
+
+
+def test_an_audit_finds_what_is_damaged_in_memory_and_mends_it(at: Bench) -> None:
+    before, number = at.weights_hash(), at.served.side.shard_of[TWO.id]
+    for count, (plant, text) in enumerate(PLANTS.items(), 1):
+        said = text.replace("{number}", str(number))
+        plant(at)
+        foreseen = at.editor.audit(dry_run=True)
+        assert foreseen["reasons"][0] == said
+        assert kinds(at).count("mended") == count - 1
+        done = at.editor.audit()
+        assert (done["verdict"], done["reasons"], done["acted"]) == ("keep", [said], "nothing")
+        assert done["figures"]["weights_as_written"] and done["figures"]["retention"] == 1
+        assert whole(at) and at.weights_hash() == before
+        assert kinds(at).count("mended") == count
+    assert at.editor.audit()["reasons"] == []
+    assert not at.editor.consolidate(False)["changed"]
+    at.restart()
+    assert whole(at)
+
+
+def test_what_is_damaged_in_its_file_as_well_is_made_again(at: Bench) -> None:
+    number = at.served.side.shard_of[TWO.id]
+    (row,) = (row for row in at.store.shards() if row.id == number)
+    path = tensors_path(at.home.side, row.sha256)
+    path.write_bytes(path.read_bytes()[:-1])
+    active = at.store.generation(at.store.active_generation())
+    assert active.sha256 is not None
+    tensors_path(at.home.generations, active.sha256).write_bytes(b"nothing")
+    shard(at)
+    weights(at)
+    assert at.editor.audit()["verdict"] == "keep"
+    assert "generation_rebuilt" in kinds(at)
+    assert [at.says(f.question) == f.target for f in (ONE, TWO, THREE)] == [True, False, True]
+    at.settle()  # what was in the shard is learned again
+    assert whole(at)
