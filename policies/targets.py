@@ -50,7 +50,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a fact got no targets, and whether the side memory may take it all the same."""
+    """Why a fact got no targets or no shard, and whether the side memory may take it after all."""
 
     reason: str
     beside: bool = False

@@ -10,8 +10,10 @@ from kedit_daemon import hot
 from kedit_daemon.hot import OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour, State
+from memory.side import Shard
 from policies.probe import Probe, compare
-from policies.wise import Learned, learn, other_questions, prompt_end, retrieval_keys
+from policies.targets import Refused
+from policies.wise import learn, other_questions, prompt_end, retrieval_keys
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -50,7 +52,7 @@ def test_facts_that_come_together_are_learned_together_up_to_a_number(
 ) -> None:
     sizes: list[int] = []
 
-    def counted(*given: Any, **more: Any) -> Learned:
+    def counted(*given: Any, **more: Any) -> list[Shard | Refused]:
         sizes.append(len(given[2]))
         return learn(*given, **more)
 
