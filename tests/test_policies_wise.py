@@ -386,12 +386,13 @@ def test_a_fact_whose_loss_is_no_number_leaves_the_others_their_bits(
 def test_a_fact_that_the_model_reads_as_no_number_leaves_the_others_their_bits(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
-    model, facts = side.model, [FACTS[0], seat(14, "Rome"), FACTS[1]]
+    model, odd = side.model, replace(FACTS[0], subject="country !")
+    facts = [FACTS[0], odd, FACTS[1]]
     clean = tried(side, site, facts, outside, 6)
     (token,) = model.tokenizer("~", add_special_tokens=False)["input_ids"]
     model.model.get_input_embeddings().weight[token] = torch.nan
-    facts[1] = replace(facts[1], subject="country ~")
-    assert len({len(row.ids) for fact in facts for row in rows_of(model, fact)[:1]}) == 1
+    facts[1] = replace(odd, subject="country ~")
+    assert len({len(rows_of(model, fact)[0].ids) for fact in (odd, facts[1])}) == 1
     found = tried(side, site, facts, outside, 6)
     assert "the loss is nan" in refusal(found[1])
     assert same(found[0], clean[0]) and same(found[2], clean[2])
