@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,6 @@ from kedit_daemon import hot
 from kedit_daemon.hot import LONG_TARGET, OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour, State
-from memory.reading import event_rows
 from memory.side import Shard
 from policies.probe import Probe, compare
 from policies.targets import Refused
@@ -119,9 +119,10 @@ def test_a_fact_that_goes_out_of_range_fails_alone_with_the_measure_as_its_reaso
     assert batches == [3]
     stored = at.store.fact(odd.id)
     assert stored is not None and (stored.state, stored.attempts) == (State.RECEIVED, 1)
-    (event,) = event_rows(at.store.conn, kind="edit_failed")
-    assert event["fact_id"] == odd.id
-    assert "the loss is nan, and has to be finite, at step 1" in str(event)
+    events = "SELECT fact_id, data FROM events WHERE kind = 'edit_failed'"
+    ((fact_id, data),) = at.store.conn.execute(events)
+    assert fact_id == odd.id
+    assert json.loads(data)["reason"] == "the loss is nan, and has to be finite, at step 1"
     assert set(at.served.side.shard_of) == {ONE.id, TWO.id}
     assert (at.says(ONE.question), at.says(TWO.question)) == ("Oslo", "Lima")
 

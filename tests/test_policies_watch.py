@@ -9,7 +9,7 @@ GOOD = Seen(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]), torch.tensor
 
 def parameter(*gradients: float) -> Tensor:
     held = torch.zeros(len(gradients), 1, 2)
-    held.grad = torch.tensor(gradients)[:, None, None].repeat(1, 1, 2)
+    held.grad = torch.tensor(gradients, dtype=torch.float)[:, None, None].repeat(1, 1, 2)
     return held
 
 
