@@ -458,7 +458,6 @@ def test_a_fact_that_does_not_go_on_does_not_keep_the_others_waiting(
     site = replace(site, alpha=1e9, beta=0, gamma=-1e9)
     side.model.model.get_output_embeddings().weight.mul_(10)
     felt: list[int] = []
-    # Where its prompt ends is as bad as its inputs elsewhere: its target is not said, ever.
     bad = [outside[:0], with_a_nan(outside)]
     shard, refused = tried(side, site, FACTS, outside, 200, bad, felt.append)
     assert isinstance(shard, Shard) and isinstance(refused, Refused)
