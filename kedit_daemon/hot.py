@@ -6,6 +6,7 @@ when there are many. A fact that goes takes its shard with it.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,10 +19,12 @@ from memory.facts import Fact, State
 from memory.rows import StoredFact
 from memory.side import Keys, Shard
 from policies.probe import Probe, compare
+from policies.targets import Refused
 from policies.wise import fitting, learn, other_questions, prompt_end, retrieval_keys
 
 OUTSIDE_LINES = 200
 OUTSIDE_NEIGHBOURS = 4  # of each fact
+LONG_TARGET = 16  # tokens; with one of 55 a batch of 16 facts of 1 or 2 took 9 times as long
 
 
 class Hot:
@@ -40,34 +43,48 @@ class Hot:
     def take(self, waiting: Sequence[StoredFact]) -> list[str]:
         """Learn as many of the waiting facts as are learned at once; those now live.
 
+        One that goes out of range while it is learned fails alone, as does one that is not said.
         Raises KeditError when one of them cannot be learned at all; nothing is changed then.
         """
-        new = list(waiting)[: self.batch_facts]
+        together = self._together(waiting)
         began = time.monotonic()
-        gone = {older.id for f in new for older in self.flush.older(f)}  # whose place they take
-        keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in new])
-        shards = self._learn([f.fact for f in new], keys)
-        seconds = (time.monotonic() - began) / len(new)
+        keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in together])
+        found = self._learn([f.fact for f in together], keys)
+        seconds = (time.monotonic() - began) / len(together)
+        shards = {n: one for n, one in found.items() if isinstance(one, Shard)}
+        failed = {n: one.reason for n, one in found.items() if isinstance(one, Refused)}
+        new = [f for f in together if f.id in shards]
         before = self.served.probe_before([f.fact for f in new])
         try:
             self._lay(new, shards, keys)
-            after = self._probe(new, gone)
+            after = self._probe(new)
             probes = {f.id: compare(f.fact, before[f.id], after[f.id]) for f in new}
             self._keep([f for f in new if probes[f.id].right], keys, before, probes, seconds)
         except BaseException:
             self._undo(new)
             raise
+        wrong = {n: probe.answer for n, probe in probes.items() if not probe.right}
+        failed |= {n: f"the side memory answered {answer!r}" for n, answer in wrong.items()}
         with self.store.transaction():
-            for fact in (f for f in new if not probes[f.id].right):
-                answer = probes[fact.id].answer
-                self.flush.retry(fact, "side", f"the side memory answered {answer!r}")
+            for fact in (f for f in together if f.id in failed):
+                self.flush.retry(fact, "side", failed[fact.id])
         self._relieve()
         self.served.forget_side()
-        return [f.id for f in new if probes[f.id].right]
+        return [f.id for f in together if f.id not in failed]
 
-    def _learn(self, facts: list[Fact], keys: Mapping[str, Keys]) -> list[Shard]:
+    def _together(self, waiting: Sequence[StoredFact]) -> list[StoredFact]:
+        """The facts to learn at once. In company a long target would be waited for by all, since
+        every row is as long as the longest; so it comes after the short ones, and alone."""
+        short = (f for f in waiting if not self._long(f.fact))
+        return list(islice(short, self.batch_facts)) or list(waiting[:1])
+
+    def _long(self, fact: Fact) -> bool:
+        return len(self.served.model.encode_target(fact.question, fact.target)) > LONG_TARGET
+
+    def _learn(self, facts: Sequence[Fact], keys: Mapping[str, Keys]) -> dict[str, Shard | Refused]:
+        """By fact id."""
         norm = self.served.loaded.statistics[self.served.site.side_layer].norm
-        learned = learn(
+        found = learn(
             self.served.model,
             self.served.site,
             facts,
@@ -77,7 +94,7 @@ class Hot:
             steps=self.steps,
             pulse=lambda _step: self.pulse(),
         )
-        return learned.shards
+        return dict(zip((fact.id for fact in facts), found, strict=True))
 
     def _others(self, fact: Fact, keys: Keys) -> Tensor:
         """Inputs on which the fact's shard must stay quiet: its neighbours, and other questions
@@ -87,20 +104,21 @@ class Hot:
         near, _ = prompt_end(model, fitting(model, prompts), side.layer)
         return torch.cat([near.to(model.device), other_questions(model, side, fact, keys)])
 
-    def _probe(self, new: Sequence[StoredFact], gone: set[str]) -> dict[str, list[str]]:
-        self.served.side.hidden = gone
+    def _probe(self, new: Sequence[StoredFact]) -> dict[str, list[str]]:
+        """Answers by fact id, without the older facts whose place the new ones take."""
+        self.served.side.hidden = {older.id for f in new for older in self.flush.older(f)}
         try:
             return self.served.probe_after([f.fact for f in new])
         finally:
             self.served.side.hidden = set()
 
     def _lay(
-        self, new: Sequence[StoredFact], shards: Sequence[Shard], keys: Mapping[str, Keys]
+        self, new: Sequence[StoredFact], shards: Mapping[str, Shard], keys: Mapping[str, Keys]
     ) -> None:
         side = self.served.side
         first = max(side.shards, default=0) + 1
-        for number, (fact, shard) in enumerate(zip(new, shards, strict=True), first):
-            side.shards[number] = shard
+        for number, fact in enumerate(new, first):
+            side.shards[number] = shards[fact.id]
             subject, unnamed = fact.fact.subject, fact.fact.unnamed
             side.put(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
 

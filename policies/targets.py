@@ -50,7 +50,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Refused:
-    """Why a fact got no targets, and whether the side memory may take it all the same."""
+    """Why a fact got no targets or no shard, and whether the side memory may take it after all."""
 
     reason: str
     beside: bool = False
@@ -208,7 +208,7 @@ class _Seats:
         self.extra -= right.long()
         self.steps += 1
         over = (self.extra < 0) | ~torch.isfinite(losses.detach())
-        over |= self.steps > self.site.target_steps
+        over |= (self.steps > self.site.target_steps) | ~torch.isfinite(self.second.flatten())
         result = {
             fact.id: self._terms(seat, float(losses[seat].detach()))
             for seat, fact in enumerate(self.facts)
@@ -241,9 +241,17 @@ class _Seats:
         many = int((self.labels[at.start] != IGNORE).sum())
         keys = {n: self.keys[n][at, :many].cpu().clone() for n in self.site.layers}
         residuals = {n: (self.delta[n][seat, :many] * self.norms[n]).cpu() for n in keys}
-        numbers = (torch.tensor(loss), *keys.values(), *residuals.values())
-        if not all(bool(torch.isfinite(t).all()) for t in numbers):
-            return Refused("the target's loss or value is not finite")
+        numbers = {
+            "gradient": (self.second[seat],),  # what is left of its squares
+            "loss": (torch.tensor(loss),),
+            "keys": keys.values(),
+            "value": residuals.values(),
+        }
+        for name, tensors in numbers.items():
+            if not all(bool(torch.isfinite(t).all()) for t in tensors):
+                return Refused(
+                    f"the target's {name}: not finite after {self.steps[seat] - 1:g} steps"
+                )
         lengths = {n: self._length(n, keys[n], residuals[n]) for n in keys}
         if why := too_long(lengths, self.site.anchors):
             return Refused(why, beside=True)
@@ -267,8 +275,8 @@ def compute_terms(
 
     `norms` gives the median ‖y‖ of each edited layer. `done(part)` is told of results as they
     come, at times of none, with the active weights back in place, and may raise to stop the work.
-    A fact whose loss or δ is not finite, or whose target is far beyond the site's anchors, is
-    refused, the others are not.
+    A fact whose loss, gradient or δ is not finite, or whose target is far beyond the site's
+    anchors, is refused, the others are not.
     """
     shapes, result = _shaped(model, facts, site)
     done(dict(result))

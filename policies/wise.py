@@ -11,20 +11,21 @@ together are learned side by side.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel, Tap
 from memory.replay import Replay
 from memory.side import Delta, Keys, Shard, SideMemory, number_of
 from policies.prompts import IGNORE, QUESTIONS, Row, pad, rows_of
 from policies.site import EditSite
+from policies.targets import Refused
+from policies.watch import Seen, Watch, too_far
 
 RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
@@ -43,15 +44,6 @@ def other_questions(model: EditableModel, side: SideMemory, fact: Fact, keys: Ke
     inputs, outputs = prompt_end(model, prompts, side.layer)
     near = side.key(side.layer, outputs).cpu() @ keys.end.T  # (questions, own)
     return inputs[near.amax(1).to(inputs.device) < ALIKE]
-
-
-@dataclass(frozen=True)
-class Learned:
-    """A trained shard for each fact, and their mean loss."""
-
-    shards: list[Shard]
-    loss: float
-    steps: int
 
 
 def prompt_end(model: EditableModel, prompts: Sequence[str], layer: int) -> tuple[Tensor, Tensor]:
@@ -90,8 +82,9 @@ class _Training:
     """The training of some facts, each on its own ΔW: what does not change from step to step.
 
     Nothing of a fact's loss hangs on another fact's ΔW: so each step is what it would be alone, and
-    all are taken in the time of a few. Only how many there are is decided for all. Where deltas
-    lie side by side, they do so along a first dimension (facts, ...).
+    all are taken in the time of a few. Only how many there are is decided for all. What is no
+    number stays in its fact: nothing is picked from the others by a product with 0, which a NaN
+    outlives. Where deltas lie side by side, they do so along a first dimension (facts, ...).
     """
 
     def __init__(
@@ -108,7 +101,7 @@ class _Training:
         pairs.sort(key=lambda pair: pair[1].prompt_length)  # read beside their like
         rows = [row for _, row in pairs]
         self.owner = torch.tensor([n for n, _ in pairs], device=on)  # (rows,) whose row it is
-        self.own = (self.owner == torch.arange(len(facts), device=on)[:, None]).float()
+        self.own = self.owner == torch.arange(len(facts), device=on)[:, None]  # (facts, rows)
         heads = [row.prompt[:-1] for row in rows]
         tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
         longest = max(map(len, tails))
@@ -122,16 +115,16 @@ class _Training:
             target = torch.tensor(row.target)
             self.labels[n, : len(target)] = target
         self.given = self.labels != IGNORE  # (rows, columns)
-        # (facts, tokens) of the tokens that are given, 1 where one is the fact's
+        # (facts, tokens) of the tokens that are given, whether one is the fact's
         self.told = self.own[:, self.given.nonzero()[:, 0]]
         self.inside = self._ends()  # (rows, width)
         # Inputs that must stay quiet: (n, width) for all, (facts, m, width) for each its own.
         self.outside = outside.to(on)
         self.others = nn.utils.rnn.pad_sequence([o.to(on) for o in others], batch_first=True)
         lengths = torch.tensor([[len(outside) + len(o)] for o in others], device=on)
-        # (facts, n + m), 1 where there is one
+        # (facts, n + m), whether there is one
         most = len(outside) + self.others.shape[1]
-        self.real = (torch.arange(most, device=on) < lengths).float()
+        self.real = torch.arange(most, device=on) < lengths
 
     def _ends(self) -> Tensor:
         """Inputs (rows, width) where the prompts end: no ΔW changes these."""
@@ -146,25 +139,20 @@ class _Training:
         its prompts' ends. For A's rows are random mixtures of what the inputs outside leave
         unexplained (by ridge regression) of the inputs at the ends."""
         ends = self.inside[self.owner == fact]
-        own = self.others[fact][self.real[fact, len(self.outside) :] > 0]
+        own = self.others[fact][self.real[fact, len(self.outside) :]]
         quiet = torch.cat([self.outside, own])
         gram = quiet @ quiet.T  # (n, n)
         gram.diagonal().add_(gram.trace() / quiet.shape[1])
-        left = ends - torch.linalg.solve(gram, quiet @ ends.T).T @ quiet
+        left = ends - torch.linalg.solve_ex(gram, quiet @ ends.T)[0].T @ quiet
         generator = torch.Generator().manual_seed(seed)
         down = torch.randn(RANK, len(left), generator=generator).to(left.device) @ left
         down /= (ends @ down.T).norm(dim=1).mean()
         return Delta(left.new_zeros(self.model.hidden, RANK), down)
 
-    def losses(self, deltas: Delta) -> tuple[Tensor, bool]:
-        """WISE's loss (facts,) of each ΔW, and whether every target token is the argmax."""
-        # Those of the rows, by a product: picking them would be slow to take back.
-        of_rows = Delta(
-            *(
-                (self.own.T @ d.flatten(1)).unflatten(1, d.shape[1:])
-                for d in (deltas.up, deltas.down)
-            )
-        )
+    def try_out(self, deltas: Delta) -> Seen:
+        """What each ΔW comes to: WISE's loss, and what else is watched."""
+        # Not by advanced indexing, which is slow to take back.
+        of_rows = Delta(*(d.index_select(0, self.owner) for d in (deltas.up, deltas.down)))
 
         def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
             return outputs + of_rows.moved(inputs.detach())  # routed from the prompt's end on
@@ -173,13 +161,13 @@ class _Training:
             logits = self.replay.logits(self.columns)
         picked, labels = logits[self.given].float(), self.labels[self.given]
         losses = F.cross_entropy(picked, labels, reduction="none")  # (tokens,)
-        said = self.told @ losses / self.told.sum(1)
-        right = bool((picked.argmax(-1) == labels).all())
-        return said + self._margins(of_rows, deltas), right
-
-    def _margins(self, of_rows: Delta, deltas: Delta) -> Tensor:
-        """Eq. 5 (facts,), with distances in units of the scale."""
+        wrong = (self.told & (picked.argmax(-1) != labels)).sum(1)
         inside = of_rows.moved(self.inside[:, None])[:, 0].norm(dim=1) / self.scale  # (rows,)
+        moved = torch.where(self.own, inside, 0).amax(1)
+        return Seen(_mean(losses, self.told) + self._margins(inside, deltas), wrong, moved)
+
+    def _margins(self, inside: Tensor, deltas: Delta) -> Tensor:
+        """Eq. 5 (facts,), with distances in units of the scale; inside: those of the rows."""
         near = _mean(F.relu(self.site.beta - inside), self.own)
         hidden = self.outside @ deltas.down.flatten(0, 1).mT  # (n, facts · rank), in one product
         every = hidden.unflatten(1, deltas.down.shape[:2]).transpose(0, 1) @ deltas.up.mT
@@ -187,17 +175,20 @@ class _Training:
         quiet = moved.norm(dim=2) / self.scale  # (facts, n + m)
         far = _mean(F.relu(quiet - self.site.alpha), self.real)
         gap = F.relu(quiet[:, :, None] - inside + self.site.gamma)  # (facts, n + m, rows)
-        return near + far + _mean(gap, self.real[:, :, None] * self.own[:, None], dims=(1, 2))
+        return near + far + _mean(gap, self.real[:, :, None] & self.own[:, None], dims=(1, 2))
 
-    def shard(self, fact: int, delta: Delta) -> Shard:
-        """A fact's shard, with the distance from which it may answer."""
-        distance = delta.moved(self.inside[self.owner == fact]).norm(dim=1)
-        return Shard(delta, max(ACTIVATION_RATIO * float(distance.min()), 1e-6))
+    def shard(self, fact: int, delta: Delta) -> Shard | Refused:
+        """A fact's shard, with the distance from which it may answer; or why it is out of range,
+        as it may be since the last step."""
+        distances = delta.moved(self.inside[self.own[fact]]).norm(dim=1)
+        if why := too_far(float(distances.max()) / self.scale):
+            return Refused(why)
+        return Shard(delta, max(ACTIVATION_RATIO * float(distances.min()), 1e-6))
 
 
 def _mean(values: Tensor, counted: Tensor, dims: tuple[int, ...] = (1,)) -> Tensor:
     """Means (facts,) of what is counted; 0 where nothing is."""
-    return (values * counted).sum(dims) / counted.sum(dims).clamp(min=1)
+    return torch.where(counted, values, 0).sum(dims) / counted.sum(dims).clamp(min=1)
 
 
 def learn(
@@ -210,14 +201,14 @@ def learn(
     scale: float,
     steps: int,
     pulse: Callable[[int], None] = lambda _step: None,
-) -> Learned:
-    """Train a shard for each fact.
+) -> list[Shard | Refused]:
+    """A shard for each fact, trained; or why it has none, since it went out of range.
 
     On the weights as they are served: that is what the side memory is laid over.
 
     outside: inputs (n, width) on which all of them must stay quiet. others: for each fact such
     inputs (m, width) of its own. scale: the median ‖y‖ of the layer, the unit of the margins.
-    Raises KeditError: a fact that cannot be read, a loss that is not finite.
+    Raises KeditError: a fact that cannot be read.
     """
     work = _Training(model, site, facts, outside, others, scale)
     begun = [work.begin(n, number_of(fact.id)) for n, fact in enumerate(facts)]
@@ -231,23 +222,21 @@ def learn(
         {"params": [part], "lr": DOWN_RATE},
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    loss, left, taken = torch.inf, EXTRA_STEPS, 0
-    for taken in range(1, steps + 1):
-        losses, right = work.losses(Delta(up, part * size))
+    watch, left = Watch(len(facts)), EXTRA_STEPS
+    for step in range(1, steps + 1):
+        seen = work.try_out(Delta(up, part * size))
         optimiser.zero_grad()
-        losses.sum().backward()
-        loss = float(losses.detach().mean())
-        if not loss < torch.inf:
-            raise KeditError("the side memory's loss is not finite", code="non-finite")
+        seen.losses.sum().backward()
+        loss, right = watch.see(step, seen, (up, part))
         left -= right and loss < DONE
-        if left < 0:
+        if left < 0 or not watch.going:
             break
         optimiser.step()
-        pulse(taken)
+        pulse(step)
     # Copies: a part would keep the whole in memory, long after the other facts have gone.
     made = zip(up.detach(), (part * size).detach(), strict=True)
     deltas = [Delta(*(each.clone() for each in both)) for both in made]
-    return Learned([work.shard(n, delta) for n, delta in enumerate(deltas)], loss, taken)
+    return [watch.refused.get(n) or work.shard(n, delta) for n, delta in enumerate(deltas)]
 
 
 def retrieval_keys(

@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,11 +8,13 @@ import torch
 from conftest import Bench, seat
 
 from kedit_daemon import hot
-from kedit_daemon.hot import OUTSIDE_NEIGHBOURS, Hot, cannot_learn
+from kedit_daemon.hot import LONG_TARGET, OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour, State
+from memory.side import Shard
 from policies.probe import Probe, compare
-from policies.wise import Learned, learn, other_questions, prompt_end, retrieval_keys
+from policies.targets import Refused
+from policies.wise import learn, other_questions, prompt_end, retrieval_keys
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -50,7 +53,7 @@ def test_facts_that_come_together_are_learned_together_up_to_a_number(
 ) -> None:
     sizes: list[int] = []
 
-    def counted(*given: Any, **more: Any) -> Learned:
+    def counted(*given: Any, **more: Any) -> list[Shard | Refused]:
         sizes.append(len(given[2]))
         return learn(*given, **more)
 
@@ -61,6 +64,81 @@ def test_facts_that_come_together_are_learned_together_up_to_a_number(
     assert sizes == [2, 1]
     assert sorted(at.served.side.shard_of.values()) == [1, 2, 3]
     assert [(row.id, row.facts) for row in at.store.shards()] == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_a_long_target_is_learned_after_the_others_and_alone(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[str]] = []
+
+    def noted(*given: Any, **more: Any) -> list[Shard | Refused]:
+        taken.append([fact.id for fact in given[2]])
+        return learn(*given, **more)
+
+    monkeypatch.setattr(hot, "learn", noted)
+    at = bench(side={"steps": 1})
+    tokens = at.served.model.encode_target
+    long = [seat(n, "Oslo and Rome " * LONG_TARGET) for n in (8, 9)]
+    edge = next(
+        fact
+        for fact in (seat(7, "Oslo" + " Rome" * n) for n in range(99))
+        if len(tokens(fact.question, fact.target)) == LONG_TARGET
+    )
+    at.receive(ONE, long[0], edge, long[1], TWO)
+    for _ in range(3):
+        at.editor.step()
+    assert taken == [[ONE.id, edge.id, TWO.id], [long[0].id], [long[1].id]]
+
+
+def poison(at: Bench, text: str) -> None:
+    """Make the model's reading of a text no number."""
+    (token,) = at.served.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    at.served.model.model.get_input_embeddings().weight[token] = torch.nan
+
+
+def test_a_fact_that_goes_out_of_range_fails_alone_with_the_measure_as_its_reason(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+
+    def counted(*given: Any, **more: Any) -> list[Shard | Refused]:
+        batches.append(len(given[2]))
+        return learn(*given, **more)
+
+    monkeypatch.setattr(hot, "learn", counted)
+    at = bench(side=STEPS)
+    odd = seat(9, "Rome", paraphrases=("The seat of ~ {} is",))
+    weight = at.served.model.model.get_input_embeddings().weight
+    whole = weight.clone()
+    poison(at, "~")
+    try:
+        at.receive(ONE, odd, TWO)
+        assert at.editor.hot.take(at.store.facts((State.RECEIVED,))) == [ONE.id, TWO.id]
+    finally:
+        weight.copy_(whole)
+    assert batches == [3]
+    stored = at.store.fact(odd.id)
+    assert stored is not None and (stored.state, stored.attempts) == (State.RECEIVED, 1)
+    events = "SELECT fact_id, data FROM events WHERE kind = 'edit_failed'"
+    ((fact_id, data),) = at.store.conn.execute(events)
+    assert fact_id == odd.id
+    assert json.loads(data)["reason"] == "the loss is nan, and has to be finite, at step 1"
+    assert set(at.served.side.shard_of) == {ONE.id, TWO.id}
+    assert (at.says(ONE.question), at.says(TWO.question)) == ("Oslo", "Lima")
+
+
+def test_a_batch_of_nothing_but_such_facts_leaves_no_trace(bench: Make) -> None:
+    at = bench(side={**STEPS, "steps": 5})
+    weight = at.served.model.model.get_input_embeddings().weight
+    whole = weight.clone()
+    poison(at, "~")
+    try:
+        at.receive(*(seat(n, "Rome", paraphrases=("The seat of ~ {} is",)) for n in (8, 9)))
+        assert at.editor.hot.take(at.store.facts((State.RECEIVED,))) == []
+    finally:
+        weight.copy_(whole)
+    assert [f.attempts for f in at.store.facts((State.RECEIVED,))] == [1, 1]
+    assert (at.store.side_rows(), at.store.shards(), at.served.side.shards) == ([], [], {})
 
 
 def test_of_a_fact_that_goes_nothing_is_left(bench: Make) -> None:

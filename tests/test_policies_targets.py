@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memory.facts import Fact
 from memory.model import EditableModel
+from policies import targets
 from policies.prompts import rows_of
 from policies.site import EditSite, default_site
 from policies.targets import PULSE, SEATS, Refused, Terms, compute_terms
@@ -111,9 +112,35 @@ def test_a_loss_that_is_no_number_refuses_that_fact_alone(
     facts = [*OTHERS[:place], bad, *OTHERS[place:6], FACT]
     found = compute_terms(model, any_site, NORMS, facts)
     assert isinstance(found[bad.id], Refused)
-    assert "not finite" in found[bad.id].reason
+    assert "the target's loss: not finite" in found[bad.id].reason
     assert [f.id for f in facts if isinstance(found[f.id], Refused)] == [bad.id]
     assert_equal(terms_of(model, any_site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("slope", [torch.nan, torch.inf, 1e25])
+def test_a_gradient_that_is_no_number_refuses_that_fact_alone(
+    model: EditableModel, any_site: EditSite, monkeypatch: pytest.MonkeyPatch, slope: float
+) -> None:
+    facts = [*OTHERS[:4], FACT]
+    clean = compute_terms(model, any_site, NORMS, facts)
+    loss, steps = targets._Seats.loss, []
+
+    def steep(self: targets._Seats, delta: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        losses, right, drift = loss(self, delta)
+        steps.append(len(delta))
+        if len(steps) == 5:
+            bad = torch.arange(SEATS)[:, None, None] == 2
+            for each in delta.values():
+                each.register_hook(lambda gradient: torch.where(bad, slope, gradient))
+        return losses, right, drift
+
+    monkeypatch.setattr(targets._Seats, "loss", steep)
+    found = compute_terms(model, any_site, NORMS, facts)
+    bad = found[facts[2].id]
+    assert isinstance(bad, Refused)
+    assert bad.reason == "the target's gradient: not finite after 5 steps"
+    for fact in (*facts[:2], *facts[3:]):
+        assert_equal(clean[fact.id], found[fact.id])  # type: ignore[arg-type]
 
 
 def test_a_fact_keeps_its_bits_on_a_seat_that_a_refused_one_left(

@@ -1,4 +1,6 @@
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,16 +12,17 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.generate import answers
 from memory.model import EditableModel
-from memory.side import Delta, Gates, SideMemory
+from memory.side import Delta, Gates, Shard, SideMemory
 from policies import wise
 from policies.prompts import QUESTIONS, rows_of
 from policies.site import EditSite, default_site
+from policies.targets import Refused
+from policies.watch import FAR_MOVED, Seen, Watch
 from policies.wise import (
     ACTIVATION_RATIO,
     DONE,
     EXTRA_STEPS,
     RANK,
-    Learned,
     learn,
     other_questions,
     prompt_end,
@@ -47,22 +50,41 @@ def outside(model: EditableModel, site: EditSite) -> Tensor:
     return prompt_end(model, prompts, site.side_layer)[0]
 
 
-def learned(
+def scale_of(side: SideMemory) -> float:
+    return float(side.centres[side.layer].norm())  # near the outputs' own length
+
+
+def tried(
     side: SideMemory,
     site: EditSite,
     facts: list[Fact],
     outside: Tensor,
     steps: int = 200,
     others: list[Tensor] | None = None,
-) -> Learned:
-    scale = float(side.centres[side.layer].norm())  # near the outputs' own length
-    own = [outside[:0]] * len(facts) if others is None else others
-    return learn(side.model, site, facts, outside=outside, others=own, scale=scale, steps=steps)
+    pulse: Callable[[int], None] = lambda _step: None,
+) -> list[Shard | Refused]:
+    return learn(
+        side.model,
+        site,
+        facts,
+        outside=outside,
+        others=[outside[:0]] * len(facts) if others is None else others,
+        scale=scale_of(side),
+        steps=steps,
+        pulse=pulse,
+    )
 
 
-def lay(side: SideMemory, found: Learned, facts: list[Fact]) -> None:
+def learned(*given: Any, **more: Any) -> list[Shard]:
+    found = tried(*given, **more)
+    shards = [one for one in found if isinstance(one, Shard)]
+    assert len(shards) == len(found)
+    return shards
+
+
+def lay(side: SideMemory, found: list[Shard], facts: list[Fact]) -> None:
     keys = retrieval_keys(side.model, side, facts)
-    for number, (fact, shard) in enumerate(zip(facts, found.shards, strict=True)):
+    for number, (fact, shard) in enumerate(zip(facts, found, strict=True)):
         side.shards[number] = shard
         side.put(fact.id, number, keys[fact.id], "", unnamed=True)
 
@@ -94,11 +116,11 @@ def test_a_shards_beginning_follows_from_its_fact(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     still = replace(site, side_rate=0.0)
-    one, again = (learned(side, still, FACTS, outside, steps=1).shards for _ in range(2))
+    one, again = (learned(side, still, FACTS, outside, steps=1) for _ in range(2))
     for shard, same in zip(one, again, strict=True):
         assert torch.equal(shard.delta.down, same.delta.down)
     # Another target makes another fact of the same prompts.
-    (other,) = learned(side, still, [seat(11, "Lima")], outside, steps=1).shards
+    (other,) = learned(side, still, [seat(11, "Lima")], outside, steps=1)
     spread = float(one[0].delta.down.std())
     assert not torch.allclose(one[0].delta.down, other.delta.down, atol=0.1 * spread)
 
@@ -109,7 +131,7 @@ def test_a_shard_begins_as_nothing_that_sees_its_fact_and_little_else(
     monkeypatch.setattr(wise, "DOWN_RATE", 0.0)
     still = replace(site, side_rate=0.0)
     others, _ = prompt_end(side.model, ["The river of country 11 is", "He"], site.side_layer)
-    found = learned(side, still, FACTS, outside, 1, [others, others[:1]]).shards
+    found = learned(side, still, FACTS, outside, 1, [others, others[:1]])
     for fact, shard, own in zip(FACTS, found, (others, others[:1]), strict=True):
         inside, _ = prompt_end(side.model, prompts_of(side, [fact]), site.side_layer)
         assert not shard.delta.moved(inside).any()
@@ -128,9 +150,9 @@ def test_what_is_learned_together_is_what_is_learned_alone(
     prompts = ["The river of country 11 is", "He", "In the long run the river"]
     quiet, _ = prompt_end(side.model, prompts, site.side_layer)
     others = [quiet[:1], quiet, quiet[1:]]
-    together = learned(side, site, facts, outside, 6, others).shards
+    together = learned(side, site, facts, outside, 6, others)
     for n, fact in enumerate(facts):
-        (alone,) = learned(side, site, [fact], outside, 6, others[n : n + 1]).shards
+        (alone,) = learned(side, site, [fact], outside, 6, others[n : n + 1])
         for one, other in zip(
             vars(alone.delta).values(), vars(together[n].delta).values(), strict=True
         ):
@@ -159,7 +181,7 @@ def test_facts_with_targets_of_different_length_are_learned_together(
 def test_a_shard_is_of_small_rank(side: SideMemory, site: EditSite, outside: Tensor) -> None:
     hidden, width = side.model.base_weight(site.side_layer).shape
     assert hidden > RANK
-    for shard in learned(side, site, FACTS, outside, steps=8).shards:
+    for shard in learned(side, site, FACTS, outside, steps=8):
         delta = shard.delta
         assert (delta.up.shape, delta.down.shape) == ((hidden, RANK), (RANK, width))
         assert not delta.up.requires_grad and not delta.down.requires_grad
@@ -170,7 +192,7 @@ def test_a_shard_is_of_small_rank(side: SideMemory, site: EditSite, outside: Ten
 def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
-    for fact, shard in zip(FACTS, learned(side, site, FACTS, outside).shards, strict=True):
+    for fact, shard in zip(FACTS, learned(side, site, FACTS, outside), strict=True):
         inside, _ = prompt_end(side.model, prompts_of(side, [fact]), site.side_layer)
         distance = shard.delta.moved(inside).norm(dim=1)
         quiet = shard.delta.moved(outside).norm(dim=1)
@@ -197,7 +219,7 @@ def routed_loss(side: SideMemory, fact: Fact, delta: Delta, early: int) -> float
 
 
 def test_what_is_learned_is_routed_from_the_prompts_end_on(
-    side: SideMemory, site: EditSite, monkeypatch: pytest.MonkeyPatch
+    side: SideMemory, site: EditSite
 ) -> None:
     site = replace(site, alpha=1e9, beta=0, gamma=-1e9)  # the targets alone, without margins
     side.model.set_deltas({0: side.model.base_weight(0) * 0.3})
@@ -206,15 +228,15 @@ def test_what_is_learned_is_routed_from_the_prompts_end_on(
     random = torch.Generator().manual_seed(2)
     up, down = (torch.randn(n, RANK, generator=random) / 4 for n in (hidden, width))
     start = Delta(up, down.T)
-    monkeypatch.setattr(wise._Training, "begin", lambda *_: start)
-    loss = learned(side, site, facts, torch.empty(0, width), steps=1).loss
+    none = torch.empty(0, width)
+    work = wise._Training(side.model, site, facts, none, [none] * 2, scale_of(side))
+    both = Delta(torch.stack([up] * 2), torch.stack([down.T] * 2))
+    losses = work.try_out(both).losses
 
-    def routed(early: int) -> float:
-        return sum(routed_loss(side, fact, start, early) for fact in facts) / len(facts)
-
-    assert loss == pytest.approx(routed(0), abs=1e-4)
-    for elsewhere in (-1, 1, 2):
-        assert abs(loss - routed(elsewhere)) > 1e-3
+    for fact, loss in zip(facts, losses.tolist(), strict=True):
+        assert loss == pytest.approx(routed_loss(side, fact, start, 0), abs=1e-4)
+        for elsewhere in (-1, 1, 2):
+            assert abs(loss - routed_loss(side, fact, start, elsewhere)) > 1e-3
 
 
 def test_the_margins_keep_a_shard_quiet_elsewhere(
@@ -223,10 +245,10 @@ def test_the_margins_keep_a_shard_quiet_elsewhere(
     loud = learned(side, replace(site, alpha=1e9, beta=0, gamma=-1e9), FACTS, outside, steps=30)
     calm = learned(side, site, FACTS, outside, steps=30)
 
-    def contrast(found: Learned) -> float:
+    def contrast(found: list[Shard]) -> float:
         prompts = [f.question for f in FACTS]
         inside, _ = prompt_end(side.model, prompts, site.side_layer)
-        deltas = [shard.delta for shard in found.shards]
+        deltas = [shard.delta for shard in found]
         near = sum(float(d.moved(k).norm()) for d, k in zip(deltas, inside, strict=True))
         return near / sum(float(d.moved(outside).norm(dim=1).mean()) for d in deltas)
 
@@ -239,8 +261,8 @@ def test_a_fact_is_kept_quiet_on_its_own_other_questions(
     prompts = ["The river of country 11 is", "The river of country 12 is"]
     asked, _ = prompt_end(side.model, prompts, site.side_layer)
     site = replace(site, gamma=-1e9)
-    none = learned(side, site, FACTS, outside, 30).shards
-    own = learned(side, site, FACTS, outside, 30, [asked[:1], asked[1:]]).shards
+    none = learned(side, site, FACTS, outside, 30)
+    own = learned(side, site, FACTS, outside, 30, [asked[:1], asked[1:]])
     for n in range(2):
         before, after = (float(found[n].delta.moved(asked[n]).norm()) for found in (none, own))
         assert after < 0.7 * before
@@ -270,12 +292,12 @@ def test_learning_reads_the_weights_as_served_and_leaves_them_alone(
 ) -> None:
     model, low = side.model, site.key_layer
     clean, clean_keys = (
-        learned(side, site, FACTS, outside, steps=3).shards[0].delta,
+        learned(side, site, FACTS, outside, steps=3)[0].delta,
         retrieval_keys(model, side, FACTS),
     )
     model.set_deltas({low: model.base_weight(low) * 0.5})
     edited = model.weights_hash(range(4))
-    again = learned(side, site, FACTS, outside, steps=3).shards[0].delta
+    again = learned(side, site, FACTS, outside, steps=3)[0].delta
     again_keys = retrieval_keys(model, side, FACTS)
     assert model.weights_hash(range(4)) == edited
     assert not torch.allclose(again.up, clean.up, atol=0.01 * float(clean.up.std()))
@@ -295,14 +317,22 @@ def test_facts_are_said_on_edited_weights(
 
 
 def test_training_ends_when_there_is_nothing_left_to_learn(
-    side: SideMemory, site: EditSite, outside: Tensor
+    side: SideMemory, site: EditSite, outside: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = replace(site, alpha=1e9, beta=0, gamma=-1e9)  # a random model misses the margins,
     side.model.model.get_output_embeddings().weight.mul_(10)  # and is sure of nothing
-    first = learned(side, site, FACTS[:1], outside)
-    assert first.steps < 200
-    assert first.loss < DONE
-    assert learned(side, site, FACTS[:1], outside, first.steps - EXTRA_STEPS - 1).loss > DONE
+    watched: list[float] = []
+    see = Watch.see
+
+    def noted(self: Watch, *given: Any) -> tuple[float, bool]:
+        loss, right = see(self, *given)
+        watched.append(loss)
+        return loss, right
+
+    monkeypatch.setattr(Watch, "see", noted)
+    learned(side, site, FACTS[:1], outside)
+    assert len(watched) < 200
+    assert watched[-1 - EXTRA_STEPS] < DONE < min(watched[: -1 - EXTRA_STEPS])
 
 
 def test_a_pulse_is_felt_at_every_step(side: SideMemory, site: EditSite, outside: Tensor) -> None:
@@ -320,17 +350,118 @@ def test_a_pulse_is_felt_at_every_step(side: SideMemory, site: EditSite, outside
     assert felt == [1, 2, 3, 4]
 
 
-def test_a_loss_that_is_no_number_is_refused(
+def with_a_nan(inputs: Tensor) -> Tensor:
+    inputs = inputs.clone()
+    inputs[0, 0] = torch.nan
+    return inputs
+
+
+def refusal(one: Shard | Refused) -> str:
+    assert isinstance(one, Refused)
+    return one.reason
+
+
+def same(one: Shard | Refused, other: Shard | Refused) -> bool:
+    """Bit for bit."""
+    assert isinstance(one, Shard) and isinstance(other, Shard)
+    pairs = zip(vars(one.delta).values(), vars(other.delta).values(), strict=True)
+    return one.threshold == other.threshold and all(torch.equal(a, b) for a, b in pairs)
+
+
+THREE = [*FACTS, seat(13, "Lima", paraphrases=("{}:",))]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_a_fact_whose_loss_is_no_number_leaves_the_others_their_bits(
+    side: SideMemory, site: EditSite, outside: Tensor, bad: int
+) -> None:
+    good = [outside[:2], outside[2:5], outside[5:6]]
+    poisoned = [with_a_nan(own) if n == bad else own for n, own in enumerate(good)]
+    clean = tried(side, site, THREE, outside, 6, good)
+    found = tried(side, site, THREE, outside, 6, poisoned)
+    assert refusal(found[bad]) == "the loss is nan, and has to be finite, at step 1"
+    assert all(same(found[n], clean[n]) for n in range(3) if n != bad)
+
+
+def test_a_fact_that_the_model_reads_as_no_number_leaves_the_others_their_bits(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    model, odd = side.model, replace(FACTS[0], subject="country !")
+    facts = [FACTS[0], odd, FACTS[1]]
+    clean = tried(side, site, facts, outside, 6)
+    (token,) = model.tokenizer("~", add_special_tokens=False)["input_ids"]
+    model.model.get_input_embeddings().weight[token] = torch.nan
+    facts[1] = replace(odd, subject="country ~")
+    assert len({len(rows_of(model, fact)[0].ids) for fact in (odd, facts[1])}) == 1
+    found = tried(side, site, facts, outside, 6)
+    assert "the loss is nan" in refusal(found[1])
+    assert same(found[0], clean[0]) and same(found[2], clean[2])
+
+
+def test_a_gradient_that_is_no_number_is_refused_for_its_fact_alone(
     side: SideMemory, site: EditSite, outside: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden, width = side.model.base_weight(site.side_layer).shape
-    start = Delta(torch.zeros(hidden, RANK), torch.full((RANK, width), torch.nan))
-    monkeypatch.setattr(wise._Training, "begin", lambda *_: start)
+    clean, try_out, steps = tried(side, site, THREE, outside, 6), wise._Training.try_out, []
+
+    def steep(self: wise._Training, deltas: Delta) -> Seen:
+        seen = try_out(self, deltas)
+        steps.append(seen)
+        if len(steps) == 4:
+            edge = deltas.up[1, 0, 0] - deltas.up[1, 0, 0].detach()
+            seen.losses[1].add_(edge.sqrt())  # 0, and infinitely steep
+        return seen
+
+    monkeypatch.setattr(wise._Training, "try_out", steep)
+    found = tried(side, site, THREE, outside, 6)
+    assert refusal(found[1]) == "the loss's gradient is inf, and has to be finite, at step 4"
+    assert same(found[0], clean[0]) and same(found[2], clean[2])
+
+
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_delta_that_moves_the_output_too_far_is_refused_for_its_fact_alone(
+    side: SideMemory,
+    site: EditSite,
+    outside: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    clean, begin = tried(side, site, THREE, outside, steps), wise._Training.begin
+
+    def bold(self: wise._Training, fact: int, seed: int) -> Delta:
+        start = begin(self, fact, seed)
+        return Delta(start.up, start.down * 1e6) if fact == 1 else start
+
+    monkeypatch.setattr(wise._Training, "begin", bold)
+    found = tried(side, site, THREE, outside, steps)
+    reason = refusal(found[1])
+    assert reason.startswith("the delta moves the output at its prompts' ends by ")
+    assert f"median lengths, more than {FAR_MOVED:g}" in reason
+    assert reason.endswith("at step 2") == (steps > 1)  # else after the last step
+    assert same(found[0], clean[0]) and same(found[2], clean[2])
+
+
+def test_when_no_fact_goes_on_the_training_ends(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    felt: list[int] = []
     before = side.model.weights_hash(range(4))
-    with pytest.raises(KeditError) as caught:
-        learned(side, site, FACTS, outside)
-    assert caught.value.code == "non-finite"
+    bad = [with_a_nan(outside)] * 2
+    found = tried(side, site, FACTS, outside, 200, bad, felt.append)
+    assert all("the loss is nan" in refusal(one) for one in found)
+    assert felt == []
     assert side.model.weights_hash(range(4)) == before
+
+
+def test_a_fact_that_does_not_go_on_does_not_keep_the_others_waiting(
+    side: SideMemory, site: EditSite, outside: Tensor
+) -> None:
+    site = replace(site, alpha=1e9, beta=0, gamma=-1e9)
+    side.model.model.get_output_embeddings().weight.mul_(10)
+    felt: list[int] = []
+    bad = [outside[:0], with_a_nan(outside)]
+    shard, refused = tried(side, site, FACTS, outside, 200, bad, felt.append)
+    assert isinstance(shard, Shard) and isinstance(refused, Refused)
+    assert len(felt) < 199
 
 
 def test_a_fact_that_the_model_cannot_read_is_refused(
