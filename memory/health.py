@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -26,7 +26,8 @@ class Health:
     perplexity: float
     perplexity_ratio: float
     agreement: float  # share of the statements that go on with the same token as the base's
-    finite: bool
+    kl: float  # KL(base ‖ now) of the next token after a statement, in nats, their mean
+    finite: bool  # no NaN and no infinity, in these figures or in an edited matrix
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready, numbers that are not finite as text."""
@@ -60,17 +61,20 @@ class Canary:
         self._rows = [ids for line in lines if len(ids := model.encode(line)[:MAX_TOKENS]) > 8]
         self._asked = [model.encode(statement) for statement in statements]
         with model.at_base():
-            self.baseline = Baseline(*self._read(), self._completed())
+            said = list(self.endings())  # on the model's device: (statements, vocabulary) in all
+            completed = tuple(n for logits in said for n in logits.argmax(-1).tolist())
+            self.baseline = Baseline(*self.read(self.layers), completed)
+        self._said = [logits.log_softmax(-1) for logits in said]
 
-    def _read(self) -> tuple[dict[int, float], float]:
-        """Mean output norm of each layer on the text, and perplexity per token."""
-        norms = dict.fromkeys(self.layers, 0.0)
+    def read(self, layers: Sequence[int]) -> tuple[dict[int, float], float]:
+        """Mean output norm of each of the layers on the text, and perplexity per token."""
+        norms = dict.fromkeys(layers, 0.0)
         loss, count = 0.0, 0
 
         def watch(layer: int, _inputs: Tensor, outputs: Tensor) -> None:
             norms[layer] += float(outputs[0, 1:].norm(dim=1).sum())
 
-        taps = {n: partial(watch, n) for n in self.layers}
+        taps = {n: partial(watch, n) for n in layers}
         with torch.no_grad(), self.model.tap(taps):
             for ids in self._rows:
                 tokens = torch.tensor([ids], device=self.model.device)
@@ -78,29 +82,39 @@ class Canary:
                 loss += float(out.loss) * (len(ids) - 1)
                 count += len(ids) - 1
         if not count:
-            return dict.fromkeys(self.layers, 0.0), math.nan
+            return dict.fromkeys(layers, 0.0), math.nan
         mean = loss / count
         perplexity = math.exp(mean) if mean < 700 else math.inf
         return {n: v / count for n, v in norms.items()}, perplexity
 
-    def _completed(self) -> tuple[int, ...]:
-        """The likeliest token after each statement; statements of one length run together."""
-        found: list[int] = []
+    def endings(self) -> Iterator[Tensor]:
+        """Next-token logits (rows, vocabulary) at the statements' ends, in float32; statements of
+        one length run together."""
         for places in equally_long(self._asked):
             ids = torch.tensor([self._asked[n] for n in places], device=self.model.device)
             with torch.no_grad():
                 out = self.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
-            found += out.logits[:, -1].argmax(-1).tolist()
-        return tuple(found)
+            yield out.logits[:, -1].float()
 
-    def _agreement(self) -> float:
-        pairs = zip(self._completed(), self.baseline.completed, strict=True)
-        same = [now == base for now, base in pairs]
-        return sum(same) / len(same) if same else 1.0
+    def _compared(self) -> tuple[float, float]:
+        """Agreement with the base at the statements' ends, and the mean KL(base ‖ now)."""
+        if not self._asked:
+            return 1.0, 0.0
+        completed: list[int] = []
+        divergence = 0.0
+        for base, logits in zip(self._said, self.endings(), strict=True):
+            completed += logits.argmax(-1).tolist()
+            share = base.exp()
+            lost = share * (base - logits.log_softmax(-1))
+            divergence += float(lost.where(share > 0, 0).double().sum().clamp(min=0))
+        pairs = zip(completed, self.baseline.completed, strict=True)
+        same = sum(now == base for now, base in pairs)
+        return same / len(completed), divergence / len(completed)
 
     def measure(self) -> Health:
         """The figures of the model as it is now."""
-        activations, perplexity = self._read()
+        activations, perplexity = self.read(self.layers)
+        agreement, kl = self._compared()
         ratios, updates = {}, {}
         for layer in self.layers:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)
@@ -111,13 +125,15 @@ class Canary:
             for n in self.layers
             if self.baseline.activations[n]
         }
-        numbers = [*ratios.values(), *updates.values(), *moved.values(), perplexity]
+        # A NaN or an infinity anywhere in a matrix is one in its norm.
+        numbers = [*ratios.values(), *updates.values(), *moved.values(), perplexity, kl]
         return Health(
             norm_ratio=ratios,
             update_norm=updates,
             activation_ratio=moved,
             perplexity=perplexity,
             perplexity_ratio=perplexity / self.baseline.perplexity,
-            agreement=self._agreement(),
+            agreement=agreement,
+            kl=kl,
             finite=all(math.isfinite(n) for n in numbers),
         )
