@@ -1,16 +1,19 @@
 """The audit: what is served is measured, judged and written down, and the verdict carried out."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.weights import Weights
 from memory.errors import KeditError
+from memory.evidence import Examiner
 from memory.facts import LIVE, State
 from memory.ledger import read_head, verify
 from policies.probe import longest_target, same
 from policies.site import EditSite
-from policies.stability import Action, Limits, Thresholds
+from policies.stability import Action, Limits, Thresholds, Verdict
 
 RETAINED = 20  # of the oldest live facts, asked again at every audit
 
@@ -52,15 +55,12 @@ class Auditor:
 
     def __init__(self, weights: Weights) -> None:
         self.weights, self.served, self.store = weights, weights.served, weights.store
+        self.examiner = Examiner(self.served.loaded.canary)
 
     def audit(self) -> dict[str, Any]:
         """Measure, judge, write it down, and do what the verdict says."""
         began = time.monotonic()
-        health, verdict = self.weights.measured()
-        figures: dict[str, Any] = health.as_dict()
-        figures |= {"retention": self._retention(), "weights_as_written": self._as_written()}
-        chain = verify(self.store.conn, read_head(self.served.home.head))
-        figures["chain_intact"] = chain.intact
+        figures, verdict = self._figures()
         seconds = time.monotonic() - began
         generation = self.store.active_generation()
         with self.store.transaction():
@@ -77,6 +77,25 @@ class Auditor:
             "acted": self._act(verdict.action, "; ".join(verdict.reasons)),
         }
 
+    def _figures(self) -> tuple[dict[str, Any], Verdict]:
+        """What an audit writes down, with what each part of it took in seconds; and the verdict."""
+        costs: dict[str, float] = {}
+        with _timed(costs, "measure"):
+            health, verdict = self.weights.measured()
+        figures: dict[str, Any] = health.as_dict()
+        with _timed(costs, "retention"):
+            figures["retention"] = self._retention()
+        with _timed(costs, "hash"):
+            weights = self.served.model.weights_hash(self.served.loaded.layers)
+        figures["weights_as_written"] = self._as_written(weights)
+        with _timed(costs, "chain"):
+            chain = verify(self.store.conn, read_head(self.served.home.head))
+        figures["chain_intact"] = chain.intact
+        with _timed(costs, "evidence"):
+            evidence = self.examiner.take(len(self.served.weights_facts()), weights)
+        figures["evidence"] = evidence.as_dict()
+        return {**figures, "costs": costs}, verdict
+
     def _retention(self) -> float | None:
         """Share of the oldest live facts that the model still states."""
         oldest = [f.fact for f in self.store.facts(LIVE)[:RETAINED]]
@@ -88,12 +107,10 @@ class Auditor:
         right = [same(a.text, f.target) for a, f in zip(said, oldest, strict=True)]
         return sum(right) / len(right)
 
-    def _as_written(self) -> bool:
-        """Whether the weights in memory are those that were published."""
+    def _as_written(self, weights: str) -> bool:
+        """Whether the weights in memory, by their hash, are those that were published."""
         row = self.store.generation(self.store.active_generation())
-        return row.sha256 is None or row.weights_hash == self.served.model.weights_hash(
-            self.served.loaded.layers
-        )
+        return row.sha256 is None or row.weights_hash == weights
 
     def _act(self, action: Action, reasons: str) -> str:
         if action is Action.REVERT:
@@ -112,3 +129,11 @@ class Auditor:
             return "nothing to revert"
         self.weights.take_out(last, State.REVERTED, f"quarantined by an audit: {reasons}")
         return f"reverted {len(last)} facts of generation {row.id}"
+
+
+@contextmanager
+def _timed(costs: dict[str, float], part: str) -> Iterator[None]:
+    """Note how many seconds the block took."""
+    began = time.monotonic()
+    yield
+    costs[part] = time.monotonic() - began
