@@ -82,6 +82,7 @@ class Auditor:
         costs: dict[str, float] = {}
         with _timed(costs, "measure"):
             health, verdict = self.weights.measured()
+            seen = self.served.loaded.canary.seen
         figures: dict[str, Any] = health.as_dict()
         with _timed(costs, "retention"):
             figures["retention"] = self._retention()
@@ -92,7 +93,7 @@ class Auditor:
             chain = verify(self.store.conn, read_head(self.served.home.head))
         figures["chain_intact"] = chain.intact
         with _timed(costs, "evidence"):
-            evidence = self.examiner.take(len(self.served.weights_facts()), weights)
+            evidence = self.examiner.take(len(self.served.weights_facts()), weights, seen)
         figures["evidence"] = evidence.as_dict()
         return {**figures, "costs": costs}, verdict
 

@@ -5,14 +5,11 @@ Too dear for every trial of a solve. Numbers only; ratios and likenesses are to 
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 
-import torch
 from torch import Tensor
 
-from memory.health import Canary
+from memory.health import Canary, Seen
 from memory.ledger import canonical
 from memory.spectra import (
     effective_rank,
@@ -51,16 +48,6 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class _Base:
-    """The unedited model."""
-
-    strengths: dict[int, float]  # ‖W0‖₂ of the edited layers
-    directions: dict[int, Tensor]  # the strongest (hidden, DIRECTIONS) that W0 writes
-    norms: dict[int, float]
-    ends: list[Tensor]  # of each layer (statements, hidden)
-
-
-@dataclass(frozen=True)
 class _Spectrum:
     """An edited matrix and its change, as long as the matrix stays the same."""
 
@@ -72,27 +59,24 @@ class _Spectrum:
 
 
 class Examiner:
-    """Takes the evidence. What is needed of the unedited model is read at the first time; spectra
-    are taken again only when the weights have changed, as they cost the most."""
+    """Takes the evidence. Spectra cost the most: those of the base are taken at the first time,
+    and those of the weights only when they have changed."""
 
     def __init__(self, canary: Canary) -> None:
         self.canary, self.model = canary, canary.model
-        self._base: _Base | None = None
+        # By layer: the strongest singular values of W0, and what directions it writes with them.
+        self._base: dict[int, tuple[Tensor, Tensor]] = {}
         self._known: tuple[str, dict[str, _Spectrum]] = ("", {})
 
-    def take(self, facts: int, weights_hash: str) -> Evidence:
-        """The evidence on the model as it is now. `facts` are in the weights, and `weights_hash`
-        is `EditableModel.weights_hash` of the canary's layers, now."""
-        if self._base is None:
-            self._base = self._read_base()
-        base = self._base
+    def take(self, facts: int, weights_hash: str, seen: Seen) -> Evidence:
+        """The evidence on the model as it is now. `facts` are in the weights; `weights_hash` is
+        `EditableModel.weights_hash` of the canary's layers, and `seen` what the canary saw, now."""
         if self._known[0] != weights_hash:
-            spectra = {str(n): self._spectrum(n, base) for n in self.canary.layers}
+            spectra = {str(n): self._spectrum(n) for n in self.canary.layers}
             self._known = weights_hash, spectra
-        found = self._known[1]
-        norms, _ = self.canary.read(range(self.model.layers))
+        found, base = self._known[1], self.canary.baseline
         alike, shift = {}, {}
-        for layer, (was, now) in enumerate(zip(base.ends, self._ends(), strict=True)):
+        for layer, (was, now) in enumerate(zip(base.ends, seen.ends, strict=True)):
             if top := min(ACTIVE, len(was) // EACH):
                 alike[str(layer)] = linear_cka(was, now)
                 shift[str(layer)] = subspace_shift(_principal(was, top), _principal(now, top))
@@ -102,46 +86,26 @@ class Examiner:
             stable_rank={n: s.stable for n, s in found.items()},
             effective_rank={n: s.effective for n, s in found.items()},
             weight_shift={n: s.shift for n, s in found.items()},
-            activation_norm={str(n): norms[n] / was for n, was in base.norms.items() if was},
+            activation_norm={str(n): seen.norms[n] / was for n, was in base.norms.items() if was},
             activation_cka=alike,
             activation_shift=shift,
         )
 
-    def _read_base(self) -> _Base:
-        strengths, directions = {}, {}
-        for layer in self.canary.layers:
-            values, directions[layer] = strongest(self.model.base_weight(layer), DIRECTIONS)
-            strengths[layer] = float(values[0])
-        with self.model.at_base():
-            norms, _ = self.canary.read(range(self.model.layers))
-            return _Base(strengths, directions, norms, list(self._ends()))
-
-    def _spectrum(self, layer: int, base: _Base) -> _Spectrum:
-        weight = self.model.weight(layer)
-        update = weight - self.model.base_weight(layer)
+    def _spectrum(self, layer: int) -> _Spectrum:
+        weight, base = self.model.weight(layer), self.model.base_weight(layer)
+        if layer not in self._base:
+            self._base[layer] = strongest(base, DIRECTIONS)
+        before, pointed = self._base[layer]
         values, directions = strongest(weight, DIRECTIONS)
+        update = weight - base
         spread = singular_values(update)
         return _Spectrum(
-            strength=float(values[0]) / base.strengths[layer],
+            strength=float(values[0] / before[0]),
             update=float(update.norm()),
             stable=stable_rank(spread),
             effective=effective_rank(spread),
-            shift=subspace_shift(base.directions[layer], directions),
+            shift=subspace_shift(pointed, directions),
         )
-
-    def _ends(self) -> Iterator[Tensor]:
-        """Of each layer the down projection's outputs (statements, hidden) at the statements'
-        ends, in the order of the canary's groups."""
-        caught: list[list[Tensor]] = [[] for _ in range(self.model.layers)]
-
-        def watch(layer: int, _inputs: Tensor, outputs: Tensor) -> None:
-            caught[layer].append(outputs[:, -1].clone())  # a slice would keep all tokens
-
-        with self.model.tap({n: partial(watch, n) for n in range(self.model.layers)}):
-            for _ in self.canary.endings():
-                pass
-        for parts in caught:
-            yield torch.cat(parts) if parts else torch.empty(0, self.model.hidden)
 
 
 def _principal(activations: Tensor, count: int) -> Tensor:

@@ -43,9 +43,9 @@ def strongest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     m = matrix.detach().double()
     wide = m.shape[0] <= m.shape[1]
     gram = m @ m.mT if wide else m.mT @ m
-    count = min(count, len(gram))
     if not gram.isfinite().all():
-        return gram.new_full((count,), math.nan), gram.new_full((len(m), count), math.nan)
+        nothing = torch.full_like(gram[0, :count], math.nan)
+        return nothing, nothing.expand(len(m), -1)
     squares, vectors = torch.linalg.eigh(gram)
     top = vectors[:, -count:].flip(1)
     return _roots(squares)[:count], top if wide else torch.linalg.qr(m @ top).Q
