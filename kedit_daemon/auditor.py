@@ -1,40 +1,39 @@
 """The audit: what is served is measured, judged and written down, and the verdict carried out."""
 
 import json
-import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.flush import Flush
-from kedit_daemon.mending import as_written, damage, mend
+from kedit_daemon.mending import damage, mend, published
+from kedit_daemon.retention import Asked, Retention
 from memory.errors import KeditError
-from memory.facts import LIVE, State
+from memory.evidence import Examiner
 from memory.health import Health
 from memory.ledger import canonical, read_head, verify
 from memory.rows import StoredFact
 from policies.guilt import Guilt
-from policies.probe import longest_target, same
-from policies.routing import wants_batch
 from policies.site import EditSite
 from policies.stability import Action, Limits, Thresholds, Verdict, judge
 from policies.steadiness import Acted, Restraint, held_back
 
-OLDEST = 50  # live facts that are asked again at every audit
-SAMPLE = 200  # of all live facts, in a probe of retention
 ACTS = "audit_acts"  # in the store's meta: [when, what], the newest last
 DISARMED = "audit_disarmed"  # while the weights have not been clearly well since a consolidation
-PROBES = "retention_probes"  # how many there were: the number draws the sample
 
 
 @dataclass(frozen=True)
-class Retention:
-    """Share of some live facts that are still stated, if there are any, and the others."""
+class _Findings:
+    """What an audit found, before anything is done about it."""
 
-    share: float | None
-    lost: list[StoredFact]
+    damage: list[str]
+    health: Health
+    retention: Asked
+    verdict: Verdict
+    figures: dict[str, Any]
 
 
 def thresholds(config: Config, site: EditSite) -> Thresholds:
@@ -76,81 +75,59 @@ class Auditor:
     def __init__(self, flush: Flush, restraint: Restraint) -> None:
         self.flush, self.weights, self.quarantine = flush, flush.weights, flush.quarantine
         self.served, self.store, self.restraint = flush.served, flush.store, restraint
+        self.examiner = Examiner(self.served.loaded.canary)
+        self.retention = Retention(self.weights)
 
     def audit(self, dry_run: bool = False) -> dict[str, Any]:
         """Mend what is damaged in memory, measure, judge, write it down, and do what the verdict
         says. A dry run measures and judges what is there."""
         began = time.monotonic()
-        found = damage(self.served)
-        if found and not dry_run:
-            mend(self.flush, found)
-        health, retention = self.weights.measured()[0], self._retention(OLDEST)
-        verdict = judge(health, self.weights.thresholds, retention.share)
-        figures: dict[str, Any] = health.as_dict()
-        figures |= {"retention": retention.share, "weights_as_written": as_written(self.served)}
-        chain = verify(self.store.conn, read_head(self.served.home.head))
-        figures["chain_intact"] = chain.intact
-        reasons, action = [*found, *verdict.reasons], str(verdict.action)
+        found = self._find(mending=not dry_run)
+        seconds, generation = time.monotonic() - began, self.store.active_generation()
+        action, reasons = found.verdict.action, [*found.damage, *found.verdict.reasons]
         result: dict[str, Any] = {
-            "verdict": action,
+            "verdict": str(action),
             "reasons": reasons,
-            "figures": figures,
-            "generation": self.store.active_generation(),
-            "dry_run": dry_run,
+            "figures": found.figures,
+            "seconds": seconds,
+            "generation": generation,
         }
-        seconds = time.monotonic() - began
         if dry_run:
-            held = self._held_back(verdict.action, health)
-            return result | {"seconds": seconds, "would": held or action}
+            would = self._held_back(action, found.health) or str(action)
+            return result | {"would": would, "dry_run": True}
         with self.store.transaction():
-            number = self.store.add_audit(
-                self.store.active_generation(), action, figures, reasons, seconds
-            )
-        acted = self._act(verdict, health)
-        learned_anew = self._relearn(retention.lost)
-        return result | {"audit": number, "seconds": seconds, "acted": acted} | learned_anew
+            number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
+        acted = self._act(found.verdict, found.health)
+        anew = self.retention.learn_anew(found.retention.lost)
+        return result | {"audit": number, "acted": acted, "learned_anew": anew}
 
-    # Retention ----------------------------------------------------------------------------------
-
-    def probe_retention(self) -> dict[str, Any]:
-        """Ask the oldest live facts, and a sample of all, whether the model still states them."""
-        number = int(self.store.meta(PROBES) or "0") + 1
-        oldest, sample = self._retention(OLDEST), self._retention(SAMPLE, random.Random(number))
-        figures = {"oldest": oldest.share, "sample": sample.share}
-        lost = {f.id: f for f in (*oldest.lost, *sample.lost)}
-        with self.store.transaction():
-            self.store.set_meta(PROBES, str(number))
-            self.store.event("retention", figures=figures, lost=sorted(lost))
-        return {"figures": figures} | self._relearn(list(lost.values()))
-
-    def _retention(self, most: int, chance: random.Random | None = None) -> Retention:
-        """Of the oldest live facts, or of so many drawn by chance, those that are not stated."""
-        live = self.store.facts(LIVE)
-        some = live[:most] if chance is None else chance.sample(live, min(most, len(live)))
-        if not some:
-            return Retention(None, [])
-        longest = longest_target(self.served.model, [f.fact for f in some])
-        said = self.served.ask([f.fact.question for f in some], longest)
-        pairs = zip(said, some, strict=True)
-        lost = [f for answer, f in pairs if not same(answer.text, f.fact.target)]
-        return Retention(1 - len(lost) / len(some), lost)
-
-    def _relearn(self, lost: Sequence[StoredFact]) -> dict[str, Any]:
-        """Let what is live and not stated be learned again, in the side memory."""
-        live = [f for n in lost if (f := self.store.fact(n.id)) and f.state in LIVE]
-        if not live:
-            return {}
-        why = "an audit found that it is not stated any more"
-        self.weights.take_out(live, State.RECEIVED, why)
-        self._send_beside(live)
-        return {"learned_anew": [f.id for f in live]}
-
-    def _send_beside(self, facts: Sequence[StoredFact]) -> None:
-        with self.store.transaction():
-            for fact in facts:
-                now = self.store.fact(fact.id)
-                if now is not None and wants_batch(now):
-                    self.store.send_beside(fact.id, figure="audit")
+    def _find(self, mending: bool) -> _Findings:
+        """What an audit writes down, with what each part of it took in seconds; and the verdict."""
+        costs: dict[str, float] = {}
+        with _timed(costs, "damage"):
+            broken = damage(self.served)
+            if broken and mending:
+                mend(self.flush, broken)
+        with _timed(costs, "measure"):
+            health = self.weights.measured()[0]
+            seen = self.served.loaded.canary.seen
+        with _timed(costs, "retention"):
+            retention = self.retention.oldest()
+        with _timed(costs, "hash"):
+            weights = self.served.model.weights_hash(self.served.loaded.layers)
+        with _timed(costs, "chain"):
+            chain = verify(self.store.conn, read_head(self.served.home.head))
+        with _timed(costs, "evidence"):
+            evidence = self.examiner.take(len(self.served.weights_facts()), weights, seen)
+        figures = health.as_dict() | {
+            "retention": retention.share,
+            "weights_as_written": published(self.served) in (None, weights),
+            "chain_intact": chain.intact,
+            "evidence": evidence.as_dict(),
+            "costs": costs,
+        }
+        verdict = judge(health, self.weights.thresholds, retention.share)
+        return _Findings(broken, health, retention, verdict, figures)
 
     # What is done -------------------------------------------------------------------------------
 
@@ -198,8 +175,7 @@ class Auditor:
             return "nothing to revert"
         self.quarantine.lock_up(found.guilty)
         if found.crowd:
-            self.weights.take_out(found.crowd, State.RECEIVED, "; ".join(verdict.reasons))
-            self._send_beside(found.crowd)
+            self.retention.send_beside(found.crowd, "; ".join(verdict.reasons))
         return f"quarantined {len(found.guilty)} facts, moved {len(found.crowd)} beside the weights"
 
     def _to_blame(self, ids: Sequence[str], older: Sequence[str]) -> Guilt[StoredFact] | None:
@@ -212,3 +188,11 @@ class Auditor:
 
         found = self.quarantine.search(suspects, with_those)
         return found if found.guilty or found.crowd else None
+
+
+@contextmanager
+def _timed(costs: dict[str, float], part: str) -> Iterator[None]:
+    """Note how many seconds the block took."""
+    began = time.monotonic()
+    yield
+    costs[part] = time.monotonic() - began

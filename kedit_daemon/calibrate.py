@@ -240,7 +240,7 @@ def _limited(
     """The site with its limits, by RULES, and the figures behind them."""
     lines = canary_text()
     halves = [Canary(model, half, site.layers).baseline for half in (lines[::2], lines[1::2])]
-    one, other = (half.activations for half in halves)
+    one, other = (half.norms for half in halves)
     variation = {n: 2 * abs(one[n] - other[n]) / (one[n] + other[n]) for n in site.layers}
     activation = activation_limits(max(variation.values()))
     curve = _curve(model, Canary(model, lines, site.layers), deltas, activation.revert)

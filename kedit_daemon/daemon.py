@@ -266,7 +266,7 @@ class Daemon:
         if name == "consolidate":
             return "changed" if self.editor.consolidate(False)["changed"] else "unchanged"
         if name == "retention":
-            figures = self.editor.auditor.probe_retention()["figures"]
+            figures = self.editor.auditor.retention.probe()["figures"]
             return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
         return f"{self.editor.expire()} expired"
 

@@ -41,10 +41,14 @@ def _damaged_terms(served: Served) -> Iterator[str]:
 
 
 def as_written(served: Served) -> bool:
-    """Whether the weights in memory are those that were published; of the first generation, which
-    is the model's own files, no hash is kept."""
+    """Whether the weights in memory are those that were published."""
+    return published(served) in (None, served.model.weights_hash(served.loaded.layers))
+
+
+def published(served: Served) -> str | None:
+    """The hash of the active generation's weights; none of the first, the model's own files."""
     row = served.store.generation(served.store.active_generation())
-    return row.sha256 is None or row.weights_hash == served.model.weights_hash(served.loaded.layers)
+    return None if row.sha256 is None else row.weights_hash
 
 
 def mend(flush: Flush, found: list[str]) -> None:

@@ -14,6 +14,7 @@ from kedit_daemon.text import clean, clip
 from memory.facts import LIVE, State, fill
 
 LIST_CHARS = 120
+LISTED = 8  # numbers by name; of more, as of every layer of a model, the least and the greatest
 _COLOURS = {"running": "green", "starting": "yellow", "paused": "yellow", "stopped": "red"}
 _STATE_COLOURS = {
     **dict.fromkeys(LIVE, "green"),
@@ -211,6 +212,10 @@ def _fields(*pairs: tuple[str, object]) -> Iterator[str]:
 
 def _figure(value: object) -> str:
     if isinstance(value, Mapping):
+        if len(value) > LISTED and all(isinstance(v, float) for v in value.values()):
+            ends = (f(value, key=value.__getitem__) for f in (min, max))
+            least, most = (f"{clean(k)}: {_figure(value[k])}" for k in ends)
+            return f"({len(value)}, from {least} to {most})"
         return "(" + ", ".join(f"{clean(k)}: {_figure(v)}" for k, v in value.items()) + ")"
     if isinstance(value, list | tuple):
         return "(" + ", ".join(map(_figure, value)) + ")"

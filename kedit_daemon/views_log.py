@@ -12,6 +12,8 @@ from kedit_daemon.views import LIST_CHARS, figures_text, statement, when
 VALUE_CHARS = 200
 # Told in lines of their own, or by the line above them.
 _TOLD = ("from", "to", "before", "after", "reason", "fact", "figures", "reasons")
+# Of an audit's figures what is not judged: for `log --json`, and for those who ask for an audit.
+_BESIDE = ("evidence", "costs")
 
 
 def event_lines(event: Mapping[str, Any], said: str | None) -> Iterator[str]:
@@ -32,7 +34,8 @@ def event_lines(event: Mapping[str, Any], said: str | None) -> Iterator[str]:
     for why in (*_texts(data.get("reason")), *_texts(data.get("reasons"))):
         yield f"    why     {clip(why, VALUE_CHARS)}"
     if data.get("figures"):
-        yield f"    figures {figures_text(data['figures'])}"
+        judged = {k: v for k, v in data["figures"].items() if k not in _BESIDE}
+        yield f"    figures {figures_text(judged)}"
     rest = [f"{clean(k)} {_short(v)}" for k, v in data.items() if k not in _TOLD and v is not None]
     if "from" in data and "to" in data:
         rest.insert(0, f"{clean(data['from'])} → {clean(data['to'])}")
@@ -92,8 +95,12 @@ def reply_lines(reply: Mapping[str, Any]) -> Iterator[str]:
             yield _line(name, _short(reply[name]))
     for reason in _texts(reply.get("reasons")):
         yield _line("why", clean(reason))
-    for name, value in (reply.get("figures") or {}).items():
+    figures = dict(reply.get("figures") or {})
+    evidence, costs = (figures.pop(name, {}) for name in _BESIDE)
+    for name, value in {**figures, **evidence}.items():
         yield _line(name, figures_text({"": value}).strip())
+    for part, seconds in costs.items():
+        yield _line(f"{part} took", f"{seconds:.2f} s")
 
 
 def _texts(value: object) -> list[object]:

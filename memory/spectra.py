@@ -1,5 +1,8 @@
 """What the spectrum of a matrix tells: how strong and how broad a change is, where it points, and
-how alike two sets of activations are. Numbers only; all in float64, of CPU or GPU tensors."""
+how alike two sets of activations are. Numbers only; all in float64, of CPU or GPU tensors; where a
+number given is NaN or infinite, NaN."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -7,32 +10,45 @@ from torch import Tensor
 TINY = 1e-12  # of the largest: what is smaller is noise
 
 
-def spectral_norm(matrix: Tensor) -> float:
-    """‖M‖₂, the largest singular value of M (m, n)."""
-    return float(_singular(matrix)[0])
+def singular_values(matrix: Tensor) -> Tensor:
+    """The singular values of M (m, n), largest first."""
+    m = matrix.detach().double()
+    gram = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
+    if not gram.isfinite().all():  # torch refuses those
+        return torch.full_like(gram[0], math.nan)
+    return _roots(torch.linalg.eigvalsh(gram))
 
 
-def stable_rank(matrix: Tensor) -> float:
-    """‖M‖_F² / ‖M‖₂² of M (m, n): how many directions share its strength; 0 of nothing."""
-    values = _singular(matrix).square()
-    return float(values.sum() / values[0]) if values[0] > 0 else 0.0
-
-
-def effective_rank(matrix: Tensor) -> float:
-    """e to the entropy of the singular values' shares (Roy & Vetterli 2007); 0 of nothing."""
-    values = _singular(matrix)
+def stable_rank(values: Tensor) -> float:
+    """‖M‖_F² / ‖M‖₂² from the singular values of M, largest first: how many directions share its
+    strength; 0 of nothing."""
     if not values[0] > 0:
-        return 0.0
+        return float(values[0])
+    squares = values.square()
+    return float(squares.sum() / squares[0])
+
+
+def effective_rank(values: Tensor) -> float:
+    """e to the entropy of the shares of the singular values, largest first (Roy & Vetterli 2007);
+    0 of nothing."""
+    if not values[0] > 0:
+        return float(values[0])
     shares = values[values > TINY * values[0]] / values.sum()
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def top_subspace(matrix: Tensor, count: int) -> Tensor:
-    """An orthonormal basis (m, count) of the strongest `count` left singular directions of M
-    (m, n): of what it writes."""
+def strongest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest `count` singular values of M (m, n), largest first, and an orthonormal basis
+    (m, count) of their left directions: of what M writes. Fewer where M is smaller."""
     m = matrix.detach().double()
-    basis: Tensor = torch.linalg.eigh(m @ m.mT).eigenvectors[:, -count:]
-    return basis
+    wide = m.shape[0] <= m.shape[1]
+    gram = m @ m.mT if wide else m.mT @ m
+    if not gram.isfinite().all():
+        nothing = torch.full_like(gram[0, :count], math.nan)
+        return nothing, nothing.expand(len(m), -1)
+    squares, vectors = torch.linalg.eigh(gram)
+    top = vectors[:, -count:].flip(1)
+    return _roots(squares)[:count], top if wide else torch.linalg.qr(m @ top).Q
 
 
 def subspace_shift(one: Tensor, other: Tensor) -> float:
@@ -44,16 +60,17 @@ def subspace_shift(one: Tensor, other: Tensor) -> float:
 
 def linear_cka(one: Tensor, other: Tensor) -> float:
     """Linear centred kernel alignment (Kornblith et al. 2019, eq. 3) of activations (n, d) and
-    (n, e) for the same n inputs: 1 where they differ by a rotation and a scale."""
+    (n, e) for the same n inputs: 1 where they differ by a rotation and a scale.
+
+    By the inputs' likenesses (n, n), as there are fewer inputs than activations are wide.
+    """
     x, y = (a.double() - a.double().mean(0) for a in (one, other))
-    across = (x.mT @ y).square().sum()
-    norms = (x.mT @ x).norm() * (y.mT @ y).norm()
-    return float(across / norms) if norms > 0 else 1.0
+    kx, ky = x @ x.mT, y @ y.mT
+    norms = kx.norm() * ky.norm()
+    if norms == 0:  # one of them says nothing of its input
+        return float(kx.norm() == ky.norm())
+    return float(((kx * ky).sum() / norms).clamp(max=1))
 
 
-def _singular(matrix: Tensor) -> Tensor:
-    """The singular values of M (m, n), largest first, from the smaller of its Gram matrices."""
-    m = matrix.detach().double()
-    gram = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
-    values: Tensor = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
-    return values
+def _roots(squares: Tensor) -> Tensor:
+    return squares.clamp(min=0).sqrt().flip(0)

@@ -1,11 +1,15 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from conftest import Bench, seat
+from poison import poison
 
 from memory.errors import KeditError
+from memory.evidence import Evidence
 
 STEPS = {"steps": 300}
+ONE, TWO, THREE, FOUR = (seat(n, c) for n, c in enumerate(("Oslo", "Lima", "Paris", "Cairo"), 1))
 Make = Callable[..., Bench]
 
 
@@ -28,21 +32,127 @@ def test_an_audit_writes_its_figures_and_an_event(bench: Make) -> None:
     assert kinds[-1] == "audit"
 
 
-def test_an_audit_takes_a_harmful_batch_back(bench: Make) -> None:
+def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> None:
     at = bench(side=STEPS)
-    base, one = at.weights_hash(), seat(1, "Oslo")
-    at.receive(one, direct=True)
+    for n in (1, 2):
+        at.receive(seat(n, "Oslo"), direct=True)
+        at.settle()
+    assert at.served.weights_facts()
+    facts = len(at.served.weights_facts())
+    done = at.editor.audit()
+    (kept,) = at.store.audits(1)
+    assert kept.figures == done["figures"]
+    figures = done["figures"]
+    evidence, edited = figures["evidence"], {str(n) for n in at.loaded.layers}
+    assert set(evidence) == set(Evidence.__dataclass_fields__)
+    for layer, norm in figures["update_norm"].items():
+        assert evidence["update_per_root"][layer] == pytest.approx(norm / facts**0.5)
+    assert set(evidence["spectral_ratio"]) == edited
+    assert set(evidence["activation_norm"]) == {str(n) for n in range(at.loaded.model.layers)}
+    costs = figures["costs"]
+    parts = {"damage", "measure", "retention", "hash", "chain", "evidence"}
+    assert set(costs) == parts
+    assert all(seconds > 0 for seconds in costs.values())
+    assert 0.9 * done["seconds"] < sum(costs.values()) <= done["seconds"]
+
+
+def test_a_dry_run_shows_weights_that_hold_nan_as_they_are(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, direct=True)
     at.settle()
-    stability = at.config.stability.model_copy(
-        update={"norm_warn": 0.1, "norm_consolidate": 0.2, "norm_revert": 0.3}
+    layer = at.loaded.layers[0]
+    with torch.no_grad():
+        at.loaded.model.weight(layer)[0, 0] = float("nan")
+    done = at.editor.audit(dry_run=True)
+    assert (done["verdict"], done["would"], done["figures"]["finite"]) == (
+        "revert",
+        "revert",
+        False,
     )
+    assert not done["figures"]["weights_as_written"]
+    assert done["figures"]["evidence"]["spectral_ratio"][str(layer)] == "nan"
+    assert at.store.audits(5) == []
+
+
+def tightened(at: Bench, **limits: float) -> None:
+    """Other limits, as after an edit of config.toml."""
+    stability = at.config.stability.model_copy(update=limits)
     at.config = at.config.model_copy(update={"stability": stability})
     at.restart()
+
+
+def norm(at: Bench) -> float:
+    return max(at.editor.weights.measured()[0].norm_ratio.values())
+
+
+def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, TWO, direct=True)
+    at.settle()
+    limit = 1.5 * norm(at)
+    at.receive(THREE, FOUR, direct=True)
+    poison(at, FOUR, 10)
+    flush = at.editor.flush
+    flush.selective = False  # nobody has looked whether it holds
+    at.settle()
+    assert norm(at) > limit
+    tightened(at, norm_warn=limit, norm_consolidate=limit, norm_revert=limit)
     done = at.editor.audit()
-    assert (done["verdict"], done["acted"]) == ("revert", "reverted 1 facts of generation 1")
-    assert states(at) == {one.id: "reverted"}
-    assert at.weights_hash() == base
+    acted = "quarantined 1 facts, moved 0 beside the weights"
+    assert (done["verdict"], done["acted"]) == ("revert", acted)
+    assert states(at) == {
+        **{f.id: "live-weights" for f in (ONE, TWO, THREE)},
+        FOUR.id: "reverted",
+    }
+    assert norm(at) < limit
+    assert [at.says(f.question) for f in (ONE, TWO, THREE)] == ["Oslo", "Lima", "Paris"]
+    assert at.editor.audit()["verdict"] == "keep"
+
+
+def test_what_is_too_much_is_moved_beside_the_weights_and_the_daemon_keeps_calm(
+    bench: Make,
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, direct=True)
+    at.settle()
+    alone = norm(at)
+    at.receive(TWO, direct=True)
+    at.settle()
+    both = norm(at)
+    limit = (max(alone, 1.0) + both) / 2
+    tightened(at, norm_warn=limit, norm_consolidate=limit, norm_revert=limit)
+    foreseen = at.editor.audit(dry_run=True)
+    assert (foreseen["verdict"], foreseen["would"]) == ("revert", "revert")
+    assert norm(at) == both
+    done = at.editor.audit()
+    assert done["acted"] == "quarantined 0 facts, moved 1 beside the weights"
+    at.settle()
+    assert sorted(states(at).values()) == ["live-side", "live-weights"]
+    assert [at.says(f.question) for f in (ONE, TWO)] == ["Oslo", "Lima"]
+    tightened(at, norm_warn=1e-3, norm_consolidate=1e-3, norm_revert=1e-3)  # W0 itself is too large
+    assert at.editor.audit()["acted"] == "nothing: the last act is not long ago: 600 s to go"
+    at.clock.pass_time(minutes=10)
     assert at.editor.audit()["acted"] == "nothing to revert"
+    assert sorted(states(at).values()) == ["live-side", "live-weights"]
+
+
+def test_consolidating_is_not_tried_again_before_it_has_been_clearly_well(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, direct=True)
+    at.settle()
+    tightened(at, norm_warn=1e-3, norm_consolidate=1e-3)
+    assert at.editor.audit()["acted"] == "already the joint solve"
+    at.clock.pass_time(hours=1)
+    assert "has not been clearly well" in at.editor.audit()["acted"]
+    was = norm(at)
+    tightened(at, norm_consolidate=1.05 * was)  # well, but not clearly
+    assert at.editor.audit()["acted"] == "nothing"
+    tightened(at, norm_consolidate=0.99 * was)
+    assert "has not been clearly well" in at.editor.audit()["acted"]
+    tightened(at, norm_consolidate=10 * was)
+    assert at.editor.audit()["acted"] == "nothing"
+    tightened(at, norm_consolidate=0.99 * was)
+    assert at.editor.audit()["acted"] == "already the joint solve"
 
 
 def test_limits_that_do_not_rise_are_refused(bench: Make) -> None:

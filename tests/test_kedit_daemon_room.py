@@ -30,7 +30,7 @@ def generation(store: Store, facts: int, norm: float) -> None:
 
 
 def health(norm: float) -> Health:
-    return Health({"2": norm}, {"2": 0.0}, {"2": 1.0}, 9.0, 1.0, 1.0, finite=True)
+    return Health({"2": norm}, {"2": 0.0}, {"2": 1.0}, 9.0, 1.0, 1.0, 0.0, finite=True)
 
 
 def written(store: Store) -> tuple[str | None, str | None]:

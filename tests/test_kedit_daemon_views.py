@@ -236,3 +236,11 @@ def test_figures_on_a_line() -> None:
     figures = {"norm_ratio": {"4": 1.23456}, "finite": False, "perplexity": "inf"}
     assert figures_text(figures) == "norm ratio (4: 1.235), finite no, perplexity inf"
     assert figures_text(None) == ""
+
+
+def test_of_many_layers_the_least_and_the_greatest_are_told() -> None:
+    eight = {str(n): 1 + n / 100 for n in range(8)}
+    assert figures_text({"cka": eight}).count(":") == 8
+    many = {**eight, "8": 0.5, "9": 1.0}
+    assert figures_text({"cka": many}) == "cka (10, from 8: 0.5 to 7: 1.07)"
+    assert figures_text({"cka": {**many, "4": "nan"}}).count(":") == 10

@@ -100,6 +100,25 @@ def test_replies() -> None:
     ]
 
 
+def test_an_audit_tells_those_who_ask_also_what_is_not_judged() -> None:
+    figures = {
+        "perplexity": 9.5,
+        "evidence": {"weight_shift": {"1": 0.25}, "activation_cka": {"0": 1.0, "1": 0.5}},
+        "costs": {"measure": 1.456, "evidence": 0.2},
+    }
+    assert plain(reply_lines({"verdict": "keep", "figures": figures})) == [
+        "verdict           keep",
+        "perplexity        9.5",
+        "weight shift      (1: 0.25)",
+        "activation cka    (0: 1, 1: 0.5)",
+        "measure took      1.46 s",
+        "evidence took     0.20 s",
+    ]
+    data = {"verdict": "keep", "figures": figures}
+    lines = plain(event_lines(event(kind="audit", fact_id=None, data=data), None))
+    assert lines[1:] == ["    figures perplexity 9.5", "    verdict keep"]
+
+
 def test_one_reason_is_as_good_as_several() -> None:
     assert plain(event_lines(event(data={"reasons": "norm"}), None))[1] == "    why     norm"
     assert plain(reply_lines({"reasons": "norm"})) == ["why               norm"]

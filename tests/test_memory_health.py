@@ -37,6 +37,7 @@ def test_an_unedited_model_measures_as_its_own_base(model: EditableModel, canary
     assert health.update_norm == {"1": 0.0, "2": 0.0}
     assert health.activation_ratio == {"1": 1.0, "2": 1.0}
     assert health.perplexity_ratio == health.agreement == 1.0
+    assert health.kl == 0.0
     assert health.perplexity == pytest.approx(perplexity(model), rel=1e-4)
     assert health.finite
 
@@ -73,10 +74,43 @@ def test_agreement_is_the_share_of_statements_that_are_completed_as_before(
     assert canary.measure().agreement == pytest.approx(share)
 
 
+def next_tokens(model: EditableModel) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    for statement in STATEMENTS:
+        ids = torch.tensor([model.encode(statement)])
+        with torch.no_grad():
+            logits = model.model(input_ids=ids, use_cache=False).logits[0, -1]
+        found.append(logits.double().softmax(-1))
+    return found
+
+
+def test_kl_is_from_the_base_to_what_comes_after_the_statements_now(
+    model: EditableModel, canary: Canary
+) -> None:
+    base = next_tokens(model)
+    model.set_deltas({2: model.base_weight(2) * 0.3})
+    now = next_tokens(model)
+    each = [float((p * (p / q).log()).sum()) for p, q in zip(base, now, strict=True)]
+    assert max(each) > 2 * min(each) > 0
+    assert canary.measure().kl == pytest.approx(sum(each) / len(each), rel=1e-4)
+
+
+def test_a_token_that_the_base_rules_out_adds_nothing_to_kl(model: EditableModel) -> None:
+    model.model.get_output_embeddings().register_forward_hook(_rule_out)
+    canary = Canary(model, LINES, [2], STATEMENTS)
+    model.set_deltas({2: model.base_weight(2) * 0.3})
+    assert 0 < canary.measure().kl < math.inf
+
+
+def _rule_out(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
+    return logits.index_fill(-1, torch.tensor([7]), -math.inf)
+
+
 def test_without_statements_nothing_disagrees(model: EditableModel) -> None:
     canary = Canary(model, LINES, [2])
     model.set_deltas({2: model.base_weight(2) * 5})
-    assert canary.measure().agreement == 1.0
+    health = canary.measure()
+    assert (health.agreement, health.kl) == (1.0, 0.0)
 
 
 def test_the_baseline_is_of_the_base_also_when_read_on_an_edited_model(
@@ -99,6 +133,21 @@ def test_numbers_that_are_not_finite_are_noticed(
     assert not health.finite
     assert not math.isfinite(health.norm_ratio["2"])
     assert not math.isfinite(health.perplexity)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_entry_planted_in_memory_is_noticed(
+    model: EditableModel, canary: Canary, bad: float
+) -> None:
+    model.set_deltas({2: torch.zeros_like(model.base_weight(2))})
+    assert canary.measure().finite
+    with torch.no_grad():
+        model.weight(2)[3, 5] = bad  # behind the model's back
+    health = canary.measure()
+    assert not math.isfinite(health.norm_ratio["2"])
+    assert not math.isfinite(health.update_norm["2"])
+    assert not math.isfinite(health.kl)
+    assert not health.finite
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite_and_no_error(

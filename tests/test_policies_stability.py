@@ -21,6 +21,7 @@ WELL: dict[str, Any] = {
     "perplexity": 10.0,
     "perplexity_ratio": 1.0,
     "agreement": 1.0,
+    "kl": 0.0,
     "finite": True,
 }
 
