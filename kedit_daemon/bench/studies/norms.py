@@ -1,6 +1,7 @@
 """What a stream of edits does to the weights and to what goes through them: the phenomena of
 Gupta et al. 2025 (arXiv 2502.19416), of methods without a memory and of the daemon beside them."""
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from memory.spectra import (
 POINTS = 10  # of each curve, about
 OLDEST = 50  # facts
 DIRECTIONS = 16  # that a matrix writes strongest
+SIDE = "side memory"  # among the matrices
 SHARES = ("oldest_strict", "newest_strict", "all_strict")
 
 
@@ -75,45 +77,50 @@ class Norms(Study):
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
         for name, way in WAYS.items():
             failed = list[str]()
-            with _method(given, way) as method, unsolved(failed):
+            end: dict[str, Any] = {**asdict(way), "not_edited": 0}
+            with unsolved(failed), _method(given, way) as method:
                 for edited in _edited(given, method, name, 1 if way.one_by_one else size, step):
+                    end["not_edited"] = method.not_edited
                     rows.append({"way": name, "edits": edited, **probe.point(method, edited)})
-            ends[name] = {
-                **asdict(way),
-                "not_edited": method.not_edited,
-                "failed": failed[0] if failed else None,
-            }
+            ends[name] = {**end, "failed": failed[0] if failed else None}
         return {"batch_size": size, "ways": ends, "rows": rows}
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Every way's curve, with the matrix that has grown most; then how the ways ended."""
-        heads = "way edits matrix ‖W‖_F ‖W‖₂ stable effective shift ‖y‖ ‖h‖ CKA perplexity"
-        rows = [[*heads.split(), *(_short(name) for name in SHARES)]]
+        """Every way's curve, the matrices at its end, and how it ended."""
+        heads = ["way", "edits", "largest ‖W‖", "beside", "‖y‖", "‖h‖", "CKA", "perplexity"]
+        rows = [[*heads, *(name.removesuffix("_strict") for name in SHARES)]]
         for row in result["rows"]:
-            name, grown = largest(row)
-            means = [fmean(row[figure]) for figure in ("written_ratio", "stream_ratio")]
-            figures = [*grown.values(), *means, row["cka"][-1], row["perplexity_ratio"]]
-            cells = [row["way"], str(row["edits"]), name.replace(".down_proj", "")]
-            rows.append([*cells, *(f"{n:.4g}" for n in figures), *(share(row[n]) for n in SHARES)])
+            figures = [grown(row, "norm_ratio"), beside(row, "norm_ratio")]
+            figures += [fmean(row[name]) for name in ("written_ratio", "stream_ratio")]
+            figures += [row["cka"][-1], row["perplexity_ratio"]]
+            cells = [_cell(figure) for figure in figures]
+            rows.append([row["way"], str(row["edits"]), *cells, *(share(row[n]) for n in SHARES)])
         yield from aligned(rows)
         yield ""
-        yield "‖W‖, ‖y‖, ‖h‖ and perplexity are to the base's, ranks are of W − W0"
+        yield from aligned(list(_at_the_end(result)))
+        yield ""
+        yield "‖W‖, ‖y‖, ‖h‖ and perplexity are to the base's; ranks are of W − W0"
         for name, end in result["ways"].items():
             policy = "" if end["policy"] else ", no policy"
             failed = f"; ended early: {end['failed']}" if end["failed"] else ""
             yield f"{name}: {end['method']}{policy}, not edited {end['not_edited']}{failed}"
 
     def draw(self, result: Mapping[str, Any], *axes: Any) -> None:
-        """Six figures against edits."""
-        for panel, (title, figure) in zip(axes, CURVES.items(), strict=True):
-            for n, name in enumerate(result["ways"]):
-                rows = [row for row in result["rows"] if row["way"] == name]
-                edits, values = [row["edits"] for row in rows], [figure(row) for row in rows]
-                label = name if panel is axes[0] else None
-                panel.plot(edits, values, marker=".", color=f"C{n}", label=label)
+        """Matrices, what goes through them, and what the model then says, against edits."""
+        for n, name in enumerate(result["ways"]):
+            rows = [row for row in result["rows"] if row["way"] == name]
+            edits, color = [row["edits"] for row in rows], f"C{n}"
+            for panel, (kind, _) in zip(axes, MATRIX_CURVES, strict=False):
+                label = name if panel is axes[0] else None  # the colours are named once
+                panel.plot(edits, [grown(r, kind) for r in rows], ".-", color=color, label=label)
+                panel.plot(edits, [beside(r, kind) for r in rows], ".--", color=color)
+            for panel, (figure, _) in zip(axes[len(MATRIX_CURVES) :], CURVES, strict=True):
+                panel.plot(edits, [figure(row) for row in rows], ".-", color=color)
+        for panel, (_, title) in zip(axes, (*MATRIX_CURVES, *CURVES), strict=True):
             panel.set(xlabel="edits", title=title)
-        for panel in (axes[0], axes[4]):
-            panel.set_yscale("log")
+        axes[0].plot([], [], "k--", label="copy in a side memory")
+        axes[0].set_yscale("log")
+        axes[4].set_yscale("log")
         axes[5].set_ylim(-2, 102)
 
 
@@ -179,7 +186,7 @@ class _Probe:
         found = {matrix_name(n): (n, weight(n).detach() - base(n)) for n in self.site.layers}
         if copies := _copies(method):
             farthest = max(copies, key=lambda delta: float(delta.norm()))
-            found["side memory"] = (self.site.side_layer, farthest)
+            found[SIDE] = (self.site.side_layer, farthest)
         return found
 
     def _spectrum(self, layer: int, delta: Tensor) -> dict[str, float]:
@@ -220,22 +227,38 @@ def _ratios(now: Sequence[float], base: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(now, base, strict=True)]
 
 
-def largest(row: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
-    """The matrix of a row whose norm has grown most: its name and its figures."""
-    matrices: Mapping[str, Mapping[str, float]] = row["matrices"]
-    return max(matrices.items(), key=lambda item: item[1]["norm_ratio"])
+def grown(row: Mapping[str, Any], figure: str) -> float:
+    """A row's largest of the edited weights."""
+    return float(max(m[figure] for name, m in row["matrices"].items() if name != SIDE))
 
 
-def _short(name: str) -> str:
-    return name.removesuffix("_strict")
+def beside(row: Mapping[str, Any], figure: str) -> float:
+    """The same of the copy in a side memory; NaN where there is none."""
+    return float(row["matrices"].get(SIDE, {}).get(figure, math.nan))
 
 
-CURVES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
-    "largest ‖W‖ / ‖W0‖": lambda row: largest(row)[1]["norm_ratio"],
-    "‖y‖ of the MLPs to the base's, mean of layers": lambda row: fmean(row["written_ratio"]),
-    "that matrix: shift of its strongest directions": lambda row: largest(row)[1]["subspace_shift"],
-    "CKA with the base, last layer": lambda row: row["cka"][-1],
-    "perplexity to the base's": lambda row: row["perplexity_ratio"],
-    f"oldest {OLDEST} facts, strict, %": lambda row: cent(row["oldest_strict"]),
-}
-"""What is drawn of each row, by title."""
+def _at_the_end(result: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Rows about every matrix that is another than in the beginning."""
+    yield ["at the end", "matrix", "‖W‖_F", "‖W‖_2", "stable rank", "effective rank", "shift"]
+    last = {row["way"]: row for row in result["rows"]}
+    for way, row in last.items():
+        for name, matrix in row["matrices"].items():
+            if matrix["effective_rank"]:
+                yield [way, name, *map(_cell, matrix.values())]
+
+
+def _cell(figure: float) -> str:
+    return "-" if math.isnan(figure) else f"{figure:.4g}"
+
+
+MATRIX_CURVES = (
+    ("norm_ratio", "Largest ‖W‖ / ‖W0‖"),
+    ("subspace_shift", f"Largest shift of the {DIRECTIONS} strongest directions"),
+)
+CURVES: tuple[tuple[Callable[[Mapping[str, Any]], float], str], ...] = (
+    (lambda row: fmean(row["written_ratio"]), "‖y‖ of the MLPs / base's, mean of the layers"),
+    (lambda row: row["cka"][-1], "CKA with the base, last layer"),
+    (lambda row: row["perplexity_ratio"], "Perplexity / base's"),
+    (lambda row: cent(row["oldest_strict"]), f"Oldest {OLDEST} facts held, strict, %"),
+)
+"""What is drawn: figures of a matrix, then those of a whole row."""
