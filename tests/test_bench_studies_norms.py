@@ -116,14 +116,14 @@ def test_a_way_whose_numbers_break_ends_and_the_others_go_on(
 
     def breaking(method: methods.FineTuning, delta: torch.Tensor) -> None:
         broken.append(1)
-        put(method, delta * (math.nan if len(broken) > 2 else 1))
+        put(method, delta * (1e30 if len(broken) > 2 else 1))
 
     monkeypatch.setattr(methods.FineTuning, "_put", breaking)
     study = Norms()
-    result = study.run(given(load("llama"), 4, 100))
+    result = study.run(given(load("llama"), 3, 100))
     assert [row["edits"] for row in of(result, "ft")] == [2]
-    assert [row["edits"] for row in of(result, "memit")] == [2, 4]
-    assert "after 4 edits" in result["ways"]["ft"]["failed"]
+    assert [row["edits"] for row in of(result, "memit")] == [2, 3]
+    assert "after 3 edits" in result["ways"]["ft"]["failed"]
     assert result["ways"]["memit"]["failed"] is None
     assert any(
         line.startswith("ft: ft, not edited 0; ended early:") for line in study.lines(result)
