@@ -87,12 +87,12 @@ class Norms(Study):
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
         """Every way's curve, the matrices at its end, and how it ended."""
-        heads = ["way", "edits", "largest ‖W‖", "beside", "‖y‖", "‖h‖", "CKA", "perplexity"]
-        rows = [[*heads, *(name.removesuffix("_strict") for name in SHARES)]]
+        heads = ["way", "edits", "largest ‖W‖", "beside", "least ‖y‖", "most ‖y‖", "‖h‖", "CKA"]
+        rows = [[*heads, "perplexity", *(name.removesuffix("_strict") for name in SHARES)]]
         for row in result["rows"]:
             figures = [grown(row, "norm_ratio"), beside(row, "norm_ratio")]
-            figures += [fmean(row[name]) for name in ("written_ratio", "stream_ratio")]
-            figures += [row["cka"][-1], row["perplexity_ratio"]]
+            figures += [min(row["written_ratio"]), max(row["written_ratio"])]
+            figures += [row["stream_ratio"][-1], row["cka"][-1], row["perplexity_ratio"]]
             cells = [_cell(figure) for figure in figures]
             rows.append([row["way"], str(row["edits"]), *cells, *(share(row[n]) for n in SHARES)])
         yield from aligned(rows)
@@ -100,6 +100,8 @@ class Norms(Study):
         yield from aligned(list(_at_the_end(result)))
         yield ""
         yield "‖W‖, ‖y‖, ‖h‖ and perplexity are to the base's; ranks are of W − W0"
+        yield "beside: the copy in a side memory that has gone farthest; W stays as it is"
+        yield "‖y‖: what an MLP writes; ‖h‖: the stream into the last block; CKA: out of it"
         for name, end in result["ways"].items():
             policy = "" if end["policy"] else ", no policy"
             failed = f"; ended early: {end['failed']}" if end["failed"] else ""
@@ -110,17 +112,16 @@ class Norms(Study):
         for n, name in enumerate(result["ways"]):
             rows = [row for row in result["rows"] if row["way"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
-            for panel, (kind, _) in zip(axes, MATRIX_CURVES, strict=False):
-                label = name if panel is axes[0] else None  # the colours are named once
-                panel.plot(edits, [grown(r, kind) for r in rows], ".-", color=color, label=label)
-                panel.plot(edits, [beside(r, kind) for r in rows], ".--", color=color)
-            for panel, (figure, _) in zip(axes[len(MATRIX_CURVES) :], CURVES, strict=True):
-                panel.plot(edits, [figure(row) for row in rows], ".-", color=color)
-        for panel, (_, title) in zip(axes, (*MATRIX_CURVES, *CURVES), strict=True):
+            for panel, kind in zip(axes, MATRIX_CURVES, strict=False):
+                panel.plot(edits, [grown(row, kind) for row in rows], ".-", color=color)
+                panel.plot(edits, [beside(row, kind) for row in rows], ".--", color=color)
+            for panel, figure in zip(axes[len(MATRIX_CURVES) :], CURVES.values(), strict=True):
+                label = name if panel is axes[NAMED] else None
+                panel.plot(edits, [figure(row) for row in rows], ".-", color=color, label=label)
+        for panel, title in zip(axes, (*MATRIX_CURVES.values(), *CURVES), strict=True):
             panel.set(xlabel="edits", title=title)
-        axes[0].plot([], [], "k--", label="copy in a side memory")
+        axes[NAMED].plot([], [], "k--", label="copy in a side memory")
         axes[0].set_yscale("log")
-        axes[4].set_yscale("log")
         axes[5].set_ylim(-2, 102)
 
 
@@ -251,14 +252,14 @@ def _cell(figure: float) -> str:
     return "-" if math.isnan(figure) else f"{figure:.4g}"
 
 
-MATRIX_CURVES = (
-    ("norm_ratio", "Largest ‖W‖ / ‖W0‖"),
-    ("subspace_shift", f"Largest shift of the {DIRECTIONS} strongest directions"),
-)
-CURVES: tuple[tuple[Callable[[Mapping[str, Any]], float], str], ...] = (
-    (lambda row: fmean(row["written_ratio"]), "‖y‖ of the MLPs / base's, mean of the layers"),
-    (lambda row: row["cka"][-1], "CKA with the base, last layer"),
-    (lambda row: row["perplexity_ratio"], "Perplexity / base's"),
-    (lambda row: cent(row["oldest_strict"]), f"Oldest {OLDEST} facts held, strict, %"),
-)
-"""What is drawn: figures of a matrix, then those of a whole row."""
+MATRIX_CURVES = {
+    "norm_ratio": "Largest ‖W‖ / ‖W0‖",
+    "subspace_shift": f"Largest shift of the {DIRECTIONS} strongest directions",
+}
+CURVES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "‖y‖ of the last MLP / base's": lambda row: float(row["written_ratio"][-1]),
+    "CKA with the base, last layer": lambda row: float(row["cka"][-1]),
+    "Perplexity / base's": lambda row: float(row["perplexity_ratio"]),
+    f"Oldest {OLDEST} facts held, strict, %": lambda row: cent(row["oldest_strict"]),
+}
+NAMED = 4  # the panel that names the colours: curves rise there, and its corner is free
