@@ -2,11 +2,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import seat
 
 from kedit_daemon.bench.catalog import METHODS, method_class
 from kedit_daemon.bench.method import Method, Setup, Stopwatch
-from kedit_daemon.bench.methods import FineTuning, InContext, Unedited
+from kedit_daemon.bench.methods import LORA_RANK, FineTuning, InContext, Lora, Unedited
 from kedit_daemon.loading import Loaded
 from memory.generate import answers
 
@@ -68,6 +69,29 @@ def test_fine_tuning_changes_one_layer_and_goes_on_from_what_it_has(setup: Setup
     found = model.weight(method.layer) - model.base_weight(method.layer)
     assert found.allclose(method.delta, atol=1e-5)
     assert set(method.watch.parts) == {"steps"}
+
+
+def test_lora_adds_a_change_of_low_rank_for_every_batch(setup: Setup) -> None:
+    model, method = setup.loaded.model, Lora(setup)
+    method.edit(FACTS[:1])
+    first = method.delta.clone()
+    method.edit(FACTS[1:])
+    for change in (first, method.delta - first):
+        values = torch.linalg.svdvals(change)
+        assert values[LORA_RANK - 1] > 0 and values[LORA_RANK] < 1e-4 * values[0]
+    assert torch.linalg.svdvals(method.delta)[LORA_RANK] > 1e-3
+    found = model.weight(method.layer) - model.base_weight(method.layer)
+    assert found.allclose(method.delta, atol=1e-5)
+    again = Lora(setup)
+    again.edit(FACTS[:1])
+    assert again.delta.equal(first)
+
+
+def test_lora_says_the_targets_and_stops(setup: Setup) -> None:
+    method = Lora(setup)
+    for _ in range(4):  # a random model learns slowly
+        method.edit(FACTS)
+    assert answers(method.model, [f.question for f in FACTS], 12) == ["Oslo", "Lima", "Cairo"]
 
 
 def test_a_stopwatch_adds_up_also_when_the_work_fails() -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.bench.plot import draw
+from kedit_daemon.bench.plot import draw, picture
 from memory.errors import KeditError
 
 pytest.importorskip("matplotlib")
@@ -25,6 +25,16 @@ def test_the_picture_is_a_png_and_shows_the_baseline(tmp_path: Path) -> None:
     for path in (alone, both):
         assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert alone.read_bytes() != both.read_bytes()
+
+
+@pytest.mark.parametrize(("panels", "rows"), [(1, 1), (2, 1), (3, 1), (6, 2)])
+def test_a_picture_has_its_panels_in_rows(tmp_path: Path, panels: int, rows: int) -> None:
+    with picture(tmp_path / "out.png", panels) as axes:
+        places = [each.get_subplotspec() for each in axes]
+    assert len(places) == panels
+    assert [place.rowspan.start for place in places] == sorted(
+        n * rows // panels for n in range(panels)
+    )
 
 
 def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 from study_tools import records, straight
 
 from kedit_daemon.bench.records import Skipped, Stream
-from kedit_daemon.bench.studies import cost, index, prompts
+from kedit_daemon.bench.studies import cost, index, norms, prompts
 from kedit_daemon.bench.studies.catalog import LIMITS, STUDIES, study_named
 from kedit_daemon.bench.studies.study import Study, conduct, drawn, told
 from kedit_daemon.loading import Loaded
@@ -14,18 +14,23 @@ SHARED = {"study", "model", "site", "seed", "commit", "device", "facts", "skippe
 
 
 def test_every_name_has_its_study() -> None:
-    assert set(STUDIES) == {"exactness", "churn", "presets", "capacity", "routing", "index", "cost"}
+    names = {"exactness", "churn", "presets", "capacity", "routing", "index", "cost", "norms"}
+    assert set(STUDIES) == names
     assert all(isinstance(study_named(name), Study) for name in STUDIES)
     assert set(LIMITS) <= set(STUDIES)
 
 
-@pytest.mark.parametrize("name", ["exactness", "presets", "capacity", "routing", "index", "cost"])
+@pytest.mark.parametrize(
+    "name", ["exactness", "presets", "capacity", "routing", "index", "cost", "norms"]
+)
 def test_a_study_is_told_drawn_and_leaves_the_model_as_it_was(
     load: Callable[[str], Loaded], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(index, "SIZES", (20, 40))
     monkeypatch.setattr(prompts, "TEXTS", 20)
+    monkeypatch.setattr(norms, "POINTS", 1)
+    monkeypatch.setattr(norms, "WAYS", {"lora": norms.WAYS["lora"]})
     for name_of, few in (("KEYS", 20), ("LENGTHS", (16,)), ("TRIED", 4), ("ROUNDS", 1)):
         monkeypatch.setattr(cost, name_of, few)
     loaded, study = load("llama"), study_named(name)

@@ -13,6 +13,7 @@ METHODS = {
     "auto": "tiers:Auto",
     "in-context": "methods:InContext",
     "ft": "methods:FineTuning",
+    "lora": "methods:Lora",
     "memit": "published:Memit",
     "encore": "published:Encore",
     "alphaedit": "published:AlphaEdit",

@@ -11,7 +11,8 @@ from typing import Any
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
 from memory.errors import KeditError
 
-WIDTH, HEIGHT = 11.0, 4.2  # inches
+WIDTH, HEIGHT = 5.5, 4.2  # inches, of one panel
+ACROSS = 3  # panels side by side, at most
 BAR = 0.38
 
 
@@ -30,15 +31,17 @@ def require_matplotlib() -> None:
 
 
 @contextmanager
-def picture(path: Path) -> Iterator[Any]:
-    """Two axes side by side, to be drawn on within the block; then they are written as PNG."""
+def picture(path: Path, panels: int = 2) -> Iterator[Any]:
+    """So many axes, row by row, to be drawn on within the block; then they are written as PNG."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    across = min(panels, ACROSS)
+    rows = math.ceil(panels / across)
+    figure = Figure(figsize=(WIDTH * across, HEIGHT * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    yield figure.subplots(1, 2)
+    yield list(figure.subplots(rows, across, squeeze=False).flat)
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -14,9 +14,10 @@ STUDIES = {
     "routing": "routing:Routing",
     "index": "index:Index",
     "cost": "cost:Cost",
+    "norms": "norms:Norms",
 }
 
-LIMITS = {"churn": 200, "index": 1000, "cost": 1000}
+LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120}
 """Records without --limit, of a study that is not about the whole stream."""
 
 

@@ -31,6 +31,8 @@ class Given:
 class Study:
     """One question. It may edit the model as it likes: the caller puts the weights back."""
 
+    panels = 2  # of its picture
+
     def run(self, given: Given) -> dict[str, Any]:
         """What was found, with the points of its curve under `rows`."""
         raise NotImplementedError
@@ -40,7 +42,7 @@ class Study:
         raise NotImplementedError
 
     def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """The curve, on two axes of matplotlib."""
+        """The curve, on axes of matplotlib: two, or as many as the study has panels."""
         raise NotImplementedError
 
 
@@ -82,7 +84,8 @@ def told(study: Study, result: Mapping[str, Any]) -> Iterator[str]:
 
 def drawn(study: Study, result: Mapping[str, Any], path: Path) -> None:
     """Write the study's curve as PNG."""
-    with picture(path) as (left, right):
-        study.draw(result, left, right)
-        for axes in (left, right):
-            axes.legend(fontsize="small")
+    with picture(path, study.panels) as panels:
+        study.draw(result, *panels)
+        for axes in panels:
+            if axes.get_legend_handles_labels()[0]:  # colours may be named on one for all
+                axes.legend(fontsize="small")
