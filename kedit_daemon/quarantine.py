@@ -5,6 +5,7 @@ hands it in again, and its targets are then computed anew.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from kedit_daemon.weights import Weights
 from memory.facts import State
@@ -36,7 +37,7 @@ class Quarantine:
             if self.weights.verdict_on(ids(batch)).action < Action.REVERT:
                 return []
             worst = max(batch, key=lambda fact: self.weights.strain(fact.id))
-            if self.weights.verdict_on(ids([worst])).action < Action.REVERT:
+            if self._alone(worst).action < Action.REVERT:
                 return []
         return self.search(batch, ids).guilty
 
@@ -45,7 +46,14 @@ class Quarantine:
         ask most of the weights are tried last, so that they are found to be too many, if any."""
         ranked = sorted(suspects, key=lambda fact: self.weights.strain(fact.id))
         with self.weights.candidates():
-            return search(ranked, lambda some: self.weights.verdict_on(ids(some)), Action.REVERT)
+            judged = partial(self._judged, ids)
+            return search(ranked, judged, self._alone, Action.REVERT)
+
+    def _judged(self, ids: Ids, some: Sequence[StoredFact]) -> Verdict:
+        return self.weights.verdict_on(ids(some))
+
+    def _alone(self, fact: StoredFact) -> Verdict:
+        return self.weights.verdict_on([fact.id])
 
     def lock_up(self, guilty: Sequence[tuple[StoredFact, Verdict]]) -> None:
         """End the guilty, each with the measures that condemned it."""

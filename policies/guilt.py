@@ -18,7 +18,7 @@ class Guilt(Generic[T]):
     """What was found of some suspects, each in the order in which they came.
 
     innocent: they are well together. guilty: each makes the weights sick all by itself, and how.
-    crowd: each is well by itself, and too much beside the innocent.
+    crowd: each is well by itself, and too much beside all others.
     """
 
     innocent: list[T]
@@ -27,12 +27,16 @@ class Guilt(Generic[T]):
 
 
 def search(
-    suspects: Sequence[T], judged: Callable[[Sequence[T]], Verdict], limit: Action
+    suspects: Sequence[T],
+    judged: Callable[[Sequence[T]], Verdict],
+    alone: Callable[[T], Verdict],
+    limit: Action,
 ) -> Guilt[T]:
     """Who of the suspects is to blame for a verdict of `limit` or worse; nobody, where it is so
     without them as well.
 
     judged: the verdict on the weights with some of the suspects, and whatever else there is.
+    alone: that on the weights with nothing but one of them.
     """
 
     def well(some: Sequence[T]) -> bool:
@@ -48,9 +52,9 @@ def search(
         return [*first, *kept([*beside, *first], some[half:])]
 
     innocent = kept([], suspects) if well([]) else list(suspects)
-    alone = [(one, judged([one])) for one in suspects if one not in innocent]
+    left = [(one, alone(one)) for one in suspects if one not in innocent]
     return Guilt(
         innocent,
-        [(one, verdict) for one, verdict in alone if verdict.action >= limit],
-        [one for one, verdict in alone if verdict.action < limit],
+        [(one, verdict) for one, verdict in left if verdict.action >= limit],
+        [one for one, verdict in left if verdict.action < limit],
     )

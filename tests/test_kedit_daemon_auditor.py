@@ -89,9 +89,11 @@ def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None
     at = bench(side=STEPS)
     at.receive(ONE, TWO, direct=True)
     at.settle()
-    limit = 1.5 * norm(at)
     at.receive(THREE, FOUR, direct=True)
-    poison(at, FOUR, 10)
+    assert at.editor.flush.compute([THREE]) == {}
+    with at.editor.weights.trial([f.id for f in (ONE, TWO, THREE)]):
+        limit = 1.2 * norm(at)
+    poison(at, FOUR, 20)
     flush = at.editor.flush
     flush.selective = False  # nobody has looked whether it holds
     at.settle()
@@ -145,11 +147,11 @@ def test_consolidating_is_not_tried_again_before_it_has_been_clearly_well(bench:
     at.clock.pass_time(hours=1)
     assert "has not been clearly well" in at.editor.audit()["acted"]
     was = norm(at)
-    tightened(at, norm_consolidate=1.05 * was)  # well, but not clearly
+    tightened(at, norm_consolidate=1 + 1.05 * (was - 1))  # well, but not clearly
     assert at.editor.audit()["acted"] == "nothing"
     tightened(at, norm_consolidate=0.99 * was)
     assert "has not been clearly well" in at.editor.audit()["acted"]
-    tightened(at, norm_consolidate=10 * was)
+    tightened(at, norm_consolidate=1.05 + 10 * was)
     assert at.editor.audit()["acted"] == "nothing"
     tightened(at, norm_consolidate=0.99 * was)
     assert at.editor.audit()["acted"] == "already the joint solve"

@@ -19,7 +19,7 @@ class Weights:
         return SICK if self.poison & set(some) or len(some) > self.most else WELL
 
     def search(self, suspects: Sequence[int]) -> Guilt[int]:
-        return search(suspects, self.judged, Action.REVERT)
+        return search(suspects, self.judged, lambda one: self.judged([one]), Action.REVERT)
 
 
 @pytest.mark.parametrize("poison", [set(), {0}, {99}, {13, 14, 71}, set(range(0, 100, 9))])
@@ -49,7 +49,10 @@ def test_nobody_is_guilty_of_what_is_sick_without_them() -> None:
 
 def test_a_milder_verdict_than_the_limit_is_well() -> None:
     mild = Verdict(Action.CONSOLIDATE, ("so so",))
-    assert search([1], lambda some: mild if some else WELL, Action.REVERT).innocent == [1]
-    assert search([1], lambda some: mild if some else WELL, Action.CONSOLIDATE).guilty == [
-        (1, mild)
-    ]
+
+    def judged(some: Sequence[int]) -> Verdict:
+        return mild if some else WELL
+
+    assert search([1], judged, lambda _: mild, Action.REVERT) == Guilt([1], [], [])
+    assert search([1], judged, lambda _: mild, Action.CONSOLIDATE) == Guilt([], [(1, mild)], [])
+    assert search([1], judged, lambda _: WELL, Action.CONSOLIDATE) == Guilt([], [], [1])

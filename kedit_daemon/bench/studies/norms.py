@@ -29,10 +29,10 @@ from memory.model import EditableModel
 from memory.spectra import (
     effective_rank,
     linear_cka,
-    spectral_norm,
+    singular_values,
     stable_rank,
+    strongest,
     subspace_shift,
-    top_subspace,
 )
 
 POINTS = 10  # of each curve, about
@@ -193,14 +193,14 @@ class _Probe:
     def _spectrum(self, layer: int, delta: Tensor) -> dict[str, float]:
         """Strength of W, and breadth and direction of its change."""
         base = self.model.base_weight(layer)
-        now = base + delta
-        spaces = [top_subspace(matrix, DIRECTIONS) for matrix in (base, now)]
+        now, spread = base + delta, singular_values(delta)
+        (before, pointed), (after, points) = (strongest(m, DIRECTIONS) for m in (base, now))
         return {
             "norm_ratio": float(now.norm() / base.norm()),
-            "spectral_ratio": spectral_norm(now) / spectral_norm(base),
-            "stable_rank": stable_rank(delta),
-            "effective_rank": effective_rank(delta),
-            "subspace_shift": subspace_shift(*spaces),
+            "spectral_ratio": float(after[0] / before[0]),
+            "stable_rank": stable_rank(spread),
+            "effective_rank": effective_rank(spread),
+            "subspace_shift": subspace_shift(pointed, points),
         }
 
     def _held(self, method: Method, edited: int) -> list[bool]:
