@@ -103,15 +103,16 @@ class Flush:
             return self._nothing(refused, dry_run)
         old = {f.id: {o.id for o in self.older(f)} for f in batch}
         batch = [f for f in batch if not any(f.id in ended for ended in old.values())]
-        guilty = self.quarantine.sift(batch, self._with)
-        if not dry_run:
-            self.quarantine.lock_up(guilty)
-        sick = {f.id for f, _ in guilty}
-        batch = [f for f in batch if f.id not in sick]
-        if not batch:
-            return self._nothing(refused, dry_run) | {"quarantined": sorted(sick)}
-        before = self.served.probe_before([f.fact for f in batch])
-        with self.weights.trial(self._with(batch)):
+        with self.weights.candidates():
+            guilty = self.quarantine.sift(batch, self._with)
+            if guilty and not dry_run:
+                self.quarantine.lock_up(guilty)
+            sick = {f.id for f, _ in guilty}
+            batch = [f for f in batch if f.id not in sick]
+            if not batch:
+                return self._nothing(refused, dry_run) | {"quarantined": sorted(sick)}
+            before = self.served.probe_before([f.fact for f in batch])
+            self.weights.solve(self._with(batch))
             trial, unborne = self._tried(batch, before), list[Trial]()
             while trial.verdict.action >= Action.CONSOLIDATE:
                 self.pulse()

@@ -31,15 +31,10 @@ class Quarantine:
         Where even the fact that asks most of them is well alone, no single one is to blame: there
         are just too many.
         """
-        if not batch:
+        if self.weights.verdict_on(ids(batch)).action < Action.REVERT:
             return []
-        with self.weights.candidates():
-            if self.weights.verdict_on(ids(batch)).action < Action.REVERT:
-                return []
-            worst = max(batch, key=lambda fact: self.weights.strain(fact.id))
-            if self._alone(worst).action < Action.REVERT:
-                return []
-        return self.search(batch, ids).guilty
+        worst = max(batch, key=lambda fact: self.weights.strain(fact.id))
+        return self.search(batch, ids).guilty if self._sick(worst) else []
 
     def search(self, suspects: Sequence[StoredFact], ids: Ids) -> Guilt[StoredFact]:
         """Who of the suspects is to blame, of weights that are sick with all of them. Those who
@@ -51,6 +46,9 @@ class Quarantine:
 
     def _judged(self, ids: Ids, some: Sequence[StoredFact]) -> Verdict:
         return self.weights.verdict_on(ids(some))
+
+    def _sick(self, fact: StoredFact) -> bool:
+        return self._alone(fact).action >= Action.REVERT
 
     def _alone(self, fact: StoredFact) -> Verdict:
         return self.weights.verdict_on([fact.id])

@@ -33,6 +33,7 @@ SCHEDULE = {
 }
 # As the edit loop calls them, in modules that take long to import.
 HELD = "flush_held"
+QUARANTINED = "quarantined"
 CAPACITY, LIMIT = "weights_capacity", "weights_limit"
 _NOTHING_YET: dict[str, Any] = {
     "states": dict.fromkeys(map(str, State), 0),
@@ -144,12 +145,14 @@ def _applied(conn: sqlite3.Connection, now: datetime) -> int:
 
 
 def _failed(conn: sqlite3.Connection) -> list[dict[str, Any]]:
-    """Facts that failed, and that no later fact in the same place has taken care of."""
+    """Facts that failed or were quarantined, and that no later fact in the same place has taken
+    care of."""
     rows = conn.execute(
-        "SELECT id, reason FROM facts AS failed WHERE state = ? AND NOT EXISTS"
+        "SELECT id, reason FROM facts AS failed WHERE (state = ? OR state = ? AND reason LIKE ?)"
+        " AND NOT EXISTS"
         " (SELECT 1 FROM facts AS later WHERE later.slot = failed.slot AND later.seq > failed.seq)"
         " ORDER BY seq DESC",
-        (State.FAILED,),
+        (State.FAILED, State.REVERTED, f"{QUARANTINED}:%"),
     )
     return [{"id": row["id"], "reason": row["reason"]} for row in rows]
 

@@ -35,14 +35,16 @@ class Weights:
         self.thresholds = thresholds
         self.room = Room(self.store, thresholds)
         self._candidate: dict[int, Tensor] = {}
+        self._solved: list[str] | None = None  # what the candidate holds, while it is served
 
     @contextmanager
     def candidates(self) -> Iterator[None]:
         """Serve what is solved within the block; it stays only if `publish` was run."""
-        before = self.store.active_generation()
+        before, self._solved = self.store.active_generation(), None
         try:
             yield
         finally:
+            self._solved = None
             if self.store.active_generation() == before:
                 self.model.set_deltas(self.served.deltas)
 
@@ -93,8 +95,11 @@ class Weights:
         self.served.forget_side()
 
     def solve(self, ids: Sequence[str]) -> None:
-        self._candidate = self.served.solve(ids)
-        self.model.set_deltas(self._candidate)
+        """Serve the weights with just these facts, among candidates."""
+        if ids != self._solved:
+            self._candidate = self.served.solve(ids)
+            self.model.set_deltas(self._candidate)
+            self._solved = list(ids)
 
     def verdict_on(self, ids: Sequence[str]) -> Verdict:
         """What would be said of the weights with just these facts; they stay so."""

@@ -11,6 +11,7 @@ from kedit_daemon import lock
 from kedit_daemon.config import Config
 from kedit_daemon.failures import failed_report
 from kedit_daemon.home import Home
+from kedit_daemon.quarantine import SAID
 from kedit_daemon.status import CAPACITY, HELD, LIMIT, SCHEDULE, exit_code, gather
 from memory.errors import KeditError
 from memory.facts import Fact, State
@@ -122,13 +123,21 @@ def test_a_broken_file_of_settings_does_not_stop_status(home: Home, text: str) -
         assert gather(home, NOW, {}, "x")["jobs"]["audit"]["next"] == "2026-03-01T13:00:00Z"
 
 
-def test_a_failed_fact_needs_a_person_until_a_later_one_takes_its_place(home: Home) -> None:
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [(State.FAILED, "does not answer"), (State.REVERTED, f"{SAID}: it makes the weights sick")],
+)
+def test_a_failed_fact_needs_a_person_until_a_later_one_takes_its_place(
+    home: Home, state: State, reason: str
+) -> None:
     with opened(home) as store:
         store.receive(fact(1), "a.jsonl", False)
-        store.move(fact(1).id, State.FAILED, reason="does not answer")
+        store.receive(fact(2), "a.jsonl", False)
+        store.move(fact(1).id, state, reason=reason)
+        store.move(fact(2).id, State.REVERTED, reason="reverted by hand")
     with lock.hold(home.lock):
         assert exit_code(found(home)) == 4
-        told = ("1 fact has failed: does not answer", f"kedit-daemon show {fact(1).id}", True)
+        told = (f"1 fact has failed: {reason}", f"kedit-daemon show {fact(1).id}", True)
         assert messages(home) == [told]
         with opened(home) as store:
             store.receive(fact(1, "Chad"), "b.jsonl", False)
