@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from kedit_daemon.config import Config
@@ -16,6 +16,7 @@ from memory.evidence import Examiner
 from memory.health import Health
 from memory.ledger import canonical, read_head, verify
 from memory.rows import StoredFact
+from memory.side import Match
 from policies.guilt import Guilt
 from policies.site import EditSite
 from policies.stability import Action, Limits, Thresholds, Verdict, judge
@@ -23,6 +24,23 @@ from policies.steadiness import Acted, Restraint, held_back
 
 ACTS = "audit_acts"  # in the store's meta: [when, what], the newest last
 DISARMED = "audit_disarmed"  # while the weights have not been clearly well since a consolidation
+
+
+@dataclass
+class Traffic:
+    """What was asked since the last audit: how often, how often a fact of the side memory answered,
+    and the least of their margins over the thresholds."""
+
+    asked: int = 0
+    routed: int = 0
+    least_margin: float | None = None
+
+    def count(self, match: Match | None) -> None:
+        """One more question, and the fact that answered."""
+        self.asked += 1
+        if match is not None:
+            self.routed += 1
+            self.least_margin = min(match.margin, self.least_margin or match.margin)
 
 
 @dataclass(frozen=True)
@@ -77,6 +95,7 @@ class Auditor:
         self.served, self.store, self.restraint = flush.served, flush.store, restraint
         self.examiner = Examiner(self.served.loaded.canary)
         self.retention = Retention(self.weights)
+        self.traffic = Traffic()
 
     def audit(self, dry_run: bool = False) -> dict[str, Any]:
         """Mend what is damaged in memory, measure, judge, write it down, and do what the verdict
@@ -95,6 +114,7 @@ class Auditor:
         if dry_run:
             would = self._held_back(action, found.health) or str(action)
             return result | {"would": would, "dry_run": True}
+        self.traffic = Traffic()
         with self.store.transaction():
             number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
         acted = self._act(found.verdict, found.health)
@@ -123,6 +143,7 @@ class Auditor:
             "retention": retention.share,
             "weights_as_written": published(self.served) in (None, weights),
             "chain_intact": chain.intact,
+            "traffic": asdict(self.traffic),
             "evidence": evidence.as_dict(),
             "costs": costs,
         }

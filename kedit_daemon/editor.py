@@ -161,6 +161,7 @@ class Editor:
         """The edited model's answer, and on wish the base's, and the fact that fired."""
         began = time.monotonic()
         answer = self.served.ask([prompt], max_tokens)[0]
+        self.auditor.traffic.count(answer.fired)
         result: dict[str, Any] = {
             "answer": answer.text,
             "generation": self.store.active_generation(),

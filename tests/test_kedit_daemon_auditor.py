@@ -30,6 +30,20 @@ def test_an_audit_writes_its_figures_and_an_event(bench: Make) -> None:
     assert figures["chain_intact"] and figures["perplexity_ratio"] == pytest.approx(1)
     kinds = [kind for (kind,) in at.store.conn.execute("SELECT kind FROM events")]
     assert kinds[-1] == "audit"
+    assert figures["traffic"] == {"asked": 0, "routed": 0, "least_margin": None}
+
+
+def test_an_audit_tells_how_much_of_what_was_asked_the_side_memory_answered(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, TWO)
+    at.settle()
+    asked = (ONE.question, "The weather of today is", TWO.question)
+    told = [at.editor.ask(prompt, 8, False, True)["fired"] for prompt in asked]
+    margins = [fired["margin"] for (fired,) in (told[0], told[2])]
+    foreseen = at.editor.audit(dry_run=True)["figures"]["traffic"]
+    assert foreseen == {"asked": 3, "routed": 2, "least_margin": min(margins)}
+    assert at.editor.audit()["figures"]["traffic"] == foreseen
+    assert at.editor.audit()["figures"]["traffic"]["asked"] == 0
 
 
 def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> None:
