@@ -264,7 +264,8 @@ class Daemon:
         if name == "audit":
             return str(self.editor.audit()["verdict"])
         if name == "consolidate":
-            return "changed" if self.editor.consolidate(False)["changed"] else "unchanged"
+            done = self.editor.consolidate(False)
+            return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
         if name == "retention":
             figures = self.editor.auditor.retention.probe()["figures"]
             return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"

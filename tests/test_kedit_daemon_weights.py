@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import Bench, seat
+from poison import poison
 
 from memory.errors import KeditError
 from memory.facts import Fact
@@ -99,3 +100,28 @@ def test_a_change_that_fails_leaves_the_weights_as_they_were(bench: Make) -> Non
         raise ZeroDivisionError
     assert at.weights_hash() == weights
     assert all(torch.equal(kept[n], at.served.deltas[n]) for n in kept)
+
+
+def test_a_consolidation_that_makes_something_worse_is_not_taken(bench: Make) -> None:
+    at = bench()
+    one, two = seat(1, "Oslo"), seat(2, "Lima")
+    at.receive(one, two, direct=True)
+    at.settle()
+    before = at.weights_hash()
+    poison(at, two, 30)
+    done = at.editor.consolidate(False)
+    assert (done["changed"], done["taken"], done["generation"]) == (True, False, 1)
+    assert any(reason.startswith("norm of layer") for reason in done["reasons"])
+    assert max(done["figures"]["norm_ratio"].values()) > max(done["before"]["norm_ratio"].values())
+    assert at.weights_hash() == before
+    poison(at, two, -1 / 30)  # smaller, and wrong: its norms are well
+    done = at.editor.consolidate(False)
+    assert (done["changed"], done["taken"]) == (True, False)
+    assert done["reasons"][-1] == "1 facts would not be stated any more"
+    poison(at, two, -0.999)  # other weights, and nothing worse
+    foreseen = at.editor.consolidate(True)
+    assert (foreseen["changed"], foreseen["taken"], foreseen["reasons"]) == (True, False, [])
+    assert at.weights_hash() == before
+    done = at.editor.consolidate(False)
+    assert (done["taken"], done["generation"]) == (True, 2)
+    assert at.weights_hash() == done["weights_hash"] != before
