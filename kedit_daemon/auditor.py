@@ -9,7 +9,7 @@ from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.flush import Flush
-from kedit_daemon.mending import damage, mend, published
+from kedit_daemon.mending import look, mend, published
 from kedit_daemon.retention import Asked, Retention
 from memory.errors import KeditError
 from memory.evidence import Examiner
@@ -112,21 +112,27 @@ class Auditor:
             "generation": generation,
         }
         if dry_run:
-            would = self._held_back(action, found.health) or str(action)
+            asked = judge(found.health, self.weights.thresholds).action
+            would = self._held_back(asked, found.health) or str(asked)
             return result | {"would": would, "dry_run": True}
         self.traffic = Traffic()
         with self.store.transaction():
             number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
-        acted = self._act(found.verdict, found.health)
-        anew = self.retention.learn_anew(found.retention.lost)
+        acted = self._act(found.health)
+        lost = found.retention.lost
+        if lost and self.store.active_generation() != generation:
+            lost = self.retention.oldest().lost  # what has left may have spoilt the others' answers
+        sound = found.health.finite and found.figures["weights_as_written"]
+        anew = self.retention.learn_anew(lost) if sound else []
         return result | {"audit": number, "acted": acted, "learned_anew": anew}
 
     def _find(self, mending: bool) -> _Findings:
         """What an audit writes down, with what each part of it took in seconds; and the verdict."""
         costs: dict[str, float] = {}
         with _timed(costs, "damage"):
-            broken = damage(self.served)
-            if broken and mending:
+            turn = next((row.id for row in self.store.audits(1)), 0)
+            broken = look(self.served, self._hash(), turn)
+            if broken.reasons and mending:
                 mend(self.flush, broken)
         with _timed(costs, "measure"):
             health = self.weights.measured()[0]
@@ -134,21 +140,24 @@ class Auditor:
         with _timed(costs, "retention"):
             retention = self.retention.oldest()
         with _timed(costs, "hash"):
-            weights = self.served.model.weights_hash(self.served.loaded.layers)
+            weights = self._hash()
         with _timed(costs, "chain"):
             chain = verify(self.store.conn, read_head(self.served.home.head))
         with _timed(costs, "evidence"):
             evidence = self.examiner.take(len(self.served.weights_facts()), weights, seen)
         figures = health.as_dict() | {
             "retention": retention.share,
-            "weights_as_written": published(self.served) in (None, weights),
+            "weights_as_written": published(self.served) == weights,
             "chain_intact": chain.intact,
             "traffic": asdict(self.traffic),
             "evidence": evidence.as_dict(),
             "costs": costs,
         }
         verdict = judge(health, self.weights.thresholds, retention.share)
-        return _Findings(broken, health, retention, verdict, figures)
+        return _Findings(broken.reasons, health, retention, verdict, figures)
+
+    def _hash(self) -> str:
+        return self.served.model.weights_hash(self.served.loaded.layers)
 
     # What is done -------------------------------------------------------------------------------
 
@@ -158,7 +167,10 @@ class Auditor:
         armed = self.store.meta(DISARMED) is None
         return held_back(action, self._acts(), armed, self.store.now(), self.restraint)
 
-    def _act(self, verdict: Verdict, health: Health) -> str:
+    def _act(self, health: Health) -> str:
+        """Do what the weights' own figures ask for. (What is not stated any more is learned anew:
+        neither a solve nor a revert would help it.)"""
+        verdict = judge(health, self.weights.thresholds)
         well = judge(health, self.weights.thresholds.eased()).action < Action.CONSOLIDATE
         if well and self.store.meta(DISARMED) is not None:
             with self.store.transaction():
@@ -176,14 +188,23 @@ class Auditor:
         return "; ".join(done["reasons"]) or "already the joint solve"
 
     def _acts(self) -> list[Acted]:
-        return [Acted(at, action) for at, action in json.loads(self.store.meta(ACTS) or "[]")]
+        """Those of the past. One of the future (the clock was set back since) is one of now."""
+        now, kept = self.store.now(), json.loads(self.store.meta(ACTS) or "[]")
+        acts = [Acted(min(at, now), action) for at, action in kept]
+        if any(at > now for at, _ in kept):
+            self._keep(acts)
+        return acts
+
+    def _keep(self, acts: Sequence[Acted]) -> None:
+        with self.store.transaction():
+            self.store.set_meta(ACTS, canonical([[act.at, act.action] for act in acts]))
 
     def _remember(self, action: Action) -> None:
         """Before it is done: what fails must not be tried again at once either."""
-        acts = [[act.at, act.action] for act in self._acts()][1 - self.restraint.budget :]
-        with self.store.transaction():
-            self.store.set_meta(ACTS, canonical([*acts, [self.store.now(), str(action)]]))
-            if action is Action.CONSOLIDATE:
+        acts = [*self._acts(), Acted(self.store.now(), str(action))]
+        self._keep(acts[-self.restraint.budget :])
+        if action is Action.CONSOLIDATE:
+            with self.store.transaction():
                 self.store.set_meta(DISARMED, "1")
 
     def _quarantine(self, verdict: Verdict) -> str:
@@ -194,9 +215,7 @@ class Auditor:
         found = self._to_blame(row.fact_ids, older) or self._to_blame(row.fact_ids, ())
         if found is None:
             return "nothing to revert"
-        self.quarantine.lock_up(found.guilty)
-        if found.crowd:
-            self.retention.send_beside(found.crowd, "; ".join(verdict.reasons))
+        self.quarantine.lock_up(found.guilty, found.crowd, "; ".join(verdict.reasons))
         return f"quarantined {len(found.guilty)} facts, moved {len(found.crowd)} beside the weights"
 
     def _to_blame(self, ids: Sequence[str], older: Sequence[str]) -> Guilt[StoredFact] | None:

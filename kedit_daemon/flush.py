@@ -42,7 +42,7 @@ class Flush:
         self.weights, self.served, self.selective = weights, weights.served, selective
         self.store, self.model = weights.store, weights.model
         self.attempts, self.pulse = attempts, pulse
-        self.quarantine = Quarantine(weights)
+        self.quarantine = Quarantine(weights, pulse)
 
     def batch(self, most: int, memory: int) -> list[StoredFact]:
         """The facts that the next flush takes, the first ones first: at most so many, with keys
@@ -85,7 +85,7 @@ class Flush:
             return
         why = {"figure": capacity.figure, "capacity": capacity.facts, "limit": capacity.limit}
         for fact in facts:
-            self.store.send_beside(fact.id, **why)
+            self.store.send_beside(fact.id, "weights_full", **why)
 
     def run(self, batch: Sequence[StoredFact], reason: str, dry_run: bool) -> dict[str, Any]:
         """Move a batch into the weights, or the part of it that they bear. Facts that do not
@@ -207,8 +207,9 @@ class Flush:
         verdict = replace(verdict, reasons=(*why, *verdict.reasons))
         return self._result(Trial(0, [], [], {}, health, verdict), refused, dry_run)
 
-    def compute(self, facts: Sequence[Fact]) -> dict[str, Refused]:
-        """Terms for every fact that has none yet, kept as they come; why some were refused."""
+    def compute(self, facts: Sequence[Fact], *, again: bool = False) -> dict[str, Refused]:
+        """Terms for every fact that has none yet, or for each `again`, kept as they come; why some
+        were refused."""
         refused: dict[str, Refused] = {}
 
         def keep(part: dict[str, Terms | Refused]) -> None:
@@ -221,7 +222,7 @@ class Flush:
             self.pulse()
 
         norms = {n: s.norm for n, s in self.served.loaded.statistics.items()}
-        wanted = [fact for fact in facts if not self.store.has_terms(fact.id)]
+        wanted = [fact for fact in facts if again or not self.store.has_terms(fact.id)]
         compute_terms(self.model, self.served.site, norms, wanted, keep)
         return refused
 

@@ -3,70 +3,85 @@ the files and the store.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kedit_daemon.flush import Flush
 from kedit_daemon.serving import Served
+from kedit_daemon.weights import HELD
 from memory.errors import KeditError
 from memory.facts import State
-from memory.side import Shard, fact_id_of
+from memory.side import Shard, SideMemory, fact_id_of
 from policies.weights import unpack
 
-
-def damage(served: Served) -> list[str]:
-    """What in memory is not as it was published, in words."""
-    found = [] if as_written(served) else ["the weights are not those that were published"]
-    side = served.side
-    for what, names in (
-        ("shard", [str(n) for n, shard in side.shards.items() if not _whole(shard)]),
-        ("key of fact", [fact_id_of(n) for n in side.index.broken()]),
-        ("end key of fact", [n for n, keys in side.end_keys.items() if not _finite(keys)]),
-    ):
-        found += [f"{what} {name} is not finite" for name in sorted(names)]
-    return [*found, *(f"the targets of fact {n} are damaged" for n in _damaged_terms(served))]
+TERMS = 200  # facts whose stored targets are looked at in one turn
 
 
-def _damaged_terms(served: Served) -> Iterator[str]:
-    """The facts in the weights that could not be solved for again."""
-    for fact_id in served.weights_facts():
-        try:
-            parts = unpack(served.store.terms(fact_id))
-        except KeditError:
-            yield fact_id
-            continue
-        if not all(_finite(tensor) for part in parts for tensor in part.values()):
-            yield fact_id
+@dataclass(frozen=True)
+class Damage:
+    """What in memory is not as it should be: in words, and what of it lies where."""
+
+    reasons: list[str]
+    weights: bool
+    side: bool
+    terms: list[str]  # facts in the weights that could not be solved for again
 
 
-def as_written(served: Served) -> bool:
-    """Whether the weights in memory are those that were published."""
-    return published(served) in (None, served.model.weights_hash(served.loaded.layers))
+def look(served: Served, weights_hash: str, turn: int) -> Damage:
+    """Whether the weights are those that were published, and the side memory is finite. Of the
+    stored targets some are looked at, others in each `turn`."""
+    weights = published(served) != weights_hash
+    reasons = ["the weights are not those that were published"] if weights else []
+    side = list(_side_damage(served.side))
+    ids = served.weights_facts()
+    first = turn * TERMS % max(len(ids), 1)
+    terms = [n for n in [*ids[first:], *ids[:first]][:TERMS] if not _solvable(served, n)]
+    reasons += side + [f"the targets of fact {n} are damaged" for n in sorted(terms)]
+    return Damage(reasons, weights, bool(side), terms)
 
 
-def published(served: Served) -> str | None:
-    """The hash of the active generation's weights; none of the first, the model's own files."""
+def published(served: Served) -> str:
+    """The hash of the active generation's weights: without facts, of the model's own."""
     row = served.store.generation(served.store.active_generation())
-    return None if row.sha256 is None else row.weights_hash
+    return served.unedited if row.sha256 is None else row.weights_hash
 
 
-def mend(flush: Flush, found: list[str]) -> None:
-    """Lay anew what `damage` has found, and write it down. A fact whose targets cannot be computed
-    again leaves the weights, and is learned in the side memory."""
+def mend(flush: Flush, found: Damage) -> None:
+    """Lay anew what is damaged, and write it down. A fact whose targets cannot be computed again
+    leaves the weights, and is learned in the side memory."""
     served, store = flush.served, flush.store
-    if not as_written(served):
-        served.restore_weights()
-    if served.side.shard_of:
-        served.renew_side()
-    damaged = [f for n in _damaged_terms(served) if (f := store.fact(n))]
     with store.transaction():
-        store.event("mended", reasons=found)
-        for fact in damaged:
-            store.drop_terms(fact.id)
-    refused = flush.compute([f.fact for f in damaged])
-    if gone := [f for f in damaged if f.id in refused]:
-        flush.weights.take_out(gone, State.RECEIVED, "its targets cannot be computed again")
+        store.event("mended", reasons=found.reasons)
+    facts = [f for n in found.terms if (f := store.fact(n)) and f.state is State.LIVE_WEIGHTS]
+    refused = flush.compute([f.fact for f in facts], again=True)
+    if found.weights:
+        served.restore_weights()
+    if found.side:
+        served.renew_side()
+    if gone := [f for f in facts if f.id in refused]:
+        flush.weights.send_beside(gone, "its targets cannot be computed again")
+    if facts:
+        with store.transaction():
+            store.set_meta(HELD, None)  # it may have been for these
+
+
+def _side_damage(side: SideMemory) -> Iterator[str]:
+    for number in sorted(n for n, shard in side.shards.items() if not _whole(shard)):
+        yield f"shard {number} is not finite"
+    for number in side.broken_keys():
+        yield f"key of fact {fact_id_of(number)} is not finite"
+    for fact_id in sorted(n for n, keys in side.end_keys.items() if not _finite(keys)):
+        yield f"end key of fact {fact_id} is not finite"
+
+
+def _solvable(served: Served, fact_id: str) -> bool:
+    try:
+        parts = unpack(served.store.terms(fact_id))
+    except KeditError:
+        return False
+    return all(_finite(tensor) for part in parts for tensor in part.values())
 
 
 def _whole(shard: Shard) -> bool:

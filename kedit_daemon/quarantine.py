@@ -4,10 +4,10 @@ What is innocent stays where it is. A fact in quarantine has ended; it comes bac
 hands it in again, and its targets are then computed anew.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from kedit_daemon.weights import Weights
+from kedit_daemon.weights import Leaving, Weights
 from memory.facts import State
 from memory.rows import StoredFact
 from policies.guilt import Guilt, search
@@ -21,49 +21,70 @@ Ids = Callable[[Sequence[StoredFact]], Sequence[str]]
 class Quarantine:
     """Tries parts of a batch on the weights, and locks up who makes them sick alone."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights, self.store = weights, weights.store
+    def __init__(self, weights: Weights, pulse: Callable[[], None]) -> None:
+        self.weights, self.store, self.pulse = weights, weights.store, pulse
 
     def sift(self, batch: Sequence[StoredFact], ids: Ids) -> list[tuple[StoredFact, Verdict]]:
         """Who of a batch would make the weights sick all by itself, and how. `ids`: all that is in
         the weights with some of the batch.
 
-        Where even the fact that asks most of them is well alone, no single one is to blame: there
-        are just too many.
+        Where even the fact that asks most of them is well alone, there are taken to be too many,
+        and no single one to be to blame.
         """
-        if self.weights.verdict_on(ids(batch)).action < Action.REVERT:
+        if self._judged(ids, batch).action < Action.REVERT:
             return []
-        worst = max(batch, key=lambda fact: self.weights.strain(fact.id))
-        return self.search(batch, ids).guilty if self._sick(worst) else []
+        ranked = self._ranked(batch)
+        return self._search(ranked, ids).guilty if self._sick(ranked[-1]) else []
 
     def search(self, suspects: Sequence[StoredFact], ids: Ids) -> Guilt[StoredFact]:
-        """Who of the suspects is to blame, of weights that are sick with all of them. Those who
-        ask most of the weights are tried last, so that they are found to be too many, if any."""
-        ranked = sorted(suspects, key=lambda fact: self.weights.strain(fact.id))
+        """Who of the suspects is to blame, of weights that are sick with all of them."""
         with self.weights.candidates():
-            judged = partial(self._judged, ids)
-            return search(ranked, judged, self._alone, Action.REVERT)
+            if self._judged(ids, []).action >= Action.REVERT:
+                return Guilt(list(suspects), [], [])
+            return self._search(self._ranked(suspects), ids)
+
+    def _search(self, ranked: Sequence[StoredFact], ids: Ids) -> Guilt[StoredFact]:
+        return search(ranked, partial(self._judged, ids), self._alone, Action.REVERT)
+
+    def _ranked(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
+        """Who asks most of the weights comes last, and is found to be too many, if any is."""
+        strains = dict[str, float]()
+        for fact in facts:
+            strains[fact.id] = self.weights.strain(fact.id)
+            self.pulse()
+        return sorted(facts, key=lambda fact: strains[fact.id])
 
     def _judged(self, ids: Ids, some: Sequence[StoredFact]) -> Verdict:
+        self.pulse()
         return self.weights.verdict_on(ids(some))
 
     def _sick(self, fact: StoredFact) -> bool:
         return self._alone(fact).action >= Action.REVERT
 
     def _alone(self, fact: StoredFact) -> Verdict:
+        self.pulse()
         return self.weights.verdict_on([fact.id])
 
-    def lock_up(self, guilty: Sequence[tuple[StoredFact, Verdict]]) -> None:
-        """End the guilty, each with the measures that condemned it."""
-        if not guilty:
-            return
-        why: Mapping[str, str] = {
-            fact.id: f"{SAID}: alone it makes the weights sick: {'; '.join(verdict.reasons)}"
-            for fact, verdict in guilty
-        }
-        facts = [fact for fact, _ in guilty]
-        self.weights.take_out(facts, State.REVERTED, SAID, why=why)
-        with self.store.transaction():
-            for fact, verdict in guilty:
-                self.store.drop_terms(fact.id)
-                self.store.event(SAID, fact.id, reasons=list(verdict.reasons))
+    def lock_up(
+        self,
+        guilty: Sequence[tuple[StoredFact, Verdict]],
+        crowd: Sequence[StoredFact] = (),
+        why: str = SAID,
+    ) -> None:
+        """End the guilty, each with the measures that condemned it, and let the crowd wait for the
+        side memory; all in one change."""
+        leaving = [Leaving(fact, State.RECEIVED, why) for fact in crowd]
+        for fact, verdict in guilty:
+            said = f"{SAID}: alone it makes the weights sick: {'; '.join(verdict.reasons)}"
+            leaving.append(Leaving(fact, State.REVERTED, said))
+        if leaving:
+            also = partial(self._written, guilty, crowd)
+            self.weights.part_with(leaving, why, also=also)
+
+    def _written(
+        self, guilty: Sequence[tuple[StoredFact, Verdict]], crowd: Sequence[StoredFact]
+    ) -> None:
+        for fact, verdict in guilty:
+            self.store.drop_terms(fact.id)
+            self.store.event(SAID, fact.id, reasons=list(verdict.reasons))
+        self.weights.wait_beside(crowd)

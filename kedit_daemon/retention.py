@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.weights import Weights
-from memory.facts import LIVE, State
+from memory.facts import LIVE
 from memory.rows import StoredFact
 from policies.probe import longest_target, same
-from policies.routing import wants_batch
 
 OLDEST = 50  # live facts that are asked again at every audit
 SAMPLE = 200  # of all live facts, in a probe of retention
@@ -60,14 +59,5 @@ class Retention:
         """Let those that are still live be learned again, in the side memory; their ids."""
         live = [f for n in lost if (f := self.store.fact(n.id)) and f.state in LIVE]
         if live:
-            self.send_beside(live, "an audit found that it is not stated any more")
+            self.weights.send_beside(live, "an audit found that it is not stated any more")
         return [f.id for f in live]
-
-    def send_beside(self, facts: Sequence[StoredFact], why: str) -> None:
-        """Take live facts out of where they are, and let them wait for the side memory."""
-        self.weights.take_out(facts, State.RECEIVED, why)
-        with self.store.transaction():
-            for fact in facts:
-                now = self.store.fact(fact.id)
-                if now is not None and wants_batch(now):
-                    self.store.send_beside(fact.id, figure="audit")

@@ -55,6 +55,9 @@ class Served:
         self.tier = WeightsTier(loaded.site, loaded.statistics)
         self.side = empty_side(loaded)
         self.deltas: dict[int, Tensor] = {}  # of the active generation
+        self.model.keep_base(loaded.layers)  # now: later they may be damaged, edited or not
+        with self.model.at_base():
+            self.unedited = self.model.weights_hash(loaded.layers)
 
     # Start --------------------------------------------------------------------------------------
 
@@ -98,10 +101,8 @@ class Served:
     def restore_weights(self) -> None:
         """Lay the active generation over the unedited weights, from its file if that is whole."""
         row = self.store.generation(self.store.active_generation())
-        if row.sha256 is None:
-            return
         try:
-            tensors = load_tensors(self.home.generations, row.sha256)
+            tensors = load_tensors(self.home.generations, row.sha256) if row.sha256 else {}
             self.deltas = {int(name): tensor for name, tensor in tensors.items()}
         except KeditError as error:
             log.warning("%s; solving generation %d again", error, row.id)
@@ -123,11 +124,16 @@ class Served:
         return deltas
 
     def renew_side(self) -> None:
-        """Build the side memory again from the store and the shards' files."""
-        self.side = empty_side(self.loaded)
-        with self.store.transaction():
-            self.store.set_meta(INDEX, None)  # the file may hold what is wrong
-        self._restore_side()
+        """Build the side memory again from the store and the shards' files; if that fails, it is
+        what it was."""
+        before, self.side = self.side, empty_side(self.loaded)
+        try:
+            with self.store.transaction():
+                self.store.set_meta(INDEX, None)  # the file may hold what is wrong
+            self._restore_side()
+        except BaseException:
+            self.side = before
+            raise
 
     def _restore_side(self) -> None:
         live = {f.id: f.fact for f in self.store.facts((State.LIVE_SIDE,))}
@@ -135,12 +141,12 @@ class Served:
         broken = self._restore_shards()
         with self.store.transaction():
             for row in rows:
-                if row.shard in broken:
+                if row.shard not in self.side.shards:
                     self.store.drop_side(row.fact_id)
                     self.store.move(row.fact_id, State.RECEIVED, reason="its shard was damaged")
             for number in broken:
                 self.store.drop_shard(number)
-        whole = [row for row in rows if row.shard not in broken]
+        whole = [row for row in rows if row.shard in self.side.shards]
         keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
         self._restore_index({number_of(n): k.subject for n, k in keys.items()})
         for row in whole:

@@ -6,8 +6,10 @@ wrong before that transaction, the model returns to the active generation.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,16 +17,26 @@ from torch import Tensor
 from kedit_daemon.room import Room
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
-from memory.facts import ACTIVE, State
+from memory.facts import ACTIVE, Fact, State
 from memory.files import save_tensors
 from memory.generate import answers
 from memory.health import Health
 from memory.rows import StoredFact
 from policies.probe import longest_target, same
+from policies.routing import wants_batch
 from policies.solver import UNSOLVED
 from policies.stability import Action, Thresholds, Verdict, judge, worse
 
 HELD = "flush_held"  # why flushes wait for a person or for room; in the store's meta
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """A fact that is taken out, what becomes of it, and why."""
+
+    fact: StoredFact
+    state: State
+    reason: str
 
 
 class Weights:
@@ -130,19 +142,36 @@ class Weights:
     # Taking out ---------------------------------------------------------------------------------
 
     def take_out(
-        self,
-        facts: Sequence[StoredFact],
-        state: State,
-        reason: str,
-        dry_run: bool = False,
-        *,
-        why: Mapping[str, str] | None = None,
+        self, facts: Sequence[StoredFact], state: State, reason: str, dry_run: bool = False
     ) -> dict[str, Any]:
-        """Take active facts out: the weights are solved again without them, at once and exactly.
-        `why`: a fact's own reason, by its id, where it has one."""
-        gone = {f.id for f in facts}
+        """End active facts: the weights are solved again without them, at once and exactly."""
+        return self.part_with([Leaving(f, state, reason) for f in facts], reason, dry_run=dry_run)
+
+    def part_with(
+        self,
+        leaving: Sequence[Leaving],
+        reason: str,
+        *,
+        dry_run: bool = False,
+        also: Callable[[], None] = lambda: None,
+    ) -> dict[str, Any]:
+        """Solve the weights again without some facts. `reason` is the generation's; `also` is done
+        in the same transaction."""
+        gone = {one.fact.id for one in leaving}
         ids = [n for n in self.served.weights_facts() if n not in gone]
-        return self._change(ids, list(facts), [], state, reason, dry_run, why or {})
+        return self._change(ids, leaving, [], reason, dry_run, also)
+
+    def wait_beside(self, facts: Sequence[StoredFact]) -> None:
+        """Let facts that wait now be for the side memory. Inside a transaction."""
+        for fact in facts:
+            now = self.store.fact(fact.id)
+            if now is not None and wants_batch(now):
+                self.store.send_beside(fact.id, "sent_beside")
+
+    def send_beside(self, facts: Sequence[StoredFact], why: str) -> None:
+        """Take live facts out of where they are, and let them wait for the side memory."""
+        leaving = [Leaving(fact, State.RECEIVED, why) for fact in facts]
+        self.part_with(leaving, why, also=lambda: self.wait_beside(facts))
 
     def go_back(self, generation: int, dry_run: bool) -> dict[str, Any]:
         """Make the weights hold the facts of an earlier generation again.
@@ -157,7 +186,8 @@ class Weights:
         out += [f for f in self.store.facts(ACTIVE) if f.fact.slot in slots and f not in out]
         out = [f for f in out if f.id not in wanted]
         reason = f"back to generation {generation}"
-        return self._change(sorted(wanted), out, back, State.REVERTED, reason, dry_run, {})
+        leaving = [Leaving(f, State.REVERTED, reason) for f in out]
+        return self._change(sorted(wanted), leaving, back, reason, dry_run, lambda: None)
 
     def _must(self, fact_id: str) -> StoredFact:
         fact = self.store.fact(fact_id)
@@ -168,16 +198,15 @@ class Weights:
     def _change(
         self,
         ids: list[str],
-        out: list[StoredFact],
+        out: Sequence[Leaving],
         back: list[StoredFact],
-        state: State,
         reason: str,
         dry_run: bool,
-        why: Mapping[str, str],
+        also: Callable[[], None],
     ) -> dict[str, Any]:
-        asked = [f.fact for f in (*out, *back)]
+        asked = [*(one.fact.fact for one in out), *(f.fact for f in back)]
         before = self.served.probe_after(asked)
-        self.served.side.hidden = {f.id for f in out}
+        self.served.side.hidden = {one.fact.id for one in out}
         try:
             with self.trial(ids):
                 after = self.served.probe_after(asked)
@@ -185,13 +214,14 @@ class Weights:
                 weights = self.model.weights_hash(self.served.loaded.layers)
                 generation = self.store.active_generation()
                 if not dry_run:
-                    generation = self._ended(ids, out, back, state, reason, why, health, after)
+                    moves = partial(self._moved, out, back, reason, after, also)
+                    generation = self._ended(ids, reason, health, moves)
         finally:
             self.served.side.hidden = set()
         if not dry_run:
             self.served.forget_side()
         return {
-            "reverted": [f.id for f in out],
+            "reverted": [one.fact.id for one in out],
             "restored": [f.id for f in back],
             "generation": generation,
             "weights_hash": weights,
@@ -202,36 +232,38 @@ class Weights:
         }
 
     def _ended(
-        self,
-        ids: list[str],
-        out: list[StoredFact],
-        back: list[StoredFact],
-        state: State,
-        reason: str,
-        why: Mapping[str, str],
-        health: Health,
-        after: dict[str, list[str]],
+        self, ids: list[str], reason: str, health: Health, moves: Callable[[int], None]
     ) -> int:
-        def moves(number: int) -> None:
-            for fact in out:
-                self.store.drop_side(fact.id)
-                said = after[fact.id][0]
-                self.store.move(fact.id, state, reason=why.get(fact.id, reason), after=said)
-            for fact in back:
-                self.store.move(
-                    fact.id,
-                    State.LIVE_WEIGHTS,
-                    tier="weights",
-                    generation=number,
-                    reason=reason,
-                    after=after[fact.id][0],
-                )
-
         if sorted(ids) == sorted(self.served.weights_facts()):
             with self.store.transaction():  # nothing of it was in the weights
                 moves(self.store.active_generation())
             return self.store.active_generation()
         return self.publish(ids, reason, health, moves)
+
+    def _moved(
+        self,
+        out: Sequence[Leaving],
+        back: Sequence[StoredFact],
+        reason: str,
+        after: dict[str, list[str]],
+        also: Callable[[], None],
+        number: int,
+    ) -> None:
+        """Move the facts of a change that makes a generation. Inside a transaction."""
+        for one in out:
+            fact_id = one.fact.id
+            self.store.drop_side(fact_id)
+            self.store.move(fact_id, one.state, reason=one.reason, after=after[fact_id][0])
+        for fact in back:
+            self.store.move(
+                fact.id,
+                State.LIVE_WEIGHTS,
+                tier="weights",
+                generation=number,
+                reason=reason,
+                after=after[fact.id][0],
+            )
+        also()
 
     def settle(self, ids: Sequence[str], reason: str) -> int:
         """Serve the weights with just these facts; the others have ended already."""
@@ -244,15 +276,13 @@ class Weights:
         """Solve again from W0 over all facts in the weights; taken if nothing gets worse."""
         ids = self.served.weights_facts()
         active = self.store.generation(self.store.active_generation())
-        was, held = self.measured()[0], self._held(ids)
+        was, reasons, generation = self.measured()[0], list[str](), active.id
         with self.trial(ids):
             health, verdict = self.measured()
             weights = self.model.weights_hash(self.served.loaded.layers)
             changed = active.sha256 is not None and weights != active.weights_hash
-            reasons = worse(was, health) if changed else []
-            if changed and (lost := held - self._held(ids)):
-                reasons.append(f"{len(lost)} facts would not be stated any more")
-            generation = active.id
+            if changed:
+                reasons = [*worse(was, health), *self._unlearned(ids)]
             if changed and not dry_run and not reasons:
                 generation = self.publish(ids, "consolidated", health, lambda _n: None)
         return {
@@ -268,8 +298,16 @@ class Weights:
             "dry_run": dry_run,
         }
 
-    def _held(self, ids: Sequence[str]) -> set[str]:
-        """Which of these facts the weights state, by id."""
+    def _unlearned(self, ids: Sequence[str]) -> list[str]:
+        """In words, how many facts the active weights state and the candidate does not."""
         facts = [self._must(n).fact for n in ids]
+        now = self._stated(facts)
+        self.model.set_deltas(self.served.deltas)
+        lost = self._stated(facts) - now
+        self.model.set_deltas(self._candidate)
+        return [f"{len(lost)} facts would not be stated any more"] if lost else []
+
+    def _stated(self, facts: Sequence[Fact]) -> set[str]:
+        """Which of these facts the weights as they are state, by id."""
         said = answers(self.model, [f.question for f in facts], longest_target(self.model, facts))
         return {f.id for f, text in zip(facts, said, strict=True) if same(text, f.target)}

@@ -159,6 +159,10 @@ class SideMemory:
         self.unnamed.discard(fact_id)
         self._unnamed_keys.remove(number_of(fact_id))
 
+    def broken_keys(self) -> list[int]:
+        """The numbers of the facts that have a subject key which is not finite."""
+        return sorted({*self.index.broken(), *self._unnamed_keys.broken()})
+
     def candidates(self, ids: Sequence[int], outputs: Tensor) -> list[str]:
         """Facts whose subject stands in a prompt: its ids, and the key layer's outputs (tokens,
         hidden) for them."""

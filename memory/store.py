@@ -109,11 +109,11 @@ class Store(Artifacts):
         self._write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
         return self._known(fact_id).attempts
 
-    def send_beside(self, fact_id: str, **why: Any) -> None:
+    def send_beside(self, fact_id: str, kind: str, **why: Any) -> None:
         """Let a waiting fact that is for a batch be for the side memory instead; its attempts
-        stay as they are. `why` goes into the event."""
+        stay as they are. `kind` and `why` are the event's."""
         self._write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
-        self.event("weights_full", fact_id, **why)
+        self.event(kind, fact_id, **why)
 
     def submission(self, work_name: str) -> bool:
         """Whether a claimed file has been taken in already."""

@@ -36,15 +36,14 @@ def held_back(
     """Why an act that a verdict asks for is not done now; None where it is.
 
     acts: those of the past, the newest last. armed: whether the figures have been clearly below
-    their limits since the last consolidation. An act of the future (the clock was set back) counts
-    as one of just now.
+    their limits since the last consolidation.
     """
     if action < Action.CONSOLIDATE:
         return "nothing is asked for"
     if action is Action.CONSOLIDATE and not armed:
         return "it was consolidated, and has not been clearly well since"
     today = datetime.fromisoformat(now)
-    ages = [max(today - datetime.fromisoformat(act.at), timedelta()) for act in acts]
+    ages = [today - datetime.fromisoformat(act.at) for act in acts]
     if ages and ages[-1].total_seconds() < restraint.cool_down:
         left = restraint.cool_down - ages[-1].total_seconds()
         return f"the last act is not long ago: {left:.0f} s to go"

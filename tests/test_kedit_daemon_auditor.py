@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import Bench, seat
+from conftest import LOOSE, Bench, seat
 from poison import poison
 
 from memory.errors import KeditError
@@ -107,7 +107,7 @@ def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None
     assert at.editor.flush.compute([THREE]) == {}
     with at.editor.weights.trial([f.id for f in (ONE, TWO, THREE)]):
         limit = 1.2 * norm(at)
-    poison(at, FOUR, 20)
+    poison(at, FOUR, 200)
     flush = at.editor.flush
     flush.selective = False  # nobody has looked whether it holds
     at.settle()
@@ -115,7 +115,8 @@ def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None
     tightened(at, norm_warn=limit, norm_consolidate=limit, norm_revert=limit)
     done = at.editor.audit()
     acted = "quarantined 1 facts, moved 0 beside the weights"
-    assert (done["verdict"], done["acted"]) == ("revert", acted)
+    assert (done["verdict"], done["acted"], done["learned_anew"]) == ("revert", acted, [])
+    assert done["figures"]["retention"] < 1  # it had spoilt what the others say
     assert states(at) == {
         **{f.id: "live-weights" for f in (ONE, TWO, THREE)},
         FOUR.id: "reverted",
@@ -147,6 +148,8 @@ def test_what_is_too_much_is_moved_beside_the_weights_and_the_daemon_keeps_calm(
     assert [at.says(f.question) for f in (ONE, TWO)] == ["Oslo", "Lima"]
     tightened(at, norm_warn=1e-3, norm_consolidate=1e-3, norm_revert=1e-3)  # W0 itself is too large
     assert at.editor.audit()["acted"] == "nothing: the last act is not long ago: 600 s to go"
+    at.clock.pass_time(days=-3)  # set back: the act lies in the future now
+    assert at.editor.audit()["acted"] == "nothing: the last act is not long ago: 600 s to go"
     at.clock.pass_time(minutes=10)
     assert at.editor.audit()["acted"] == "nothing to revert"
     assert sorted(states(at).values()) == ["live-side", "live-weights"]
@@ -169,6 +172,21 @@ def test_consolidating_is_not_tried_again_before_it_has_been_clearly_well(bench:
     assert at.editor.audit()["acted"] == "nothing"
     tightened(at, norm_consolidate=0.99 * was)
     assert at.editor.audit()["acted"] == "already the joint solve"
+
+
+def test_what_is_not_stated_any_more_is_learned_anew_and_asks_for_no_other_act(
+    bench: Make,
+) -> None:
+    limits = {"retention_warn": 0.03, "retention_consolidate": 0.05, "retention_revert": 0.1}
+    at = bench(side=STEPS, stability=LOOSE["stability"] | limits)
+    at.receive(ONE, TWO)
+    at.settle()
+    at.served.side.shards[at.served.side.shard_of[TWO.id]].delta.up.neg_()
+    done = at.editor.audit()
+    assert (done["verdict"], done["acted"]) == ("revert", "nothing")
+    assert done["learned_anew"] == [TWO.id]
+    at.settle()
+    assert at.editor.audit()["verdict"] == "keep"
 
 
 def test_limits_that_do_not_rise_are_refused(bench: Make) -> None:

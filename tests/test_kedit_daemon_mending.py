@@ -7,12 +7,17 @@ import torch
 from conftest import Bench, seat
 from poison import poison
 
-from kedit_daemon.mending import damage
+from kedit_daemon import flush
+from kedit_daemon.mending import look
+from kedit_daemon.weights import HELD
+from memory.facts import Fact
 from memory.files import tensors_path
+from memory.index import KeyIndex
 from memory.side import number_of
+from policies.targets import Refused
 
 STEPS = {"steps": 300}
-ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Paris")
+ONE, TWO, THREE, FOUR = (seat(n, c) for n, c in enumerate(("Oslo", "Lima", "Paris", "Cairo"), 1))
 Make = Callable[..., Bench]
 
 
@@ -24,8 +29,12 @@ def at(bench: Make) -> Bench:
     made.settle()
     made.receive(TWO, THREE)
     made.settle()
-    assert damage(made.served) == []
+    assert damage(made) == []
     return made
+
+
+def damage(at: Bench) -> list[str]:
+    return look(at.served, at.weights_hash(), 0).reasons
 
 
 def kinds(at: Bench) -> list[str]:
@@ -34,7 +43,7 @@ def kinds(at: Bench) -> list[str]:
 
 def whole(at: Bench) -> bool:
     said = [at.says(f.question) for f in (ONE, TWO, THREE)]
-    return said == [f.target for f in (ONE, TWO, THREE)] and damage(at.served) == []
+    return said == [f.target for f in (ONE, TWO, THREE)] and damage(at) == []
 
 
 def weights(at: Bench) -> None:
@@ -109,3 +118,52 @@ def test_what_is_damaged_in_its_file_as_well_is_made_again(at: Bench) -> None:
     assert [at.says(f.question) == f.target for f in (ONE, TWO, THREE)] == [True, False, True]
     at.settle()  # what was in the shard is learned again
     assert whole(at)
+
+
+def test_weights_that_hold_no_fact_are_mended_too(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(TWO)
+    at.settle()
+    before = at.weights_hash()
+    weights(at)
+    done = at.editor.audit()
+    assert (done["verdict"], done["learned_anew"]) == ("keep", [])
+    assert done["reasons"] == ["the weights are not those that were published"]
+    assert at.weights_hash() == before and at.says(TWO.question) == TWO.target
+
+
+def test_a_side_memory_that_cannot_be_built_again_stays_what_it_was(
+    at: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    shards = {row.id for row in at.store.shards()}
+    index_key(at)
+    with monkeypatch.context() as broken, pytest.raises(OSError):
+        broken.setattr(KeyIndex, "sync", full)
+        at.editor.audit()
+    at.served.forget_side()
+    assert {row.id for row in at.store.shards()} == shards == set(at.served.side.shards)
+    at.editor.audit()
+    assert whole(at)
+
+
+def test_a_fact_whose_targets_cannot_be_computed_again_goes_beside(
+    at: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terms(at)
+    at.receive(FOUR, direct=True)
+    at.settle()  # no flush can be done: it goes beside
+    assert at.store.meta(HELD) is not None
+    with monkeypatch.context() as hard:
+        hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
+        at.editor.audit()
+    assert at.store.meta(HELD) is None
+    at.settle()
+    assert {str(f.state) for f in at.store.facts()} == {"live-side"}
+    assert whole(at)
+
+
+def refused(facts: list[Fact]) -> dict[str, Refused]:
+    return {fact.id: Refused("too hard") for fact in facts}

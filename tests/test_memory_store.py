@@ -220,7 +220,7 @@ def test_a_fact_that_is_sent_beside_is_for_the_side_memory_now(
         fact_id = store.receive(EYRE, "a.jsonl", direct).id
         for _ in range(attempts):
             store.attempted(fact_id)
-        store.send_beside(fact_id, figure="perplexity", capacity=7, limit=0.1)
+        store.send_beside(fact_id, "weights_full", figure="perplexity", capacity=7, limit=0.1)
     stored = store.fact(fact_id)
     assert stored is not None
     # The side memory is where a direct fact goes after an odd number of attempts, and any other

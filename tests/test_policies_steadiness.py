@@ -37,7 +37,3 @@ def test_a_day_has_a_budget() -> None:
 def test_consolidating_waits_until_it_has_been_clearly_well() -> None:
     assert "has not been clearly well" in str(held(Action.CONSOLIDATE, armed=False))
     assert held(Action.REVERT, armed=False) is None
-
-
-def test_an_act_of_the_future_counts_as_of_now() -> None:
-    assert held(Action.REVERT, at("05T00:00")) == "the last act is not long ago: 600 s to go"
