@@ -266,5 +266,7 @@ class Weights:
     def _held(self, ids: Sequence[str]) -> set[str]:
         """Which of these facts the weights state, by id."""
         facts = [self._must(n).fact for n in ids]
+        if not facts:
+            return set()
         said = answers(self.model, [f.question for f in facts], longest_target(self.model, facts))
         return {f.id for f, text in zip(facts, said, strict=True) if same(text, f.target)}
