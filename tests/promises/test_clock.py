@@ -4,14 +4,16 @@ import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
+from pathlib import Path
 
 import apscheduler.schedulers.base
 import pytest
-from conftest import Bench, Clock
+from conftest import LOOSE, Bench, Clock
 
-from kedit_daemon.config import ScheduleConfig
+from kedit_daemon.config import Config, ScheduleConfig
 from kedit_daemon.control import Request
 from kedit_daemon.daemon import WAKE, Daemon
+from kedit_daemon.loading import Loaded, load_model
 from kedit_daemon.lock import hold
 from kedit_daemon.notify import Notifier
 from kedit_daemon.status import gather
@@ -101,9 +103,15 @@ def text(moment: datetime) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@pytest.fixture(scope="module")
+def loaded(model_folder: Callable[[str], Path], statistics_cache: Path) -> Loaded:
+    """One model for all: no test here edits it."""
+    return load_model(str(model_folder("llama")), "cpu", statistics_cache, iter)
+
+
 @pytest.fixture
 def machine(
-    bench: Callable[..., Bench], clock: Clock, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, loaded: Loaded, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Machine]]:
     """Makes machines whose daemon has run every job once, where it is not said otherwise."""
     made: list[Machine] = []
@@ -117,7 +125,8 @@ def machine(
 
     def make(now: datetime = NOON, turned: bool = True, works: bool = False) -> Machine:
         clock.now = now
-        machine = Machine(bench(), clock, works)
+        at = Bench(tmp_path / "home", loaded, clock, Config.model_validate(LOOSE))
+        machine = Machine(at, clock, works)
         made.append(machine)
         if turned:
             machine.turn()
@@ -127,10 +136,11 @@ def machine(
     yield make
     for machine in made:
         machine.daemon.jobs.stop()
+        machine.at.store.close()
 
 
 @pytest.mark.parametrize("name", SLOTS)
-@pytest.mark.parametrize("minutes", [-10, 10, 59])
+@pytest.mark.parametrize("minutes", [-10, 59])
 def test_the_clock_set_back_an_hour(
     machine: Callable[..., Machine], name: str, minutes: int
 ) -> None:
