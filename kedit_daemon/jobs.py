@@ -121,7 +121,7 @@ class Jobs:
         trigger = self._triggers[name]
         with self._putting:
             covered = self._covered.get(name, now)
-            after = trigger.get_next_fire_time(None, max(covered, now) + _MOMENT)
+            after: datetime = trigger.get_next_fire_time(None, max(covered, now) + _MOMENT)
             if covered - now > after - covered:
                 self._covered[name] = now
                 after = trigger.get_next_fire_time(None, now + _MOMENT)
