@@ -17,6 +17,8 @@ GOOD = ("keep", "ok")
 # The verdicts that need no person, and the command that helps with them.
 MILD = {"warn": "log --kind audit", "consolidate": "consolidate"}
 FULL = 0.95  # of the capacity, as the edit loop has it in a module that takes long to import
+# A job's outcome when the process ended under it, as the store calls it.
+INTERRUPTED = "interrupted"
 RUNNABLE = ("audit", "consolidate", "flush")
 
 
@@ -81,7 +83,8 @@ def _audit(found: Mapping[str, Any]) -> _Found:
 
 def _jobs(found: Mapping[str, Any]) -> _Found:
     for name, job in found["jobs"].items():
-        if job["outcome"] not in (None, "ok"):
+        # What was interrupted is made up for at the next start.
+        if job["outcome"] not in (None, "ok", INTERRUPTED):
             detail = f": {job['detail']}" if job["detail"] else ""
             command = name if name in RUNNABLE else "doctor"
             # While audits cannot be made, nobody watches the weights.

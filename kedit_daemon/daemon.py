@@ -141,6 +141,7 @@ class Daemon:
                 "paused": None,
             }.items():
                 store.set_meta(key, value)
+            store.interrupt_jobs()  # a process that was killed could not
             store.event("daemon_started", model=config.model, generation=store.active_generation())
         return Editor(served, config, self._pulse)
 
@@ -293,6 +294,7 @@ class Daemon:
 
     def _finish(self) -> None:
         with self.store.transaction():
+            self.store.interrupt_jobs()
             self.store.event("daemon_stopped")
         self._anchor()
         self.editor.served.save_index()

@@ -9,11 +9,16 @@ import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 
-from apscheduler.events import EVENT_JOB_SUBMITTED, JobSubmissionEvent
+from apscheduler.events import (
+    EVENT_JOB_MAX_INSTANCES,
+    EVENT_JOB_SUBMITTED,
+    JobSubmissionEvent,
+)
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
 
 JUMP_SECONDS = 60.0
+_MOMENT = timedelta(microseconds=1)
 _log = logging.getLogger(__name__)
 
 
@@ -26,7 +31,11 @@ def _nothing() -> None:
 
 
 class Jobs:
-    """Hands out (job name, planned time) on `due`; a job that already waits there waits once."""
+    """Hands out (job name, planned time) on `due`; a job that already waits there waits once.
+
+    Every planned time is handed out once, alone or with others that were missed like it. It is
+    not handed out again where the clock was set back and comes by it a second time.
+    """
 
     def __init__(
         self,
@@ -36,6 +45,7 @@ class Jobs:
     ) -> None:
         self.due: queue.Queue[tuple[str, str]] = queue.Queue()
         self._putting = threading.Lock()  # the scheduler's thread and guard() may meet
+        self._covered: dict[str, datetime] = {}  # planned times up to here are handed out
         self._clock = clock
         self._monotonic = monotonic
         self._triggers = {
@@ -45,15 +55,21 @@ class Jobs:
             timezone=UTC,
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
-        self._scheduler.add_listener(self._submitted, EVENT_JOB_SUBMITTED)
+        # What the scheduler leaves out, because its own thread is behind, is due all the same.
+        both = EVENT_JOB_SUBMITTED | EVENT_JOB_MAX_INSTANCES
+        self._scheduler.add_listener(self._submitted, both)
         self._wall, self._steady = clock(), monotonic()
 
     def start(self, last_success: Mapping[str, str | None]) -> None:
-        """Begin; a job whose last success lies more than a period back, or nowhere, is due now."""
-        self._wall, self._steady = self._clock(), self._monotonic()
+        """Begin. `last_success`: when the last run that ended well began, by job.
+
+        A job that has none, or was planned since then, is due now.
+        """
+        now = self._wall = self._clock()
+        self._steady = self._monotonic()
         for name, trigger in self._triggers.items():
-            self._catch_up(name, trigger, last_success.get(name))
-            self._scheduler.add_job(_nothing, trigger, id=name)
+            self._catch_up(name, last_success.get(name), now)
+            self._scheduler.add_job(_nothing, trigger, id=name, next_run_time=self._next(name, now))
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -66,41 +82,64 @@ class Jobs:
 
         After a jump every job is planned anew from the clock as it is now. Otherwise a clock that
         was set back would stop the jobs until it has caught up. What a jump forward (or a sleep of
-        the machine) has skipped is due once.
+        the machine) has skipped is due once; also where the steady clock ran on meanwhile, which
+        the scheduler's thread does not hear of.
         """
         wall, steady = self._clock(), self._monotonic()
         jump = (wall - self._wall).total_seconds() - (steady - self._steady)
         self._wall, self._steady = wall, steady
-        if abs(jump) <= JUMP_SECONDS:
-            return None
-        _log.warning("the clock jumped by %.0f s: every job is planned anew", jump)
+        jumped = abs(jump) > JUMP_SECONDS
+        if jumped:
+            _log.warning("the clock jumped by %.0f s: every job is planned anew", jump)
         for job in self._scheduler.get_jobs():
-            if job.next_run_time <= wall:
-                self._put(job.id, job.next_run_time)
-            job.reschedule(self._triggers[job.id])
-        return jump
+            late = (wall - job.next_run_time).total_seconds()
+            if jumped or late > JUMP_SECONDS:
+                if late >= 0:
+                    self._put(job.id, job.next_run_time, wall)
+                job.modify(next_run_time=self._next(job.id, wall))
+        return jump if jumped else None
 
     def next_runs(self) -> dict[str, str]:
         """Job name -> when it is due next."""
         return {job.id: _text(job.next_run_time) for job in self._scheduler.get_jobs()}
 
-    def _catch_up(self, name: str, trigger: CronTrigger, last: str | None) -> None:
-        now = self._clock()
+    def _catch_up(self, name: str, last: str | None, now: datetime) -> None:
         if last is None:
-            self._put(name, now)
+            self._put(name, now, now)
             return
-        succeeded = datetime.fromisoformat(last)
-        missed = trigger.get_next_fire_time(None, succeeded)
-        after = trigger.get_next_fire_time(None, missed + timedelta(seconds=1))
-        if missed <= now and now - succeeded > after - missed:
-            self._put(name, missed)
+        began = self._covered[name] = datetime.fromisoformat(last)
+        missed = self._triggers[name].get_next_fire_time(None, began + _MOMENT)
+        if missed <= now:
+            self._put(name, missed, now)
+
+    def _next(self, name: str, now: datetime) -> datetime:
+        """The next planned time that is not handed out yet.
+
+        Where the clock has been set back by more than the job's period, that would be too far off:
+        the job is then planned from the clock as it is.
+        """
+        trigger = self._triggers[name]
+        with self._putting:
+            covered = self._covered.get(name, now)
+            after: datetime = trigger.get_next_fire_time(None, max(covered, now) + _MOMENT)
+            if covered - now > after - covered:
+                self._covered[name] = now
+                after = trigger.get_next_fire_time(None, now + _MOMENT)
+        return after
 
     def _submitted(self, event: JobSubmissionEvent) -> None:
-        self._put(event.job_id, event.scheduled_run_times[-1])
+        planned = event.scheduled_run_times[-1]
+        self._put(event.job_id, planned, planned)
 
-    def _put(self, name: str, planned: datetime) -> None:
-        # The edit loop may be busy for longer than a period: the job is then due once, not often.
+    def _put(self, name: str, planned: datetime, covers: datetime) -> None:
+        """Hand out a planned time, and with it all up to `covers`.
+
+        The edit loop may be busy for longer than a period: the job is then due once, not often.
+        """
         with self._putting:
+            if name in self._covered and planned <= self._covered[name]:
+                return
+            self._covered[name] = covers
             with self.due.mutex:
                 waits = any(name == waiting for waiting, _ in self.due.queue)
             if not waits:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.advice import warnings
+from kedit_daemon.advice import INTERRUPTED, warnings
 from kedit_daemon.failures import failed_files
 from kedit_daemon.home import Home
 from kedit_daemon.lock import holder
@@ -80,7 +80,7 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "failed_today": known["failed_today"],
         "side_memory": {"keys": known["side_keys"], "bytes": known["side_bytes"]},
         "last_audit": known.get("last_audit"),
-        "jobs": _jobs(known["jobs"], home, now, environ, running=pid is not None),
+        "jobs": _jobs(known["jobs"], home, now, environ, pid is not None, starting),
         "events": known["events"],
         "failed_facts": known["failed_facts"],
         "failed_files": failed_files(home),
@@ -176,9 +176,15 @@ def _flush_cost(conn: sqlite3.Connection) -> dict[str, Any] | None:
 
 
 def _jobs(
-    last: Mapping[str, Any], home: Home, now: datetime, environ: Mapping[str, str], running: bool
+    last: Mapping[str, Any],
+    home: Home,
+    now: datetime,
+    environ: Mapping[str, str],
+    running: bool,
+    starting: bool,
 ) -> dict[str, Any]:
     schedule = _schedule(home.config, environ)
+    at_work = running and not starting  # of a process that was killed, the rows stay as they were
     jobs = {}
     for name in sorted({*schedule, *last}):
         run = last.get(name) or {}
@@ -186,7 +192,7 @@ def _jobs(
         jobs[name] = {
             "started_at": run.get("started_at"),
             "finished_at": run.get("finished_at"),
-            "outcome": run.get("outcome"),
+            "outcome": run.get("outcome") or (INTERRUPTED if run and not at_work else None),
             "detail": run.get("detail"),
             "next": _text(due) if due else None,
         }

@@ -17,6 +17,8 @@ from memory.rows import AUDIT_COLUMNS, FACT_COLUMNS, AuditRow, StoredFact, recei
 
 JOB_OK = "ok"
 """The outcome of a job run that counts as a success."""
+JOB_INTERRUPTED = "interrupted"
+"""That of a run that never finished, because the process ended."""
 
 
 class Store(Artifacts):
@@ -217,10 +219,14 @@ class Store(Artifacts):
             *(self.now(), outcome, detail, run),
         )
 
+    def interrupt_jobs(self) -> None:
+        """Note of all runs that have no outcome that they will never have one."""
+        self._write("UPDATE job_run SET outcome = ? WHERE outcome IS NULL", JOB_INTERRUPTED)
+
     def last_success(self, name: str) -> str | None:
-        """When a job last ended well."""
+        """When the run of a job that last ended well began: it stands for all planned till then."""
         row = self._one(
-            "SELECT finished_at FROM job_run WHERE name = ? AND outcome = ? "
+            "SELECT started_at FROM job_run WHERE name = ? AND outcome = ? "
             "ORDER BY id DESC LIMIT 1",
             *(name, JOB_OK),
         )

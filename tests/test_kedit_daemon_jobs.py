@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 import apscheduler.schedulers.base
 import apscheduler.triggers.cron
 import pytest
+from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_SUBMITTED, JobSubmissionEvent
 
 from kedit_daemon.jobs import Jobs
 
@@ -69,7 +70,8 @@ def taken(jobs: Jobs) -> list[tuple[str, str]]:
     [
         ("0 * * * *", None, "2026-03-02T12:15:00Z"),
         ("0 * * * *", "2026-03-02T12:00:03Z", None),
-        ("0 * * * *", "2026-03-02T11:45:00Z", None),  # planned at 12:00, but 30 minutes ago is new
+        ("0 * * * *", "2026-03-02T11:45:00Z", "2026-03-02T12:00:00Z"),
+        ("0 12 * * *", "2026-03-01T12:20:00Z", "2026-03-02T12:00:00Z"),  # it ran late yesterday
         ("0 * * * *", "2026-03-02T10:00:03Z", "2026-03-02T11:00:00Z"),
         ("0 4 * * *", "2026-03-02T04:00:09Z", None),
         ("0 4 * * *", "2026-02-28T04:00:09.5+00:00", "2026-03-01T04:00:00Z"),
@@ -149,6 +151,28 @@ def test_what_a_jump_forward_skipped_is_due_once(clock: Clock) -> None:
         assert jobs.next_runs()["audit"] == "2026-03-02T18:00:00Z"
         with pytest.raises(queue.Empty):
             jobs.due.get(timeout=0.2)
+
+
+def test_what_the_guard_handed_out_is_not_due_again_when_the_thread_tells_late(
+    clock: Clock,
+) -> None:
+    with running(clock.jobs({"audit": "0 * * * *"}), {"audit": "2026-03-02T12:14:00Z"}) as jobs:
+        clock.set(5 * HOUR)
+        jobs.guard()
+        assert taken(jobs) == [("audit", "2026-03-02T13:00:00Z")]
+        at = [NOON.replace(hour=hour, minute=0) for hour in (13, 17, 18)]
+        for planned in at:
+            event = JobSubmissionEvent(EVENT_JOB_SUBMITTED, "audit", "default", [planned])
+            jobs._scheduler._dispatch_event(event)
+        assert taken(jobs) == [("audit", "2026-03-02T18:00:00Z")]
+
+
+def test_what_the_scheduler_leaves_out_because_it_is_behind_is_due(clock: Clock) -> None:
+    with running(clock.jobs({"audit": "0 * * * *"}), {"audit": "2026-03-02T12:14:00Z"}) as jobs:
+        planned = [NOON.replace(hour=13, minute=0)]
+        event = JobSubmissionEvent(EVENT_JOB_MAX_INSTANCES, "audit", "default", planned)
+        jobs._scheduler._dispatch_event(event)
+        assert taken(jobs) == [("audit", "2026-03-02T13:00:00Z")]
 
 
 def test_an_unstarted_one_can_be_stopped(clock: Clock) -> None:

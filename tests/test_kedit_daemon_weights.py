@@ -83,6 +83,11 @@ def test_a_consolidation_finds_nothing_to_change(bench: Make) -> None:
     assert done["generation"] == at.store.active_generation() == 2
 
 
+def test_a_consolidation_of_no_facts_finds_nothing_to_change(bench: Make) -> None:
+    done = bench().editor.consolidate(False)
+    assert (done["changed"], done["facts"], done["generation"]) == (False, 0, 0)
+
+
 def test_the_order_and_the_company_of_facts_do_not_matter(bench: Make) -> None:
     forth, back = bench("forth"), bench("back")
     learn(forth, ONE, TWO, THREE)

@@ -10,7 +10,7 @@ import pytest
 from memory import ledger
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.store import JOB_OK, Store
+from memory.store import JOB_INTERRUPTED, JOB_OK, Store
 
 EYRE = Fact("Lake Eyre", "{} lies in", "Australia", ("Where is {}?",), external_id="mine")
 
@@ -195,11 +195,20 @@ def test_the_last_success_of_a_job_ignores_failures_and_unfinished_runs(store: S
     with store.transaction():
         good = store.start_job("audit", "2026-01-01T00:00:00.000Z")
         store.finish_job(good, JOB_OK)
-        ended = store.conn.execute("SELECT finished_at FROM job_run").fetchone()[0]
+        began = store.conn.execute("SELECT started_at FROM job_run").fetchone()[0]
         store.finish_job(store.start_job("audit", "x"), "failed", "out of luck")
         store.finish_job(store.start_job("expire", "x"), JOB_OK)
         store.start_job("audit", "y")
-    assert store.last_success("audit") == ended
+    assert store.last_success("audit") == began
+
+
+def test_a_run_that_never_finished_is_noted_as_interrupted(store: Store) -> None:
+    with store.transaction():
+        store.finish_job(store.start_job("audit", "x"), JOB_OK)
+        store.start_job("audit", "y")
+        store.interrupt_jobs()
+    rows = store.conn.execute("SELECT outcome, finished_at IS NULL FROM job_run ORDER BY id")
+    assert [tuple(row) for row in rows] == [(JOB_OK, 0), (JOB_INTERRUPTED, 1)]
 
 
 def test_everything_is_there_after_a_restart(path: Path) -> None:
