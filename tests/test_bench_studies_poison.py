@@ -1,0 +1,115 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LOOSE
+from study_tools import given
+
+from kedit_daemon import auditor
+from kedit_daemon.bench import tiers
+from kedit_daemon.bench.plot import picture
+from kedit_daemon.bench.studies import planting
+from kedit_daemon.bench.studies.poison import Poison
+from kedit_daemon.config import Config
+from kedit_daemon.loading import Loaded
+
+Load = Callable[[str], Loaded]
+NORM = 100.0  # of the base: far above that of honest facts, far below that of a hundredfold one
+
+
+@pytest.fixture(autouse=True)
+def configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models learn slowly, and have no healthy figures but a norm that is not absurd."""
+    norms = {f"norm_{v}": NORM for v in ("warn", "consolidate", "revert")}
+    settings = {"stability": LOOSE["stability"] | norms, "side": {"steps": 300}}
+    monkeypatch.setattr(tiers, "config_of", lambda _: Config.model_validate(settings))
+
+
+def of(result: dict[str, Any], kind: str) -> dict[str, Any]:
+    (row,) = (row for row in result["rows"] if row["kind"] == kind)
+    return row
+
+
+def only(result: dict[str, Any], kind: str) -> dict[str, Any]:
+    (plant,) = of(result, kind)["plants"]
+    return plant
+
+
+def test_every_kind_is_judged_by_what_the_daemon_has_done(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(planting, "EACH", 1)
+    study = Poison()
+    result = study.run(given(load("llama"), 14, 100))
+    assert {row["kind"] for row in result["rows"]} == set(planting.KINDS)
+    assert [row["batch"] for row in result["rows"]] == [1, 2, 3, 4, 5]
+    long = only(result, "long target")
+    assert long["stopped"] and long["by"][0].startswith("line 2: the target has ")
+    for plant in of(result, "absurd norm")["plants"]:
+        assert plant["stopped"]
+        assert "quarantined: alone it makes the weights sick: norm of layer" in plant["by"][0]
+    shard = only(result, "NaN")
+    assert shard["stopped"] and "is not finite" in shard["by"][0]
+    # The daemon learns what it is told: neither is stopped, and both are told as misses.
+    for plant in of(result, "random tokens")["plants"]:
+        assert not plant["stopped"] and plant["alive"].startswith("live-side, answers ")
+    clash = only(result, "contradiction")
+    assert not clash["stopped"] and clash["alive"].startswith("the two questions are answered ")
+    total, plants = result["totals"], [p for row in result["rows"] for p in row["plants"]]
+    assert total["stopped"] == sum(p["stopped"] for p in plants) < total["planted"] == len(plants)
+    assert total["recall"] == sum(p["named"] for p in plants) / len(plants)
+    assert (total["precision"], result["lost"], total["silent"]) == (1, [], 0)
+    lines = list(study.lines(result))
+    misses = [line for line in lines if line.startswith("MISS")]
+    assert sum("contradiction" in line and "not stopped" in line for line in misses) == 1
+    assert not any("absurd norm" in line for line in misses)
+    pytest.importorskip("matplotlib")
+    with picture(tmp_path / "out.png") as (left, right):
+        study.draw(result, left, right)
+    assert len(left.patches) == 15 and len(right.lines) == 2
+
+
+@pytest.fixture
+def nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planting, "KINDS", ("NaN",))
+
+
+def test_a_nan_is_found_wherever_it_is(load: Load, nan: None) -> None:
+    result = Poison().run(given(load("llama"), 9, 100))
+    ways = {row["way"]: row for row in result["rows"]}
+    assert set(ways) == {"live shard", "live weights", "live fact's targets", "waiting targets"}
+    total = result["totals"]
+    assert (total["stopped"], total["whole"], total["recall"], total["precision"]) == (4, 4, 1, 1)
+    assert (total["lost"], total["reverts"], total["silent"]) == (0, 0, 0)
+    assert [row["held"] for row in result["rows"]] == [1] * 4
+    assert ways["live weights"]["held_harmed"] == 0
+    assert ways["live weights"]["plants"][0]["facts"] == ["the weights"]
+    assert 0 < ways["live shard"]["held_harmed"] < 1
+
+
+def test_what_an_audit_does_not_mend_is_a_miss(
+    load: Load, nan: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auditor, "damage", lambda _: [])
+    study = Poison()
+    result = study.run(given(load("llama"), 9, 100))
+    unseen = [row for row in result["rows"] if row["way"] == "live shard"]
+    assert [(p["stopped"], p["named"]) for row in unseen for p in row["plants"]] == [(False, False)]
+    assert result["totals"]["recall"] < 1
+    assert any("the shard is still broken" in line for line in study.lines(result))
+
+
+def test_an_innocent_fact_that_ends_is_wrongly_named_and_lost(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planting, "EACH", 1)
+    monkeypatch.setattr(planting, "KINDS", ("long target",))
+    settings = LOOSE | {"side": {"steps": 1}}  # nothing is learned in one step
+    monkeypatch.setattr(tiers, "config_of", lambda _: Config.model_validate(settings))
+    study = Poison()
+    result = study.run(given(load("llama"), 3, 100))
+    total = result["totals"]
+    assert len(result["rows"][0]["wrongly"]) == total["lost"] == total["innocent"] == 2
+    assert (total["precision"], total["recall"], total["silent"]) == (pytest.approx(1 / 3), 1, 1)
+    assert sum(line.startswith("LOST") for line in study.lines(result)) == 2
