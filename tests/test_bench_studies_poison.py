@@ -18,11 +18,16 @@ Load = Callable[[str], Loaded]
 NORM = 100.0  # of the base: far above that of honest facts, far below that of a hundredfold one
 
 
+def bounded(norm: float) -> dict[str, Any]:
+    """The only limit is that of the norm."""
+    norms = {f"norm_{verdict}": norm for verdict in ("warn", "consolidate", "revert")}
+    return {"stability": LOOSE["stability"] | norms}
+
+
 @pytest.fixture(autouse=True)
 def configured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models learn slowly, and have no healthy figures but a norm that is not absurd."""
-    norms = {f"norm_{v}": NORM for v in ("warn", "consolidate", "revert")}
-    settings = {"stability": LOOSE["stability"] | norms, "side": {"steps": 300}}
+    settings = bounded(NORM) | {"side": {"steps": 300}}
     monkeypatch.setattr(tiers, "config_of", lambda _: Config.model_validate(settings))
 
 
@@ -40,12 +45,13 @@ def test_every_kind_is_judged_by_what_the_daemon_has_done(
     load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(planting, "EACH", 1)
+    monkeypatch.setattr(planting, "RANDOM_TOKENS", (2, 3))
     study = Poison()
-    result = study.run(given(load("llama"), 14, 100))
+    result = study.run(given(load("llama"), 11, 100))
     assert {row["kind"] for row in result["rows"]} == set(planting.KINDS)
     assert [row["batch"] for row in result["rows"]] == [1, 2, 3, 4, 5]
     long = only(result, "long target")
-    assert long["stopped"] and long["by"][0].startswith("line 2: the target has ")
+    assert long["stopped"] and long["by"][0].startswith("line 1: the target has ")
     for plant in of(result, "absurd norm")["plants"]:
         assert plant["stopped"]
         assert "quarantined: alone it makes the weights sick: norm of layer" in plant["by"][0]
@@ -88,24 +94,26 @@ def test_a_nan_is_found_wherever_it_is(load: Load, nan: None) -> None:
     assert 0 < ways["live shard"]["held_harmed"] < 1
 
 
-def test_what_an_audit_does_not_mend_is_a_miss(
+def test_who_is_not_named_is_a_miss_though_it_is_stopped(
     load: Load, nan: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(planting, "EACH", 1)
     monkeypatch.setattr(auditor, "damage", lambda _: [])
     study = Poison()
-    result = study.run(given(load("llama"), 9, 100))
-    unseen = [row for row in result["rows"] if row["way"] == "live shard"]
-    assert [(p["stopped"], p["named"]) for row in unseen for p in row["plants"]] == [(False, False)]
-    assert result["totals"]["recall"] < 1
-    assert any("the shard is still broken" in line for line in study.lines(result))
+    result = study.run(given(load("llama"), 2, 100))
+    plant = only(result, "NaN")
+    # Asked again, the fact is not stated, and so it is learned again; nobody sees why.
+    assert (plant["stopped"], plant["named"], result["totals"]["recall"]) == (True, False, 0)
+    (miss,) = (line for line in study.lines(result) if line.startswith("MISS"))
+    assert miss == f"MISS  1 NaN, live shard: not named ({plant['stated'][0]})"
 
 
-def test_an_innocent_fact_that_ends_is_wrongly_named_and_lost(
+def test_innocent_facts_that_end_are_wrongly_named_and_lost(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planting, "EACH", 1)
     monkeypatch.setattr(planting, "KINDS", ("long target",))
-    settings = LOOSE | {"side": {"steps": 1}}  # nothing is learned in one step
+    settings = bounded(1 + 1e-6) | {"side": {"steps": 1}}  # neither tier takes anything
     monkeypatch.setattr(tiers, "config_of", lambda _: Config.model_validate(settings))
     study = Poison()
     result = study.run(given(load("llama"), 3, 100))

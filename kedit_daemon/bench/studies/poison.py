@@ -22,7 +22,6 @@ from kedit_daemon.inbox import Inbox
 from kedit_daemon.intake import Intake
 from kedit_daemon.text import clean
 from memory.facts import ACTIVE, LIVE, Fact
-from memory.reading import event_rows
 from policies.probe import longest_target, same
 
 STEPS = 200  # of the editor after a batch, at most
@@ -200,21 +199,26 @@ class _Trial:
     ) -> dict[str, str]:
         """Who is named in the events since then: by the door, and by what was mended."""
         found = dict[str, str]()
-        for row in event_rows(self.store.conn, since, kind="record_failed"):
-            data = json.loads(row["data"])
+        for data in self._events("record_failed", since):
             why = f"line {data['line']}: {data['problem']}; {data['remedy']}"
             found[facts[data["line"] - 1].id] = why
-        for row in event_rows(self.store.conn, since, kind="mended"):
-            for why in json.loads(row["data"])["reasons"]:
-                found[_named(why, shards)] = f"mended: {why}"
+        for data in self._events("mended", since):
+            found |= {_named(why, shards): f"mended: {why}" for why in data["reasons"]}
         return found
+
+    def _events(self, kind: str, since: int) -> Iterator[dict[str, Any]]:
+        """What is said in the events of a kind that are later."""
+        found = "SELECT data FROM events WHERE kind = ? AND seq > ? ORDER BY seq"
+        for (data,) in self.store.conn.execute(found, (kind, since)):
+            yield json.loads(data)
 
     def _judged(self, plant: Plant, accused: Mapping[str, str]) -> dict[str, Any]:
         """What became of a plant. All of it, or one of two that contradict each other, is named."""
         alive, by = plant.alive(self.home), [accused[n] for n in plant.guilty if n in accused]
+        broken = [f.fact for n in plant.guilty if (f := self.store.fact(n))]
         return {
             "facts": sorted(plant.guilty),
-            "stated": [f"{f.question} {f.target}" for f in plant.facts],
+            "stated": [f"{f.question} {f.target}" for f in plant.facts or broken],
             "stopped": alive is None,
             "alive": alive,
             "named": bool(by),
