@@ -121,7 +121,7 @@ class Auditor:
             evidence = self.examiner.take(len(self.served.weights_facts()), weights, seen)
         figures = health.as_dict() | {
             "retention": retention.share,
-            "weights_as_written": published(self.served) in (None, weights),
+            "weights_as_written": published(self.served) == weights,
             "chain_intact": chain.intact,
             "evidence": evidence.as_dict(),
             "costs": costs,

@@ -42,13 +42,13 @@ def _damaged_terms(served: Served) -> Iterator[str]:
 
 def as_written(served: Served) -> bool:
     """Whether the weights in memory are those that were published."""
-    return published(served) in (None, served.model.weights_hash(served.loaded.layers))
+    return published(served) == served.model.weights_hash(served.loaded.layers)
 
 
-def published(served: Served) -> str | None:
-    """The hash of the active generation's weights; none of the first, the model's own files."""
+def published(served: Served) -> str:
+    """The hash of the active generation's weights: without facts, of the model's own."""
     row = served.store.generation(served.store.active_generation())
-    return None if row.sha256 is None else row.weights_hash
+    return served.unedited if row.sha256 is None else row.weights_hash
 
 
 def mend(flush: Flush, found: list[str]) -> None:

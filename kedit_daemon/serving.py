@@ -55,6 +55,9 @@ class Served:
         self.tier = WeightsTier(loaded.site, loaded.statistics)
         self.side = empty_side(loaded)
         self.deltas: dict[int, Tensor] = {}  # of the active generation
+        self.model.keep_base(loaded.layers)  # now: later they may be damaged, edited or not
+        with self.model.at_base():
+            self.unedited = self.model.weights_hash(loaded.layers)
 
     # Start --------------------------------------------------------------------------------------
 
@@ -98,10 +101,8 @@ class Served:
     def restore_weights(self) -> None:
         """Lay the active generation over the unedited weights, from its file if that is whole."""
         row = self.store.generation(self.store.active_generation())
-        if row.sha256 is None:
-            return
         try:
-            tensors = load_tensors(self.home.generations, row.sha256)
+            tensors = load_tensors(self.home.generations, row.sha256) if row.sha256 else {}
             self.deltas = {int(name): tensor for name, tensor in tensors.items()}
         except KeditError as error:
             log.warning("%s; solving generation %d again", error, row.id)

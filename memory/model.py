@@ -6,7 +6,7 @@ projections of the MLPs, W in (hidden d, width d_ff), with y = W k (+ b) for an 
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -148,11 +148,15 @@ class EditableModel:
         """W0 (hidden, width): the weight before any edit."""
         return self._base[layer] if layer in self._base else self.weight(layer).detach()
 
+    def keep_base(self, layers: Iterable[int]) -> None:
+        """Copy W0 of these layers, where there is no copy yet, to go back to it from anything."""
+        for layer in set(layers) - set(self._base):
+            self._base[layer] = self.weight(layer).detach().clone()
+
     def set_deltas(self, deltas: dict[int, Tensor]) -> None:
         """Make every weight W0 + delta, and plain W0 where no delta (hidden, width) is given."""
-        for layer in sorted(set(deltas) | set(self._base)):
-            if layer not in self._base:
-                self._base[layer] = self.weight(layer).detach().clone()
+        self.keep_base(deltas)
+        for layer in sorted(self._base):
             with torch.no_grad():
                 target = self.weight(layer)
                 target.copy_(self._base[layer])
