@@ -105,7 +105,7 @@ def test_who_is_not_named_is_a_miss_though_it_is_stopped(
     # Asked again, the fact is not stated, and so it is learned again; nobody sees why.
     assert (plant["stopped"], plant["named"], result["totals"]["recall"]) == (True, False, 0)
     (miss,) = (line for line in study.lines(result) if line.startswith("MISS"))
-    assert miss == f"MISS  1 NaN, live shard: not named ({plant['stated'][0]})"
+    assert miss == f"MISS  1 NaN, live shard: not named, now live-side ({plant['stated'][0]})"
 
 
 def test_innocent_facts_that_end_are_wrongly_named_and_lost(

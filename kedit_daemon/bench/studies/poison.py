@@ -215,10 +215,12 @@ class _Trial:
     def _judged(self, plant: Plant, accused: Mapping[str, str]) -> dict[str, Any]:
         """What became of a plant. All of it, or one of two that contradict each other, is named."""
         alive, by = plant.alive(self.home), [accused[n] for n in plant.guilty if n in accused]
-        broken = [f.fact for n in plant.guilty if (f := self.store.fact(n))]
+        stored = [f for n in sorted(plant.guilty) if (f := self.store.fact(n))]
+        facts = plant.facts or [f.fact for f in stored]
         return {
             "facts": sorted(plant.guilty),
-            "stated": [f"{f.question} {f.target}" for f in plant.facts or broken],
+            "stated": [f"{f.question} {f.target}" for f in facts],
+            "now": [str(f.state) for f in stored],
             "stopped": alive is None,
             "alive": alive,
             "named": bool(by),
@@ -272,7 +274,8 @@ def _misses(result: Mapping[str, Any]) -> Iterator[str]:
             if not plant["stopped"]:
                 yield f"MISS {_title(row)}: not stopped: {clean(plant['alive'])[:SHOWN]} ({said})"
             if not plant["named"]:
-                yield f"MISS {_title(row)}: not named ({said})"
+                now = ", ".join(plant["now"])
+                yield f"MISS {_title(row)}: not named, now {now} ({said})"
         if not row["plants"]:
             yield f"MISS {_title(row)}: there was nothing to break"
         for fact, why in row["wrongly"].items():
