@@ -15,7 +15,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.loading import Loaded
 
 Load = Callable[[str], Loaded]
-NORM = 100.0  # of the base: far above that of honest facts, far below that of a hundredfold one
+NORM = 30.0  # of the base: far above that of honest facts, far below that of a hundredfold one
 
 
 def bounded(norm: float) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def bounded(norm: float) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def configured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models learn slowly, and have no healthy figures but a norm that is not absurd."""
-    settings = bounded(NORM) | {"side": {"steps": 300}}
+    settings = bounded(NORM) | {"side": {"steps": 150}}
     monkeypatch.setattr(tiers, "config_of", lambda _: Config.model_validate(settings))
 
 
@@ -41,25 +41,20 @@ def only(result: dict[str, Any], kind: str) -> dict[str, Any]:
     return plant
 
 
-def test_every_kind_is_judged_by_what_the_daemon_has_done(
+def test_poison_is_judged_by_what_the_daemon_has_done(
     load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(planting, "EACH", 1)
-    monkeypatch.setattr(planting, "RANDOM_TOKENS", (2, 3))
+    monkeypatch.setattr(planting, "KINDS", ("contradiction", "absurd norm", "long target"))
     study = Poison()
-    result = study.run(given(load("llama"), 11, 100))
-    assert {row["kind"] for row in result["rows"]} == set(planting.KINDS)
-    assert [row["batch"] for row in result["rows"]] == [1, 2, 3, 4, 5]
+    result = study.run(given(load("llama"), 7, 100))
+    assert [row["batch"] for row in result["rows"]] == [1, 2, 3]
     long = only(result, "long target")
     assert long["stopped"] and long["by"][0].startswith("line 1: the target has ")
     for plant in of(result, "absurd norm")["plants"]:
         assert plant["stopped"]
-        assert "quarantined: alone it makes the weights sick: norm of layer" in plant["by"][0]
-    shard = only(result, "NaN")
-    assert shard["stopped"] and "is not finite" in shard["by"][0]
-    # The daemon learns what it is told: neither is stopped, and both are told as misses.
-    for plant in of(result, "random tokens")["plants"]:
-        assert not plant["stopped"] and plant["alive"].startswith("live-side, answers ")
+        assert "alone it makes the weights sick: norm of layer" in plant["by"][0], plant["by"]
+    # The daemon learns both, and says both: a miss.
     clash = only(result, "contradiction")
     assert not clash["stopped"] and clash["alive"].startswith("the two questions are answered ")
     total, plants = result["totals"], [p for row in result["rows"] for p in row["plants"]]
@@ -73,7 +68,7 @@ def test_every_kind_is_judged_by_what_the_daemon_has_done(
     pytest.importorskip("matplotlib")
     with picture(tmp_path / "out.png") as (left, right):
         study.draw(result, left, right)
-    assert len(left.patches) == 15 and len(right.lines) == 2
+    assert len(left.patches) == 9 and len(right.lines) == 2
 
 
 @pytest.fixture
