@@ -15,9 +15,10 @@ STUDIES = {
     "index": "index:Index",
     "cost": "cost:Cost",
     "norms": "norms:Norms",
+    "poison": "poison:Poison",
 }
 
-LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120}
+LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120, "poison": 130}
 """Records without --limit, of a study that is not about the whole stream."""
 
 
