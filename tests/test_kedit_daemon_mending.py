@@ -103,22 +103,6 @@ def test_an_audit_finds_what_is_damaged_in_memory_and_mends_it(at: Bench) -> Non
     assert whole(at)
 
 
-def test_weights_that_hold_no_fact_are_mended_too(bench: Make) -> None:
-    at = bench(side=STEPS)
-    before = at.weights_hash()
-    for plant in (weights, one_bit):  # before anything has ever been edited
-        plant(at)
-        done = at.editor.audit()
-        assert done["reasons"] == ["the weights are not those that were published"]
-        assert (done["verdict"], at.weights_hash()) == ("keep", before)
-    at.receive(ONE, direct=True)
-    at.settle()
-    at.editor.revert([ONE.id], None, False)
-    weights(at)
-    assert at.editor.audit()["verdict"] == "keep"
-    assert at.weights_hash() == before
-
-
 def test_what_is_damaged_in_its_file_as_well_is_made_again(at: Bench) -> None:
     number = at.served.side.shard_of[TWO.id]
     (row,) = (row for row in at.store.shards() if row.id == number)
