@@ -28,6 +28,7 @@ from policies.site import EditSite
 
 SEATS = 12  # facts on their way at the same time
 HEAD, TAIL, WANTED = 32, 4, 4  # lengths are rounded up to multiples of these
+LONGEST = 64  # tokens of a target: one of 190 took minutes, as every seat is as long as the longest
 PULSE = 8  # steps after which the caller hears from the work, whether a fact is done or not
 DECAY = 0.02  # weight of ‖δ‖² in lengths
 EXTRA_STEPS = 5  # after the target is the argmax everywhere
@@ -90,7 +91,7 @@ Waiting = deque[tuple[Fact, list[Row]]]
 def _shaped(
     model: EditableModel, facts: Sequence[Fact], site: EditSite
 ) -> tuple[dict[Shape, Waiting], dict[str, Terms | Refused]]:
-    """Facts by shape; and those the model cannot read."""
+    """Facts by shape; and those that the model cannot read, or whose target is too long."""
     shapes: dict[Shape, Waiting] = defaultdict(deque)
     refused: dict[str, Terms | Refused] = {}
     for fact in facts:
@@ -101,6 +102,10 @@ def _shaped(
             continue
         # A tokenizer may split the target in two ways; one is enough.
         rows = [row for row in rows if len(row.target) == len(rows[0].target)]
+        if (many := len(rows[0].target)) > LONGEST:
+            why = f"the target has {many} tokens, and the weights take at most {LONGEST}"
+            refused[fact.id] = Refused(why, beside=True)
+            continue
         if site.holds_essence:
             rows.append(essence_of(model, fact))
         shapes[_shape(rows, site)].append((fact, rows))

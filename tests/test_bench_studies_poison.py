@@ -13,6 +13,7 @@ from kedit_daemon.bench.studies import planting
 from kedit_daemon.bench.studies.poison import Poison
 from kedit_daemon.config import Config
 from kedit_daemon.loading import Loaded
+from kedit_daemon.mending import Damage
 
 Load = Callable[[str], Loaded]
 NORM = 30.0  # of the base: far above that of honest facts, far below that of a hundredfold one
@@ -93,7 +94,7 @@ def test_who_is_not_named_is_a_miss_though_it_is_stopped(
     load: Load, nan: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planting, "EACH", 1)
-    monkeypatch.setattr(auditor, "damage", lambda _: [])
+    monkeypatch.setattr(auditor, "look", lambda *_: Damage([], False, False, []))
     study = Poison()
     result = study.run(given(load("llama"), 2, 100))
     plant = only(result, "NaN")

@@ -255,3 +255,12 @@ def test_a_targets_length_is_that_of_what_the_layer_shall_give(
     for layer, keys in found.keys.items():  # (rows, sites, width)
         values = keys @ model.base_weight(layer).T + found.residuals[layer]
         assert found.lengths[layer] == pytest.approx(float(values.norm(dim=-1).mean()) / 2)
+
+
+def test_a_target_that_is_too_long_is_for_the_side_memory(
+    model: EditableModel, any_site: EditSite
+) -> None:
+    long = replace(FACT, target="Rome Oslo " * 40)
+    refused = compute_terms(model, any_site, NORMS, [long])[long.id]
+    assert isinstance(refused, Refused) and refused.beside
+    assert refused.reason.endswith("tokens, and the weights take at most 64")

@@ -246,14 +246,17 @@ def _count(plants: Sequence[Mapping[str, Any]], what: str) -> int:
 def _totals(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Poisons stopped, and how exactly the guilty are named: of all that are named those that were
     planted, of all planted those that are named."""
-    plants = [plant for row in rows for plant in row["plants"]]
+    planted = [row["plants"] for row in rows if row["plants"]]
+    plants = [plant for some in planted for plant in some]
     wrongly = sum(len(row["wrongly"]) for row in rows)
     stopped, named = (_count(plants, name) for name in DONE)
     return {
-        "batches": len(rows),
+        "batches": len(planted),
         "planted": len(plants),
         "stopped": stopped,
-        "whole": sum(all(p["stopped"] for p in row["plants"]) for row in rows),
+        "whole": sum(
+            bool(row["plants"]) and all(p["stopped"] for p in row["plants"]) for row in rows
+        ),
         "named": named,
         "precision": named / (named + wrongly) if named + wrongly else None,
         "recall": named / len(plants) if plants else None,
