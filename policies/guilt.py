@@ -18,7 +18,7 @@ class Guilt(Generic[T]):
     """What was found of some suspects, each in the order in which they came.
 
     innocent: they are well together. guilty: each makes the weights sick all by itself, and how.
-    crowd: each is well by itself, and too much beside all others.
+    crowd: the others, which are too much.
     """
 
     innocent: list[T]
@@ -33,7 +33,7 @@ def search(
     limit: Action,
 ) -> Guilt[T]:
     """Who of the suspects is to blame for a verdict of `limit` or worse; nobody, where it is so
-    without them as well.
+    without them as well, or where more than half of them would be: then the weights bear no fact.
 
     judged: the verdict on the weights with some of the suspects, and whatever else there is.
     alone: that on the weights with nothing but one of them.
@@ -52,9 +52,10 @@ def search(
         return [*first, *kept([*beside, *first], some[half:])]
 
     innocent = kept([], suspects) if well([]) else list(suspects)
-    left = [(one, alone(one)) for one in suspects if one not in innocent]
-    return Guilt(
-        innocent,
-        [(one, verdict) for one, verdict in left if verdict.action >= limit],
-        [one for one, verdict in left if verdict.action < limit],
-    )
+    left = [one for one in suspects if one not in innocent]
+    verdicts = [(one, alone(one)) for one in left]
+    guilty = [(one, verdict) for one, verdict in verdicts if verdict.action >= limit]
+    if 2 * len(guilty) > len(suspects):
+        return Guilt(innocent, [], left)
+    crowd = [one for one, verdict in verdicts if verdict.action < limit]
+    return Guilt(innocent, guilty, crowd)

@@ -15,7 +15,7 @@ def test_the_text_is_read_as_the_canary_reads_it(load: Load) -> None:
     loaded = load("llama")
     read, baseline = Reader(loaded.model).read(None), loaded.canary.baseline
     assert read.perplexity == pytest.approx(baseline.perplexity, rel=1e-5)
-    for layer, norm in baseline.activations.items():
+    for layer, norm in baseline.norms.items():
         assert read.written[layer] == pytest.approx(norm, rel=1e-5)
     assert len(read.written) == len(read.ends) == len(read.stream) + 1 == loaded.model.layers
     assert read.finite

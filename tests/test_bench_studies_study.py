@@ -15,6 +15,7 @@ SHARED = {"study", "model", "site", "seed", "commit", "device", "facts", "skippe
 
 def test_every_name_has_its_study() -> None:
     names = {"exactness", "churn", "presets", "capacity", "routing", "index", "cost", "norms"}
+    names |= {"poison"}
     assert set(STUDIES) == names
     assert all(isinstance(study_named(name), Study) for name in STUDIES)
     assert set(LIMITS) <= set(STUDIES)

@@ -5,7 +5,7 @@ import pytest
 from conftest import seat
 
 from kedit_daemon.bench.method import Setup
-from kedit_daemon.bench.tiers import Auto, MemitMass, Wise, config_of
+from kedit_daemon.bench.tiers import VERDICTS, Auto, MemitMass, Wise, config_of
 from kedit_daemon.loading import Loaded
 from memory.facts import State
 from memory.generate import answers
@@ -100,7 +100,8 @@ def test_auto_uses_both_tiers_by_the_daemons_rules(setup: MakeSetup) -> None:
 def test_the_run_sets_the_batch_and_the_policy_and_nothing_else(setup: MakeSetup) -> None:
     free, bound = config_of(setup(7)), config_of(setup(7, policy=True))
     assert free.flush.batch_facts == bound.flush.batch_facts == 7
-    assert min(v for v in vars(free.stability).values()) > 1e12
+    limits = {n: v for n, v in vars(free.stability).items() if n.endswith(VERDICTS)}
+    assert len(limits) == 15 and min(limits.values()) > 1e12
     assert bound.stability.perplexity_revert < 2
     assert (free.side, free.routing) == (bound.side, bound.routing)
 

@@ -35,8 +35,11 @@ def test_the_default_text_shows_the_thresholds_that_a_model_without_its_own_has(
     section = default_text("shipped").split("[stability]")[1].split("[schedule]")[0]
     shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE))
     assert shown.keys() == StabilityConfig.model_fields.keys()
-    own = {k: v for k, v in shown.items() if not k.startswith("perplexity")}
     site = asdict(default_site(4))
+    own = {k: v for k, v in shown.items() if k in site}
+    assert len(own) == 9
+    others = {k: v for k, v in shown.items() if k not in site}
+    assert others == {k: getattr(StabilityConfig(), k) for k in others}
     assert own == {name: site[name] for name in own}
 
 
@@ -44,7 +47,8 @@ def test_a_threshold_that_is_given_is_taken_and_the_others_are_left_to_the_model
     tmp_path: Path,
 ) -> None:
     stability = read(tmp_path, "[stability]\nnorm_revert = 3\nactivation_warn = 0.2\n").stability
-    given = {k: v for k, v in stability if v is not None and not k.startswith("perplexity")}
+    of_model = [k for k, v in StabilityConfig() if v is None]
+    given = {k: v for k, v in stability if v is not None and k in of_model}
     assert given == {"norm_revert": 3.0, "activation_warn": 0.2}
 
 

@@ -25,6 +25,7 @@ from memory.facts import State
 from memory.index import KeyIndex
 from memory.ledger import read_head, verify
 from memory.side import number_of
+from memory.store import JOB_OK
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -107,7 +108,11 @@ def index_file(home: Home) -> str:
 
 
 def test_the_index_is_written_when_the_daemon_stops(
-    tmp_path: Path, model_folder: Callable[[str], Path], bench: Callable[..., Bench], clock: Clock
+    tmp_path: Path,
+    model_folder: Callable[[str], Path],
+    bench: Callable[..., Bench],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock.now = datetime.now(UTC)  # facts that look old to the daemon would be flushed
     home = make_home(tmp_path / "home", model_folder("llama"))
@@ -121,6 +126,9 @@ def test_the_index_is_written_when_the_daemon_stops(
         for fact in facts[1:]:
             at.store.put_side(fact.id, row.shard, row.blob)
             at.store.move(fact.id, State.LIVE_SIDE, tier="side")
+        for job in ("audit", "retention"):  # these would learn anew what is not stated
+            monkeypatch.setenv(f"KEDIT_SCHEDULE_{job.upper()}", "0 0 29 2 *")
+            at.store.finish_job(at.store.start_job(job, at.store.now()), JOB_OK)
     process = start(home)
     try:
         wait(home.socket.exists, home)

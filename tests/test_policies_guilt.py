@@ -53,6 +53,11 @@ def test_a_milder_verdict_than_the_limit_is_well() -> None:
     def judged(some: Sequence[int]) -> Verdict:
         return mild if some else WELL
 
-    assert search([1], judged, lambda _: mild, Action.REVERT) == Guilt([1], [], [])
-    assert search([1], judged, lambda _: mild, Action.CONSOLIDATE) == Guilt([], [(1, mild)], [])
-    assert search([1], judged, lambda _: WELL, Action.CONSOLIDATE) == Guilt([], [], [1])
+    assert search([1, 2], judged, lambda _: mild, Action.REVERT) == Guilt([1, 2], [], [])
+    assert search([1, 2], judged, lambda _: WELL, Action.CONSOLIDATE) == Guilt([], [], [1, 2])
+
+
+def test_where_most_would_be_guilty_nobody_is() -> None:
+    assert Weights({1, 2}).search([1, 2, 3]) == Guilt([3], [], [1, 2])
+    assert Weights({1}).search([1]) == Guilt([], [], [1])
+    assert Weights({1, 2}).search([1, 2, 3, 4]) == Guilt([3, 4], [(1, SICK), (2, SICK)], [])
