@@ -47,7 +47,7 @@ def test_what_the_generations_measured_is_written_down(store: Store) -> None:
     assert Room(store, THRESHOLDS).known() == 59
     assert written(store) == ("59", "norm of layer 2")
     # Other limits, as a person may set them, count from the next start.
-    wide = Thresholds(Limits(9.0, 9.0, 9.0), LIMITS, LIMITS, LIMITS)
+    wide = Thresholds(Limits(9.0, 9.0, 9.0), *[LIMITS] * 4)
     assert Room(store, wide).known() == 60
     assert written(store) == ("60", None)
 

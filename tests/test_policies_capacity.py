@@ -75,7 +75,7 @@ def test_nothing_observed_is_nothing_known() -> None:
 
 
 def test_a_limit_below_the_unedited_model_leaves_room_for_nothing() -> None:
-    low = Thresholds(Limits(0.1, 0.2, 0.3), *[THRESHOLDS.perplexity] * 3)
+    low = Thresholds(Limits(0.1, 0.2, 0.3), *[THRESHOLDS.perplexity] * 4)
     assert capacity(history(lambda _n: 0.1, 30), low) == Capacity(0, NORM, pytest.approx(-0.8))
 
 
