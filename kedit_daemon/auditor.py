@@ -120,9 +120,10 @@ class Auditor:
             number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
         acted = self._act(found.health)
         lost = found.retention.lost
-        if lost and self.store.active_generation() != generation:
-            lost = self.retention.oldest().lost  # what has left may have spoilt the others' answers
         sound = found.health.finite and found.figures["weights_as_written"]
+        if lost and self.store.active_generation() != generation:
+            # What has left may have spoilt the others' answers; what is served now was measured.
+            lost, sound = self.retention.oldest().lost, True
         anew = self.retention.learn_anew(lost) if sound else []
         return result | {"audit": number, "acted": acted, "learned_anew": anew}
 

@@ -11,6 +11,7 @@ from kedit_daemon.quarantine import Quarantine
 from kedit_daemon.room import FULL, Trial
 from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD, Weights
+from memory.errors import KeditError
 from memory.facts import ACTIVE, Fact, State
 from memory.rows import StoredFact
 from policies.capacity import Capacity, observed
@@ -115,7 +116,7 @@ class Flush:
             self.weights.solve(self._with(batch))
             trial, unborne = self._tried(batch, before), list[Trial]()
             while trial.verdict.action >= Action.CONSOLIDATE:
-                self.pulse()
+                self.weights.breathe(self.pulse)
                 unborne.append(trial)
                 part = self._smaller(unborne)
                 if not part:
@@ -222,9 +223,16 @@ class Flush:
             self.pulse()
 
         norms = {n: s.norm for n, s in self.served.loaded.statistics.items()}
-        wanted = [fact for fact in facts if again or not self.store.has_terms(fact.id)]
+        wanted = [fact for fact in facts if again or not self._has_terms(fact)]
         compute_terms(self.model, self.served.site, norms, wanted, keep)
         return refused
+
+    def _has_terms(self, fact: Fact) -> bool:
+        """Whether it has some that can be read."""
+        try:
+            return bool(self.store.terms(fact.id))
+        except KeditError:
+            return False
 
     def _with(self, facts: Sequence[StoredFact]) -> list[str]:
         """The facts in the weights once these are, by id: what they replace is gone."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kedit_daemon.flush import Flush
 from kedit_daemon.serving import Served
-from kedit_daemon.weights import HELD
+from kedit_daemon.weights import HELD, Leaving
 from memory.errors import KeditError
 from memory.facts import State
 from memory.side import Shard, SideMemory, fact_id_of
@@ -38,6 +38,8 @@ def look(served: Served, weights_hash: str, turn: int) -> Damage:
     ids = served.weights_facts()
     first = turn * TERMS % max(len(ids), 1)
     terms = [n for n in [*ids[first:], *ids[:first]][:TERMS] if not _solvable(served, n)]
+    if terms:  # all have to be known: one is enough to let a solve fail
+        terms = [n for n in ids if not _solvable(served, n)]
     reasons += side + [f"the targets of fact {n} are damaged" for n in sorted(terms)]
     return Damage(reasons, weights, bool(side), terms)
 
@@ -56,12 +58,20 @@ def mend(flush: Flush, found: Damage) -> None:
         store.event("mended", reasons=found.reasons)
     facts = [f for n in found.terms if (f := store.fact(n)) and f.state is State.LIVE_WEIGHTS]
     refused = flush.compute([f.fact for f in facts], again=True)
+    if gone := [f for f in facts if f.id in refused]:  # first: no solve is possible with them
+
+        def forget() -> None:
+            for fact in gone:
+                store.drop_terms(fact.id)
+            flush.weights.wait_beside(gone)
+
+        why = "its targets cannot be computed again"
+        leaving = [Leaving(fact, State.RECEIVED, why) for fact in gone]
+        flush.weights.part_with(leaving, why, also=forget)
     if found.weights:
         served.restore_weights()
     if found.side:
         served.renew_side()
-    if gone := [f for f in facts if f.id in refused]:
-        flush.weights.send_beside(gone, "its targets cannot be computed again")
     if facts:
         with store.transaction():
             store.set_meta(HELD, None)  # it may have been for these

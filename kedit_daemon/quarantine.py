@@ -4,7 +4,9 @@ What is innocent stays where it is. A fact in quarantine has ended; it comes bac
 hands it in again, and its targets are then computed anew.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from kedit_daemon.weights import Leaving, Weights
@@ -33,36 +35,43 @@ class Quarantine:
         """
         if self._judged(ids, batch).action < Action.REVERT:
             return []
-        ranked = self._ranked(batch)
-        return self._search(ranked, ids).guilty if self._sick(ranked[-1]) else []
+        strains = self._strains(batch)
+        worst = max(batch, key=lambda fact: strains[fact.id])
+        sick = self._alone(worst).action >= Action.REVERT
+        return self._search(batch, strains, ids).guilty if sick else []
 
     def search(self, suspects: Sequence[StoredFact], ids: Ids) -> Guilt[StoredFact]:
         """Who of the suspects is to blame, of weights that are sick with all of them."""
         with self.weights.candidates():
             if self._judged(ids, []).action >= Action.REVERT:
                 return Guilt(list(suspects), [], [])
-            return self._search(self._ranked(suspects), ids)
+            return self._search(suspects, self._strains(suspects), ids)
 
-    def _search(self, ranked: Sequence[StoredFact], ids: Ids) -> Guilt[StoredFact]:
-        return search(ranked, partial(self._judged, ids), self._alone, Action.REVERT)
+    def _search(
+        self, suspects: Sequence[StoredFact], strains: Mapping[str, float], ids: Ids
+    ) -> Guilt[StoredFact]:
+        """What cannot even be solved for is guilty in any company. Of the others, who asks most of
+        the weights comes last, and is found to be too many, if any is."""
+        broken = [fact for fact in suspects if strains[fact.id] == math.inf]
+        others = [fact for fact in suspects if fact not in broken]
+        ranked = sorted(others, key=lambda fact: strains[fact.id])
+        found = search(ranked, partial(self._judged, ids), self._alone, Action.REVERT)
+        guilty = [(fact, self._alone(fact)) for fact in broken]
+        return replace(found, guilty=[*guilty, *found.guilty])
 
-    def _ranked(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
-        """Who asks most of the weights comes last, and is found to be too many, if any is."""
-        strains = dict[str, float]()
+    def _strains(self, facts: Sequence[StoredFact]) -> dict[str, float]:
+        found = dict[str, float]()
         for fact in facts:
-            strains[fact.id] = self.weights.strain(fact.id)
-            self.pulse()
-        return sorted(facts, key=lambda fact: strains[fact.id])
+            found[fact.id] = self.weights.strain(fact.id)
+            self.weights.breathe(self.pulse)
+        return found
 
     def _judged(self, ids: Ids, some: Sequence[StoredFact]) -> Verdict:
-        self.pulse()
+        self.weights.breathe(self.pulse)
         return self.weights.verdict_on(ids(some))
 
-    def _sick(self, fact: StoredFact) -> bool:
-        return self._alone(fact).action >= Action.REVERT
-
     def _alone(self, fact: StoredFact) -> Verdict:
-        self.pulse()
+        self.weights.breathe(self.pulse)
         return self.weights.verdict_on([fact.id])
 
     def lock_up(

@@ -139,14 +139,14 @@ class Served:
         live = {f.id: f.fact for f in self.store.facts((State.LIVE_SIDE,))}
         rows = [row for row in self.store.side_rows() if row.fact_id in live]
         broken = self._restore_shards()
+        whole = [row for row in rows if row.shard in self.side.shards]
         with self.store.transaction():
-            for row in rows:
-                if row.shard not in self.side.shards:
-                    self.store.drop_side(row.fact_id)
-                    self.store.move(row.fact_id, State.RECEIVED, reason="its shard was damaged")
+            for fact_id in live.keys() - {row.fact_id for row in whole}:
+                self.store.drop_side(fact_id)
+                why = "its shard or its keys were damaged"
+                self.store.move(fact_id, State.RECEIVED, reason=why)
             for number in broken:
                 self.store.drop_shard(number)
-        whole = [row for row in rows if row.shard in self.side.shards]
         keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
         self._restore_index({number_of(n): k.subject for n, k in keys.items()})
         for row in whole:

@@ -113,6 +113,14 @@ class Weights:
             self.model.set_deltas(self._candidate)
             self._solved = list(ids)
 
+    def breathe(self, pulse: Callable[[], None]) -> None:
+        """A pulse between two candidates, with what is published in its place: who asks meanwhile
+        must not be answered by a candidate."""
+        self.model.set_deltas(self.served.deltas)
+        pulse()
+        if self._solved is not None:
+            self.model.set_deltas(self._candidate)
+
     def verdict_on(self, ids: Sequence[str]) -> Verdict:
         """What would be said of the weights with just these facts; they stay so."""
         try:

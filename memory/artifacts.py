@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from memory.errors import KeditError
@@ -43,14 +44,16 @@ class Artifacts(Journal):
         self._upsert("side_keys", "fact_id", {"fact_id": fact_id, "shard": shard, **_sealed(blob)})
 
     def side_rows(self) -> list[SideRow]:
-        """All retrieval keys, by shard."""
+        """All retrieval keys that can be read, by shard: a damaged row must not hide the others."""
         rows = self.conn.execute(
             "SELECT fact_id, shard, sha256, tensors FROM side_keys ORDER BY shard, fact_id"
         )
-        return [
-            SideRow(fact_id, shard, _opened(sha, blob, f"the side keys of fact {fact_id}"))
-            for fact_id, shard, sha, blob in rows
-        ]
+        found = []
+        for fact_id, shard, sha, blob in rows:
+            with suppress(KeditError):
+                keys = _opened(sha, blob, f"the side keys of fact {fact_id}")
+                found.append(SideRow(fact_id, shard, keys))
+        return found
 
     def side_facts(self) -> set[str]:
         """The facts that have retrieval keys, by id: cheap beside reading the keys."""

@@ -7,7 +7,7 @@ import torch
 from conftest import Bench, seat
 from poison import poison
 
-from kedit_daemon import flush
+from kedit_daemon import flush, mending
 from kedit_daemon.mending import look
 from kedit_daemon.weights import HELD
 from memory.facts import Fact
@@ -167,3 +167,39 @@ def test_a_fact_whose_targets_cannot_be_computed_again_goes_beside(
 
 def refused(facts: list[Fact]) -> dict[str, Refused]:
     return {fact.id: Refused("too hard") for fact in facts}
+
+
+def test_damaged_keys_in_the_database_stop_neither_a_flush_nor_a_start(at: Bench) -> None:
+    with at.store.transaction():
+        at.store.conn.execute("UPDATE side_keys SET sha256 = 'x' WHERE fact_id = ?", (TWO.id,))
+    at.receive(FOUR, direct=True)
+    at.settle()
+    index_key(at)
+    at.editor.audit()
+    at.settle()  # the fact without keys is learned again
+    at.restart()
+    assert whole(at)
+
+
+def test_all_damaged_targets_are_known_before_anything_is_solved(
+    at: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at.receive(FOUR, direct=True)
+    at.settle()
+    weights(at)
+    active = at.store.generation(at.store.active_generation())
+    assert active.sha256 is not None
+    tensors_path(at.home.generations, active.sha256).write_bytes(b"nothing")
+    with at.store.transaction():
+        at.store.conn.execute("UPDATE terms SET sha256 = 'x'")
+    with monkeypatch.context() as hard:
+        hard.setattr(mending, "TERMS", 1)
+        hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
+        assert at.editor.audit()["verdict"] == "keep"
+    assert at.served.weights_facts() == []
+    assert not at.store.has_terms(ONE.id) and not at.store.has_terms(FOUR.id)
+    at.settle()
+    assert {str(f.state) for f in at.store.facts()} == {"live-side"}
+    assert whole(at) and at.says(FOUR.question) == FOUR.target
+    at.editor.run_flush(False)  # their targets are computed anew
+    assert set(at.served.weights_facts()) == {f.id for f in (ONE, TWO, THREE, FOUR)}

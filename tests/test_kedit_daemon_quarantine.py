@@ -92,3 +92,23 @@ def test_a_fact_already_in_the_weights_that_cannot_be_solved_stops_no_daemon(ben
     assert states(at) == {FACTS[0].id: "live-weights", FACTS[1].id: "live-side"}
     assert [at.says(f.question) for f in FACTS[:2]] == [f.target for f in FACTS[:2]]
     assert "not finite" in str(at.store.meta(HELD))
+
+
+def test_who_asks_during_the_search_is_answered_by_what_is_published(
+    bench: Make, known: dict[str, float]
+) -> None:
+    at = bench(stability=norms(limit_for(bench, known)), side=STEPS)
+    published, seen = at.weights_hash(), set[str]()
+    at.editor.flush.quarantine.pulse = lambda: seen.add(at.weights_hash())
+    at.receive(*FACTS, direct=True)
+    poison(at, FACTS[2], 100)
+    assert at.editor.run_flush(False)["quarantined"] == [FACTS[2].id]
+    assert seen == {published}
+
+
+def test_one_fact_that_cannot_be_solved_for_is_guilty_alone(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(FACTS[0], direct=True)
+    poison(at, FACTS[0], nan)
+    assert at.editor.run_flush(False)["quarantined"] == [FACTS[0].id]
+    assert at.store.meta(HELD) is None
