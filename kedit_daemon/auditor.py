@@ -130,18 +130,19 @@ class Auditor:
     def _find(self, mending: bool) -> _Findings:
         """What an audit writes down, with what each part of it took in seconds; and the verdict."""
         costs: dict[str, float] = {}
+        with _timed(costs, "hash"):
+            weights = self._hash()
         with _timed(costs, "damage"):
             turn = next((row.id for row in self.store.audits(1)), 0)
-            broken = look(self.served, self._hash(), turn)
+            broken = look(self.served, weights, turn)
             if broken.reasons and mending:
                 mend(self.flush, broken)
+                weights = self._hash()
         with _timed(costs, "measure"):
             health = self.weights.measured()[0]
             seen = self.served.loaded.canary.seen
         with _timed(costs, "retention"):
             retention = self.retention.oldest()
-        with _timed(costs, "hash"):
-            weights = self._hash()
         with _timed(costs, "chain"):
             chain = verify(self.store.conn, read_head(self.served.home.head))
         with _timed(costs, "evidence"):

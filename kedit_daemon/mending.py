@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kedit_daemon.flush import Flush
 from kedit_daemon.serving import Served
-from kedit_daemon.weights import HELD, Leaving
+from kedit_daemon.weights import HELD
 from memory.errors import KeditError
 from memory.facts import State
 from memory.side import Shard, SideMemory, fact_id_of
@@ -59,15 +59,10 @@ def mend(flush: Flush, found: Damage) -> None:
     facts = [f for n in found.terms if (f := store.fact(n)) and f.state is State.LIVE_WEIGHTS]
     refused = flush.compute([f.fact for f in facts], again=True)
     if gone := [f for f in facts if f.id in refused]:  # first: no solve is possible with them
-
-        def forget() -> None:
+        with store.transaction():
             for fact in gone:
                 store.drop_terms(fact.id)
-            flush.weights.wait_beside(gone)
-
-        why = "its targets cannot be computed again"
-        leaving = [Leaving(fact, State.RECEIVED, why) for fact in gone]
-        flush.weights.part_with(leaving, why, also=forget)
+        flush.weights.send_beside(gone, "its targets cannot be computed again")
     if found.weights:
         served.restore_weights()
     if found.side:
