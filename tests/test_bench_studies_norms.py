@@ -76,6 +76,16 @@ def test_every_way_has_its_curve_and_is_drawn(
     assert found == [2 * curves, 2 * curves, curves, curves, curves + 1, curves]
 
 
+def test_ways_that_take_each_fact_alone_end_after_the_first_facts(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "ONE_BY_ONE", 1)
+    only(monkeypatch, ft=WAYS["ft"], memit=WAYS["memit"])
+    result = Norms().run(given(load("llama"), 2, 100))
+    assert [row["edits"] for row in of(result, "ft")] == [1]
+    assert [row["edits"] for row in of(result, "memit")] == [1, 2]
+
+
 def test_figures_are_of_the_weights_as_they_are(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:

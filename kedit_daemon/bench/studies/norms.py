@@ -3,7 +3,7 @@ Gupta et al. 2025 (arXiv 2502.19416), of methods without a memory and of the dae
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kedit_daemon.bench.catalog import method_class
 from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.records import batches
+from kedit_daemon.bench.records import BenchRecord, batches
 from kedit_daemon.bench.reference_wise import ReferenceWise
 from kedit_daemon.bench.run import matrix_name
 from kedit_daemon.bench.scoring import Wanted, forced
@@ -37,6 +37,7 @@ from memory.spectra import (
 
 POINTS = 10  # of each curve, about
 OLDEST = 50  # facts
+ONE_BY_ONE = 120  # facts of a way that takes each alone, through the whole model: seconds a fact
 DIRECTIONS = 16  # that a matrix writes strongest
 SIDE = "side memory"  # among the matrices
 SHARES = ("oldest_strict", "newest_strict", "all_strict")
@@ -65,23 +66,27 @@ WAYS = {
 
 
 class Norms(Study):
-    """The same facts in the same order through each way; one whose numbers break ends there."""
+    """The same facts in the same order through each way; one whose numbers break ends there, and
+    one that takes each fact alone after the first of them."""
 
     panels = 6
 
     def run(self, given: Given) -> dict[str, Any]:
         """Every way's curve. Facts come in batches no larger than the curves' steps."""
-        step = -(-len(given.records) // POINTS)
-        size = min(given.batch_size, step)
-        probe = _Probe(given, step)
+        probe = _Probe(given)
+        size = min(given.batch_size, _step(given.records))
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
         for name, way in WAYS.items():
             failed = list[str]()
             end: dict[str, Any] = {**asdict(way), "not_edited": 0}
+            records = given.records[: ONE_BY_ONE if way.one_by_one else None]
+            each, step = 1 if way.one_by_one else size, _step(records)
             with unsolved(failed), _method(given, way) as method:
-                for edited in _edited(given, method, name, 1 if way.one_by_one else size, step):
+                track = given.track(batches(records, each), name)
+                for edited in _edited(track, method, step, len(records)):
                     end["not_edited"] = method.not_edited
-                    rows.append({"way": name, "edits": edited, **probe.point(method, edited)})
+                    point = probe.point(method, edited, step)
+                    rows.append({"way": name, "edits": edited, **point})
             ends[name] = {**end, "failed": failed[0] if failed else None}
         return {"batch_size": size, "ways": ends, "rows": rows}
 
@@ -139,27 +144,35 @@ def _method(given: Given, way: Way) -> Iterator[Method]:
             given.loaded.model.set_deltas({})
 
 
-def _edited(given: Given, method: Method, name: str, size: int, step: int) -> Iterator[int]:
+def _step(records: Sequence[BenchRecord]) -> int:
+    """Edits between two points of a curve."""
+    return -(-len(records) // POINTS)
+
+
+def _edited(
+    stream: Iterable[Sequence[Fact]], method: Method, step: int, whole: int
+) -> Iterator[int]:
     """Batch after batch; how many facts have come at each point of the curve."""
     done = 0
-    for batch in given.track(batches(given.records, size), name):
+    for batch in stream:
         before, done = done, done + len(batch)
         method.edit(batch)
-        if done // step > before // step or done == len(given.records):
+        if done // step > before // step or done == whole:
             yield done
 
 
 class _Probe:
     """Takes the points of the curves, against the model as it was when this was made."""
 
-    def __init__(self, given: Given, step: int) -> None:
-        self.model, self.site, self.step = given.loaded.model, given.loaded.site, step
+    def __init__(self, given: Given) -> None:
+        self.model, self.site = given.loaded.model, given.loaded.site
         self.facts = [record.fact for record in given.records]
         self.reader = Reader(self.model)
         self.base = self.reader.read(None)
 
-    def point(self, method: Method, edited: int) -> dict[str, Any]:
-        """The row after so many facts. Raises KeditError (code "non-finite")."""
+    def point(self, method: Method, edited: int, step: int) -> dict[str, Any]:
+        """The row after so many facts, `step` more than at the last one. Raises KeditError (code
+        "non-finite")."""
         changes = self._changes(method)
         now = self.reader.read(method.overlay)
         if not now.finite or not all(bool(d.isfinite().all()) for _, d in changes.values()):
@@ -173,7 +186,7 @@ class _Probe:
             "cka": [linear_cka(*ends) for ends in zip(self.base.ends, now.ends, strict=True)],
             "perplexity_ratio": now.perplexity / self.base.perplexity,
             "oldest_strict": fmean(held[:OLDEST]),
-            "newest_strict": fmean(held[-self.step :]),
+            "newest_strict": fmean(held[-step:]),
             "all_strict": fmean(held),
         }
 
