@@ -159,18 +159,18 @@ def test_a_side_memory_is_asked_and_read_with_what_lies_over_the_weights(
     load: Load, tmp_path: Path
 ) -> None:
     work = given(load("llama"), 2, 100)
-    model, probe = work.loaded.model, norms._Probe(work, 2)
+    model, probe = work.loaded.model, norms._Probe(work)
     setup = Setup(work.loaded, tmp_path, 100, 0)
     tuned, side = methods.FineTuning(setup), ReferenceWise(setup)
     tuned.layer = side.layer
     tuned.delta = torch.zeros_like(model.base_weight(side.layer))
     for _ in range(4):
         tuned.edit([record.fact for record in work.records])
-    wanted = probe.point(tuned, 2)
+    wanted = probe.point(tuned, 2, 2)
     model.set_deltas({})
     side.merged = [Memory(tuned.delta / 2, math.inf), Memory(tuned.delta, 0.0)]
-    found = probe.point(side, 2)
-    bare = probe.point(tuned, 2)
+    found = probe.point(side, 2, 2)
+    bare = probe.point(tuned, 2, 2)
     assert (found["all_strict"], wanted["all_strict"], bare["all_strict"]) == (1, 1, 0)
     assert found["perplexity_ratio"] == pytest.approx(wanted["perplexity_ratio"], rel=1e-4)
     assert found["cka"] == pytest.approx(wanted["cka"], rel=1e-4)
