@@ -96,7 +96,9 @@ class Flush:
         fitting = self.fitting(batch, capacity)
         if capacity is not None and batch and not fitting:
             return self._nothing({}, dry_run, [f"weights full: {capacity}"])
-        refused = self.compute([f.fact for f in fitting])
+        new = [f.fact for f in fitting if f.state is State.RECEIVED]
+        refused = self.served.nonsense(new)
+        refused |= self.compute([f.fact for f in fitting if f.id not in refused])
         batch = [f for f in fitting if f.id not in refused]
         if not dry_run:
             self._reject([f for f in fitting if f.id in refused], refused, alone=not batch)

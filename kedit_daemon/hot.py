@@ -46,7 +46,9 @@ class Hot:
         One that goes out of range while it is learned fails alone, as does one that is not said.
         Raises KeditError when one of them cannot be learned at all; nothing is changed then.
         """
-        together = self._together(waiting)
+        together = self._sensible(self._together(waiting))
+        if not together:
+            return []
         began = time.monotonic()
         keys = retrieval_keys(self.served.model, self.served.side, [f.fact for f in together])
         found = self._learn([f.fact for f in together], keys)
@@ -77,6 +79,15 @@ class Hot:
         every row is as long as the longest; so it comes after the short ones, and alone."""
         short = (f for f in waiting if not self._long(f.fact))
         return list(islice(short, self.batch_facts)) or list(waiting[:1])
+
+    def _sensible(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
+        """Those of the facts that are no nonsense; the others are rejected."""
+        refused = self.served.nonsense([f.fact for f in facts])
+        with self.store.transaction():
+            for fact in (f for f in facts if f.id in refused):
+                self.store.move(fact.id, State.REJECTED, reason=refused[fact.id].reason)
+                self.store.add_edit(fact.id, "side", None, 0.0, "rejected", None)
+        return [f for f in facts if f.id not in refused]
 
     def _long(self, fact: Fact) -> bool:
         return len(self.served.model.encode_target(fact.question, fact.target)) > LONG_TARGET

@@ -25,6 +25,8 @@ from memory.rows import GenerationRow
 from memory.side import Delta, Keys, Match, Shard, SideMemory, number_of
 from memory.store import Store
 from policies.probe import ask_all
+from policies.sense import nonsense
+from policies.targets import Refused
 from policies.weights import WeightsTier, unpack
 
 INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval index
@@ -247,6 +249,12 @@ class Served:
         """Greedy answers of the model as it was before any edit."""
         with self.model.at_base():
             return answers(self.model, prompts, max_tokens)
+
+    def nonsense(self, facts: Sequence[Fact]) -> dict[str, Refused]:
+        """The facts whose targets read like nothing to the unedited model, by fact id."""
+        with self.model.at_base():
+            found = {fact.id: nonsense(self.model, fact) for fact in facts}
+        return {n: Refused(why) for n, why in found.items() if why}
 
     def probe_after(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
         """The edited model's answers to the facts' probe prompts, by fact id."""

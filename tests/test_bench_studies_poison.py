@@ -47,6 +47,8 @@ def test_poison_is_judged_by_what_the_daemon_has_done(
 ) -> None:
     monkeypatch.setattr(planting, "EACH", 1)
     monkeypatch.setattr(planting, "KINDS", ("contradiction", "absurd norm", "long target"))
+    maker = planting._Maker
+    monkeypatch.setattr(maker, "_contradiction", maker._in_other_words)
     study = Poison()
     result = study.run(given(load("llama"), 7, 100))
     assert [row["batch"] for row in result["rows"]] == [1, 2, 3]
@@ -70,6 +72,17 @@ def test_poison_is_judged_by_what_the_daemon_has_done(
     with picture(tmp_path / "out.png") as (left, right):
         study.draw(result, left, right)
     assert len(left.patches) == 9 and len(right.lines) == 2
+
+
+def test_of_two_facts_that_contradict_each_other_to_the_letter_the_later_one_stands(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planting, "EACH", 2)
+    monkeypatch.setattr(planting, "KINDS", ("contradiction",))
+    result = Poison().run(given(load("llama"), 5, 100))
+    assert {row["way"] for row in result["rows"]} == {"to the letter", "in other words"}
+    (plant,) = (r["plants"][0] for r in result["rows"] if r["way"] == "to the letter")
+    assert plant["stopped"] and plant["by"][0].startswith("superseded: superseded by ")
 
 
 @pytest.fixture

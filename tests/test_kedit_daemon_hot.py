@@ -12,6 +12,7 @@ from kedit_daemon.hot import LONG_TARGET, OUTSIDE_NEIGHBOURS, Hot, cannot_learn
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour, State
 from memory.side import Shard
+from policies import sense
 from policies.probe import Probe, compare
 from policies.targets import Refused
 from policies.wise import learn, other_questions, prompt_end, retrieval_keys
@@ -66,6 +67,23 @@ def test_facts_that_come_together_are_learned_together_up_to_a_number(
     assert [(row.id, row.facts) for row in at.store.shards()] == [(1, 1), (2, 1), (3, 1)]
 
 
+def test_nonsense_is_rejected_and_its_company_learned(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sense, "EVIDENCE", -1e9)  # whatever has a second token with a letter
+    at = bench(side=STEPS)
+    drawn, short = seat(8, "Oslo Rome Lima"), seat(9, "7")
+    meant = replace(drawn, prompt="{} then is", tags=("verbatim",))
+    at.receive(drawn, short, meant)
+    at.settle()
+    found = {n: at.store.fact(n) for n in (drawn.id, short.id, meant.id)}
+    states = [stored.state for stored in found.values() if stored]
+    assert states == [State.REJECTED, State.LIVE_SIDE, State.LIVE_SIDE]
+    rejected = found[drawn.id]
+    assert rejected is not None and "drawn blindly" in str(rejected.reason)
+    assert rejected.attempts == 0 and drawn.id not in at.served.side.shard_of
+
+
 def test_a_long_target_is_learned_after_the_others_and_alone(
     bench: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,10 +96,11 @@ def test_a_long_target_is_learned_after_the_others_and_alone(
     monkeypatch.setattr(hot, "learn", noted)
     at = bench(side={"steps": 1})
     tokens = at.served.model.encode_target
-    long = [seat(n, "Oslo and Rome " * LONG_TARGET) for n in (8, 9)]
+    meant = ("verbatim",)  # a random model holds words for no likelier than a blind draw
+    long = [replace(seat(n, "Oslo and Rome " * LONG_TARGET), tags=meant) for n in (8, 9)]
     edge = next(
         fact
-        for fact in (seat(7, "Oslo" + " Rome" * n) for n in range(99))
+        for fact in (replace(seat(7, "Oslo" + " Rome" * n), tags=meant) for n in range(99))
         if len(tokens(fact.question, fact.target)) == LONG_TARGET
     )
     at.receive(ONE, long[0], edge, long[1], TWO)

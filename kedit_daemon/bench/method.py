@@ -1,9 +1,9 @@
 """What every method of the bench is: something that takes batches of facts."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kedit_daemon.loading import Loaded
@@ -16,7 +16,8 @@ class Setup:
     """What a method gets: the unedited model, and a folder for the time of the run. The folder is
     empty, but for a method that `keeps` it may hold what a run that was cut off has done.
 
-    `policy`: whether the stability policy may refuse a batch, where a method has one.
+    `policy`: whether the stability policy may refuse a batch, where a method has one. `limits`: of
+    the policy, by their names in the configuration, that are others than the default ones.
     """
 
     loaded: Loaded
@@ -24,6 +25,7 @@ class Setup:
     batch_size: int
     seed: int
     policy: bool = True
+    limits: Mapping[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:

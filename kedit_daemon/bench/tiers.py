@@ -31,9 +31,10 @@ OVER = (State.SUPERSEDED, State.REVERTED)  # a fact that comes again after that 
 def config_of(setup: Setup) -> Config:
     """The daemon's settings: its defaults, with the batch and the policy of this run."""
     free = {f"{figure}_{verdict}": NO_LIMIT for figure in FIGURES for verdict in VERDICTS}
+    limits = setup.limits if setup.policy else free
     return Config(
         flush=FlushConfig(batch_facts=setup.batch_size),
-        stability=StabilityConfig() if setup.policy else StabilityConfig.model_validate(free),
+        stability=StabilityConfig.model_validate(limits),
     )
 
 

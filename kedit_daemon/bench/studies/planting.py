@@ -64,7 +64,7 @@ class _Maker:
         """Those of a batch: one, or two of a kind whose facts stand alone."""
         many = self.chance.randint(1, 2)
         if kind == "contradiction":
-            return [self._contradiction()]
+            return [self._in_other_words() if turn % 2 else self._contradiction()]
         if kind == "random tokens":
             targets = [random_target(self.model, self.chance) for _ in range(many)]
             return [RandomTokens([self._stating(target)]) for target in targets]
@@ -84,12 +84,18 @@ class _Maker:
         return Fact(fact.subject, fact.prompt, target)
 
     def _contradiction(self) -> Contradiction:
+        """A fact, and what contradicts it to the letter: another target."""
+        record = self._next()
+        other = self.others.superseding(record).fact
+        return Contradiction([bare(record.fact), bare(other)], "to the letter")
+
+    def _in_other_words(self) -> Contradiction:
         """A fact, and what contradicts it: a paraphrase as its prompt, another target."""
         record = self._next()
         fact, other = bare(record.fact), self.others.superseding(record).fact.target
         naming = [p for p in record.paraphrases if fact.subject in p]
         prompt = naming[0] if naming else f"It is well known: {fact.prompt}"
-        return Contradiction([fact, Fact(fact.subject, prompt, other)])
+        return Contradiction([fact, Fact(fact.subject, prompt, other)], "in other words")
 
     def _wordy(self) -> LongTarget:
         return LongTarget([self._stating(wordy_target(self.model))], "many characters")

@@ -38,9 +38,13 @@ class Plant:
 
 
 class Contradiction(Plant):
-    """Two facts that ask the same in other words, with two answers."""
+    """Two facts that ask the same, with two answers."""
 
-    kind, way = "contradiction", "two targets"
+    kind = "contradiction"
+
+    def __init__(self, facts: Sequence[Fact], way: str) -> None:
+        super().__init__(facts)
+        self.way = way
 
     def alive(self, home: Auto) -> str | None:
         """Stopped, where the older is live no more, or both questions get one of the targets."""

@@ -27,6 +27,9 @@ from policies.probe import longest_target, same
 STEPS = 200  # of the editor after a batch, at most
 SHOWN = 200  # characters of a reason
 DONE = ("stopped", "named")
+# Share of other statements that may be completed otherwise. At the default limits the weights of
+# the small shipped model are full after a fact or two: nothing planted there is ever solved for.
+ROOM = {"agreement_warn": 0.25, "agreement_consolidate": 0.35, "agreement_revert": 0.5}
 
 
 class Poison(Study):
@@ -41,7 +44,8 @@ class Poison(Study):
             lost = trial.lost()
         totals = _totals(rows) | {"innocent": len(trial.innocent), "lost": len(lost)}
         most = max(row["facts"] for row in rows)
-        return {"batch_size": most, "totals": totals, "lost": lost, "rows": rows}
+        found = {"totals": totals, "lost": lost, "rows": rows}
+        return {"batch_size": most, "limits": ROOM, **found}
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
         """A line a batch, the totals, and everything that went otherwise than it should."""
@@ -61,6 +65,7 @@ class Poison(Study):
         yield f"stopped {total['stopped']} of {total['planted']} poisons, {whole}"
         yield f"named: precision {share(total['precision'])} %, recall {share(total['recall'])} %"
         yield f"innocent facts lost {total['lost']} of {total['innocent']}"
+        yield f"limits {result['limits']}, all others the default ones"
         yield f"verdicts of revert {total['reverts']}, batches without an answer {total['silent']}"
         yield from _misses(result)
 
@@ -87,7 +92,8 @@ class Poison(Study):
 @contextmanager
 def _home(given: Given) -> Iterator[Auto]:
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        home = Auto(Setup(given.loaded, Path(folder), given.batch_size, given.seed))
+        setup = Setup(given.loaded, Path(folder), given.batch_size, given.seed, limits=ROOM)
+        home = Auto(setup)
         try:
             yield home
         finally:
