@@ -8,6 +8,7 @@ from conftest import LOOSE, Bench, seat
 from kedit_daemon import flush
 from kedit_daemon.weights import HELD
 from memory.facts import Fact, State
+from policies import sense
 from policies.probe import Probe, compare
 
 STEPS = {"steps": 300}
@@ -38,6 +39,22 @@ def test_direct_facts_go_to_the_weights_and_say_how_it_went(bench: Make) -> None
     assert row.weights_hash == at.weights_hash()
     assert at.pulses
     assert not at.served.side.shard_of
+
+
+def test_nonsense_that_comes_for_the_weights_is_rejected_and_what_is_live_stays(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench(side=STEPS)
+    live, drawn, other = seat(1, "Oslo Rome"), seat(2, "Lima Oslo"), seat(3, "7")
+    at.receive(live)
+    at.settle()
+    assert state(at, live.id) == "live-side"
+    monkeypatch.setattr(sense, "EVIDENCE", -1e9)  # whatever has a second token with a letter
+    at.receive(drawn, other, direct=True)
+    at.settle()
+    assert (state(at, drawn.id), state(at, other.id)) == ("rejected", "live-weights")
+    assert state(at, live.id) in ("live-side", "live-weights")
+    assert at.says(live.question) == "Oslo Rome"
 
 
 def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -> None:
