@@ -10,7 +10,7 @@ from typing import Any
 from kedit_daemon.config import Config
 from kedit_daemon.flush import Flush
 from kedit_daemon.mending import look, mend, published
-from kedit_daemon.retention import Asked, Retention
+from kedit_daemon.retention import Retention
 from memory.errors import KeditError
 from memory.evidence import Examiner
 from memory.health import Health
@@ -49,7 +49,7 @@ class _Findings:
 
     damage: list[str]
     health: Health
-    retention: Asked
+    lost: list[StoredFact]
     verdict: Verdict
     figures: dict[str, Any]
 
@@ -119,11 +119,11 @@ class Auditor:
         with self.store.transaction():
             number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
         acted = self._act(found.health)
-        lost = found.retention.lost
+        lost = found.lost
         sound = found.health.finite and found.figures["weights_as_written"]
         if lost and self.store.active_generation() != generation:
             # What has left may have spoilt the others' answers; what is served now was measured.
-            lost, sound = self.retention.oldest().lost, True
+            lost, sound = self._lost(number)[1], True
         anew = self.retention.learn_anew(lost) if sound else []
         return result | {"audit": number, "acted": acted, "learned_anew": anew}
 
@@ -142,21 +142,26 @@ class Auditor:
             health = self.weights.measured()[0]
             seen = self.served.loaded.canary.seen
         with _timed(costs, "retention"):
-            retention = self.retention.oldest()
+            retention, lost = self._lost(turn)
         with _timed(costs, "chain"):
             chain = verify(self.store.conn, read_head(self.served.home.head))
         with _timed(costs, "evidence"):
             evidence = self.examiner.take(len(self.served.weights_facts()), weights, seen)
         figures = health.as_dict() | {
-            "retention": retention.share,
+            "retention": retention,
             "weights_as_written": published(self.served) == weights,
             "chain_intact": chain.intact,
             "traffic": asdict(self.traffic),
             "evidence": evidence.as_dict(),
             "costs": costs,
         }
-        verdict = judge(health, self.weights.thresholds, retention.share)
-        return _Findings(broken.reasons, health, retention, verdict, figures)
+        verdict = judge(health, self.weights.thresholds, retention)
+        return _Findings(broken.reasons, health, lost, verdict, figures)
+
+    def _lost(self, turn: int) -> tuple[float | None, list[StoredFact]]:
+        """Share of the oldest facts that are stated; what of them, and of others, is not."""
+        oldest = self.retention.oldest()
+        return oldest.share, [*oldest.lost, *self.retention.in_turn(turn).lost]
 
     def _hash(self) -> str:
         return self.served.model.weights_hash(self.served.loaded.layers)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.weights import Weights
-from memory.facts import LIVE
+from memory.facts import LIVE, State
 from memory.rows import StoredFact
 from policies.probe import longest_target, same
 
 OLDEST = 50  # live facts that are asked again at every audit
+IN_TURN = 50  # more of them, of those in the weights
 SAMPLE = 200  # of all live facts, in a probe of retention
 PROBES = "retention_probes"  # in the store's meta, how many there were: it draws the sample
 
@@ -45,6 +46,14 @@ class Retention:
     def oldest(self) -> Asked:
         """Ask the oldest live facts."""
         return self._ask(self.store.facts(LIVE)[:OLDEST])
+
+    def in_turn(self, turn: int) -> Asked:
+        """Ask others that are in the weights, where any solve may spoil what was there: at each
+        turn the next ones."""
+        oldest = {fact.id for fact in self.store.facts(LIVE)[:OLDEST]}
+        others = [f for f in self.store.facts((State.LIVE_WEIGHTS,)) if f.id not in oldest]
+        first = turn * IN_TURN % max(len(others), 1)
+        return self._ask([*others[first:], *others[:first]][:IN_TURN])
 
     def _ask(self, facts: Sequence[StoredFact]) -> Asked:
         if not facts:

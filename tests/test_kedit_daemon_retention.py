@@ -3,6 +3,7 @@ from collections.abc import Callable
 import pytest
 from conftest import Bench, seat
 
+from kedit_daemon import retention
 from memory.facts import State
 
 STEPS = {"steps": 300}
@@ -39,6 +40,26 @@ def test_facts_that_are_not_stated_any_more_are_learned_anew(bench: Make) -> Non
     assert [at.says(f.question) for f in (one, two, three)] == ["Oslo", "Lima", "Paris"]
     assert states(at) == [State.LIVE_SIDE] * 3
     assert at.served.weights_facts() == []
+
+
+def test_audits_ask_the_others_in_the_weights_in_turn(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "OLDEST", 1)
+    monkeypatch.setattr(retention, "IN_TURN", 1)
+    at = bench(side=STEPS)
+    facts = [seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Paris")]
+    at.receive(*facts, direct=True)
+    at.settle()
+    assert states(at) == [State.LIVE_WEIGHTS] * 3
+    asked = at.editor.auditor.retention
+    assert [asked.in_turn(turn).share for turn in range(3)] == [1, 1, 1]
+    spoilt = facts[2]
+    monkeypatch.setattr(retention, "same", lambda _, target: target != spoilt.target)
+    assert [[f.id for f in asked.in_turn(n).lost] for n in range(4)] == [[], [spoilt.id]] * 2
+    told = [at.editor.audit() for _ in range(2)]
+    assert [one["figures"]["retention"] for one in told] == [1, 1]
+    assert sorted(one["learned_anew"] for one in told) == [[], [spoilt.id]]
 
 
 def test_a_probe_without_facts_finds_nothing(bench: Make) -> None:
