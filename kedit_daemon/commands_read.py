@@ -7,7 +7,15 @@ from typing import Any
 
 import click
 
-from kedit_daemon.session import Session, database, json_option, pass_session, print_json
+from kedit_daemon.completion import complete_shown
+from kedit_daemon.session import (
+    Session,
+    database,
+    json_option,
+    no_fact,
+    pass_session,
+    print_json,
+)
 from memory.errors import KeditError
 from memory.facts import State
 
@@ -82,7 +90,7 @@ def facts(session: Session, state: str | None, subject: str | None, as_json: boo
 
 
 @click.command()
-@click.argument("name", metavar="ID")
+@click.argument("name", metavar="ID", shell_complete=complete_shown)
 @json_option
 @pass_session
 def show(session: Session, name: str, as_json: bool) -> None:
@@ -115,13 +123,12 @@ def _fact(session: Session, name: str, wanted: bool) -> dict[str, Any] | None:
     try:
         with database(session.home) as conn:
             fact = fact_detail(conn, name)
+            if fact is None and wanted:
+                raise no_fact(session, conn, name)
     except KeditError:
         if wanted:
             raise
         return None
-    if fact is None and wanted:
-        hint = f"list them with: {session.program} facts"
-        raise KeditError(f"there is no fact {name}", code="unknown-fact", hint=hint)
     return fact
 
 

@@ -98,7 +98,7 @@ def test_show_what_is_not_there(home: Home) -> None:
     for name in ("nothing", "../secret"):
         result = called(home, "show", name)
         assert result.exit_code == 1
-        assert result.stderr.startswith(f"error: there is no fact {name}\nhint: ")
+        assert result.stderr.startswith(f"error[unknown-fact]: there is no fact {name}\nhint: ")
 
 
 def test_show_a_failed_file_even_before_there_is_a_database(home: Home) -> None:
