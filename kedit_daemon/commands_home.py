@@ -25,7 +25,10 @@ PROBLEMS_SHOWN = 20
 @click.option("--model", metavar="PATH_OR_ID", help="Instead of the model that is shipped.")
 @pass_session
 def init(session: Session, model: str | None) -> None:
-    """Make a home: its folders, and a commented config.toml. What is there stays.
+    """Make a home: its folders, a commented config.toml, and review.yaml.
+
+    The latter is for looking at the database in a web browser:
+    datasette HOME/state/kedit.db -m HOME/review.yaml. What is there stays.
 
     \b
     Example:
@@ -47,6 +50,9 @@ def init(session: Session, model: str | None) -> None:
         if model is not None and Path(model).is_dir():
             model = str(Path(model).absolute())
         write_atomic(path, default_text(model or "shipped").encode())
+    if not session.home.review.exists():
+        desk = Path(__file__).with_name(session.home.review.name)
+        write_atomic(session.home.review, desk.read_bytes())
     load(session.home.root, session.environ)
     click.echo(clean(session.home.root))
     click.echo(f"next: {clean(session.program)} run", err=True)

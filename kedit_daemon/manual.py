@@ -15,7 +15,7 @@ _FILES = (
     ("HOME/inbox/failed/", "Files with records that state no fact, each beside what is wrong."),
     ("HOME/state/kedit.db", "The SQLite database: the only truth."),
     ("HOME/state/audit.head", "The newest link of the log's chain, kept outside the database."),
-    ("HOME/review.json", "What datasette needs to show the database; written by init."),
+    ("HOME/review.yaml", "A review desk: datasette HOME/state/kedit.db -m HOME/review.yaml"),
 )
 _ENVIRONMENT = (
     ("KEDIT_HOME", "The home, where --home is not given. Else $STATE_DIRECTORY, as systemd sets"
