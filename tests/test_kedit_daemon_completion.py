@@ -1,4 +1,5 @@
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,13 @@ def test_states_kinds_and_files(home: Home) -> None:
 @pytest.mark.parametrize("harm", [b"", b"x" * 9_000])
 def test_where_nothing_can_be_read_nothing_is_offered(home: Home, harm: bytes) -> None:
     home.database.write_bytes(harm)
+    assert offered(home, "show", "a") == {}
+
+
+def test_a_database_of_another_kind_is_passed_over(home: Home) -> None:
+    with sqlite3.connect(home.database) as conn:
+        conn.execute("ALTER TABLE facts RENAME TO others")
+    conn.close()
     assert offered(home, "show", "a") == {}
 
 
