@@ -64,7 +64,8 @@ def _below(parent: click.Context) -> Iterator[click.Context]:
     for name in parent.command.list_commands(parent):
         command = parent.command.get_command(parent, name)
         if command is not None:
-            context = click.Context(command, info_name=name, parent=parent)
+            settings = command.context_settings
+            context = click.Context(command, info_name=name, parent=parent, **settings)
             yield context
             yield from _below(context)
 

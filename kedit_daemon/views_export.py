@@ -21,10 +21,11 @@ MARKDOWN_HEAD = (
 )
 CSV_COLUMNS = (
     *("seq", "at", "kind", "fact_id", "statement", "from", "to"),
-    *("before", "after", "why", "data", "hash"),
+    *("before", "after", "why", "more", "hash"),
 )
 # Told in columns of their own.
-_TOLD = ("from", "to", "before", "after", "reason", "fact", "figures", "reasons")
+_IN_COLUMNS = ("from", "to", "before", "after", "reason", "reasons")
+_TOLD = (*_IN_COLUMNS, "fact", "figures")
 _MARKUP = re.compile(r"([\\`*_\[\]<>|~&$@#])")
 _LINKS = re.compile(r"(?i)(?<=https)(?=://)|(?<=http)(?=://)|(?<=ftp)(?=://)|(?<=www)(?=\.)")
 # A spreadsheet takes a cell that begins like this for a formula; the last four are full-width.
@@ -47,7 +48,7 @@ def csv_row(event: Mapping[str, Any], said: str | None) -> str:
         **{name: data.get(name) for name in ("from", "to", "before", "after")},
         "statement": _said(data, said),
         "why": "; ".join(map(str, _whys(data))),
-        "data": json.dumps(data),
+        "more": json.dumps({k: v for k, v in data.items() if k not in _IN_COLUMNS}),
     }
     return csv_line(*(given[name] for name in CSV_COLUMNS))
 

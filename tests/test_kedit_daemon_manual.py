@@ -12,7 +12,7 @@ from kedit_daemon.manual import page
 
 @pytest.fixture(scope="module")
 def source() -> str:
-    return page(click.Context(cli, info_name="kedit-daemon"))
+    return page(click.Context(cli, info_name="kedit-daemon", **cli.context_settings))
 
 
 def test_every_command_and_option_is_on_the_page(source: str) -> None:

@@ -40,7 +40,7 @@ def test_a_row_of_csv() -> None:
     row = cells(csv_row(event(**data), "Lake → Peru"))
     assert (row["before"], row["after"], row["why"]) == ("in Egypt", 'in "Peru"', "a; b")
     assert (row["from"], row["to"], row["statement"]) == ("received", "live-side", "Lake → Peru")
-    assert json.loads(row["data"])["n"] == 1
+    assert json.loads(row["more"]) == {"n": 1}
 
 
 @pytest.mark.parametrize(
