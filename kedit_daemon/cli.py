@@ -17,6 +17,7 @@ import click
 from kedit_daemon.home import NAME, Home
 from kedit_daemon.session import Session
 from kedit_daemon.text import clean
+from kedit_daemon.usage import EXIT_USAGE, Suggesting, explained
 from memory.errors import KeditError
 
 COMMANDS = {
@@ -36,11 +37,21 @@ COMMANDS = {
     "bench": "bench.command:bench",
     "doctor": "commands_home:doctor",
     "demo": "commands_home:demo",
+    "completion": "commands_shell:completion",
+    "man": "commands_shell:man",
 }
 
 
-class Commands(click.Group):
+class Commands(Suggesting):
     """A group that imports a command when it is called, and explains how one ended."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As click does; our own options may be mistyped, too."""
+        try:
+            return super().make_context(*args, **extra)
+        except click.UsageError as error:
+            _complain("usage", *explained(error))
+            raise click.exceptions.Exit(EXIT_USAGE) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of a first day's work."""
@@ -61,14 +72,17 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except KeditError as error:
             _trace(debug)
-            _complain(str(error), error.hint)
+            _complain(error.code, str(error), error.hint)
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            _complain("usage", *explained(error))
+            ctx.exit(EXIT_USAGE)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click has its own ways with these
         except Exception as error:
             _trace(debug)
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            _complain(f"unexpected: {what}", "" if debug else "run with --debug")
+            _complain("unexpected", what, "" if debug else "run with --debug")
             ctx.exit(1)
 
 
@@ -79,9 +93,11 @@ def _trace(debug: bool) -> None:
         click.echo(clean(traceback.format_exc(), lines=True), err=True, nl=False)
 
 
-def _complain(message: str, hint: str) -> None:
+def _complain(code: str, message: str, hint: str) -> None:
+    """The code is for scripts, and for those who look an error up."""
+    mark = click.style(f"error[{code}]:", fg="red")
     for line in message.splitlines() or [""]:
-        click.echo(f"{click.style('error:', fg='red')} {clean(line)}", err=True)
+        click.echo(f"{mark} {clean(line)}", err=True)
     if hint:
         click.echo(f"{click.style('hint:', fg='yellow')} {clean(hint)}", err=True)
 
@@ -100,6 +116,7 @@ def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> N
 
 
 @click.group(
+    NAME,
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

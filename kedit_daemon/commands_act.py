@@ -5,17 +5,18 @@ from typing import Any
 
 import click
 
+from kedit_daemon.completion import complete_active
 from kedit_daemon.session import (
     Session,
     ask_daemon,
     database,
     dry_run_option,
     json_option,
+    no_fact,
     pass_session,
     print_json,
 )
 from kedit_daemon.status import NEEDS_ATTENTION
-from memory.errors import KeditError
 
 MAX_TOKENS = 40
 REVERT = "revert"  # the verdict that nothing should stay as it is
@@ -111,7 +112,7 @@ def consolidate(session: Session, dry_run: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("names", metavar="[ID]...", nargs=-1)
+@click.argument("names", metavar="[ID]...", nargs=-1, shell_complete=complete_active)
 @click.option("--generation", type=click.IntRange(0), help="Go back to this generation.")
 @click.option("--yes", is_flag=True, help="Do not ask; needed off a terminal.")
 @dry_run_option
@@ -154,14 +155,12 @@ def _victims(session: Session, names: tuple[str, ...]) -> list[str]:
     from memory.reading import fact_detail
 
     with database(session.home) as conn:
-        found = {name: fact_detail(conn, name) for name in names}
-    if missing := [name for name, fact in found.items() if fact is None]:
-        raise KeditError(
-            f"there is no fact {', '.join(missing)}",
-            code="unknown-fact",
-            hint=f"list them with: {session.program} facts",
-        )
-    return list(fact_lines([fact for fact in found.values() if fact is not None]))
+        found = []
+        for name in names:
+            if (fact := fact_detail(conn, name)) is None:
+                raise no_fact(session, conn, name)
+            found.append(fact)
+    return list(fact_lines(found))
 
 
 def _report(reply: dict[str, Any], json_wanted: bool) -> None:

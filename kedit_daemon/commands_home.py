@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kedit_daemon.home import NAME
 from kedit_daemon.session import Session, dry_run_option, json_option, pass_session, print_json
 from kedit_daemon.text import clean
 from memory.errors import KeditError
@@ -25,7 +26,10 @@ PROBLEMS_SHOWN = 20
 @click.option("--model", metavar="PATH_OR_ID", help="Instead of the model that is shipped.")
 @pass_session
 def init(session: Session, model: str | None) -> None:
-    """Make a home: its folders, and a commented config.toml. What is there stays.
+    """Make a home: its folders, a commented config.toml, and review.yaml.
+
+    The latter is for looking at the database in a web browser:
+    datasette HOME/state/kedit.db -m HOME/review.yaml. What is there stays.
 
     \b
     Example:
@@ -47,6 +51,9 @@ def init(session: Session, model: str | None) -> None:
         if model is not None and Path(model).is_dir():
             model = str(Path(model).absolute())
         write_atomic(path, default_text(model or "shipped").encode())
+    if not session.home.review.exists():
+        desk = Path(__file__).with_name(session.home.review.name)
+        write_atomic(session.home.review, desk.read_bytes())
     load(session.home.root, session.environ)
     click.echo(clean(session.home.root))
     click.echo(f"next: {clean(session.program)} run", err=True)
@@ -120,12 +127,16 @@ def submit(
         _foretell(session, submission, config.routing.direct_facts)
     elif submission.facts:
         _hand_in(ctx, session, submission, waiting)
+    else:
+        click.echo("nothing handed in", err=True)
     if submission.parsed.problems:
         ctx.exit(1)
 
 
 def _read(file: str, most: int) -> tuple[bytes, str]:
     if file == "-":
+        if sys.stdin.isatty():
+            click.echo("type or paste facts, then Ctrl-D on a line of its own", err=True)
         data, name = sys.stdin.buffer.read(most + 1), "stdin"
     else:
         with open(file, "rb") as source:
@@ -160,7 +171,8 @@ def _foretell(session: Session, submission: "Submission", direct_facts: int) -> 
         click.echo(f"{seen.fact.id}  {seen.outcome:<10}  {said}  ({clean(seen.detail)})")
     broken = len(submission.parsed.problems)
     more = f", {broken} broken" if broken else ""
-    click.echo(f"dry run: {len(submission.facts)} facts{more}; nothing handed in", err=True)
+    facts = "1 fact" if len(submission.facts) == 1 else f"{len(submission.facts)} facts"
+    click.echo(f"dry run: {facts}{more}; nothing handed in", err=True)
 
 
 def _hand_in(ctx: click.Context, session: Session, submission: "Submission", waiting: bool) -> None:
@@ -169,6 +181,9 @@ def _hand_in(ctx: click.Context, session: Session, submission: "Submission", wai
     name = hand_in(session.home.inbox, submission)
     for fact in submission.facts:
         click.echo(fact.id)
+    if broken := len(submission.parsed.problems):
+        records = "1 record states" if broken == 1 else f"{broken} records state"
+        click.echo(f"{records} no fact; the rest is handed in", err=True)
     if waiting:
         _wait(ctx, session, name, submission)
     else:
@@ -183,7 +198,8 @@ def _wait(ctx: click.Context, session: Session, name: str, submission: "Submissi
     bad = {i: (state, why) for i, (state, why) in states.items() if state in (*FAILED, LOST)}
     for fact_id, (state, why) in bad.items():
         click.echo(f"{fact_id} {state}{': ' + clean(why) if why else ''}", err=True)
-    click.echo(f"{len(ids) - len(bad)} of {len(ids)} facts are done", err=True)
+    facts = "fact is" if len(ids) == 1 else "facts are"
+    click.echo(f"{len(ids) - len(bad)} of {len(ids)} {facts} done", err=True)
     if bad:
         ctx.exit(1)
 
@@ -213,7 +229,8 @@ def doctor(ctx: click.Context, session: Session, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from kedit_daemon.doctor import FAILED, examine
+    from kedit_daemon.doctor import examine
+    from kedit_daemon.doctor_install import FAILED
 
     marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), FAILED: ("✗", "red")}
     checks = []
@@ -223,12 +240,18 @@ def doctor(ctx: click.Context, session: Session, as_json: bool) -> None:
             mark, colour = marks[check.outcome]
             click.echo(f"{click.style(mark, fg=colour)} {check.name:<12} {clean(check.detail)}")
             if check.remedy:
-                click.echo(f"               → {clean(check.remedy)}")
+                click.echo(f"               → {clean(_callable(session, check.remedy))}")
     failed = any(check.outcome == FAILED for check in checks)
     if as_json:
         print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
     if failed:
         ctx.exit(1)
+
+
+def _callable(session: Session, remedy: str) -> str:
+    """A remedy that is a command of ours, as it is called for this home."""
+    name = f"{NAME} "
+    return f"{session.program} {remedy.removeprefix(name)}" if remedy.startswith(name) else remedy
 
 
 @click.command()

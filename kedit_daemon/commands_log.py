@@ -2,30 +2,37 @@
 
 import re
 import sqlite3
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Any
 
 import click
 
-from kedit_daemon.session import Session, database, json_option, pass_session, print_json
+from kedit_daemon.completion import complete_facts, complete_kinds
+from kedit_daemon.kinds import KINDS
+from kedit_daemon.session import (
+    Command,
+    Session,
+    database,
+    json_option,
+    no_fact,
+    pass_session,
+    print_json,
+)
+from kedit_daemon.usage import Suggesting
+from kedit_daemon.views import statement
+from kedit_daemon.views_log import event_lines
+from memory.facts import State
+from memory.reading import answer_until, event_rows, fact_detail
 
 POLL_SECONDS = 0.5
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _AGO = re.compile(r"(\d{1,6})([smhdw])")
-_TABLE = "| event | at (UTC) | kind | fact | statement | what |\n|---|---|---|---|---|---|"
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """Which events to tell."""
-
-    since: str | None = None
-    kind: str | None = None
-    fact: str | None = None
 
 
 def _moment(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
@@ -45,70 +52,113 @@ def _moment(_ctx: click.Context, _parameter: click.Parameter, text: str | None) 
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-@click.group(invoke_without_command=True)
+def _known_kinds(
+    _ctx: click.Context, _parameter: click.Parameter, kinds: tuple[str, ...]
+) -> tuple[str, ...]:
+    for kind in kinds:
+        if kind not in KINDS:
+            near = get_close_matches(kind, KINDS, 1)
+            raise click.BadParameter(
+                f"there is no kind {kind!r}."
+                + (f" Did you mean {near[0]}?" if near else f" One of {', '.join(KINDS)}.")
+            )
+    return kinds
+
+
+_FILTERS = (
+    click.option("--since", callback=_moment, metavar="T", help="From then on: ISO-8601, 2h, 7d."),
+    click.option(
+        *("--kind", "kinds"),
+        multiple=True,
+        metavar="K",
+        callback=_known_kinds,
+        shell_complete=complete_kinds,
+        help="Only events of this kind, such as fact_reverted; may be given again.",
+    ),
+    click.option(
+        "--fact", metavar="ID", shell_complete=complete_facts, help="Only events of this fact."
+    ),
+    click.option("--subject", metavar="TEXT", help="Only of facts whose subject holds this text."),
+    click.option(
+        "--state",
+        type=click.Choice([str(s) for s in State]),
+        help="Only of facts that are in this state now.",
+    ),
+    click.option("--limit", "last", type=click.IntRange(1), help="Only the last so many."),
+)
+
+
+def _filters(command: Command) -> Command:
+    """Which events are wanted; the options' names are those that `event_rows` takes."""
+    for option in reversed(_FILTERS):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Suggesting, invoke_without_command=True)
 @click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
-@click.option("--since", callback=_moment, metavar="T", help="From this moment on, or 90s, 2h, 7d.")
-@click.option("--kind", help="Only events of this kind, such as fact_reverted.")
-@click.option("--fact", metavar="ID", help="Only events of this fact.")
+@_filters
 @json_option
 @pass_session
 @click.pass_context
 def log(
-    ctx: click.Context,
-    session: Session,
-    follow: bool,
-    since: str | None,
-    kind: str | None,
-    fact: str | None,
-    as_json: bool,
+    ctx: click.Context, session: Session, /, follow: bool, as_json: bool, **wanted: Any
 ) -> None:
     """Review what changed, when and why.
 
-    It tells the answers before and after, too. With --json it prints one object a line.
+    It tells the answers before and after, too: in colours on a terminal, elsewhere what went
+    as [-old-] and what came as {+new+}. With --json it prints one object a line.
 
     \b
     Example:
       kedit-daemon log --since 2h
-      kedit-daemon log --kind fact_reverted --json
-      kedit-daemon log verify
+      kedit-daemon log --kind fact_reverted --kind fact_expired --limit 20
+      kedit-daemon log --subject eyre --follow
     """
     if ctx.invoked_subcommand is not None:
-        if follow or since or kind or fact or as_json:
+        if follow or as_json or any(wanted.values()):
             raise click.UsageError(f"put options behind {ctx.invoked_subcommand!r}.")
         return
+    coloured = sys.stdout.isatty() and ctx.color is not False
     with database(session.home) as conn, suppress(KeyboardInterrupt):
-        for event in _events(conn, _Wanted(since, kind, fact), follow):
-            _tell(conn, event, as_json)
+        for event in _events(session, conn, wanted, follow):
+            if as_json:
+                print_json(event, indent=None)
+                continue
+            said = _said(conn, event["fact_id"])
+            click.echo("\n".join(event_lines(_answered(conn, event), said, coloured)))
 
 
-def _events(conn: sqlite3.Connection, wanted: _Wanted, follow: bool) -> Iterator[dict[str, Any]]:
-    from memory.reading import event_rows
-
-    last = 0
+def _events(
+    session: Session, conn: sqlite3.Connection, wanted: Mapping[str, Any], follow: bool = False
+) -> Iterator[dict[str, Any]]:
+    fact = wanted["fact"]
+    if fact is not None and fact_detail(conn, fact) is None:
+        raise no_fact(session, conn, fact)
+    last, asked = 0, dict(wanted)
     while True:
         # Read before the events, so that what comes in between is seen the next time.
         newest = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
-        for event in event_rows(conn, last, wanted.since, wanted.kind, wanted.fact):
+        for event in event_rows(conn, last, **asked):
             yield event
             last = event["seq"]
         if not follow:
             return
+        asked["last"] = None  # of what was there; all that comes is told
         last = max(last, newest)
         time.sleep(POLL_SECONDS)
 
 
-def _tell(conn: sqlite3.Connection, event: dict[str, Any], json_wanted: bool) -> None:
-    if json_wanted:
-        print_json(event, indent=None)
-        return
-    from kedit_daemon.views_log import event_lines
-
-    click.echo("\n".join(event_lines(event, _said(conn, event["fact_id"]))))
+def _answered(conn: sqlite3.Connection, event: dict[str, Any]) -> dict[str, Any]:
+    """The event with the answer before it where it only knows the one after, as of a revert."""
+    data = event["data"]
+    if event["fact_id"] and data.get("after") is not None and data.get("before") is None:
+        before = answer_until(conn, event["fact_id"], event["seq"])
+        return {**event, "data": {**data, "before": before}}
+    return event
 
 
 def _said(conn: sqlite3.Connection, fact_id: str | None) -> str | None:
-    from kedit_daemon.views import statement
-
     row = conn.execute(
         "SELECT subject, prompt, target FROM facts WHERE id = ?", (fact_id,)
     ).fetchone()
@@ -152,27 +202,38 @@ def verify(ctx: click.Context, session: Session, as_json: bool) -> None:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["jsonl", "markdown"]),
+    type=click.Choice(["jsonl", "md", "csv"]),
     default="jsonl",
     show_default=True,
-    help="One JSON object a line, hashes included; or a table.",
+    help="One JSON object a line, with everything; a Markdown table; a spreadsheet.",
 )
+@_filters
 @pass_session
-def export(session: Session, form: str) -> None:
-    """Print the whole log, to be kept elsewhere.
+def export(session: Session, /, form: str, **wanted: Any) -> None:
+    """Print the log, to be kept or read elsewhere.
+
+    In Markdown and CSV nothing that a fact says can act as markup or as a formula.
 
     \b
     Example:
       kedit-daemon log export > log.jsonl
-      kedit-daemon log export --format markdown > log.md
+      kedit-daemon log export --format md --since 7d > week.md
     """
-    from kedit_daemon.views_log import event_row
+    from kedit_daemon.views_export import (
+        CSV_COLUMNS,
+        MARKDOWN_HEAD,
+        csv_line,
+        csv_row,
+        markdown_row,
+    )
 
+    heads = {"md": MARKDOWN_HEAD, "csv": csv_line(*CSV_COLUMNS)}
+    row = {"md": markdown_row, "csv": csv_row}.get(form)
     with database(session.home) as conn:
-        if form == "markdown":
-            click.echo(_TABLE)
-        for event in _events(conn, _Wanted(), follow=False):
-            if form == "jsonl":
+        if form in heads:
+            click.echo(heads[form])
+        for event in _events(session, conn, wanted):
+            if row is None:
                 print_json(event, indent=None)
             else:
-                click.echo(event_row(event, _said(conn, event["fact_id"])))
+                click.echo(row(_answered(conn, event), _said(conn, event["fact_id"])))

@@ -1,5 +1,7 @@
 """The commands that only look: status, facts, show."""
 
+import shutil
+import sys
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -7,7 +9,15 @@ from typing import Any
 
 import click
 
-from kedit_daemon.session import Session, database, json_option, pass_session, print_json
+from kedit_daemon.completion import complete_shown
+from kedit_daemon.session import (
+    Session,
+    database,
+    json_option,
+    no_fact,
+    pass_session,
+    print_json,
+)
 from memory.errors import KeditError
 from memory.facts import State
 
@@ -30,27 +40,57 @@ def status(ctx: click.Context, session: Session, watch: bool, as_json: bool) -> 
       kedit-daemon status
       kedit-daemon status --json
     """
-    if not watch:
-        ctx.exit(_show_status(session, as_json, watch))
-    with suppress(KeyboardInterrupt):
-        while True:
-            _show_status(session, as_json, watch)
-            time.sleep(WATCH_SECONDS)
+    if watch:
+        _watch(ctx, session, as_json)
+        return
+    found, code = _status(session)
+    if as_json:
+        print_json(found)
+    else:
+        click.echo("\n".join(_lines(found)))
+    ctx.exit(code)
 
 
-def _show_status(session: Session, json_wanted: bool, watch: bool) -> int:
+def _status(session: Session) -> tuple[dict[str, Any], int]:
     from kedit_daemon.status import exit_code, gather
 
     found = gather(session.home, datetime.now(UTC), session.environ, session.program)
-    if json_wanted:
-        print_json(found, None if watch else 2)
-        return exit_code(found)
+    return found, exit_code(found)
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
     from kedit_daemon.views import status_lines
 
-    if watch:
-        click.clear()  # does nothing off a terminal
-    click.echo("\n".join(status_lines(found)))
-    return exit_code(found)
+    return list(status_lines(found))
+
+
+def _watch(ctx: click.Context, session: Session, as_json: bool) -> None:
+    in_place = sys.stdout.isatty() and not as_json and session.environ.get("TERM") != "dumb"
+    first = True
+    with suppress(KeyboardInterrupt):
+        while True:
+            found, _ = _status(session)
+            if as_json:
+                print_json(found, None)
+            elif in_place:
+                _redraw(ctx, found, first)
+            else:
+                rule = "" if first else f"---- {found['at']} ----\n"
+                click.echo(rule + "\n".join(_lines(found)))
+            first = False
+            time.sleep(WATCH_SECONDS)
+    if in_place:
+        click.echo()  # the shell's prompt begins a line
+
+
+def _redraw(ctx: click.Context, found: dict[str, Any], first: bool) -> None:
+    from kedit_daemon.screen import CLEAR, redrawn
+
+    foot = click.style(f"{found['at']}, again every {WATCH_SECONDS:.0f} s; Ctrl-C ends", dim=True)
+    size = shutil.get_terminal_size()
+    drawn = redrawn([*_lines(found), foot], size.columns, size.lines, ctx.color is not False)
+    # These codes place the text, so they are wanted without colours too.
+    click.echo((CLEAR if first else "") + drawn, nl=False, color=True)
 
 
 @click.command()
@@ -82,7 +122,7 @@ def facts(session: Session, state: str | None, subject: str | None, as_json: boo
 
 
 @click.command()
-@click.argument("name", metavar="ID")
+@click.argument("name", metavar="ID", shell_complete=complete_shown)
 @json_option
 @pass_session
 def show(session: Session, name: str, as_json: bool) -> None:
@@ -115,13 +155,12 @@ def _fact(session: Session, name: str, wanted: bool) -> dict[str, Any] | None:
     try:
         with database(session.home) as conn:
             fact = fact_detail(conn, name)
+            if fact is None and wanted:
+                raise no_fact(session, conn, name)
     except KeditError:
         if wanted:
             raise
         return None
-    if fact is None and wanted:
-        hint = f"list them with: {session.program} facts"
-        raise KeditError(f"there is no fact {name}", code="unknown-fact", hint=hint)
     return fact
 
 

@@ -7,56 +7,32 @@ import os
 import shutil
 import sqlite3
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from importlib import metadata
 from pathlib import Path
 
+from kedit_daemon import doctor_install as install
 from kedit_daemon.advice import FREE_BYTES
+from kedit_daemon.doctor_install import FAILED, OK, REINSTALL, WARNING, Check
 from kedit_daemon.failures import failed_files
-from kedit_daemon.home import NAME, Home
+from kedit_daemon.home import Home
 from memory.errors import KeditError
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
-PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "sqlite-utils",
-    "apscheduler",
-    "pydantic",
-    "click",
-)
-LEAST_SQLITE = (3, 37, 0)  # the first with STRICT tables
 FEW_BYTES = 50 << 20
 CLOCK_SLACK = timedelta(minutes=5)
-REINSTALL = "install kedit-daemon again, in a fresh virtual environment"
 BACKUP = "keep a copy of state/ as it is, then put a backup back"
-UNIT = f"{NAME}.service"
-UNIT_FOLDERS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-
-
-@dataclass(frozen=True)
-class Check:
-    """What was looked at, how it is, and what to do about it."""
-
-    name: str
-    outcome: str
-    detail: str
-    remedy: str = ""
 
 
 def examine(home: Home, environ: Mapping[str, str], now: datetime) -> Iterator[Check]:
     """All checks, as they are done."""
     looks: dict[str, Callable[[], Iterator[Check]]] = {
-        "python": _python,
-        "packages": _packages,
-        "faiss": _faiss,
-        "sqlite": _sqlite,
-        "unit": _unit,
+        "python": install.python,
+        "packages": install.packages,
+        "faiss": install.faiss,
+        "sqlite": install.sqlite,
+        "extras": lambda: install.extras(home, environ),
+        "unit": install.unit,
         "home": lambda: _home(home),
         "config": lambda: _config(home, environ),
         "disk": lambda: _disk(home),
@@ -77,56 +53,6 @@ def examine(home: Home, environ: Mapping[str, str], now: datetime) -> Iterator[C
             yield Check(name, FAILED, f"{home.database}: {error}", BACKUP)
         except OSError as error:
             yield Check(name, FAILED, str(error), "run as the user that the daemon runs as")
-
-
-def _python() -> Iterator[Check]:
-    version = ".".join(map(str, sys.version_info[:3]))
-    good = sys.version_info >= (3, 11)
-    yield Check("python", OK if good else FAILED, version, "" if good else "use Python 3.11+")
-
-
-def _packages() -> Iterator[Check]:
-    found, missing = [], []
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            missing.append(package)
-    if missing:
-        yield Check("packages", FAILED, f"not installed: {', '.join(missing)}", REINSTALL)
-    else:
-        yield Check("packages", OK, ", ".join(found))
-
-
-def _faiss() -> Iterator[Check]:
-    names = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
-    found = sorted(f"{n} {v}" for n, v in names.items() if n.startswith(("faiss-", "faiss_")))
-    if len(found) > 1:
-        # They own one folder: the last one installed wins, and removing either breaks both.
-        remedy = "pip uninstall -y all of them, then install kedit-daemon again"
-        yield Check("faiss", FAILED, f"more than one: {', '.join(found)}", remedy)
-    elif not found:
-        yield Check("faiss", FAILED, "not installed", REINSTALL)
-    else:
-        yield Check("faiss", OK, found[0])
-
-
-def _sqlite() -> Iterator[Check]:
-    good = sqlite3.sqlite_version_info >= LEAST_SQLITE
-    remedy = "" if good else f"use a Python with SQLite {'.'.join(map(str, LEAST_SQLITE))} or later"
-    yield Check("sqlite", OK if good else FAILED, sqlite3.sqlite_version, remedy)
-
-
-def _unit() -> Iterator[Check]:
-    if not Path("/run/systemd/system").is_dir():
-        yield Check("unit", OK, "no systemd here")
-        return
-    found = [f for f in UNIT_FOLDERS if Path(f, UNIT).is_file()]
-    if found:
-        yield Check("unit", OK, f"{found[0]}/{UNIT}")
-    else:
-        remedy = "to start it with the machine, install the files in systemd/"
-        yield Check("unit", WARNING, f"{UNIT} is not installed", remedy)
 
 
 def _home(home: Home) -> Iterator[Check]:
@@ -156,24 +82,8 @@ def _config(home: Home, environ: Mapping[str, str]) -> Iterator[Check]:
 
     config = load(home.root, environ)
     yield Check("config", OK, str(home.config))
-    yield from _torch(config.device)
+    yield from install.torch_and_gpu(config.device)
     yield from _model(config.model)
-
-
-def _torch(device: str) -> Iterator[Check]:
-    try:
-        import torch
-    except (ImportError, OSError) as error:
-        yield Check("torch", FAILED, f"cannot be imported: {error}", REINSTALL)
-        return
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    detail = f"{torch.__version__}, {gpus} GPUs, device {device}"
-    number = int(device.partition(":")[2] or 0)
-    if device.startswith("cuda") and number >= gpus:
-        remedy = 'install the GPU\'s driver, or set device = "auto" in config.toml'
-        yield Check("torch", FAILED, detail, remedy)
-    else:
-        yield Check("torch", OK, detail)
 
 
 def _model(name: str) -> Iterator[Check]:
@@ -286,7 +196,8 @@ def _weights(home: Home) -> Iterator[Check]:
 def _inbox(home: Home) -> Iterator[Check]:
     if files := failed_files(home):
         remedy = f"kedit-daemon show {files[0]}"
-        yield Check("inbox", WARNING, f"{len(files)} files in failed/", remedy)
+        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        yield Check("inbox", WARNING, f"{count} in failed/", remedy)
     elif home.inbox.is_dir():
         waiting = sum(1 for p in home.inbox.iterdir() if p.is_file() and p.name[0] != ".")
-        yield Check("inbox", OK, f"{waiting} files wait")
+        yield Check("inbox", OK, "1 file waits" if waiting == 1 else f"{waiting} files wait")

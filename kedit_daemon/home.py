@@ -38,6 +38,11 @@ class Home:
         return self.root / "config.toml"
 
     @property
+    def review(self) -> Path:
+        """What datasette needs to show the database to people, written by `init`."""
+        return self.root / "review.yaml"
+
+    @property
     def inbox(self) -> Path:
         """Where files of facts are dropped."""
         return self.root / "inbox"

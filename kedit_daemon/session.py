@@ -76,3 +76,13 @@ def ask_daemon(session: Session, name: str, arguments: dict[str, Any]) -> dict[s
     if sys.stderr.isatty():
         click.echo(f"{name}: waiting for the daemon ...", err=True)
     return call(session.home.socket, name, arguments)
+
+
+def no_fact(session: Session, conn: "sqlite3.Connection", name: str) -> KeditError:
+    """That no fact has this name, and which one may be meant."""
+    from memory.reading import similar_facts
+
+    listing = f"list them with: {session.program} facts"
+    meant = similar_facts(conn, name)
+    hint = f"did you mean {meant[0]}? {listing}" if meant else listing
+    return KeditError(f"there is no fact {name}", code="unknown-fact", hint=hint)

@@ -221,6 +221,8 @@ def _figure(value: object) -> str:
         return "(" + ", ".join(map(_figure, value)) + ")"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None:
+        return "none"
     return f"{value:.4g}" if isinstance(value, float) else clean(value)
 
 

@@ -1,41 +1,54 @@
 """What people see of events and of the replies to actions."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import click
 
 from kedit_daemon.text import clean, clip
 from kedit_daemon.views import LIST_CHARS, figures_text, statement, when
+from kedit_daemon.worddiff import NEW, OLD, SAME, word_changes
 
 VALUE_CHARS = 200
 # Told in lines of their own, or by the line above them.
 _TOLD = ("from", "to", "before", "after", "reason", "fact", "figures", "reasons")
 # Of an audit's figures what is not judged: for `log --json`, and for those who ask for an audit.
 _BESIDE = ("evidence", "costs")
+_KIND_COLOURS = {
+    **dict.fromkeys(("fact_live-side", "fact_live-weights"), "green"),
+    **dict.fromkeys(("fact_failed", "fact_rejected", "record_failed", "file_refused"), "red"),
+    **dict.fromkeys(("edit_failed", "flush_refused", "quarantined"), "red"),
+    **dict.fromkeys(("fact_reverted", "fact_expired", "paused"), "yellow"),
+}
+_Styles = Mapping[str, Callable[[str], str]]
+# Who cannot tell red from green sees one of them struck out.
+_COLOURED: _Styles = {
+    SAME: str,
+    OLD: lambda text: click.style(text, fg="red", strikethrough=True),
+    NEW: lambda text: click.style(text, fg="green"),
+}
+_MARKED: _Styles = {SAME: str, OLD: "[-{}-]".format, NEW: "{{+{}+}}".format}
 
 
-def event_lines(event: Mapping[str, Any], said: str | None) -> Iterator[str]:
-    """One event; `said` is the fact that it is about."""
+def event_lines(event: Mapping[str, Any], said: str | None, coloured: bool = True) -> Iterator[str]:
+    """One event; `said` is the fact that it is about. What has changed in an answer is shown in
+    colours, or, for those who see none, with marks."""
     data = event["data"]
     if isinstance(data.get("fact"), dict):
         said = statement(data["fact"])
-    head = [f"#{event['seq']}", when(event["at"]), click.style(clean(event["kind"]), bold=True)]
+    kind = click.style(clean(event["kind"]), fg=_KIND_COLOURS.get(event["kind"]), bold=True)
+    head = [f"#{event['seq']}", when(event["at"]), kind]
     if event["fact_id"]:
         head.append(clean(event["fact_id"]))
     if said:
         head.append(clip(said, LIST_CHARS))
     yield "  ".join(head)
-    if data.get("before") is not None:
-        yield f"    before  {click.style(clip(data['before'], VALUE_CHARS), fg='red')}"
-    if data.get("after") is not None:
-        yield f"    after   {click.style(clip(data['after'], VALUE_CHARS), fg='green')}"
+    yield from _answer(data.get("before"), data.get("after"), coloured)
     for why in (*_texts(data.get("reason")), *_texts(data.get("reasons"))):
         yield f"    why     {clip(why, VALUE_CHARS)}"
     if data.get("figures"):
-        judged = {k: v for k, v in data["figures"].items() if k not in _BESIDE}
-        yield f"    figures {figures_text(judged)}"
+        yield f"    figures {figures_text(judged(data['figures']))}"
     rest = [f"{clean(k)} {_short(v)}" for k, v in data.items() if k not in _TOLD and v is not None]
     if "from" in data and "to" in data:
         rest.insert(0, f"{clean(data['from'])} → {clean(data['to'])}")
@@ -43,12 +56,21 @@ def event_lines(event: Mapping[str, Any], said: str | None) -> Iterator[str]:
         yield f"    {'  '.join(rest)}"
 
 
-def event_row(event: Mapping[str, Any], said: str | None) -> str:
-    """One event as a row of a Markdown table."""
-    _, *details = [click.unstyle(line) for line in event_lines(event, said)]
-    told = "; ".join(" ".join(line.split()) for line in details)
-    cells = (event["seq"], event["at"], event["kind"], event["fact_id"] or "", said or "", told)
-    return "| " + " | ".join(_cell(str(cell)) for cell in cells) + " |"
+def judged(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an audit's figures those that its verdict is made of."""
+    return {name: value for name, value in figures.items() if name not in _BESIDE}
+
+
+def _answer(before: object, after: object, coloured: bool) -> Iterator[str]:
+    if before is not None and after is not None:
+        clipped = clip(before, VALUE_CHARS), clip(after, VALUE_CHARS)
+        marked = _COLOURED if coloured else _MARKED
+        words = " ".join(marked[sort](text) for sort, text in word_changes(*clipped))
+        yield f"    answer  {words}{'  (as before)' if before == after else ''}"
+    elif before is not None:
+        yield f"    before  {clip(before, VALUE_CHARS)}"
+    elif after is not None:
+        yield f"    after   {clip(after, VALUE_CHARS)}"
 
 
 def answer_lines(reply: Mapping[str, Any], explain: bool) -> Iterator[str]:
@@ -118,7 +140,3 @@ def _short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return clip(value if isinstance(value, str) else json.dumps(value), VALUE_CHARS)
-
-
-def _cell(text: str) -> str:
-    return clean(text).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")

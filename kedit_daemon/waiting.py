@@ -45,7 +45,7 @@ def wait(
                 hint="kedit-daemon run",
                 exit_code=3,
             )
-        told = f"{len(settled)} of {len(ids)} facts are settled"
+        told = f"{len(settled)} of {len(ids)} {'fact is' if len(ids) == 1 else 'facts are'} settled"
         if told != last:
             tell(told)
             last = told

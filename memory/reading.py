@@ -6,8 +6,9 @@ quick and works when nothing runs.
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,53 @@ def event_rows(
     conn: sqlite3.Connection,
     after_seq: int = 0,
     since: str | None = None,
-    kind: str | None = None,
+    kinds: Sequence[str] = (),
     fact: str | None = None,
+    subject: str | None = None,
+    state: str | None = None,
+    last: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Events in order; `since` is ISO-8601 UTC, `fact` an id or its owner's."""
-    fact_id = None if fact is None else _resolve(conn, fact)
-    tests = {"seq > ?": after_seq, "at >= ?": since, "kind = ?": kind, "fact_id = ?": fact_id}
+    """Events in order, the `last` so many of those that fit: `since` is ISO-8601 UTC, `fact` an id
+    or its owner's; `subject` (a part of it, in any case) and `state` are those of the event's fact,
+    as it stands now."""
+    about = "fact_id IN (SELECT id FROM facts WHERE"
+    tests = {
+        "seq > ?": after_seq,
+        "at >= ?": since,
+        "kind IN (SELECT value FROM json_each(?))": json.dumps(list(kinds)) if kinds else None,
+        "fact_id = ?": None if fact is None else _resolve(conn, fact),
+        f"{about} instr(casefold(subject), casefold(?)))": subject,
+        f"{about} state = ?)": state,
+    }
     where, values = _where(tests)
-    yield from _dicts(conn, f"SELECT * FROM events{where} ORDER BY seq", *values)
+    sql = f"SELECT * FROM events{where} ORDER BY seq"
+    if last is not None:
+        sql, values = f"SELECT * FROM ({sql} DESC LIMIT ?) ORDER BY seq", [*values, last]
+    yield from _dicts(conn, sql, *values)
+
+
+def answer_until(conn: sqlite3.Connection, fact_id: str, seq: int) -> str | None:
+    """The answer that the newest event of a fact before event `seq` tells of, if any does."""
+    row = conn.execute(
+        "SELECT json_extract(data, '$.after') AS said FROM events"
+        " WHERE fact_id = ? AND seq < ? AND said IS NOT NULL ORDER BY seq DESC LIMIT 1",
+        (fact_id, seq),
+    ).fetchone()
+    return row[0] if row else None
+
+
+def similar_facts(conn: sqlite3.Connection, name: str) -> list[str]:
+    """Ids, the most alike first, that somebody may have meant by a name that no fact has: those
+    that begin alike, ours or their owner's, and those of a subject of that name."""
+    begins = "substr(?, 1, 3)"
+    rows = conn.execute(
+        "SELECT id, external_id, casefold(subject) = casefold(?) AS called FROM facts"
+        f" WHERE called OR substr(id, 1, 3) = {begins} OR substr(external_id, 1, 3) = {begins}"
+        " ORDER BY seq DESC LIMIT 500",
+        (name, name, name),
+    ).fetchall()
+    ids = [i for row in rows for i in (row["id"], row["external_id"]) if i is not None]
+    return get_close_matches(name, ids) or [row["id"] for row in rows if row["called"]]
 
 
 def _counts(conn: sqlite3.Connection) -> dict[str, Any]:

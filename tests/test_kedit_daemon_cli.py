@@ -44,7 +44,7 @@ def test_every_command_has_help_with_an_example(name: str, command: click.Comman
 
 def test_the_commands_of_the_contract() -> None:
     wanted = "init run submit status facts show ask flush audit consolidate revert log"
-    wanted += " calibrate bench doctor demo"
+    wanted += " calibrate bench doctor demo completion man"
     assert list(COMMANDS) == wanted.split()
     assert {"log verify", "log export"} < {name for name, _ in every_command()}
 
@@ -70,7 +70,7 @@ def test_an_error_says_what_and_what_to_do(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout == ""
     database = tmp_path / "none/state/kedit.db"
-    wanted = f"error: there is no database {database}\nhint: kedit-daemon init\n"
+    wanted = f"error[no-home]: there is no database {database}\nhint: kedit-daemon init\n"
     assert result.stderr == wanted
 
 
@@ -80,7 +80,7 @@ def test_only_debug_shows_tracebacks(home: Home) -> None:
     conn.close()
     result = called(home, "show", EYRE.id)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: unexpected: JSONDecodeError: ")
+    assert result.stderr.startswith("error[unexpected]: JSONDecodeError: ")
     assert result.stderr.endswith("\nhint: run with --debug\n")
     assert len(result.stderr.splitlines()) == 2
     loud = called(home, "--debug", "show", EYRE.id)

@@ -19,7 +19,7 @@ def home(tmp_path: Path) -> Home:
 def test_commands_that_need_the_daemon(home: Home, words: list[str]) -> None:
     result = called(home, *words)
     assert (result.exit_code, result.stdout) == (3, "")
-    assert result.stderr == "error: daemon not running\nhint: kedit-daemon run\n"
+    assert result.stderr == "error[not-running]: daemon not running\nhint: kedit-daemon run\n"
 
 
 def test_a_refusal_comes_through_as_it_is(home: Home) -> None:
@@ -27,7 +27,7 @@ def test_a_refusal_comes_through_as_it_is(home: Home) -> None:
     with daemon(home, audit=refusal):
         result = called(home, "audit")
     assert result.exit_code == 75
-    assert result.stderr == "error: busy with a flush\nhint: wait\n"
+    assert result.stderr == "error[busy]: busy with a flush\nhint: wait\n"
 
 
 def test_ask(home: Home) -> None:

@@ -18,8 +18,11 @@ def test_init_makes_a_home_that_stays(tmp_path: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{home.root}\n")
     assert load(home.root, {}) == Config()
     assert home.inbox.is_dir()
+    assert "What changed today" in home.review.read_text()
     home.config.write_text("device = 'cpu'\n")
+    home.review.write_text("mine")
     assert called(home, "init").exit_code == 0
+    assert home.review.read_text() == "mine"
     assert home.config.read_text() == "device = 'cpu'\n"
     other = called(home, "init", "--model", "other")
     assert (other.exit_code, "hint: change `model` in it" in other.stderr) == (1, True)

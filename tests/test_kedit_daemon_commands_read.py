@@ -1,5 +1,6 @@
 import json
 import os
+import pty
 import signal
 import subprocess
 from pathlib import Path
@@ -56,6 +57,35 @@ def test_watching_goes_on_until_it_is_interrupted(home: Home) -> None:
     child.stdout.close()
 
 
+def test_watching_on_a_terminal_draws_in_place(home: Home) -> None:
+    ours, theirs = pty.openpty()
+    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm"}
+    child = process(home, "status", "--watch", stdout=theirs, env=env)
+    seen = b""
+    while seen.count(b"\x1b[J") < 2:
+        seen += os.read(ours, 4096)
+    child.send_signal(signal.SIGINT)
+    assert child.wait() == 0
+    os.close(theirs)
+    os.close(ours)
+    # Wiped once; then each screen begins at the top.
+    assert (seen.count(b"\x1b[2J"), seen.count(b"\x1b[H")) == (1, 2)
+    assert b"Ctrl-C ends" in seen
+
+
+def test_watching_off_a_terminal_puts_a_rule_between(home: Home) -> None:
+    child = process(home, "status", "--watch", stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    seen = b""
+    while seen.count(b"kedit-daemon  stopped") < 2:
+        seen += child.stdout.readline()
+    child.send_signal(signal.SIGINT)
+    assert child.wait() == 0
+    child.stdout.close()
+    assert seen.count(b"\n---- 20") == 1
+    assert b"\x1b" not in seen
+
+
 def test_facts_by_state_and_subject(home: Home) -> None:
     assert [row["id"] for row in read(called(home, "facts", "--json"))] == [
         EYRE.id,
@@ -95,10 +125,12 @@ def test_show_a_fact(home: Home, name: str) -> None:
 
 def test_show_what_is_not_there(home: Home) -> None:
     (home.inbox / "secret.error.json").write_text('{"errors": []}')
+    hint = called(home, "show", EYRE.id[:-2]).stderr.splitlines()[1]
+    assert hint.startswith(f"hint: did you mean {EYRE.id}? ")
     for name in ("nothing", "../secret"):
         result = called(home, "show", name)
         assert result.exit_code == 1
-        assert result.stderr.startswith(f"error: there is no fact {name}\nhint: ")
+        assert result.stderr.startswith(f"error[unknown-fact]: there is no fact {name}\nhint: ")
 
 
 def test_show_a_failed_file_even_before_there_is_a_database(home: Home) -> None:

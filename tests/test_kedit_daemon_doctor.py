@@ -9,7 +9,8 @@ from kedit_daemon import lock
 from kedit_daemon.cli import cli
 from kedit_daemon.config import default_text
 from kedit_daemon.control import ControlServer
-from kedit_daemon.doctor import Check, examine
+from kedit_daemon.doctor import examine
+from kedit_daemon.doctor_install import Check
 from kedit_daemon.home import Home
 from memory.files import write_atomic
 from memory.ledger import write_head

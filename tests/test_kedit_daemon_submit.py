@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from command_line import on_terminal
 
 from kedit_daemon.cli import cli
 from kedit_daemon.config import default_text
@@ -92,7 +93,7 @@ def test_broken_records_are_told_and_the_others_go_in(home: Home, file: Path) ->
 
 def test_many_problems_do_not_flood_the_screen(home: Home, file: Path) -> None:
     file.write_bytes(lines(*[BROKEN] * 50))
-    assert called(home, file).stderr.splitlines()[-1] == "and 30 more problems"
+    assert called(home, file).stderr.splitlines()[-2] == "and 30 more problems"
 
 
 def test_a_file_without_any_fact_stays_out(home: Home, file: Path) -> None:
@@ -228,3 +229,45 @@ def test_a_dry_run_needs_no_database(home: Home, file: Path) -> None:
 
 def test_waiting_for_a_dry_run_is_a_usage_error(home: Home, file: Path) -> None:
     assert called(home, file, "--dry-run", "--wait").exit_code == 2
+
+
+TABLE = b"subject,prompt,target\nOslo,{} lies in,Norway\nRome,,Italy\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        (TABLE, 'stdin:3: "prompt" is empty'),
+        (lines(OSLO, BROKEN), 'stdin:2: "target" is empty'),
+        (b"[" + lines(OSLO).strip() + b",\n\n" + BROKEN.encode() + b"]", "stdin:3: "),
+        (b"\n" + lines(OSLO) + b'{"subject":\n', "stdin:3: broken JSON"),
+    ],
+)
+def test_a_pipe_may_hold_any_form(home: Home, data: bytes, problem: str) -> None:
+    result = called(home, "-", stdin=data)
+    assert result.exit_code == 1
+    assert result.stdout == f"{the_fact(OSLO).id}\n"
+    assert result.stderr.startswith(problem)
+    assert "1 record states no fact; the rest is handed in\n" in result.stderr
+    (waiting,) = [path for path in home.inbox.iterdir() if path.is_file()]
+    assert waiting.name.startswith("stdin-")
+    # As the daemon reads it, whatever the name.
+    parsed = parse(waiting.read_bytes(), waiting.name, None, LIMITS)
+    assert [fact for _, fact in parsed.facts] == [the_fact(OSLO)]
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \n", b"[]"])
+def test_a_pipe_may_be_empty(home: Home, data: bytes) -> None:
+    result = called(home, "-", "--wait", stdin=data)
+    assert (result.exit_code, result.stdout) == (1, "")
+    problem = "stdin:1: the file holds no record  → write one a line\nnothing handed in\n"
+    assert result.stderr == problem
+    assert not [path for path in home.inbox.iterdir() if path.is_file()]
+
+
+def test_a_person_who_types_is_told_how_to_end(home: Home) -> None:
+    typed = lines(OSLO).decode() + "\x04"
+    code, seen = on_terminal(home, "submit", "-", "--dry-run", typed=typed)
+    assert code == 0
+    assert "Ctrl-D" in seen
+    assert "dry run: 1 fact; nothing handed in" in seen

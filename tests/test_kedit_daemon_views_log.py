@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from kedit_daemon.views_log import answer_lines, event_lines, event_row, reply_lines
+from kedit_daemon.views_log import answer_lines, event_lines, reply_lines
 
 HOSTILE = "\x1b[2J\x07\u202eevil\n"
 
@@ -34,8 +34,7 @@ def test_an_event_tells_what_when_and_why() -> None:
     said = "The country that Lake Eyre lies in is → Australia"
     assert plain(event_lines(event(), said)) == [
         f"#7  2026-03-01 10:00:01  fact_live-side  0123456789ab  {said}",
-        "    before  Egypt",
-        "    after   Australia",
+        "    answer  Egypt Australia",
         "    received → live-side  tier side",
     ]
     data = {"verdict": "revert", "reasons": ["norm"], "figures": {"perplexity": 9.5}}
@@ -48,11 +47,17 @@ def test_a_received_event_tells_the_fact_itself() -> None:
     assert plain(event_lines(event(data={"fact": fact}), None))[0].endswith("Oslo lies in → Norway")
 
 
-def test_a_row_of_a_table_cannot_be_broken_out_of() -> None:
-    text = event_row(event(data={"after": "a | b\n<script>"}), "x | y")
-    assert "\n" not in text
-    assert text.replace("\\|", "").count("|") == 7
-    assert "<script>" not in text
+def test_what_changed_is_in_colours_or_in_marks() -> None:
+    data = {"before": "a silent drama of 1920", "after": "a talking drama of 1920"}
+    coloured = list(event_lines(event(data=data), None))[1]
+    old, new = "\x1b[31m\x1b[9msilent\x1b[0m", "\x1b[32mtalking\x1b[0m"
+    assert coloured == f"    answer  a {old} {new} drama of 1920"
+    marked = list(event_lines(event(data=data), None, coloured=False))[1]
+    assert marked == "    answer  a [-silent-] {+talking+} drama of 1920"
+    same = list(event_lines(event(data={"before": "x", "after": "x"}), None))[1]
+    assert same == "    answer  x  (as before)"
+    alone = plain(event_lines(event(data={"before": "", "after": None}), None))
+    assert alone[1:] == ["    before  "]
 
 
 def test_answers() -> None:
@@ -142,7 +147,6 @@ def test_no_text_of_a_stranger_acts_on_the_terminal() -> None:
     }
     shown = [
         *event_lines(event(kind=HOSTILE, fact_id=HOSTILE, data=data), HOSTILE),
-        event_row(event(kind=HOSTILE, data=data), HOSTILE),
         *answer_lines({"answer": HOSTILE[:-1], "base_answer": "", "fired": fired}, True),
         *reply_lines(reply),
     ]

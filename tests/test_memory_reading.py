@@ -11,7 +11,15 @@ import pytest
 
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.reading import event_rows, fact_detail, fact_rows, open_readonly, overview
+from memory.reading import (
+    answer_until,
+    event_rows,
+    fact_detail,
+    fact_rows,
+    open_readonly,
+    overview,
+    similar_facts,
+)
 from memory.store import JOB_OK, Store
 
 TODAY = datetime(2026, 3, 2, 12, tzinfo=UTC)
@@ -171,9 +179,29 @@ def test_events_are_chosen(conn: sqlite3.Connection, ids: list[str]) -> None:
     assert [e["seq"] for e in every] == list(range(1, 9))
     assert [e["seq"] for e in event_rows(conn, after_seq=6)] == [7, 8]
     assert [e["seq"] for e in event_rows(conn, since="2026-03-02")] == [6, 7, 8]
-    assert [e["seq"] for e in event_rows(conn, kind="audit")] == [8]
-    assert [e["seq"] for e in event_rows(conn, fact="band", kind="fact_live-side")] == [6]
+    assert [e["seq"] for e in event_rows(conn, kinds=["audit"])] == [8]
+    assert [e["seq"] for e in event_rows(conn, fact="band", kinds=["fact_live-side"])] == [6]
     assert list(event_rows(conn, fact="nothing")) == []
+    assert [e["seq"] for e in event_rows(conn, last=2)] == [7, 8]
+    assert [e["seq"] for e in event_rows(conn, kinds=["fact_live-side", "audit"])] == [6, 8]
+    assert [e["fact_id"] for e in event_rows(conn, subject="äRZ", last=1)] == [ids[0]]
+    failed = {e["fact_id"] for e in event_rows(conn, state="failed")}
+    assert failed == {ids[1], ids[3]}
+    assert list(event_rows(conn, state="failed", subject="Ärzte")) == []
+
+
+def test_the_answer_until_an_event(conn: sqlite3.Connection, ids: list[str]) -> None:
+    assert answer_until(conn, ids[0], 7) == "Berlin"
+    assert answer_until(conn, ids[0], 6) is None
+    assert answer_until(conn, "nothing", 9) is None
+
+
+def test_a_mistyped_name_suggests_a_fact(conn: sqlite3.Connection, ids: list[str]) -> None:
+    assert similar_facts(conn, ids[2][:-1])[0] == ids[2]
+    assert similar_facts(conn, "bend") == []
+    assert similar_facts(conn, "bans")[0] == "band"
+    assert similar_facts(conn, "ÄRZTE") == [ids[0]]
+    assert similar_facts(conn, "nothing") == []
 
 
 def test_reading_needs_none_of_the_heavy_parts(path: Path, ids: list[str]) -> None:
