@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,6 @@ from queue import Empty
 from typing import Any
 
 import watchfiles
-from rich.console import Console
-from rich.progress import track
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer, Request
@@ -23,7 +20,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
 from kedit_daemon.intake import Intake
 from kedit_daemon.jobs import Jobs
-from kedit_daemon.loading import Progress, load_model
+from kedit_daemon.loading import load_model, on_terminal
 from kedit_daemon.lock import hold
 from kedit_daemon.notify import Notifier
 from kedit_daemon.serving import Served
@@ -41,14 +38,6 @@ log = logging.getLogger(__name__)
 def utc_now() -> datetime:
     """The wall clock."""
     return datetime.now(UTC)
-
-
-def on_terminal(description: str) -> Progress:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return iter
-    console = Console(stderr=True)
-    return lambda items: track(list(items), description=description, console=console)
 
 
 def run(
