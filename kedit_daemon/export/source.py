@@ -32,7 +32,7 @@ class Source:
         """The model's short name, for people and file names."""
         last = Path(self.model).name or "model"
         kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last)
-        return kept.lstrip(".-")[:80] or "model"
+        return kept[:80].strip(".-") or "model"
 
 
 def read_source(home: Home) -> Source:
