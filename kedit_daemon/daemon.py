@@ -23,6 +23,7 @@ from kedit_daemon.jobs import Jobs
 from kedit_daemon.loading import load_model, on_terminal
 from kedit_daemon.lock import hold
 from kedit_daemon.notify import Notifier
+from kedit_daemon.publish import Publisher
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.ledger import head, write_head
@@ -81,6 +82,7 @@ class Daemon:
         at = config.inbox
         self.inbox = Inbox(home.inbox, at.settle_seconds, at.max_bytes, clock)
         self.intake = Intake(store, self.inbox, config)
+        self.publisher = Publisher(config.publish, home, store, monotonic)
         self.stopping = threading.Event()
         self._scanned = -at.rescan_seconds
         self._postponed: list[Request] = []
@@ -111,6 +113,7 @@ class Daemon:
             self.notifier.stopping()
             self.jobs.stop()
             self.control.stop()
+            self.publisher.stop()
             self._finish()
         return 0
 
@@ -145,6 +148,7 @@ class Daemon:
             with self.store.transaction():
                 self.store.event("clock_jump", seconds=jump)
         self._run_jobs()
+        self.publisher.look()
         self._look_into_inbox()
         busy = not self._paused() and self.editor.step()
         self._anchor()

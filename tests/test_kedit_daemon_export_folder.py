@@ -18,6 +18,7 @@ def make(
 ) -> Placed:
     def fill(to: Path) -> dict[str, Any]:
         (to / "weights").write_text(text)
+        (to / "weights").chmod(0o600)
         return {"kind": "lora", "home": "h", "generation": generation} | told
 
     return place(dest, f"m-gen-{generation}-lora", keep, fill)
@@ -29,6 +30,7 @@ def test_the_folder_is_named_by_what_is_in_it_and_the_manifest_lists_it(tmp_path
     assert made.path == tmp_path / "new/dest" / f"m-gen-1-lora-{digest[:12]}"
     assert json.loads((made.path / MANIFEST).read_bytes()) == made.manifest
     assert made.manifest["files"] == {"weights": sha256_of(made.path / "weights")}
+    assert len({path.stat().st_mode for path in made.path.iterdir()}) == 1
     assert (made.existed, made.removed, made.manifest["kind"]) == (False, (), "delta")
 
 

@@ -18,14 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_daemon.config import Config
 from kedit_daemon.export import kinds
-from kedit_daemon.export.kinds import KINDS, Written
-from kedit_daemon.export.source import read_source
-from kedit_daemon.formats import parse
+from kedit_daemon.export.kinds import KINDS
+from kedit_daemon.export.source import Written, read_source
 from kedit_daemon.home import Home
 from kedit_daemon.loading import load_model
-from kedit_daemon.records import Limits
 from memory.errors import KeditError
-from memory.facts import Fact, Neighbour, State
+from memory.facts import Fact
 from memory.store import Store
 
 FACTS = (seat(1, "Oslo"), seat(2, "Lima Cairo"))
@@ -264,38 +262,3 @@ def test_a_rank_that_no_server_takes_is_refused(
     with pytest.raises(KeditError, match=f"rank {max(ranks.values())}") as caught:
         written(at.home, "lora", tmp_path / "other")
     assert "export merged or delta" in caught.value.hint
-
-
-def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
-    home.create()
-    facts = [
-        Fact(
-            "Lake Eyre",
-            "The country that {} lies in is",
-            "Australia",
-            paraphrases=("{} is found in",),
-            neighbours=(Neighbour("Lake Geneva lies in", "Switzerland"), Neighbour("Oslo is")),
-            external_id="mine",
-            source="a\u2028 file",
-            valid_from="2026-01-01T00:00:00Z",
-            valid_until="2027-01-01T00:00:00Z",
-            tags=("a", "b"),
-        ),
-        Fact("UN", "Where does the United Nations sit?", "New York", paraphrases=("UN seat?",)),
-        seat(4, "Oslo"),
-    ]
-    store = Store(home.database, Clock())
-    with store.transaction():
-        store.set_meta("model", "m")
-        store.set_meta("base_hash", "0")
-        for fact in facts:
-            store.receive(fact, "facts.jsonl", False)
-        store.move(facts[0].id, State.LIVE_SIDE)
-        store.move(facts[1].id, State.LIVE_WEIGHTS)
-    store.close()
-    written(home, "facts", tmp_path / "facts")
-    data = (tmp_path / "facts/facts.jsonl").read_bytes()
-    parsed = parse(data, "facts.jsonl", None, Limits())
-    assert not parsed.problems
-    assert [fact for _, fact in parsed.facts] == facts[:2]

@@ -86,7 +86,9 @@ def _finish(staged: Path, told: dict[str, Any]) -> dict[str, Any]:
     manifest: dict[str, Any] = {"format": FORMAT, **finite(told), "files": files}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (staged / MANIFEST).write_text(text, encoding="utf-8")
+    mode = (staged / MANIFEST).stat().st_mode
     for path in staged.iterdir():
+        path.chmod(mode)  # safetensors lets only the owner read, and servers are other users
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(staged)

@@ -1,8 +1,8 @@
-"""The four kinds of export: what each writes into its folder, and what has to be told of it."""
+"""The kinds of export that carry weights: what each writes into its folder, and tells of it."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.hub import cached_file
 
-from kedit_daemon.export.source import Source, read_terms
+from kedit_daemon.export.source import Source, Written, read_terms
 from kedit_daemon.loading import find_site, find_statistics, model_path
-from kedit_daemon.submit import native
 from memory.checkpoint import SINGLE, Checkpoint
 from memory.errors import KeditError
 from memory.files import load_tensors
@@ -20,14 +19,6 @@ from policies.weights import WeightsTier
 
 MAX_RANK = 512  # vLLM's largest max_lora_rank
 SAME_DELTA = 1e-4  # of ‖ΔW‖, by which the factors may differ from the generation's own
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a kind adds to the manifest, and what people shall hear of it."""
-
-    told: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,16 +204,8 @@ def _adapter(source: Source, ranks: dict[str, int], transposed: bool) -> dict[st
     }
 
 
-def write_facts(source: Source, to: Path) -> Written:
-    """The live facts of both tiers, one a line, as `submit` takes them."""
-    lines = "".join(f"{native(fact)}\n" for fact in source.live)
-    (to / "facts.jsonl").write_text(lines, encoding="utf-8")
-    return Written()
-
-
 KINDS: dict[str, Callable[[Source, Path], Written]] = {
     "merged": write_merged,
     "delta": write_delta,
     "lora": write_lora,
-    "facts": write_facts,
 }

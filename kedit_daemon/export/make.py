@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.export.folder import Placed, place
-from kedit_daemon.export.kinds import KINDS, Written
-from kedit_daemon.export.source import Source, read_source
+from kedit_daemon.export.source import Source, Written, read_source
 from kedit_daemon.home import Home
+from kedit_daemon.submit import native
 from memory.errors import KeditError
 from memory.facts import Fact
 
@@ -32,7 +32,7 @@ class Exported:
 
 
 def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
-    """Export what is active in the home now, as one of KINDS. Only reads the home."""
+    """Export what is active in the home now: "facts", or one of KINDS. Only reads the home."""
     dest = dest.expanduser().absolute()
     if dest.resolve().is_relative_to(home.root.resolve()):
         raise KeditError(
@@ -44,7 +44,7 @@ def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
     source, notes = read_source(home), list[str]()
 
     def fill(to: Path) -> dict[str, Any]:
-        written = KINDS[kind](source, to)
+        written = _write(kind, source, to)
         notes.extend(written.notes)
         return _manifest(source, kind, written)
 
@@ -56,6 +56,16 @@ def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
             " alone, which only the daemon serves"
         )
     return Exported(placed, tuple(notes))
+
+
+def _write(kind: str, source: Source, to: Path) -> Written:
+    if kind == "facts":  # the live ones of both tiers, as `submit` takes them
+        lines = "".join(f"{native(fact)}\n" for fact in source.live)
+        (to / "facts.jsonl").write_text(lines, encoding="utf-8")
+        return Written()
+    from kedit_daemon.export.kinds import KINDS  # torch, which facts can do without
+
+    return KINDS[kind](source, to)
 
 
 def _manifest(source: Source, kind: str, written: Written) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,14 @@ class Source:
         last = Path(self.model).name or "model"
         kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last)
         return kept[:80].strip(".-") or "model"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a kind adds to the manifest, and what people shall hear of it."""
+
+    told: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def read_source(home: Home) -> Source:
