@@ -132,9 +132,9 @@ def test_a_switch_after_a_failure_is_published_at_once(setup: Setup) -> None:
 def test_an_export_that_fails_is_told_in_its_own_words(setup: Setup) -> None:
     setup.out.write_text("no folder")
     setup.switch()
-    until_done(setup.publisher())
+    until_done(setup.publisher(folder=str(setup.out / "within")))
     (event,) = setup.events()
-    assert f"error: cannot export to {setup.out}" in event["data"]["reason"]
+    assert f"error: cannot export to {setup.out}/within" in event["data"]["reason"]
     missing = setup.publisher(command=["/no/such/program"])
     until_done(missing)
     assert "/no/such/program" in setup.events()[-1]["data"]["reason"]
