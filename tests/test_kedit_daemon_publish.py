@@ -135,6 +135,7 @@ def test_an_export_that_fails_is_told_in_its_own_words(setup: Setup) -> None:
     until_done(setup.publisher(folder=str(setup.out / "within")))
     (event,) = setup.events()
     assert f"error: cannot export to {setup.out}/within" in event["data"]["reason"]
+    setup.out.unlink()
     missing = setup.publisher(command=["/no/such/program"])
     until_done(missing)
     assert "/no/such/program" in setup.events()[-1]["data"]["reason"]
