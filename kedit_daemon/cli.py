@@ -34,6 +34,7 @@ COMMANDS = {
     "revert": "commands_act:revert",
     "log": "commands_log:log",
     "calibrate": "commands_calibrate:calibrate",
+    "export": "commands_export:export",
     "bench": "bench.command:bench",
     "doctor": "commands_home:doctor",
     "demo": "commands_home:demo",

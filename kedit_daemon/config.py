@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from apscheduler.triggers.cron import CronTrigger
 from pydantic import (
@@ -123,6 +123,26 @@ class ScheduleConfig(_Table):
     retention: Cron = "30 2 * * *"
 
 
+class PublishConfig(_Table):
+    """Carrying each new generation to where it is served."""
+
+    kind: Literal["merged", "delta", "lora", "facts"] | None = None
+    folder: Annotated[str, Field(pattern="^[/~]")] | None = None
+    keep: Count = 3
+    command: list[Annotated[str, Field(min_length=1)]] = []
+    vllm: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.kind is None) != (self.folder is None):
+            raise ValueError("kind and folder belong together: set both or neither")
+        if self.kind is None and (self.command or self.vllm):
+            raise ValueError("there is nothing to tell without kind and folder: set both")
+        if self.kind == "facts" and self.vllm:
+            raise ValueError("vllm takes lora, delta or merged, not facts")
+        return self
+
+
 class Config(_Table):
     """Everything a person may set."""
 
@@ -134,6 +154,7 @@ class Config(_Table):
     flush: FlushConfig = FlushConfig()
     stability: StabilityConfig = StabilityConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    publish: PublishConfig = PublishConfig()
 
 
 SECTIONS: Mapping[str, type[_Table]] = {
@@ -143,6 +164,7 @@ SECTIONS: Mapping[str, type[_Table]] = {
     "flush": FlushConfig,
     "stability": StabilityConfig,
     "schedule": ScheduleConfig,
+    "publish": PublishConfig,
 }
 
 
@@ -244,7 +266,7 @@ def _did_you_mean(where: tuple[str, ...]) -> str:
 
 def _default(where: tuple[str, ...]) -> str:
     value: Any = Config()
-    for part in where:
+    for part in where[:2]:  # what lies deeper, in a list, has no default of its own
         value = getattr(value, part)
     if isinstance(value, _Table):
         return f"correct the section [{where[0]}]"

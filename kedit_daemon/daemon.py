@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,6 @@ from queue import Empty
 from typing import Any
 
 import watchfiles
-from rich.console import Console
-from rich.progress import track
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer, Request
@@ -23,9 +20,10 @@ from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
 from kedit_daemon.intake import Intake
 from kedit_daemon.jobs import Jobs
-from kedit_daemon.loading import Progress, load_model
+from kedit_daemon.loading import load_model, on_terminal
 from kedit_daemon.lock import hold
 from kedit_daemon.notify import Notifier
+from kedit_daemon.publish import Publisher
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.ledger import head, write_head
@@ -41,14 +39,6 @@ log = logging.getLogger(__name__)
 def utc_now() -> datetime:
     """The wall clock."""
     return datetime.now(UTC)
-
-
-def on_terminal(description: str) -> Progress:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return iter
-    console = Console(stderr=True)
-    return lambda items: track(list(items), description=description, console=console)
 
 
 def run(
@@ -92,6 +82,7 @@ class Daemon:
         at = config.inbox
         self.inbox = Inbox(home.inbox, at.settle_seconds, at.max_bytes, clock)
         self.intake = Intake(store, self.inbox, config)
+        self.publisher = Publisher(config.publish, home, store, monotonic)
         self.stopping = threading.Event()
         self._scanned = -at.rescan_seconds
         self._postponed: list[Request] = []
@@ -122,6 +113,7 @@ class Daemon:
             self.notifier.stopping()
             self.jobs.stop()
             self.control.stop()
+            self.publisher.stop()
             self._finish()
         return 0
 
@@ -156,6 +148,7 @@ class Daemon:
             with self.store.transaction():
                 self.store.event("clock_jump", seconds=jump)
         self._run_jobs()
+        self.publisher.look()
         self._look_into_inbox()
         busy = not self._paused() and self.editor.step()
         self._anchor()

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
 
 from kedit_daemon import demo
 from memory.device import resolve_device
@@ -20,6 +24,14 @@ STATISTICS = "statistics.safetensors"
 CANARY_LINES = 40
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+def on_terminal(description: str) -> Progress:
+    """A progress bar on a terminal's stderr, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return iter
+    console = Console(stderr=True)
+    return lambda items: track(list(items), description=description, console=console)
 
 
 @dataclass(frozen=True)
@@ -76,31 +88,60 @@ class Opened:
         return self.cache / FILE
 
     def site(self) -> EditSite:
-        """The site measured in the home, else the one with the model, else a start for its type.
-
-        A file in the home that was measured on other weights is not for this model.
-        """
-        path, layers = self.calibrated, self.model.layers
-        if path.is_file() and weights_of(path) in (None, self.base_hash):
-            return read_site(path, layers)
-        return load_site(self.folder, layers, str(self.model.model.config.model_type))
+        """The site measured in the home, else the one with the model, else a start for its type."""
+        kind = str(self.model.model.config.model_type)
+        return find_site(self.folder, self.cache, self.base_hash, self.model.layers, kind)
 
     def statistics(
         self, edited: Collection[int], read: Collection[int], progress: Progress
     ) -> dict[int, LayerStatistics]:
         """Of the layers to edit (with covariance) and those only read: shipped with the model,
         else cached, else measured now and cached."""
-        path = self.folder / STATISTICS
-        shipped = unpack(path.read_bytes()) if path.is_file() else {}
-        wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
-        narrow = sorted(n for n in set(read) if n not in shipped)
-        if not wide and not narrow:
-            return shipped
-        key = json.dumps([PACKED, self.base_hash, wide, narrow]).encode()
-        cached = self.cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
-        if not cached.is_file():
-            write_atomic(cached, pack(collect(self.model, ordinary_text(), wide, narrow, progress)))
-        return shipped | unpack(cached.read_bytes())
+        kept = find_statistics(self.folder, self.cache, self.base_hash, edited, read)
+        if kept.missing is not None:
+            texts = ordinary_text()
+            found = collect(self.model, texts, kept.edited, kept.read, progress)
+            write_atomic(kept.missing, pack(found))
+            return kept.statistics | unpack(kept.missing.read_bytes())
+        return kept.statistics
+
+
+def find_site(folder: Path, cache: Path, base_hash: str, layers: int, kind: str) -> EditSite:
+    """The site measured in the home, else the one with the model, else a start for its type.
+
+    A file in the home that was measured on other weights is not for this model.
+    """
+    path = cache / FILE
+    if path.is_file() and weights_of(path) in (None, base_hash):
+        return read_site(path, layers)
+    return load_site(folder, layers, kind)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Statistics that were measured before, and what is to be measured still."""
+
+    statistics: dict[int, LayerStatistics]
+    missing: Path | None = None  # where the rest belongs, of these layers
+    edited: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
+
+
+def find_statistics(
+    folder: Path, cache: Path, base_hash: str, edited: Collection[int], read: Collection[int]
+) -> Kept:
+    """The statistics of a model's layers as far as they are shipped with it or cached."""
+    path = folder / STATISTICS
+    shipped = unpack(path.read_bytes()) if path.is_file() else {}
+    wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
+    narrow = sorted(n for n in set(read) if n not in shipped)
+    if not wide and not narrow:
+        return Kept(shipped)
+    key = json.dumps([PACKED, base_hash, wide, narrow]).encode()
+    cached = cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
+    if cached.is_file():
+        return Kept(shipped | unpack(cached.read_bytes()))
+    return Kept(shipped, cached, tuple(wide), tuple(narrow))
 
 
 def open_model(name: str, device: str, cache: Path) -> Opened:

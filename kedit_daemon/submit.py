@@ -42,11 +42,12 @@ def prepare(data: bytes, name: str, format: str | None, limits: Limits) -> Submi
     parsed = parse(data, name, format, limits)
     if format is None or parse(data, name, None, limits) == parsed:
         return Submission(name, data, parsed)
-    lines = "".join(f"{_record(fact)}\n" for _, fact in parsed.facts)
+    lines = "".join(f"{native(fact)}\n" for _, fact in parsed.facts)
     return Submission(f"{Path(name).stem}.jsonl", lines.encode(), parsed)
 
 
-def _record(fact: Fact) -> str:
+def native(fact: Fact) -> str:
+    """The fact as a line that `parse` reads as the same fact again."""
     record: dict[str, Any] = {
         "subject": fact.subject,
         "prompt": fact.prompt,

@@ -24,7 +24,7 @@ class Artifacts(Journal):
         row = self._one("SELECT sha256, tensors FROM terms WHERE fact_id = ?", fact_id)
         if row is None:
             raise KeditError(f"fact {fact_id} has no terms for the weights", code="no-terms")
-        return _opened(row[0], row[1], f"the terms of fact {fact_id}")
+        return opened(row[0], row[1], f"the terms of fact {fact_id}")
 
     def has_terms(self, fact_id: str) -> bool:
         """Whether a fact's keys and targets are kept."""
@@ -51,7 +51,7 @@ class Artifacts(Journal):
         found = []
         for fact_id, shard, sha, blob in rows:
             with suppress(KeditError):
-                keys = _opened(sha, blob, f"the side keys of fact {fact_id}")
+                keys = opened(sha, blob, f"the side keys of fact {fact_id}")
                 found.append(SideRow(fact_id, shard, keys))
         return found
 
@@ -137,7 +137,8 @@ def _sealed(blob: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(blob).hexdigest(), "tensors": blob}
 
 
-def _opened(sha: str, blob: bytes, what: str) -> bytes:
+def opened(sha: str, blob: bytes, what: str) -> bytes:
+    """A blob whose sha256 is as it was written down."""
     if hashlib.sha256(blob).hexdigest() != sha:
         raise KeditError(
             f"{what} are damaged: the sha256 differs",

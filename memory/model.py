@@ -28,15 +28,10 @@ from transformers.utils import logging as transformers_logging
 
 from memory.device import multiplies_bfloat16
 from memory.errors import KeditError
+from memory.layout import find_downs
 
 # (input k, output y) of a down projection -> another output, or None to leave it as it is.
 Tap = Callable[[Tensor, Tensor], Tensor | None]
-
-LOOKED_FOR = (
-    "a list of config.num_hidden_layers blocks, each with exactly one Linear or Conv1D outside "
-    "attention that maps a wider MLP back to config.hidden_size (mlp.down_proj, mlp.c_proj, "
-    "mlp.fc_out, mlp.dense_4h_to_h, mlp.fc2 or fc2)"
-)
 
 
 class _Skipped(nn.Module):
@@ -68,8 +63,7 @@ class EditableModel:
         self.hidden = int(model.config.get_text_config().hidden_size)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.positions = int(longest or 1 << 30)  # tokens that a text may have
-        self._blocks = self._find_blocks()
-        self._downs = [self._find_down(block) for block in self._blocks]
+        self._blocks, self._downs = find_downs(model)
         self.layers = len(self._downs)
         self._base: dict[int, Tensor] = {}
         self._as_tuple: bool | None = None
@@ -97,44 +91,6 @@ class EditableModel:
                 exit_code=78,
             ) from error
         return cls(cast(PreTrainedModel, model).to(device), tokenizer)  # type: ignore[arg-type]
-
-    def _refuse(self, found: str) -> KeditError:
-        kind = self.model.config.model_type
-        return KeditError(
-            f"a model of type {kind!r} cannot be edited: {found}; looked for {LOOKED_FOR}",
-            code="unsupported",
-            hint="choose a dense decoder such as GPT-2, GPT-J, Llama, Mistral, Qwen, Gemma or OPT",
-            exit_code=78,
-        )
-
-    def _find_blocks(self) -> nn.ModuleList:
-        depth = int(self.model.config.get_text_config().num_hidden_layers)
-        lists = [
-            m
-            for m in self.model.modules()
-            if isinstance(m, nn.ModuleList) and len(m) == depth and len(list(m[0].children())) > 1
-        ]
-        if len(lists) != 1:
-            raise self._refuse(f"found {len(lists)} lists of {depth} blocks")
-        return lists[0]
-
-    def _find_down(self, block: nn.Module) -> nn.Module:
-        names = [name for name, _ in block.named_modules()]
-        if not any("attn" in name or "attention" in name for name in names):
-            raise self._refuse("its blocks have no attention")
-        if any("expert" in name for name in names):
-            raise self._refuse("its blocks are mixtures of experts")
-        found = []
-        for name, module in block.named_modules():
-            if not isinstance(module, nn.Linear | Conv1D) or "attn" in name or "attention" in name:
-                continue
-            weight = module.weight
-            wide, narrow = weight.shape if isinstance(module, Conv1D) else weight.shape[::-1]
-            if narrow == self.hidden and wide != self.hidden:
-                found.append(module)
-        if len(found) != 1:
-            raise self._refuse(f"a block has {len(found)} such projections")
-        return found[0]
 
     # Weights ------------------------------------------------------------------------------------
 

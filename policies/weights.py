@@ -1,13 +1,14 @@
 """The long-term tier: MEMIT-MASS, the weights as one joint solve over the facts that live there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from memory.statistics import LayerStatistics
 from policies.site import EditSite
-from policies.solver import RidgeSolver, stacked
+from policies.solver import RidgeSolver, narrowed, stacked
 from policies.targets import Terms
 
 
@@ -56,3 +57,43 @@ class WeightsTier:
             keys, residuals = stacked([(k[layer], r[layer]) for k, r in opened])
             result[layer] = self._solvers[layer].solve(keys, residuals)
         return result
+
+    def factors(self, terms: Mapping[str, bytes]) -> dict[int, tuple[Tensor, Tensor]]:
+        """What `deltas` solves, as exact factors by layer: B (hidden, rank) and A (rank, width)
+        with ΔW = B A, in float32; nothing for no facts.
+
+        ΔW = Rᵀ G is linear in the residuals, so G (rows, width) is the solve for R = I. All
+        contexts of a fact share its residuals, and their rows of G add up: the rank is the number
+        of facts times the sites of each.
+        """
+        opened = [unpack(terms[fact_id]) for fact_id in sorted(terms)]
+        if not opened:
+            return {}
+        result = {}
+        for layer in self.site.layers:
+            facts = [(k[layer], r[layer]) for k, r in opened]
+            keys, _ = stacked(facts)
+            rows = torch.eye(len(keys), dtype=torch.float64)
+            spread = self._solvers[layer].exact(keys, rows)  # G (rows, width)
+            residuals = torch.cat([r for _, r in facts]).double()  # (rank, hidden)
+            up = spread.new_zeros(len(residuals), spread.shape[1])
+            up.index_add_(0, _shared(facts), spread)
+            result[layer] = _balanced(residuals.T, up)
+        return result
+
+
+def _shared(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """For each row of `stacked`, which of the facts' residuals it has."""
+    first, rows = 0, []
+    for keys, residuals in facts:
+        rows.append(torch.arange(first, first + len(residuals)).repeat(len(keys)))
+        first += len(residuals)
+    return torch.cat(rows)
+
+
+def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors with a column of one as long as its row of the other, up to a power of two,
+    which costs no bit: who serves them in 16 bits must not lose what is small in one of them."""
+    ratio = (up.norm(dim=1) / down.norm(dim=0)).nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-300)
+    scale = torch.exp2((ratio.log2() / 2).round())  # (rank,)
+    return narrowed(down * scale), narrowed(up / scale[:, None])

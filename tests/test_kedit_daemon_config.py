@@ -183,3 +183,28 @@ def test_a_wrong_variable_is_named(tmp_path: Path, variable: str, value: str, hi
 def test_a_variable_does_not_hide_a_file_that_is_wrong(tmp_path: Path) -> None:
     error = refusal(tmp_path, "inbox = 3\n", {"KEDIT_INBOX_MAX_BYTES": "5"})
     assert "inbox: must be a section" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('kind = "lora"', "belong together"),
+        ('folder = "/srv/x"', "belong together"),
+        ('command = ["a"]', "nothing to tell"),
+        ('kind = "facts"\nfolder = "/srv/x"\nvllm = "http://127.0.0.1:8000"', "not facts"),
+        ('kind = "lora"\nfolder = "srv/x"', "publish.folder"),
+        ('kind = "all"\nfolder = "/srv/x"', "publish.kind"),
+        ('kind = "lora"\nfolder = "/x"\nvllm = "127.0.0.1:8000"', "publish.vllm"),
+        ('kind = "lora"\nfolder = "/x"\ncommand = [1]', "publish.command.0"),
+        ('kind = "lora"\nfolder = "/x"\ncommand = "a b"', "publish.command"),
+    ],
+)
+def test_a_publish_section_that_cannot_work(tmp_path: Path, text: str, problem: str) -> None:
+    assert problem in str(refusal(tmp_path, f"[publish]\n{text}\n"))
+
+
+def test_the_publish_section_as_shown_in_the_default_text_works(tmp_path: Path) -> None:
+    section = default_text("shipped").split("[publish]")[1]
+    shown = re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE)
+    publish = read(tmp_path, f"[publish]\n{shown}").publish
+    assert (publish.kind, publish.keep, publish.vllm) == ("lora", 3, "http://127.0.0.1:8000")

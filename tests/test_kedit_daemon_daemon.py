@@ -202,3 +202,22 @@ def test_a_file_that_comes_during_an_edit_is_taken_right_after_it(
     daemon._turn()
     daemon._turn()  # two scans have to find it the same
     assert {f.id for f in at.store.facts()} == {one.id, two.id}
+
+
+def test_a_switch_is_published_while_the_loop_goes_on(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    at = bench(publish={"kind": "facts", "folder": str(tmp_path / "out")})
+    with at.store.transaction():
+        at.store.set_meta("model", at.loaded.name)
+        at.store.activate(at.store.add_generation(None, "", 0, "test", [], {}))
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon.editor = at.editor
+    deadline = time.monotonic() + 60
+    while at.store.meta("published") is None:
+        assert time.monotonic() < deadline
+        daemon.control.requests.put(Request(WAKE, {}))
+        daemon._turn()
+    daemon.publisher.stop()
+    (path,) = (tmp_path / "out").iterdir()
+    assert (path / "facts.jsonl").is_file()

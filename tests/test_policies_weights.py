@@ -108,3 +108,25 @@ def test_terms_that_are_not_finite_are_refused(tier: WeightsTier) -> None:
     with pytest.raises(KeditError) as caught:
         tier.deltas({"1": pack(given)})
     assert caught.value.code == "non-finite"
+
+
+def test_the_factors_are_those_of_the_solve(tier: WeightsTier) -> None:
+    facts = packed(1, 2, 3)
+    deltas, factors = tier.deltas(facts), tier.factors(facts)
+    sites = sum(1 + seed for seed in (1, 2, 3))
+    for n in LAYERS:
+        down, up = factors[n]
+        assert (down.shape, up.shape) == ((HIDDEN, sites), (sites, WIDTH))
+        torch.testing.assert_close(down @ up, deltas[n], rtol=1e-5, atol=1e-6)
+        ratio = down.norm(dim=0) / up.norm(dim=1)
+        assert ((ratio > 0.4) & (ratio < 2.5)).all()
+    assert tier.factors({}) == {}
+
+
+def test_the_factors_of_more_keys_than_the_layer_is_wide(tier: WeightsTier) -> None:
+    facts = packed(*range(8))
+    deltas, factors = tier.deltas(facts), tier.factors(facts)
+    for n in LAYERS:
+        down, up = factors[n]
+        assert len(up) > WIDTH
+        torch.testing.assert_close(down @ up, deltas[n], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,82 @@
+"""What a vLLM server is told when there is something new to serve. Knows only its HTTP API.
+
+A LoRA becomes an adapter with a name of its own: one name for two versions would mix what the
+server has cached of both. Weights are laid over the running model between two requests.
+"""
+
+import http.client
+import json
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from memory.errors import KeditError
+
+WAIT_SECONDS = 600.0  # for requests that run to their end, and for weights to be read
+RESUME_TRIES = 3
+_TOLD = 300  # characters of a server's complaint that are passed on
+
+
+def load_adapter(url: str, name: str, path: str) -> None:
+    """Let the server offer the adapter in the folder `path` as the model `name`.
+
+    One that is there already is that adapter. Raises KeditError when the server refuses.
+    """
+    try:
+        _post(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+    except KeditError:
+        if name not in _models(url):
+            raise
+
+
+def reload_weights(url: str, path: str) -> None:
+    """Let the server lay the weights in the folder `path` over its own.
+
+    It works on again in any case, also where a step failed. Raises KeditError when one did.
+    """
+    try:
+        _post(url, "/pause?mode=wait")
+        given = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+        _post(url, "/collective_rpc", given)
+        _post(url, "/reset_prefix_cache")
+    finally:
+        _resume(url)
+
+
+def _resume(url: str) -> None:
+    for left in reversed(range(RESUME_TRIES)):
+        try:
+            _post(url, "/resume")
+            return
+        except KeditError as error:
+            if not left:
+                text = f"the server may stand still: {error}"
+                raise KeditError(text, code="publish", hint=f"POST {url}/resume") from error
+            time.sleep(1.0)
+
+
+def _models(url: str) -> set[str]:
+    listed = json.loads(_call(url, "GET", "/v1/models"))
+    return {str(model["id"]) for model in listed["data"]}
+
+
+def _post(url: str, path: str, body: dict[str, Any] | None = None) -> None:
+    _call(url, "POST", path, body)
+
+
+def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+    parts = urlsplit(url)
+    link = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=WAIT_SECONDS)
+    headers = {} if body is None else {"Content-Type": "application/json"}
+    try:
+        link.request(method, path, None if body is None else json.dumps(body), headers)
+        answer = link.getresponse()
+        said = answer.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise KeditError(f"{url}{path}: {error or type(error).__name__}", code="publish") from error
+    finally:
+        link.close()
+    if answer.status != http.HTTPStatus.OK:
+        text = said[:_TOLD].decode(errors="replace")
+        raise KeditError(f"{url}{path} answered {answer.status}: {text}", code="publish")
+    return said

@@ -1,0 +1,90 @@
+"""A model's files, against the model that is loaded from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES
+from safetensors.torch import load_file, save_file
+
+from memory.checkpoint import Checkpoint
+from memory.errors import KeditError
+from memory.model import EditableModel
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", list(ARCHITECTURES))
+def test_the_files_hold_what_the_model_has(
+    kind: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = model_folder(kind)
+    files, model = Checkpoint(folder), EditableModel.load(folder, CPU)
+    assert files.layers == model.layers
+    every = range(model.layers)
+    assert files.weights_hash(every, {}) == model.weights_hash(every)
+    delta = {2: torch.randn(model.weight(2).shape)}
+    model.set_deltas(delta)
+    assert files.weights_hash(every, delta) == model.weights_hash(every)
+    to = tmp_path / "copy"
+    to.mkdir()
+    files.copy_beside(to)
+    files.copy_weights(to, {2: files.stored(2, files.edited(2, delta))})
+    again = EditableModel.load(to, CPU)
+    for name, tensor in model.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name]), name
+
+
+def test_only_the_bytes_of_the_edited_tensor_change(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    files = Checkpoint(model_folder("gpt2"))
+    weight = files.weight(1) + 1.0
+    files.copy_weights(tmp_path, {1: files.stored(1, weight)})
+    before = (model_folder("gpt2") / "model.safetensors").read_bytes()
+    after = (tmp_path / "model.safetensors").read_bytes()
+    at, size = files.places[1].start, weight.numel() * 4
+    assert len(before) == len(after)
+    assert before[:at] == after[:at]
+    assert before[at + size :] == after[at + size :]
+    assert before[at : at + size] != after[at : at + size]
+
+
+def test_what_stands_beside_the_weights_is_copied_and_nothing_else(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, to = tmp_path / "model", tmp_path / "to"
+    folder.mkdir(), to.mkdir()
+    for path in model_folder("llama").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ("LICENSE", "modeling.py", "kedit.json", "pytorch_model.bin", "vocab.json"):
+        (folder / name).write_text("{}")
+    Checkpoint(folder).copy_beside(to)
+    names = {p.name for p in to.iterdir()}
+    assert {"config.json", "tokenizer.json", "LICENSE", "vocab.json"} <= names
+    assert not {"modeling.py", "kedit.json", "pytorch_model.bin", "model.safetensors"} & names
+
+
+def test_weights_in_a_form_that_no_sum_fits_in_are_refused(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    tensors = load_file(model_folder("llama") / "model.safetensors")
+    narrow = {n: t.to(torch.int8) if "down_proj" in n else t for n, t in tensors.items()}
+    (tmp_path / "config.json").write_bytes((model_folder("llama") / "config.json").read_bytes())
+    save_file(narrow, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KeditError, match="stored as I8"):
+        Checkpoint(tmp_path)
+
+
+def test_a_folder_without_a_tensor_or_without_a_model(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(KeditError, match="cannot be read"):
+        Checkpoint(tmp_path)
+    tensors = load_file(model_folder("llama") / "model.safetensors")
+    tensors.pop("model.layers.2.mlp.down_proj.weight")
+    (tmp_path / "config.json").write_bytes((model_folder("llama") / "config.json").read_bytes())
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(KeditError, match=r"no file holds model\.layers\.2\.mlp\.down_proj"):
+        Checkpoint(tmp_path)
