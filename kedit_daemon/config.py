@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -123,6 +124,32 @@ class ScheduleConfig(_Table):
     retention: Cron = "30 2 * * *"
 
 
+class ServeConfig(_Table):
+    """The HTTP server beside the daemon."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    token_file: Annotated[str, Field(min_length=1)] | None = None
+    max_body_bytes: Count = 10_485_760
+    most_rows: Count = 16
+    waiting_limit: Count = 64
+    requests_per_minute: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        if not self.local and self.token_file is None:
+            raise ValueError(f"token_file must be set: others reach the host {self.host}")
+        return self
+
+
 class Config(_Table):
     """Everything a person may set."""
 
@@ -134,6 +161,7 @@ class Config(_Table):
     flush: FlushConfig = FlushConfig()
     stability: StabilityConfig = StabilityConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    serve: ServeConfig = ServeConfig()
 
 
 SECTIONS: Mapping[str, type[_Table]] = {
@@ -143,6 +171,7 @@ SECTIONS: Mapping[str, type[_Table]] = {
     "flush": FlushConfig,
     "stability": StabilityConfig,
     "schedule": ScheduleConfig,
+    "serve": ServeConfig,
 }
 
 
