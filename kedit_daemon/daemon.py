@@ -3,7 +3,6 @@
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,6 @@ from queue import Empty
 from typing import Any
 
 import watchfiles
-from rich.console import Console
-from rich.progress import track
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer, Request
@@ -23,9 +20,11 @@ from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
 from kedit_daemon.intake import Intake
 from kedit_daemon.jobs import Jobs
-from kedit_daemon.loading import Progress, load_model
+from kedit_daemon.loading import load_model
 from kedit_daemon.lock import hold
+from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
+from kedit_daemon.serve.process import check, keep_serving
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.ledger import head, write_head
@@ -43,14 +42,6 @@ def utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-def on_terminal(description: str) -> Progress:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return iter
-    console = Console(stderr=True)
-    return lambda items: track(list(items), description=description, console=console)
-
-
 def run(
     home: Home,
     config: Config,
@@ -61,8 +52,10 @@ def run(
 ) -> int:
     """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code.
 
-    Raises KeditError: another daemon holds the home (75), or the model cannot be used (78).
+    Raises KeditError: another daemon holds the home (75), or the model, or what [serve] says,
+    cannot be used (78).
     """
+    check(home, config)
     home.create()
     with hold(home.lock):
         store = Store(home.database, clock)
@@ -113,8 +106,9 @@ class Daemon:
         self.notifier.ready()
         log.info("ready: generation %d", self.store.active_generation())
         try:
-            while not self.stopping.is_set():
-                self._turn()
+            with keep_serving(self.home, self.config):
+                while not self.stopping.is_set():
+                    self._turn()
         except KeditError as error:
             if error.code != "stopping":
                 raise
