@@ -29,12 +29,12 @@ NAME = "tiny"
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class Figures:
     requests: int = 3
-    tokens: int = 40
     running: int = 2
     waiting: int = 1
     generation: int = 0
+    problems: tuple[str, ...] = ("a shard is damaged",)
 
 
 class PlainEngine:
@@ -86,8 +86,9 @@ class PlainEngine:
         top = tuple(zip(likely.indices.tolist(), likely.values.tolist(), strict=True))
         return Token(top[0][0], top[0][1], top[: wish.logprobs or 0])
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot(running=self.running)
+    @property
+    def figures(self) -> Figures:
+        return Figures(running=self.running)
 
     def close(self) -> None:
         self.closed = True

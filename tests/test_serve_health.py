@@ -31,6 +31,7 @@ def test_ready_is_who_has_a_model_and_a_daemon_however_busy(
             "ready": False,
             "reasons": ["daemon not running"],
             "generation": 0,
+            "problems": ["a shard is damaged"],
         }
         control = ControlServer(running.home.socket)  # nobody takes what it puts on its queue
         control.start()

@@ -60,7 +60,7 @@ def test_the_engine_is_told_of(running: Running) -> None:
         found = samples(http.get("/metrics").text)
     assert found["kedit_rows_total",] == 3
     assert (found["kedit_rows_running",], found["kedit_rows_waiting",]) == (0, 1)
-    assert found["kedit_generation_served",] == 0
+    assert (found["kedit_generation_served",], found["kedit_problems",]) == (0, 1)
 
 
 def test_the_home_is_told_of_and_no_text_of_facts(running: Running) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from serving import Snapshot
+from serving import Figures
 
 from kedit_daemon.serve.refusals import Refused
 from kedit_daemon.serve.rows import Rows
@@ -38,8 +38,9 @@ class Told:
         finally:
             self.left += 1
 
-    def snapshot(self) -> Snapshot:
-        return Snapshot()
+    @property
+    def figures(self) -> Figures:
+        return Figures()
 
     def close(self) -> None:
         self.last.set()

@@ -1,5 +1,7 @@
 """Whether the process lives, and whether it can answer."""
 
+from typing import Any
+
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -8,6 +10,7 @@ from starlette.routing import Route
 
 from kedit_daemon.control import call
 from kedit_daemon.home import Home
+from kedit_daemon.serve.reader import Reader
 from memory.errors import KeditError
 
 PING_SECONDS = 2.0
@@ -29,12 +32,15 @@ class Health:
 
     async def ready(self, request: Request) -> Response:
         """Whether questions are answered and facts are taken; with the reasons when not."""
-        reader = request.app.state.reader
+        reader: Reader | None = request.app.state.reader
         reasons = [] if reader else ["the model is being loaded"]
         if why := await run_in_threadpool(self._daemon):
             reasons.append(why)
-        generation = reader.engine.snapshot().generation if reader else None
-        told = {"ready": not reasons, "reasons": reasons, "generation": generation}
+        told: dict[str, Any] = {"ready": not reasons, "reasons": reasons}
+        if reader is not None:
+            figures = reader.engine.figures
+            # What could not be followed is left as it was: answers are given all the same.
+            told |= {"generation": figures.generation, "problems": list(figures.problems)}
         return JSONResponse(told, 503 if reasons else 200)
 
     def _daemon(self) -> str | None:

@@ -109,12 +109,14 @@ class EngineFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The figures."""
-        now = self.engine.snapshot()
+        now = self.engine.figures
         yield CounterMetricFamily("kedit_rows", "Answers taken on.", now.requests)
         yield GaugeMetricFamily("kedit_rows_running", "Answers being generated.", now.running)
         yield GaugeMetricFamily("kedit_rows_waiting", "Answers that wait.", now.waiting)
         what = "The generation that answers."
         yield GaugeMetricFamily("kedit_generation_served", what, now.generation)
+        what = "Things of the home that could not be followed."
+        yield GaugeMetricFamily("kedit_problems", what, len(now.problems))
 
 
 class HomeFigures(Collector):

@@ -130,7 +130,7 @@ class Keeper:
                 return
             if time.monotonic() - began >= STEADY_SECONDS:
                 pause = self._pause
-            log.warning("the HTTP server %s; it starts again in %.0f s", ended, pause)
+            log.warning("the HTTP server %s; it starts again in %g s", ended, pause)
             if self._stopping.wait(pause):
                 return
             pause = min(2 * pause, LONGEST_PAUSE)

@@ -11,19 +11,19 @@ from kedit_daemon.serve.wish import Opened, Part, Wish
 from memory.model import EditableModel
 
 
-class Snapshot(Protocol):
+class Figures(Protocol):
     """How an engine is at a moment."""
 
     @property
     def requests(self) -> int: ...
-    @property
-    def tokens(self) -> int: ...
     @property
     def running(self) -> int: ...
     @property
     def waiting(self) -> int: ...
     @property
     def generation(self) -> int: ...
+    @property
+    def problems(self) -> tuple[str, ...]: ...
 
 
 class Engine(Protocol):
@@ -33,11 +33,12 @@ class Engine(Protocol):
         """First an Opened, then Parts, the last with a finish. Raises KeditError: "busy",
         "too-long", "model" (no such generation) or "non-finite"."""
 
-    def snapshot(self) -> Snapshot:
+    @property
+    def figures(self) -> Figures:
         """How it is now."""
 
     def close(self) -> None:
-        """End what runs."""
+        """End what runs; it may take as long as a step."""
 
 
 @dataclass(frozen=True)
