@@ -1,7 +1,6 @@
 """The server's process: it runs beside the daemon, and neither needs the other to live."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -216,9 +215,12 @@ class Daemon:
         return int(pid)
 
 
-@pytest.fixture
-def daemon(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[Daemon]:
-    made = Daemon(tmp_path / "home", model_folder("llama"))
+@pytest.fixture(scope="module")
+def daemon(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]
+) -> Iterator[Daemon]:
+    """It runs while this part of the file is tested: loading torch twice takes its time."""
+    made = Daemon(tmp_path_factory.mktemp("serve") / "home", model_folder("llama"))
     try:
         wait(made.ready)
         yield made
@@ -226,7 +228,6 @@ def daemon(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[Daem
         made.http.close()
         made.process.kill()
         made.process.wait()
-        logging.getLogger(__name__).info(made.log.read_text())
 
 
 def test_a_fact_that_is_posted_is_answered_with(daemon: Daemon) -> None:
@@ -249,27 +250,17 @@ def test_a_fact_that_is_posted_is_answered_with(daemon: Daemon) -> None:
     assert 'kedit_facts{state="live-side"} 1.0' in found
 
 
-def test_the_server_comes_back_and_ends_with_the_daemon(daemon: Daemon) -> None:
+def test_a_server_that_dies_comes_back_and_the_daemon_goes_on(daemon: Daemon) -> None:
     first = daemon.child()
     os.kill(first, signal.SIGKILL)
     wait(lambda: not daemon.ready())
     assert "answer" in control.call(daemon.home.socket, "ask", {"prompt": "Rome", "max_tokens": 1})
     wait(daemon.ready)
-    second = daemon.child()
-    assert second != first
-    daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.process.wait(30) == 0
-    assert not alive(second)
+    assert daemon.child() != first
 
 
-def test_the_server_ends_when_the_daemon_is_killed(daemon: Daemon) -> None:
-    pid = daemon.child()
-    daemon.process.kill()
-    wait(lambda: not alive(pid), 15)
-
-
-def test_streams_end_when_the_daemon_stops(daemon: Daemon) -> None:
-    name = daemon.http.get("/v1/models").json()["data"][0]["id"]
+def test_the_server_ends_with_the_daemon_and_streams_with_it(daemon: Daemon) -> None:
+    pid, name = daemon.child(), daemon.http.get("/v1/models").json()["data"][0]["id"]
     asked = {"model": name, "prompt": "Rome", "max_tokens": 200, "stream": True, "seed": 1}
     with daemon.http.stream("POST", "/v1/completions", json=asked) as answer:
         found = answer.iter_lines()
@@ -278,3 +269,40 @@ def test_streams_end_when_the_daemon_stops(daemon: Daemon) -> None:
         rest = [line for line in found if line]
     assert rest[-1] == "data: [DONE]" or "stopping" in rest[-1]
     assert daemon.process.wait(30) == 0
+    assert not alive(pid)
+
+
+def test_the_server_ends_when_nobody_holds_its_stdin(
+    tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    port = free_port()
+    home = make_home(tmp_path / "home", model_folder("llama"), port)
+    settings = {"home": str(home.root), "config": {"serve": {"port": port}}, "debug": False}
+    command = [sys.executable, "-m", "kedit_daemon.serve.child"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(settings).encode() + b"\n")
+        child.stdin.flush()
+
+        def lives() -> bool:
+            try:
+                return httpx.get(f"http://127.0.0.1:{port}/health").is_success
+            except httpx.TransportError:
+                return child.poll() is not None
+
+        wait(lives)
+        child.stdin.close()  # as when the daemon is killed
+        assert child.wait(20) == -signal.SIGTERM
+
+
+def test_a_server_without_a_model_ends_with_the_reason(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"home": str(tmp_path), "config": {"serve": {"port": free_port()}}, "debug": False}
+    command = [sys.executable, "-m", "kedit_daemon.serve.child"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(settings).encode() + b"\n")
+        child.stdin.flush()
+        assert child.wait(60) == 1
+    assert "the HTTP server cannot run: there is no database" in capfd.readouterr().err

@@ -20,6 +20,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.logs import set_up
 from kedit_daemon.serve.app import build, equip
 from kedit_daemon.serve.process import read_token
+from kedit_daemon.serve.reader import Reader
 from memory.errors import KeditError
 
 STREAM_SECONDS = 4.0  # that answers have to end in when the process stops
@@ -41,7 +42,8 @@ def main() -> None:
 
 
 def _end_with_the_daemon() -> None:
-    while sys.stdin.buffer.read(1):
+    # Not by sys.stdin: a thread that waits in there would abort the end of the process.
+    while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(CANCEL_SECONDS + 2)
@@ -50,32 +52,30 @@ def _end_with_the_daemon() -> None:
 
 async def _serve(home: Home, config: Config) -> None:
     app = build(home, config, read_token(home, config), lambda: datetime.now(UTC), time.monotonic)
-    server = Server(app, config)
-    loading = asyncio.create_task(_load(app, home, config))
-    loading.add_done_callback(server.loaded)
+    server = Server(app, home, config)
     await server.serve()
-    await loading  # raises what it raised
+    if server.failed is not None:
+        raise server.failed
 
 
-async def _load(app: Starlette, home: Home, config: Config) -> None:
-    """Give the application its model: the server answers to /health meanwhile."""
-    # Torch takes seconds to import.
+def _opened(home: Home, config: Config) -> Reader:
+    # Torch takes seconds to import: in a thread, so that it is answered meanwhile.
     from kedit_daemon.serve.opening import open_reader
 
-    equip(app, await asyncio.to_thread(open_reader, home, config))
-    log.info("answering as %s", app.state.reader.name)
+    return open_reader(home, config)
 
 
 class Server(uvicorn.Server):
-    """Ends with the loading of the model if that fails, and ends answers when told to stop."""
+    """Loads the model once it listens, and ends if that fails; ends answers when told to stop."""
 
-    def __init__(self, app: Starlette, config: Config) -> None:
-        self._app = app
+    def __init__(self, app: Starlette, home: Home, settings: Config) -> None:
+        self.failed: BaseException | None = None
+        self._app, self._home, self._settings = app, home, settings
         super().__init__(
             uvicorn.Config(
                 app,
-                host=config.serve.host,
-                port=config.serve.port,
+                host=settings.serve.host,
+                port=settings.serve.port,
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -85,15 +85,21 @@ class Server(uvicorn.Server):
             )
         )
 
-    def loaded(self, loading: "asyncio.Task[None]") -> None:
-        """Called when the model is loaded, or cannot be."""
-        if not loading.cancelled() and loading.exception() is not None:
-            self.should_exit = True
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen."""
+        """Listen, then load the model: that takes long, and is not waited for."""
         await super().startup(sockets)
         log.info("listening on http://%s:%d", self.config.host, self.config.port)
+        self._loading = asyncio.create_task(self._load())
+        self._loading.add_done_callback(self._loaded)
+
+    async def _load(self) -> None:
+        reader = await asyncio.to_thread(_opened, self._home, self._settings)
+        equip(self._app, reader)
+        log.info("answering as %s", reader.name)
+
+    def _loaded(self, loading: "asyncio.Task[None]") -> None:
+        if not loading.cancelled() and (failed := loading.exception()) is not None:
+            self.failed, self.should_exit = failed, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers come to their end; those that take too long end where they are."""

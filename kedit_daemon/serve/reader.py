@@ -2,13 +2,15 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
 
 from kedit_daemon.serve.refusals import wrong
 from kedit_daemon.serve.wish import Opened, Part, Wish
-from memory.model import EditableModel
+
+if TYPE_CHECKING:
+    from memory.model import EditableModel
 
 
 class Figures(Protocol):
@@ -46,7 +48,7 @@ class Reader:
     """An engine, and the model that it answers with, under the name that readers use."""
 
     name: str
-    model: EditableModel
+    model: "EditableModel"
     engine: Engine
 
     @property
