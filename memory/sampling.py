@@ -32,10 +32,13 @@ class Chance:
         at = torch.rand((), generator=self._random, dtype=torch.float64).item()
         if self.top_p >= 1:
             return _at(shares.cumsum(-1), at)
-        likeliest, tokens = shares.sort(descending=True, stable=True)
+        # Tokens below this share are too few, all together, to be among those that reach top_p;
+        # without them there is little to sort.
+        able = (shares >= (1 - self.top_p) / len(shares)).nonzero()[:, 0]
+        likeliest, order = shares[able].sort(descending=True, stable=True)
         sums = likeliest.cumsum(-1)
         fewest = int((sums < self.top_p).sum()) + 1  # the one that reaches top_p is among them
-        return int(tokens[_at(sums[:fewest], at)])
+        return int(able[order[_at(sums[:fewest], at)]])
 
 
 def _at(sums: Tensor, at: float) -> int:
