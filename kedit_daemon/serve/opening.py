@@ -1,8 +1,9 @@
 """Opens the model of a home for readers. Imports torch: only a process that answers wants it."""
 
+from pathlib import Path
+
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
-from kedit_daemon.loading import model_path
 from kedit_daemon.serve.engine import Engine
 from kedit_daemon.serve.reader import Reader
 from kedit_daemon.serve.replica import Replica
@@ -15,4 +16,4 @@ def open_reader(home: Home, config: Config) -> Reader:
     """
     replica = Replica.load(home, config.model, config.device)
     engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
-    return Reader(model_path(config.model).name, engine.model, engine)
+    return Reader(Path(config.model).name, engine.model, engine)
