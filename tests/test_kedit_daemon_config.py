@@ -183,3 +183,17 @@ def test_a_wrong_variable_is_named(tmp_path: Path, variable: str, value: str, hi
 def test_a_variable_does_not_hide_a_file_that_is_wrong(tmp_path: Path) -> None:
     error = refusal(tmp_path, "inbox = 3\n", {"KEDIT_INBOX_MAX_BYTES": "5"})
     assert "inbox: must be a section" in str(error)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_server_for_this_machine_alone_needs_no_token(tmp_path: Path, host: str) -> None:
+    serve = read(tmp_path, f'[serve]\nport = 8000\nhost = "{host}"').serve
+    assert (serve.host, serve.port, serve.token_file) == (host, 8000, None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "kedit.example"])
+def test_a_server_that_others_reach_needs_a_token(tmp_path: Path, host: str) -> None:
+    error = refusal(tmp_path, f'[serve]\nhost = "{host}"')
+    assert "serve: token_file must be set" in str(error) and host in str(error)
+    text = f'[serve]\nhost = "{host}"\ntoken_file = "token"'
+    assert read(tmp_path, text, {"KEDIT_SERVE_PORT": "80"}).serve.port == 80

@@ -1,6 +1,7 @@
 """OpenAI's API, as its own client meets it."""
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import httpx
 import openai
 import pytest
 import torch
+from home_tools import ROME
 from openai import OpenAI
 from serving import NAME, Running, server
 
@@ -20,14 +22,20 @@ PROMPT = "The seat of country 3 is"
 
 
 @pytest.fixture(scope="module")
-def model(model_folder: Callable[[str], Path]) -> EditableModel:
-    return EditableModel.load(model_folder("llama"), torch.device("cpu"))
+def folder(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("llama")
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory, model: EditableModel) -> Iterator[Running]:
-    with server(tmp_path_factory.mktemp("serve"), model, waiting_limit=8) as found:
+def running(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Running]:
+    with server(tmp_path_factory.mktemp("serve") / "home", folder, waiting_limit=8) as found:
         yield found
+
+
+@pytest.fixture(scope="module")
+def model(running: Running) -> EditableModel:
+    """The unedited one."""
+    return running.published.model
 
 
 @pytest.fixture
@@ -61,7 +69,9 @@ def test_prompts_may_be_texts_and_ids_and_have_several_choices(
     ids = model.encode(PROMPT)
     several: list[Any] = [ids, [PROMPT, "Oslo"], [ids, model.encode("Oslo")]]
     for prompt in several:
-        done = client.completions.create(model=NAME, prompt=prompt, max_tokens=3, n=2)
+        done = client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=3, n=2, temperature=0
+        )
         prompts = 1 if prompt is ids else 2
         assert [c.index for c in done.choices] == list(range(2 * prompts))
         assert done.choices[0].text == done.choices[1].text == greedy(model, PROMPT, 3)
@@ -72,13 +82,17 @@ def test_an_answer_ends_before_a_stop_text(client: OpenAI, model: EditableModel)
     text = greedy(model, PROMPT, 8)
     stop = text[len(text) // 2]
     for given in (stop, ["nowhere", stop]):
-        done = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=8, stop=given)
+        done = client.completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=8, stop=given, temperature=0
+        )
         assert done.choices[0].text == text[: text.index(stop)]
         assert done.choices[0].finish_reason == "stop"
 
 
 def test_logprobs_of_a_completion(client: OpenAI, model: EditableModel) -> None:
-    done = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=4, logprobs=2)
+    done = client.completions.create(
+        model=NAME, prompt=PROMPT, max_tokens=4, logprobs=2, temperature=0
+    )
     told = done.choices[0].logprobs
     assert told is not None and told.tokens and told.top_logprobs and told.token_logprobs
     assert "".join(told.tokens) == done.choices[0].text
@@ -102,6 +116,7 @@ def test_a_chat_without_a_template_goes_on_from_a_lone_message(
             model=NAME,
             messages=[{"role": "user", "content": content}],
             max_completion_tokens=4,
+            temperature=0,
             logprobs=True,
             top_logprobs=2,
         )
@@ -134,19 +149,23 @@ def test_a_chat_may_go_on_for_as_long_as_there_is_room(
 
 
 def test_a_stream_tells_the_same_as_an_answer_at_once(client: OpenAI) -> None:
-    wanted: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "max_tokens": 6, "logprobs": 1}
+    wanted: dict[str, Any] = {
+        **{"model": NAME, "prompt": PROMPT, "max_tokens": 6, "logprobs": 1},
+        "seed": 5,
+    }
     whole = client.completions.create(**wanted)
     chunks = list(
         client.completions.create(**wanted, stream=True, stream_options={"include_usage": True})
     )
     said = [c for c in chunks if c.choices]
-    assert len(said) == 6
+    assert 1 < len(said) <= 6
     assert "".join(c.choices[0].text for c in said) == whole.choices[0].text
     told = whole.choices[0].logprobs
     assert told is not None
     pieces = [c.choices[0].logprobs for c in said]
-    assert [p.text_offset[0] for p in pieces if p and p.text_offset] == told.text_offset
-    assert [c.choices[0].finish_reason for c in said] == [None] * 5 + ["length"]
+    assert [n for p in pieces if p and p.text_offset for n in p.text_offset] == told.text_offset
+    finishes = [c.choices[0].finish_reason for c in said]
+    assert finishes == [None] * (len(said) - 1) + [whole.choices[0].finish_reason]
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
     assert all(c.usage is None for c in said)
     assert len({c.id for c in chunks}) == 1
@@ -154,6 +173,7 @@ def test_a_stream_tells_the_same_as_an_answer_at_once(client: OpenAI) -> None:
 
 def test_a_chat_streams_its_choices_side_by_side(client: OpenAI) -> None:
     asked: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}]}
+    asked["temperature"] = 0
     chunks = list(client.chat.completions.create(**asked, max_tokens=4, n=3, stream=True))
     assert [c.choices[0].delta.role for c in chunks[:3]] == ["assistant"] * 3
     texts = ["", "", ""]
@@ -165,15 +185,17 @@ def test_a_chat_streams_its_choices_side_by_side(client: OpenAI) -> None:
 
 
 def test_the_facts_that_fired_are_told(running: Running, client: OpenAI) -> None:
-    asked: dict[str, Any] = {"model": NAME, "prompt": [PROMPT, "Oslo"], "max_tokens": 2}
+    asked: dict[str, Any] = {"model": NAME, "prompt": [PROMPT, ROME.question], "max_tokens": 2}
     raw = client.completions.with_raw_response.create(**asked)
-    assert raw.headers["x-kedit-facts"] == "0123456789ab"
+    assert raw.headers["x-kedit-facts"] == ROME.id
     assert raw.headers["x-kedit-generation"] == "0"
-    told = {"id": "0123456789ab", "score": 0.9, "margin": 1.5, "choice": 1}
-    assert json.loads(raw.text)["kedit"] == {"generation": 0, "facts": [told]}
+    kedit = json.loads(raw.text)["kedit"]
+    (told,) = kedit["facts"]
+    assert (kedit["generation"], told["id"], told["choice"]) == (0, ROME.id, 1)
+    assert 0.9 < told["score"] <= 1.001 and told["margin"] >= 1
     with running.http() as http:
         answer = http.post("/v1/completions", json={**asked, "stream": True})
-        assert answer.headers["x-kedit-facts"] == "0123456789ab"
+        assert answer.headers["x-kedit-facts"] == ROME.id
         events = answer.text.split("\n\n")
         assert json.loads(events[0].removeprefix("data: "))["kedit"]["facts"] == [told]
         assert "kedit" not in events[1]
@@ -265,8 +287,8 @@ def test_bodies_that_are_no_requests(running: Running) -> None:
         assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
 
 
-def test_a_body_may_be_only_so_long(tmp_path: Path, model: EditableModel) -> None:
-    with server(tmp_path / "home", model, max_body_bytes=2000) as running, running.http() as http:
+def test_a_body_may_be_only_so_long(tmp_path: Path, folder: Path) -> None:
+    with server(tmp_path / "home", folder, max_body_bytes=2000) as running, running.http() as http:
         asked = {"model": NAME, "prompt": "a" * 3000}
         assert http.post("/v1/completions", json=asked).status_code == 413
 
@@ -279,17 +301,17 @@ def test_a_body_may_be_only_so_long(tmp_path: Path, model: EditableModel) -> Non
         assert http.post("/v1/completions", json=asked).status_code == 200
 
 
-def test_a_reader_who_leaves_ends_the_answer(tmp_path: Path, model: EditableModel) -> None:
+def test_a_reader_who_leaves_ends_the_answer(tmp_path: Path, folder: Path) -> None:
     asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "n": 2}
-    with server(tmp_path / "home", model) as running, running.http() as http:
-        running.engine.pause = 0.02
+    with server(tmp_path / "home", folder) as running, running.http() as http:
+        running.pace.seconds = 0.02
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/completions", json=asked, timeout=0.3)
-        wait_for(lambda: running.engine.running == 0)
+        wait_for(lambda: running.engine.figures.running == 0)
         with http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
             next(answer.iter_lines())
-            assert running.engine.running == 2
-        wait_for(lambda: running.engine.running == 0)
+            assert running.engine.figures.running == 2
+        wait_for(lambda: running.engine.figures.running == 0)
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -299,10 +321,28 @@ def wait_for(what: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_an_answer_that_breaks_off_says_so(tmp_path: Path, model: EditableModel) -> None:
+def test_who_asks_when_too_many_wait_may_ask_again(tmp_path: Path, folder: Path) -> None:
     asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "stream": True}
-    with server(tmp_path / "home", model) as running, running.http() as http:
-        running.engine.pause = 0.02
+    home = tmp_path / "home"
+    with server(home, folder, most_rows=1, waiting_limit=1) as running, running.http() as http:
+        running.pace.seconds = 0.02
+        with http.stream("POST", "/v1/completions", json=asked):
+            waiting = threading.Thread(
+                target=lambda: httpx.post(f"{running.url}/v1/completions", json=asked, timeout=60)
+            )
+            waiting.start()
+            wait_for(lambda: running.engine.figures.waiting == 1)
+            answer = http.post("/v1/completions", json=asked)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+            assert answer.json()["error"]["code"] == "busy"
+            running.pace.seconds = 0.0
+        waiting.join()
+
+
+def test_an_answer_that_breaks_off_says_so(tmp_path: Path, folder: Path) -> None:
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "stream": True}
+    with server(tmp_path / "home", folder) as running, running.http() as http:
+        running.pace.seconds = 0.02
         with http.stream("POST", "/v1/completions", json=asked) as answer:
             lines = answer.iter_lines()
             next(lines)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import seat
 from serving import Running, server
 
@@ -17,20 +16,14 @@ from kedit_daemon.config import Config
 from kedit_daemon.inbox import Inbox
 from kedit_daemon.intake import Intake
 from memory.facts import Fact, State
-from memory.model import EditableModel
 from memory.store import Store
 
-OTHER = seat(2, "Lima")
-
-
-@pytest.fixture(scope="module")
-def model(model_folder: Callable[[str], Path]) -> EditableModel:
-    return EditableModel.load(model_folder("llama"), torch.device("cpu"))
+OTHER = seat(12, "Lima")
 
 
 @pytest.fixture
-def running(tmp_path: Path, model: EditableModel) -> Iterator[Running]:
-    with server(tmp_path / "home", model, max_body_bytes=4000) as found:
+def running(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[Running]:
+    with server(tmp_path / "home", model_folder("llama"), max_body_bytes=4000) as found:
         yield found
 
 
@@ -60,12 +53,12 @@ def take(running: Running, stop: State | None = None) -> int:
 
 
 def test_facts_go_into_the_inbox_and_are_named(running: Running) -> None:
-    body = line(seat(1)) + b"{broken\n" + line(OTHER)
+    body = line(seat(11)) + b"{broken\n" + line(OTHER)
     with running.http() as http:
         answer = http.post("/facts", content=body)
     assert answer.status_code == 202
     told = answer.json()
-    assert told["ids"] == [seat(1).id, OTHER.id]
+    assert told["ids"] == [seat(11).id, OTHER.id]
     assert told["problems"][0]["line"] == 2
     assert told["problems"][0]["problem"] and told["problems"][0]["remedy"]
     assert in_inbox(running) == [told["file"]]
@@ -104,7 +97,7 @@ def test_a_key_counts_once_wherever_its_file_is(running: Running) -> None:
         def again() -> None:
             answer = http.post("/facts", content=body, headers=key)
             assert (answer.status_code, answer.content) == (202, first.content)
-            other = http.post("/facts", content=line(seat(3)), headers=key)
+            other = http.post("/facts", content=line(seat(13)), headers=key)
             assert other.status_code == 409
             assert other.json()["error"]["code"] == "idempotency_key_reused"
 
@@ -134,7 +127,7 @@ def test_two_requests_with_one_key_at_once_hand_in_once(running: Running) -> Non
             key = {"Idempotency-Key": "k"}
             answers.append(http.post("/facts", content=body, headers=key).status_code)
 
-    threads = [threading.Thread(target=post, args=(line(seat(n % 2)),)) for n in range(6)]
+    threads = [threading.Thread(target=post, args=(line(seat(11 + n % 2)),)) for n in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -5,25 +5,21 @@ from pathlib import Path
 
 import openai
 import pytest
-import torch
 from serving import NAME, server
 
 from kedit_daemon.serve.gate import CLIENTS, Rate
-from memory.model import EditableModel
 
 TOKEN = "a-token-of-many-characters"
 CLOSED = ("/v1/models", "/ready", "/metrics")
 
 
 @pytest.fixture
-def model(model_folder: Callable[[str], Path]) -> EditableModel:
-    return EditableModel.load(model_folder("llama"), torch.device("cpu"))
+def folder(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("llama")
 
 
-def test_a_token_opens_everything_and_health_is_open_without(
-    tmp_path: Path, model: EditableModel
-) -> None:
-    with server(tmp_path / "home", model, TOKEN) as running, running.http() as http:
+def test_a_token_opens_everything_and_health_is_open_without(tmp_path: Path, folder: Path) -> None:
+    with server(tmp_path / "home", folder, TOKEN) as running, running.http() as http:
         wrong = ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff")
         for path in CLOSED:
             for said in wrong:
@@ -42,29 +38,27 @@ def test_a_token_opens_everything_and_health_is_open_without(
 
 
 def test_without_a_token_only_this_machines_own_name_is_answered_to(
-    tmp_path: Path, model: EditableModel
+    tmp_path: Path, folder: Path
 ) -> None:
-    with server(tmp_path / "home", model) as running, running.http() as http:
+    with server(tmp_path / "home", folder) as running, running.http() as http:
         for host in ("localhost:80", "127.0.0.1", "[::1]:8000"):
             assert http.get("/v1/models", headers={"Host": host}).status_code == 200
         for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "[", ""):
             assert http.get("/v1/models", headers={"Host": host}).status_code == 403, host
 
 
-def test_a_page_of_another_server_changes_nothing(tmp_path: Path, model: EditableModel) -> None:
-    with server(tmp_path / "home", model) as running, running.http() as http:
+def test_a_page_of_another_server_changes_nothing(tmp_path: Path, folder: Path) -> None:
+    with server(tmp_path / "home", folder) as running, running.http() as http:
         for origin, status in (("http://evil.example", 403), ("null", 403), (running.url, 422)):
             answer = http.post("/facts", content=b"", headers={"Origin": origin})
             assert answer.status_code == status, origin
         assert http.get("/v1/models", headers={"Origin": "http://evil.example"}).is_success
 
 
-def test_a_client_may_ask_so_often_and_is_told_when_again(
-    tmp_path: Path, model: EditableModel
-) -> None:
+def test_a_client_may_ask_so_often_and_is_told_when_again(tmp_path: Path, folder: Path) -> None:
     asked = {"model": NAME, "prompt": "Rome", "max_tokens": 1}
     home = tmp_path / "home"
-    with server(home, model, requests_per_minute=2) as running, running.http() as http:
+    with server(home, folder, requests_per_minute=2) as running, running.http() as http:
         said = [http.post("/v1/completions", json=asked) for _ in range(3)]
         assert [a.status_code for a in said] == [200, 200, 429]
         assert 1 <= int(said[2].headers["retry-after"]) <= 30

@@ -1,23 +1,26 @@
 """Text that becomes tokens, and conversations that become text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from serving import NAME, PlainEngine
+from home_tools import Published
+from serving import NAME, load
 
+from kedit_daemon.serve.engine import Engine
 from kedit_daemon.serve.reader import Reader, plain
 from kedit_daemon.serve.refusals import Refused
-from memory.model import EditableModel
 
 TALK = [("system", "Be brief."), ("user", "Hello")]
 
 
 @pytest.fixture
-def reader(model_folder: Callable[[str], Path]) -> Reader:
-    model = EditableModel.load(model_folder("llama"), torch.device("cpu"))
-    return Reader(NAME, model, PlainEngine(model, {}))
+def reader(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[Reader]:
+    published = Published(tmp_path / "home", load(model_folder("llama")))
+    engine = Engine(published.replica(published.model), 1, 1)
+    yield Reader(NAME, engine.model, engine)
+    engine.close()
+    published.store.close()
 
 
 def test_a_conversation_without_a_template_is_plain_text(reader: Reader) -> None:

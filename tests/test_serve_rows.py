@@ -4,8 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from serving import Figures
 
+from kedit_daemon.serve.engine import Figures
 from kedit_daemon.serve.refusals import Refused
 from kedit_daemon.serve.rows import Rows
 from kedit_daemon.serve.wish import Opened, Part, Wish
@@ -40,7 +40,7 @@ class Told:
 
     @property
     def figures(self) -> Figures:
-        return Figures()
+        return Figures(0, 0, 0, 0, 0, ())
 
     def close(self) -> None:
         self.last.set()
