@@ -1,47 +1,37 @@
 """What goes to stderr."""
 
-import logging
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
-from kedit_daemon.logs import CHATTY, on_terminal, set_up
+from kedit_daemon.logs import on_terminal
+
+JOURNAL = {"JOURNAL_STREAM": "8:1"}
 
 
-@pytest.fixture
-def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
-    """The root logger as a new process has it."""
-    logger = logging.getLogger()
-    level = logger.level
-    levels = {name: logging.getLogger(name).level for name in CHATTY}
-    monkeypatch.setattr(logger, "handlers", [])
-    yield logger
-    logger.setLevel(level)
-    for name, before in levels.items():
-        logging.getLogger(name).setLevel(before)
+def said(debug: bool, environ: dict[str, str]) -> str:
+    """By a process of its own: a log is set up once in each."""
+    script = (
+        f"import logging; from kedit_daemon.logs import set_up; set_up({debug}, {environ})\n"
+        "logging.getLogger('kedit').info('hello')\n"
+        "logging.getLogger('uvicorn.error').debug('more')"
+    )
+    command = [sys.executable, "-c", script]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=dict(os.environ), check=True
+    ).stderr
 
 
-@pytest.mark.parametrize(("environ", "dated"), [({}, True), ({"JOURNAL_STREAM": "8:1"}, False)])
-def test_the_journal_has_its_own_clock(
-    root: logging.Logger,
-    capsys: pytest.CaptureFixture[str],
-    environ: dict[str, str],
-    dated: bool,
-) -> None:
-    set_up(False, environ)
-    logging.getLogger("kedit").info("hello")
-    logging.getLogger("kedit").debug("not this")
-    logging.getLogger("uvicorn.error").info("nor this")
-    said = capsys.readouterr().err
-    assert said.endswith("INFO hello\n") and said.count("\n") == 1
-    assert (said != "INFO hello\n") is dated
+def test_the_journal_has_its_own_clock() -> None:
+    assert said(False, JOURNAL) == "INFO hello\n"
+    dated = said(False, {})
+    assert dated.endswith(" INFO hello\n") and dated[:2] == "20"
 
 
-def test_debug_tells_everything(root: logging.Logger, capsys: pytest.CaptureFixture[str]) -> None:
-    set_up(True, {"JOURNAL_STREAM": "8:1"})
-    logging.getLogger("uvicorn").debug("this too")
-    assert capsys.readouterr().err == "DEBUG this too\n"
+def test_debug_tells_everything() -> None:
+    assert said(True, JOURNAL) == "INFO hello\nDEBUG more\n"
 
 
 def test_progress_is_shown_on_a_terminal_alone(
