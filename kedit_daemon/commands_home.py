@@ -1,6 +1,5 @@
 """The commands around a home: make one, run it, hand facts in, check it, see it all at work."""
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -70,18 +69,10 @@ def run(ctx: click.Context, session: Session) -> None:
       kedit-daemon run
     """
     from kedit_daemon.config import load
+    from kedit_daemon.logs import set_up
 
     config = load(session.home.root, session.environ)
-    debug = bool(ctx.find_root().params.get("debug"))
-    # The journal has its own clock.
-    clock = "" if session.environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format=f"{clock}%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
-    for chatty in ("apscheduler", "faiss", "watchfiles"):
-        logging.getLogger(chatty).setLevel(logging.DEBUG if debug else logging.WARNING)
+    set_up(bool(ctx.find_root().params.get("debug")), session.environ)
     from kedit_daemon.daemon import run as run_daemon
 
     ctx.exit(run_daemon(session.home, config))

@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -143,6 +144,32 @@ class PublishConfig(_Table):
         return self
 
 
+class ServeConfig(_Table):
+    """The HTTP server beside the daemon."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 0
+    token_file: Annotated[str, Field(min_length=1)] | None = None
+    max_body_bytes: Count = 10_485_760
+    most_rows: Count = 16
+    waiting_limit: Count = 64
+    requests_per_minute: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return self.host == "localhost" or ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    @model_validator(mode="after")
+    def _closed(self) -> Self:
+        if not self.local and self.token_file is None:
+            raise ValueError(f"token_file must be set: others reach the host {self.host}")
+        return self
+
+
 class Config(_Table):
     """Everything a person may set."""
 
@@ -155,6 +182,7 @@ class Config(_Table):
     stability: StabilityConfig = StabilityConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     publish: PublishConfig = PublishConfig()
+    serve: ServeConfig = ServeConfig()
 
 
 SECTIONS: Mapping[str, type[_Table]] = {
@@ -165,6 +193,7 @@ SECTIONS: Mapping[str, type[_Table]] = {
     "stability": StabilityConfig,
     "schedule": ScheduleConfig,
     "publish": PublishConfig,
+    "serve": ServeConfig,
 }
 
 

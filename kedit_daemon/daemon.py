@@ -20,10 +20,12 @@ from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
 from kedit_daemon.intake import Intake
 from kedit_daemon.jobs import Jobs
-from kedit_daemon.loading import load_model, on_terminal
+from kedit_daemon.loading import load_model
 from kedit_daemon.lock import hold
+from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
 from kedit_daemon.publish import Publisher
+from kedit_daemon.serve.process import check, keep_serving
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.ledger import head, write_head
@@ -51,8 +53,10 @@ def run(
 ) -> int:
     """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code.
 
-    Raises KeditError: another daemon holds the home (75), or the model cannot be used (78).
+    Raises KeditError: another daemon holds the home (75), or the model, or what [serve] says,
+    cannot be used (78).
     """
+    check(home, config)
     home.create()
     with hold(home.lock):
         store = Store(home.database, clock)
@@ -104,8 +108,9 @@ class Daemon:
         self.notifier.ready()
         log.info("ready: generation %d", self.store.active_generation())
         try:
-            while not self.stopping.is_set():
-                self._turn()
+            with keep_serving(self.home, self.config):
+                while not self.stopping.is_set():
+                    self._turn()
         except KeditError as error:
             if error.code != "stopping":
                 raise

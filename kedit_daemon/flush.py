@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from kedit_daemon.published import unpack_keys
 from kedit_daemon.quarantine import Quarantine
 from kedit_daemon.room import FULL, Trial
-from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD, Weights
 from memory.errors import KeditError
 from memory.facts import ACTIVE, Fact, State

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kedit_daemon.flush import Flush
 from kedit_daemon.loading import ordinary_text
-from kedit_daemon.serving import pack_keys, save_shard
+from kedit_daemon.published import pack_keys, save_shard
 from memory.errors import KeditError
 from memory.facts import Fact, State
 from memory.rows import StoredFact

@@ -27,6 +27,8 @@ KINDS = {
     "flush_too_large": "a batch was too much for the weights, and was made smaller",
     "generation_switched": "other weights are served",
     "generation_rebuilt": "weights were solved again from the stored facts",
+    "published": "a generation was exported, and servers were told",
+    "publish_failed": "that went wrong; it is tried again",
     "mended": "what was damaged was made anew",
     "audit": "the health of the weights was measured",
     "retention": "old facts were asked again",

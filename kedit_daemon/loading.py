@@ -2,13 +2,9 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import track
 
 from kedit_daemon import demo
 from memory.device import resolve_device
@@ -24,14 +20,6 @@ STATISTICS = "statistics.safetensors"
 CANARY_LINES = 40
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
-
-
-def on_terminal(description: str) -> Progress:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return iter
-    console = Console(stderr=True)
-    return lambda items: track(list(items), description=description, console=console)
 
 
 @dataclass(frozen=True)

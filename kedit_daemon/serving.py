@@ -9,23 +9,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from kedit_daemon.home import Home
 from kedit_daemon.loading import Loaded
+from kedit_daemon.published import load_delta, load_deltas, unpack_keys
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.files import load_tensors, save_tensors
+from memory.files import save_tensors
 from memory.generate import answers
 from memory.index import KeyIndex
+from memory.model import EditableModel
 from memory.rows import GenerationRow
-from memory.side import Delta, Keys, Match, Shard, SideMemory, number_of
+from memory.side import Match, Shard, SideMemory, number_of
+from memory.statistics import LayerStatistics
 from memory.store import Store
 from policies.probe import ask_all
 from policies.sense import nonsense
+from policies.site import EditSite
 from policies.targets import Refused
 from policies.weights import WeightsTier, unpack
 
@@ -44,8 +46,26 @@ class Answer:
 
 def empty_side(loaded: Loaded) -> SideMemory:
     """A side memory for a model, with nothing in it."""
-    means = {n: s.mean for n, s in loaded.statistics.items()}
-    return SideMemory(loaded.model, loaded.site.gates, means)
+    return side_for(loaded.model, loaded.site, loaded.statistics)
+
+
+def side_for(
+    model: EditableModel, site: EditSite, statistics: Mapping[int, LayerStatistics]
+) -> SideMemory:
+    """The same, of a model that is only read from."""
+    return SideMemory(model, site.gates, {n: one.mean for n, one in statistics.items()})
+
+
+def check_base(known: str | None, found: str, name: str) -> None:
+    """Refuse a home that belongs to another model, by the hashes of the unedited weights: deltas
+    for another would be noise."""
+    if known not in (None, found):
+        raise KeditError(
+            f"this home was made for another model than {name}",
+            code="model",
+            hint="set `model` in config.toml back, or make a new home with init",
+            exit_code=78,
+        )
 
 
 class Served:
@@ -72,18 +92,12 @@ class Served:
         self._sweep()
 
     def _check_base(self) -> None:
-        """A home belongs to one model: deltas for another would be noise."""
+        """A home belongs to one model, from its first start on."""
         known = self.store.meta("base_hash")
+        check_base(known, self.loaded.base_hash, self.loaded.name)
         if known is None:
             with self.store.transaction():
                 self.store.set_meta("base_hash", self.loaded.base_hash)
-        elif known != self.loaded.base_hash:
-            raise KeditError(
-                f"this home was made for another model than {self.loaded.name}",
-                code="model",
-                hint="set `model` in config.toml back, or make a new home with init",
-                exit_code=78,
-            )
 
     def _check_site(self) -> None:
         """The facts' terms belong to the layers that were edited when they were computed."""
@@ -104,8 +118,7 @@ class Served:
         """Lay the active generation over the unedited weights, from its file if that is whole."""
         row = self.store.generation(self.store.active_generation())
         try:
-            tensors = load_tensors(self.home.generations, row.sha256) if row.sha256 else {}
-            self.deltas = {int(name): tensor for name, tensor in tensors.items()}
+            self.deltas = load_deltas(self.home.generations, row)
         except KeditError as error:
             log.warning("%s; solving generation %d again", error, row.id)
             self.deltas = self._rebuild(row, str(error))
@@ -160,7 +173,7 @@ class Served:
         broken = set()
         for row in self.store.shards():
             try:
-                delta = _load_delta(self.home.side, row.sha256, self.model.device)
+                delta = load_delta(self.home.side, row.sha256, self.model.device)
                 self.side.shards[row.id] = Shard(delta, row.threshold)
             except KeditError as error:
                 log.warning("%s; its facts are learned again", error)
@@ -264,28 +277,6 @@ class Served:
         """The unedited model's answers to the facts' probe prompts, by fact id."""
         with self.model.at_base():
             return ask_all(self.model, facts)
-
-
-def save_shard(folder: Path, shard: Shard) -> str:
-    """Write a shard's ΔW into the folder and return the file's sha256."""
-    return save_tensors(folder, {"up": shard.delta.up, "down": shard.delta.down})
-
-
-def _load_delta(folder: Path, sha: str, device: torch.device) -> Delta:
-    tensors = load_tensors(folder, sha)
-    if set(tensors) != {"up", "down"}:
-        raise KeditError(f"shard {sha} is of a form that is no longer used", code="corrupt")
-    return Delta(tensors["up"].to(device), tensors["down"].to(device))
-
-
-def pack_keys(keys: Keys) -> bytes:
-    """Retrieval keys as the store keeps them."""
-    return save({"subject": keys.subject.contiguous(), "end": keys.end.contiguous()})
-
-
-def unpack_keys(blob: bytes) -> Keys:
-    """The reverse of `pack_keys`."""
-    return Keys(**load(blob))
 
 
 def _sweep_folder(folder: Path, named: Container[str | None]) -> None:

@@ -66,10 +66,11 @@ def native(fact: Fact) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def hand_in(inbox: Path, submission: Submission) -> str:
-    """Put the file into the inbox, whole or not at all; returns the name that it has there."""
-    name = _unique(submission.name)
-    staged = inbox / f".{name}.tmp"
+def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> str:
+    """Put the file into the inbox, whole or not at all; returns the name that it has there, which
+    holds the token: the file's own, or one that no other file has."""
+    name = _named(submission.name, token or secrets.token_hex(8))
+    staged = inbox / f".{secrets.token_hex(8)}.tmp"
     try:
         try:
             descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -98,11 +99,11 @@ def hand_in(inbox: Path, submission: Submission) -> str:
     return name
 
 
-def _unique(name: str) -> str:
+def _named(name: str, token: str) -> str:
     stem, suffix = os.path.splitext(name)
     stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:STEM_CHARS] or "facts"
     good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in _UNFINISHED
-    return f"{stem}-{secrets.token_hex(8)}{suffix if good else '.jsonl'}"
+    return f"{stem}-{token}{suffix if good else '.jsonl'}"
 
 
 @dataclass(frozen=True)

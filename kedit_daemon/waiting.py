@@ -31,10 +31,7 @@ def wait(
     last = ""
     while True:
         running = holder(home.lock) is not None
-        gone = _refused(home, name)
-        states = _states(home, name, ids)
-        if states is None and gone:
-            return dict.fromkeys(ids, (LOST, f"see inbox/failed/{name}{REPORT}"))
+        states = look(home, name, ids)
         settled = [i for i in ids if states and states[i][0] != State.RECEIVED]
         if states is not None and len(settled) == len(ids):
             return states
@@ -50,6 +47,15 @@ def wait(
             tell(told)
             last = told
         time.sleep(POLL_SECONDS)
+
+
+def look(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | None:
+    """How the facts of the file `name` stand; None before it has been taken in."""
+    gone = _refused(home, name)
+    states = _states(home, name, ids)
+    if states is None and gone:
+        return dict.fromkeys(ids, (LOST, f"see inbox/failed/{name}{REPORT}"))
+    return states
 
 
 def _states(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | None:

@@ -1,63 +1,28 @@
 """What is computed from facts: terms, retrieval keys, shards, generations of the weights."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
-from memory.errors import KeditError
+from memory.derived import Derived
 from memory.journal import Journal
 from memory.ledger import canonical
-from memory.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideRow
 
 
-class Artifacts(Journal):
+class Artifacts(Derived, Journal):
     """The part of the store that keeps what editing has computed."""
 
     def put_terms(self, fact_id: str, blob: bytes) -> None:
         """Keep a fact's keys and targets for the weights tier, in the place of older ones."""
         self._upsert("terms", "fact_id", {"fact_id": fact_id, **_sealed(blob)})
 
-    def terms(self, fact_id: str) -> bytes:
-        """A fact's keys and targets, as they were put."""
-        row = self._one("SELECT sha256, tensors FROM terms WHERE fact_id = ?", fact_id)
-        if row is None:
-            raise KeditError(f"fact {fact_id} has no terms for the weights", code="no-terms")
-        return opened(row[0], row[1], f"the terms of fact {fact_id}")
-
-    def has_terms(self, fact_id: str) -> bool:
-        """Whether a fact's keys and targets are kept."""
-        return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
-
     def drop_terms(self, fact_id: str) -> None:
         """Keep a fact's keys and targets no more."""
         self._write("DELETE FROM terms WHERE fact_id = ?", fact_id)
 
-    def any_terms(self) -> str | None:
-        """The id of some fact whose keys and targets are kept."""
-        row = self._one("SELECT fact_id FROM terms LIMIT 1")
-        return None if row is None else str(row[0])
-
     def put_side(self, fact_id: str, shard: int, blob: bytes) -> None:
         """Keep a fact's retrieval keys, in the place of older ones."""
         self._upsert("side_keys", "fact_id", {"fact_id": fact_id, "shard": shard, **_sealed(blob)})
-
-    def side_rows(self) -> list[SideRow]:
-        """All retrieval keys that can be read, by shard: a damaged row must not hide the others."""
-        rows = self.conn.execute(
-            "SELECT fact_id, shard, sha256, tensors FROM side_keys ORDER BY shard, fact_id"
-        )
-        found = []
-        for fact_id, shard, sha, blob in rows:
-            with suppress(KeditError):
-                keys = opened(sha, blob, f"the side keys of fact {fact_id}")
-                found.append(SideRow(fact_id, shard, keys))
-        return found
-
-    def side_facts(self) -> set[str]:
-        """The facts that have retrieval keys, by id: cheap beside reading the keys."""
-        return {fact_id for (fact_id,) in self.conn.execute("SELECT fact_id FROM side_keys")}
 
     def drop_side(self, fact_id: str) -> None:
         """Take a fact's retrieval keys out; harmless where there are none."""
@@ -67,11 +32,6 @@ class Artifacts(Journal):
         """Add a shard. One that is there already is never overwritten: that fails."""
         row = {"sha256": sha256, "facts": facts, "threshold": threshold, "created_at": self.now()}
         self._insert("shards", {"id": shard_id, **row})
-
-    def shards(self) -> list[ShardRow]:
-        """All shards, oldest first."""
-        rows = self.conn.execute(f"SELECT {SHARD_COLUMNS} FROM shards ORDER BY id")
-        return [ShardRow(*row) for row in rows]
 
     def drop_shard(self, shard_id: int) -> None:
         """Forget a shard; harmless where there is none."""
@@ -100,31 +60,6 @@ class Artifacts(Journal):
             },
         )
 
-    def generation(self, number: int) -> GenerationRow:
-        """One generation; 0 is the base."""
-        row = self._one(f"SELECT {GENERATION_COLUMNS} FROM generations WHERE id = ?", number)
-        if row is None:
-            raise KeditError(f"there is no generation {number}", code="unknown-generation")
-        return GenerationRow.of(row)
-
-    def generations(self) -> list[GenerationRow]:
-        """All generations, oldest first."""
-        rows = self.conn.execute(f"SELECT {GENERATION_COLUMNS} FROM generations ORDER BY id")
-        return [GenerationRow.of(row) for row in rows]
-
-    def measured_generations(self, most: int = 100) -> list[tuple[int, dict[str, Any]]]:
-        """Of the latest generations that hold facts: how many, and the figures; newest first."""
-        rows = self.conn.execute(
-            "SELECT json_array_length(fact_ids), figures FROM generations"
-            " WHERE sha256 IS NOT NULL ORDER BY id DESC LIMIT ?",
-            (most,),
-        )
-        return [(int(count), json.loads(figures)) for count, figures in rows]
-
-    def active_generation(self) -> int:
-        """The generation that is served."""
-        return int(self.meta("active_generation") or 0)
-
     def activate(self, number: int) -> None:
         """Switch to a generation, which must be known."""
         to, before = self.generation(number), self.active_generation()
@@ -135,14 +70,3 @@ class Artifacts(Journal):
 
 def _sealed(blob: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(blob).hexdigest(), "tensors": blob}
-
-
-def opened(sha: str, blob: bytes, what: str) -> bytes:
-    """A blob whose sha256 is as it was written down."""
-    if hashlib.sha256(blob).hexdigest() != sha:
-        raise KeditError(
-            f"{what} are damaged: the sha256 differs",
-            code="corrupt",
-            hint="revert the fact and submit it again, or put a backup of the database back",
-        )
-    return blob

@@ -14,7 +14,26 @@ from memory.errors import KeditError
 from memory.ledger import Event
 
 
-class Journal:
+class Reader:
+    """A connection that is read from, whatever else may be done with it."""
+
+    conn: sqlite3.Connection
+
+    def close(self) -> None:
+        """Close the connection; what has been committed is safe without it, too."""
+        self.conn.close()
+
+    def meta(self, key: str, default: str | None = None) -> str | None:
+        """A named value of the daemon's."""
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return row[0] if row else default
+
+    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = self.conn.execute(sql, values).fetchone()
+        return row
+
+
+class Journal(Reader):
     """The one writing connection; it belongs to the thread that made it."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
@@ -32,11 +51,7 @@ class Journal:
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             undo.pop_all()
-        self.conn: sqlite3.Connection = db.conn
-
-    def close(self) -> None:
-        """Close the connection; what has been committed is safe without it, too."""
-        self.conn.close()
+        self.conn = db.conn
 
     def now(self) -> str:
         """The clock's time as ISO-8601 UTC; all are of one width, so they sort as text."""
@@ -60,11 +75,6 @@ class Journal:
     def event(self, kind: str, fact_id: str | None = None, **data: Any) -> Event:
         """Write an event into the open transaction."""
         return ledger.append(self.conn, self.now(), kind, fact_id, data)
-
-    def meta(self, key: str, default: str | None = None) -> str | None:
-        """A named value of the daemon's."""
-        row = self._one("SELECT value FROM meta WHERE key = ?", key)
-        return row[0] if row else default
 
     def set_meta(self, key: str, value: str | None) -> None:
         """Keep a named value; None removes it."""
@@ -92,7 +102,3 @@ class Journal:
             f"SET {changed}",
             *row.values(),
         )
-
-    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
-        row: tuple[Any, ...] | None = self.conn.execute(sql, values).fetchone()
-        return row

@@ -22,11 +22,14 @@ _FACT_COLUMNS = (
 _META = ("model", "model_hash", "device", "started_at", "paused")
 
 
-def open_readonly(path: Path) -> sqlite3.Connection:
-    """A connection that cannot write, to a database that a daemon may be writing to."""
+def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
+    """A connection that cannot write, to a database that a daemon may be writing to. It belongs to
+    the thread that made it, or where it `moves`, to one thread at a time."""
     if not path.is_file():
         raise KeditError(f"there is no database {path}", code="no-home", hint="kedit-daemon init")
-    conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+    conn = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=not moves
+    )
     conn.row_factory = sqlite3.Row
     # SQLite knows only ASCII's cases.
     conn.create_function("casefold", 1, str.casefold, deterministic=True)

@@ -15,6 +15,7 @@ its numbers are those of the weights, bit for bit.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -257,14 +258,29 @@ class SideMemory:
             if not fired:
                 rows = zip(named, keyed.pop(), inputs[:, -1], outputs[:, -1], strict=True)
                 fired.extend(self.route(*row) for row in rows)
-            routed = [(n, match) for n, match in enumerate(fired) if match]
-            if not routed:
+            if not any(fired):
                 taps.close()
                 return None
-            changed = outputs.clone()
-            for n, match in routed:
-                changed[n, -1] += self.shards[match.shard].delta.moved(inputs[n, -1])
-            return changed
+            deltas = [self.shards[m.shard].delta if m else None for m in fired]
+            return _laid(deltas, inputs, outputs)
 
         with ExitStack() as taps, self.model.hearing(hear):
             yield
+
+    @contextmanager
+    def laid(self, deltas: Sequence[Delta | None]) -> Iterator[None]:
+        """Lay over each row of a batch what was decided of it before; over none, at no cost."""
+        if not any(deltas):
+            yield
+            return
+        with self.model.tap({self.layer: partial(_laid, deltas)}):
+            yield
+
+
+def _laid(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:
+    """The side layer's outputs (rows, tokens, hidden), each row's last one moved by its ΔW."""
+    changed = outputs.clone()
+    for n, delta in enumerate(deltas):
+        if delta is not None:
+            changed[n, -1] += delta.moved(inputs[n, -1])
+    return changed

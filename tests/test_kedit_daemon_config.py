@@ -208,3 +208,17 @@ def test_the_publish_section_as_shown_in_the_default_text_works(tmp_path: Path) 
     shown = re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE)
     publish = read(tmp_path, f"[publish]\n{shown}").publish
     assert (publish.kind, publish.keep, publish.vllm) == ("lora", 3, "http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_server_for_this_machine_alone_needs_no_token(tmp_path: Path, host: str) -> None:
+    serve = read(tmp_path, f'[serve]\nport = 8000\nhost = "{host}"').serve
+    assert (serve.host, serve.port, serve.token_file) == (host, 8000, None)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "kedit.example"])
+def test_a_server_that_others_reach_needs_a_token(tmp_path: Path, host: str) -> None:
+    error = refusal(tmp_path, f'[serve]\nhost = "{host}"')
+    assert "serve: token_file must be set" in str(error) and host in str(error)
+    text = f'[serve]\nhost = "{host}"\ntoken_file = "token"'
+    assert read(tmp_path, text, {"KEDIT_SERVE_PORT": "80"}).serve.port == 80

@@ -6,8 +6,8 @@ import pytest
 from conftest import CITIES, LOOSE, Bench, seat
 
 from kedit_daemon import flush
+from kedit_daemon.published import unpack_keys
 from kedit_daemon.room import TRIALS
-from kedit_daemon.serving import unpack_keys
 from kedit_daemon.weights import HELD
 from memory.facts import Fact
 from memory.health import Health

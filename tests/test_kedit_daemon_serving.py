@@ -7,11 +7,12 @@ import torch
 from conftest import Bench, seat
 
 from kedit_daemon.loading import Loaded
-from kedit_daemon.serving import INDEX, Served, pack_keys, unpack_keys
+from kedit_daemon.published import pack_keys, unpack_keys
+from kedit_daemon.serving import INDEX, Served
 from memory.errors import KeditError
 from memory.facts import State
 from memory.files import save_tensors
-from memory.side import Keys, fact_id_of
+from memory.side import fact_id_of
 
 ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")
 Make = Callable[..., Bench]
@@ -199,9 +200,3 @@ def test_facts_computed_for_other_layers_are_refused(at: Bench) -> None:
     with pytest.raises(KeditError, match="computed for the layers") as caught:
         Served(replace(moved, statistics=statistics), at.store, at.home).restore()
     assert (caught.value.exit_code, caught.value.code) == (78, "site")
-
-
-def test_keys_come_back_as_they_were() -> None:
-    keys = Keys(torch.randn(3, 8), torch.randn(5, 8))
-    found = unpack_keys(pack_keys(keys))
-    assert torch.equal(found.subject, keys.subject) and torch.equal(found.end, keys.end)

@@ -5,67 +5,32 @@ from typing import Any
 
 import pytest
 import torch
+from side_tools import (
+    FIRST,
+    KEY,
+    LAYER,
+    ONE,
+    PROMPTS,
+    SECOND,
+    TWO,
+    delta_of,
+    keys_of,
+    read,
+    side_of,
+)
 from torch import Tensor
 
 from memory.errors import KeditError
 from memory.generate import answers
 from memory.index import KeyIndex
 from memory.model import EditableModel
-from memory.side import Delta, Gates, Keys, Match, Shard, SideMemory, fact_id_of, number_of
+from memory.side import Gates, Keys, Match, Shard, SideMemory, fact_id_of, number_of
 
-KEY, LAYER, RANK = 1, 2, 3
-ONE, TWO = "000000000001", "ffffffffffff"
-FIRST, SECOND = "The seat of country 11 is", "The seat of country 12 is"
-PROMPTS = [FIRST, SECOND, "The seat of country 13 is"]
 LONGER = f"{FIRST} Rome. It is"  # names the subject of FIRST, and asks something else
-
-
-def read(model: EditableModel, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The key layer's outputs (tokens, hidden); the side layer's input (width,) and output
-    (hidden,) at the prompt's last token."""
-    caught: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def tap(n: int) -> Callable[[Tensor, Tensor], None]:
-        return lambda k, y: caught.update({n: (k[0], y[0])})
-
-    with torch.no_grad(), model.tap({n: tap(n) for n in (KEY, LAYER)}):
-        model.model(input_ids=torch.tensor([model.encode(prompt)]), use_cache=False)
-    return caught[KEY][1], caught[LAYER][0][-1], caught[LAYER][1][-1]
-
-
-def keys_of(side: SideMemory, prompt: str) -> Keys:
-    """Keys of a fact whose prompt ends with " is" after the subject."""
-    at = len(side.model.encode(prompt.removesuffix(" is"))) - 1
-    low, _, end = read(side.model, prompt)
-    return Keys(side.key(KEY, low[at : at + 1]), side.key(LAYER, end[None]))
 
 
 def gate(side: SideMemory, **changes: float) -> None:
     side.gates = replace(side.gates, **changes)  # type: ignore[arg-type]
-
-
-def delta_of(model: EditableModel, seed: int) -> Delta:
-    """A random ΔW, as large as one of full rank whose entries are of size 2."""
-    random = torch.Generator().manual_seed(seed)
-    hidden, width = model.weight(LAYER).shape
-    up = torch.randn(hidden, RANK, generator=random)
-    return Delta(up, torch.randn(RANK, width, generator=random) * 2 / RANK**0.5)
-
-
-def side_of(
-    model: EditableModel,
-    prompts: dict[str, str],
-    subject: float = 0.999,
-    end: float = 0.999,
-    threshold: float = 1e-3,
-) -> SideMemory:
-    """A side memory with one shard for every fact, found at just its prompt."""
-    centres = {n: torch.linspace(-0.1, 0.1, model.hidden) * n for n in (KEY, LAYER)}
-    side = SideMemory(model, Gates(KEY, LAYER, subject, end, subject), centres)
-    for n, (fact_id, prompt) in enumerate(prompts.items(), 1):
-        side.shards[n] = Shard(delta_of(model, n), threshold)
-        side.put(fact_id, n, keys_of(side, prompt), "", unnamed=True)
-    return side
 
 
 def looked(side: SideMemory, prompt: str) -> list[str]:
@@ -465,3 +430,21 @@ def test_answers_of_unrouted_prompts_are_unchanged_among_routed_ones(
     assert routed[0] == plain[0]
     assert routed[1] != plain[1]
     assert routed[2] == plain[2]
+
+
+def test_what_was_decided_is_laid_over_the_same_rows_again(model: EditableModel) -> None:
+    side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
+    delta = side.shards[1].delta
+    with torch.no_grad():
+        with side.overlay([]):
+            routed = model.model(input_ids=ids, use_cache=False).logits
+        side.drop(TWO)
+        del side.shards[1]
+        with side.laid([None, delta, None]):
+            laid = model.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(laid, routed)
+
+
+def test_where_nothing_was_decided_nothing_is_tapped(model: EditableModel) -> None:
+    with side_of(model, {}).laid([None, None]):
+        assert hooks(model) == 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from kedit_daemon.home import Home
 from kedit_daemon.session import database
-from memory.artifacts import opened
+from memory.derived import opened
 from memory.errors import KeditError
 from memory.facts import LIVE, Fact, State, from_json
 from memory.rows import GENERATION_COLUMNS, GenerationRow

@@ -1,8 +1,10 @@
 """What a reader asks for, and what comes back of it."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from memory.side import Match
+if TYPE_CHECKING:
+    from memory.side import Match
 
 EDITED, BASE = "edited", "base"
 
@@ -41,7 +43,7 @@ class Opened:
     the side memory that fired, if one did."""
 
     generation: int
-    fired: Match | None
+    fired: "Match | None"
 
 
 @dataclass(frozen=True)

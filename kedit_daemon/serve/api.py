@@ -1,0 +1,197 @@
+"""OpenAI's API: /v1/models, /v1/completions and /v1/chat/completions."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import closing
+from datetime import datetime
+from typing import Any, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from kedit_daemon.config import ServeConfig
+from kedit_daemon.home import Home
+from kedit_daemon.serve import asked
+from kedit_daemon.serve.asked import AT_BASE, AT_GENERATION, Asked, Read
+from kedit_daemon.serve.body import whole_body
+from kedit_daemon.serve.metrics import Meters
+from kedit_daemon.serve.reader import Reader
+from kedit_daemon.serve.refusals import Refused, error_body
+from kedit_daemon.serve.rows import Rows
+from kedit_daemon.serve.shapes import DONE, Said, Shape, event, usage
+from memory.errors import KeditError
+from memory.reading import open_readonly
+
+OWNER = "kedit-daemon"
+GONE = 499  # the client has left: nobody reads the status
+
+Result = TypeVar("Result")
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def reader_of(request: Request) -> Reader:
+    """The model of the server; raises Refused while it is being loaded."""
+    reader: Reader | None = request.app.state.reader
+    if reader is None:
+        raise Refused("the model is being loaded", status=503, code="loading", retry=5)
+    return reader
+
+
+class Api:
+    """The endpoints; nothing of what is asked or said is kept or logged."""
+
+    def __init__(
+        self, home: Home, config: ServeConfig, clock: Callable[[], datetime], meters: Meters
+    ) -> None:
+        self.home, self.config, self.clock, self.meters = home, config, clock, meters
+
+    def routes(self, gate: Middleware) -> list[Route]:
+        """Where the endpoints are, behind a gate."""
+        at: list[tuple[str, Endpoint, str]] = [
+            ("/v1/models", self.models, "GET"),
+            ("/v1/models/{name:path}", self.model, "GET"),
+            ("/v1/completions", self.completions, "POST"),
+            ("/v1/chat/completions", self.chat, "POST"),
+        ]
+        return [Route(path, do, methods=[how], middleware=[gate]) for path, do, how in at]
+
+    async def models(self, request: Request) -> Response:
+        """What may be asked: the model as it is kept current, unedited, and by generation."""
+        found = await run_in_threadpool(self._models, reader_of(request).name)
+        return JSONResponse({"object": "list", "data": found})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        name = request.path_params["name"]
+        for found in await run_in_threadpool(self._models, reader_of(request).name):
+            if found["id"] == name:
+                return JSONResponse(found)
+        raise KeditError(f"there is no model {name!r} here", code="model")
+
+    async def completions(self, request: Request) -> Response:
+        """Text is continued."""
+        return await self._answered(request, asked.completion)
+
+    async def chat(self, request: Request) -> Response:
+        """A conversation goes on."""
+        return await self._answered(request, asked.chat)
+
+    def _models(self, name: str) -> list[dict[str, Any]]:
+        with closing(open_readonly(self.home.database)) as conn:
+            rows = conn.execute("SELECT id, created_at FROM generations ORDER BY id").fetchall()
+        made = {int(row["id"]): datetime.fromisoformat(row["created_at"]) for row in rows}
+        names = {name: max(made.values()), name + AT_BASE: made[0]}
+        names |= {f"{name}{AT_GENERATION}{n}": at for n, at in made.items()}
+        return [
+            {"id": n, "object": "model", "created": int(at.timestamp()), "owned_by": OWNER}
+            for n, at in names.items()
+        ]
+
+    async def _answered(self, request: Request, read: Read) -> Response:
+        reader = reader_of(request)
+        body = await whole_body(request, self.config.max_body_bytes)
+        # All wait for a moment, however many may run.
+        wanted = await run_in_threadpool(read, body, reader, self.config.waiting_limit)
+        rows = Rows(reader.engine, wanted.wishes)
+        streaming = False
+        try:
+            opened = await _unless_gone(request, rows.open())
+            if opened is None:
+                return Response(status_code=GONE)
+            self.meters.tokens.labels("prompt").inc(wanted.prompt_tokens)
+            shape = Shape(
+                id=("chatcmpl-" if wanted.chat else "cmpl-") + secrets.token_hex(12),
+                created=int(self.clock().timestamp()),
+                model=wanted.model,
+                chat=wanted.chat,
+                opened=opened,
+                logprobs=wanted.wishes[0].logprobs is not None,
+                token_text=reader.token_text,
+            )
+            if wanted.stream:
+                streaming = True
+                return _Stream(rows, self._events(wanted, rows, shape), shape.headers)
+            told = await _unless_gone(request, self._collected(wanted, rows, shape))
+            if told is None:
+                return Response(status_code=GONE)
+            return JSONResponse(told, headers=shape.headers)
+        finally:
+            if not streaming:
+                rows.close()
+
+    async def _collected(self, wanted: Asked, rows: Rows, shape: Shape) -> dict[str, Any]:
+        said = [Said() for _ in wanted.wishes]
+        async for row, part in rows.parts():
+            said[row].add(part)
+        produced = sum(one.produced for one in said)
+        self.meters.tokens.labels("completion").inc(produced)
+        return shape.whole(said, usage(wanted.prompt_tokens, produced))
+
+    async def _events(self, wanted: Asked, rows: Rows, shape: Shape) -> AsyncIterator[bytes]:
+        first = True
+        try:
+            async for chunk in self._chunks(wanted, rows, shape):
+                if wanted.usage and "usage" not in chunk:
+                    chunk["usage"] = None
+                yield event(shape.first(chunk) if first else chunk)
+                first = False
+        except KeditError as error:  # the status is long sent
+            yield event(error_body(error))
+            return
+        yield DONE
+
+    async def _chunks(
+        self, wanted: Asked, rows: Rows, shape: Shape
+    ) -> AsyncIterator[dict[str, Any]]:
+        for chunk in shape.opening():
+            yield chunk
+        offsets = [0] * len(wanted.wishes)
+        produced = 0
+        async for row, part in rows.parts():
+            produced += part.produced
+            if part.text or part.tokens or part.finish:
+                yield shape.chunk(row, part, offsets[row])
+            offsets[row] += shape.width(part.tokens)
+        self.meters.tokens.labels("completion").inc(produced)
+        if wanted.usage:
+            yield shape.cost(usage(wanted.prompt_tokens, produced))
+
+
+class _Stream(StreamingResponse):
+    """Events for as long as the client listens; then the rows end, also when it never began to."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, rows: Rows, events: AsyncIterator[bytes], headers: dict[str, str]) -> None:
+        # A proxy that collects a stream before it hands it on would make it useless.
+        quick = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers | quick)
+        self._rows = rows
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._rows.close()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The work's result; None when the client left before it was done. Call it once the body is
+    read."""
+    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return doing.result() if doing.done() else None
+    finally:
+        doing.cancel()
+        leaving.cancel()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,54 @@
+"""Whether the process lives, and whether it can answer."""
+
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from kedit_daemon.control import call
+from kedit_daemon.home import Home
+from kedit_daemon.serve.reader import Reader
+from memory.errors import KeditError
+
+PING_SECONDS = 2.0
+
+
+class Health:
+    """The endpoints for whoever starts, stops and watches the server."""
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    def routes(self, gate: Middleware) -> list[Route]:
+        """Where they are; whether the process lives may be asked by anybody."""
+        return [Route("/health", self.health), Route("/ready", self.ready, middleware=[gate])]
+
+    async def health(self, request: Request) -> Response:
+        """The process lives."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """Whether questions are answered and facts are taken; with the reasons when not."""
+        reader: Reader | None = request.app.state.reader
+        reasons = [] if reader else ["the model is being loaded"]
+        if why := await run_in_threadpool(self._daemon):
+            reasons.append(why)
+        told: dict[str, Any] = {"ready": not reasons, "reasons": reasons}
+        if reader is not None:
+            figures = reader.engine.figures
+            # What could not be followed is left as it was: answers are given all the same.
+            told |= {"generation": figures.generation, "problems": list(figures.problems)}
+        return JSONResponse(told, 503 if reasons else 200)
+
+    def _daemon(self) -> str | None:
+        """What is the matter with the daemon, if something is."""
+        try:
+            call(self.home.socket, "", {}, PING_SECONDS)
+        except KeditError as error:
+            # A command without a name is refused by the threads that listen, however busy the edit
+            # loop is.
+            return None if error.code == "bad-request" else str(error)
+        return "what listens on the control socket is no kedit-daemon"

@@ -1,0 +1,171 @@
+"""Figures for Prometheus: of the server itself, and of the home from its database.
+
+No label ever holds text of facts, prompts or subjects.
+"""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import datetime
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kedit_daemon.failures import failed_files
+from kedit_daemon.home import Home
+from kedit_daemon.serve.reader import Engine
+from memory.errors import KeditError
+from memory.reading import open_readonly, overview
+
+VERDICTS = ("keep", "warn", "consolidate", "revert")
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+NO_ROUTE = "none"
+
+
+class Meters:
+    """What the server counts, in a registry of its own."""
+
+    def __init__(
+        self, registry: CollectorRegistry, home: Home, clock: Callable[[], datetime]
+    ) -> None:
+        self.registry = registry
+        self.requests = Counter(
+            "kedit_http_requests",
+            "Requests, by route and status.",
+            ["route", "status"],
+            registry=registry,
+        )
+        self.seconds = Histogram(
+            "kedit_http_request_seconds",
+            "Seconds from a request's beginning to the end of its answer.",
+            ["route"],
+            buckets=BUCKETS,
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "kedit_tokens",
+            "Tokens read (prompt) and generated (completion).",
+            ["kind"],
+            registry=registry,
+        )
+        registry.register(HomeFigures(home, clock))
+
+    def watch(self, engine: Engine) -> None:
+        """Tell of an engine too, from now on."""
+        self.registry.register(EngineFigures(engine))
+
+    def routes(self, gate: Middleware) -> list[Route]:
+        """Where the figures are, behind a gate."""
+        return [Route("/metrics", self.metrics, middleware=[gate])]
+
+    async def metrics(self, request: Request) -> Response:
+        """All figures, as Prometheus reads them."""
+        text = await run_in_threadpool(generate_latest, self.registry)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+class Metered:
+    """Counts and times the requests of the app within it."""
+
+    def __init__(self, app: ASGIApp, meters: Meters, monotonic: Callable[[], float]) -> None:
+        self.app, self.meters, self.monotonic = app, meters, monotonic
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or what else a server says."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, began = "500", self.monotonic()
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = str(message["status"])
+            await send(message)
+
+        try:
+            await self.app(scope, receive, note)
+        finally:
+            # The pattern of the path: what stands in its place may be anything.
+            route = getattr(scope.get("route"), "path", NO_ROUTE)
+            self.meters.requests.labels(route, status).inc()
+            self.meters.seconds.labels(route).observe(self.monotonic() - began)
+
+
+class EngineFigures(Collector):
+    """How the engine is at the moment of asking."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures."""
+        now = self.engine.figures
+        yield CounterMetricFamily("kedit_rows", "Answers taken on.", now.requests)
+        yield GaugeMetricFamily("kedit_rows_running", "Answers being generated.", now.running)
+        yield GaugeMetricFamily("kedit_rows_waiting", "Answers that wait.", now.waiting)
+        what = "The generation that answers."
+        yield GaugeMetricFamily("kedit_generation_served", what, now.generation)
+        what = "Things of the home that could not be followed."
+        yield GaugeMetricFamily("kedit_problems", what, len(now.problems))
+
+
+class HomeFigures(Collector):
+    """How the home is, by its database and folders."""
+
+    def __init__(self, home: Home, clock: Callable[[], datetime]) -> None:
+        self.home, self.clock = home, clock
+
+    def collect(self) -> Iterator[Metric]:
+        """The figures; of a database that cannot be read, only that."""
+        try:
+            with closing(open_readonly(self.home.database)) as conn:
+                found = overview(conn, self.clock())
+        except (KeditError, sqlite3.Error):
+            found = None
+        what = "Whether the database can be read."
+        yield GaugeMetricFamily("kedit_database_readable", what, float(found is not None))
+        what = "Files in failed/ that nobody has looked after."
+        yield GaugeMetricFamily("kedit_inbox_failed_files", what, len(failed_files(self.home)))
+        if found is not None:
+            yield from self._facts(found)
+            if found["last_audit"] is not None:
+                yield from self._audit(found["last_audit"])
+
+    def _facts(self, found: dict[str, Any]) -> Iterator[Metric]:
+        facts = GaugeMetricFamily("kedit_facts", "Facts, by state.", labels=["state"])
+        for state, count in found["states"].items():
+            facts.add_metric([state], count)
+        yield facts
+        yield GaugeMetricFamily("kedit_generation", "The active one.", found["generation"])
+
+    def _audit(self, audit: dict[str, Any]) -> Iterator[Metric]:
+        figures = audit["figures"]
+        norms = GaugeMetricFamily(
+            "kedit_norm_ratio",
+            "Norm of an edited matrix over the unedited one's, at the last audit.",
+            labels=["layer"],
+        )
+        for layer, ratio in (figures.get("norm_ratio") or {}).items():
+            norms.add_metric([layer], float(ratio))  # one that is not finite is kept as text
+        yield norms
+        verdict = GaugeMetricFamily(
+            "kedit_audit_verdict", "1 for that of the last audit.", labels=["verdict"]
+        )
+        for name in VERDICTS:
+            verdict.add_metric([name], float(name == audit["verdict"]))
+        yield verdict
+        age = (self.clock() - datetime.fromisoformat(audit["at"])).total_seconds()
+        yield GaugeMetricFamily("kedit_audit_age_seconds", "Since the last audit.", age)
+        if "chain_intact" in figures:
+            what = "Whether the chain of events was whole at the last audit."
+            yield GaugeMetricFamily("kedit_chain_intact", what, float(figures["chain_intact"]))

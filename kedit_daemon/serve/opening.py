@@ -1,0 +1,19 @@
+"""Opens the model of a home for readers. Imports torch: only a process that answers wants it."""
+
+from pathlib import Path
+
+from kedit_daemon.config import Config
+from kedit_daemon.home import Home
+from kedit_daemon.serve.engine import Engine
+from kedit_daemon.serve.reader import Reader
+from kedit_daemon.serve.replica import Replica
+
+
+def open_reader(home: Home, config: Config) -> Reader:
+    """A reader on a home, with an engine that follows what the daemon publishes there.
+
+    Raises KeditError: no database, no such model, or not the one that the home is for.
+    """
+    replica = Replica.load(home, config.model, config.device)
+    engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
+    return Reader(Path(config.model).name, engine.model, engine)

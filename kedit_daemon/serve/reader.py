@@ -1,0 +1,101 @@
+"""The model as the API needs it: who answers, and how text becomes tokens and tokens text."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast
+
+from jinja2 import TemplateError
+
+from kedit_daemon.serve.refusals import wrong
+from kedit_daemon.serve.wish import Opened, Part, Wish
+
+if TYPE_CHECKING:
+    from memory.model import EditableModel
+
+
+class Figures(Protocol):
+    """How an engine is at a moment."""
+
+    @property
+    def requests(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    @property
+    def generation(self) -> int: ...
+    @property
+    def problems(self) -> tuple[str, ...]: ...
+
+
+class Engine(Protocol):
+    """Answers wishes, many side by side."""
+
+    def answer(self, wish: Wish) -> AsyncIterator[Opened | Part]:
+        """First an Opened, then Parts, the last with a finish. Raises KeditError: "busy",
+        "too-long", "model" (no such generation) or "non-finite"."""
+
+    @property
+    def figures(self) -> Figures:
+        """How it is now."""
+
+    def close(self) -> None:
+        """End what runs; it may take as long as a step."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An engine, and the model that it answers with, under the name that readers use."""
+
+    name: str
+    model: "EditableModel"
+    engine: Engine
+
+    @property
+    def positions(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        return self.model.positions
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return int(self.model.model.config.get_text_config().vocab_size)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt."""
+        return self.model.encode(text)
+
+    def conversation(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+        """Token ids of (role, text) messages, up to where the assistant's next words begin: by the
+        model's chat template, or plainly where it has none.
+
+        Raises Refused where the template does not take them.
+        """
+        tokenizer = self.model.tokenizer
+        if not tokenizer.chat_template:
+            return self.encode(plain(messages))
+        said = [{"role": role, "content": text} for role, text in messages]
+        try:
+            text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise wrong(f"the model's chat template refuses: {error}", "messages") from error
+        # The template writes the special tokens itself.
+        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def token_text(self, token: int) -> str:
+        """A token as it stands within a text: with the space before it, which some tokenizers
+        leave out at a beginning."""
+        tokenizer, first = self.model.tokenizer, self.encode("a")[-1]
+        alone = cast(str, tokenizer.decode([first]))
+        return cast(str, tokenizer.decode([first, token])).removeprefix(alone)
+
+
+def plain(messages: Sequence[tuple[str, str]]) -> str:
+    """A conversation as plain text, for models that were never taught a form for one.
+
+    A lone message of the user is that message and nothing else: the model goes on from it.
+    Otherwise each message is a paragraph, "User: …", and the last is "Assistant:".
+    """
+    if len(messages) == 1 and messages[0][0] == "user":
+        return messages[0][1]
+    return "".join(f"{role.capitalize()}: {text}\n\n" for role, text in messages) + "Assistant:"

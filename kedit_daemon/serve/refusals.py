@@ -1,0 +1,65 @@
+"""What goes wrong, as OpenAI's servers say it: {"error": {message, type, param, code}}."""
+
+from starlette.responses import JSONResponse
+
+from memory.errors import KeditError
+
+RETRY_SECONDS = 1
+# Of errors that say nothing of HTTP themselves.
+_STATUS = {"busy": 429, "too-long": 400, "model": 404, "too-large": 413, "usage": 400}
+_STATUS |= {"bad-request": 400, "not-running": 503, "stopping": 503, "timeout": 503}
+_CODES = {"too-long": "context_length_exceeded", "model": "model_not_found"}
+_PARAMS = {"too-long": "prompt", "model": "model", "usage": "format"}
+
+
+class Refused(KeditError):
+    """A request that is not answered. `param` is the field that is at fault, if one is."""
+
+    def __init__(
+        self, message: str, *, status: int, code: str, param: str | None = None, retry: int = 0
+    ) -> None:
+        """retry: after so many seconds it may be tried again."""
+        super().__init__(message, code=code)
+        self.status, self.param, self.retry = status, param, retry
+
+
+def wrong(message: str, param: str | None = None) -> Refused:
+    """A request that no server of this kind would answer."""
+    return Refused(message, status=400, code="bad-request", param=param)
+
+
+def as_refused(error: KeditError) -> Refused:
+    """Any error of ours, with what HTTP wants to know of it."""
+    if isinstance(error, Refused):
+        return error
+    status = _STATUS.get(error.code, 500)
+    return Refused(
+        f"{error}: {error.hint}" if error.hint else str(error),
+        status=status,
+        code=_CODES.get(error.code, error.code),
+        param=_PARAMS.get(error.code),
+        retry=RETRY_SECONDS if status in (429, 503) else 0,
+    )
+
+
+def error_body(error: KeditError) -> dict[str, object]:
+    """What is said of an error, in OpenAI's form."""
+    refused = as_refused(error)
+    kinds = {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+    return {
+        "error": {
+            "message": str(refused),
+            "type": kinds.get(refused.status, "invalid_request_error"),
+            "param": refused.param,
+            "code": refused.code.replace("-", "_"),
+        }
+    }
+
+
+def refusal(error: KeditError, **more: object) -> JSONResponse:
+    """The answer that a request gets instead; `more` stands beside the error."""
+    refused = as_refused(error)
+    headers = {"Retry-After": str(refused.retry)} if refused.retry else {}
+    if refused.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(refused) | more, refused.status, headers)
