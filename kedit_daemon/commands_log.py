@@ -1,21 +1,19 @@
 """The audit log: what changed, when and why; whether its chain is whole; a copy to carry away."""
 
-import re
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import click
 
+from kedit_daemon.moments import moment
 from kedit_daemon.session import Session, database, json_option, pass_session, print_json
 
 POLL_SECONDS = 0.5
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_AGO = re.compile(r"(\d{1,6})([smhdw])")
 _TABLE = "| event | at (UTC) | kind | fact | statement | what |\n|---|---|---|---|---|---|"
 
 
@@ -29,20 +27,10 @@ class _Wanted:
 
 
 def _moment(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
-    """As the log itself spells moments, so that they compare as text."""
-    if text is None:
-        return None
     try:
-        if ago := _AGO.fullmatch(text):
-            moment = datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
-        else:
-            moment = datetime.fromisoformat(text)
-            moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise click.BadParameter(
-            "write ISO-8601 such as 2026-01-31T12:00, taken as UTC, or how long ago, such as 2h."
-        ) from None
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return None if text is None else moment(text, datetime.now(UTC))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
 
 
 @click.group(invoke_without_command=True)
