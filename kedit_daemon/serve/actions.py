@@ -19,9 +19,9 @@ from memory.errors import KeditError
 from memory.reading import facts_named
 
 _NAMING = {
-    "flushed": "Moved into the weights",
-    "failed": "Did not hold",
-    "quarantined": "Quarantined",
+    "flushed": "Into the weights",
+    "failed": "Not held",
+    "quarantined": "Into quarantine",
     "reverted": "Taken out",
     "restored": "Live again",
     "learned_anew": "Learned anew",
@@ -98,6 +98,7 @@ def _asked_for(home: Home, name: str, action: Action, dry_run: bool, asked: Aske
         "outcome": reply_outcome(reply),
         "measured": reply_measured(reply),
         "verdict": reply.get("verdict"),
+        "something": reply["taken"] if "taken" in reply else bool(ids) or name == "audit",
     }
     title = f"{action.title}: what would happen" if dry_run else f"{action.title}: done"
     return Page("trial.html" if dry_run else "done.html", title, shown)

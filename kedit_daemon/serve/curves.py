@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 640.0, 260.0
+WIDTH, HEIGHT = 560.0, 260.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 14.0, 16.0, 30.0  # margins, in the drawing's units
 TICKS = 4  # about so many
 HEADROOM = 0.06  # of the range, above and below
@@ -19,6 +19,7 @@ class Chart:
 
     lines: by name, one value a measurement; None where it was not taken, NaN where it was no
     number. limits: by verdict, from where on it is given. rest: the unedited model's value.
+    falling: whether lower is worse.
     """
 
     key: str
@@ -27,11 +28,7 @@ class Chart:
     lines: Mapping[str, tuple[float | None, ...]]
     limits: Mapping[str, float]
     rest: float
-
-    @property
-    def falling(self) -> bool:
-        """Whether lower is worse."""
-        return any(limit < self.rest for limit in self.limits.values())
+    falling: bool = False
 
     @property
     def latest(self) -> dict[str, float]:

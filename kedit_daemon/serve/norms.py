@@ -36,16 +36,16 @@ def measured(conn: sqlite3.Connection, most: int) -> list[Measured]:
     return sorted(found, key=lambda one: one.at)[-most:]
 
 
-def charts(found: Sequence[Measured], thresholds: Thresholds) -> list[Chart]:
-    """The figures that are judged, each with its thresholds."""
-    at = thresholds
+def charts(found: Sequence[Measured], thresholds: Thresholds | None) -> list[Chart]:
+    """The figures that are judged, each with its thresholds, where those are known."""
+    at: dict[str, Limits] = {} if thresholds is None else vars(thresholds)
     return [
         Chart(
             "norm",
             "Norm of each edited matrix",
             "‖W‖ over ‖W0‖: how long an edited matrix is, against the unedited one.",
             _by_layer(found, "norm_ratio", lambda ratio: ratio),
-            vars(at.norm),
+            _limits(at.get("norm")),
             1.0,
         ),
         Chart(
@@ -53,7 +53,7 @@ def charts(found: Sequence[Measured], thresholds: Thresholds) -> list[Chart]:
             "Perplexity",
             "On ordinary text, against the unedited model's.",
             _single(found, "perplexity_ratio", "ratio"),
-            vars(at.perplexity),
+            _limits(at.get("perplexity")),
             1.0,
         ),
         Chart(
@@ -61,7 +61,7 @@ def charts(found: Sequence[Measured], thresholds: Thresholds) -> list[Chart]:
             "Change of activations",
             "How far the mean output of an edited layer on ordinary text is from the base's.",
             _by_layer(found, "activation_ratio", lambda ratio: abs(ratio - 1)),
-            vars(at.activation),
+            _limits(at.get("activation")),
             0.0,
         ),
         Chart(
@@ -69,16 +69,18 @@ def charts(found: Sequence[Measured], thresholds: Thresholds) -> list[Chart]:
             "Agreement",
             "Share of unrelated statements that are completed as the unedited model does.",
             _single(found, "agreement", "share"),
-            _falling(at.agreement),
+            _limits(at.get("agreement"), falling=True),
             1.0,
+            falling=True,
         ),
         Chart(
             "retention",
             "Retention",
             "Share of the oldest live facts that are still stated.",
             _single(found, "retention", "share"),
-            _falling(at.retention),
+            _limits(at.get("retention"), falling=True),
             1.0,
+            falling=True,
         ),
     ]
 
@@ -113,6 +115,7 @@ def _float(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _falling(limits: Limits) -> dict[str, float]:
-    """Limits of a share that is lost, as limits of the one that is kept."""
-    return {name: 1 - limit for name, limit in vars(limits).items()}
+def _limits(limits: Limits | None, falling: bool = False) -> dict[str, float]:
+    """By verdict; `falling`: limits of a share that is lost, as those of the one that is kept."""
+    known = {} if limits is None else vars(limits)
+    return {name: 1 - limit if falling else limit for name, limit in known.items()}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
+from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute
 
 from kedit_daemon.home import Home
@@ -64,10 +65,10 @@ class Sides:
 
 
 class AskBoth(Protocol):
-    """Lets the edited and the unedited model go on from a prompt. Called from several threads;
-    raises KeditError where it cannot be answered."""
+    """Lets the edited and the unedited model go on from a prompt. Raises KeditError where it cannot
+    be answered."""
 
-    def __call__(self, prompt: str, max_tokens: int) -> Sides: ...
+    async def __call__(self, prompt: str, max_tokens: int) -> Sides: ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Board:
     """What the pages are about, and what they work with."""
 
     home: Home
-    thresholds: "Thresholds"
+    thresholds: Callable[[], "Thresholds | None"]
+    """Those that audits judge by; None as long as the model, which has its own, is not loaded."""
     clock: Callable[[], datetime]
     ask: AskBoth
     environ: Mapping[str, str]
@@ -132,9 +134,11 @@ class _Views:
             found = measured(conn, most)
             generations = generation_rows(conn, GENERATIONS)
             active = overview(conn)["generation"]
-        drawn = [(chart, draw(chart, close)) for chart in charts(found, self.board.thresholds)]
+        thresholds = self.board.thresholds()
+        drawn = [(chart, draw(chart, close)) for chart in charts(found, thresholds)]
         shown = {
             "measured": found,
+            "judged": thresholds is not None,
             "drawn": drawn,
             "close": close,
             "most": most,
@@ -209,7 +213,7 @@ class _Views:
             prompt = fill(fact["prompt"], fact["subject"])
         return self._box(prompt, DEFAULT_TOKENS)
 
-    def answered(self, asked: Asked) -> Page:
+    async def answered(self, asked: Asked) -> Page:
         prompt = asked.form.get("prompt", "")
         tokens = _number(asked.form, "tokens", DEFAULT_TOKENS, TOKENS)
         if not prompt.strip():
@@ -217,18 +221,24 @@ class _Views:
         if len(prompt) > PROMPT_CHARS:
             problem = f"That is longer than {PROMPT_CHARS:,} characters."
             return self._box(prompt, tokens, status=400, problem=problem)
-        sides = self.board.ask(prompt, tokens)
-        with database(self.home) as conn:
-            fired = (
-                facts_named(conn, [sides.fired.fact_id])
-                if sides.fired
-                else weights_facts_asking(conn, prompt)
-            )
+        sides = await self.board.ask(prompt, tokens)
+        fired = await run_in_threadpool(self._fired, prompt, sides)
         return self._box(prompt, tokens, sides=sides, fired=fired)
 
+    def _fired(self, prompt: str, sides: Sides) -> list[dict[str, Any]]:
+        with database(self.home) as conn:
+            if sides.fired is not None:
+                return facts_named(conn, [sides.fired.fact_id])
+            return weights_facts_asking(conn, prompt)
+
     def _box(self, prompt: str, tokens: int, status: int = 200, **more: Any) -> Page:
-        shown = {"sides": None, "fired": [], "problem": None, "choices": TOKENS}
-        shown |= {"prompt": prompt, "tokens": tokens, "longest": PROMPT_CHARS, **more}
+        shown = {
+            "prompt": prompt,
+            "tokens": tokens,
+            "choices": TOKENS,
+            "longest": PROMPT_CHARS,
+            **{"sides": None, "fired": [], "problem": None, **more},
+        }
         return Page("ask.html", "Ask", shown, status)
 
 

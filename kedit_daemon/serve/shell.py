@@ -3,11 +3,12 @@
 Every text on a page goes through `clean` and is escaped, whoever wrote it.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from inspect import iscoroutinefunction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -58,7 +59,7 @@ class Page:
     status: int = 200
 
 
-Handler = Callable[[Asked], Page]
+Handler = Callable[[Asked], Page] | Callable[[Asked], Coroutine[Any, Any, Page]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -71,14 +72,18 @@ class Shell:
         self._templates = _environment(program)
 
     def page(self, path: str, handler: Handler, method: str = "GET") -> BaseRoute:
-        """A route to a page. The handler runs in a thread of its own; its KeditErrors are shown."""
+        """A route to a page, whose KeditErrors are shown. What is no coroutine runs in a thread."""
 
         async def endpoint(request: Request) -> Response:
             if not self.guard.signed_in(request):
                 return self._to_sign_in(request)
             form = await self.guard.form(request) if method == "POST" else {}
             asked = Asked(request.path_params, dict(request.query_params), form)
-            return self._send(request, await run_in_threadpool(handler, asked))
+            if iscoroutinefunction(handler):
+                page: Page = await handler(asked)
+            else:
+                page = await run_in_threadpool(cast(Callable[[Asked], Page], handler), asked)
+            return self._send(request, page)
 
         return Route(path, self._guarded(endpoint), methods=[method])
 
