@@ -148,7 +148,7 @@ def event_page(
         "at >= ?": asked.get("since"),
         "kind = ?": asked.get("kind"),
         "fact_id = ?": None if fact is None else _resolve(conn, fact),
-        "instr(casefold(subject), casefold(?))": asked.get("subject"),
+        "instr(casefold(coalesce(subject, '')), casefold(?))": asked.get("subject"),
     }
     where, values = _where(tests)
     rows = _dicts(
