@@ -42,11 +42,10 @@ def application(
     home: Home,
     token: str | None = None,
     clock: Callable[[], datetime] = lambda: datetime.now(UTC),
-    config: Config | None = None,
     **changed: Any,
 ) -> Starlette:
     """The pages of a home, and nothing beside them."""
-    limits = thresholds(config or Config(), default_site(4))
+    limits = thresholds(Config(), default_site(4))
     known: dict[str, Any] = {"thresholds": lambda: limits, "ask": _never, "environ": {}}
     return Starlette(routes=routes(Board(home, clock=clock, **known | changed), token))
 
