@@ -138,7 +138,11 @@ def audit_figures(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The figures of an audit that tell most."""
     names = ("norm_ratio", "perplexity_ratio", "agreement")
     figures = audit["figures"]
-    return [(_words(name), _figure(figures[name])) for name in names if figures.get(name)]
+    return [
+        (_words(name), _figure(figures[name]))
+        for name in names
+        if figures.get(name) not in (None, {})
+    ]
 
 
 def figures_text(figures: Mapping[str, Any] | None) -> str:
