@@ -301,7 +301,7 @@ def test_pages_are_made_for_everybody(client: TestClient, path: str) -> None:
 
 @pytest.mark.parametrize("path", ["/actions/flush", "/actions/flush/try", "/ask", "/sign-out"])
 def test_foreign_forms_are_refused(home: Home, path: str) -> None:
-    with daemon(home) as running:
+    with daemon(home, flush={}) as running:
         client = browser(home)
         token = form_token(client.get("/").text)
         tries: list[tuple[dict[str, str], dict[str, str]]] = [
@@ -368,7 +368,7 @@ def test_pages_are_locked(home: Home, path: str) -> None:
 
 
 def test_actions_are_locked(home: Home) -> None:
-    with daemon(home) as running:
+    with daemon(home, flush={}) as running:
         page = send(browser(home, TOKEN), "/actions/flush", "/sign-in")
     assert (page.url.path, running.asked) == ("/sign-in", [])
 
@@ -468,7 +468,7 @@ def test_what_was_left_as_it_was(home: Home) -> None:
     ],
 )
 def test_actions_want_to_know_of_what(home: Home, path: str, fields: dict[str, str]) -> None:
-    with daemon(home) as running:
+    with daemon(home, revert={}) as running:
         assert send(browser(home), path, "/", **fields).status_code == 400
     assert running.asked == []
 
