@@ -2,7 +2,7 @@
 
 import math
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,13 @@ def charts(found: Sequence[Measured], thresholds: Thresholds | None) -> list[Cha
             _limits(at.get("activation")),
             0.0,
         ),
+        *_shares(found, at),
+    ]
+
+
+def _shares(found: Sequence[Measured], at: Mapping[str, Limits]) -> list[Chart]:
+    """The figures that are worse when they are lower."""
+    return [
         Chart(
             "agreement",
             "Agreement",
