@@ -1,13 +1,12 @@
 """The audit log: what changed, when and why; whether its chain is whole; a copy to carry away."""
 
-import re
 import sqlite3
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,6 +14,7 @@ import click
 
 from kedit_daemon.completion import complete_facts, complete_kinds
 from kedit_daemon.kinds import KINDS
+from kedit_daemon.moments import moment
 from kedit_daemon.session import (
     Command,
     Session,
@@ -31,25 +31,13 @@ from memory.facts import State
 from memory.reading import answer_until, event_rows, fact_detail
 
 POLL_SECONDS = 0.5
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_AGO = re.compile(r"(\d{1,6})([smhdw])")
 
 
 def _moment(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
-    """As the log itself spells moments, so that they compare as text."""
-    if text is None:
-        return None
     try:
-        if ago := _AGO.fullmatch(text):
-            moment = datetime.now(UTC) - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
-        else:
-            moment = datetime.fromisoformat(text)
-            moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):
-        raise click.BadParameter(
-            "write ISO-8601 such as 2026-01-31T12:00, taken as UTC, or how long ago, such as 2h."
-        ) from None
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return None if text is None else moment(text, datetime.now(UTC))
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from None
 
 
 def _known_kinds(

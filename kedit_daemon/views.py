@@ -72,26 +72,11 @@ def fact_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def detail_lines(fact: Mapping[str, Any]) -> Iterator[str]:
     """One fact with everything that is known of it."""
     yield click.style(statement(fact), bold=True)
-    record = fact["record"]
     state = click.style(fact["state"], fg=_STATE_COLOURS.get(fact["state"]))
-    yield from _fields(
-        ("id", fact["id"]),
-        ("your id", fact["external_id"]),
-        ("state", state + (f"  ({clean(fact['reason'])})" if fact["reason"] else "")),
-        ("tier", fact["tier"]),
-        ("generation", fact["generation"]),
-        ("before", fact["before"]),
-        ("after", fact["after"]),
-        ("probe", figures_text(fact["probe"])),
-        ("received", f"{fact['received_at']} in {clean(fact['file_name'])}"),
-        ("changed", fact["changed_at"]),
-        ("valid from", record.get("valid_from")),
-        ("valid until", fact["valid_until"]),
-        ("source", record.get("source")),
-        ("tags", ", ".join(record.get("tags", ()))),
-        ("attempts", fact["attempts"]),
-        ("keys", _held(fact)),
-    )
+    for name, value in detail_fields(fact):
+        shown = state + value.removeprefix(fact["state"]) if name == "state" else value
+        yield f"  {name:<12} {shown}"
+    record = fact["record"]
     for prompt in record.get("paraphrases", ()):
         yield f"  also asked   {clean(fill(prompt, fact['subject']))}"
     for near in record.get("neighbours", ()):
@@ -103,6 +88,31 @@ def detail_lines(fact: Mapping[str, Any]) -> Iterator[str]:
             f"  edit         {when(edit['at'])}  {clean(edit['tier'])}  {clean(edit['outcome'])}"
             f"  {edit['seconds']:.1f} s{probe}"
         )
+
+
+def detail_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is known of a fact, by name; what is not known is left out."""
+    record = fact["record"]
+    reason = f"  ({fact['reason']})" if fact["reason"] else ""
+    known = {
+        "id": fact["id"],
+        "your id": fact["external_id"],
+        "state": fact["state"] + reason,
+        "tier": fact["tier"],
+        "generation": fact["generation"],
+        "before": fact["before"],
+        "after": fact["after"],
+        "probe": figures_text(fact["probe"]),
+        "received": f"{fact['received_at']} in {clean(fact['file_name'])}",
+        "changed": fact["changed_at"],
+        "valid from": record.get("valid_from"),
+        "valid until": fact["valid_until"],
+        "source": record.get("source"),
+        "tags": ", ".join(record.get("tags", ())),
+        "attempts": fact["attempts"],
+        "keys": _held(fact),
+    }
+    return [(name, clean(value)) for name, value in known.items() if value not in (None, "")]
 
 
 def failed_file_lines(name: str, folder: str, report: Mapping[str, Any]) -> Iterator[str]:
@@ -122,6 +132,17 @@ def statement(row: Mapping[str, Any]) -> str:
     """What a fact says, in one line."""
     asked = fill(str(row["prompt"]), str(row["subject"]))
     return f"{clean(asked)} → {clean(row['target'])}"
+
+
+def audit_figures(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of an audit that tell most."""
+    names = ("norm_ratio", "perplexity_ratio", "agreement")
+    figures = audit["figures"]
+    return [
+        (_words(name), _figure(figures[name]))
+        for name in names
+        if figures.get(name) not in (None, {})
+    ]
 
 
 def figures_text(figures: Mapping[str, Any] | None) -> str:
@@ -172,14 +193,8 @@ def _audit_line(found: Mapping[str, Any], now: datetime) -> str:
     audit = found["last_audit"]
     if audit is None:
         return f"  last audit  none yet  (chain {found['events']:,} events)"
-    figures = audit["figures"]
-    told = [f"chain {found['events']:,} events"]
-    if "agreement" in figures:
-        told.insert(0, f"agreement {_figure(figures['agreement'])}")
-    if "perplexity_ratio" in figures:
-        told.insert(0, f"perplexity ratio {_figure(figures['perplexity_ratio'])}")
-    if ratios := figures.get("norm_ratio"):
-        told.insert(0, f"norm ratio {_figure(ratios)}")
+    told = [f"{name} {value}" for name, value in audit_figures(audit)]
+    told.append(f"chain {found['events']:,} events")
     verdict = click.style(clean(audit["verdict"]), bold=True)
     return f"  last audit  {verdict}  {when(audit['at'], now)}  ({', '.join(told)})"
 
@@ -201,13 +216,6 @@ def _job_lines(jobs: Mapping[str, Any], now: datetime) -> Iterator[str]:
 def _held(fact: Mapping[str, Any]) -> str:
     held = (("side memory", fact["side_bytes"]), ("weights", fact["terms_bytes"]))
     return ", ".join(f"{name} {size(count)}" for name, count in held if count is not None)
-
-
-def _fields(*pairs: tuple[str, object]) -> Iterator[str]:
-    for name, value in pairs:
-        if value is not None and value != "":
-            # A state carries our own colour; everything else is a stranger's.
-            yield f"  {name:<12} {value if name == 'state' else clean(value)}"
 
 
 def _figure(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -31,12 +32,46 @@ _COLOURED: _Styles = {
 _MARKED: _Styles = {SAME: str, OLD: "[-{}-]".format, NEW: "{{+{}+}}".format}
 
 
+@dataclass(frozen=True)
+class Told:
+    """An event in words: the answers around it, why, what was measured, and what else is known.
+
+    Cleaned, and none longer than a line takes.
+    """
+
+    before: str | None
+    after: str | None
+    why: tuple[str, ...]
+    figures: str
+    rest: str
+
+
+def event_told(event: Mapping[str, Any]) -> Told:
+    """What the data of an event says."""
+    data = event["data"]
+    before, after = (
+        None if data.get(name) is None else clip(data[name], VALUE_CHARS)
+        for name in ("before", "after")
+    )
+    why = (*_texts(data.get("reason")), *_texts(data.get("reasons")))
+    figures = figures_text(judged(data.get("figures") or {}))
+    rest = [f"{clean(k)} {_short(v)}" for k, v in data.items() if k not in _TOLD and v is not None]
+    if "from" in data and "to" in data:
+        rest.insert(0, f"{clean(data['from'])} → {clean(data['to'])}")
+    reasons = tuple(clip(one, VALUE_CHARS) for one in why)
+    return Told(before, after, reasons, figures, "  ".join(rest))
+
+
+def event_said(event: Mapping[str, Any], said: str | None) -> str | None:
+    """The fact that an event is about: the one in its data, else the one that is known."""
+    own = event["data"].get("fact")
+    return statement(own) if isinstance(own, dict) else said
+
+
 def event_lines(event: Mapping[str, Any], said: str | None, coloured: bool = True) -> Iterator[str]:
     """One event; `said` is the fact that it is about. What has changed in an answer is shown in
     colours, or, for those who see none, with marks."""
-    data = event["data"]
-    if isinstance(data.get("fact"), dict):
-        said = statement(data["fact"])
+    said, told = event_said(event, said), event_told(event)
     kind = click.style(clean(event["kind"]), fg=_KIND_COLOURS.get(event["kind"]), bold=True)
     head = [f"#{event['seq']}", when(event["at"]), kind]
     if event["fact_id"]:
@@ -44,16 +79,13 @@ def event_lines(event: Mapping[str, Any], said: str | None, coloured: bool = Tru
     if said:
         head.append(clip(said, LIST_CHARS))
     yield "  ".join(head)
-    yield from _answer(data.get("before"), data.get("after"), coloured)
-    for why in (*_texts(data.get("reason")), *_texts(data.get("reasons"))):
-        yield f"    why     {clip(why, VALUE_CHARS)}"
-    if data.get("figures"):
-        yield f"    figures {figures_text(judged(data['figures']))}"
-    rest = [f"{clean(k)} {_short(v)}" for k, v in data.items() if k not in _TOLD and v is not None]
-    if "from" in data and "to" in data:
-        rest.insert(0, f"{clean(data['from'])} → {clean(data['to'])}")
-    if rest:
-        yield f"    {'  '.join(rest)}"
+    yield from _answer(told.before, told.after, coloured)
+    for why in told.why:
+        yield f"    why     {why}"
+    if told.figures:
+        yield f"    figures {told.figures}"
+    if told.rest:
+        yield f"    {told.rest}"
 
 
 def judged(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,16 +93,15 @@ def judged(figures: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in figures.items() if name not in _BESIDE}
 
 
-def _answer(before: object, after: object, coloured: bool) -> Iterator[str]:
+def _answer(before: str | None, after: str | None, coloured: bool) -> Iterator[str]:
     if before is not None and after is not None:
-        clipped = clip(before, VALUE_CHARS), clip(after, VALUE_CHARS)
         marked = _COLOURED if coloured else _MARKED
-        words = " ".join(marked[sort](text) for sort, text in word_changes(*clipped))
+        words = " ".join(marked[sort](text) for sort, text in word_changes(before, after))
         yield f"    answer  {words}{'  (as before)' if before == after else ''}"
     elif before is not None:
-        yield f"    before  {clip(before, VALUE_CHARS)}"
+        yield f"    before  {before}"
     elif after is not None:
-        yield f"    after   {clip(after, VALUE_CHARS)}"
+        yield f"    after   {after}"
 
 
 def answer_lines(reply: Mapping[str, Any], explain: bool) -> Iterator[str]:
@@ -96,33 +127,42 @@ def reply_lines(reply: Mapping[str, Any]) -> Iterator[str]:
     """What flush, audit, consolidate or revert has done, or would do."""
     if reply.get("dry_run"):
         yield "dry run: nothing has been changed"
+    named, measured = reply_named(reply), reply_measured(reply)
+    for fact_id, answer in reply.get("answers", {}).items():
+        before, after = (clip(answer.get(key), VALUE_CHARS) for key in ("before", "after"))
+        named.append(("answer", f"{clean(fact_id)}  {before} → {after}"))
+    for name, value in (*named, *reply_outcome(reply), *measured):
+        yield f"{name:<16}  {value}"
+
+
+def reply_named(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Which facts a reply names, by what becomes of them."""
+    found = []
     for name in ("flushed", "failed", "quarantined", "reverted", "restored"):
         if reply.get(name) or (name in reply and name != "quarantined"):
             ids = reply[name]
-            yield _line(name, f"{len(ids)}  {' '.join(map(clean, ids))}".rstrip())
-    for fact_id, answer in reply.get("answers", {}).items():
-        before, after = (clip(answer.get(key), VALUE_CHARS) for key in ("before", "after"))
-        yield _line("answer", f"{clean(fact_id)}  {before} → {after}")
-    for name in (
-        "verdict",
-        "acted",
-        "would",
-        "changed",
-        "facts",
-        "generation",
-        "weights_hash",
-        "seconds",
-    ):
-        if reply.get(name) is not None:
-            yield _line(name, _short(reply[name]))
-    for reason in _texts(reply.get("reasons")):
-        yield _line("why", clean(reason))
+            found.append((name, f"{len(ids)}  {' '.join(map(clean, ids))}".rstrip()))
+    return found
+
+
+def reply_outcome(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What a reply says of the whole, and why."""
+    names = ("verdict", "acted", "would", "changed", "facts", "generation", "weights_hash")
+    found = [
+        (_label(name), _short(reply[name]))
+        for name in (*names, "seconds")
+        if reply.get(name) is not None
+    ]
+    return [*found, *(("why", clean(reason)) for reason in _texts(reply.get("reasons")))]
+
+
+def reply_measured(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures in a reply."""
     figures = dict(reply.get("figures") or {})
     evidence, costs = (figures.pop(name, {}) for name in _BESIDE)
-    for name, value in {**figures, **evidence}.items():
-        yield _line(name, figures_text({"": value}).strip())
-    for part, seconds in costs.items():
-        yield _line(f"{part} took", f"{seconds:.2f} s")
+    shown = {**figures, **evidence}
+    found = [(_label(name), figures_text({"": value}).strip()) for name, value in shown.items()]
+    return [*found, *((_label(f"{part} took"), f"{s:.2f} s") for part, s in costs.items())]
 
 
 def _texts(value: object) -> list[object]:
@@ -130,8 +170,8 @@ def _texts(value: object) -> list[object]:
     return value if isinstance(value, list) else [value] if value else []
 
 
-def _line(name: str, value: str) -> str:
-    return f"{clean(name).replace('_', ' '):<16}  {value}"
+def _label(name: str) -> str:
+    return clean(name).replace("_", " ")
 
 
 def _short(value: object) -> str:

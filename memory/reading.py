@@ -6,7 +6,7 @@ quick and works when nothing runs.
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
@@ -157,6 +157,97 @@ def similar_facts(conn: sqlite3.Connection, name: str) -> list[str]:
     ).fetchall()
     ids = [i for row in rows for i in (row["id"], row["external_id"]) if i is not None]
     return get_close_matches(name, ids) or [row["id"] for row in rows if row["called"]]
+
+
+def fact_page(
+    conn: sqlite3.Connection, text: str | None, state: str | None, before: int | None, most: int
+) -> list[dict[str, Any]]:
+    """The newest facts first, at most so many, older than the one with the number `before`.
+
+    `text` is a part of what a fact says or of an id of it, in any case.
+    """
+    said = "id || char(10) || coalesce(external_id, '') || char(10) || target || char(10)"
+    tests = {
+        f"instr(casefold({said} || replace(prompt, '{{}}', subject)), casefold(?))": text,
+        "state = ?": state,
+        "seq < ?": before,
+    }
+    where, values = _where(tests)
+    sql = f"SELECT {_FACT_COLUMNS} FROM facts{where} ORDER BY seq DESC LIMIT ?"
+    return list(_dicts(conn, sql, *values, most))
+
+
+def event_page(
+    conn: sqlite3.Connection, asked: Mapping[str, Any], before: int | None, most: int
+) -> list[dict[str, Any]]:
+    """The newest events first, at most so many, older than the one with the number `before`.
+
+    `asked` may hold: since (ISO-8601 UTC), kind, fact (an id or its owner's), subject (a part of
+    it, in any case). Each event has `said`: subject, prompt and target of its fact, or None.
+    """
+    fact = asked.get("fact")
+    tests = {
+        "events.seq < ?": before,
+        "at >= ?": asked.get("since"),
+        "kind = ?": asked.get("kind"),
+        "fact_id = ?": None if fact is None else _resolve(conn, fact),
+        "instr(casefold(coalesce(subject, '')), casefold(?))": asked.get("subject"),
+    }
+    where, values = _where(tests)
+    rows = _dicts(
+        conn,
+        "SELECT events.*, subject, prompt, target FROM events LEFT JOIN facts"
+        f" ON facts.id = events.fact_id{where} ORDER BY events.seq DESC LIMIT ?",
+        *values,
+        most,
+    )
+    names = ("subject", "prompt", "target")
+    return [
+        {k: v for k, v in row.items() if k not in names}
+        | {"said": {n: row[n] for n in names} if row["subject"] is not None else None}
+        for row in rows
+    ]
+
+
+def event_kinds(conn: sqlite3.Connection) -> list[str]:
+    """The kinds of events that there are."""
+    return [row[0] for row in conn.execute("SELECT DISTINCT kind FROM events ORDER BY kind")]
+
+
+def audit_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
+    """The last audits, oldest first."""
+    newest = _dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
+    return list(newest)[::-1]
+
+
+def generation_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
+    """The last generations of the weights, oldest first, each with how many `facts` it holds."""
+    newest = _dicts(
+        conn,
+        "SELECT id, parent, reason, figures, created_at, json_array_length(fact_ids) AS facts"
+        " FROM generations ORDER BY id DESC LIMIT ?",
+        most,
+    )
+    return list(newest)[::-1]
+
+
+def facts_named(conn: sqlite3.Connection, ids: Collection[str]) -> list[dict[str, Any]]:
+    """Those of the facts with these ids that are known, in the order of their arrival."""
+    sql = f"SELECT {_FACT_COLUMNS} FROM facts WHERE id IN (SELECT value FROM json_each(?))"
+    return list(_dicts(conn, f"{sql} ORDER BY seq", json.dumps(list(ids))))
+
+
+def weights_facts_asking(conn: sqlite3.Connection, prompt: str) -> list[dict[str, Any]]:
+    """The facts in the weights whose prompt, or a paraphrase, is just this."""
+    return list(
+        _dicts(
+            conn,
+            f"SELECT {_FACT_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
+            " subject) = ? OR EXISTS (SELECT 1 FROM json_each(record, '$.paraphrases')"
+            " WHERE replace(value, '{}', subject) = ?)) ORDER BY seq",
+            *(State.LIVE_WEIGHTS, prompt, prompt),
+        )
+    )
 
 
 def _counts(conn: sqlite3.Connection) -> dict[str, Any]:

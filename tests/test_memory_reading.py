@@ -13,12 +13,17 @@ from memory.errors import KeditError
 from memory.facts import Fact, State
 from memory.reading import (
     answer_until,
+    event_page,
     event_rows,
     fact_detail,
+    fact_page,
     fact_rows,
+    facts_named,
+    generation_rows,
     open_readonly,
     overview,
     similar_facts,
+    weights_facts_asking,
 )
 from memory.store import JOB_OK, Store
 
@@ -216,3 +221,41 @@ heavy = {{"torch", "sqlite_utils", "pydantic", "rich", "numpy", "click"}} & set(
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pages_go_back_from_the_newest(ids: list[str], path: Path) -> None:
+    with closing(open_readonly(path)) as conn:
+        newest = fact_page(conn, None, None, None, 3)
+        assert [row["id"] for row in newest] == [ids[3], ids[2], ids[1]]
+        assert [row["id"] for row in fact_page(conn, None, None, newest[-1]["seq"], 3)] == [ids[0]]
+        assert [row["id"] for row in fact_page(conn, "ÄRZTE ARE", None, None, 3)] == [ids[0]]
+        assert [row["id"] for row in fact_page(conn, "BAND", "live-side", None, 3)] == [ids[0]]
+        assert fact_page(conn, "lake%", None, None, 3) == []
+        events = event_page(conn, {}, None, 100)
+        assert [e["seq"] for e in events] == list(range(len(events), 0, -1))
+        older = event_page(conn, {}, events[1]["seq"], 2)
+        assert [e["seq"] for e in older] == [e["seq"] for e in events[2:4]]
+        assert {e["fact_id"] for e in event_page(conn, {"subject": "ärzte"}, None, 9)} == {ids[0]}
+        assert event_page(conn, {"fact": "band", "kind": "fact_received"}, None, 9)[0]["said"] == {
+            "subject": "Ärzte",
+            "prompt": "{} are from",
+            "target": "Berlin",
+        }
+        assert event_page(conn, {"kind": "audit"}, None, 9)[0]["said"] is None
+        assert [row["id"] for row in facts_named(conn, [ids[2], "x", ids[0]])] == [ids[0], ids[2]]
+        assert [(row["id"], row["facts"]) for row in generation_rows(conn, 5)] == [(0, 0)]
+
+
+def test_which_facts_in_the_weights_ask_just_this(path: Path) -> None:
+    eyre = Fact("Lake Eyre", "{} lies in", "Australia", paraphrases=("Where {} is:", "Its land:"))
+    beside = Fact("Lake Chad", "{} lies in", "Chad", paraphrases=("Its land:",))
+    with closing(Store(path, Days())) as store, store.transaction():
+        for fact in (eyre, beside):
+            store.receive(fact, "a.jsonl", direct=False)
+        store.move(eyre.id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.move(beside.id, State.LIVE_SIDE, tier="side")
+    with closing(open_readonly(path)) as conn:
+        for prompt in ("Lake Eyre lies in", "Where Lake Eyre is:", "Its land:"):
+            assert [row["id"] for row in weights_facts_asking(conn, prompt)] == [eyre.id]
+        for prompt in ("Lake Eyre lies", "lake eyre lies in", "Lake Chad lies in", ""):
+            assert weights_facts_asking(conn, prompt) == []
