@@ -1,7 +1,12 @@
 """The HTTP application, put together from its parts."""
 
+import asyncio
+import os
+import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
@@ -12,14 +17,20 @@ from starlette.responses import Response
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
+from kedit_daemon.serve import pages
 from kedit_daemon.serve.api import Api
 from kedit_daemon.serve.facts import Facts
 from kedit_daemon.serve.gate import Gate, Rate
 from kedit_daemon.serve.health import Health
 from kedit_daemon.serve.metrics import Metered, Meters
+from kedit_daemon.serve.pages import Board, Sides
 from kedit_daemon.serve.reader import Reader
 from kedit_daemon.serve.refusals import Refused, refusal
+from kedit_daemon.serve.wish import BASE, EDITED, Opened, Part, Wish
 from memory.errors import KeditError
+
+if TYPE_CHECKING:
+    from policies.stability import Thresholds
 
 
 def build(
@@ -40,6 +51,7 @@ def build(
             *Facts(home, config).routes(limited),
             *Health(home).routes(free),
             *meters.routes(free),
+            *pages.routes(_board(home, clock, lambda: app.state.reader), token),
         ],
         middleware=[Middleware(Metered, meters, monotonic)],
         exception_handlers={
@@ -56,6 +68,31 @@ def equip(app: Starlette, reader: Reader) -> None:
     """Let the application answer with a model from now on."""
     app.state.meters.watch(reader.engine)
     app.state.reader = reader
+
+
+def _board(home: Home, clock: Callable[[], datetime], reader: Callable[[], Reader | None]) -> Board:
+    """What the pages work with; there is no reader before the model is loaded."""
+
+    async def ask(prompt: str, max_tokens: int) -> Sides:
+        if (now := reader()) is None:
+            raise KeditError("the model is being loaded", code="loading", exit_code=75)
+        wish = Wish(tuple(now.encode(prompt)), EDITED, max_tokens, temperature=0.0)
+        sides = (wish, replace(wish, which=BASE))
+        (opened, edited), (_, base) = await asyncio.gather(*(_whole(now, one) for one in sides))
+        return Sides(edited, base, opened.generation, opened.fired)
+
+    def thresholds() -> "Thresholds | None":
+        return now.thresholds if (now := reader()) else None
+
+    program = f"kedit-daemon --home {shlex.quote(str(home.root))}"
+    return Board(home, thresholds, clock, ask, os.environ, program)
+
+
+async def _whole(reader: Reader, wish: Wish) -> tuple[Opened, str]:
+    """An answer in one piece, and how it began."""
+    opened, *parts = [item async for item in reader.engine.answer(wish)]
+    assert isinstance(opened, Opened)
+    return opened, "".join(part.text for part in parts if isinstance(part, Part)).strip()
 
 
 async def _refused(request: Request, error: Exception) -> Response:

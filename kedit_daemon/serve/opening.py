@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from kedit_daemon.auditor import thresholds
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.engine import Engine
@@ -16,4 +17,5 @@ def open_reader(home: Home, config: Config) -> Reader:
     """
     replica = Replica.load(home, config.model, config.device)
     engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
-    return Reader(Path(config.model).name, engine.model, engine)
+    limits = None if replica.site is None else thresholds(config, replica.site)
+    return Reader(Path(config.model).name, engine.model, engine, limits)

@@ -11,6 +11,7 @@ from kedit_daemon.serve.wish import Opened, Part, Wish
 
 if TYPE_CHECKING:
     from memory.model import EditableModel
+    from policies.stability import Thresholds
 
 
 class Figures(Protocol):
@@ -50,6 +51,8 @@ class Reader:
     name: str
     model: "EditableModel"
     engine: Engine
+    thresholds: "Thresholds | None" = None
+    """By which audits judge this model."""
 
     @property
     def positions(self) -> int:

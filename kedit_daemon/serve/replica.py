@@ -17,6 +17,7 @@ from kedit_daemon.serving import check_base, side_for
 from memory.errors import KeditError
 from memory.following import Follower, LiveRow
 from memory.side import Shard, SideMemory
+from policies.site import EditSite
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +25,16 @@ log = logging.getLogger(__name__)
 class Replica:
     """The model as it is served, of one thread at a time."""
 
-    def __init__(self, side: SideMemory, follower: Follower, home: Home) -> None:
+    def __init__(
+        self, side: SideMemory, follower: Follower, home: Home, site: EditSite | None = None
+    ) -> None:
         """`side` is empty, of a model with its own weights; `sync` brings both up to date."""
         self.model, self.side, self.home = side.model, side, home
         self.generation = 0
         """The one that is served as edited."""
         self.problems: tuple[str, ...] = ()
         """What could not be followed, in words; nothing while all is well."""
+        self.site = site
         self._follower = follower
         self._deltas: dict[int, Tensor] = {}  # of that generation
         self._laid = 0  # the one whose weights are in the model now
@@ -47,7 +51,7 @@ class Replica:
         check_base(follower.meta("base_hash"), loaded.base_hash, name)
         site = loaded.site()
         statistics = loaded.statistics(site.layers, (site.key_layer, site.side_layer), iter)
-        return cls(side_for(loaded.model, site, statistics), follower, home)
+        return cls(side_for(loaded.model, site, statistics), follower, home, site)
 
     def close(self) -> None:
         """Close the database."""

@@ -1,0 +1,66 @@
+"""The parts of the server under one roof: pages, API and facts do not stand in each other's way."""
+
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import NAME, NOW, ROME, Running, server
+from starlette.testclient import TestClient
+
+from kedit_daemon.config import Config
+from kedit_daemon.home import Home
+from kedit_daemon.serve.app import build
+
+TOKEN = "a-token-of-letters"
+
+
+@pytest.fixture
+def running(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[Running]:
+    with server(tmp_path / "home", model_folder("llama")) as found:
+        yield found
+
+
+def form_token(client: httpx.Client) -> str:
+    found = re.search(r'name="form_token" value="([^"]+)"', client.get("/ask").text)
+    assert found
+    return found[1]
+
+
+def test_pages_and_api_share_the_server(running: Running) -> None:
+    with running.http() as client:
+        assert client.get("/").headers["content-type"].startswith("text/html")
+        assert ROME.id in client.get("/facts").text
+        assert client.post("/facts", content=b"").status_code == 422  # the API's, not the page's
+        assert client.get("/v1/models").json()["data"][0]["id"] == NAME
+
+
+def test_people_see_both_answers_of_the_engine(running: Running) -> None:
+    with running.http() as client:
+        form = {"form_token": form_token(client), "prompt": ROME.question, "max_tokens": "20"}
+        told = client.post("/ask", data=form, headers={"Origin": running.url})
+        assert told.status_code == 200
+        assert ROME.target in told.text and ROME.id in told.text
+    assert running.engine.figures.requests == 2
+
+
+def test_people_are_told_that_the_model_is_being_loaded(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    app = build(home, Config(), None, lambda: NOW, time.monotonic)
+    client = TestClient(app, base_url="http://localhost")
+    token = form_token(client)
+    form = {"form_token": token, "prompt": "Rome", "max_tokens": "20"}
+    told = client.post("/ask", data=form, headers={"Origin": "http://localhost"})
+    assert "being loaded" in told.text
+
+
+def test_with_a_token_people_sign_in_and_programs_show_it(tmp_path: Path) -> None:
+    app = build(Home(tmp_path / "home"), Config(), TOKEN, lambda: NOW, time.monotonic)
+    client = TestClient(app, base_url="http://localhost", follow_redirects=False)
+    page, api = client.get("/facts"), client.get("/v1/models")
+    assert page.status_code == 303 and page.headers["location"].startswith("/sign-in")
+    assert api.status_code == 401
+    shown = client.get("/v1/models", headers={"Authorization": f"Bearer {TOKEN}"})
+    assert shown.status_code == 503  # it is let in, and the model is still being loaded
