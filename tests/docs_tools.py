@@ -139,7 +139,9 @@ class Shell:
         assert self.bash.stdout is not None
         said, deadline = b"", time.monotonic() + SECONDS
         while not re.search(rf"\n{MARK}\d+\n\Z".encode(), said):
-            ready, _, _ = select.select([self.bash.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select(
+                [self.bash.stdout], [], [], max(0.0, deadline - time.monotonic())
+            )
             piece = os.read(self.bash.stdout.fileno(), 65536) if ready else b""
             assert piece, f"{step.command!r} does not end: {said.decode()}"
             said += piece
