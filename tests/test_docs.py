@@ -1,0 +1,194 @@
+"""What the documents show is what happens, and what they point to is there."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from docs_tools import DOCUMENTS, ROOT, Shell, agrees, blocks, prose, steps
+
+from kedit_daemon.cli import COMMANDS, cli
+
+README, TOUR, POLICIES = (ROOT / name for name in ("README.md", "docs/tour.md", "docs/policies.md"))
+PLAYED = [path for path in DOCUMENTS if any(steps(path.read_text("utf-8")))]
+LANGUAGES = ("console", "sh", "text", "json", "toml", "diff", "python")
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """Where README has been played: its daemon runs, for the documents that need one."""
+    opened = Shell(tmp_path_factory.mktemp("docs") / "readme")
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def play(shell: Shell, path: Path) -> None:
+    for step in steps(path.read_text("utf-8")):
+        where = f"{path.name}, line {step.line}: $ {step.command}"
+        code, seen = shell.play(step)
+        if code != step.code:
+            pytest.fail(f"{where}\nexits with {code}:\n{seen}", pytrace=False)
+        if step.shown and not agrees(step.shown, seen):
+            shown = "\n".join(step.shown)
+            pytest.fail(f"{where}\nshows:\n{shown}\nand prints:\n{seen}", pytrace=False)
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((p for p in PLAYED if p != TOUR), key=lambda path: path != README),
+    ids=lambda path: path.name,
+)
+def test_what_a_document_shows_happens(shell: Shell, path: Path) -> None:
+    play(shell, path)
+
+
+def test_what_the_tour_shows_happens(tmp_path: Path) -> None:
+    shell = Shell(tmp_path / "tour")
+    try:
+        play(shell, TOUR)
+    finally:
+        shell.close()
+
+
+def test_the_worked_example_fails_before_the_change_and_passes_after(tmp_path: Path) -> None:
+    shown = {block.language: block.text for block in blocks(POLICIES.read_text("utf-8"))}
+    for package in ("memory", "policies"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    (tmp_path / "test_example.py").write_text(shown["python"])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_example.py"]
+    before = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "1 failed, 1 passed" in before.stdout, before.stdout
+    apply = ["git", "apply", "--unidiff-zero", "-"]
+    subprocess.run(apply, cwd=tmp_path, input=shown["diff"], text=True, check=True)
+    after = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "2 passed" in after.stdout, after.stdout
+
+
+@each_document
+def test_every_block_says_what_it_is(path: Path) -> None:
+    text = path.read_text("utf-8")
+    strange = [b.line for b in blocks(text) if b.language not in LANGUAGES]
+    assert not strange, f"blocks of no known language begin in lines {strange}"
+    assert "```" not in prose(text)
+
+
+@each_document
+def test_every_link_leads_somewhere(path: Path) -> None:
+    lost = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text("utf-8"))):
+        if re.match(r"https?://", target):
+            continue
+        name, _, heading = target.partition("#")
+        where = (path.parent / name).resolve() if name else path
+        if not where.is_file() or (heading and heading not in headings(where)):
+            lost.append(target)
+    assert not lost
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a document's headings, as they are made on the web."""
+    titles = re.findall(r"^#+ (.+)$", prose(path.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_document
+def test_every_command_shown_can_be_typed(path: Path) -> None:
+    wrong = []
+    for line, words in commands(path.read_text("utf-8")):
+        try:
+            parse(words)
+        except click.UsageError as error:
+            wrong.append(f"line {line}: kedit-daemon {shlex.join(words)}: {error.format_message()}")
+    assert not wrong, "\n".join(wrong)
+
+
+def commands(text: str) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a document that call kedit-daemon, in blocks that are not run and in the text;
+    "…" and "[--options]" are left out."""
+    lines: list[tuple[int, str]] = []
+    for block in blocks(text):
+        if block.language in ("sh", "text"):
+            lines += enumerate(block.text.splitlines(), block.line + 1)
+    for found in re.finditer(r"`([^`\n]*kedit-daemon [^`\n]*)`", prose(text)):
+        lines.append((0, found[1]))
+    for number, line in lines:
+        for call in re.findall(r"(?:^|[/\s])kedit-daemon\s+([^|;&)]*)", line.partition(" #")[0]):
+            words = [w for w in shlex.split(call) if w != "…" and not w.startswith("[")]
+            if line.strip().startswith(("cp ", "systemctl ", "ExecStart", "apt")) or not words:
+                continue
+            yield number, words
+
+
+def parse(words: list[str]) -> None:
+    """As the command line would read the words; without running anything, or asking for files."""
+    command: click.Command = cli
+    ctx = click.Context(cli, info_name="kedit-daemon")
+    rest = words
+    while True:
+        given, rest, _ = command.make_parser(ctx).parse_args(args=list(rest))
+        for parameter in command.params:
+            value = given.get(parameter.name or "")
+            stands_for_more = isinstance(value, str) and value.isupper()  # as in --generation N
+            if isinstance(parameter.type, click.Path) or stands_for_more:
+                continue
+            if isinstance(value, str):
+                parameter.type_cast_value(ctx, value)
+            elif parameter.required and not (isinstance(value, tuple) and value):
+                raise click.MissingParameter(ctx=ctx, param=parameter)
+        if not isinstance(command, click.Group) or not rest:
+            break
+        _, found, rest = command.resolve_command(ctx, list(rest))
+        assert found is not None
+        command, ctx = found, click.Context(found, parent=ctx, info_name=found.name)
+    if rest:
+        raise click.UsageError(f"{rest[0]!r} is too much", ctx)
+
+
+@pytest.mark.parametrize("words", [["revertt"], ["status", "--wach"], ["show"], ["facts", "x"]])
+def test_what_cannot_be_typed_is_found(words: list[str]) -> None:
+    with pytest.raises(click.UsageError):
+        parse(words)
+
+
+def test_readme_names_every_command() -> None:
+    table = re.findall(r"^\| (`.+?) \| ", README.read_text("utf-8"), re.MULTILINE)
+    named = {word for cell in table for word in re.findall(r"`(\w+)", cell)}
+    assert not COMMANDS.keys() - named
+
+
+@pytest.mark.parametrize(
+    ("shown", "seen"),
+    [
+        (["a 1.25 b"], "a  3 b\n"),
+        (["#… kept"], "#12  kept\n"),
+        (["a", "…", "z"], "a\nb\nc\nz\n"),
+        (["a", "…"], "a\n"),
+        (["at 21:10"], "at 03:59\n"),
+        (["5e" * 32], "0a" * 32 + "\n"),
+    ],
+)
+def test_what_may_differ_may_differ(shown: list[str], seen: str) -> None:
+    assert agrees(shown, seen)
+
+
+@pytest.mark.parametrize(
+    ("shown", "seen"),
+    [
+        (["a"], "a\nb\n"),
+        (["2 facts"], "3 facts\n"),
+        (["ecc93eae2aa6"], "ecc93eae2aa7\n"),
+        (["a", "…", "z"], "a\nz\ny\n"),
+        (["is 1.5 long"], "is … long\n"),
+        (["…: yes"], "agreed: no\n"),
+    ],
+)
+def test_what_differs_is_told(shown: list[str], seen: str) -> None:
+    assert not agrees(shown, seen)
