@@ -16,7 +16,8 @@ from memory.statistics import PACKED, LayerStatistics, collect, pack, unpack
 from policies.site import FILE, EditSite, load_site, read_site, weights_of
 
 SHIPPED = "shipped"
-STATISTICS = "statistics.safetensors"
+# Not *.safetensors, though it is: servers take every such file in a folder for weights.
+STATISTICS = "statistics.kedit"
 CANARY_LINES = 40
 
 Progress = Callable[[Iterable[str]], Iterable[str]]

@@ -1,7 +1,7 @@
 """A model as it lies in its folder: the weights that may change, read and written in their files.
 
-The rest of the model is never loaded. A copy is made byte by byte, with other weights in the
-places of the old ones: everything that is not edited stays what it was, whatever the model.
+The rest of the model is never loaded. A copy is made tensor by tensor, with other weights in the
+places of the old ones: everything that is not edited stays what it was, bit for bit.
 """
 
 import hashlib
@@ -28,6 +28,9 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNED = 8  # bytes; where tensors may begin
+CHUNK = 1 << 24  # bytes that are copied at once
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What a model needs beside its weights, and what its licence may ask to go with it.
 BESIDE = (
@@ -53,7 +56,6 @@ class Place:
     tensor: str  # the weight's name in the file
     file: Path
     dtype: torch.dtype
-    start: int  # of its bytes in the file
     transposed: bool  # stored (width, hidden), as GPT-2's Conv1D are
 
 
@@ -102,9 +104,11 @@ class Checkpoint:
         return weight + deltas[layer] if layer in deltas else weight
 
     def stored(self, layer: int, weight: Tensor) -> Tensor:
-        """A weight (hidden, width) in the shape and the dtype of the file."""
+        """A weight (hidden, width) in the shape of the file, in float32 or wider: a change is small
+        beside the weight, and 16 bits would round much of it away."""
         at = self.places[layer]
-        return (weight.T if at.transposed else weight).to(at.dtype).contiguous()
+        dtype = torch.promote_types(at.dtype, torch.float32)
+        return (weight.T if at.transposed else weight).to(dtype).contiguous()
 
     def copy_beside(self, to: Path) -> None:
         """Copy the files that stand beside the weights: configuration, tokenizer, licence."""
@@ -115,15 +119,14 @@ class Checkpoint:
 
     def copy_weights(self, to: Path, weights: Mapping[int, Tensor]) -> None:
         """Copy the weights' files, with some of them, as `stored` gives them, in their places."""
-        for path in self.files:
-            shutil.copyfile(path, to / path.name)
-        if (self.folder / INDEX).is_file() and self.files[0].name != SINGLE:
-            shutil.copyfile(self.folder / INDEX, to / INDEX)
-        for layer, weight in weights.items():
-            at = self.places[layer]
-            with (to / at.file.name).open("r+b") as file:
-                file.seek(at.start)
-                file.write(weight.view(torch.uint8).numpy().tobytes())
+        changed = {self.places[layer].tensor: weight for layer, weight in weights.items()}
+        grown = sum(_copy(path, to / path.name, changed) for path in self.files)
+        if self.files[0].name != SINGLE:
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            if "total_size" in index.get("metadata", {}):
+                index["metadata"]["total_size"] += grown
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (to / INDEX).write_text(text, encoding="utf-8")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -150,6 +153,39 @@ def _header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
         return 8 + length, json.loads(file.read(length))
 
 
+def _copy(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
+    """Copy a file tensor by tensor, in their order, some of them changed; by how many bytes it is
+    larger then."""
+    start, header = _header(path)
+    told, at = {name: header.pop(name) for name in ("__metadata__",) if name in header}, 0
+    order = sorted(header, key=lambda name: _offsets(header[name]))
+    for name in order:
+        begin, end = _offsets(header[name])
+        size = changed[name].nbytes if name in changed else end - begin
+        told[name] = header[name] | {"data_offsets": [at, at + size]}
+        if name in changed:
+            told[name]["dtype"] = NAMES[changed[name].dtype]
+        at += size
+    head = json.dumps(told, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % ALIGNED)
+    with path.open("rb") as file, to.open("wb") as out:
+        out.write(struct.pack("<Q", len(head)) + head)
+        for name in order:
+            begin, end = _offsets(header[name])
+            if name in changed:
+                out.write(changed[name].view(torch.uint8).numpy().tobytes())
+                continue
+            file.seek(start + begin)
+            for left in range(end - begin, 0, -CHUNK):
+                out.write(file.read(min(CHUNK, left)))
+    return at - max((_offsets(entry)[1] for entry in header.values()), default=0)
+
+
+def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+    begin, end = cast("list[int]", entry["data_offsets"])
+    return begin, end
+
+
 def _place(
     module: str,
     transposed: bool,
@@ -158,12 +194,10 @@ def _place(
 ) -> Place:
     # Some checkpoints, GPT-2's first ones among them, leave out the name of the body.
     for tensor in (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight"):
-        for path, (start, header) in headers.items():
+        for path, (_, header) in headers.items():
             if (entry := header.get(tensor)) is None:
                 continue
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{tensor} is stored as {entry['dtype']}")
-            offset = cast("list[int]", entry["data_offsets"])[0]
-            dtype = DTYPES[str(entry["dtype"])]
-            return Place(module, tensor, path, dtype, start + offset, transposed)
+            return Place(module, tensor, path, DTYPES[str(entry["dtype"])], transposed)
     raise ValueError(f"no file holds {module}.weight")

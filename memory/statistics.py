@@ -142,7 +142,7 @@ def unpack(data: bytes) -> dict[int, LayerStatistics]:
         raise KeditError(
             "the statistics are in an older form",
             code="statistics",
-            hint="remove statistics.safetensors from the model's folder: it is measured again",
+            hint="remove statistics.kedit from the model's folder: it is measured again",
         )
     result = {}
     for n in sorted({int(name.split("/")[0]) for name in tensors}):

@@ -162,20 +162,28 @@ def test_a_delta_without_facts_brings_a_server_back_to_the_base(
         written(home, "lora", tmp_path / "lora")
 
 
-def test_a_model_of_16_bits_stays_one_and_the_loss_is_told(
+def test_of_a_model_of_16_bits_only_what_is_edited_is_wider_and_the_loss_is_told(
     tmp_path: Path, statistics_cache: Path
 ) -> None:
     folder = save_model("llama", tmp_path / "narrow")
     loaded(folder).to(torch.bfloat16).save_pretrained(folder)
     at = filled(tmp_path / "home", folder, statistics_cache, FACTS[:1])
     found = written(at.home, "merged", tmp_path / "merged")
+    before = load_file(folder / "model.safetensors")
     tensors = load_file(tmp_path / "merged/model.safetensors")
-    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
-    for n, (name, lost) in zip(at.loaded.layers, found.told["rounding"].items(), strict=True):
-        off = (tensors[name].float() - at.loaded.model.weight(n)).norm()
-        assert lost == pytest.approx(float(off / at.served.deltas[n].norm()), rel=1e-3)
+    edited = dict(zip(found.told["rounding"], at.loaded.layers, strict=True))
+    assert {n: t.dtype for n, t in tensors.items() if n in edited} == dict.fromkeys(
+        edited, torch.float32
+    )
+    assert all(torch.equal(tensors[n], t) for n, t in before.items() if n not in edited)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (logits(loaded(tmp_path / "merged"), tokenizer) - served(at)).abs().max() <= 1e-5
+    for name, lost in found.told["rounding"].items():
+        off = (tensors[name].bfloat16().float() - tensors[name]).norm()
+        delta = at.served.deltas[edited[name]].norm()
+        assert lost == pytest.approx(float(off / delta), rel=1e-3)
         assert 0 < lost < 0.1
-    assert "are rounded" in found.notes[0]
+    assert "loads them as bfloat16" in found.notes[0]
     at.store.close()
 
 
@@ -257,8 +265,10 @@ def test_terms_that_give_other_weights_are_refused(
 def test_a_rank_that_no_server_takes_is_refused(
     at: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ranks = written(at.home, "lora", tmp_path / "lora").told["ranks"]
-    monkeypatch.setattr(kinds, "MAX_RANK", max(ranks.values()) - 1)
-    with pytest.raises(KeditError, match=f"rank {max(ranks.values())}") as caught:
+    rank = written(at.home, "lora", tmp_path / "lora").told["rank"]
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert {min(t.shape) for t in tensors.values()} == {rank}  # the same in all matrices
+    monkeypatch.setattr(kinds, "MAX_RANK", rank - 1)
+    with pytest.raises(KeditError, match=f"rank {rank}") as caught:
         written(at.home, "lora", tmp_path / "other")
     assert "export merged or delta" in caught.value.hint

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from memory.checkpoint import Checkpoint
@@ -36,19 +37,26 @@ def test_the_files_hold_what_the_model_has(
         assert torch.equal(tensor, again.model.state_dict()[name]), name
 
 
-def test_only_the_bytes_of_the_edited_tensor_change(
-    model_folder: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_edited_tensor_changes(
+    model_folder: Callable[[str], Path], tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    files = Checkpoint(model_folder("gpt2"))
-    weight = files.weight(1) + 1.0
-    files.copy_weights(tmp_path, {1: files.stored(1, weight)})
-    before = (model_folder("gpt2") / "model.safetensors").read_bytes()
-    after = (tmp_path / "model.safetensors").read_bytes()
-    at, size = files.places[1].start, weight.numel() * 4
-    assert len(before) == len(after)
-    assert before[:at] == after[:at]
-    assert before[at + size :] == after[at + size :]
-    assert before[at : at + size] != after[at : at + size]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model_folder("gpt2") / "config.json").read_bytes())
+    tensors = load_file(model_folder("gpt2") / "model.safetensors")
+    before = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
+    files = Checkpoint(folder)
+    weight = files.stored(1, files.weight(1) + 1e-4)
+    files.copy_weights(tmp_path, {1: weight})
+    after = load_file(tmp_path / "model.safetensors")
+    edited = files.places[1].tensor
+    assert after.keys() == before.keys()
+    assert torch.equal(after[edited], weight) and after[edited].dtype is torch.float32
+    assert all(torch.equal(after[n], before[n]) for n in before if n != edited)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 def test_what_stands_beside_the_weights_is_copied_and_nothing_else(

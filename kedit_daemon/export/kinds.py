@@ -8,6 +8,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.utils.hub import cached_file
 
 from kedit_daemon.export.source import Source, Written, read_terms
@@ -98,21 +99,20 @@ def _stored(edited: Edited, layers: tuple[int, ...]) -> dict[int, Tensor]:
 
 
 def _rounded(edited: Edited, weights: dict[int, Tensor]) -> Written:
-    """How much of each ΔW is lost in the model's own dtype."""
+    """How much of each ΔW is lost where the weights are loaded in the model's own dtype."""
     checkpoint, dtypes, lost = edited.checkpoint, {}, {}
-    for n, stored in weights.items():
+    for n, weight in weights.items():
         at = checkpoint.places[n]
-        dtypes[at.tensor] = str(at.dtype).removeprefix("torch.")
-        if n in edited.deltas:
-            weight = stored.T if at.transposed else stored
-            off = weight.double() - checkpoint.edited(n, edited.deltas).double()
-            lost[at.tensor] = float(off.norm() / edited.deltas[n].double().norm())
+        dtypes[at.tensor] = str(weight.dtype).removeprefix("torch.")
+        if n in edited.deltas and weight.dtype != at.dtype:
+            off = (weight.to(at.dtype).double() - weight.double()).norm()
+            lost[at.tensor] = float(off / edited.deltas[n].double().norm())
     notes: tuple[str, ...] = ()
     if worst := max(lost.values(), default=0.0):
-        kept = "/".join(sorted(set(dtypes.values())))
+        kept = {str(checkpoint.places[n].dtype).removeprefix("torch.") for n in weights}
         notes = (
-            f"the model is {kept}, so the edited weights are rounded: {worst:.2g} of the change is"
-            " lost where it is most; export lora keeps all of it",
+            f"the edited weights are float32; what loads them as {'/'.join(sorted(kept))}, as the"
+            f" rest of the model is, loses {worst:.2g} of the change where it is most",
         )
     return Written({"dtypes": dtypes, "rounding": lost}, notes)
 
@@ -128,29 +128,27 @@ def write_lora(source: Source, to: Path) -> Written:
     edited = open_edited(source)
     factors = _factors(source, edited)
     places = edited.checkpoint.places
-    ranks = {places[n].module: len(up) for n, (_, up) in factors.items()}
-    if max(ranks.values()) > MAX_RANK:
+    rank = max(len(up) for _, up in factors.values())
+    if rank > MAX_RANK:
         raise KeditError(
-            f"the adapter would have the rank {max(ranks.values())}, and vLLM takes {MAX_RANK}",
+            f"the adapter would have the rank {rank}, and vLLM takes {MAX_RANK}",
             code="rank",
             hint="export merged or delta, which hold any number of facts at the same cost",
         )
     tensors: dict[str, Tensor] = {}
     for n, (down, up) in factors.items():
         name = f"base_model.model.{places[n].module}"
-        tensors |= {f"{name}.lora_A.weight": up, f"{name}.lora_B.weight": down}
+        # Not every server takes a rank for each matrix: zeros up to the largest one change nothing.
+        more = rank - len(up)
+        tensors[f"{name}.lora_A.weight"] = pad(up, (0, 0, 0, more))
+        tensors[f"{name}.lora_B.weight"] = pad(down, (0, more))
     save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
     transposed = {places[n].transposed for n in factors} == {True}
-    settings = _adapter(source, ranks, transposed)
+    modules = [places[n].module for n in factors]
+    settings = _adapter(source, rank, modules, transposed)
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (to / "adapter_config.json").write_text(text, encoding="utf-8")
-    notes = []
-    if len(set(ranks.values())) > 1:
-        notes.append(
-            f"its matrices have different ranks ({', '.join(map(str, ranks.values()))}): PEFT and"
-            " vLLM take that; llama.cpp and SGLang want one rank, so give them merged"
-        )
-    return Written({"ranks": ranks}, tuple(notes))
+    return Written({"rank": rank}, ())
 
 
 def _factors(source: Source, edited: Edited) -> dict[int, tuple[Tensor, Tensor]]:
@@ -180,20 +178,16 @@ def _factors(source: Source, edited: Edited) -> dict[int, tuple[Tensor, Tensor]]
     return factors
 
 
-def _adapter(source: Source, ranks: dict[str, int], transposed: bool) -> dict[str, Any]:
-    """PEFT's settings. Everywhere alpha is the rank, so that the product is taken as it is."""
-    most = max(ranks.values())
-    other = {module: rank for module, rank in ranks.items() if rank != most}
+def _adapter(source: Source, rank: int, modules: list[str], transposed: bool) -> dict[str, Any]:
+    """PEFT's settings. Alpha is the rank, so that the product is taken as it is."""
     path = model_path(source.model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(path) if path.is_dir() else source.model,
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": other,
-        "alpha_pattern": other,
-        "target_modules": list(ranks),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": modules,
         "fan_in_fan_out": transposed,
         "lora_dropout": 0.0,
         "bias": "none",
