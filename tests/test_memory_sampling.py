@@ -48,6 +48,10 @@ def test_tokens_are_drawn_by_their_share(
         assert counts[token] / times == pytest.approx(share / sum(expected), abs=0.04)
 
 
+def test_the_share_is_reached_by_as_few_tokens_as_can_be() -> None:
+    assert set(drawn(Chance(1.0, 0.5, 1), torch.zeros(4), 100)) == {0, 1}
+
+
 def test_a_seed_draws_the_same_again_and_another_one_does_not() -> None:
     logits = torch.zeros(1000)
     first = drawn(Chance(1.0, 1.0, 7), logits, 10)

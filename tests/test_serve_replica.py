@@ -12,6 +12,7 @@ from kedit_daemon.serve.replica import Replica
 from kedit_daemon.serve.wish import BASE, EDITED
 from memory.decoding import Decoding
 from memory.errors import KeditError
+from memory.files import save_tensors
 from memory.model import EditableModel
 from memory.side import Keys
 
@@ -135,6 +136,20 @@ def test_weights_move_with_the_next_use_and_every_generation_can_be_had(
     assert found[BASE] == found[0] == base
 
 
+def test_weights_that_were_laid_half_are_laid_anew(published: Published, replica: Replica) -> None:
+    good = published.generation(5)
+    sha = save_tensors(published.home.generations, {"0": torch.ones(1), "1": torch.ones(3, 3)})
+    with published.store.transaction():
+        bad = published.store.add_generation(sha, "", good, "flush", (), {})
+    replica.sync()
+    replica.use(good)
+    with pytest.raises(RuntimeError):
+        replica.use(bad)
+    assert weights(replica.model) != weights_of(published, good)
+    replica.use(good)
+    assert weights(replica.model) == weights_of(published, good)
+
+
 @pytest.mark.parametrize("which", [7, -1, "generation"])
 def test_an_unknown_generation_is_refused(replica: Replica, which: str | int) -> None:
     with pytest.raises(KeditError, match=f"no generation {which!r}") as caught:
@@ -214,11 +229,13 @@ def test_a_database_that_cannot_be_read_is_told_and_read_again_later(
     published: Published, replica: Replica
 ) -> None:
     published.learn(ROME, 1)
-    published.store.conn.execute("ALTER TABLE shards RENAME TO hidden")
+    deny, fine = sqlite3.SQLITE_DENY, sqlite3.SQLITE_OK
+    conn = replica._follower.conn
+    conn.set_authorizer(lambda _action, name, *_: deny if name == "shards" else fine)
     replica.sync()
-    assert "the database cannot be read: no such table" in replica.problems[0]
-    published.store.conn.execute("ALTER TABLE hidden RENAME TO shards")
-    replica.sync()
+    assert "the database cannot be read: access to shards" in replica.problems[0]
+    conn.set_authorizer(None)
+    replica.sync()  # though nothing has changed
     assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
 
 
