@@ -11,7 +11,7 @@ from memory.rows import StoredFact
 from policies.probe import longest_target, same
 
 OLDEST = 50  # live facts that are asked again at every audit
-IN_TURN = 50  # more of them, of those in the weights
+IN_TURN = 100  # more of them, of those in the weights
 SAMPLE = 200  # of all live facts, in a probe of retention
 PROBES = "retention_probes"  # in the store's meta, how many there were: it draws the sample
 
