@@ -66,6 +66,15 @@ def place(
     return Placed(path, existed, removed, manifest)
 
 
+def prune(path: Path, keep: int, leaving: Callable[[Sequence[str]], None]) -> None:
+    """Delete exports of the kind and home of the one at `path`, as `place` does; but first
+    `leaving` hears their names."""
+    with _alone(path.parent):
+        if older := _older(path, _told(path), keep):
+            leaving([other.name for other in older])
+            _delete(older)
+
+
 @contextmanager
 def _alone(dest: Path) -> Iterator[None]:
     """One export at a time in a folder: what is unfinished in it then is nobody's any more."""
@@ -131,7 +140,7 @@ def _damage(path: Path, digest: str) -> str:
 def exports(dest: Path, kind: str, home: str) -> list[Path]:
     """The finished exports of a kind from one home in the folder `dest`, the newest first."""
     found = []
-    for path in dest.iterdir():
+    for path in dest.iterdir() if dest.is_dir() else ():
         told = _told(path)
         if (told.get("format"), told.get("kind"), told.get("home")) == (FORMAT, kind, home):
             written = (path / MANIFEST).stat().st_mtime_ns
