@@ -26,7 +26,7 @@ def warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[st
     """Of what `gather` found: {message, command, attention}, the last when a person is needed."""
     sources = (
         *(_process(found, home), _facts(found, home), _weights(found)),
-        *(_audit(found), _jobs(found)),
+        *(_audit(found), _publishing(found), _jobs(found)),
     )
     return [
         {"message": message, "command": f"{program} {command}", "attention": attention}
@@ -79,6 +79,11 @@ def _audit(found: Mapping[str, Any]) -> _Found:
         why = f": {audit['reasons'][0]}" if audit["reasons"] else ""
         verdict = audit["verdict"]
         yield f"the last audit says {verdict}{why}", MILD.get(verdict, "audit"), verdict not in MILD
+
+
+def _publishing(found: Mapping[str, Any]) -> _Found:
+    if why := found["publish_failed"]:  # servers may still answer with what was reverted
+        yield f"publishing has failed: {why}", "log --kind publish_failed --limit 1", True
 
 
 def _jobs(found: Mapping[str, Any]) -> _Found:

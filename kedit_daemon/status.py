@@ -35,6 +35,7 @@ SCHEDULE = {
 HELD = "flush_held"
 QUARANTINED = "quarantined"
 CAPACITY, LIMIT = "weights_capacity", "weights_limit"
+PUBLISH_FAILED = "publish_failed"
 _NOTHING_YET: dict[str, Any] = {
     "states": dict.fromkeys(map(str, State), 0),
     "events": 0,
@@ -63,6 +64,7 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "pid": pid,
         "paused": paused,
         "flush_held": known.get("flush_held"),
+        PUBLISH_FAILED: known.get(PUBLISH_FAILED),
         "home": str(home.root),
         "model": known.get("model"),
         "device": known.get("device"),
@@ -118,6 +120,7 @@ def _recorded(home: Home, now: datetime) -> dict[str, Any]:
                 "applied_today": _applied(conn, now),
                 "failed_facts": _failed(conn),
                 "flush_held": _meta(conn, HELD),
+                PUBLISH_FAILED: _meta(conn, PUBLISH_FAILED),
                 CAPACITY: None if (most := _meta(conn, CAPACITY)) is None else int(most),
                 LIMIT: _meta(conn, LIMIT),
                 "flush_cost": _flush_cost(conn),

@@ -7,12 +7,16 @@ server has cached of both. Weights are laid over the running model between two r
 import http.client
 import json
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from memory.errors import KeditError
 
-WAIT_SECONDS = 600.0  # for requests that run to their end, and for weights to be read
+WAIT_SECONDS = 600.0  # for weights to be read
+PAUSE_SECONDS = 120.0  # for requests that run to their end
+TELL_SECONDS = 10.0  # for what is done at once
 RESUME_TRIES = 3
 _TOLD = 300  # characters of a server's complaint that are passed on
 
@@ -29,24 +33,47 @@ def load_adapter(url: str, name: str, path: str) -> None:
             raise
 
 
-def reload_weights(url: str, path: str) -> None:
-    """Let the server lay the weights in the folder `path` over its own.
+def unload_adapter(url: str, name: str) -> None:
+    """Let the server no longer offer the model `name`, an adapter.
 
-    It works on again in any case, also where a step failed. Raises KeditError when one did.
+    One that is not there is unloaded. Raises KeditError when the server keeps it, or is not there.
     """
     try:
-        _post(url, "/pause?mode=wait")
-        given = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-        _post(url, "/collective_rpc", given)
+        _post(url, "/v1/unload_lora_adapter", {"lora_name": name}, TELL_SECONDS)
+    except KeditError:
+        if name in _models(url):
+            raise
+
+
+def reload_weights(url: str, path: str, ending: Callable[[], bool]) -> None:
+    """Let the server lay the weights in the folder `path` over its own.
+
+    It works on again in any case, also where a step failed. Where the weights could not be laid
+    over to the last one, old and new ones may be mixed in it until this is done again; but nothing
+    that it has cached of others. Raises KeditError when a step failed, and with the code "stopping"
+    when `ending` says so before the weights are touched.
+    """
+    try:
+        _post(url, "/pause?mode=wait", seconds=PAUSE_SECONDS)
+        if ending():
+            raise KeditError("the daemon is stopping", code="stopping")
+        try:
+            given = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            _post(url, "/collective_rpc", given)
+        except KeditError:
+            with suppress(KeditError):  # the first failure is the one to tell of
+                _post(url, "/reset_prefix_cache")
+            raise
         _post(url, "/reset_prefix_cache")
     finally:
-        _resume(url)
+        resume(url)
 
 
-def _resume(url: str) -> None:
-    for left in reversed(range(RESUME_TRIES)):
+def resume(url: str, tries: int = RESUME_TRIES) -> None:
+    """Let a server that was told to pause go on. Raises KeditError when it cannot be told."""
+    for left in reversed(range(tries)):
         try:
-            _post(url, "/resume")
+            _post(url, "/resume", seconds=TELL_SECONDS)
             return
         except KeditError as error:
             if not left:
@@ -56,17 +83,19 @@ def _resume(url: str) -> None:
 
 
 def _models(url: str) -> set[str]:
-    listed = json.loads(_call(url, "GET", "/v1/models"))
+    listed = json.loads(_call(url, "GET", "/v1/models", None, TELL_SECONDS))
     return {str(model["id"]) for model in listed["data"]}
 
 
-def _post(url: str, path: str, body: dict[str, Any] | None = None) -> None:
-    _call(url, "POST", path, body)
+def _post(
+    url: str, path: str, body: dict[str, Any] | None = None, seconds: float = WAIT_SECONDS
+) -> None:
+    _call(url, "POST", path, body, seconds)
 
 
-def _call(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+def _call(url: str, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> bytes:
     parts = urlsplit(url)
-    link = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=WAIT_SECONDS)
+    link = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=seconds)
     headers = {} if body is None else {"Content-Type": "application/json"}
     try:
         link.request(method, path, None if body is None else json.dumps(body), headers)

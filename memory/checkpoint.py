@@ -11,7 +11,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -118,7 +118,10 @@ class Checkpoint:
                     shutil.copyfile(path, to / path.name)
 
     def copy_weights(self, to: Path, weights: Mapping[int, Tensor]) -> None:
-        """Copy the weights' files, with some of them, as `stored` gives them, in their places."""
+        """Copy the weights' files, with some of them, as `stored` gives them, in their places.
+
+        Raises KeditError when a file is shorter than it says.
+        """
         changed = {self.places[layer].tensor: weight for layer, weight in weights.items()}
         grown = sum(_copy(path, to / path.name, changed) for path in self.files)
         if self.files[0].name != SINGLE:
@@ -177,8 +180,20 @@ def _copy(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
                 continue
             file.seek(start + begin)
             for left in range(end - begin, 0, -CHUNK):
-                out.write(file.read(min(CHUNK, left)))
+                out.write(_whole(file, path, min(CHUNK, left)))
     return at - max((_offsets(entry)[1] for entry in header.values()), default=0)
+
+
+def _whole(file: BinaryIO, path: Path, size: int) -> bytes:
+    """The next so many bytes; a KeditError where the file ends before."""
+    found = file.read(size)
+    if len(found) < size:
+        raise KeditError(
+            f"{path} is cut off: it ends within a tensor",
+            code="corrupt",
+            hint="put the model's file back as it was",
+        )
+    return found
 
 
 def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:

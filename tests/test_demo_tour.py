@@ -1,5 +1,8 @@
 """The demo's story: what is shipped for it is whole, and it plays fair."""
 
+import subprocess
+from pathlib import Path
+
 from kedit_daemon.demo import tour
 from kedit_daemon.formats import parse
 from kedit_daemon.records import Limits
@@ -43,3 +46,11 @@ def test_a_miss_shows_and_counts() -> None:
     tally.check("and this holds again", True)
     assert not tally.well
     assert [line.split()[0] for line in said] == ["ok", "MISS", "ok"]
+
+
+def test_packages_in_the_folder_of_the_caller_are_not_taken(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/__init__.py").write_text("raise SystemExit('not ours')")
+    command = [*tour.Running(tmp_path / "home").command, "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

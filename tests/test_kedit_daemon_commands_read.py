@@ -44,7 +44,14 @@ def test_status_of_a_running_daemon(home: Home) -> None:
             "jobs",
         ),
         *("last_audit", "model", "paused", "pending", "pid", "side_memory", "since", "state"),
-        *("flush_cost", "warnings", "weights_capacity", "weights_facts", "weights_limit"),
+        *(
+            "flush_cost",
+            "publish_failed",
+            "warnings",
+            "weights_capacity",
+            "weights_facts",
+            "weights_limit",
+        ),
     }
 
 

@@ -16,12 +16,13 @@ from memory.files import sha256_of
 def make(
     dest: Path, text: str = "a", generation: int = 1, keep: int | None = None, **told: Any
 ) -> Placed:
-    def fill(to: Path) -> dict[str, Any]:
+    def fill(to: Path) -> tuple[str, dict[str, Any]]:
         (to / "weights").write_text(text)
         (to / "weights").chmod(0o600)
-        return {"kind": "lora", "home": "h", "generation": generation} | told
+        found = {"kind": "lora", "home": "h", "generation": generation} | told
+        return f"m-gen-{generation}-lora", found
 
-    return place(dest, f"m-gen-{generation}-lora", keep, fill)
+    return place(dest, keep, fill)
 
 
 def test_the_folder_is_named_by_what_is_in_it_and_the_manifest_lists_it(tmp_path: Path) -> None:
@@ -69,12 +70,12 @@ def test_what_fails_leaves_nothing_and_what_a_crash_left_is_swept(tmp_path: Path
     (tmp_path / f"{STAGED}0").mkdir()
     (tmp_path / f"{STAGED}0" / "half").write_text("half")
 
-    def fill(to: Path) -> dict[str, Any]:
+    def fill(to: Path) -> tuple[str, dict[str, Any]]:
         (to / "half").write_text("half")
         raise KeditError("no", code="no")
 
     with pytest.raises(KeditError, match="no"):
-        place(tmp_path, "m", None, fill)
+        place(tmp_path, None, fill)
     assert not list(tmp_path.iterdir())
 
 
@@ -104,9 +105,10 @@ def test_keep_deletes_the_oldest_of_the_same_kind_and_home_alone(tmp_path: Path)
     }
 
 
-def test_the_export_that_was_asked_for_is_never_deleted(tmp_path: Path) -> None:
-    newer = make(tmp_path, generation=9).path
+def test_neither_the_newest_nor_what_was_asked_for_is_deleted(tmp_path: Path) -> None:
+    newest, middle = (make(tmp_path, generation=n).path for n in (9, 5))
     made = make(tmp_path, generation=2, keep=1)
-    assert made.removed == (newer.name,)
-    assert [p.name for p in tmp_path.iterdir()] == [made.path.name]
+    assert made.removed == (middle.name,)
+    assert {p.name for p in tmp_path.iterdir()} == {made.path.name, newest.name}
     assert make(tmp_path, generation=2, keep=1).removed == ()
+    assert make(tmp_path, generation=10, keep=1).removed == (made.path.name, newest.name)

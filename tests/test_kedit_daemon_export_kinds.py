@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import LOOSE, Bench, Clock, save_model, seat
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,8 +22,10 @@ from kedit_daemon.export.kinds import KINDS
 from kedit_daemon.export.source import Written, read_source
 from kedit_daemon.home import Home
 from kedit_daemon.loading import load_model
+from memory.checkpoint import Checkpoint
 from memory.errors import KeditError
 from memory.facts import Fact
+from memory.files import save_tensors
 from memory.store import Store
 
 FACTS = (seat(1, "Oslo"), seat(2, "Lima Cairo"))
@@ -184,6 +186,11 @@ def test_of_a_model_of_16_bits_only_what_is_edited_is_wider_and_the_loss_is_told
         assert lost == pytest.approx(float(off / delta), rel=1e-3)
         assert 0 < lost < 0.1
     assert "loads them as bfloat16" in found.notes[0]
+    with at.store.transaction():
+        first = still(at, at.home, at.store)
+    found = written(at.home, "delta", tmp_path / "still")
+    assert first not in {edited[name] for name in found.told["rounding"]}
+    assert len(found.told["rounding"]) == len(edited) - 1
     at.store.close()
 
 
@@ -260,6 +267,30 @@ def test_terms_that_give_other_weights_are_refused(
         written(home, "lora", tmp_path / "lora")
     assert "consolidate" in caught.value.hint
     written(home, "merged", tmp_path / "merged")
+
+
+def still(at: Bench, home: Home, store: Store) -> int:
+    """Make the first edited layer bear nothing, in the terms and in what was solved from them."""
+    row, first = store.generation(store.active_generation()), min(at.loaded.layers)
+    for fact_id in row.fact_ids:
+        terms = load(store.terms(fact_id))
+        terms[f"residual/{first}"].zero_()
+        store.put_terms(fact_id, save(terms))
+    deltas = {n: d * (n != first) for n, d in at.served.deltas.items()}
+    sha = save_tensors(home.generations, {str(n): d for n, d in deltas.items()})
+    served = Checkpoint(Path(at.loaded.name)).weights_hash(at.loaded.layers, deltas)
+    store.activate(store.add_generation(sha, served, row.id, "still", row.fact_ids, {}))
+    return first
+
+
+def test_a_layer_that_bears_nothing_is_no_damage(
+    own: Callable[..., Home], edited: Edited, tmp_path: Path
+) -> None:
+    place = Home(tmp_path / "own")
+    home = own(lambda store: still(edited("llama"), place, store) and None)
+    written(home, "lora", tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values())
 
 
 def test_a_rank_that_no_server_takes_is_refused(

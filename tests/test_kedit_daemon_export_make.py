@@ -1,6 +1,10 @@
 """What an export says of itself, and facts that come back."""
 
+import fcntl
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from command_line import EYRE, NOW, make_home
@@ -65,3 +69,23 @@ def test_the_manifest_tells_the_generation_and_leaves_time_out(tmp_path: Path) -
     assert (told["weights_sha256"], told["home"]) == ("ab", origin)
     assert told["figures"] == {"norm": "inf"}
     assert EYRE.id in [f["id"] for f in told["facts"]]
+
+
+def test_what_is_exported_is_what_is_active_when_its_turn_comes(tmp_path: Path) -> None:
+    home, out = make_home(tmp_path / "home"), tmp_path / "out"
+    out.mkdir()
+    store = Store(home.database, lambda: NOW)
+    with store.transaction():
+        store.set_meta("model", "m")
+        store.set_meta("base_hash", "0")
+    other = os.open(out, os.O_RDONLY)  # another export into the same folder
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with ThreadPoolExecutor() as pool:
+        made = pool.submit(export, home, "facts", out, 1)
+        with suppress(TimeoutError):
+            made.result(0.5)
+        with store.transaction():
+            store.activate(store.add_generation(None, "ab", 0, "meanwhile", [], {}))
+        os.close(other)
+        assert made.result(30).placed.path.name.startswith("m-gen-1-facts-")
+    store.close()

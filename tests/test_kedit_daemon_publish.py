@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,12 @@ from typing import Any
 
 import pytest
 from command_line import EYRE, NOW, make_home
+from vllm_tools import Server, serving
 
 from kedit_daemon.config import PublishConfig
-from kedit_daemon.publish import LONGEST_RETRY_SECONDS, RETRY_SECONDS, Publisher
+from kedit_daemon.export.folder import place
+from kedit_daemon.export.source import read_source
+from kedit_daemon.publish import FAILED, LONGEST_RETRY_SECONDS, RETRY_SECONDS, Publisher, _Work
 from memory.facts import State
 from memory.reading import event_rows, open_readonly
 from memory.store import Store
@@ -32,9 +36,9 @@ class Setup:
             self.store.set_meta("model", "m")
             self.store.set_meta("base_hash", "0")
 
-    def switch(self) -> int:
+    def switch(self, *fact_ids: str) -> int:
         with self.store.transaction():
-            number = self.store.add_generation(None, "", None, "test", [], {})
+            number = self.store.add_generation(None, "", None, "test", fact_ids, {})
             self.store.activate(number)
         return number
 
@@ -44,6 +48,19 @@ class Setup:
             given["command"] = [sys.executable, "-c", *program]
         config = PublishConfig.model_validate(given | settings)
         return Publisher(config, self.home, self.store, lambda: self.now)
+
+    def placed(self, kind: str, number: int) -> dict[str, Any]:
+        """An export of a generation, with nothing in it, as the child process tells of it."""
+
+        def fill(_to: Path) -> tuple[str, dict[str, Any]]:
+            home = read_source(self.home).origin
+            return f"m-gen-{number}-{kind}", {"kind": kind, "home": home, "generation": number}
+
+        made = place(self.out, None, fill)
+        return {"path": str(made.path), "manifest": made.manifest}
+
+    def here(self) -> list[str]:
+        return sorted(path.name for path in self.out.iterdir())
 
     def events(self) -> list[dict[str, Any]]:
         conn = open_readonly(self.home.database)
@@ -134,7 +151,7 @@ def test_an_export_that_fails_is_told_in_its_own_words(setup: Setup) -> None:
     setup.switch()
     until_done(setup.publisher(folder=str(setup.out / "within")))
     (event,) = setup.events()
-    assert f"error: cannot export to {setup.out}/within" in event["data"]["reason"]
+    assert f"error[export]: cannot export to {setup.out}/within" in event["data"]["reason"]
     setup.out.unlink()
     missing = setup.publisher(command=["/no/such/program"])
     until_done(missing)
@@ -170,18 +187,161 @@ def test_older_exports_are_deleted(setup: Setup) -> None:
     assert json.loads((path / "manifest.json").read_bytes())["generation"] == 2
 
 
-@pytest.mark.parametrize(("kind", "name"), [("lora", "load_adapter"), ("delta", "reload_weights")])
-def test_the_server_hears_of_what_it_can_take(
-    setup: Setup, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[tuple[str, ...]] = []
-    from kedit_daemon import publish
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving() as made:
+        yield made
 
-    monkeypatch.setattr(publish, name, lambda *given: heard.append(given))
-    made = {"path": "/srv/x-gen-1", "manifest": {"generation": 1}}
-    monkeypatch.setattr(publish._Work, "_export", lambda _self: made)
-    setup.switch()
-    until_done(setup.publisher(kind=kind, vllm="http://127.0.0.1:8000"))
-    named = ("x-gen-1", "/srv/x-gen-1") if kind == "lora" else ("/srv/x-gen-1",)
-    assert heard == [("http://127.0.0.1:8000", *named)]
+
+@pytest.fixture
+def quick(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports without a model in them."""
+    monkeypatch.setattr(_Work, "_export", lambda w: setup.placed(str(w.config.kind), w.generation))
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("kind", ["lora", "delta"])
+def test_the_server_hears_of_what_it_can_take(setup: Setup, server: Server, kind: str) -> None:
+    setup.switch(EYRE.id)
+    until_done(setup.publisher(kind=kind, vllm=server.url))
+    (path,) = setup.out.iterdir()
+    told = {"lora_name": path.name, "lora_path": str(path)}
+    if kind == "lora":
+        assert server.calls == [("/v1/load_lora_adapter", told)]
+    else:
+        given = {"method": "reload_weights", "kwargs": {"weights_path": str(path)}}
+        assert server.calls[1] == ("/collective_rpc", given)
+        assert server.paths[-1] == "/resume"
     assert setup.events()[-1]["kind"] == "published"
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_adapter_is_deleted_when_the_next_is_served_and_it_is_not(
+    setup: Setup, server: Server
+) -> None:
+    publisher = setup.publisher(kind="lora", vllm=server.url, keep=1)
+    setup.switch(EYRE.id)
+    until_done(publisher)
+    (old,) = setup.here()
+    there: list[list[str]] = []
+    server.seen = lambda _path: there.append(setup.here())
+    server.calls.clear()
+    setup.switch(EYRE.id)
+    until_done(publisher)
+    (new,) = setup.here()
+    assert [(path, body["lora_name"]) for path, body in server.calls] == [
+        ("/v1/load_lora_adapter", new),
+        ("/v1/unload_lora_adapter", old),
+    ]
+    assert there == [sorted([old, new])] * 2
+    server.failing = {"/v1/unload_lora_adapter": 1}
+    server.models = [new]
+    setup.switch(EYRE.id)
+    until_done(publisher)
+    assert [e["kind"] for e in setup.events()] == ["published"] * 3
+    assert new not in setup.here()
+
+
+@pytest.mark.usefixtures("quick")
+def test_nothing_is_deleted_when_the_server_did_not_take_the_next(
+    setup: Setup, server: Server
+) -> None:
+    publisher = setup.publisher(kind="lora", vllm=server.url, keep=1)
+    setup.switch(EYRE.id)
+    until_done(publisher)
+    server.failing = {"/v1/load_lora_adapter": 1}
+    setup.switch(EYRE.id)
+    until_done(publisher)
+    assert [e["kind"] for e in setup.events()] == ["published", "publish_failed"]
+    assert len(setup.here()) == 2
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_adapter_of_facts_that_are_gone_is_served_no_more(
+    setup: Setup, server: Server, tmp_path: Path
+) -> None:
+    noted = tmp_path / "noted"
+    program = (NOTING, str(noted), "KEDIT_EXPORT", "KEDIT_GENERATION", "KEDIT_NAME")
+    publisher = setup.publisher(*program, kind="lora", vllm=server.url)
+    setup.switch(EYRE.id)
+    until_done(publisher)
+    (name,) = setup.here()
+    noted.unlink()
+    server.models = [name]
+    server.failing = {"/v1/unload_lora_adapter": 1}
+    last = setup.switch()
+    until_done(publisher)
+    event = setup.events()[-1]
+    assert (event["kind"], event["data"]["retry_seconds"]) == ("publish_failed", RETRY_SECONDS)
+    assert setup.store.meta(FAILED) == event["data"]["reason"]
+    setup.now += RETRY_SECONDS
+    until_done(publisher)
+    assert server.calls[-1] == ("/v1/unload_lora_adapter", {"lora_name": name})
+    event = setup.events()[-1]
+    assert (event["kind"], event["data"]) == ("published", {"generation": last, "export": None})
+    assert noted.read_text() == f" {last}  {last} "  # it was run twice
+    assert setup.store.meta(FAILED) is None
+    count = len(server.calls)
+    until_done(publisher)
+    assert len(server.calls) == count
+
+
+def test_without_facts_and_a_folder_there_is_nothing_to_take_away(
+    setup: Setup, server: Server
+) -> None:
+    setup.switch()
+    until_done(setup.publisher(kind="lora", vllm=server.url))
+    assert [e["kind"] for e in setup.events()] == ["published"]
+    assert not server.calls
+
+
+def test_a_failure_is_forgotten_when_nothing_is_to_be_published(setup: Setup) -> None:
+    setup.switch()
+    until_done(setup.publisher(FAILING))
+    assert "no such server" in (setup.store.meta(FAILED) or "")
+    Publisher(PublishConfig(), setup.home, setup.store, lambda: 0.0).look()
+    assert setup.store.meta(FAILED) is None
+
+
+def test_a_failure_that_lasts_for_months_is_tried_again_each_hour(setup: Setup) -> None:
+    publisher = setup.publisher(FAILING)
+    publisher._failed = (setup.switch(), 5000)
+    until_done(publisher)
+    assert setup.events()[-1]["data"]["retry_seconds"] == LONGEST_RETRY_SECONDS
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_server_that_pauses_goes_on_when_the_daemon_stops(
+    setup: Setup, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kedit_daemon.publish.STOP_SECONDS", 0.2)
+    pausing, over = threading.Event(), threading.Event()
+
+    def busy(path: str) -> None:
+        if path.startswith("/pause"):
+            pausing.set()
+            over.wait(30)
+
+    server.seen = busy
+    setup.switch(EYRE.id)
+    publisher = setup.publisher(kind="delta", vllm=server.url)
+    publisher.look()
+    work = publisher._work
+    assert work is not None and pausing.wait(30)
+    publisher.stop()
+    assert server.paths == ["/pause?mode=wait", "/resume"]
+    over.set()
+    work.join(30)
+    assert server.paths == ["/pause?mode=wait", "/resume", "/resume"]  # and no weights
+    assert not setup.events()
+
+
+def test_packages_in_the_folder_of_the_caller_are_not_taken(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory/__init__.py").write_text("raise SystemExit('not ours')")
+    monkeypatch.chdir(tmp_path)
+    setup.switch()
+    until_done(setup.publisher())
+    assert [e["kind"] for e in setup.events()] == ["published"]

@@ -12,7 +12,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.failures import failed_report
 from kedit_daemon.home import Home
 from kedit_daemon.quarantine import SAID
-from kedit_daemon.status import CAPACITY, HELD, LIMIT, SCHEDULE, exit_code, gather
+from kedit_daemon.status import CAPACITY, HELD, LIMIT, PUBLISH_FAILED, SCHEDULE, exit_code, gather
 from memory.errors import KeditError
 from memory.facts import Fact, State
 from memory.store import Store
@@ -206,6 +206,18 @@ def test_flushes_that_are_held_back_need_a_person(home: Home) -> None:
         assert messages(home) == [(told, "kedit-daemon consolidate", True)]
 
 
+def test_publishing_that_failed_needs_a_person_until_it_succeeds(home: Home) -> None:
+    with opened(home) as store:
+        store.set_meta(PUBLISH_FAILED, "error[rank]: the adapter would have the rank 600")
+    with lock.hold(home.lock):
+        told = "publishing has failed: error[rank]: the adapter would have the rank 600"
+        assert messages(home) == [(told, "kedit-daemon log --kind publish_failed --limit 1", True)]
+        assert found(home)["publish_failed"] == "error[rank]: the adapter would have the rank 600"
+        with opened(home) as store:
+            store.set_meta(PUBLISH_FAILED, None)
+        assert exit_code(found(home)) == 0
+
+
 def test_jobs_that_failed_and_facts_that_wait(home: Home) -> None:
     with opened(home, NOW - timedelta(hours=1)) as store:
         store.receive(fact(1), "a.jsonl", False)
@@ -231,8 +243,9 @@ def test_a_file_that_is_no_database(home: Home) -> None:
 
 
 def test_names_in_the_meta_table_are_the_edit_loop_s() -> None:
-    from kedit_daemon import room, weights  # takes long
+    from kedit_daemon import publish, room, weights  # takes long
 
+    assert publish.FAILED == PUBLISH_FAILED
     assert weights.HELD == HELD
     assert (room.CAPACITY, room.LIMIT) == (CAPACITY, LIMIT)
 

@@ -1,63 +1,24 @@
 """What a vLLM server hears, and what becomes of its refusals."""
 
-import http.server
-import json
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
+from vllm_tools import Server, serving
 
 from kedit_daemon import vllm
-from kedit_daemon.vllm import load_adapter, reload_weights
+from kedit_daemon.vllm import load_adapter, reload_weights, unload_adapter
 from memory.errors import KeditError
-
-
-@dataclass
-class Server:
-    """Stands for vLLM: notes the calls, and fails where it was told to."""
-
-    url: str = ""
-    failing: dict[str, int] = field(default_factory=dict)  # path: how often still
-    models: list[str] = field(default_factory=list)
-    calls: list[tuple[str, Any]] = field(default_factory=list)
-
-    @property
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.calls]
-
-    def answer(self, path: str, body: Any) -> tuple[int, Any]:
-        self.calls.append((path, body))
-        if self.failing.get(path, 0):
-            self.failing[path] -= 1
-            return 500, {"error": "no room"}
-        return 200, {"data": [{"id": name} for name in self.models]}
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    noted = Server()
+    with serving() as made:
+        yield made
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, said = noted.answer(self.path, json.loads(text) if text else None)
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(said).encode())
 
-        do_GET = do_POST
-
-        def log_message(self, *_: Any) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as made:
-        noted.url = f"http://127.0.0.1:{made.server_address[1]}"
-        thread = threading.Thread(target=made.serve_forever)
-        thread.start()
-        yield noted
-        made.shutdown()
-        thread.join()
+def never() -> bool:
+    return False
 
 
 def test_an_adapter_is_loaded_under_a_name_of_its_own(server: Server) -> None:
@@ -76,7 +37,7 @@ def test_an_adapter_that_is_there_already_is_no_failure(server: Server) -> None:
 
 
 def test_weights_are_laid_over_while_the_server_pauses(server: Server) -> None:
-    reload_weights(server.url, "/srv/x")
+    reload_weights(server.url, "/srv/x", never)
     assert server.calls == [
         ("/pause?mode=wait", None),
         (
@@ -92,18 +53,63 @@ def test_weights_are_laid_over_while_the_server_pauses(server: Server) -> None:
 def test_the_server_goes_on_where_a_step_failed(server: Server, failing: str) -> None:
     server.failing = {failing: 1}
     with pytest.raises(KeditError, match="answered 500"):
-        reload_weights(server.url, "/srv/x")
-    assert server.paths[-2:] == [failing, "/resume"]
+        reload_weights(server.url, "/srv/x", never)
+    last = [failing, "/resume"]
+    if failing == "/collective_rpc":  # some tensors may have been changed
+        last.insert(1, "/reset_prefix_cache")
+    assert server.paths[-len(last) :] == last
+
+
+def test_the_first_failure_is_the_one_that_is_told(server: Server) -> None:
+    server.failing = {"/collective_rpc": 1, "/reset_prefix_cache": 1}
+    with pytest.raises(KeditError, match="collective_rpc answered 500"):
+        reload_weights(server.url, "/srv/x", never)
+    assert server.paths[-1] == "/resume"
+
+
+def test_requests_that_do_not_end_are_not_waited_for_for_ever(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "PAUSE_SECONDS", 0.2)
+    over = threading.Event()
+
+    def busy(path: str) -> None:
+        if path.startswith("/pause"):
+            over.wait(30)
+
+    server.seen = busy
+    try:
+        with pytest.raises(KeditError, match=r"pause.*timed out"):
+            reload_weights(server.url, "/srv/x", never)
+        assert server.paths == ["/pause?mode=wait", "/resume"]
+    finally:
+        over.set()
+
+
+def test_no_weights_are_touched_once_it_is_to_end(server: Server) -> None:
+    with pytest.raises(KeditError, match="stopping"):
+        reload_weights(server.url, "/srv/x", lambda: True)
+    assert server.paths == ["/pause?mode=wait", "/resume"]
+
+
+def test_an_adapter_is_unloaded_and_one_that_is_not_there_is_no_failure(server: Server) -> None:
+    unload_adapter(server.url, "a")
+    assert server.calls == [("/v1/unload_lora_adapter", {"lora_name": "a"})]
+    server.failing = {"/v1/unload_lora_adapter": 2}
+    server.models = ["base", "b"]
+    unload_adapter(server.url, "a")
+    with pytest.raises(KeditError, match="unload_lora_adapter answered 500"):
+        unload_adapter(server.url, "b")
 
 
 def test_resuming_is_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.time, "sleep", lambda _seconds: None)
     server.failing = {"/resume": 2}
-    reload_weights(server.url, "/srv/x")
+    reload_weights(server.url, "/srv/x", never)
     assert server.paths[-3:] == ["/resume"] * 3
     server.failing = {"/resume": 3}
     with pytest.raises(KeditError, match="may stand still"):
-        reload_weights(server.url, "/srv/x")
+        reload_weights(server.url, "/srv/x", never)
 
 
 def test_a_server_that_is_not_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,4 +117,4 @@ def test_a_server_that_is_not_there(server: Server, monkeypatch: pytest.MonkeyPa
     with pytest.raises(KeditError, match=r"127\.0\.0\.1:9"):
         load_adapter("http://127.0.0.1:9", "a", "/srv/a")
     with pytest.raises(KeditError, match="may stand still"):
-        reload_weights("http://127.0.0.1:9", "/srv/a")
+        reload_weights("http://127.0.0.1:9", "/srv/a", never)

@@ -1,5 +1,7 @@
 """A model's files, against the model that is loaded from them."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,3 +98,17 @@ def test_a_folder_without_a_tensor_or_without_a_model(
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(KeditError, match=r"no file holds model\.layers\.2\.mlp\.down_proj"):
         Checkpoint(tmp_path)
+
+
+def test_a_file_that_is_cut_off_is_never_a_finished_copy(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, to = tmp_path / "model", tmp_path / "to"
+    shutil.copytree(model_folder("llama"), folder)
+    to.mkdir()
+    files = Checkpoint(folder)
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 1)
+    with pytest.raises(KeditError, match=r"model\.safetensors is cut off") as caught:
+        files.copy_weights(to, {})
+    assert caught.value.code == "corrupt"

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 from command_line import NOW
+from conftest import seat
 from home_tools import ROME
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -14,6 +15,7 @@ from serving import NAME, Running, server
 
 from kedit_daemon.home import Home
 from kedit_daemon.serve.metrics import HomeFigures
+from memory.facts import State
 from memory.store import Store
 
 
@@ -94,3 +96,20 @@ def test_a_home_without_a_database_is_told_of_too(tmp_path: Path) -> None:
     registry.register(HomeFigures(Home(tmp_path), lambda: NOW))
     assert registry.get_sample_value("kedit_database_readable") == 0
     assert registry.get_sample_value("kedit_facts", {"state": "failed"}) is None
+
+
+def test_the_fact_that_has_waited_longest_is_told_of(tmp_path: Path) -> None:
+    home, registry = Home(tmp_path), CollectorRegistry()
+    home.create()
+    times = iter([NOW - timedelta(minutes=20)])
+    store = Store(home.database, lambda: next(times, NOW))
+    registry.register(HomeFigures(home, lambda: NOW))
+    assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0
+    with store.transaction():
+        store.receive(seat(1), "a.jsonl", False)
+        store.receive(seat(2), "a.jsonl", False)
+    assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 1200
+    with store.transaction():
+        store.move(seat(1).id, State.LIVE_SIDE)
+    store.close()
+    assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0

@@ -86,6 +86,16 @@ def test_the_gpu_drop_in_opens_those_devices_alone() -> None:
     assert settings(SERVICE)["DevicePolicy"] == ["closed"]
 
 
+def test_where_exports_may_go_is_an_example_that_the_docs_set_up() -> None:
+    (line,) = re.findall("(?m)^#(ReadWritePaths=.*)$", SERVICE.read_text())
+    folder = line.partition("=")[2]
+    assert "ReadWritePaths" not in settings(SERVICE)
+    docs = (UNITS.parent / "docs/operating.md").read_text()
+    assert line in docs
+    assert f"install -d -o kedit -g kedit -m 2750 {folder}\n" in docs
+    assert f'folder = "{folder}"' in docs
+
+
 @needs_analyze
 @pytest.mark.parametrize("gpu", [False, True])
 def test_exposure_stays_low(tmp_path: Path, gpu: bool) -> None:

@@ -84,13 +84,18 @@ class Running:
         self.home.create()
         self.home.config.write_text(_settings(), encoding="utf-8")
 
+    @property
+    def command(self) -> list[str]:
+        """What runs the daemon, by none of the modules in the folder that it is called in."""
+        program = [sys.executable, "-P", "-m", "kedit_daemon.cli"]
+        return [*program, "--home", str(self.home.root), "run"]
+
     @contextmanager
     def started(self) -> Iterator[None]:
         """The daemon runs within the block, and is stopped politely after it."""
-        command = [sys.executable, "-m", "kedit_daemon.cli", "--home", str(self.home.root), "run"]
         environ = os.environ | {"HF_HUB_OFFLINE": "1"}
         with (self.home.root / "daemon.log").open("wb") as log:
-            process = subprocess.Popen(command, stderr=log, stdout=log, env=environ)
+            process = subprocess.Popen(self.command, stderr=log, stdout=log, env=environ)
             try:
                 self._wait_for_socket(process)
                 yield

@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,13 +35,14 @@ class Placed:
 
 
 def place(
-    dest: Path, stem: str, keep: int | None, fill: Callable[[Path], dict[str, Any]]
+    dest: Path, keep: int | None, fill: Callable[[Path], tuple[str, dict[str, Any]]]
 ) -> Placed:
     """Make an export in the folder `dest`, whole or not at all.
 
-    stem: how the folder's name begins. fill: writes the files into a folder and says what the
-    manifest tells of them. keep: how many versions of one kind and home may stay, this one
-    included. Raises KeditError when it cannot be written, or what is there is damaged.
+    fill: writes the files into a folder, and says how the export's name begins and what the
+    manifest tells of them; no other export is made there meanwhile. keep: how many versions of one
+    kind and home may stay, the newest; this one stays in any case. Raises KeditError when it
+    cannot be written, or what is there is damaged.
     """
     try:
         dest.mkdir(parents=True, exist_ok=True)
@@ -50,11 +51,12 @@ def place(
             staged = dest / f"{STAGED}{secrets.token_hex(8)}"
             staged.mkdir()
             try:
-                manifest = _finish(staged, fill(staged))
+                stem, told = fill(staged)
+                manifest = _finish(staged, told)
                 path, existed = _settle(staged, dest, stem)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
-            removed = () if keep is None else _prune(path, manifest, keep)
+            removed = () if keep is None else _delete(_older(path, manifest, keep))
     except OSError as error:
         raise KeditError(
             f"cannot export to {dest}: {error.strerror or error}",
@@ -62,6 +64,15 @@ def place(
             hint="choose a folder that you may write, on a disk with room",
         ) from error
     return Placed(path, existed, removed, manifest)
+
+
+def prune(path: Path, keep: int, leaving: Callable[[Sequence[str]], None]) -> None:
+    """Delete exports of the kind and home of the one at `path`, as `place` does; but first
+    `leaving` hears their names."""
+    with _alone(path.parent):
+        if older := _older(path, _told(path), keep):
+            leaving([other.name for other in older])
+            _delete(older)
 
 
 @contextmanager
@@ -126,21 +137,29 @@ def _damage(path: Path, digest: str) -> str:
     return ""
 
 
-def _prune(newest: Path, manifest: dict[str, Any], keep: int) -> tuple[str, ...]:
-    """Delete older exports of the same kind from the same home, until so many are left."""
-    older = []
-    for path in newest.parent.iterdir():
+def exports(dest: Path, kind: str, home: str) -> list[Path]:
+    """The finished exports of a kind from one home in the folder `dest`, the newest first."""
+    found = []
+    for path in dest.iterdir() if dest.is_dir() else ():
         told = _told(path)
-        if path == newest or any(told.get(k) != manifest[k] for k in ("format", "kind", "home")):
-            continue
-        written = (path / MANIFEST).stat().st_mtime_ns
-        older.append((int(told["generation"]), written, path))
-    removed = [path for _, _, path in sorted(older, reverse=True)[keep - 1 :]]
-    for path in removed:
+        if (told.get("format"), told.get("kind"), told.get("home")) == (FORMAT, kind, home):
+            written = (path / MANIFEST).stat().st_mtime_ns
+            found.append((int(told["generation"]), written, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+def _older(path: Path, manifest: dict[str, Any], keep: int) -> list[Path]:
+    newest_first = exports(path.parent, manifest["kind"], manifest["home"])
+    return [other for other in newest_first[keep:] if other != path]
+
+
+def _delete(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Delete exports; their names."""
+    for path in paths:
         # No reader shall find a part of it under its name.
         gone = path.rename(path.with_name(f"{STAGED}{secrets.token_hex(8)}"))
         shutil.rmtree(gone)
-    return tuple(sorted(path.name for path in removed))
+    return tuple(sorted(path.name for path in paths))
 
 
 def _told(path: Path) -> dict[str, Any]:

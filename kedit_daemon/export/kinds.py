@@ -104,9 +104,10 @@ def _rounded(edited: Edited, weights: dict[int, Tensor]) -> Written:
     for n, weight in weights.items():
         at = checkpoint.places[n]
         dtypes[at.tensor] = str(weight.dtype).removeprefix("torch.")
-        if n in edited.deltas and weight.dtype != at.dtype:
+        size = edited.deltas[n].double().norm() if n in edited.deltas else 0.0
+        if size and weight.dtype != at.dtype:
             off = (weight.to(at.dtype).double() - weight.double()).norm()
-            lost[at.tensor] = float(off / edited.deltas[n].double().norm())
+            lost[at.tensor] = float(off / size)
     notes: tuple[str, ...] = ()
     if worst := max(lost.values(), default=0.0):
         kept = {str(checkpoint.places[n].dtype).removeprefix("torch.") for n in weights}
@@ -167,11 +168,11 @@ def _factors(source: Source, edited: Edited) -> dict[int, tuple[Tensor, Tensor]]
     factors = tier.factors(read_terms(source.home, source.generation.fact_ids))
     for n, (down, up) in factors.items():
         delta = edited.deltas[n].double()
-        off = float((down.double() @ up.double() - delta).norm() / delta.norm())
-        if not off <= SAME_DELTA:
+        off, size = float((down.double() @ up.double() - delta).norm()), float(delta.norm())
+        if not off <= SAME_DELTA * size:  # a layer may bear nothing: no division
             raise KeditError(
                 f"the stored terms give other weights than generation {source.generation.id} has:"
-                f" {off:.2g} of the change in layer {n}",
+                f" they are {off:.2g} off where the change in layer {n} is {size:.2g}",
                 code="corrupt",
                 hint="run kedit-daemon consolidate and export again, or export merged",
             )

@@ -41,20 +41,21 @@ def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
             hint="choose a folder outside of it",
             exit_code=2,
         )
-    source, notes = read_source(home), list[str]()
+    notes = list[str]()
 
-    def fill(to: Path) -> dict[str, Any]:
+    def fill(to: Path) -> tuple[str, dict[str, Any]]:
+        source = read_source(home)  # not before: another export may have been made meanwhile
         written = _write(kind, source, to)
+        told = _manifest(source, kind, written)
         notes.extend(written.notes)
-        return _manifest(source, kind, written)
+        if left := told["not_in_it"]["count"]:
+            notes.append(
+                f"{left} of {len(source.live)} live facts are not in it: they live in the side"
+                " memory alone, which only the daemon serves"
+            )
+        return f"{source.name}-gen-{source.generation.id}-{kind}", told
 
-    stem = f"{source.name}-gen-{source.generation.id}-{kind}"
-    placed = place(dest, stem, keep, fill)
-    if left := placed.manifest["not_in_it"]["count"]:
-        notes.append(
-            f"{left} of {len(source.live)} live facts are not in it: they live in the side memory"
-            " alone, which only the daemon serves"
-        )
+    placed = place(dest, keep, fill)
     return Exported(placed, tuple(notes))
 
 

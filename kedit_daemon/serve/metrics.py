@@ -146,7 +146,14 @@ class HomeFigures(Collector):
         for state, count in found["states"].items():
             facts.add_metric([state], count)
         yield facts
+        oldest = found["oldest_received_at"]
+        what = "Since the oldest fact that waits was taken in; 0 when none does."
+        age = 0.0 if oldest is None else self._since(oldest)
+        yield GaugeMetricFamily("kedit_oldest_waiting_seconds", what, age)
         yield GaugeMetricFamily("kedit_generation", "The active one.", found["generation"])
+
+    def _since(self, moment: str) -> float:
+        return (self.clock() - datetime.fromisoformat(moment)).total_seconds()
 
     def _audit(self, audit: dict[str, Any]) -> Iterator[Metric]:
         figures = audit["figures"]
@@ -164,8 +171,8 @@ class HomeFigures(Collector):
         for name in VERDICTS:
             verdict.add_metric([name], float(name == audit["verdict"]))
         yield verdict
-        age = (self.clock() - datetime.fromisoformat(audit["at"])).total_seconds()
-        yield GaugeMetricFamily("kedit_audit_age_seconds", "Since the last audit.", age)
+        what = "Since the last audit."
+        yield GaugeMetricFamily("kedit_audit_age_seconds", what, self._since(audit["at"]))
         if "chain_intact" in figures:
             what = "Whether the chain of events was whole at the last audit."
             yield GaugeMetricFamily("kedit_chain_intact", what, float(figures["chain_intact"]))
