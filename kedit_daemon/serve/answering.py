@@ -61,5 +61,6 @@ class Answering:
 
     def _part(self, text: str, finish: str | None = None) -> None:
         tokens, self._untold = tuple(self._untold), []
-        self.over = finish is not None
+        if finish is not None:  # never back to False: the reader may leave in between
+            self.over = True
         self.tell(Part(text, tokens, finish, self.produced if finish else 0))
