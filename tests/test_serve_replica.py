@@ -8,7 +8,7 @@ from conftest import Bench
 from home_tools import LIMA, OSLO, ROME, Published
 
 from kedit_daemon.published import load_deltas, pack_keys
-from kedit_daemon.serve.replica import Replica
+from kedit_daemon.serve.replica import LOOK_AGAIN_SECONDS, Replica
 from kedit_daemon.serve.wish import BASE, EDITED
 from memory.decoding import Decoding
 from memory.errors import KeditError
@@ -187,6 +187,35 @@ def test_a_lost_generation_leaves_the_last_good_one_and_is_told(
     published.forget(ROME, 1)
     replica.sync()
     assert (replica.generation, replica.problems) == (lost, ())
+
+
+def test_what_could_not_be_followed_is_tried_again_after_a_while(
+    published: Published, replica: Replica
+) -> None:
+    path = published.learn(ROME, 1)
+    whole = path.read_bytes()
+    path.unlink()
+    replica.sync()
+    path.write_bytes(whole)
+    asked: list[str] = []
+    replica._follower.conn.set_trace_callback(asked.append)
+    published.seconds += LOOK_AGAIN_SECONDS / 2
+    replica.sync()
+    assert (len(asked), len(replica.problems)) == (1, 1)
+    published.seconds += LOOK_AGAIN_SECONDS / 2
+    replica.sync()
+    assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
+
+
+def test_a_change_that_nobody_foresaw_does_not_count_as_seen(
+    published: Published, replica: Replica
+) -> None:
+    sha = save_tensors(published.home.generations, {"no layer": torch.ones(1)})
+    with published.store.transaction():
+        published.store.activate(published.store.add_generation(sha, "", 0, "flush", (), {}))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no layer"):
+            replica.sync()
 
 
 def test_a_generation_that_is_not_known_is_told(published: Published, replica: Replica) -> None:

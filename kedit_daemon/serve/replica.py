@@ -6,6 +6,8 @@ as it was here, and is told.
 
 import logging
 import sqlite3
+import time
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from memory.following import Follower, LiveRow
 from memory.side import Shard, SideMemory
 from policies.site import EditSite
 
+LOOK_AGAIN_SECONDS = 5.0  # between two looks at what could not be followed: files are read whole
 log = logging.getLogger(__name__)
 
 
@@ -26,16 +29,23 @@ class Replica:
     """The model as it is served, of one thread at a time."""
 
     def __init__(
-        self, side: SideMemory, follower: Follower, home: Home, site: EditSite | None = None
+        self,
+        side: SideMemory,
+        follower: Follower,
+        home: Home,
+        site: EditSite | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`side` is empty, of a model with its own weights; `sync` brings both up to date."""
+        """`side` is empty, of a model with its own weights; `sync` brings both up to date.
+        monotonic: seconds."""
         self.model, self.side, self.home = side.model, side, home
         self.generation = 0
         """The one that is served as edited."""
         self.problems: tuple[str, ...] = ()
         """What could not be followed, in words; nothing while all is well."""
         self.site = site
-        self._follower = follower
+        self._follower, self._monotonic = follower, monotonic
+        self._looked = 0.0  # when, while there are problems
         self._deltas: dict[int, Tensor] = {}  # of that generation
         self._laid = 0  # the one whose weights are in the model now
         self._rows: dict[str, LiveRow] = {}  # what the side memory holds
@@ -62,9 +72,12 @@ class Replica:
     def sync(self) -> None:
         """See what the daemon has published since the last time; costs nothing when it has not.
 
-        The side memory follows at once. Weights move with the next `use`.
+        The side memory follows at once. Weights move with the next `use`. What could not be
+        followed is tried again after LOOK_AGAIN_SECONDS, or with the next change.
         """
         problems: list[str] = []
+        if self.problems and self._monotonic() - self._looked >= LOOK_AGAIN_SECONDS:
+            self._follower.look_again()
         try:
             if not self._follower.changed():
                 return
@@ -74,6 +87,10 @@ class Replica:
         except sqlite3.Error as error:
             self._follower.look_again()
             problems.append(f"the database cannot be read: {error}")
+        except BaseException:
+            self._follower.look_again()  # half followed is not seen
+            raise
+        self._looked = self._monotonic()
         for problem in problems:
             if problem not in self.problems:
                 log.warning("%s", problem)
