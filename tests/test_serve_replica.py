@@ -169,14 +169,12 @@ def test_a_lost_generation_leaves_the_last_good_one_and_is_told(
     path.unlink()
     if damage is not None:
         path.write_bytes(damage)
-    published.learn(ROME, 1)
     replica.sync()
     replica.use(replica.number_of(EDITED))
     assert replica.generation == good
     assert weights(replica.model) == weights_of(published, good)
     assert len(replica.problems) == 1
     assert f"generation {lost} is not served, {good} still is" in replica.problems[0]
-    assert fired(replica)[0] == ROME.id  # the side memory goes on
     with pytest.raises(KeditError) as caught:
         replica.use(lost)
     assert caught.value.code == "corrupt"
@@ -184,9 +182,27 @@ def test_a_lost_generation_leaves_the_last_good_one_and_is_told(
     replica.sync()
     assert len(replica.problems) == 1  # still, though nothing has changed
     path.write_bytes(whole)
-    published.forget(ROME, 1)
+    published.learn(ROME, 1)
     replica.sync()
     assert (replica.generation, replica.problems) == (lost, ())
+
+
+def test_a_fact_that_moved_into_lost_weights_stays_in_the_side_memory(
+    published: Published, replica: Replica
+) -> None:
+    published.learn(ROME, 1)
+    replica.sync()
+    path = published.file_of(published.generation(5))
+    whole = path.read_bytes()
+    path.unlink()
+    published.forget(ROME, 1)
+    published.learn(OSLO, 1, seed=2)  # by the same number, another shard
+    replica.sync()
+    assert fired(replica) == [ROME.id, None, None]
+    path.write_bytes(whole)
+    published.seconds += LOOK_AGAIN_SECONDS
+    replica.sync()
+    assert (fired(replica), replica.problems) == ([None, OSLO.id, None], ())
 
 
 def test_what_could_not_be_followed_is_tried_again_after_a_while(

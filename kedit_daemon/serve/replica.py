@@ -22,6 +22,8 @@ from memory.side import Shard, SideMemory
 from policies.site import EditSite
 
 LOOK_AGAIN_SECONDS = 5.0  # between two looks at what could not be followed: files are read whole
+# What reading published tensors may raise; RuntimeError: also torch's, when the device is full.
+BROKEN = (KeditError, RuntimeError, MemoryError)
 log = logging.getLogger(__name__)
 
 
@@ -72,8 +74,9 @@ class Replica:
     def sync(self) -> None:
         """See what the daemon has published since the last time; costs nothing when it has not.
 
-        The side memory follows at once. Weights move with the next `use`. What could not be
-        followed is tried again after LOOK_AGAIN_SECONDS, or with the next change.
+        The side memory follows at once, but not without the weights that belong to it. Weights
+        move with the next `use`. What could not be followed is tried again after
+        LOOK_AGAIN_SECONDS, or with the next change.
         """
         problems: list[str] = []
         if self.problems and self._monotonic() - self._looked >= LOOK_AGAIN_SECONDS:
@@ -83,7 +86,8 @@ class Replica:
                 return
             with self._follower.moment():
                 problems += self._follow_weights()
-                problems += self._follow_side()
+                if not problems:  # else a fact that moved into those weights would be in neither
+                    problems += self._follow_side()
         except sqlite3.Error as error:
             self._follower.look_again()
             problems.append(f"the database cannot be read: {error}")
@@ -103,7 +107,7 @@ class Replica:
             return []
         try:
             self._deltas = self._deltas_of(number)
-        except KeditError as error:
+        except BROKEN as error:
             return [f"generation {number} is not served, {self.generation} still is: {error}"]
         self.generation = number
         return []
@@ -120,7 +124,7 @@ class Replica:
         for row in [row for n, row in rows.items() if n not in self._rows]:
             try:
                 self._take_in(row)
-            except KeditError as error:
+            except BROKEN as error:
                 problems.append(f"fact {row.fact_id} is not served: {error}")
         return problems
 
