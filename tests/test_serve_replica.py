@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import Bench
 from home_tools import LIMA, OSLO, ROME, Published
+from safetensors import SafetensorError
 
 from kedit_daemon.published import load_deltas, pack_keys
 from kedit_daemon.serve.replica import LOOK_AGAIN_SECONDS, Replica
@@ -226,11 +227,11 @@ def test_what_could_not_be_followed_is_tried_again_after_a_while(
 def test_a_change_that_nobody_foresaw_does_not_count_as_seen(
     published: Published, replica: Replica
 ) -> None:
-    sha = save_tensors(published.home.generations, {"no layer": torch.ones(1)})
+    published.learn(ROME, 1)
     with published.store.transaction():
-        published.store.activate(published.store.add_generation(sha, "", 0, "flush", (), {}))
+        published.store.put_side(ROME.id, 1, b"whole, but no tensors")
     for _ in range(2):
-        with pytest.raises(ValueError, match="no layer"):
+        with pytest.raises(SafetensorError):
             replica.sync()
 
 
@@ -282,6 +283,25 @@ def test_a_database_that_cannot_be_read_is_told_and_read_again_later(
     conn.set_authorizer(None)
     replica.sync()  # though nothing has changed
     assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
+
+
+@pytest.mark.parametrize("tries", ["number_of", "use"])
+def test_a_reader_is_told_of_a_database_that_cannot_be_read(replica: Replica, tries: str) -> None:
+    replica._follower.conn.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+    with pytest.raises(KeditError, match="cannot be read") as caught:
+        getattr(replica, tries)(3)
+    assert caught.value.code == "unreadable"
+
+
+def test_a_layer_that_the_model_does_not_have_leaves_the_last_good_generation(
+    published: Published, replica: Replica
+) -> None:
+    sha = save_tensors(published.home.generations, {"no layer": torch.ones(1)})
+    with published.store.transaction():
+        published.store.activate(published.store.add_generation(sha, "", 0, "flush", (), {}))
+    replica.sync()
+    assert replica.generation == 0
+    assert "no layer" in replica.problems[0]
 
 
 def test_nothing_is_ever_written(published: Published, replica: Replica) -> None:

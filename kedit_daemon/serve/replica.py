@@ -7,7 +7,8 @@ as it was here, and is told.
 import logging
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -22,9 +23,20 @@ from memory.side import Shard, SideMemory
 from policies.site import EditSite
 
 LOOK_AGAIN_SECONDS = 5.0  # between two looks at what could not be followed: files are read whole
-# What reading published tensors may raise; RuntimeError: also torch's, when the device is full.
-BROKEN = (KeditError, RuntimeError, MemoryError)
+# What work with tensors may raise; RuntimeError: also torch's, when the device is full.
+BROKEN = (KeditError, RuntimeError, MemoryError, ValueError)
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """A database that cannot be read is the error of the one reader for whom it is read."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise KeditError(
+            f"the database cannot be read: {error}", code="unreadable", hint="kedit-daemon doctor"
+        ) from error
 
 
 class Replica:
@@ -139,10 +151,12 @@ class Replica:
 
     # Weights ------------------------------------------------------------------------------------
 
+    @_reading()
     def number_of(self, which: str | int) -> int:
         """The generation that a reader asks for: EDITED, BASE, or a number.
 
-        Raises KeditError: there is none with this number (code "model").
+        Raises KeditError: there is none with this number (code "model"), or the database cannot
+        be read ("unreadable").
         """
         if which == EDITED:
             return self.generation
@@ -154,8 +168,10 @@ class Replica:
             )
         return which
 
+    @_reading()
     def use(self, number: int) -> None:
-        """Lay the weights of a generation. Raises KeditError: its file is missing or damaged."""
+        """Lay the weights of a generation. Raises KeditError: its file is missing or damaged, or
+        the database cannot be read."""
         if number != self._laid:
             deltas = self._deltas_of(number)
             self._laid = -1  # if it ends half way, nothing is known of the weights
