@@ -75,9 +75,11 @@ class Decoding:
             for row, n in enumerate(places):
                 logits[n] = out[row]
                 fired[n] = found[row] if found else None
-        self._take_in(read)
-        self._deltas += [None if match is None else self._delta(match) for match in fired]
-        return Joined(torch.stack([row for row in logits if row is not None]), fired)
+        joined = Joined(torch.stack([row for row in logits if row is not None]), fired)
+        deltas = [None if match is None else self._delta(match) for match in fired]
+        self._take_in(read)  # last: from here on nothing fails
+        self._deltas += deltas
+        return joined
 
     def _delta(self, match: Match) -> Delta | None:
         return None if self.side is None else self.side.shards[match.shard].delta

@@ -62,7 +62,8 @@ def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
 def load_tensors(folder: Path, sha: str) -> "dict[str, Tensor]":
     """The tensors of a file written by `save_tensors`, on the CPU, after checking its sha256.
 
-    safetensors itself refuses a truncated file but takes one whose payload has changed.
+    safetensors itself refuses a truncated file but takes one whose payload has changed. Raises
+    KeditError (code "corrupt"): it is missing, damaged, or cannot be read.
     """
     from safetensors.torch import load_file
 
@@ -70,9 +71,12 @@ def load_tensors(folder: Path, sha: str) -> "dict[str, Tensor]":
     hint = f"move {path} away and restart the daemon, which rebuilds it from the database"
     if not path.is_file():
         raise KeditError(f"{path} is missing", code="corrupt", hint=hint)
-    if sha256_of(path) != sha:
-        raise KeditError(f"{path} is damaged: its sha256 differs", code="corrupt", hint=hint)
-    return load_file(path)
+    try:
+        if sha256_of(path) != sha:
+            raise KeditError(f"{path} is damaged: its sha256 differs", code="corrupt", hint=hint)
+        return load_file(path)
+    except OSError as error:  # also one that went away in between
+        raise KeditError(f"{path} cannot be read: {error}", code="corrupt", hint=hint) from error
 
 
 def tensors_path(folder: Path, sha: str) -> Path:

@@ -34,7 +34,7 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
     """Greedy continuation of rows of equal length: ids (rows, tokens) -> tokens per row."""
     answers: list[list[int]] = [[] for _ in range(ids.shape[0])]
     running = [True] * ids.shape[0]
-    cache = None
+    cache, ends = None, model.ends
     step = ids
     for _ in range(max_tokens):
         out = model.model(input_ids=step, past_key_values=cache, use_cache=True)
@@ -43,7 +43,7 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
         for row, token in enumerate(step[:, 0].tolist()):
             if not running[row]:
                 continue
-            if token == model.end:
+            if token in ends:
                 running[row] = False
                 continue
             answers[row].append(token)

@@ -257,6 +257,14 @@ class EditableModel:
         """The id of end-of-text, when the tokenizer has one."""
         return cast("int | None", self.tokenizer.eos_token_id)
 
+    @property
+    def ends(self) -> frozenset[int]:
+        """All ids that end an answer: end-of-text, and what the model's generation settings name
+        beside it, as models that were taught to chat have it for the end of a turn."""
+        settings = getattr(self.model.generation_config, "eos_token_id", None)
+        named = settings if isinstance(settings, list) else [settings]
+        return frozenset(n for n in [self.end, *named] if n is not None)
+
     def encode(self, text: str) -> list[int]:
         """Token ids as the model reads a prompt, special tokens included."""
         return cast(list[int], self.tokenizer(text)["input_ids"])

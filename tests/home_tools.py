@@ -26,6 +26,7 @@ class Published:
     def __init__(self, root: Path, model: EditableModel) -> None:
         self.home, self.model = Home(root), model
         self.home.create()
+        self.seconds = 0.0  # of the clock that a replica looks at
         self.store = Store(self.home.database, Clock())
 
     def learn(self, fact: Fact, shard: int, seed: int = 1) -> Path:
@@ -64,4 +65,5 @@ class Published:
         return self.home.generations / f"{self.store.generation(generation).sha256}.safetensors"
 
     def replica(self, model: EditableModel) -> Replica:
-        return Replica(side_of(model, {}), Follower(self.home.database), self.home)
+        follower = Follower(self.home.database)
+        return Replica(side_of(model, {}), follower, self.home, monotonic=lambda: self.seconds)

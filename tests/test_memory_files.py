@@ -86,6 +86,14 @@ def test_damaged_tensors_are_refused(tmp_path: Path, damage: str) -> None:
     assert str(path) in caught.value.hint
 
 
+def test_tensors_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    path = tensors_path(tmp_path, "0" * 64)
+    path.symlink_to("/proc/self/mem")  # a file that opens, and whose first byte nobody can read
+    with pytest.raises(KeditError, match=f"{path.name} cannot be read") as caught:
+        load_tensors(tmp_path, "0" * 64)
+    assert caught.value.code == "corrupt"
+
+
 def test_importing_needs_no_torch() -> None:
     code = "import sys, memory.files; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -114,6 +114,13 @@ def test_a_row_stops_at_the_end_of_text(model: EditableModel) -> None:
     assert answers(model, PROMPTS, 50) == [""] * len(PROMPTS)
 
 
+def test_a_row_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
+    start, *said = make_tokenizer()(" is Rome Oslo", add_special_tokens=False)["input_ids"]
+    model = chain(tmp_path / "chain", start, *said, 0)
+    model.model.generation_config.eos_token_id = [0, said[-1]]
+    assert answers(model, ["It is"], 10) == ["Rome"]
+
+
 def test_every_group_runs_under_the_overlay_and_is_told_its_places(model: EditableModel) -> None:
     prompts = ["Rome"] * (MAX_ROWS + 3) + ["The seat of country 1 is"]
     opened: list[list[int]] = []

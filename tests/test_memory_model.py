@@ -216,3 +216,12 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeditError, match=str(tmp_path)) as caught:
         EditableModel.load(tmp_path, CPU)
     assert caught.value.code == "model"
+
+
+@pytest.mark.parametrize(("named", "ends"), [(None, {0}), (7, {0, 7}), ([0, 7, 9], {0, 7, 9})])
+def test_an_answer_may_end_in_more_ways_than_one(
+    model: EditableModel, named: int | list[int] | None, ends: set[int]
+) -> None:
+    model.model.generation_config.eos_token_id = named
+    assert model.ends == ends
+    assert model.end == 0

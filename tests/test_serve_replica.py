@@ -6,9 +6,10 @@ import pytest
 import torch
 from conftest import Bench
 from home_tools import LIMA, OSLO, ROME, Published
+from safetensors import SafetensorError
 
 from kedit_daemon.published import load_deltas, pack_keys
-from kedit_daemon.serve.replica import Replica
+from kedit_daemon.serve.replica import LOOK_AGAIN_SECONDS, Replica
 from kedit_daemon.serve.wish import BASE, EDITED
 from memory.decoding import Decoding
 from memory.errors import KeditError
@@ -169,14 +170,12 @@ def test_a_lost_generation_leaves_the_last_good_one_and_is_told(
     path.unlink()
     if damage is not None:
         path.write_bytes(damage)
-    published.learn(ROME, 1)
     replica.sync()
     replica.use(replica.number_of(EDITED))
     assert replica.generation == good
     assert weights(replica.model) == weights_of(published, good)
     assert len(replica.problems) == 1
     assert f"generation {lost} is not served, {good} still is" in replica.problems[0]
-    assert fired(replica)[0] == ROME.id  # the side memory goes on
     with pytest.raises(KeditError) as caught:
         replica.use(lost)
     assert caught.value.code == "corrupt"
@@ -184,9 +183,56 @@ def test_a_lost_generation_leaves_the_last_good_one_and_is_told(
     replica.sync()
     assert len(replica.problems) == 1  # still, though nothing has changed
     path.write_bytes(whole)
-    published.forget(ROME, 1)
+    published.learn(ROME, 1)
     replica.sync()
     assert (replica.generation, replica.problems) == (lost, ())
+
+
+def test_a_fact_that_moved_into_lost_weights_stays_in_the_side_memory(
+    published: Published, replica: Replica
+) -> None:
+    published.learn(ROME, 1)
+    replica.sync()
+    path = published.file_of(published.generation(5))
+    whole = path.read_bytes()
+    path.unlink()
+    published.forget(ROME, 1)
+    published.learn(OSLO, 1, seed=2)  # by the same number, another shard
+    replica.sync()
+    assert fired(replica) == [ROME.id, None, None]
+    path.write_bytes(whole)
+    published.seconds += LOOK_AGAIN_SECONDS
+    replica.sync()
+    assert (fired(replica), replica.problems) == ([None, OSLO.id, None], ())
+
+
+def test_what_could_not_be_followed_is_tried_again_after_a_while(
+    published: Published, replica: Replica
+) -> None:
+    path = published.learn(ROME, 1)
+    whole = path.read_bytes()
+    path.unlink()
+    replica.sync()
+    path.write_bytes(whole)
+    asked: list[str] = []
+    replica._follower.conn.set_trace_callback(asked.append)
+    published.seconds += LOOK_AGAIN_SECONDS / 2
+    replica.sync()
+    assert (len(asked), len(replica.problems)) == (1, 1)
+    published.seconds += LOOK_AGAIN_SECONDS / 2
+    replica.sync()
+    assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
+
+
+def test_a_change_that_nobody_foresaw_does_not_count_as_seen(
+    published: Published, replica: Replica
+) -> None:
+    published.learn(ROME, 1)
+    with published.store.transaction():
+        published.store.put_side(ROME.id, 1, b"whole, but no tensors")
+    for _ in range(2):
+        with pytest.raises(SafetensorError):
+            replica.sync()
 
 
 def test_a_generation_that_is_not_known_is_told(published: Published, replica: Replica) -> None:
@@ -237,6 +283,25 @@ def test_a_database_that_cannot_be_read_is_told_and_read_again_later(
     conn.set_authorizer(None)
     replica.sync()  # though nothing has changed
     assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
+
+
+@pytest.mark.parametrize("tries", ["number_of", "use"])
+def test_a_reader_is_told_of_a_database_that_cannot_be_read(replica: Replica, tries: str) -> None:
+    replica._follower.conn.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+    with pytest.raises(KeditError, match="cannot be read") as caught:
+        getattr(replica, tries)(3)
+    assert caught.value.code == "unreadable"
+
+
+def test_a_layer_that_the_model_does_not_have_leaves_the_last_good_generation(
+    published: Published, replica: Replica
+) -> None:
+    sha = save_tensors(published.home.generations, {"no layer": torch.ones(1)})
+    with published.store.transaction():
+        published.store.activate(published.store.add_generation(sha, "", 0, "flush", (), {}))
+    replica.sync()
+    assert replica.generation == 0
+    assert "no layer" in replica.problems[0]
 
 
 def test_nothing_is_ever_written(published: Published, replica: Replica) -> None:

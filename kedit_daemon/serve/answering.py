@@ -26,7 +26,7 @@ class Answering:
         """Whether no more is told: the answer is whole, has failed, or nobody reads it."""
         self.produced = 0
         """How many tokens, without one that ends the text."""
-        self._end = model.end
+        self._ends = model.ends
         self._spelling = Spelling(model.decode, wish.ids, wish.stop)
         self._untold: list[Token] = []
 
@@ -35,7 +35,7 @@ class Answering:
         if isinstance(token, KeditError):
             self.fail(token)
             return
-        if token == self._end:
+        if token in self._ends:
             self._finish("stop")
             return
         self.token = token
@@ -61,5 +61,6 @@ class Answering:
 
     def _part(self, text: str, finish: str | None = None) -> None:
         tokens, self._untold = tuple(self._untold), []
-        self.over = finish is not None
+        if finish is not None:  # never back to False: the reader may leave in between
+            self.over = True
         self.tell(Part(text, tokens, finish, self.produced if finish else 0))

@@ -6,6 +6,9 @@ as it was here, and is told.
 
 import logging
 import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -19,23 +22,44 @@ from memory.following import Follower, LiveRow
 from memory.side import Shard, SideMemory
 from policies.site import EditSite
 
+LOOK_AGAIN_SECONDS = 5.0  # between two looks at what could not be followed: files are read whole
+# What work with tensors may raise; RuntimeError: also torch's, when the device is full.
+BROKEN = (KeditError, RuntimeError, MemoryError, ValueError)
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """A database that cannot be read is the error of the one reader for whom it is read."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise KeditError(
+            f"the database cannot be read: {error}", code="unreadable", hint="kedit-daemon doctor"
+        ) from error
 
 
 class Replica:
     """The model as it is served, of one thread at a time."""
 
     def __init__(
-        self, side: SideMemory, follower: Follower, home: Home, site: EditSite | None = None
+        self,
+        side: SideMemory,
+        follower: Follower,
+        home: Home,
+        site: EditSite | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`side` is empty, of a model with its own weights; `sync` brings both up to date."""
+        """`side` is empty, of a model with its own weights; `sync` brings both up to date.
+        monotonic: seconds."""
         self.model, self.side, self.home = side.model, side, home
         self.generation = 0
         """The one that is served as edited."""
         self.problems: tuple[str, ...] = ()
         """What could not be followed, in words; nothing while all is well."""
         self.site = site
-        self._follower = follower
+        self._follower, self._monotonic = follower, monotonic
+        self._looked = 0.0  # when, while there are problems
         self._deltas: dict[int, Tensor] = {}  # of that generation
         self._laid = 0  # the one whose weights are in the model now
         self._rows: dict[str, LiveRow] = {}  # what the side memory holds
@@ -62,18 +86,27 @@ class Replica:
     def sync(self) -> None:
         """See what the daemon has published since the last time; costs nothing when it has not.
 
-        The side memory follows at once. Weights move with the next `use`.
+        The side memory follows at once, but not without the weights that belong to it. Weights
+        move with the next `use`. What could not be followed is tried again after
+        LOOK_AGAIN_SECONDS, or with the next change.
         """
         problems: list[str] = []
+        if self.problems and self._monotonic() - self._looked >= LOOK_AGAIN_SECONDS:
+            self._follower.look_again()
         try:
             if not self._follower.changed():
                 return
             with self._follower.moment():
                 problems += self._follow_weights()
-                problems += self._follow_side()
+                if not problems:  # else a fact that moved into those weights would be in neither
+                    problems += self._follow_side()
         except sqlite3.Error as error:
             self._follower.look_again()
             problems.append(f"the database cannot be read: {error}")
+        except BaseException:
+            self._follower.look_again()  # half followed is not seen
+            raise
+        self._looked = self._monotonic()
         for problem in problems:
             if problem not in self.problems:
                 log.warning("%s", problem)
@@ -86,7 +119,7 @@ class Replica:
             return []
         try:
             self._deltas = self._deltas_of(number)
-        except KeditError as error:
+        except BROKEN as error:
             return [f"generation {number} is not served, {self.generation} still is: {error}"]
         self.generation = number
         return []
@@ -103,7 +136,7 @@ class Replica:
         for row in [row for n, row in rows.items() if n not in self._rows]:
             try:
                 self._take_in(row)
-            except KeditError as error:
+            except BROKEN as error:
                 problems.append(f"fact {row.fact_id} is not served: {error}")
         return problems
 
@@ -118,10 +151,12 @@ class Replica:
 
     # Weights ------------------------------------------------------------------------------------
 
+    @_reading()
     def number_of(self, which: str | int) -> int:
         """The generation that a reader asks for: EDITED, BASE, or a number.
 
-        Raises KeditError: there is none with this number (code "model").
+        Raises KeditError: there is none with this number (code "model"), or the database cannot
+        be read ("unreadable").
         """
         if which == EDITED:
             return self.generation
@@ -133,8 +168,10 @@ class Replica:
             )
         return which
 
+    @_reading()
     def use(self, number: int) -> None:
-        """Lay the weights of a generation. Raises KeditError: its file is missing or damaged."""
+        """Lay the weights of a generation. Raises KeditError: its file is missing or damaged, or
+        the database cannot be read."""
         if number != self._laid:
             deltas = self._deltas_of(number)
             self._laid = -1  # if it ends half way, nothing is known of the weights
