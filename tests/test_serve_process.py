@@ -250,6 +250,14 @@ def test_a_fact_that_is_posted_is_answered_with(daemon: Daemon) -> None:
     assert 'kedit_facts{state="live-side"} 1.0' in found
 
 
+def test_where_memory_runs_out_the_server_goes_before_the_daemon(daemon: Daemon) -> None:
+    scores = [
+        int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+        for pid in (daemon.process.pid, daemon.child())
+    ]
+    assert scores[0] < scores[1]
+
+
 def test_a_server_that_dies_comes_back_and_the_daemon_goes_on(daemon: Daemon) -> None:
     first = daemon.child()
     os.kill(first, signal.SIGKILL)
