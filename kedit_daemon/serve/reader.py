@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
@@ -63,6 +64,12 @@ class Reader:
     def vocabulary(self) -> int:
         """How many tokens there are."""
         return int(self.model.model.config.get_text_config().vocab_size)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters in the longest token, at most: as the vocabulary spells it, where a byte is
+        one at least."""
+        return max(map(len, self.model.tokenizer.get_vocab()))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
