@@ -114,21 +114,23 @@ class Api:
             if wanted.stream:
                 streaming = True
                 return _Stream(rows, self._events(wanted, rows, shape), shape.headers)
-            told = await unless_gone(request, self._collected(wanted, rows, shape))
-            if told is None:
-                return Response(status_code=GONE)
-            return JSONResponse(told, headers=shape.headers)
+            answer = await unless_gone(request, self._collected(wanted, rows, shape))
+            return answer or Response(status_code=GONE)
         finally:
             if not streaming:
                 rows.close()
 
-    async def _collected(self, wanted: Asked, rows: Rows, shape: Shape) -> dict[str, Any]:
+    async def _collected(self, wanted: Asked, rows: Rows, shape: Shape) -> Response:
         said = [Said() for _ in wanted.wishes]
         async for row, part in rows.parts():
             said[row].add(part)
         produced = sum(one.produced for one in said)
         self.meters.tokens.labels("completion").inc(produced)
-        return shape.whole(said, usage(wanted.prompt_tokens, produced))
+        cost = usage(wanted.prompt_tokens, produced)
+        # In a thread: with the likelihoods of many tokens it takes a while.
+        return await run_in_threadpool(
+            lambda: JSONResponse(shape.whole(said, cost), headers=shape.headers)
+        )
 
     async def _events(self, wanted: Asked, rows: Rows, shape: Shape) -> AsyncIterator[bytes]:
         first = True
