@@ -96,3 +96,18 @@ def test_a_prompt_and_its_answer_may_fill_the_context(reader: Reader) -> None:
 def test_the_choices_of_a_prompt_share_its_ids(reader: Reader) -> None:
     wishes = read(completion, reader, prompt=["one", "two"], n=3).wishes
     assert [len({id(w.ids) for w in wishes[k : k + 3]}) for k in (0, 3)] == [1, 1]
+
+
+def test_a_developer_speaks_as_the_system(reader: Reader) -> None:
+    talk = [[{"role": role, "content": "Be brief."}] for role in ("developer", "system")]
+    for template in (None, "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"):
+        reader.model.tokenizer.chat_template = template
+        first, second = (read(chat, reader, messages=messages).wishes for messages in talk)
+        assert first == second
+
+
+def test_an_answer_in_a_chat_is_as_long_as_there_is_room(reader: Reader) -> None:
+    wish = read(chat, reader, messages=said("Rome")).wishes[0]
+    assert len(wish.ids) + wish.max_tokens == reader.positions
+    reader.model.positions = 1 << 20
+    assert read(chat, reader, messages=said("Rome")).wishes[0].max_tokens == 4096

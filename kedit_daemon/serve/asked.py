@@ -120,7 +120,8 @@ def chat(body: bytes, reader: Reader, most: int) -> Asked:
     if given.top_logprobs is not None and not given.logprobs:
         raise wrong("top_logprobs is told only where logprobs is true", "top_logprobs")
     _few(1, given, most)
-    messages = [(m.role, m.text) for m in given.messages]
+    # The newer name of the same role, which templates do not know.
+    messages = [("system" if m.role == "developer" else m.role, m.text) for m in given.messages]
     _short(sum(len(text) for _, text in messages), reader, "messages")
     ids = reader.conversation(messages)
     if not ids:
