@@ -15,6 +15,7 @@ from home_tools import ROME
 from openai import OpenAI
 from serving import NAME, Running, server
 
+from kedit_daemon.serve.reader import Reader
 from memory.generate import answers
 from memory.model import EditableModel
 
@@ -105,6 +106,23 @@ def test_logprobs_of_a_completion(client: OpenAI, model: EditableModel) -> None:
     ):
         assert top[token] == logprob == max(top.values())
         assert len(top) == 2
+
+
+def test_the_event_loop_does_not_wait_for_a_long_answer_to_be_put_together(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, text = set(), Reader.token_text
+
+    def listening(self: Reader, token: int) -> str:
+        threads.add(threading.current_thread().name)
+        return text(self, token)
+
+    monkeypatch.setattr(Reader, "token_text", listening)
+    asked: Any = [{"role": "user", "content": "Quito is not"}]
+    client.chat.completions.create(
+        model=NAME, messages=asked, max_tokens=30, logprobs=True, top_logprobs=20
+    )
+    assert threads == {"AnyIO worker thread"}
 
 
 def test_a_chat_without_a_template_goes_on_from_a_lone_message(

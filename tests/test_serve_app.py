@@ -1,6 +1,7 @@
 """The parts of the server under one roof: pages, API and facts do not stand in each other's way."""
 
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -64,3 +65,54 @@ def test_with_a_token_people_sign_in_and_programs_show_it(tmp_path: Path) -> Non
     assert api.status_code == 401
     shown = client.get("/v1/models", headers={"Authorization": f"Bearer {TOKEN}"})
     assert shown.status_code == 503  # it is let in, and the model is still being loaded
+
+
+@pytest.mark.parametrize("token", [None, TOKEN])
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        (path, headers)
+        for path in ("/", "/facts", "/nothing", "/sign-in", "/v1/models")
+        for headers in ({"Host": "["}, {"Host": "[::1", "Origin": "http://["})
+    ],
+)
+def test_addresses_that_are_none_are_no_fault_of_ours(
+    tmp_path: Path, token: str | None, path: str, headers: dict[str, str]
+) -> None:
+    app = build(Home(tmp_path / "home"), Config(), token, lambda: NOW, time.monotonic)
+    client = TestClient(app, base_url="http://localhost", follow_redirects=False)
+    for method in ("GET", "POST"):
+        said = headers | {"Authorization": f"Bearer {TOKEN}"}
+        assert client.request(method, path, headers=said).status_code != 500
+
+
+@pytest.mark.parametrize("path", ["/ask", "/sign-in", "/facts", "/v1/completions"])
+def test_a_form_from_nowhere_is_foreign(tmp_path: Path, path: str) -> None:
+    app = build(Home(tmp_path / "home"), Config(), None, lambda: NOW, time.monotonic)
+    app.state.reader = object()  # nothing comes as far as the model
+    client = TestClient(app, base_url="http://localhost")
+    for origin in ("http://[", "null", "http://evil.example"):
+        assert client.post(path, headers={"Origin": origin}).status_code == 403, origin
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_ours(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = int(running.url.rpartition(":")[2])
+    head = f"Host: localhost\r\nOrigin: {running.url}\r\nContent-Length: 100\r\n\r\n"
+    head = head.replace("Host: localhost", f"Host: 127.0.0.1:{port}")
+    paths = ("/ask", "/facts", "/v1/completions")
+    for path in paths:
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            client.sendall(f"POST {path} HTTP/1.1\r\n{head}half".encode())
+            time.sleep(0.1)
+    deadline = time.monotonic() + 5
+    with running.http() as http:
+        while not all(
+            f'kedit_http_requests_total{{route="{path}",status="499"}} 1.0' in told
+            for told in [http.get("/metrics").text]
+            for path in paths
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert not caplog.records

@@ -3,11 +3,13 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from conftest import seat
 from serving import Running, server
@@ -160,3 +162,15 @@ def test_waiting_ends_after_the_time_that_was_given(running: Running) -> None:
         assert answer.json()["facts"] == [{"id": OTHER.id, "state": "received", "reason": None}]
         for wrong in ("-1", "soon", "nan", "1e9"):
             assert http.post(f"/facts?wait={wrong}", content=line(OTHER)).status_code == 400
+
+
+def test_nobody_waits_for_a_client_that_has_left(running: Running) -> None:
+    with running.http() as http:
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/facts?wait=20", content=line(OTHER), timeout=0.5)
+        deadline = time.monotonic() + 5
+        while 'kedit_http_requests_total{route="/facts",status="499"} 1.0' not in (
+            http.get("/metrics").text
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

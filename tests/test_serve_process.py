@@ -1,5 +1,6 @@
 """The server's process: it runs beside the daemon, and neither needs the other to live."""
 
+import itertools
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -123,6 +125,22 @@ def test_a_child_that_ends_is_started_again_later_each_time(
     assert all(r.args and r.args[0] == "ended with 7" for r in caplog.records)
     seen = [line.split() for line in lines(notes)]
     assert {word for _, word in seen} == {"hello"} and len({pid for pid, _ in seen}) == len(seen)
+
+
+@pytest.mark.parametrize(("life", "pauses"), [(120.0, [0.01, 0.02, 0.04]), (700.0, [0.01] * 3)])
+def test_only_a_child_that_lived_long_is_started_again_at_once(
+    life: float,
+    pauses: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    times = itertools.count(0.0, life)  # read when it starts, and when it has ended
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    kept = Keeper(["/no/such/command"], b"", pause=0.01)
+    kept.start()
+    wait(lambda: len(caplog.records) >= 3)
+    kept.stop()
+    assert [r.args[1] for r in caplog.records if r.args][:3] == pauses
 
 
 def test_a_child_is_asked_to_end_and_not_started_again(notes: Path) -> None:
@@ -248,6 +266,14 @@ def test_a_fact_that_is_posted_is_answered_with(daemon: Daemon) -> None:
     assert daemon.http.post("/facts", json=record, headers=key).json()["ids"] == [fact.id]
     found = daemon.http.get("/metrics").text
     assert 'kedit_facts{state="live-side"} 1.0' in found
+
+
+def test_where_memory_runs_out_the_server_goes_before_the_daemon(daemon: Daemon) -> None:
+    scores = [
+        int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+        for pid in (daemon.process.pid, daemon.child())
+    ]
+    assert scores[0] < scores[1]
 
 
 def test_a_server_that_dies_comes_back_and_the_daemon_goes_on(daemon: Daemon) -> None:

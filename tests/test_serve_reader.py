@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from home_tools import Published
@@ -64,3 +65,15 @@ def test_a_tokenizer_that_drops_a_first_space_keeps_it_in_a_token(
     )
     token = reader.encode("The seat of")[-1]
     assert reader.token_text(token) == " of"
+
+
+def test_a_tokens_text_is_made_once(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = reader.encode("The seat of country 3 is Rome.")[1:]
+    told = [reader.token_text(token) for token in ids]
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("the tokenizer is asked again")
+
+    for name in ("decode", "__call__"):
+        monkeypatch.setattr(type(reader.model.tokenizer), name, never)
+    assert [reader.token_text(token) for token in ids] == told

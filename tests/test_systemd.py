@@ -39,6 +39,7 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("RestartPreventExitStatus", "78"),
         ("WatchdogSec", "120"),
         ("KillMode", "mixed"),
+        ("OOMPolicy", "continue"),
         ("StateDirectory", "kedit-daemon"),
         ("ProtectSystem", "strict"),
         ("NoNewPrivileges", "yes"),

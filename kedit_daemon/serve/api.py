@@ -1,11 +1,10 @@
 """OpenAI's API: /v1/models, /v1/completions and /v1/chat/completions."""
 
-import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import closing
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
@@ -19,6 +18,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.serve import asked
 from kedit_daemon.serve.asked import AT_BASE, AT_GENERATION, Asked, Read
 from kedit_daemon.serve.body import whole_body
+from kedit_daemon.serve.leaving import GONE, unless_gone
 from kedit_daemon.serve.metrics import Meters
 from kedit_daemon.serve.reader import Reader
 from kedit_daemon.serve.refusals import Refused, error_body
@@ -28,9 +28,7 @@ from memory.errors import KeditError
 from memory.reading import open_readonly
 
 OWNER = "kedit-daemon"
-GONE = 499  # the client has left: nobody reads the status
 
-Result = TypeVar("Result")
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -100,7 +98,7 @@ class Api:
         rows = Rows(reader.engine, wanted.wishes)
         streaming = False
         try:
-            opened = await _unless_gone(request, rows.open())
+            opened = await unless_gone(request, rows.open())
             if opened is None:
                 return Response(status_code=GONE)
             self.meters.tokens.labels("prompt").inc(wanted.prompt_tokens)
@@ -116,21 +114,23 @@ class Api:
             if wanted.stream:
                 streaming = True
                 return _Stream(rows, self._events(wanted, rows, shape), shape.headers)
-            told = await _unless_gone(request, self._collected(wanted, rows, shape))
-            if told is None:
-                return Response(status_code=GONE)
-            return JSONResponse(told, headers=shape.headers)
+            answer = await unless_gone(request, self._collected(wanted, rows, shape))
+            return answer or Response(status_code=GONE)
         finally:
             if not streaming:
                 rows.close()
 
-    async def _collected(self, wanted: Asked, rows: Rows, shape: Shape) -> dict[str, Any]:
+    async def _collected(self, wanted: Asked, rows: Rows, shape: Shape) -> Response:
         said = [Said() for _ in wanted.wishes]
         async for row, part in rows.parts():
             said[row].add(part)
         produced = sum(one.produced for one in said)
         self.meters.tokens.labels("completion").inc(produced)
-        return shape.whole(said, usage(wanted.prompt_tokens, produced))
+        cost = usage(wanted.prompt_tokens, produced)
+        # In a thread: with the likelihoods of many tokens it takes a while.
+        return await run_in_threadpool(
+            lambda: JSONResponse(shape.whole(said, cost), headers=shape.headers)
+        )
 
     async def _events(self, wanted: Asked, rows: Rows, shape: Shape) -> AsyncIterator[bytes]:
         first = True
@@ -178,20 +178,3 @@ class _Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._rows.close()
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The work's result; None when the client left before it was done. Call it once the body is
-    read."""
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return doing.result() if doing.done() else None
-    finally:
-        doing.cancel()
-        leaving.cancel()
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

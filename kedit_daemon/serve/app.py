@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from kedit_daemon.config import Config
@@ -22,6 +22,7 @@ from kedit_daemon.serve.api import Api
 from kedit_daemon.serve.facts import Facts
 from kedit_daemon.serve.gate import Gate, Rate
 from kedit_daemon.serve.health import Health
+from kedit_daemon.serve.leaving import GONE
 from kedit_daemon.serve.metrics import Metered, Meters
 from kedit_daemon.serve.pages import Board, Sides
 from kedit_daemon.serve.reader import Reader
@@ -57,6 +58,7 @@ def build(
         exception_handlers={
             KeditError: _refused,
             HTTPException: _no_such_thing,
+            ClientDisconnect: _left,
             Exception: _unexpected,
         },
     )
@@ -104,8 +106,13 @@ async def _no_such_thing(request: Request, error: Exception) -> Response:
     """No such path, or not by this method."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
-    what = f"{request.method} {request.url.path}: {error.detail}"
+    what = f"{request.method} {request.scope['path']}: {error.detail}"
     return refusal(Refused(what, status=error.status_code, code=code))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    """The client left before its body was whole."""
+    return Response(status_code=GONE)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -106,9 +106,11 @@ def completion(body: bytes, reader: Reader, most: int) -> Asked:
     """A request to continue text."""
     given = _read(body, _Completion)
     which = _which(given.model, reader.name)
-    prompts = [_ids(p, reader) for p in _prompts(given.prompt)]
-    longest = given.max_tokens or COMPLETION_TOKENS
-    return _asked(given, which, prompts, [longest] * len(prompts), given.logprobs, most)
+    prompts = _prompts(given.prompt)
+    _few(len(prompts), given, most)
+    tokens = given.max_tokens or COMPLETION_TOKENS
+    ids = [_ids(p, reader, tokens) for p in prompts]
+    return _asked(given, which, ids, tokens, given.logprobs)
 
 
 def chat(body: bytes, reader: Reader, most: int) -> Asked:
@@ -117,31 +119,53 @@ def chat(body: bytes, reader: Reader, most: int) -> Asked:
     which = _which(given.model, reader.name)
     if given.top_logprobs is not None and not given.logprobs:
         raise wrong("top_logprobs is told only where logprobs is true", "top_logprobs")
-    ids = reader.conversation([(m.role, m.text) for m in given.messages])
+    _few(1, given, most)
+    # The newer name of the same role, which templates do not know.
+    messages = [("system" if m.role == "developer" else m.role, m.text) for m in given.messages]
+    _short(sum(len(text) for _, text in messages), reader, "messages")
+    ids = reader.conversation(messages)
     if not ids:
         raise wrong("there is nothing in the messages", "messages")
     room = max(1, min(reader.positions - len(ids), CHAT_TOKENS))
-    longest = given.max_completion_tokens or given.max_tokens or room
+    tokens = given.max_completion_tokens or given.max_tokens or room
+    _fitting(len(ids), tokens, reader, "messages")
     logprobs = (given.top_logprobs or 0) if given.logprobs else None
-    return _asked(given, which, [ids], [longest], logprobs, most)
+    return _asked(given, which, [tuple(ids)], tokens, logprobs)
+
+
+def _few(prompts: int, given: _Request, most: int) -> None:
+    if prompts * (given.n or 1) > most:
+        raise wrong(f"more than {most} answers are asked for at once", "n")
+
+
+def _short(characters: int, reader: Reader, param: str) -> None:
+    """Refuse a text that is too long whatever its tokens are, before it is made into tokens."""
+    if characters > reader.positions * reader.longest_token:
+        raise _too_long(f"{characters} characters are more than the model can read", param)
+
+
+def _fitting(prompt: int, tokens: int, reader: Reader, param: str) -> None:
+    if prompt + tokens > reader.positions:
+        what = f"a prompt of {prompt} tokens with an answer of up to {tokens}"
+        raise _too_long(f"{what}: both together may have {reader.positions}", param)
+
+
+def _too_long(message: str, param: str) -> Refused:
+    return Refused(message, status=400, code="context_length_exceeded", param=param)
 
 
 def _asked(
     given: _Request,
     which: str | int,
-    prompts: Sequence[Sequence[int]],
-    longest: Sequence[int],
+    prompts: Sequence[tuple[int, ...]],
+    tokens: int,
     logprobs: int | None,
-    most: int,
 ) -> Asked:
-    choices = given.n or 1
-    if len(prompts) * choices > most:
-        raise wrong(f"more than {most} answers are asked for at once", "n")
     stop = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
     top_p = 1.0 if given.top_p is None else given.top_p
     wishes = [
         Wish(
-            tuple(ids),
+            ids,
             which,
             tokens,
             # Where nothing but the likeliest is left to choose from.
@@ -151,8 +175,8 @@ def _asked(
             tuple(text for text in stop if text),
             logprobs,
         )
-        for ids, tokens in zip(prompts, longest, strict=True)
-        for choice in range(choices)
+        for ids in prompts
+        for choice in range(given.n or 1)
     ]
     usage = bool(given.stream_options and given.stream_options.include_usage)
     return Asked(
@@ -229,10 +253,14 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _ids(prompt: str | list[int], reader: Reader) -> list[int]:
-    ids = reader.encode(prompt) if isinstance(prompt, str) else prompt
-    if not ids:
+def _ids(prompt: str | list[int], reader: Reader, tokens: int) -> tuple[int, ...]:
+    """A prompt's ids, where an answer of so many tokens has room behind them."""
+    if isinstance(prompt, str):
+        _short(len(prompt), reader, "prompt")
+        prompt = reader.encode(prompt)
+    if not prompt:
         raise wrong("there is nothing in the prompt", "prompt")
-    if not all(0 <= n < reader.vocabulary for n in ids):
+    _fitting(len(prompt), tokens, reader, "prompt")
+    if not all(0 <= n < reader.vocabulary for n in prompt):
         raise wrong(f"ids of tokens go from 0 to {reader.vocabulary - 1}", "prompt")
-    return ids
+    return tuple(prompt)

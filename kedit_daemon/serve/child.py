@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from memory.errors import KeditError
 
 STREAM_SECONDS = 4.0  # that answers have to end in when the process stops
 CANCEL_SECONDS = 6.0  # then what still runs is cancelled
+OOM_SCORE = 500  # half of what there is
 log = logging.getLogger(__name__)
 
 
@@ -33,12 +35,21 @@ def main() -> None:
     said = json.loads(sys.stdin.buffer.readline())
     home, config = Home(Path(said["home"])), Config.model_validate(said["config"])
     set_up(said["debug"], os.environ)
+    _go_first()
     threading.Thread(target=_end_with_the_daemon, name="lifeline", daemon=True).start()
     try:
         asyncio.run(_serve(home, config))
     except KeditError as error:
         log.error("the HTTP server cannot run: %s", error)
         sys.exit(error.exit_code)
+
+
+def _go_first() -> None:
+    """Where memory runs out, this process is killed, not the daemon, which may be writing."""
+    score = Path("/proc/self/oom_score_adj")
+    with suppress(OSError):  # no Linux, or a system that does not let it
+        if int(score.read_text()) < OOM_SCORE:
+            score.write_text(str(OOM_SCORE))
 
 
 def _end_with_the_daemon() -> None:

@@ -16,6 +16,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.records import Limits
 from kedit_daemon.serve.body import whole_body
+from kedit_daemon.serve.leaving import GONE, unless_gone
 from kedit_daemon.serve.refusals import Refused, refusal, wrong
 from kedit_daemon.submit import Submission, hand_in, prepare
 from kedit_daemon.waiting import POLL_SECONDS, Settled, look
@@ -69,7 +70,9 @@ class Facts:
         told: dict[str, Any] = {"file": name, "ids": ids, "problems": problems}
         if not seconds:
             return JSONResponse(told, 202)
-        states = await self._states(name, ids, seconds)
+        states = await unless_gone(request, self._states(name, ids, seconds))
+        if states is None:
+            return Response(status_code=GONE)
         told["facts"] = [{"id": i, "state": s, "reason": why} for i, (s, why) in states.items()]
         waiting = any(state == State.RECEIVED for state, _ in states.values())
         return JSONResponse(told, 202 if waiting else 200)

@@ -4,11 +4,11 @@ import hmac
 import math
 from collections.abc import Callable
 from ipaddress import ip_address
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kedit_daemon.serve.places import host_name, place
 from kedit_daemon.serve.refusals import Refused, refusal
 
 CLIENTS = 10_000  # that are remembered at most
@@ -72,7 +72,8 @@ class Gate:
         elif not hmac.compare_digest(_shown(headers), self.token):
             raise Refused("no token, or a wrong one", status=401, code="invalid_api_key")
         origin = headers.get("origin")
-        if scope["method"] != "GET" and origin and urlsplit(origin).netloc != headers.get("host"):
+        ours = not origin or place(origin) == (headers.get("host") or None)
+        if scope["method"] != "GET" and not ours:
             raise _forbidden("a page of another server may not change anything here")
 
 
@@ -83,8 +84,8 @@ def _shown(headers: Headers) -> bytes:
 
 
 def _own_name(host: str) -> bool:
+    name = host_name(host)
     try:
-        name = urlsplit(f"//{host}").hostname or ""
         return name == "localhost" or ip_address(name).is_loopback
     except ValueError:
         return False

@@ -9,11 +9,12 @@ import ipaddress
 import secrets
 from collections.abc import Callable
 from datetime import datetime, timedelta
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kedit_daemon.serve.places import host_name, place
 from memory.errors import KeditError
 
 SESSION, NONCE = "kedit_session", "kedit_form"  # cookies
@@ -50,7 +51,7 @@ class Guard:
     def check_host(self, request: Request) -> None:
         """Refuse a name that anybody may have pointed here (DNS rebinding), where no sign-in
         protects what is shown. No name server stands behind a number or localhost."""
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        name = host_name(request.headers.get("host", ""))
         if self.locked or name == "localhost":
             return
         try:
@@ -106,9 +107,9 @@ class Guard:
 
     async def form(self, request: Request) -> dict[str, str]:
         """The fields of a form that one of these pages has sent. KeditError: another has."""
-        origin = urlsplit(request.headers.get("origin", ""))
+        origin = place(request.headers.get("origin", ""))
         # The scheme is left out: a proxy in front may be the one who speaks TLS.
-        if not origin.netloc or origin.netloc != request.headers.get("host"):
+        if not origin or origin != request.headers.get("host"):
             raise _foreign("the form was sent from another page")
         fields = await _fields(request)
         nonce = request.cookies.get(NONCE, "")
@@ -118,7 +119,7 @@ class Guard:
         return fields
 
     def _keep(self, request: Request, response: Response, name: str, value: str) -> None:
-        secure = request.url.scheme == "https"
+        secure = request.scope["scheme"] == "https"
         response.set_cookie(name, value, httponly=True, samesite="strict", secure=secure)
 
 

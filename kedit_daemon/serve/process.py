@@ -23,7 +23,7 @@ from kedit_daemon.home import Home
 from memory.errors import KeditError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before it is started again
-STEADY_SECONDS = 60.0  # one that lived so long had started well
+STEADY_SECONDS = 600.0  # one that lived so long had started well, however long it loaded
 STOP_SECONDS = 10.0  # then it is killed
 LEAST_TOKEN = 16  # characters
 EXTRA = ("jinja2", "prometheus_client", "starlette", "uvicorn")

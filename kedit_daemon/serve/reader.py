@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
@@ -64,6 +65,12 @@ class Reader:
         """How many tokens there are."""
         return int(self.model.model.config.get_text_config().vocab_size)
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters in the longest token, at most: as the vocabulary spells it, where a byte is
+        one at least."""
+        return max(map(len, self.model.tokenizer.get_vocab()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
         return self.model.encode(text)
@@ -88,9 +95,23 @@ class Reader:
     def token_text(self, token: int) -> str:
         """A token as it stands within a text: with the space before it, which some tokenizers
         leave out at a beginning."""
-        tokenizer, first = self.model.tokenizer, self.encode("a")[-1]
-        alone = cast(str, tokenizer.decode([first]))
-        return cast(str, tokenizer.decode([first, token])).removeprefix(alone)
+        text = self._texts.get(token)
+        if text is None:
+            first, alone = self._before
+            whole = cast(str, self.model.tokenizer.decode([first, token]))
+            text = self._texts[token] = whole.removeprefix(alone)
+        return text
+
+    @cached_property
+    def _before(self) -> tuple[int, str]:
+        """A token to stand before others, and its text."""
+        first = self.encode("a")[-1]
+        return first, cast(str, self.model.tokenizer.decode([first]))
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        """Those of the tokens that were told: no more than the vocabulary has."""
+        return {}
 
 
 def plain(messages: Sequence[tuple[str, str]]) -> str:

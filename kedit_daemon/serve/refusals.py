@@ -9,7 +9,7 @@ RETRY_SECONDS = 1
 _STATUS = {"busy": 429, "too-long": 400, "model": 404, "too-large": 413, "usage": 400}
 _STATUS |= {"bad-request": 400, "not-running": 503, "stopping": 503, "timeout": 503}
 _CODES = {"too-long": "context_length_exceeded", "model": "model_not_found"}
-_PARAMS = {"too-long": "prompt", "model": "model", "usage": "format"}
+_PARAMS = {"model": "model", "usage": "format"}
 
 
 class Refused(KeditError):

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from kedit_daemon.serve.wish import Opened, Part, Token
@@ -144,7 +145,7 @@ class Shape:
         if self.chat:
             return {"content": [self._in_chat(token) for token in tokens], "refusal": None}
         texts = [self.token_text(token.id) for token in tokens]
-        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+        offsets = list(accumulate(map(len, texts[:-1]), initial=offset))
         tops = [
             # Two tokens may read alike: the likelier one, which comes last here, stands.
             {self.token_text(i): p for i, p in reversed(token.top)} | {text: token.logprob}

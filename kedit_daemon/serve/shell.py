@@ -117,7 +117,7 @@ class Shell:
             form_token=self.guard.form_token(request, nonce),
             signed_in=self.guard.signed_in(request),
             locked=self.guard.locked,
-            here=request.url.path,
+            here=request.scope["path"],
         )
         response = HTMLResponse(content, page.status)
         self.guard.keep_nonce(request, response, nonce)
@@ -127,9 +127,10 @@ class Shell:
 
     def _to_sign_in(self, request: Request) -> Response:
         """Back to where the person wanted to go, afterwards; what was to be done is not kept."""
-        wanted = request.url.path
-        if request.url.query:
-            wanted += f"?{request.url.query}"
+        # Not request.url, which is made from Host, and that may be anything.
+        wanted = request.scope["path"]
+        if query := request.scope["query_string"].decode("latin-1"):
+            wanted += f"?{query}"
         back = f"?next={quote(wanted)}" if request.method == "GET" else ""
         return RedirectResponse(f"/sign-in{back}", 303)
 
