@@ -42,7 +42,7 @@ def backup(session: Session, dest: Path, as_json: bool) -> None:
 
 @click.command()
 @click.argument("source", type=_FOLDER)
-@click.option("--replace", is_flag=True, help="Move what the home has aside, to state.before-….")
+@click.option("--replace", is_flag=True, help="Move what the home has aside, to state.before-TIME.")
 @dry_run_option
 @pass_session
 def restore(session: Session, source: Path, replace: bool, dry_run: bool) -> None:

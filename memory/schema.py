@@ -155,7 +155,7 @@ def check(conn: sqlite3.Connection, path: Path) -> None:
         raise KeditError(
             f"{path} is damaged: {'; '.join(found)}",
             code="corrupt",
-            hint=f"put a backup back: rm -f {path}-wal {path}-shm && cp BACKUP {path}",
+            hint="put a backup back: kedit-daemon restore BACKUP --replace",
             exit_code=78,
         )
 
