@@ -35,6 +35,8 @@ COMMANDS = {
     "log": "commands_log:log",
     "calibrate": "commands_calibrate:calibrate",
     "export": "commands_export:export",
+    "backup": "commands_backup:backup",
+    "restore": "commands_backup:restore",
     "bench": "bench.command:bench",
     "doctor": "commands_home:doctor",
     "demo": "commands_home:demo",

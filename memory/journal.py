@@ -42,6 +42,7 @@ class Journal(Reader):
                 f"there is no folder {path.parent}", code="no-home", hint="kedit-daemon init"
             )
         self._clock = clock
+        schema.examine(path)
         with ExitStack() as undo:
             # Plugins of sqlite-utils are other people's code: none of it runs here.
             db = Database(path, execute_plugins=False, strict=True)

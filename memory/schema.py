@@ -1,6 +1,7 @@
 """The tables, and how a database of an earlier version becomes one of this version."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Protocol
 
@@ -89,22 +90,24 @@ def m001_first(db: Database) -> None:
 
 
 STEPS: tuple[Step, ...] = (m001_first,)
+_SET = "kedit"  # the name under which the database remembers its migrations
+
+
+def examine(path: Path) -> None:
+    """Refuse a database that is damaged, or that a newer version has written, and leave it and
+    its log as they are: whoever can write moves the one into the other, if only at the close."""
+    if not path.is_file():
+        return
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as conn:
+        check(conn, path)
+        refuse_newer(conn, path)
 
 
 def prepare(db: Database, path: Path, steps: tuple[Step, ...] = STEPS) -> None:
-    """Check the file, keep a copy of it where something is about to change, then migrate."""
-    check(db.conn, path)
-    migrations = Migrations("kedit")
+    """Keep a copy of the file where something is about to change, then migrate."""
+    migrations = Migrations(_SET)
     for step in steps:
         migrations(name=step.__name__)(step)
-    unknown = {done.name for done in migrations.applied(db)} - {step.__name__ for step in steps}
-    if unknown:
-        raise KeditError(
-            f"{path} was written by a newer version: it has {', '.join(sorted(unknown))}",
-            code="newer-database",
-            hint=f"install that version again, or put back a backup ({path.name}.before-…)",
-            exit_code=78,
-        )
     pending = migrations.pending(db)
     if pending and db.table_names():
         _backup(db.conn, path.with_name(f"{path.name}.before-{pending[0].name}"))
@@ -124,6 +127,22 @@ def _apply(db: Database, migrations: Migrations) -> None:
             db.execute("ROLLBACK")
 
 
+def refuse_newer(conn: sqlite3.Connection, path: Path) -> None:
+    """Refuse a database with migrations that this version does not know."""
+    table = Migrations.migrations_table
+    if conn.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is None:
+        return
+    rows = conn.execute(f"SELECT name FROM {table} WHERE migration_set = ?", (_SET,))
+    unknown = {row[0] for row in rows} - {step.__name__ for step in STEPS}
+    if unknown:
+        raise KeditError(
+            f"{path} was written by a newer version: it has {', '.join(sorted(unknown))}",
+            code="newer-database",
+            hint=f"install that version again, or put back a backup ({path.name}.before-…)",
+            exit_code=78,
+        )
+
+
 def check(conn: sqlite3.Connection, path: Path) -> None:
     """Refuse a damaged database, before anything is read from it or written to it."""
     try:
@@ -136,7 +155,7 @@ def check(conn: sqlite3.Connection, path: Path) -> None:
         raise KeditError(
             f"{path} is damaged: {'; '.join(found)}",
             code="corrupt",
-            hint=f"put a backup back: rm -f {path}-wal {path}-shm && cp BACKUP {path}",
+            hint="put a backup back: kedit-daemon restore BACKUP --replace",
             exit_code=78,
         )
 

@@ -71,7 +71,7 @@ def test_a_damaged_database_is_refused(path: Path, damage: str) -> None:
     with pytest.raises(KeditError) as caught:
         Store(path, lambda: datetime.now(UTC))
     assert (caught.value.code, caught.value.exit_code) == ("corrupt", 78)
-    assert f"cp BACKUP {path}" in caught.value.hint
+    assert "kedit-daemon restore BACKUP --replace" in caught.value.hint
     assert path.read_bytes() == before
 
 

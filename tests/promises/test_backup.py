@@ -1,0 +1,105 @@
+"""A backup taken at any moment, put back, is the home as it was, and comes to the same end."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import called
+from conftest import Bench, save_model
+from process_tools import FACTS, at_rest, drop, finish, make_home, outcome, started
+
+from kedit_daemon.backup import Backup, back_up
+from kedit_daemon.home import Home
+from kedit_daemon.restore import restore
+from memory.facts import State
+from memory.ledger import read_head, verify
+from memory.reading import open_readonly
+
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+def rows(home: Home, sql: str) -> list[tuple[Any, ...]]:
+    with closing(open_readonly(home.database)) as conn:
+        return [tuple(row) for row in conn.execute(sql)]
+
+
+def states(home: Home) -> dict[str, int]:
+    return dict(rows(home, "SELECT state, count(*) FROM facts GROUP BY state"))
+
+
+def intact(home: Home) -> bool:
+    with closing(open_readonly(home.database)) as conn:
+        return verify(conn, read_head(home.head)).intact
+
+
+@contextmanager
+def backed_up_at_every_step(at: Bench, to: Path) -> Iterator[list[Backup]]:
+    """While the editor works, a backup is taken whenever it lets others in between."""
+    made: list[Backup] = []
+
+    def take() -> None:
+        states_now = [f.state for f in at.store.facts()]
+        name = f"{len(made)}"
+        made.append(back_up(at.home, to / name, NOW))
+        assert made[-1].manifest["facts"] == {s: states_now.count(s) for s in set(states_now)}
+
+    for part in (at.editor.flush, at.editor.hot):
+        part.pulse = take
+    yield made
+    take()
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_backup_at_every_step_of_an_edit_comes_to_the_same_end(
+    direct: bool, bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    settings = {"side": {"steps": 300}, "routing": {"flush_facts": 3}}
+    at = bench("home", **settings)
+    at.receive(*FACTS[: 6 if direct else 3], direct=direct)
+    with backed_up_at_every_step(at, tmp_path / "backups") as made:
+        at.settle()
+    end = [(f.id, f.state) for f in at.store.facts()]
+    assert {state for _, state in end} == {State.LIVE_WEIGHTS}
+    assert len(made) > 3
+    for number in {0, len(made) // 2, len(made) - 2, len(made) - 1}:
+        name, backup = f"restored{number}", made[number]
+        home = Home(tmp_path / name)
+        restore(home, backup.path, False, NOW)
+        assert intact(home)
+        back = bench(name, **settings)
+        assert states(home) == backup.manifest["facts"]
+        generation = back.store.generation(back.store.active_generation())
+        assert generation.id == backup.manifest["generation"]
+        if generation.id:
+            assert back.weights_hash() == generation.weights_hash
+        back.settle()
+        assert [(f.id, f.state) for f in back.store.facts()] == end
+        assert back.weights_hash() == at.weights_hash()
+        assert intact(home)
+
+
+@pytest.mark.timeout(200)
+def test_backups_of_a_daemon_at_work_come_to_its_end(tmp_path: Path) -> None:
+    home = make_home(tmp_path / "home", save_model("llama", tmp_path / "model"))
+    drop(home)
+    process = started(home)
+    dests = []
+    while not at_rest(home):
+        dests.append(tmp_path / f"backup{len(dests)}")
+        result = called(home, "backup", str(dests[-1]))
+        assert (result.exit_code, result.stdout) == (0, f"{dests[-1]}\n"), result.output
+    finish(home, process)
+    kept = [sum(states(Home(dest)).values()) for dest in dests]
+    first = kept.index(len(FACTS))  # all of the file is in it; nothing may be learned yet
+    again = Home(tmp_path / "again")
+    assert called(again, "restore", str(dests[first])).exit_code == 0
+    assert called(again, "log", "verify").exit_code == 0
+    assert rows(again, "SELECT id, state FROM facts") == rows(
+        Home(dests[first]), "SELECT id, state FROM facts"
+    )
+    finish(again, started(again))
+    assert outcome(again) == outcome(home)
+    assert intact(again)
