@@ -11,14 +11,14 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from kedit_daemon.serve.answering import Answering, Told
-from kedit_daemon.serve.replica import Replica
+from kedit_daemon.serve.replica import BROKEN, Replica
 from kedit_daemon.serve.wish import EDITED, Opened, Part, Wish
 from memory.decoding import Decoding
 from memory.errors import KeditError
@@ -33,7 +33,6 @@ class Figures:
     """What the engine has done since its start, and how it stands."""
 
     requests: int  # taken in; those turned away are not among them
-    tokens: int  # given out
     running: int
     waiting: int
     generation: int  # served as edited
@@ -50,10 +49,11 @@ class Engine:
         self._decoding = Decoding(self.model, None)
         self._served: tuple[bool, int] = (False, 0)  # with the side memory or not; the generation
         self._running: list[Answering] = []
+        self._joining: list[Answering] = []  # being read in
         self._waiting: deque[Answering] = deque()
-        self._requests = self._tokens = 0
+        self._requests = 0
         self._closing = False
-        self._changed = threading.Condition()  # of what waits, and of closing
+        self._changed = threading.Condition()  # of who waits and joins, and of closing
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -64,7 +64,8 @@ class Engine:
 
         Who closes the generator, or is cancelled, leaves at once. Raises KeditError: "too-long",
         "bad-request" (a token that the model does not have), "busy" and "stopping" before
-        anything is told; "model" (no such generation) and "corrupt" (its file) in its place;
+        anything is told; "model" (no such generation), "corrupt" (its file) and "unreadable" (the
+        database) in its place;
         "non-finite" and "unexpected" also later.
         """
         self._check(wish)
@@ -98,7 +99,8 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise _stopping()
-            waiting = sum(not other.over for other in self._waiting)
+            free = self.most_rows - len(self._running) - len(self._joining)
+            waiting = self._patient() - free  # without those who are about to join
             if waiting >= self.most_waiting:
                 raise KeditError(
                     f"{waiting} requests are waiting already",
@@ -110,17 +112,21 @@ class Engine:
             self._requests += 1
             self._changed.notify()
 
+    def _patient(self) -> int:
+        """How many wait and have not left; with the lock."""
+        return sum(not one.over for one in self._waiting)
+
     @property
     def figures(self) -> Figures:
         """As they are now."""
-        return Figures(
-            self._requests,
-            self._tokens,
-            len(self._running),
-            len(self._waiting),
-            self.replica.generation,
-            self.replica.problems,
-        )
+        with self._changed:
+            return Figures(
+                self._requests,
+                len(self._running) + len(self._joining),
+                self._patient(),
+                self.replica.generation,
+                self.replica.problems,
+            )
 
     def close(self) -> None:
         """End after the step that runs; who still reads is told so."""
@@ -138,12 +144,11 @@ class Engine:
                 try:
                     self._turn()
                 except Exception as error:  # one step must not end the engine
-                    log.exception("a step failed")
                     self._break_off(error)
         finally:
             with self._changed:
                 self._closing = True
-            for one in [*self._running, *self._waiting]:
+            for one in [*self._running, *self._joining, *self._waiting]:
                 one.fail(_stopping())
 
     def _wait(self) -> bool:
@@ -157,42 +162,49 @@ class Engine:
         self._leave()
         if self._waiting or not self._running:
             self.replica.sync()
-        if joining := list(self._admitted()):
-            self._join(joining)
+        self._admit()
+        if self._joining:
+            self._join()
         if self._running:
             logits = self._decoding.step([one.token for one in self._running])
             self._take(self._running, logits)
 
-    def _admitted(self) -> Iterator[Answering]:
-        """Those who may join now, first come first served."""
-        room = self.most_rows - len(self._running)
-        empty = not self._running
-        while room and self._waiting:
+    def _admit(self) -> None:
+        """Call up those who may join now, first come first served."""
+        while self._waiting and len(self._running) + len(self._joining) < self.most_rows:
             one = self._waiting[0]
-            if not one.over:
-                try:
-                    if not self._suits(one.wish, empty):
-                        return
-                    empty, room = False, room - 1
-                    yield one
-                except KeditError as error:
-                    one.fail(error)
-            self._waiting.popleft()
+            try:
+                if not self._suits(one.wish):
+                    return
+            except BROKEN as error:
+                self._fail([one], error)
+            with self._changed:
+                self._waiting.popleft()
+                if not one.over:
+                    self._joining.append(one)
 
-    def _suits(self, wish: Wish, empty: bool) -> bool:
+    def _suits(self, wish: Wish) -> bool:
         """Whether the weights are those that a reader wants; they are laid where nobody runs."""
         sided = wish.which == EDITED
         wanted = (sided, self.replica.number_of(wish.which))
-        if not empty:
+        if self._running or self._joining:
             return wanted == self._served
         self.replica.use(wanted[1])
         self._served = wanted
         self._decoding = Decoding(self.model, self.replica.side if sided else None)
         return True
 
-    def _join(self, joining: list[Answering]) -> None:
-        self._running += joining  # first: if it goes wrong, they are told
-        joined = self._decoding.join([one.wish.ids for one in joining])
+    def _join(self) -> None:
+        """Read in those who were called up; if it fails, those who run go on."""
+        joining = self._joining
+        try:
+            joined = self._decoding.join([one.wish.ids for one in joining])
+        except BROKEN as error:
+            self._joining = []
+            self._fail(joining, error)
+            return
+        with self._changed:
+            self._running, self._joining = [*self._running, *joining], []
         for one, match in zip(joining, joined.fired, strict=True):
             one.tell(Opened(self._served[1], match))
         self._take(joining, joined.logits)
@@ -201,25 +213,34 @@ class Engine:
         """Next tokens of some rows, from logits (rows, vocabulary); who has enough leaves."""
         chosen = choose(logits, [one.chance for one in rows])
         for one, token, row in zip(rows, chosen, logits, strict=True):
-            before = one.produced
             if not one.over:
                 one.take(token, row)
-            self._tokens += one.produced - before
         self._leave()
 
     def _leave(self) -> None:
+        """Let those go who have all, or have left; also of those who wait."""
+        with self._changed:
+            self._waiting = deque(one for one in self._waiting if not one.over)
         kept = [n for n, one in enumerate(self._running) if not one.over]
         self._decoding.keep(kept)
         self._running = [self._running[n] for n in kept]
 
     def _break_off(self, error: Exception) -> None:
-        """Tell those who run, or if it went wrong before anyone did, those who wait."""
-        broken, self._running = self._running, []
-        if not broken:
-            broken = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        """Tell those who run or join, or if it went wrong before anyone did, those who wait."""
+        with self._changed:
+            broken = [*self._running, *self._joining]
+            self._running, self._joining = [], []
+            if not broken:
+                broken, self._waiting = list(self._waiting), deque()
+        self._fail(broken, error)
+
+    def _fail(self, broken: Sequence[Answering], error: Exception) -> None:
+        if not isinstance(error, KeditError):
+            log.error("an answer broke off", exc_info=error)
+            what = f"the answer broke off: {type(error).__name__}: {error}"
+            error = KeditError(what, code="unexpected")
         for one in broken:
-            what = f"{type(error).__name__}: {error}"
-            one.fail(KeditError(f"the answer broke off: {what}", code="unexpected"))
+            one.fail(error)
 
 
 def _stopping() -> KeditError:

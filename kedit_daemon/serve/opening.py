@@ -16,6 +16,7 @@ def open_reader(home: Home, config: Config) -> Reader:
     Raises KeditError: no database, no such model, or not the one that the home is for.
     """
     replica = Replica.load(home, config.model, config.device)
+    replica.sync()  # who is told that it is ready is answered at once, and as edited
     engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
     limits = None if replica.site is None else thresholds(config, replica.site)
     return Reader(Path(config.model).name, engine.model, engine, limits)
