@@ -101,12 +101,13 @@ def test_a_home_without_a_database_is_told_of_too(tmp_path: Path) -> None:
 def test_the_fact_that_has_waited_longest_is_told_of(tmp_path: Path) -> None:
     home, registry = Home(tmp_path), CollectorRegistry()
     home.create()
-    times = iter([NOW - timedelta(minutes=20)])
-    store = Store(home.database, lambda: next(times, NOW))
+    times = [NOW - timedelta(minutes=20)]
+    store = Store(home.database, lambda: times[-1])
     registry.register(HomeFigures(home, lambda: NOW))
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0
     with store.transaction():
         store.receive(seat(1), "a.jsonl", False)
+        times.append(NOW)
         store.receive(seat(2), "a.jsonl", False)
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 1200
     with store.transaction():
