@@ -13,6 +13,7 @@ from sqlite_utils import Database
 from kedit_daemon.backup import MANIFEST, Backup, back_up, check
 from memory import ledger
 from memory.errors import KeditError
+from memory.facts import Fact
 from memory.files import sha256_of
 from memory.model import EditableModel
 from memory.reading import open_readonly
@@ -102,22 +103,30 @@ def test_it_is_read_where_nothing_can_be_written_beside_it(made: Backup) -> None
         assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
 
 
-def test_a_file_that_the_daemon_drops_meanwhile_is_not_missed(
+def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
     at: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, dropped = shutil.copy, at.learn(LIMA, 3, seed=3)
+    real, shards = shutil.copy, {row.sha256: row.id for row in at.store.shards()}
+    before, after = at.learn(LIMA, 3, seed=3), {1: ROME, 2: OSLO}
+
+    def drop(path: Path, fact: Fact, shard: int) -> None:
+        at.forget(fact, shard)  # as the daemon does: the row, then the file
+        path.unlink()
 
     def meanwhile(source: Path, target: Path) -> object:
-        if dropped.exists():  # as the daemon does: the row, then the file
-            at.forget(LIMA, 3)
-            dropped.unlink()
-        return real(source, target)
+        if before.exists():
+            drop(before, LIMA, 3)
+        done, shard = real(source, target), shards.get(source.stem)
+        if len(after) == 2 and shard in after:
+            drop(source, after.pop(shard), shard)
+        return done
 
     monkeypatch.setattr(shutil, "copy", meanwhile)
     made = back_up(at.home, tmp_path / "backup", NOW)
-    assert not dropped.exists()
     assert made.manifest["lost"] == []
-    assert made.manifest["facts"] == {"live-side": 2, "reverted": 1}
+    assert made.manifest["facts"] == {"live-side": 1, "reverted": 2}
+    side = [p.stem for p in (made.path / "state/side").iterdir()]
+    assert side == [row.sha256 for row in at.store.shards()]
     assert check(made.path) == made
 
 
