@@ -47,6 +47,18 @@ def test_people_see_both_answers_of_the_engine(running: Running) -> None:
     assert running.engine.figures.requests == 2
 
 
+def test_both_answers_end_when_the_person_leaves(running: Running) -> None:
+    with running.http() as client:
+        form = {"form_token": form_token(client), "prompt": ROME.question, "tokens": "200"}
+        running.pace.seconds = 0.05
+        with pytest.raises(httpx.ReadTimeout):
+            client.post("/ask", data=form, headers={"Origin": running.url}, timeout=0.5)
+        deadline = time.monotonic() + 3  # all the tokens would take longer
+        while running.engine.figures.running or running.engine.figures.waiting:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
 def test_people_are_told_that_the_model_is_being_loaded(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     app = build(home, Config(), None, lambda: NOW, time.monotonic)

@@ -1,7 +1,7 @@
 """Several answers to one request, side by side."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
@@ -23,7 +23,7 @@ class Told:
         self.cut = 0  # answers that nobody let come to their end
         self.last = asyncio.Event()
 
-    async def answer(self, wish: Wish) -> AsyncIterator[Opened | Part]:
+    async def answer(self, wish: Wish) -> AsyncGenerator[Opened | Part]:
         told = self.told.pop(0)
         if not self.told:
             self.last.set()

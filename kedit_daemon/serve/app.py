@@ -4,6 +4,7 @@ import asyncio
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -80,7 +81,12 @@ def _board(home: Home, clock: Callable[[], datetime], reader: Callable[[], Reade
             raise KeditError("the model is being loaded", code="loading", exit_code=75)
         wish = Wish(tuple(now.encode(prompt)), EDITED, max_tokens, temperature=0.0)
         sides = (wish, replace(wish, which=BASE))
-        (opened, edited), (_, base) = await asyncio.gather(*(_whole(now, one) for one in sides))
+        answers = [asyncio.ensure_future(_whole(now, one)) for one in sides]
+        try:
+            (opened, edited), (_, base) = await asyncio.gather(*answers)
+        finally:
+            for one in answers:  # where one fails, the other is not wanted any more
+                one.cancel()
         return Sides(edited, base, opened.generation, opened.fired)
 
     def thresholds() -> "Thresholds | None":
@@ -92,7 +98,8 @@ def _board(home: Home, clock: Callable[[], datetime], reader: Callable[[], Reade
 
 async def _whole(reader: Reader, wish: Wish) -> tuple[Opened, str]:
     """An answer in one piece, and how it began."""
-    opened, *parts = [item async for item in reader.engine.answer(wish)]
+    async with aclosing(reader.engine.answer(wish)) as answer:
+        opened, *parts = [item async for item in answer]
     assert isinstance(opened, Opened)
     return opened, "".join(part.text for part in parts if isinstance(part, Part)).strip()
 

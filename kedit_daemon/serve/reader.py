@@ -1,6 +1,6 @@
 """The model as the API needs it: who answers, and how text becomes tokens and tokens text."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
@@ -33,7 +33,7 @@ class Figures(Protocol):
 class Engine(Protocol):
     """Answers wishes, many side by side."""
 
-    def answer(self, wish: Wish) -> AsyncIterator[Opened | Part]:
+    def answer(self, wish: Wish) -> AsyncGenerator[Opened | Part]:
         """First an Opened, then Parts, the last with a finish. Raises KeditError: "busy",
         "too-long", "model" (no such generation) or "non-finite"."""
 

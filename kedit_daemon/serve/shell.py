@@ -22,6 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kedit_daemon.serve.guard import HEADERS, Guard
+from kedit_daemon.serve.leaving import GONE, unless_gone
 from kedit_daemon.text import clean
 from kedit_daemon.views import age, figures_text, size, statement, when
 from kedit_daemon.worddiff import word_changes
@@ -80,7 +81,9 @@ class Shell:
             form = await self.guard.form(request) if method == "POST" else {}
             asked = Asked(request.path_params, dict(request.query_params), form)
             if iscoroutinefunction(handler):
-                page: Page = await handler(asked)
+                page: Page | None = await unless_gone(request, handler(asked))
+                if page is None:
+                    return Response(status_code=GONE)
             else:
                 page = await run_in_threadpool(cast(Callable[[Asked], Page], handler), asked)
             return self._send(request, page)
