@@ -82,6 +82,11 @@ class Commands(Suggesting):
             ctx.exit(EXIT_USAGE)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click has its own ways with these
+        except UnicodeEncodeError:
+            # Names of files may be any bytes, and are taken; the database holds nothing like them.
+            _trace(debug)
+            _complain("usage", "an argument is not valid UTF-8", "write it in UTF-8")
+            ctx.exit(EXIT_USAGE)
         except Exception as error:
             _trace(debug)
             what = f"{type(error).__name__}: {error}".partition("\n")[0]

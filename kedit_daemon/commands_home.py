@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kedit_daemon.home import NAME
+from kedit_daemon.home import NAME, keep_writers_out
 from kedit_daemon.session import Session, dry_run_option, json_option, pass_session, print_json
 from kedit_daemon.text import clean
 from memory.errors import KeditError
@@ -43,6 +43,7 @@ def init(session: Session, model: str | None) -> None:
     path = session.home.config
     if path.exists() and model is not None:
         raise KeditError(f"{path} is there already", code="exists", hint="change `model` in it")
+    keep_writers_out()
     session.home.create()
     if path.exists():
         click.echo(f"{clean(path)} is there already and stays as it is", err=True)
@@ -71,6 +72,7 @@ def run(ctx: click.Context, session: Session) -> None:
     from kedit_daemon.config import load
     from kedit_daemon.logs import set_up
 
+    keep_writers_out()
     config = load(session.home.root, session.environ)
     set_up(bool(ctx.find_root().params.get("debug")), session.environ)
     from kedit_daemon.daemon import run as run_daemon

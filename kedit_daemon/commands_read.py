@@ -157,7 +157,7 @@ def _fact(session: Session, name: str, wanted: bool) -> dict[str, Any] | None:
             fact = fact_detail(conn, name)
             if fact is None and wanted:
                 raise no_fact(session, conn, name)
-    except KeditError:
+    except (KeditError, UnicodeEncodeError):  # a file's name may be any bytes, a fact's may not
         if wanted:
             raise
         return None

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from queue import Empty
-from typing import Any
 
 import watchfiles
 
@@ -24,6 +23,7 @@ from kedit_daemon.loading import load_model
 from kedit_daemon.lock import hold
 from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
+from kedit_daemon.orders import carry_out
 from kedit_daemon.publish import Publisher
 from kedit_daemon.serve.process import check, keep_serving
 from kedit_daemon.serving import Served
@@ -192,12 +192,15 @@ class Daemon:
             return
         self._woken, self._scanned = False, now
         for claim in self.inbox.scan(now):
+            self._pulse()  # a file may take seconds, and there may be many
             self.intake.take(claim)
         refusals = self.inbox.take_refusals()
         if refusals:
             with self.store.transaction():
                 for found in refusals:
-                    self.store.event("file_refused", file=found.name, problem=found.problem)
+                    self.store.event(
+                        "file_refused", file=found.name, problem=found.problem, remedy=found.remedy
+                    )
 
     def _paused(self) -> bool:
         """Take no work while the disk is full; serving goes on."""
@@ -216,7 +219,7 @@ class Daemon:
             self._woken = True
             return
         try:
-            request.answer(self._do(request.name, request.arguments))
+            request.answer(carry_out(self.editor, request.name, request.arguments))
         except KeditError as error:
             request.refuse(error)
             if error.code == "stopping":
@@ -224,22 +227,6 @@ class Daemon:
         except Exception as error:  # a request must not end the daemon
             log.exception("%s failed", request.name)
             request.refuse(KeditError(f"{type(error).__name__}: {error}", code="unexpected"))
-
-    def _do(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
-        editor, dry_run = self.editor, bool(given.get("dry_run"))
-        if name == "ask":
-            prompt, most = str(given["prompt"]), int(given.get("max_tokens") or 40)
-            return editor.ask(prompt, most, bool(given.get("base")), bool(given.get("explain")))
-        if name == "flush":
-            return editor.run_flush(dry_run)
-        if name == "audit":
-            return editor.audit(dry_run)
-        if name == "consolidate":
-            return editor.consolidate(dry_run)
-        if name == "revert":
-            generation = given.get("generation")
-            return editor.revert(list(given.get("facts") or []), generation, dry_run)
-        raise KeditError(f"no command {name!r}", code="bad-request")
 
     def _run_jobs(self) -> None:
         while not self.jobs.due.empty():

@@ -22,7 +22,8 @@ def failed_files(home: Home) -> list[str]:
     folder = failed_folder(home)
     if not folder.is_dir():
         return []
-    return sorted(path.name.removesuffix(REPORT) for path in folder.glob(f"*{REPORT}"))
+    found = (path for path in folder.glob(f"*{REPORT}") if path.is_file())
+    return sorted(path.name.removesuffix(REPORT) for path in found)
 
 
 def failed_report(home: Home, name: str) -> dict[str, Any] | None:
@@ -33,9 +34,11 @@ def failed_report(home: Home, name: str) -> dict[str, Any] | None:
         text = file.read(REPORT_BYTES)
     try:
         report = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return report if isinstance(report, dict) and isinstance(report.get("errors"), list) else None
+    errors = report.get("errors") if isinstance(report, dict) else None
+    sound = isinstance(errors, list) and all(isinstance(error, dict) for error in errors)
+    return report if sound else None
 
 
 def first_error(home: Home, name: str) -> dict[str, Any]:
@@ -45,7 +48,7 @@ def first_error(home: Home, name: str) -> dict[str, Any]:
             head = file.read(HEAD_CHARS)
         start = head.index("{", head.index(_ERRORS))
         error, _ = json.JSONDecoder().raw_decode(head, start)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return error if isinstance(error, dict) else {}
 

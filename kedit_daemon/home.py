@@ -1,5 +1,6 @@
 """Where everything of one daemon lies. Imports nothing heavy: commands must answer at once."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,11 @@ from memory.errors import KeditError
 
 NAME = "kedit-daemon"
 FOLDER_MODE = 0o750  # facts may be confidential; the group may read
+
+
+def keep_writers_out() -> None:
+    """What this process makes from now on is nobody else's to write, however loose its umask."""
+    os.umask(os.umask(0o077) | 0o022)
 
 
 @dataclass(frozen=True)

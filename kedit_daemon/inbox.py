@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kedit_daemon.failures import REPORT
 from kedit_daemon.formats import Problem, only_failed
 from kedit_daemon.writers import known_closed, tells_closed
 from memory.errors import KeditError
@@ -134,7 +135,7 @@ class Inbox:
         at = self._clock().astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         report = {"claim": claim.work_name, "file": claim.name, "at": at, "errors": errors}
         folder = self.folder / FAILED
-        write_atomic(folder / f"{name}.error.json", _json(report))
+        write_atomic(folder / f"{name}{REPORT}", _json(report))
         if whole:
             self._leave(claim, FAILED, name)
         elif any(problem.record for problem in problems):
@@ -213,8 +214,10 @@ class Inbox:
     def _failed_name(self, failed: int, claim: Claim) -> str:
         """The file's own name, unless another claim has it: then one that only this claim gets."""
         name = _clipped(claim.original)
+        if name.endswith(REPORT):
+            name += ".json"  # or it would be read as what we say of another file
         try:
-            head = _contents(failed, f"{name}.error.json", 500)
+            head = _contents(failed, f"{name}{REPORT}", 500)
             free = claim.work_name.encode() in head
         except FileNotFoundError:
             free = _found(failed, name) is None

@@ -3,19 +3,30 @@
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from kedit_daemon.text import clean
 
 CHATTY = ("apscheduler", "faiss", "httpx", "uvicorn", "watchfiles")
+
+
+class _Cleaned(logging.Formatter):
+    """Messages may quote facts and names of files: none acts on a terminal, or makes up a line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return clean(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return clean(super().formatException(ei), lines=True)
 
 
 def set_up(debug: bool, environ: Mapping[str, str]) -> None:
     """Once, at the start of a process."""
     # The journal has its own clock.
     clock = "" if environ.get("JOURNAL_STREAM") else "%(asctime)s "
-    logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
-        format=f"{clock}%(levelname)s %(message)s",
-        stream=sys.stderr,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Cleaned(f"{clock}%(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
 

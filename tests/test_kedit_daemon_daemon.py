@@ -169,7 +169,7 @@ def test_requests_that_make_no_sense_are_refused_and_the_daemon_goes_on(home: Ho
     assert caught.value.code in ("bad-request", "unknown-command")
     with pytest.raises(KeditError) as caught:
         control.call(home.socket, "ask", {})
-    assert caught.value.code == "unexpected"
+    assert caught.value.code == "bad-request"
     assert "answer" in control.call(home.socket, "ask", {"prompt": "Hello", "max_tokens": 2})
 
 

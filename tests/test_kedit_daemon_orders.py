@@ -1,0 +1,46 @@
+"""What may be asked of the daemon, and what is said of anything else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Bench, seat
+
+from kedit_daemon.orders import carry_out
+from memory.errors import KeditError
+from memory.facts import State
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "why"),
+    [
+        ("ask", {}, "prompt is missing"),
+        ("ask", {"prompt": ["x"]}, "prompt: Input should be a valid string"),
+        ("ask", {"prompt": "x", "max_tokens": "7"}, "max_tokens: Input should be a valid integer"),
+        ("ask", {"prompt": "x", "max_tokens": 0}, "max_tokens"),
+        ("ask", {"prompt": "x", "promt": "y"}, "promt: Extra inputs"),
+        ("flush", {"dry_run": "yes"}, "dry_run"),
+        ("revert", {"facts": "abc"}, "facts"),
+        ("revert", {"facts": [1]}, r"facts\.0"),
+        ("revert", {"generation": 1 << 63}, "generation"),
+        ("revert", {"generation": -1}, "generation"),
+        ("frob", {}, "no command 'frob'"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(
+    bench: Callable[..., Bench], name: str, given: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(KeditError, match=why) as caught:
+        carry_out(bench().editor, name, given)
+    assert caught.value.code == "bad-request" and caught.value.hint
+
+
+def test_orders_are_carried_out(bench: Callable[..., Bench]) -> None:
+    at = bench()
+    at.receive(seat(1))
+    asked = {"prompt": "The seat of country 1 is", "max_tokens": 2, "base": True, "explain": None}
+    assert {"answer", "base_answer"} <= carry_out(at.editor, "ask", asked).keys()
+    assert carry_out(at.editor, "revert", {"facts": [seat(1).id], "dry_run": True})["dry_run"]
+    assert at.store.fact(seat(1).id).state is State.RECEIVED
+    carry_out(at.editor, "revert", {"facts": [seat(1).id], "generation": None})
+    assert at.store.fact(seat(1).id).state is State.REVERTED
