@@ -7,7 +7,13 @@ from memory.errors import KeditError
 RETRY_SECONDS = 1
 # Of errors that say nothing of HTTP themselves.
 _STATUS = {"busy": 429, "too-long": 400, "model": 404, "too-large": 413, "usage": 400}
-_STATUS |= {"bad-request": 400, "not-running": 503, "stopping": 503, "timeout": 503, "unreadable": 503}
+_STATUS |= {
+    "bad-request": 400,
+    "not-running": 503,
+    "stopping": 503,
+    "timeout": 503,
+    "unreadable": 503,
+}
 _CODES = {"too-long": "context_length_exceeded", "model": "model_not_found"}
 _PARAMS = {"model": "model", "usage": "format"}
 
