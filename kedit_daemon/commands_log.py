@@ -26,9 +26,9 @@ from kedit_daemon.session import (
 )
 from kedit_daemon.usage import Suggesting
 from kedit_daemon.views import statement
-from kedit_daemon.views_log import event_lines
+from kedit_daemon.views_log import answered, event_lines
 from memory.facts import State
-from memory.reading import answer_until, event_rows, fact_detail
+from memory.reading import event_rows, fact_detail
 
 POLL_SECONDS = 0.5
 
@@ -114,7 +114,7 @@ def log(
                 print_json(event, indent=None)
                 continue
             said = _said(conn, event["fact_id"])
-            click.echo("\n".join(event_lines(_answered(conn, event), said, coloured)))
+            click.echo("\n".join(event_lines(answered(conn, event), said, coloured)))
 
 
 def _events(
@@ -135,15 +135,6 @@ def _events(
         asked["last"] = None  # of what was there; all that comes is told
         last = max(last, newest)
         time.sleep(POLL_SECONDS)
-
-
-def _answered(conn: sqlite3.Connection, event: dict[str, Any]) -> dict[str, Any]:
-    """The event with the answer before it where it only knows the one after, as of a revert."""
-    data = event["data"]
-    if event["fact_id"] and data.get("after") is not None and data.get("before") is None:
-        before = answer_until(conn, event["fact_id"], event["seq"])
-        return {**event, "data": {**data, "before": before}}
-    return event
 
 
 def _said(conn: sqlite3.Connection, fact_id: str | None) -> str | None:
@@ -224,4 +215,4 @@ def export(session: Session, /, form: str, **wanted: Any) -> None:
             if row is None:
                 print_json(event, indent=None)
             else:
-                click.echo(row(_answered(conn, event), _said(conn, event["fact_id"])))
+                click.echo(row(answered(conn, event), _said(conn, event["fact_id"])))

@@ -3,13 +3,17 @@
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kedit_daemon.text import clean, clip
 from kedit_daemon.views import LIST_CHARS, figures_text, statement, when
 from kedit_daemon.worddiff import NEW, OLD, SAME, word_changes
+from memory.reading import answer_until
+
+if TYPE_CHECKING:
+    import sqlite3
 
 VALUE_CHARS = 200
 # Told in lines of their own, or by the line above them.
@@ -60,6 +64,15 @@ def event_told(event: Mapping[str, Any]) -> Told:
         rest.insert(0, f"{clean(data['from'])} → {clean(data['to'])}")
     reasons = tuple(clip(one, VALUE_CHARS) for one in why)
     return Told(before, after, reasons, figures, "  ".join(rest))
+
+
+def answered(conn: "sqlite3.Connection", event: Mapping[str, Any]) -> dict[str, Any]:
+    """The event with the answer before it where it only knows the one after, as of a revert."""
+    data = event["data"]
+    if event["fact_id"] and data.get("after") is not None and data.get("before") is None:
+        before = answer_until(conn, event["fact_id"], event["seq"])
+        return {**event, "data": {**data, "before": before}}
+    return dict(event)
 
 
 def event_said(event: Mapping[str, Any], said: str | None) -> str | None:

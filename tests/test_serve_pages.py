@@ -190,6 +190,14 @@ def test_the_log_shows_what_became_of_an_answer(client: TestClient) -> None:
     assert "<del>Egypt</del> <ins>Australia</ins>" in page
 
 
+@pytest.mark.parametrize("path", ["/", "/log?kind=fact_reverted", f"/facts/{EYRE.id}"])
+def test_a_revert_shows_the_answer_that_went(home: Home, path: str) -> None:
+    with written(home) as store, store.transaction():
+        store.move(EYRE.id, State.REVERTED, reason="wrong", after="Egypt")
+    page = browser(home, clock=lambda: NOW).get(path).text
+    assert "<del>Australia</del> <ins>Egypt</ins>" in page
+
+
 @pytest.mark.parametrize(
     ("query", "facts"),
     [

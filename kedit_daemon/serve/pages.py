@@ -24,7 +24,7 @@ from kedit_daemon.serve.shell import Asked, Page, Shell
 from kedit_daemon.session import database
 from kedit_daemon.status import gather
 from kedit_daemon.views import audit_figures, detail_fields, statement
-from kedit_daemon.views_log import event_said, event_told
+from kedit_daemon.views_log import answered, event_said, event_told
 from memory.errors import KeditError
 from memory.facts import ACTIVE, State, fill
 from memory.reading import (
@@ -115,7 +115,7 @@ class _Views:
         events = []
         if self.home.database.is_file() and found["events"]:
             with database(self.home) as conn:
-                events = [_told(row) for row in event_page(conn, {}, None, LAST)]
+                events = [_told(conn, row) for row in event_page(conn, {}, None, LAST)]
         needs = [{**w, "page": _page_for(w["command"], board.program)} for w in found["warnings"]]
         audit = found["last_audit"]
         shown = {
@@ -160,8 +160,9 @@ class _Views:
         with database(self.home) as conn:
             rows = event_page(conn, wanted, _before(asked.query), A_PAGE + 1)
             kinds = event_kinds(conn)
+            events = [_told(conn, row) for row in rows[:A_PAGE]]
         shown = {
-            "events": [_told(row) for row in rows[:A_PAGE]],
+            "events": events,
             "older": rows[A_PAGE - 1]["seq"] if len(rows) > A_PAGE else None,
             "paged": _before(asked.query) is not None,
             "kinds": kinds,
@@ -190,6 +191,7 @@ class _Views:
     def fact(self, asked: Asked) -> Page:
         with database(self.home) as conn:
             fact = _known(conn, asked.path["fact"])
+            events = [_told(conn, {**row, "said": None}) for row in fact["events"][::-1]]
         near = [
             (n, fill(n["prompt"], fact["subject"])) for n in fact["record"].get("neighbours", ())
         ]
@@ -199,7 +201,7 @@ class _Views:
             "fields": [(n, value) for n, value in detail_fields(fact) if n not in told],
             "also": [fill(p, fact["subject"]) for p in fact["record"].get("paraphrases", ())],
             "near": near,
-            "events": [_told({**row, "said": None}) for row in fact["events"][::-1]],
+            "events": events,
             "active": fact["state"] in ACTIVE,
         }
         return Page("fact.html", "Fact", shown)
@@ -249,8 +251,9 @@ def _known(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
     return fact
 
 
-def _told(row: Mapping[str, Any]) -> dict[str, Any]:
+def _told(conn: "sqlite3.Connection", row: Mapping[str, Any]) -> dict[str, Any]:
     """An event in words."""
+    row = answered(conn, row)
     said = statement(row["said"]) if row["said"] else None
     return {**row, "said": event_said(row, said), "told": event_told(row)}
 
