@@ -6,56 +6,73 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 import pytest
-from docs_tools import DOCUMENTS, ROOT, Shell, agrees, blocks, prose, steps
+from docs_tools import DOCUMENTS, ROOT, Shell, Step, agrees, blocks, prose, steps
 
 from kedit_daemon.cli import COMMANDS, cli
 
 README, TOUR, POLICIES = (ROOT / name for name in ("README.md", "docs/tour.md", "docs/policies.md"))
-PLAYED = [path for path in DOCUMENTS if any(steps(path.read_text("utf-8")))]
+AFTER = [p for p in DOCUMENTS if p not in (README, TOUR) and any(steps(p.read_text("utf-8")))]
 LANGUAGES = ("console", "sh", "text", "json", "toml", "diff", "python")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
+@dataclass(frozen=True)
+class Toured:
+    """A shell in which the tour was played, as far as its commands end as they should; and what
+    became of each."""
+
+    shell: Shell
+    seen: list[tuple[str, int, str]]
+
+
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    """Where README has been played: its daemon runs, for the documents that need one."""
-    opened = Shell(tmp_path_factory.mktemp("docs") / "readme")
+def toured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toured]:
+    """Its daemon goes on running, for the documents that need one."""
+    shell = Shell(tmp_path_factory.mktemp("docs") / "tour")
+    result = Toured(shell, [])
     try:
-        yield opened
-    finally:
-        opened.close()
-
-
-def play(shell: Shell, path: Path) -> None:
-    for step in steps(path.read_text("utf-8")):
-        where = f"{path.name}, line {step.line}: $ {step.command}"
-        code, seen = shell.play(step)
-        if code != step.code:
-            pytest.fail(f"{where}\nexits with {code}:\n{seen}", pytrace=False)
-        if step.shown and not agrees(step.shown, seen):
-            shown = "\n".join(step.shown)
-            pytest.fail(f"{where}\nshows:\n{shown}\nand prints:\n{seen}", pytrace=False)
-
-
-@pytest.mark.parametrize(
-    "path",
-    sorted((p for p in PLAYED if p != TOUR), key=lambda path: path != README),
-    ids=lambda path: path.name,
-)
-def test_what_a_document_shows_happens(shell: Shell, path: Path) -> None:
-    play(shell, path)
-
-
-def test_what_the_tour_shows_happens(tmp_path: Path) -> None:
-    shell = Shell(tmp_path / "tour")
-    try:
-        play(shell, TOUR)
+        for step in steps(TOUR.read_text("utf-8")):
+            code, seen = shell.play(step)
+            result.seen.append((step.command, code, seen))
+            if code != step.code:
+                break
+        yield result
     finally:
         shell.close()
+
+
+def check(path: Path, step: Step, code: int, seen: str) -> None:
+    where = f"{path.name}, line {step.line}: $ {step.command}"
+    if code != step.code:
+        pytest.fail(f"{where}\nexits with {code}:\n{seen}", pytrace=False)
+    if step.shown and not agrees(step.shown, seen):
+        shown = "\n".join(step.shown)
+        pytest.fail(f"{where}\nshows:\n{shown}\nand prints:\n{seen}", pytrace=False)
+
+
+def test_what_the_tour_shows_happens(toured: Toured) -> None:
+    for step, (_, code, seen) in zip(steps(TOUR.read_text("utf-8")), toured.seen, strict=False):
+        check(TOUR, step, code, seen)
+
+
+def test_what_the_readme_shows_happens_on_the_tour(toured: Toured) -> None:
+    """One daemon is enough: its commands are among those of the tour, in the same order."""
+    happened = iter(toured.seen)
+    for step in steps(README.read_text("utf-8")):
+        found = next((one for one in happened if one[0] == step.command), None)
+        assert found is not None, f"not on the tour: {step.command}"
+        check(README, step, *found[1:])
+
+
+@pytest.mark.parametrize("path", AFTER, ids=lambda path: path.name)
+def test_what_other_documents_show_happens_after_the_tour(toured: Toured, path: Path) -> None:
+    for step in steps(path.read_text("utf-8")):
+        check(path, step, *toured.shell.play(step))
 
 
 def test_the_worked_example_fails_before_the_change_and_passes_after(tmp_path: Path) -> None:
