@@ -147,7 +147,7 @@ def commands(text: str) -> Iterator[tuple[int, list[str]]]:
 def parse(words: list[str]) -> None:
     """As the command line would read the words; without running anything, or asking for files."""
     command: click.Command = cli
-    ctx = click.Context(cli, info_name="kedit-daemon")
+    ctx = click.Context(cli, info_name="kedit-daemon", **cli.context_settings)
     rest = words
     while True:
         given, rest, _ = command.make_parser(ctx).parse_args(args=list(rest))
