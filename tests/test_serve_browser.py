@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import uvicorn
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -105,17 +106,22 @@ class Person:
         self.driver.get(self.address + path)
 
     def follows(self, words: str) -> None:
-        self.driver.find_element(By.PARTIAL_LINK_TEXT, words).click()
+        self._clicks(By.PARTIAL_LINK_TEXT, words)
 
     def presses(self, words: str) -> None:
-        self.driver.find_element(By.XPATH, f"//button[normalize-space()='{words}']").click()
+        self._clicks(By.XPATH, f"//button[normalize-space()='{words}']")
+
+    def _clicks(self, by: str, value: str) -> None:
+        # A page may give way to the next one between being found and being touched.
+        wait = WebDriverWait(self.driver, 60, ignored_exceptions=[StaleElementReferenceException])
+        wait.until(lambda driver: driver.find_element(by, value).click() or True)
 
     def reads(self) -> str:
-        return self.driver.find_element(By.TAG_NAME, "body").text
+        wait = WebDriverWait(self.driver, 60, ignored_exceptions=[StaleElementReferenceException])
+        return wait.until(lambda driver: driver.find_element(By.TAG_NAME, "body").text)
 
     def sees(self, what: Callable[[str], bool]) -> str:
-        WebDriverWait(self.driver, 60).until(lambda _: what(self.reads()))
-        return self.reads()
+        return WebDriverWait(self.driver, 60).until(lambda _: what(now := self.reads()) and now)
 
     def style(self, selector: str, name: str) -> str:
         return self.driver.find_element(By.CSS_SELECTOR, selector).value_of_css_property(name)
