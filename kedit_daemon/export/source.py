@@ -8,9 +8,9 @@ from typing import Any
 
 from kedit_daemon.home import Home
 from kedit_daemon.session import database
-from memory.derived import opened
 from memory.errors import KeditError
 from memory.facts import LIVE, Fact, State, from_json
+from memory.following import Follower
 from memory.rows import GENERATION_COLUMNS, GenerationRow
 
 
@@ -55,16 +55,11 @@ def read_source(home: Home) -> Source:
 
 def read_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
     """The keys and targets of these facts, by id."""
-    found = {}
-    with database(home) as conn:
-        for fact_id in fact_ids:
-            row = conn.execute(
-                "SELECT sha256, tensors FROM terms WHERE fact_id = ?", (fact_id,)
-            ).fetchone()
-            if row is None:
-                raise KeditError(f"fact {fact_id} has no terms for the weights", code="no-terms")
-            found[fact_id] = opened(row[0], row[1], f"the terms of fact {fact_id}")
-    return found
+    follower = Follower(home.database)
+    try:
+        return {fact_id: follower.terms(fact_id) for fact_id in fact_ids}
+    finally:
+        follower.close()
 
 
 def _read(conn: sqlite3.Connection, home: Home) -> Source:
