@@ -19,6 +19,8 @@ from memory.facts import Fact, Neighbour
 from memory.model import EditableModel
 from memory.store import Store
 
+pytest_plugins = ["promise_table"]
+
 END = "<|endoftext|>"
 CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Quito", "Paris", "Delhi", "Tunis")
 SENTENCES = [f"The seat of country {n} is {city}." for n in range(40) for city in CITIES]

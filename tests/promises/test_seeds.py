@@ -1,0 +1,51 @@
+"""Each test of a promise can fail: with a bug put in, it does."""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from command_line import ROOT
+from promise_table import Report, Seed
+
+pytestmark = pytest.mark.timeout(280)
+LIST = Path(__file__).with_name("bugs.toml")
+SEEDING = Path(__file__).parents[1] / "seeding"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """One text of a module, another in its place, and the tests that must see it."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    test: str  # what is tried, as pytest names it, below tests/promises
+
+
+BUGS = [Bug(**bug) for bug in tomllib.loads(LIST.read_text("utf-8"))["bug"]]
+
+
+def seeded(bug: Bug) -> "subprocess.CompletedProcess[str]":
+    """The tests that must see a bug, run with it."""
+    environ = dict(os.environ)
+    environ["KEDIT_SEED"] = json.dumps([[bug.module, bug.old, bug.new]])
+    path = [str(SEEDING), environ.get("PYTHONPATH", "")]
+    environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short"]
+    command += ["-p", "no:cacheprovider", f"tests/promises/{bug.test}"]
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+def test_a_bug_is_seen(bug: Bug, report: Report) -> None:
+    done = seeded(bug)
+    # 1: a test has failed. All else would be a run that could not be, which shows nothing.
+    caught = done.returncode == 1 and "\nFAILED " in done.stdout
+    report.seeds.append(Seed(bug.name, bug.module, bug.test, caught))
+    assert caught, done.stdout[-3000:] + done.stderr[-3000:]
