@@ -36,8 +36,10 @@ def init(session: Session, model: str | None) -> None:
       kedit-daemon --home ./facts-of-mine init --model /srv/models/llama
     """
     from kedit_daemon.config import default_text, load
+    from kedit_daemon.restore import refuse_cut_off
     from memory.files import write_atomic
 
+    refuse_cut_off(session.home)
     if model is not None and not (model and model.isprintable()):
         raise click.BadParameter("a model is a folder or an id on the hub.", param_hint="--model")
     path = session.home.config

@@ -25,6 +25,7 @@ from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
 from kedit_daemon.orders import carry_out
 from kedit_daemon.publish import Publisher
+from kedit_daemon.restore import refuse_cut_off
 from kedit_daemon.serve.process import check, keep_serving
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
@@ -54,9 +55,10 @@ def run(
     """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code.
 
     Raises KeditError: another daemon holds the home (75), or the model, or what [serve] says,
-    cannot be used (78).
+    cannot be used, or a restore was cut off (78).
     """
     check(home, config)
+    refuse_cut_off(home)
     home.create()
     with hold(home.lock):
         store = Store(home.database, clock)

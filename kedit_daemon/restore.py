@@ -69,6 +69,18 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> Restored:
     return Restored(backup, aside)
 
 
+def refuse_cut_off(home: Home) -> None:
+    """Raises KeditError (78): a restore was killed after what was there had made room and before
+    the backup was in its place. Whoever began anew there would have no facts."""
+    if not home.state.exists() and any(home.root.glob(f"{STAGED}*")):
+        raise KeditError(
+            f"a restore to {home.root} was cut off",
+            code="restore",
+            hint="run `kedit-daemon restore SOURCE` again; what was there is in state.before-…",
+            exit_code=78,
+        )
+
+
 def _check_free(home: Home, replace: bool) -> None:
     if home.database.exists() and not replace:
         raise KeditError(

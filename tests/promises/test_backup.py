@@ -1,19 +1,24 @@
 """A backup taken at any moment, put back, is the home as it was, and comes to the same end."""
 
+import os
+import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import called
+from command_line import make_home as settled_home
 from conftest import Bench, save_model
 from process_tools import FACTS, at_rest, drop, finish, make_home, outcome, started
+from promise_table import Tally
 
 from kedit_daemon.backup import Backup, back_up
 from kedit_daemon.home import Home
-from kedit_daemon.restore import restore
+from kedit_daemon.restore import STAGED, restore
 from memory.facts import State
 from memory.ledger import read_head, verify
 from memory.reading import open_readonly
@@ -103,3 +108,48 @@ def test_backups_of_a_daemon_at_work_come_to_its_end(tmp_path: Path) -> None:
     finish(again, started(again))
     assert outcome(again) == outcome(home)
     assert intact(again)
+
+
+def killed_at(change: int, home: Home, source: Path) -> bool:
+    """Restore in a process that is gone before its so-manieth link, rename or removal of a folder;
+    whether it came so far."""
+    pid = os.fork()
+    if not pid:
+        left = iter(range(change))
+
+        def gone(event: str, _: object) -> None:
+            if event in ("os.rename", "os.link", "shutil.rmtree") and next(left, None) is None:
+                os._exit(9)
+
+        sys.addaudithook(gone)
+        restore(home, source, True, NOW)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def test_a_restore_that_is_killed_anywhere_is_old_or_new_or_said_to_be_cut_off(
+    tmp_path: Path, tally: Tally
+) -> None:
+    backup = back_up(settled_home(tmp_path / "origin"), tmp_path / "backup", NOW).path
+    new = Home(backup).database.read_bytes()
+    ends = []
+    while True:
+        home = settled_home(tmp_path / f"used{len(ends)}")
+        with closing(sqlite3.connect(home.database)) as conn:
+            conn.execute("PRAGMA user_version = 7")  # to tell it from what comes
+        old = home.database.read_bytes()
+        if not killed_at(len(ends), home, backup):
+            break
+        if home.database.exists():
+            ends.append({old: "old", new: "new"}[home.database.read_bytes()])
+        else:
+            ends.append("cut off")
+            for command in ("run", "init"):
+                result = called(home, command)
+                assert result.exit_code == 78
+                assert "was cut off" in result.output
+        restore(home, backup, True, NOW + timedelta(minutes=1))
+        assert home.database.read_bytes() == new
+        assert not list(home.root.glob(f"{STAGED}*"))
+    tally.tried(len(ends), kills=len(ends))
+    assert [*dict.fromkeys(ends)] == ["old", "cut off", "new"]
