@@ -20,7 +20,8 @@ from kedit_daemon.lock import holder
 from kedit_daemon.schedule import next_run
 from memory.errors import KeditError
 from memory.facts import LIVE, State
-from memory.reading import open_readonly, overview
+from memory.overview import overview
+from memory.reading import open_readonly
 from policies.batching import fit
 
 NOT_RUNNING, NEEDS_ATTENTION = 3, 4

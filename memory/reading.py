@@ -7,7 +7,6 @@ quick and works when nothing runs.
 import json
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ _FACT_COLUMNS = (
     "id, external_id, seq, state, tier, generation, subject, prompt, target, reason, file_name,"
     " received_at, changed_at, valid_until, attempts, direct, before, after"
 )
-_META = ("model", "model_hash", "device", "started_at", "paused")
 
 
 def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
@@ -48,60 +46,26 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
     return conn
 
 
-def overview(conn: sqlite3.Connection, now: datetime | None = None) -> dict[str, Any]:
-    """What one screen needs; `now` decides which failures are today's (UTC)."""
-    today = (now or datetime.now(UTC)).astimezone(UTC).date().isoformat()
-    conn.execute("BEGIN")  # one moment of the database for all the numbers
-    try:
-        return {
-            **_counts(conn),
-            **_identity(conn),
-            **_side(conn),
-            "failed_today": _failed(conn, today),
-            "oldest_received_at": conn.execute(
-                "SELECT min(received_at) FROM facts WHERE state = ?", (State.RECEIVED,)
-            ).fetchone()[0],
-            "last_audit": next(_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT 1"), None),
-            "jobs": {
-                row["name"]: row
-                for row in _dicts(
-                    conn,
-                    "SELECT * FROM job_run WHERE id IN (SELECT max(id) FROM job_run GROUP BY name)"
-                    " ORDER BY name",
-                )
-            },
-            "failed_submissions": list(
-                _dicts(
-                    conn,
-                    "SELECT * FROM submissions WHERE failed > 0"
-                    " ORDER BY received_at DESC, rowid DESC LIMIT 5",
-                )
-            ),
-        }
-    finally:
-        conn.rollback()
-
-
 def fact_rows(
     conn: sqlite3.Connection, state: str | None = None, subject: str | None = None
 ) -> list[dict[str, Any]]:
     """Facts in the order in which they were received; `subject` is a part of it, in any case."""
     tests = {"state = ?": state, "instr(casefold(subject), casefold(?))": subject}
     where, values = _where(tests)
-    return list(_dicts(conn, f"SELECT {_FACT_COLUMNS} FROM facts{where} ORDER BY seq", *values))
+    return list(dicts(conn, f"SELECT {_FACT_COLUMNS} FROM facts{where} ORDER BY seq", *values))
 
 
 def fact_detail(conn: sqlite3.Connection, name: str) -> dict[str, Any] | None:
     """One fact by its id or its owner's, with its edits, its events and what it takes up."""
     fact_id = _resolve(conn, name)
-    row = next(_dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
+    row = next(dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
     if row is None:
         return None
     return {
         **row,
         "terms_bytes": _size(conn, "terms", fact_id),
         "side_bytes": _size(conn, "side_keys", fact_id),
-        "edits": list(_dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)),
+        "edits": list(dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)),
         "events": list(event_rows(conn, fact=fact_id)),
     }
 
@@ -132,7 +96,7 @@ def event_rows(
     sql = f"SELECT * FROM events{where} ORDER BY seq"
     if last is not None:
         sql, values = f"SELECT * FROM ({sql} DESC LIMIT ?) ORDER BY seq", [*values, last]
-    yield from _dicts(conn, sql, *values)
+    yield from dicts(conn, sql, *values)
 
 
 def answer_until(conn: sqlite3.Connection, fact_id: str, seq: int) -> str | None:
@@ -174,7 +138,7 @@ def fact_page(
     }
     where, values = _where(tests)
     sql = f"SELECT {_FACT_COLUMNS} FROM facts{where} ORDER BY seq DESC LIMIT ?"
-    return list(_dicts(conn, sql, *values, most))
+    return list(dicts(conn, sql, *values, most))
 
 
 def event_page(
@@ -194,7 +158,7 @@ def event_page(
         "instr(casefold(coalesce(subject, '')), casefold(?))": asked.get("subject"),
     }
     where, values = _where(tests)
-    rows = _dicts(
+    rows = dicts(
         conn,
         "SELECT events.*, subject, prompt, target FROM events LEFT JOIN facts"
         f" ON facts.id = events.fact_id{where} ORDER BY events.seq DESC LIMIT ?",
@@ -216,13 +180,13 @@ def event_kinds(conn: sqlite3.Connection) -> list[str]:
 
 def audit_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
     """The last audits, oldest first."""
-    newest = _dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
+    newest = dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
     return list(newest)[::-1]
 
 
 def generation_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
     """The last generations of the weights, oldest first, each with how many `facts` it holds."""
-    newest = _dicts(
+    newest = dicts(
         conn,
         "SELECT id, parent, reason, figures, created_at, json_array_length(fact_ids) AS facts"
         " FROM generations ORDER BY id DESC LIMIT ?",
@@ -234,13 +198,13 @@ def generation_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]
 def facts_named(conn: sqlite3.Connection, ids: Collection[str]) -> list[dict[str, Any]]:
     """Those of the facts with these ids that are known, in the order of their arrival."""
     sql = f"SELECT {_FACT_COLUMNS} FROM facts WHERE id IN (SELECT value FROM json_each(?))"
-    return list(_dicts(conn, f"{sql} ORDER BY seq", json.dumps(list(ids))))
+    return list(dicts(conn, f"{sql} ORDER BY seq", json.dumps(list(ids))))
 
 
 def weights_facts_asking(conn: sqlite3.Connection, prompt: str) -> list[dict[str, Any]]:
     """The facts in the weights whose prompt, or a paraphrase, is just this."""
     return list(
-        _dicts(
+        dicts(
             conn,
             f"SELECT {_FACT_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
             " subject) = ? OR EXISTS (SELECT 1 FROM json_each(record, '$.paraphrases')"
@@ -248,43 +212,6 @@ def weights_facts_asking(conn: sqlite3.Connection, prompt: str) -> list[dict[str
             *(State.LIVE_WEIGHTS, prompt, prompt),
         )
     )
-
-
-def _counts(conn: sqlite3.Connection) -> dict[str, Any]:
-    states = dict.fromkeys((str(state) for state in State), 0)
-    states |= dict(map(tuple, conn.execute("SELECT state, count(*) FROM facts GROUP BY state")))
-    tiers = {"side": states[State.LIVE_SIDE], "weights": states[State.LIVE_WEIGHTS]}
-    seq, generations = conn.execute(
-        "SELECT (SELECT max(seq) FROM events), (SELECT count(*) FROM generations)"
-    ).fetchone()
-    return {"states": states, "tiers": tiers, "events": seq or 0, "generations": generations}
-
-
-def _identity(conn: sqlite3.Connection) -> dict[str, Any]:
-    meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
-    pid = meta.get("pid", "")
-    return {
-        **{key: meta.get(key) for key in _META},
-        "pid": int(pid) if pid.isdecimal() else None,
-        "generation": int(meta.get("active_generation", 0)),
-    }
-
-
-def _side(conn: sqlite3.Connection) -> dict[str, Any]:
-    keys, size = conn.execute(
-        "SELECT count(*), coalesce(sum(length(tensors)), 0) FROM side_keys"
-    ).fetchone()
-    return {"side_keys": keys, "side_bytes": size}
-
-
-def _failed(conn: sqlite3.Connection, today: str) -> int:
-    # Records that never became facts, and facts that could not be made live.
-    records, facts = conn.execute(
-        "SELECT (SELECT coalesce(sum(failed), 0) FROM submissions WHERE received_at >= ?),"
-        " (SELECT count(*) FROM facts WHERE state = ? AND changed_at >= ?)",
-        (today, State.FAILED, today),
-    ).fetchone()
-    return int(records) + int(facts)
 
 
 def _size(conn: sqlite3.Connection, table: str, fact_id: str) -> int | None:
@@ -309,7 +236,8 @@ def _where(tests: dict[str, Any]) -> tuple[str, list[Any]]:
     return (f" WHERE {' AND '.join(asked)}" if asked else ""), list(asked.values())
 
 
-def _dicts(conn: sqlite3.Connection, sql: str, *values: Any) -> Iterator[dict[str, Any]]:
+def dicts(conn: sqlite3.Connection, sql: str, *values: Any) -> Iterator[dict[str, Any]]:
+    """Rows with their columns' names; what is kept as JSON is read."""
     for row in conn.execute(sql, values):
         yield {key: _value(key, row[key]) for key in row.keys()}  # noqa: SIM118 (sqlite3.Row)
 

@@ -24,6 +24,7 @@ from memory.errors import KeditError
 from memory.facts import State
 from memory.index import KeyIndex
 from memory.ledger import read_head, verify
+from memory.overview import overview
 from memory.side import number_of
 from memory.store import JOB_OK
 
@@ -62,7 +63,7 @@ def wait(what: Callable[[], bool], home: Home) -> None:
 def states(home: Home) -> dict[str, int]:
     connection = reading.open_readonly(home.database)
     try:
-        return dict(reading.overview(connection)["states"])
+        return dict(overview(connection)["states"])
     finally:
         connection.close()
 

@@ -4,13 +4,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from reading_tools import TODAY, Days, fill
 
 from memory.errors import KeditError
 from memory.facts import Fact, State
+from memory.overview import overview
 from memory.reading import (
     answer_until,
     event_page,
@@ -21,52 +22,10 @@ from memory.reading import (
     facts_named,
     generation_rows,
     open_readonly,
-    overview,
     similar_facts,
     weights_facts_asking,
 )
-from memory.store import JOB_OK, Store
-
-TODAY = datetime(2026, 3, 2, 12, tzinfo=UTC)
-FACTS = (
-    Fact("Ärzte", "{} are from", "Berlin", external_id="band"),
-    Fact("Lake Eyre", "{} lies in", "Australia", valid_until="2027-01-01"),
-    Fact("Lake_Chad", "{} lies in", "Chad"),
-    Fact("Oslo", "{} lies in", "Norway"),
-)
-
-
-class Days:
-    """A clock that starts a day early; `to` sets it."""
-
-    def __init__(self) -> None:
-        self.to = datetime(2026, 3, 1, 12, tzinfo=UTC)
-
-    def __call__(self) -> datetime:
-        return self.to
-
-
-def fill(store: Store, clock: Days) -> list[str]:
-    with store.transaction():
-        ids = [store.receive(fact, "a.jsonl", direct=True).id for fact in FACTS]
-        store.move(ids[3], State.FAILED, reason="does not answer")
-        store.add_submission("w0", "old.jsonl", "00", accepted=1, failed=4, duplicates=0)
-    clock.to = TODAY
-    with store.transaction():
-        store.move(ids[0], State.LIVE_SIDE, tier="side", before="Köln", after="Berlin")
-        store.move(ids[1], State.FAILED, reason="neighbours moved", probe={"ok": False})
-        store.put_side(ids[0], 1, b"12345")
-        store.put_terms(ids[0], b"123")
-        store.add_edit(ids[0], "side", None, 2.5, "live", {"ok": True})
-        store.add_submission("w1", "a.jsonl", "00", accepted=4, failed=2, duplicates=0)
-        store.add_submission("w2", "b.jsonl", "00", accepted=4, failed=0, duplicates=0)
-        store.add_audit(0, "warn", {"norm": 1.2}, ["norm"], 1.0)
-        store.finish_job(store.start_job("audit", "x"), "failed", "why")
-        store.finish_job(store.start_job("audit", "y"), JOB_OK)
-        store.start_job("expire", "z")
-        for key, value in {"model": "tiny", "pid": "4121", "paused": "disk full"}.items():
-            store.set_meta(key, value)
-    return ids
+from memory.store import Store
 
 
 @pytest.fixture
@@ -119,37 +78,6 @@ def test_reading_and_writing_do_not_wait_for_each_other(path: Path, ids: list[st
         next(half_read)
         with store.transaction():
             store.set_meta("a", "b")
-
-
-def test_the_overview_has_the_numbers(conn: sqlite3.Connection) -> None:
-    seen = overview(conn, TODAY)
-    assert seen["states"] == {
-        **dict.fromkeys(map(str, State), 0),
-        "received": 1,
-        "live-side": 1,
-        "failed": 2,
-    }
-    assert seen["tiers"] == {"side": 1, "weights": 0}
-    assert (seen["generation"], seen["generations"]) == (0, 1)
-    assert (seen["model"], seen["pid"], seen["paused"]) == ("tiny", 4121, "disk full")
-    assert (seen["device"], seen["started_at"]) == (None, None)
-    assert seen["oldest_received_at"] == "2026-03-01T12:00:00.000Z"
-    assert (seen["side_keys"], seen["side_bytes"]) == (1, 5)
-    assert seen["failed_today"] == 3  # two records and one fact, none of yesterday's
-    assert seen["last_audit"]["reasons"] == ["norm"]
-    assert seen["jobs"]["audit"]["outcome"] == JOB_OK
-    assert seen["jobs"]["expire"]["finished_at"] is None
-    assert [s["file_name"] for s in seen["failed_submissions"]] == ["a.jsonl", "old.jsonl"]
-    assert json.loads(json.dumps(seen)) == seen
-
-
-def test_the_overview_of_a_new_home_is_empty(tmp_path: Path) -> None:
-    Store(tmp_path / "kedit.db", lambda: TODAY).close()
-    with closing(open_readonly(tmp_path / "kedit.db")) as conn:
-        seen = overview(conn)
-    assert seen["last_audit"] is None
-    assert (seen["events"], seen["failed_today"], seen["side_bytes"]) == (0, 0, 0)
-    assert (seen["pid"], seen["oldest_received_at"], seen["jobs"]) == (None, None, {})
 
 
 def test_facts_are_found_by_state_and_subject(conn: sqlite3.Connection, ids: list[str]) -> None:
@@ -213,9 +141,9 @@ def test_reading_needs_none_of_the_heavy_parts(path: Path, ids: list[str]) -> No
     code = f"""
 import sys
 from pathlib import Path
-from memory import ledger, reading
+from memory import ledger, overview, reading
 conn = reading.open_readonly(Path({str(path)!r}))
-assert reading.overview(conn)["events"] == 8
+assert overview.overview(conn)["events"] == 8
 assert ledger.verify(conn, None).intact
 heavy = {{"torch", "sqlite_utils", "pydantic", "rich", "numpy", "click"}} & set(sys.modules)
 assert not heavy, heavy

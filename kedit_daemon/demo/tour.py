@@ -23,6 +23,7 @@ from memory import ledger, reading
 from memory.errors import KeditError
 from memory.facts import LIVE, Fact, Neighbour
 from memory.facts import fill as filled
+from memory.overview import overview
 from policies.probe import same
 from policies.site import EditSite
 
@@ -136,7 +137,7 @@ class Running:
     def states(self) -> Mapping[str, int]:
         connection = reading.open_readonly(self.home.database)
         try:
-            states: Mapping[str, int] = reading.overview(connection)["states"]
+            states: Mapping[str, int] = overview(connection)["states"]
         finally:
             connection.close()
         return states

@@ -24,7 +24,8 @@ from kedit_daemon.failures import failed_files
 from kedit_daemon.home import Home
 from kedit_daemon.serve.reader import Engine
 from memory.errors import KeditError
-from memory.reading import open_readonly, overview
+from memory.overview import overview
+from memory.reading import open_readonly
 
 VERDICTS = ("keep", "warn", "consolidate", "revert")
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

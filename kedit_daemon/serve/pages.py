@@ -27,6 +27,7 @@ from kedit_daemon.views import audit_figures, detail_fields, statement
 from kedit_daemon.views_log import answered, event_said, event_told
 from memory.errors import KeditError
 from memory.facts import ACTIVE, State, fill
+from memory.overview import overview
 from memory.reading import (
     event_kinds,
     event_page,
@@ -34,7 +35,6 @@ from memory.reading import (
     fact_page,
     facts_named,
     generation_rows,
-    overview,
     weights_facts_asking,
 )
 
