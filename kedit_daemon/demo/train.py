@@ -16,15 +16,14 @@ import click
 import torch
 from rich.progress import track
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kedit_daemon.demo import corpus
 from kedit_daemon.demo.measure import measure
+from kedit_daemon.demo.tokenizer import load_tokenizer
 
-END = "<|endoftext|>"
 IGNORE = -100
 MIN_TEXT_TOKENS = 16  # a piece of text shorter than this is not worth starting
 
@@ -50,34 +49,6 @@ class Recipe:
     context_loss: float = 0.1  # share of a fact's tokens before the object that are learned from
     end_share: float = 0.5  # of the sentences that end with end-of-text
     seed: int = 0
-
-
-def train_tokenizer(lines: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; end-of-text stands before each text, as in the training rows."""
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    raw.train_from_iterator(lines, trainer)
-    raw.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, raw.token_to_id(END))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=END, model_max_length=512
-    )
-
-
-def load_tokenizer(folder: Path, lines: list[str], size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of the run that is resumed, or a new one, kept for that."""
-    if not folder.is_dir():
-        train_tokenizer(lines, size).save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
-    return tokenizer
 
 
 def _documents(
