@@ -2,24 +2,36 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+from conftest import save_model
 from hostile_tools import TEXTS, acting
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from test_kedit_daemon_formats import FOREIGN
 
-from kedit_daemon import config
-from kedit_daemon.formats import only_failed, parse
+from kedit_daemon import backup, config
+from kedit_daemon.formats import FORMATS, only_failed, parse
+from kedit_daemon.moments import moment
 from kedit_daemon.records import Limits
+from kedit_daemon.serve.asked import chat, completion
+from kedit_daemon.serve.reader import Reader
+from kedit_daemon.serve.refusals import Refused
 from memory.errors import KeditError
 from memory.facts import Fact
+from memory.ledger import read_head
+from memory.model import EditableModel
 
 MORE = os.environ.get("KEDIT_FUZZ_EXAMPLES")
 LIMITS = Limits(20, 60, 2_000)
-CORPUS = Path(__file__).parent / "data" / "corpus" / "formats.base64"
+CORPUS = Path(__file__).parent / "data" / "fuzzed.base64"
+MOST = 8  # wishes in a request
+NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
 def examples(count: int) -> settings:
@@ -166,3 +178,49 @@ def refused(root: Path, environ: dict[str, str]) -> None:
     except KeditError as error:
         assert error.exit_code == config.BAD_CONFIG and error.hint
         assert (str(error) + error.hint).encode()
+
+
+def reader_of_all(root: Path) -> Callable[[bytes], None]:
+    """Takes what a fuzzer makes up: the first byte chooses who reads the rest. Raises what nobody
+    who reads should."""
+    model = EditableModel.load(save_model("llama", root / "model"), torch.device("cpu"))
+    reader = Reader("tiny", model, None)  # type: ignore[arg-type]  # nobody answers
+
+    def files(data: bytes) -> None:
+        chosen, body = data[0], data[1:]
+        format = (None, *FORMATS)[chosen % (len(FORMATS) + 1)]
+        check(body, ("x.jsonl", "x.csv", "x\n.json")[chosen // 16 % 3], format)
+
+    def toml(data: bytes) -> None:
+        (root / config.FILE).write_bytes(data)
+        refused(root, {})
+
+    def head(data: bytes) -> None:
+        (root / "head").write_bytes(data)
+        with suppress(KeditError):
+            read_head(root / "head")
+
+    def manifest(data: bytes) -> None:
+        (root / backup.MANIFEST).write_bytes(data)
+        with suppress(KeditError):
+            backup.check(root)
+
+    def moments(data: bytes) -> None:
+        with suppress(ValueError):
+            assert len(moment(data.decode(errors="surrogateescape"), NOW)) == 24
+
+    def asked(data: bytes) -> None:
+        for how in (completion, chat):
+            try:
+                how(data, reader, MOST)
+            except Refused as error:
+                assert 400 <= error.status < 500 and acting(str(error)) == ""
+
+    # Files come most often: they are what strangers hand in.
+    reads = [files, files, files, asked, toml, head, manifest, moments]
+
+    def one(data: bytes) -> None:
+        if len(data) > 1:
+            reads[data[0] % len(reads)](data[1:])
+
+    return one

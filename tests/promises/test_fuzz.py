@@ -26,6 +26,7 @@ from fuzz_tools import (
     altered,
     check,
     examples,
+    reader_of_all,
     refused,
     restated,
 )
@@ -80,15 +81,13 @@ def test_tables(tally: Tally, columns: list[str], rows: list[list[str]], between
     check(text.encode("utf-8", "surrogatepass"), "x.csv", None)
 
 
-def test_what_a_fuzzer_has_found_to_matter(tally: Tally) -> None:
-    """What libFuzzer kept of 430,000 files: each goes a way through the code that no other does."""
-    lines = CORPUS.read_bytes().split()
-    assert len(lines) > 100
-    tally.tried(len(lines))
+def test_what_a_fuzzer_has_found_to_matter(tmp_path: Path, tally: Tally) -> None:
+    """What libFuzzer kept of 680,000: each goes a way through the code that no other does."""
+    read, lines = reader_of_all(tmp_path), CORPUS.read_bytes().split()
+    assert len(lines) > 400
     for line in lines:
-        chosen, *data = base64.b64decode(line)
-        format = (None, *FORMATS)[chosen % (len(FORMATS) + 1)]
-        check(bytes(data), ("x.jsonl", "x.csv", "x\n.json")[chosen // 16 % 3], format)
+        tally.tried()
+        read(base64.b64decode(line))
 
 
 @examples(100)
