@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from kedit_daemon.disk import is_full
 from kedit_daemon.home import Home
 from kedit_daemon.loading import Loaded
 from kedit_daemon.published import load_delta, load_deltas, unpack_keys
@@ -203,7 +203,9 @@ class Served:
             return
         try:
             sha = self.side.index.save(self.home.index)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            if not is_full(error):
+                raise
             log.warning("the index file is not written: %s", error)
             return
         with self.store.transaction():
