@@ -33,7 +33,7 @@ _TENSORS = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
 # What a manifest may name: it may come from anywhere, and its files are written into a home.
 _NAMES = re.compile(
     rf"config\.toml|review\.yaml|{re.escape(DATABASE)}|{re.escape(HEAD)}|{_TENSORS.pattern}"
-    r"|state/kedit\.json|state/statistics-[0-9a-f]+\.safetensors"
+    r"|state/kedit\.json|state/statistics-[0-9a-f]+(-[0-9a-f]{64})?\.safetensors"
 )
 
 

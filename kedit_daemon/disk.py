@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memory.errors import KeditError
+from memory.errors import KeditError, damaged
 
 FREE_BYTES = 64 << 20  # below it no work is taken
 FREE_FILES = 100  # inodes
 RETRY_SECONDS = 60.0  # before work is tried again that did not fit though so much was free
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL = "disk full"
+DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 HINT = "free some space on the disk of {}"
 BROKEN = (OSError, sqlite3.Error)
 """What a disk that fails makes Python raise."""
@@ -44,6 +45,8 @@ def told(error: OSError | sqlite3.Error, folder: Path) -> KeditError:
     where = os.fsdecode(named) if isinstance(named, str | bytes) else str(folder)
     if is_full(error):
         return KeditError(f"{where}: {FULL}", code="disk-full", hint=HINT.format(folder))
+    if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in DAMAGED:
+        return damaged(str(folder), str(error))
     what = error.strerror if isinstance(error, OSError) else None
     return KeditError(f"{where}: {what or error}", code="io", hint=_remedy(error, folder))
 
@@ -64,6 +67,4 @@ def _remedy(error: OSError | sqlite3.Error, folder: Path) -> str:
         return f"see that {folder} can be written to: it may lie on a disk that is read-only now"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
         return "run the command as the user that the daemon runs as"
-    if code & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return "kedit-daemon doctor; put a backup back: kedit-daemon restore BACKUP --replace"
     return "look for errors of the disk in the system's log (dmesg), then start again"

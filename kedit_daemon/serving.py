@@ -85,6 +85,7 @@ class Served:
 
     def restore(self) -> None:
         """Bring the model to where the store says it is."""
+        self.store.check_active()
         self._check_base()
         self._check_site()
         self.restore_weights()

@@ -5,7 +5,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from memory.errors import KeditError
+from memory.errors import KeditError, damaged
 from memory.journal import Reader
 from memory.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideRow
 
@@ -74,6 +74,18 @@ class Derived(Reader):
     def active_generation(self) -> int:
         """The generation that is served."""
         return int(self.meta("active_generation") or 0)
+
+    def check_active(self) -> None:
+        """Refuse a database whose active generation is not the one that was switched to last.
+        Raises KeditError (78)."""
+        said = self._one(
+            "SELECT json_extract(data, '$.to') FROM events WHERE kind = 'generation_switched'"
+            " ORDER BY seq DESC LIMIT 1"
+        )
+        last, active = str(said[0]) if said else "0", self.meta("active_generation") or "0"
+        if active != last:
+            how = f"the active generation is {active}, and the last switch was to {last}"
+            raise damaged("the database", how)
 
 
 def opened(sha: str, blob: bytes, what: str) -> bytes:
