@@ -15,7 +15,7 @@ from kedit_daemon.disk import is_full
 from kedit_daemon.home import Home
 from kedit_daemon.loading import Loaded
 from kedit_daemon.published import load_delta, load_deltas, unpack_keys
-from memory.errors import KeditError
+from memory.errors import KeditError, damaged
 from memory.facts import Fact, State
 from memory.files import save_tensors
 from memory.generate import answers
@@ -102,10 +102,10 @@ class Served:
 
     def _check_site(self) -> None:
         """The facts' terms belong to the layers that were edited when they were computed."""
-        fact_id = self.store.any_terms()
-        if fact_id is None:
+        terms = self.store.any_terms()
+        if terms is None:
             return
-        stored, edited = sorted(unpack(self.store.terms(fact_id))[0]), list(self.site.layers)
+        stored, edited = sorted(unpack(terms)[0]), list(self.site.layers)
         if stored != edited:
             raise KeditError(
                 f"this home's facts were computed for the layers {stored}, and the model is edited"
@@ -127,7 +127,10 @@ class Served:
 
     def _rebuild(self, row: GenerationRow, why: str) -> dict[int, Tensor]:
         """Solve a generation again from the stored terms, as a new one with the same facts."""
-        deltas = self.solve(row.fact_ids)
+        try:
+            deltas = self.solve(row.fact_ids)
+        except KeditError as error:
+            raise damaged(f"{why}; what generation {row.id} is made from", str(error)) from error
         self.model.set_deltas(deltas)
         found = self.model.weights_hash(self.loaded.layers)
         sha = save_tensors(self.home.generations, {str(n): d for n, d in deltas.items()})

@@ -24,10 +24,12 @@ class Derived(Reader):
         """Whether a fact's keys and targets are kept."""
         return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
 
-    def any_terms(self) -> str | None:
-        """The id of some fact whose keys and targets are kept."""
-        row = self._one("SELECT fact_id FROM terms LIMIT 1")
-        return None if row is None else str(row[0])
+    def any_terms(self) -> bytes | None:
+        """Some fact's keys and targets, if any can be read."""
+        for (fact_id,) in self.conn.execute("SELECT fact_id FROM terms"):
+            with suppress(KeditError):
+                return self.terms(fact_id)
+        return None
 
     def side_rows(self) -> list[SideRow]:
         """All retrieval keys that can be read, by shard: a damaged row must not hide the others."""
