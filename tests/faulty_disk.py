@@ -1,5 +1,6 @@
 """What the tests of disks share: small disks, and a daemon that is forked rather than started."""
 
+import logging
 import os
 import shutil
 import signal
@@ -87,6 +88,7 @@ class Forked:
             for stream in (1, 2):
                 os.dup2(log, stream)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            logging.getLogger().handlers.clear()  # those of pytest
             torch.set_num_threads(1)  # of its threads none has come along
             pause.RETRY_SECONDS = 0.3
             daemon.IDLE_SECONDS = 0.1

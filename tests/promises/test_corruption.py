@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import CITIES, LOOSE, Bench, Clock, seat
 from promise_table import Tally
 
@@ -21,6 +22,7 @@ from kedit_daemon.loading import Loaded, load_model
 from kedit_daemon.serving import Served
 from memory.errors import KeditError
 from memory.facts import State
+from memory.index import KeyIndex
 from memory.ledger import head, write_head
 from memory.store import Store
 
@@ -212,6 +214,20 @@ def test_two_files_that_are_swapped(kind: str, made: Made, tmp_path: Path) -> No
         (root / "kept").rename(root / two)
 
     assert wrong(made, tmp_path / "home", swap, []) == ""
+
+
+def test_an_index_that_belongs_to_another_moment(made: Made, tmp_path: Path) -> None:
+    """Its file is whole, and the keys in it are not those that the store has."""
+
+    def change(root: Path) -> None:
+        index = KeyIndex.loaded(root / "state/index", made.file("index").stem)
+        for number in index.numbers():
+            index.add(number, torch.ones(1, index.width))
+        sha = index.save(root / "state/index")
+        with closing(sqlite3.connect(root / "state/kedit.db")) as conn, conn:
+            conn.execute("UPDATE meta SET value = ? WHERE key = 'index_sha256'", (sha,))
+
+    assert wrong(made, tmp_path / "home", change, []) == ""
 
 
 def test_everything_derived_is_gone_at_once(made: Made, tmp_path: Path) -> None:

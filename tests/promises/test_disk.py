@@ -184,18 +184,20 @@ def test_what_does_not_fit_is_done_when_it_does(
     calm: Any, maker: Maker, tmp_path: Path, tally: Tally, whole: bool
 ) -> None:
     """Some calls in a row fail, wherever in the life, though the disk has room by its figures."""
-    moments = range(5, 180, 7) if whole else (25, 90)
+    moments = {"pwrite64": [56], "rename": [2], "fsync": [13]}
+    if whole:
+        moments = {"pwrite64": [*range(5, 90, 4)], "rename": [1, 2, 3, 4], "fsync": [*range(2, 18)]}
     bad, lives = [], 0
-    for n in moments:
-        home = maker(tmp_path / str(n) / "home")
+    for call, n in ((call, n) for call, places in moments.items() for n in places):
+        home = maker(tmp_path / f"{call}{n}" / "home")
         drop(home)
-        code, said = lived(home, f"pwrite64:error=ENOSPC:when={n}..{n + 3}")
+        code, said = lived(home, f"{call}:error=ENOSPC:when={n}..{n + 3}")
         if code == 1 and "error[disk-full]" in said and "ready" not in said:
             code, said = lived(home)  # a start needs some room
         lives += "something did not fit" in said
         if (code, outcome(home)) != (0, calm) or "Traceback" in said:
-            bad.append((n, code, said[-1500:]))
+            bad.append((call, n, code, said[-1500:]))
         intact(home)
-    tally.tried(len(moments), bad=len(bad))
+    tally.tried(sum(map(len, moments.values())), bad=len(bad))
     assert bad == []
     assert lives
