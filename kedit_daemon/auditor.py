@@ -16,6 +16,7 @@ from memory.evidence import Examiner
 from memory.health import Health
 from memory.ledger import canonical, read_head, verify
 from memory.rows import StoredFact
+from memory.schema import examine
 from memory.side import Match
 from policies.guilt import Guilt
 from policies.site import EditSite
@@ -143,6 +144,8 @@ class Auditor:
             seen = self.served.loaded.canary.seen
         with _timed(costs, "retention"):
             retention, lost = self._lost(turn)
+        with _timed(costs, "database"):
+            examine(self.served.home.database, thorough=True)
         with _timed(costs, "chain"):
             chain = verify(self.store.conn, read_head(self.served.home.head))
         with _timed(costs, "evidence"):

@@ -5,6 +5,7 @@ to it. Left out is what is made again, as the retrieval index, and what was neve
 in the inbox, claimed or not, is in no database until all its facts are.
 """
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from kedit_daemon.disk import is_full
 from kedit_daemon.home import FOLDER_MODE, Home
 from kedit_daemon.session import database
 from memory import ledger, schema
@@ -33,7 +35,7 @@ _TENSORS = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
 # What a manifest may name: it may come from anywhere, and its files are written into a home.
 _NAMES = re.compile(
     rf"config\.toml|review\.yaml|{re.escape(DATABASE)}|{re.escape(HEAD)}|{_TENSORS.pattern}"
-    r"|state/kedit\.json|state/statistics-[0-9a-f]+\.safetensors"
+    r"|state/kedit\.json|state/statistics-[0-9a-f]+(-[0-9a-f]{64})?\.safetensors"
 )
 
 
@@ -164,8 +166,14 @@ def _consistent(home: Home, to: Home) -> set[str]:
             to.head.write_bytes(home.head.read_bytes())
         to.database.unlink(missing_ok=True)
         with database(home) as conn, closing(sqlite3.connect(to.database)) as snapshot:
-            conn.backup(snapshot)  # all pages in one step: one moment
-            snapshot.execute("PRAGMA journal_mode=DELETE")  # one file, for disks that are read only
+            try:
+                conn.backup(snapshot)  # all pages in one step: one moment
+                # One file, for disks that are read only.
+                snapshot.execute("PRAGMA journal_mode=DELETE")
+            except sqlite3.Error as error:
+                if is_full(error):  # the copy's disk: the home is only read
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
         with _snapshot(to.database) as conn:
             named = _named(conn)
         absent = {name for name in named if not _have(home.root / name, to.root / name)}

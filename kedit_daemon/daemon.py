@@ -14,6 +14,7 @@ import watchfiles
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer, Request
+from kedit_daemon.disk import BROKEN, is_full, telling
 from kedit_daemon.editor import Editor
 from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
@@ -23,7 +24,8 @@ from kedit_daemon.loading import load_model
 from kedit_daemon.lock import hold
 from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
-from kedit_daemon.orders import carry_out
+from kedit_daemon.orders import answer, do_job, ends
+from kedit_daemon.pause import PAUSED, Pause, where_it_fits
 from kedit_daemon.publish import Publisher
 from kedit_daemon.restore import refuse_cut_off
 from kedit_daemon.serve.process import check, keep_serving
@@ -34,7 +36,6 @@ from memory.store import JOB_OK, Store
 
 IDLE_SECONDS = 1.0  # the longest wait between two looks around
 SETTLING_SECONDS = 0.1  # while a file may still be growing
-DISK_FREE_BYTES = 64 << 20  # below it no work is taken
 WAKE = "wake"
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,14 @@ def run(
 ) -> int:
     """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code.
 
-    Raises KeditError: another daemon holds the home (75), or the model, or what [serve] says,
-    cannot be used, or a restore was cut off (78).
+    Raises KeditError: another daemon holds the home (75); the model, or what [serve] says, cannot
+    be used, a restore was cut off, or the database is damaged (78); the disk fails, and then
+    nothing more is written.
     """
     check(home, config)
     refuse_cut_off(home)
     home.create()
-    with hold(home.lock):
+    with telling(home.state), hold(home.lock):
         store = Store(home.database, clock)
         try:
             daemon = Daemon(home, config, store, Notifier(environ), clock, monotonic)
@@ -89,19 +91,20 @@ class Daemon:
         self.inbox = Inbox(home.inbox, at.settle_seconds, at.max_bytes, clock)
         self.intake = Intake(store, self.inbox, config)
         self.publisher = Publisher(config.publish, home, store, monotonic)
+        self.pause = Pause(store, home.state, monotonic)
         self.stopping = threading.Event()
         self._scanned = -at.rescan_seconds
         self._postponed: list[Request] = []
         self._head = 0  # the newest event that is anchored
         self._woken = True  # whether the inbox has been heard to change
+        self._claimed = True  # whether there may be claimed files that are not taken in
+        self._torn = False  # whether a turn has ended in the middle
 
     def run(self) -> int:
         """Load, serve until told to stop, and leave everything whole."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
         self.editor = self._load()
-        for claim in self.inbox.pending_claims():
-            self.intake.take(claim)
         self.control.start()
         names = vars(self.config.schedule)
         self.jobs.start({name: self.store.last_success(name) for name in names})
@@ -109,58 +112,92 @@ class Daemon:
         watcher.start()
         self.notifier.ready()
         log.info("ready: generation %d", self.store.active_generation())
+        well = False
         try:
             with keep_serving(self.home, self.config):
                 while not self.stopping.is_set():
-                    self._turn()
+                    self._turn_or_pause()
+            well = True
         except KeditError as error:
             if error.code != "stopping":
                 raise
+            well = True
         finally:
             self.notifier.stopping()
             self.jobs.stop()
             self.control.stop()
-            self.publisher.stop()
-            self._finish()
+            with where_it_fits():
+                # After an error nothing more is written: the next start finds what is whole.
+                self.publisher.stop(noting=well)
+                if well:
+                    self._finish()
         return 0
 
     def _load(self) -> Editor:
         config, store = self.config, self.store
         progress = on_terminal("measuring the model")
-        loaded = load_model(config.model, config.device, self.home.state, progress)
-        served = Served(loaded, store, self.home)
-        served.restore()
+        self._loaded = load_model(config.model, config.device, self.home.state, progress)
+        editor = self._edit()
         with store.transaction():
             for key, value in {
                 "pid": str(os.getpid()),
                 "started_at": store.now(),
                 "model": config.model,
-                "model_hash": loaded.base_hash,
-                "device": str(loaded.model.device),
-                "paused": None,
+                "model_hash": self._loaded.base_hash,
+                "device": str(self._loaded.model.device),
+                PAUSED: None,
             }.items():
                 store.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
             store.event("daemon_started", model=config.model, generation=store.active_generation())
-        return Editor(served, config, self._pulse)
+        return editor
+
+    def _edit(self) -> Editor:
+        """Bring the model to what the store says."""
+        served = Served(self._loaded, self.store, self.home)
+        served.restore()
+        return Editor(served, self.config, self._pulse)
 
     # One turn -----------------------------------------------------------------------------------
 
+    def _turn_or_pause(self) -> None:
+        """What does not fit on the disk is done when there is room, as after a crash."""
+        try:
+            self._turn()
+        except BROKEN as error:
+            if not is_full(error):
+                raise
+            self._torn = self._claimed = True
+            self.pause.ran_out(error)
+            with where_it_fits():
+                self.editor.served.forget_side()  # what has left must not answer meanwhile
+
     def _turn(self) -> None:
         self.notifier.watchdog()
+        paused = self.pause.look()
         for request in self._postponed:
             self._answer(request)
         self._postponed.clear()
+        busy = not paused and self._work()
+        with where_it_fits():
+            self._anchor()
+        wait = 0.0 if busy else SETTLING_SECONDS if self.inbox.settling else IDLE_SECONDS
+        self._wait(wait)
+
+    def _work(self) -> bool:
+        """Whatever is due; whether there may be more."""
+        if self._torn:
+            self.editor = self._edit()
+            with self.store.transaction():
+                self.store.interrupt_jobs()
+            self._torn = False
         if (jump := self.jobs.guard()) is not None:
             with self.store.transaction():
                 self.store.event("clock_jump", seconds=jump)
         self._run_jobs()
         self.publisher.look()
         self._look_into_inbox()
-        busy = not self._paused() and self.editor.step()
-        self._anchor()
-        wait = 0.0 if busy else SETTLING_SECONDS if self.inbox.settling else IDLE_SECONDS
-        self._wait(wait)
+        return self.editor.step()
 
     def _wait(self, seconds: float) -> None:
         try:
@@ -188,9 +225,13 @@ class Daemon:
 
     def _look_into_inbox(self) -> None:
         """The scan is the truth; what the watcher says only makes it come sooner."""
+        if self._claimed:  # by the process before, or when there was no room
+            for claim in self.inbox.pending_claims():
+                self.intake.take(claim)
+            self._claimed = False
         now = self.monotonic()
         woken = self.inbox.settling or now - self._scanned >= self.config.inbox.rescan_seconds
-        if not (woken or self._woken) or self._paused():
+        if not (woken or self._woken):
             return
         self._woken, self._scanned = False, now
         for claim in self.inbox.scan(now):
@@ -204,31 +245,13 @@ class Daemon:
                         "file_refused", file=found.name, problem=found.problem, remedy=found.remedy
                     )
 
-    def _paused(self) -> bool:
-        """Take no work while the disk is full; serving goes on."""
-        at = os.statvfs(self.home.state)
-        why = "disk full" if at.f_bavail * at.f_frsize < DISK_FREE_BYTES else None
-        if why != self.store.meta("paused"):
-            with self.store.transaction():
-                self.store.set_meta("paused", why)
-                self.store.event("paused" if why else "resumed", reason=why)
-        return why is not None
-
     # Requests and jobs --------------------------------------------------------------------------
 
     def _answer(self, request: Request) -> None:
         if request.name == WAKE:
             self._woken = True
             return
-        try:
-            request.answer(carry_out(self.editor, request.name, request.arguments))
-        except KeditError as error:
-            request.refuse(error)
-            if error.code == "stopping":
-                raise
-        except Exception as error:  # a request must not end the daemon
-            log.exception("%s failed", request.name)
-            request.refuse(KeditError(f"{type(error).__name__}: {error}", code="unexpected"))
+        answer(request, self.editor, self.pause.refusal(), self.home.state)
 
     def _run_jobs(self) -> None:
         while not self.jobs.due.empty():
@@ -237,9 +260,12 @@ class Daemon:
                 number = self.store.start_job(name, planned)
             outcome, detail = JOB_OK, None
             try:
-                detail = self._job(name)
+                detail = do_job(self.editor, name)
+            except BROKEN:
+                self.jobs.due.put((name, planned))  # for when there is room
+                raise
             except KeditError as error:
-                if error.code == "stopping":
+                if ends(error):
                     raise
                 outcome, detail = "failed", str(error)
             except Exception as error:  # the next job must still run
@@ -247,17 +273,6 @@ class Daemon:
                 outcome, detail = "failed", f"{type(error).__name__}: {error}"
             with self.store.transaction():
                 self.store.finish_job(number, outcome, detail)
-
-    def _job(self, name: str) -> str:
-        if name == "audit":
-            return str(self.editor.audit()["verdict"])
-        if name == "consolidate":
-            done = self.editor.consolidate(False)
-            return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
-        if name == "retention":
-            figures = self.editor.auditor.retention.probe()["figures"]
-            return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
-        return f"{self.editor.expire()} expired"
 
     # Start and end ------------------------------------------------------------------------------
 

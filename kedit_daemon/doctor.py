@@ -136,7 +136,7 @@ def _database(home: Home) -> Iterator[Check]:
         yield Check("database", OK, "none yet")
         return
     with closing(open_readonly(home.database)) as conn:
-        check(conn, home.database)
+        check(conn, home.database, thorough=True)
     yield Check("database", OK, str(home.database))
 
 

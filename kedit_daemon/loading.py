@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from kedit_daemon import demo
 from memory.device import resolve_device
@@ -19,6 +22,7 @@ SHIPPED = "shipped"
 # Not *.safetensors, though it is: servers take every such file in a folder for weights.
 STATISTICS = "statistics.kedit"
 CANARY_LINES = 40
+log = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
@@ -90,8 +94,13 @@ class Opened:
         if kept.missing is not None:
             texts = ordinary_text()
             found = collect(self.model, texts, kept.edited, kept.read, progress)
-            write_atomic(kept.missing, pack(found))
-            return kept.statistics | unpack(kept.missing.read_bytes())
+            data = pack(found)
+            # Named by what is in it, too: by that a later start sees that it is whole.
+            name = f"{kept.missing.stem}-{hashlib.sha256(data).hexdigest()}"
+            write_atomic(kept.missing.with_stem(name), data)
+            for path in set(_cached(kept.missing)) - {kept.missing.with_stem(name)}:
+                path.unlink()  # it was damaged
+            return kept.statistics | unpack(data)
         return kept.statistics
 
 
@@ -111,7 +120,7 @@ class Kept:
     """Statistics that were measured before, and what is to be measured still."""
 
     statistics: dict[int, LayerStatistics]
-    missing: Path | None = None  # where the rest belongs, of these layers
+    missing: Path | None = None  # where the rest belongs, but for its sha256, of these layers
     edited: tuple[int, ...] = ()
     read: tuple[int, ...] = ()
 
@@ -119,18 +128,35 @@ class Kept:
 def find_statistics(
     folder: Path, cache: Path, base_hash: str, edited: Collection[int], read: Collection[int]
 ) -> Kept:
-    """The statistics of a model's layers as far as they are shipped with it or cached."""
+    """The statistics of a model's layers as far as they are shipped with it or cached whole.
+
+    Raises KeditError with exit code 78 when those with the model cannot be read.
+    """
     path = folder / STATISTICS
-    shipped = unpack(path.read_bytes()) if path.is_file() else {}
+    try:
+        shipped = unpack(path.read_bytes()) if path.is_file() else {}
+    except SafetensorError as error:
+        hint = "put the model's file back, or remove it: it is measured again"
+        raise KeditError(
+            f"{path} is damaged: {error}", code="model", hint=hint, exit_code=78
+        ) from error
     wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
     narrow = sorted(n for n in set(read) if n not in shipped)
     if not wide and not narrow:
         return Kept(shipped)
     key = json.dumps([PACKED, base_hash, wide, narrow]).encode()
     cached = cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
-    if cached.is_file():
-        return Kept(shipped | unpack(cached.read_bytes()))
+    for path in _cached(cached):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == path.stem.rpartition("-")[2]:
+            return Kept(shipped | unpack(data))
+        log.warning("%s is damaged: its sha256 differs; the model is measured again", path)
     return Kept(shipped, cached, tuple(wide), tuple(narrow))
+
+
+def _cached(path: Path) -> list[Path]:
+    """The files that were made for this path, each with a sha256 in its name."""
+    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
 
 
 def open_model(name: str, device: str, cache: Path) -> Opened:

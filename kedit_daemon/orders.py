@@ -1,13 +1,19 @@
-"""What the commands ask of a running daemon: the arguments checked, then done by the editor."""
+"""What the commands ask of a running daemon, and what its regular jobs are: done by the editor."""
 
+import logging
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kedit_daemon.config import BAD_CONFIG
+from kedit_daemon.control import Request
+from kedit_daemon.disk import BROKEN, told
 from kedit_daemon.editor import Editor
 from memory.errors import KeditError
 
 ANSWER_TOKENS = 40
+log = logging.getLogger(__name__)
 
 
 class _Arguments(BaseModel):
@@ -20,6 +26,43 @@ class _Arguments(BaseModel):
     dry_run: bool = False
     facts: list[str] = []
     generation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+
+
+def answer(request: Request, editor: Editor, refusal: KeditError | None, folder: Path) -> None:
+    """Do what is asked, or say why not. All but questions meet with the `refusal`, if there is one.
+    Raises what the daemon has to know: that it ends, or that the disk of the folder failed."""
+    try:
+        if refusal is not None and request.name != "ask":
+            raise refusal
+        request.answer(carry_out(editor, request.name, request.arguments))
+    except KeditError as error:
+        request.refuse(error)
+        if ends(error):
+            raise
+    except BROKEN as error:
+        request.refuse(told(error, folder))
+        raise
+    except Exception as error:  # a request must not end the daemon
+        log.exception("%s failed", request.name)
+        request.refuse(KeditError(f"{type(error).__name__}: {error}", code="unexpected"))
+
+
+def ends(error: KeditError) -> bool:
+    """Whether the daemon ends with this error: it is asked to, or the database is damaged."""
+    return error.code == "stopping" or error.exit_code == BAD_CONFIG
+
+
+def do_job(editor: Editor, name: str) -> str:
+    """Do a regular job; what came of it, in words."""
+    if name == "audit":
+        return str(editor.audit()["verdict"])
+    if name == "consolidate":
+        done = editor.consolidate(False)
+        return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
+    if name == "retention":
+        figures = editor.auditor.retention.probe()["figures"]
+        return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
+    return f"{editor.expire()} expired"
 
 
 def carry_out(editor: Editor, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -79,8 +79,9 @@ class Publisher:
             self._work = _Work(self.config, self.home, active, empty)
             self._work.start()
 
-    def stop(self) -> None:
-        """End what is under way; what is not finished is begun again by the next process."""
+    def stop(self, noting: bool = True) -> None:
+        """End what is under way; what is not finished, or not noted, is begun again by the next
+        process."""
         work, self._work = self._work, None
         if work is None:
             return
@@ -88,7 +89,7 @@ class Publisher:
         work.join(STOP_SECONDS)
         if work.is_alive():
             work.release()
-        elif not work.outcome.reason:
+        elif noting and not work.outcome.reason:
             self._note(work.outcome)
 
     def _key(self, generation: int) -> str:

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
+from kedit_daemon.disk import is_full
 from kedit_daemon.home import Home
 from kedit_daemon.loading import Loaded
 from kedit_daemon.published import load_delta, load_deltas, unpack_keys
-from memory.errors import KeditError
+from memory.errors import KeditError, damaged
 from memory.facts import Fact, State
 from memory.files import save_tensors
 from memory.generate import answers
@@ -85,6 +85,7 @@ class Served:
 
     def restore(self) -> None:
         """Bring the model to where the store says it is."""
+        self.store.check_active()
         self._check_base()
         self._check_site()
         self.restore_weights()
@@ -101,10 +102,10 @@ class Served:
 
     def _check_site(self) -> None:
         """The facts' terms belong to the layers that were edited when they were computed."""
-        fact_id = self.store.any_terms()
-        if fact_id is None:
+        terms = self.store.any_terms()
+        if terms is None:
             return
-        stored, edited = sorted(unpack(self.store.terms(fact_id))[0]), list(self.site.layers)
+        stored, edited = sorted(unpack(terms)[0]), list(self.site.layers)
         if stored != edited:
             raise KeditError(
                 f"this home's facts were computed for the layers {stored}, and the model is edited"
@@ -126,7 +127,10 @@ class Served:
 
     def _rebuild(self, row: GenerationRow, why: str) -> dict[int, Tensor]:
         """Solve a generation again from the stored terms, as a new one with the same facts."""
-        deltas = self.solve(row.fact_ids)
+        try:
+            deltas = self.solve(row.fact_ids)
+        except KeditError as error:
+            raise damaged(f"{why}; what generation {row.id} is made from", str(error)) from error
         self.model.set_deltas(deltas)
         found = self.model.weights_hash(self.loaded.layers)
         sha = save_tensors(self.home.generations, {str(n): d for n, d in deltas.items()})
@@ -203,7 +207,9 @@ class Served:
             return
         try:
             sha = self.side.index.save(self.home.index)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
+            if not is_full(error):
+                raise
             log.warning("the index file is not written: %s", error)
             return
         with self.store.transaction():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.advice import INTERRUPTED, warnings
+from kedit_daemon.disk import lacking
 from kedit_daemon.failures import failed_files
 from kedit_daemon.home import Home
 from kedit_daemon.lock import holder
@@ -57,7 +58,9 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
     known = _recorded(home, now)
     # Until a new daemon has loaded its model, the database tells of the one before.
     starting = pid is not None and known.get("pid") != pid
-    paused = None if starting else known.get("paused") or None
+    # A disk that is quite full takes not even the note that it is.
+    full = lacking(home.state) if pid is not None and not starting else None
+    paused = full or (None if starting else known.get("paused") or None)
     oldest = known.get("oldest_received_at")
     found: dict[str, Any] = {
         "state": _state(pid, starting, paused),

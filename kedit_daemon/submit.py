@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kedit_daemon.disk import told
 from kedit_daemon.formats import Parsed, parse
 from kedit_daemon.home import Home
 from kedit_daemon.records import Limits
@@ -92,9 +93,9 @@ def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> st
         ) from error
     except OSError as error:
         raise KeditError(
-            f"{submission.name} could not be handed in: {error.strerror}",
+            f"{submission.name} could not be handed in to {inbox}: {error.strerror}",
             code="io",
-            hint="see kedit-daemon doctor",
+            hint=told(error, inbox).hint,
         ) from error
     return name
 

@@ -5,7 +5,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from memory.errors import KeditError
+from memory.errors import KeditError, damaged
 from memory.journal import Reader
 from memory.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideRow
 
@@ -24,10 +24,12 @@ class Derived(Reader):
         """Whether a fact's keys and targets are kept."""
         return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
 
-    def any_terms(self) -> str | None:
-        """The id of some fact whose keys and targets are kept."""
-        row = self._one("SELECT fact_id FROM terms LIMIT 1")
-        return None if row is None else str(row[0])
+    def any_terms(self) -> bytes | None:
+        """Some fact's keys and targets, if any can be read."""
+        for (fact_id,) in self.conn.execute("SELECT fact_id FROM terms"):
+            with suppress(KeditError):
+                return self.terms(fact_id)
+        return None
 
     def side_rows(self) -> list[SideRow]:
         """All retrieval keys that can be read, by shard: a damaged row must not hide the others."""
@@ -74,6 +76,18 @@ class Derived(Reader):
     def active_generation(self) -> int:
         """The generation that is served."""
         return int(self.meta("active_generation") or 0)
+
+    def check_active(self) -> None:
+        """Refuse a database whose active generation is not the one that was switched to last.
+        Raises KeditError (78)."""
+        said = self._one(
+            "SELECT json_extract(data, '$.to') FROM events WHERE kind = 'generation_switched'"
+            " ORDER BY seq DESC LIMIT 1"
+        )
+        last, active = str(said[0]) if said else "0", self.meta("active_generation") or "0"
+        if active != last:
+            how = f"the active generation is {active}, and the last switch was to {last}"
+            raise damaged("the database", how)
 
 
 def opened(sha: str, blob: bytes, what: str) -> bytes:

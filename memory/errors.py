@@ -14,3 +14,13 @@ class KeditError(Exception):
         self.code = code
         self.hint = hint
         self.exit_code = exit_code
+
+
+def damaged(what: str, how: str) -> KeditError:
+    """The database says what cannot be: nothing of it is used, and a backup put back."""
+    return KeditError(
+        f"{what} is damaged: {how}",
+        code="corrupt",
+        hint="put a backup back: kedit-daemon restore BACKUP --replace",
+        exit_code=78,
+    )

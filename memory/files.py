@@ -1,7 +1,9 @@
 """Files that are whole or absent, and named or checked by what is in them."""
 
+import errno
 import hashlib
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +49,7 @@ def publish(staged: Path, path: Path) -> None:
 
 def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
     """Write `<sha256>.safetensors` into the folder and return the sha256."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     staged = _staged(folder)
@@ -54,6 +57,8 @@ def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged)
         sha = sha256_of(staged)
         publish(staged, tensors_path(folder, sha))
+    except SafetensorError as error:
+        raise _os_error(error, folder) from error
     finally:
         staged.unlink(missing_ok=True)
     return sha
@@ -87,3 +92,10 @@ def tensors_path(folder: Path, sha: str) -> Path:
 def _staged(folder: Path) -> Path:
     # A leading dot and .tmp: readers of the folder can tell that it is not finished.
     return folder / f".{secrets.token_hex(8)}.tmp"
+
+
+def _os_error(error: Exception, folder: Path) -> OSError:
+    """Why safetensors could not write: a full disk has to be told from a broken one."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    code = int(number[1]) if number else errno.EIO
+    return OSError(code, os.strerror(code), str(folder))

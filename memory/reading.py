@@ -5,6 +5,7 @@ quick and works when nothing runs.
 """
 
 import json
+import os
 import sqlite3
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
@@ -25,8 +26,9 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
     the thread that made it, or where it `moves`, to one thread at a time."""
     if not path.is_file():
         raise KeditError(f"there is no database {path}", code="no-home", hint="kedit-daemon init")
+    still = "&immutable=1" if _still(path) else ""
     conn = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro", uri=True, check_same_thread=not moves
+        f"{path.absolute().as_uri()}?mode=ro{still}", uri=True, check_same_thread=not moves
     )
     conn.row_factory = sqlite3.Row
     # SQLite knows only ASCII's cases.
@@ -44,6 +46,15 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
         conn.close()
         raise KeditError(f"{path} is empty", code="no-home", hint="kedit-daemon run")
     return conn
+
+
+def _still(path: Path) -> bool:
+    """Whether nobody can be writing to a database: there SQLite cannot make the file that it shares
+    with a writer, and has to be told to do without."""
+    if not os.statvfs(path.parent).f_flag & os.ST_RDONLY:
+        return False
+    log = path.with_name(f"{path.name}-wal")
+    return not log.exists() or not log.stat().st_size
 
 
 def fact_rows(

@@ -1,13 +1,16 @@
 """What the store hands out: one frozen record per kind of row."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from memory.errors import damaged
 from memory.facts import Fact, State, from_json, to_json
 
 FACT_COLUMNS = (
-    "record, seq, state, tier, generation, direct, reason, file_name, received_at, changed_at,"
+    "id, record, seq, state, tier, generation, direct, reason, file_name, received_at, changed_at,"
     " attempts, before, after, probe"
 )
 GENERATION_COLUMNS = "id, sha256, weights_hash, parent, reason, fact_ids, figures, created_at"
@@ -41,13 +44,26 @@ class StoredFact:
 
     @classmethod
     def of(cls, row: tuple[Any, ...]) -> "StoredFact":
-        """From a row of FACT_COLUMNS."""
+        """From a row of FACT_COLUMNS. Raises KeditError (78) where it is not what was put."""
         values = dict(zip(FACT_COLUMNS.split(", "), row, strict=True))
-        values["fact"] = from_json(values.pop("record"))
-        values["state"] = State(values["state"])
-        values["direct"] = bool(values["direct"])
-        values["probe"] = json.loads(values["probe"]) if values["probe"] else None
+        fact_id = values.pop("id")
+        with _whole(f"fact {fact_id} in the database"):
+            values["fact"] = from_json(values.pop("record"))
+            values["state"] = State(values["state"])
+            values["direct"] = bool(values["direct"])
+            values["probe"] = json.loads(values["probe"]) if values["probe"] else None
+            if values["fact"].id != fact_id:
+                raise ValueError("its id is that of another record")
         return cls(**values)
+
+
+@contextmanager
+def _whole(what: str) -> Iterator[None]:
+    """SQLite has no sums of its own over what it keeps."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise damaged(what, str(error)) from error
 
 
 def stored_name(name: str) -> str:
@@ -119,8 +135,9 @@ class GenerationRow:
     def of(cls, row: tuple[Any, ...]) -> "GenerationRow":
         """From a row of GENERATION_COLUMNS."""
         values = dict(zip(GENERATION_COLUMNS.split(", "), row, strict=True))
-        values["fact_ids"] = tuple(json.loads(values["fact_ids"]))
-        values["figures"] = json.loads(values["figures"])
+        with _whole(f"generation {values['id']} in the database"):
+            values["fact_ids"] = tuple(json.loads(values["fact_ids"]))
+            values["figures"] = json.loads(values["figures"])
         return cls(**values)
 
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from sqlite_utils import Database, Migrations
 
-from memory.errors import KeditError
+from memory.errors import KeditError, damaged
 from memory.files import publish
 
 
@@ -93,13 +93,13 @@ STEPS: tuple[Step, ...] = (m001_first,)
 _SET = "kedit"  # the name under which the database remembers its migrations
 
 
-def examine(path: Path) -> None:
+def examine(path: Path, *, thorough: bool = False) -> None:
     """Refuse a database that is damaged, or that a newer version has written, and leave it and
     its log as they are: whoever can write moves the one into the other, if only at the close."""
     if not path.is_file():
         return
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as conn:
-        check(conn, path)
+        check(conn, path, thorough=thorough)
         refuse_newer(conn, path)
 
 
@@ -143,21 +143,18 @@ def refuse_newer(conn: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def check(conn: sqlite3.Connection, path: Path) -> None:
-    """Refuse a damaged database, before anything is read from it or written to it."""
+def check(conn: sqlite3.Connection, path: Path, *, thorough: bool = False) -> None:
+    """Refuse a damaged database, before anything is read from it or written to it. `thorough`:
+    also one whose indexes say something else than its tables."""
+    look = "integrity_check" if thorough else "quick_check"
     try:
-        found = [row[0] for row in conn.execute("PRAGMA quick_check(3)")]
+        found = [row[0] for row in conn.execute(f"PRAGMA {look}(3)")]
     except sqlite3.OperationalError:
         raise  # a lock or an I/O error says nothing about what is in the file
     except sqlite3.DatabaseError as error:
         found = [str(error)]
     if found != ["ok"]:
-        raise KeditError(
-            f"{path} is damaged: {'; '.join(found)}",
-            code="corrupt",
-            hint="put a backup back: kedit-daemon restore BACKUP --replace",
-            exit_code=78,
-        )
+        raise damaged(str(path), "; ".join(found))
 
 
 def _backup(conn: sqlite3.Connection, copy: Path) -> None:

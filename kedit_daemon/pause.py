@@ -1,0 +1,64 @@
+"""Taking no work while the disk is full. Who waits is answered all the same."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from kedit_daemon.disk import BROKEN, FULL, HINT, RETRY_SECONDS, is_full, lacking
+from memory.errors import KeditError
+from memory.store import Store
+
+PAUSED = "paused"  # in the store's meta: why no work is taken
+log = logging.getLogger(__name__)
+
+
+class Pause:
+    """Whether work is taken, by what the disk of a folder has room for."""
+
+    def __init__(self, store: Store, folder: Path, monotonic: Callable[[], float]) -> None:
+        self.store, self.folder, self.monotonic = store, folder, monotonic
+        self.why: str | None = None
+        self._again = -math.inf  # when work is tried again that did not fit
+
+    def look(self) -> bool:
+        """Whether no work is to be taken now."""
+        why = lacking(self.folder)
+        if why is None and self.monotonic() < self._again:
+            why = self.why
+        self._note(why)
+        return why is not None
+
+    def ran_out(self, error: BaseException) -> None:
+        """Something did not fit, however much room there seemed to be."""
+        log.warning("no work is taken, since something did not fit: %s", error)
+        self._again = self.monotonic() + RETRY_SECONDS
+        self._note(lacking(self.folder) or FULL)
+
+    def refusal(self) -> KeditError | None:
+        """What is said to those who ask for work, if there is none."""
+        if self.why is None:
+            return None
+        hint = f"{HINT.format(self.folder)}; the daemon goes on by itself"
+        return KeditError(f"paused: {self.why}", code="disk-full", hint=hint, exit_code=75)
+
+    def _note(self, why: str | None) -> None:
+        self.why = why
+        if why == self.store.meta(PAUSED):
+            return
+        # Where it does not fit, `status` looks at the disk for itself.
+        with where_it_fits(), self.store.transaction():
+            self.store.set_meta(PAUSED, why)
+            self.store.event("paused" if why else "resumed", reason=why)
+
+
+@contextmanager
+def where_it_fits() -> Iterator[None]:
+    """What is done within may be left undone where the disk is full."""
+    try:
+        yield
+    except BROKEN as error:
+        if not is_full(error):
+            raise
+        log.warning("the disk is full: %s", error)

@@ -1,0 +1,254 @@
+"""Damaged files are never served: they are made again as they were, or refused with a remedy."""
+
+import random
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CITIES, LOOSE, Bench, Clock, seat
+from promise_table import Tally
+
+from kedit_daemon.config import Config
+from kedit_daemon.disk import telling
+from kedit_daemon.editor import Editor
+from kedit_daemon.home import Home
+from kedit_daemon.loading import Loaded, load_model
+from kedit_daemon.serving import Served
+from memory.errors import KeditError
+from memory.facts import State
+from memory.index import KeyIndex
+from memory.ledger import head, write_head
+from memory.store import Store
+
+pytestmark = pytest.mark.timeout(280)
+
+CONFIG = Config.model_validate(LOOSE | {"side": {"steps": 300}, "routing": {"flush_facts": 50}})
+BATCHES = ([seat(n, CITIES[n]) for n in range(3)], [seat(n, CITIES[n]) for n in range(3, 6)])
+BESIDE = [seat(n, CITIES[n - 6]) for n in range(6, 8)]
+FACTS = [*BATCHES[0], *BATCHES[1], *BESIDE]
+PROMPTS = [f.question for f in FACTS] + [f"The seat of country {n} is" for n in (20,)]
+FEW, MANY = 50, 500  # flips of each kind of file
+KINDS = ("generations", "side", "index")
+
+
+@dataclass(frozen=True)
+class End:
+    """What people meet, of a home that is open."""
+
+    weights: str
+    answers: tuple[tuple[str, str | None], ...]  # and the fact that fired
+    states: tuple[tuple[str, str, str | None], ...]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A settled home that is copied for each fault, and the model it is served by."""
+
+    root: Path
+    loaded: Loaded
+    end: End
+
+    def file(self, kind: str, which: int = -1) -> Path:
+        """One of the files of a kind: of generations and shards the newest."""
+        with closing(sqlite3.connect(self.root / "state/kedit.db")) as conn:
+            asked = {
+                "generations": "SELECT sha256 FROM generations WHERE id > 0 ORDER BY id",
+                "side": "SELECT sha256 FROM shards ORDER BY id",
+                "index": "SELECT value FROM meta WHERE key = 'index_sha256'",
+            }
+            names = [row[0] for row in conn.execute(asked[kind])]
+        return self.root / "state" / kind / f"{names[which]}.safetensors"
+
+
+def end_of(at: Served) -> End:
+    said = at.ask(PROMPTS, 4)
+    answers = tuple((a.text, a.fired and a.fired.fact_id) for a in said)
+    states = tuple((f.id, f.state, f.tier) for f in at.store.facts())
+    return End(at.model.weights_hash(at.loaded.layers), answers, states)
+
+
+@pytest.fixture(scope="module")
+def made(
+    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Made]:
+    folder = tmp_path_factory.mktemp("corruption")
+    loaded = load_model(str(model_folder("llama")), "cpu", folder, iter)
+    at = Bench(folder / "home", loaded, Clock(), CONFIG)
+    for batch in BATCHES:
+        at.receive(*batch, direct=True)
+        at.settle()
+        at.editor.run_flush(dry_run=False)
+    at.receive(*BESIDE)
+    at.settle()
+    newest = head(at.store.conn)
+    assert newest is not None
+    write_head(at.home.head, newest)
+    end = end_of(at.served)
+    assert [s for _, s, _ in end.states] == [State.LIVE_WEIGHTS] * 6 + [State.LIVE_SIDE] * 2
+    assert {fired for _, fired in end.answers} >= {f.id for f in BESIDE}
+    assert len(at.store.generations()) == 3
+    at.store.close()
+    yield Made(at.home.root, loaded, end)
+    loaded.model.set_deltas({})
+
+
+@contextmanager
+def opened(root: Path, loaded: Loaded) -> Iterator[Served]:
+    """The home as a start of the daemon opens it, and with the errors that it would tell."""
+    with telling(root), closing(Store(root / "state/kedit.db", Clock())) as store:
+        served = Served(loaded, store, Home(root))
+        served.restore()
+        yield served
+
+
+def wrong(made: Made, root: Path, damage: Callable[[Path], object], refusals: list[str]) -> str:
+    """What is wrong with how a copy of the home fares that is damaged; nothing if nothing is.
+    Where it is refused, why goes to `refusals`."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(made.root, root)
+    damage(root)
+    try:
+        with opened(root, made.loaded) as served:
+            if served.store.facts((State.RECEIVED,)):
+                settle(Editor(served, CONFIG, lambda: None))
+            found = end_of(served)
+    except KeditError as error:
+        refusals.append(str(error))
+        told = str(root) in str(error) or "database" in str(error)
+        return "" if told and error.hint and error.exit_code == 78 else f"{error!r} {error.hint}"
+    return "" if found == made.end else f"{found} instead of {made.end}"
+
+
+def settle(editor: Editor) -> None:
+    assert any(not editor.step() for _ in range(50))
+
+
+def flip(path: Path, at: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def flip_in(inside: Path, at: int, bit: int, root: Path) -> None:
+    flip(root / inside, at, bit)
+
+
+def flips(path: Path, count: int) -> Iterator[tuple[int, int]]:
+    """The first and the last byte, and others drawn at random; with the bit that flips."""
+    drawn, size = random.Random(path.parent.name), path.stat().st_size
+    for n in range(count):
+        yield {0: 0, 1: size - 1}.get(n, drawn.randrange(size)), drawn.randrange(8)
+
+
+# Tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_bit(kind: str, made: Made, tmp_path: Path, tally: Tally, whole: bool) -> None:
+    path, bad, refused = made.file(kind), list[str](), list[str]()
+    count = MANY if whole else FEW
+    # A shard is learned again, which takes long: of most it is only seen that it is not served.
+    for n, (at, bit) in enumerate(flips(path, count)):
+        if kind == "side" and n:
+            found = served_damaged(made, tmp_path / "home", path, at, bit)
+        else:
+            damage = partial(flip_in, path.relative_to(made.root), at, bit)
+            found = wrong(made, tmp_path / "home", damage, refused)
+        bad += [found] if found else []
+    tally.tried(count, bad=len(bad))
+    assert (bad, refused) == ([], [])
+
+
+def served_damaged(made: Made, root: Path, path: Path, at: int, bit: int) -> str:
+    """What is wrong with how a damaged shard fares until its fact is learned again."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(made.root, root)
+    flip(root / path.relative_to(made.root), at, bit)
+    with opened(root, made.loaded) as home:
+        found = [f.id for f in home.store.facts((State.RECEIVED,))]
+        fired = {fired for _, fired in end_of(home).answers}
+        shards = len(home.side.shards)
+    right = found == [BESIDE[1].id] and BESIDE[1].id not in fired and shards == 1
+    return "" if right else f"{found} {fired} {shards}"
+
+
+CUTS: dict[str, Callable[[Path], object]] = {
+    "empty": lambda p: p.write_bytes(b""),
+    "half": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "a byte less": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "a byte more": lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+    "missing": lambda p: p.unlink(),
+}
+
+
+def cut_in(inside: Path, cut: Callable[[Path], object], root: Path) -> None:
+    cut(root / inside)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_is_cut_off_or_gone(
+    kind: str, made: Made, tmp_path: Path, tally: Tally, whole: bool
+) -> None:
+    path, bad, refused = made.file(kind).relative_to(made.root), list[str](), list[str]()
+    cuts = CUTS if whole or kind != "side" else {n: CUTS[n] for n in ("half", "missing")}
+    for name, cut in cuts.items():
+        found = wrong(made, tmp_path / "home", partial(cut_in, path, cut), refused)
+        bad += [f"{name}: {found}"] if found else []
+    tally.tried(len(cuts), bad=len(bad))
+    assert (bad, refused) == ([], [])
+
+
+@pytest.mark.parametrize("kind", ["generations", "side"])
+def test_two_files_that_are_swapped(kind: str, made: Made, tmp_path: Path) -> None:
+    one, two = (made.file(kind, n).relative_to(made.root) for n in (0, 1))
+
+    def swap(root: Path) -> None:
+        (root / one).rename(root / "kept")
+        (root / two).rename(root / one)
+        (root / "kept").rename(root / two)
+
+    assert wrong(made, tmp_path / "home", swap, []) == ""
+
+
+def test_an_index_that_belongs_to_another_moment(made: Made, tmp_path: Path) -> None:
+    """Its file is whole, and the keys in it are not those that the store has."""
+
+    def change(root: Path) -> None:
+        index = KeyIndex.loaded(root / "state/index", made.file("index").stem)
+        for number in index.numbers():
+            index.add(number, torch.ones(1, index.width))
+        sha = index.save(root / "state/index")
+        with closing(sqlite3.connect(root / "state/kedit.db")) as conn, conn:
+            conn.execute("UPDATE meta SET value = ? WHERE key = 'index_sha256'", (sha,))
+
+    assert wrong(made, tmp_path / "home", change, []) == ""
+
+
+def test_everything_derived_is_gone_at_once(made: Made, tmp_path: Path) -> None:
+    def clear(root: Path) -> None:
+        for path in (root / "state").glob("*/*.safetensors"):
+            path.unlink()
+        (root / "state/audit.head").unlink()
+
+    assert wrong(made, tmp_path / "home", clear, []) == ""
+
+
+def test_statistics_are_measured_again(
+    made: Made, tmp_path: Path, tally: Tally, whole: bool
+) -> None:
+    (path,) = made.root.parent.glob("statistics-*.safetensors")
+    count, bad = (20 if whole else 2), 0
+    for at, bit in flips(path, count):
+        shutil.copy(path, tmp_path / path.name)
+        flip(tmp_path / path.name, at, bit)
+        load_model(made.loaded.name, "cpu", tmp_path, iter)
+        (again,) = tmp_path.iterdir()
+        bad += (again.name, again.read_bytes()) != (path.name, path.read_bytes())
+    tally.tried(count, bad=bad)
+    assert bad == 0

@@ -1,0 +1,203 @@
+"""A full disk ends nothing: no work is taken, questions are answered, and it goes on by itself."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import called, read
+from faulty_disk import Forked, fill, remove, root, small_disk, traced
+from process_tools import FACTS, drop, make_home, outcome, query, record
+from promise_table import Tally
+
+from kedit_daemon.home import Home
+from kedit_daemon.loading import load_model
+from memory import reading
+from memory.ledger import read_head, verify
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module")
+def measured(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What has been measured of the model, so that no life of it need do so again."""
+    folder = tmp_path_factory.mktemp("measured")
+    load_model(str(model_folder("llama")), "cpu", folder, iter)
+    (path,) = folder.iterdir()
+    return path
+
+
+Maker = Callable[[Path], Home]
+
+
+@pytest.fixture(scope="module")
+def maker(model_folder: Callable[[str], Path], measured: Path) -> Maker:
+    def make(folder: Path) -> Home:
+        home = make_home(folder, model_folder("llama"))
+        (home.state / measured.name).write_bytes(measured.read_bytes())
+        return home
+
+    return make
+
+
+def hand_in(home: Home, number: int) -> Any:
+    line = json.dumps(record(FACTS[number]))
+    return called(home, "submit", "-", input=line)
+
+
+def settled(home: Home, facts: int) -> bool:
+    states = dict(query(home, "SELECT state, count(*) FROM facts GROUP BY state"))
+    return sum(states.values()) == facts and "received" not in states
+
+
+@contextmanager
+def running(home: Home, inject: str = "") -> Iterator[Forked]:
+    process = Forked(home, inject)
+    try:
+        process.wait(lambda: home.socket.exists() or process.ended())
+        yield process
+    finally:
+        process.stop()
+
+
+@pytest.fixture(scope="module")
+def calm(maker: Maker, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The end of a run that is left in peace."""
+    home = maker(tmp_path_factory.mktemp("calm") / "home")
+    drop(home)
+    with running(home) as process:
+        process.wait(lambda: settled(home, len(FACTS)))
+        assert process.stop() == 0
+    return outcome(home)
+
+
+def intact(home: Home) -> None:
+    connection = reading.open_readonly(home.database)
+    try:
+        found = verify(connection, read_head(home.head))
+    finally:
+        connection.close()
+    assert found.intact, found.problem
+    assert list((home.inbox / "work").iterdir()) == []
+    assert list((home.inbox / "failed").iterdir()) == []
+
+
+def status(home: Home) -> tuple[int, Any]:
+    said = called(home, "status", "--json")
+    return said.exit_code, read(said)
+
+
+def paused(home: Home) -> bool:
+    return bool(status(home)[1]["state"] == "paused")
+
+
+@root
+@pytest.mark.parametrize("left", [0, 4 << 20], ids=["nothing left", "some left"])
+def test_no_work_is_taken_until_there_is_room(left: int, maker: Maker, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=100m") as disk:
+        home = maker(disk / "home")
+        with running(home) as process:
+            assert hand_in(home, 0).exit_code == 0
+            process.wait(lambda: settled(home, 1))
+            fill(disk, left)
+            process.wait(lambda: paused(home))
+            code, found = status(home)
+            assert code == 4 and found["paused"] == "disk full"
+            given = hand_in(home, 1)
+            if left:
+                assert given.exit_code == 0
+            else:
+                assert given.exit_code == 1 and str(home.inbox) in given.output
+                assert "No space left" in given.output and "free some space" in given.output
+            waiting = [p.name for p in home.inbox.iterdir() if p.is_file()]
+            assert len(waiting) == bool(left)
+            asked = called(home, "ask", FACTS[0].question)
+            assert (asked.exit_code, asked.stdout.strip()) == (0, FACTS[0].target)
+            for words in (["flush"], ["audit"], ["consolidate"], ["revert", FACTS[0].id, "--yes"]):
+                refused = called(home, *words)
+                assert refused.exit_code == 75 and "disk full" in refused.output, words
+            assert settled(home, 1) and not process.ended()
+            remove(disk)
+            if not left:
+                process.wait(lambda: not paused(home))
+                assert hand_in(home, 1).exit_code == 0
+            process.wait(lambda: settled(home, 2))
+            assert status(home)[1]["paused"] is None
+            assert process.stop() == 0
+        kinds = [k for (k,) in query(home, "SELECT kind FROM events")]
+        assert ("paused" in kinds) == ("resumed" in kinds) and "daemon_stopped" in kinds
+        intact(home)
+
+
+@root
+def test_no_more_files_fit(maker: Maker, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=200m,nr_inodes=600") as disk:
+        home = maker(disk / "home")
+        with running(home) as process:
+            (disk / "many").mkdir()
+            names = [disk / "many" / str(n) for n in range(os.statvfs(disk).f_favail)]
+            for path in names:
+                path.touch()
+            process.wait(lambda: paused(home))
+            assert "files" in status(home)[1]["paused"]
+            assert hand_in(home, 0).exit_code == 1
+            assert [p for p in home.inbox.iterdir() if p.is_file()] == []
+            for path in names:
+                path.unlink()
+            process.wait(lambda: not paused(home))
+            assert hand_in(home, 0).exit_code == 0
+            process.wait(lambda: settled(home, 1))
+            assert process.stop() == 0
+        intact(home)
+
+
+@root
+def test_a_stop_while_nothing_fits_is_a_stop(maker: Maker, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=100m") as disk:
+        home = maker(disk / "home")
+        with running(home) as process:
+            assert hand_in(home, 0).exit_code == 0
+            process.wait(lambda: settled(home, 1))
+            fill(disk)
+            process.wait(lambda: paused(home))
+            assert process.stop() == 0
+            assert "Traceback" not in process.said()
+        remove(disk)
+        intact(home)
+        with running(home) as process:
+            asked = called(home, "ask", FACTS[0].question)
+            assert asked.stdout.strip() == FACTS[0].target
+
+
+def lived(home: Home, inject: str = "") -> tuple[int, str]:
+    """One life, until all is done or it ends; its exit code and what it said."""
+    with running(home, inject) as process:
+        process.wait(lambda: process.ended() or settled(home, len(FACTS)))
+        return process.stop(), process.said()
+
+
+@traced
+def test_what_does_not_fit_is_done_when_it_does(
+    calm: Any, maker: Maker, tmp_path: Path, tally: Tally, whole: bool
+) -> None:
+    """Some calls in a row fail, wherever in the life, though the disk has room by its figures."""
+    moments = {"pwrite64": [56], "rename": [2], "fsync": [13]}
+    if whole:
+        moments = {"pwrite64": [*range(5, 90, 4)], "rename": [1, 2, 3, 4], "fsync": [*range(2, 18)]}
+    bad, lives = [], 0
+    for call, n in ((call, n) for call, places in moments.items() for n in places):
+        home = maker(tmp_path / f"{call}{n}" / "home")
+        drop(home)
+        code, said = lived(home, f"{call}:error=ENOSPC:when={n}..{n + 3}")
+        if code == 1 and "error[disk-full]" in said and "ready" not in said:
+            code, said = lived(home)  # a start needs some room
+        lives += "something did not fit" in said
+        if (code, outcome(home)) != (0, calm) or "Traceback" in said:
+            bad.append((call, n, code, said[-1500:]))
+        intact(home)
+    tally.tried(sum(map(len, moments.values())), bad=len(bad))
+    assert bad == []
+    assert lives
