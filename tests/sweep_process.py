@@ -2,7 +2,8 @@
 
 Starting a daemon costs seconds, most of them for imports. So one process has imported all and has
 loaded a model; each life is a fork of it, which strace attaches to before it begins. It reads
-orders from stdin, each a line of JSON, and answers each with a line.
+orders from stdin, each a line of JSON ([part] or [part, [call, number], ...]), and answers each
+with a line.
 """
 
 import json
@@ -20,11 +21,14 @@ from typing import Any
 from conftest import save_model
 from sweep_life import PARTS, Case, Progress, findings, live
 
-from kedit_daemon import daemon
+from kedit_daemon import daemon, loading
 from kedit_daemon.loading import load_model
 
 # All by which something is made durable, gets a name or loses it.
-CALLS = "rename,renameat,renameat2,fsync,fdatasync,pwrite64,unlink,unlinkat,link,linkat,ftruncate"
+CALLS = ("renameat", "fdatasync", "rename", "renameat2", "fsync", "unlink", "unlinkat", "link")
+CALLS += ("linkat", "ftruncate", "pwrite64")
+WRITES = ("write", "writev", "pwritev")
+LAYERS = 3  # enough to edit; each costs time in every life
 SECONDS = 60
 
 
@@ -33,34 +37,46 @@ class Forge:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.case = folder, folder / "case"
-        self.model = save_model("llama", folder / "model")
+        self.model = save_model("llama", folder / "model", num_hidden_layers=LAYERS)
         cache = folder / "cache"
         cache.mkdir()
         loaded = load_model(str(self.model), "cpu", cache, iter)
         self.load, self.loaded = daemon.load_model, lambda *_: loaded
+        loading.collect = lambda *_: loaded.statistics  # what takes long and writes nothing
         self.progress = Progress()
-        self.begin: dict[str, tuple[Case, timedelta]] = {}  # how each part finds the home
-        self.calm: dict[str, dict[str, Any]] = {}  # how it leaves it, where nothing happens
+        # How each part finds the home, and leaves it, and by how much the clock is ahead then.
+        self.begin: dict[str, tuple[Case, timedelta]] = {}
+        self.end: dict[str, tuple[Case, timedelta]] = {}
+        self.calm: dict[str, dict[str, Any]] = {}  # what is found where nothing happens
 
     # Lives ------------------------------------------------------------------------------------
 
-    def live_calmly(self) -> dict[str, Any]:
-        """All parts, one after the other, watched and otherwise left alone: how often each call is
-        made, by part, and what the calls were."""
-        case, ahead, calls = Case.made(self.folder / "begin"), timedelta(), {}
-        for part in PARTS:
-            self.begin[part] = case, ahead
-            trace = self.folder / f"trace-{part}"
-            self.progress.set(0, ahead)
-            now = case.copied(self.case)
-            pid = self._lived(now, part, ["-ff", "-y", "-e", CALLS, "-o", str(trace)])
-            assert pid > 0, self._log()
-            lines = Path(f"{trace}.{pid}").read_text().splitlines()
-            calls[part] = Counter(line.partition("(")[0] for line in lines if "(" in line)
-            trace.write_text("".join(f"{line}\n" for line in lines))
-            ahead, case = self.progress.ahead, now.copied(self.folder / f"after-{part}")
-            self.calm[part] = self._found(now)
-        return {"calls": calls, "ends": self.calm}
+    def calmly(self, part: str) -> dict[str, Any]:
+        """Live a part, watched and otherwise left alone, and what comes before it: how often each
+        call is made, where all calls are written, and how it ends."""
+        if part not in self.calm:
+            self._live_calmly(part)
+        trace = self.folder / f"trace-{part}"
+        calls = Counter(line.partition("(")[0] for line in trace.read_text().splitlines())
+        kills = {call: calls[call] for call in CALLS if calls[call]}
+        return {"calls": kills, "trace": str(trace), "end": self.calm[part]}
+
+    def _live_calmly(self, part: str) -> None:
+        place = list(PARTS).index(part)
+        before = list(PARTS)[place - 1] if place else None
+        if before is None:
+            case, ahead = Case.made(self.folder / "begin"), timedelta()
+        else:
+            self.calmly(before)
+            case, ahead = self.end[before]
+        self.begin[part] = case, ahead
+        self.progress.set(0, ahead)
+        now, trace = case.copied(self.case), self.folder / f"trace-{part}"
+        every = ",".join((*CALLS, *WRITES))
+        pid = self._lived(now, part, ["-ff", "-y", "-s", "200", "-e", every, "-o", str(trace)])
+        Path(f"{trace}.{pid}").rename(trace)  # that of the thread that edits
+        self.end[part] = now.copied(self.folder / f"after-{part}"), self.progress.ahead
+        self.calm[part] = self._found(now)
 
     def kill(self, part: str, kills: list[tuple[str, int]]) -> dict[str, Any]:
         """Live a part, killed at the n-th of a call, and again while it recovers if there is more
@@ -125,7 +141,7 @@ class Forge:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.read(begin, 1)
-            # Measuring a new model is a part of its first start; later it would only be loaded.
+            # What is measured of a new model at its first start is written; later nothing is.
             daemon.load_model = self.load if part == "first" else self.loaded
             self._served.write_text(json.dumps(live(case, self.model, PARTS[part], self.progress)))
             status = 0
@@ -150,10 +166,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what anybody prints is no answer
     forge = Forge(Path(sys.argv[1]))
-    print(json.dumps(forge.live_calmly()), file=answers, flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
-        print(json.dumps(forge.kill(order["part"], order["kills"])), file=answers, flush=True)
+        part, *kills = json.loads(line)
+        answer = forge.kill(part, kills) if kills else forge.calmly(part)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":
