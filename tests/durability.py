@@ -38,6 +38,9 @@ class _Disk:
             self.named.clear()
 
     def rename(self, old: str, new: str) -> Iterator[str]:
+        if new.endswith(".tmp"):  # how safetensors writes, too: it has no name yet
+            self.unsynced ^= {old, new}
+            return
         inside = {p for p in self.unsynced | self.synced if p.startswith(f"{old}/")}
         for path in inside & self.unsynced or ({old} - self.synced if not inside else ()):
             yield f"{path} was not synced before it became {new}"
