@@ -2,7 +2,7 @@
 
 One life of some facts is lived part by part. In each part the daemon is killed at the first, the
 second, … call of each kind, and started again; the end must be that of a life without a crash.
-`--whole` tries every call of every part; otherwise those around one file's way, and a sample.
+`--whole` tries every call of every part; otherwise those on the way of one file, and a sample.
 """
 
 import json
@@ -11,7 +11,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from sweep_life import PARTS
 from sweep_process import CALLS
 
 pytestmark = [pytest.mark.timeout(7200), pytest.mark.xdist_group("sweep")]
-EVERY = {"batch": ("renameat", "fdatasync", "rename")}  # of these all, also without --whole
-SAMPLE = 1  # of the other parts
-TWICE, TWICE_WHOLE = 3, 100
+WAY = ("renameat", "fsync", "fdatasync")  # claimed, kept, put away: all of them, always
+TWICE, TWICE_WHOLE = 3, 60
 SEED = 20260101
 
 
@@ -75,47 +74,57 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
             process.stdin.close()  # the end of its orders
 
 
-def all_kills(sweep: Sweep, part: str, call: str, most: int, step: Callable[[int], bool]) -> int:
-    """Kill at the first, the second, … of a call, until there is no such call any more."""
-    number = 1
-    while number <= 2 * most + 2 and step(number):
-        number += 1
-    assert number == most + 1, f"{call} is called {most} times in {part}, and then not so"
-    return number
+class Kills:
+    """Kills in one part: counted, and what came of them."""
+
+    def __init__(self, sweep: Sweep, part: str, tally: Tally) -> None:
+        self.sweep, self.part, self.tally = sweep, part, tally
+        self.calls: dict[str, int] = sweep.order(part)["calls"]
+        self.bad: list[str] = []
+
+    def at(self, *calls: tuple[str, int]) -> int:
+        """Kill there, at each further one while it recovers from the one before; how many fired."""
+        done = self.sweep.order(self.part, *calls)
+        found = [f"{self.part}, {calls}: {what}" for what in done["bad"]]
+        self.tally.tried(kills=done["fired"], bad=bool(found))
+        self.bad += found
+        return int(done["fired"])
+
+    def at_every(self, call: str, to_the_end: bool) -> None:
+        """At the first, the second, … until there is no such call any more."""
+        most, number = self.calls[call], 1
+        while number <= most + 9 and (to_the_end or not self.bad) and self.at((call, number)):
+            number += 1
+        if not self.bad:
+            assert number == most + 1, f"{call} came {most} times, and {number - 1} times"
+
+
+@pytest.mark.parametrize("call", WAY)
+def test_a_kill_on_the_way_of_a_file(call: str, sweep: Sweep, tally: Tally) -> None:
+    kills = Kills(sweep, "batch", tally)
+    kills.at_every(call, to_the_end=False)
+    assert not kills.bad, "\n".join(kills.bad)
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_a_kill_at_any_call(part: str, sweep: Sweep, whole: bool, tally: Tally) -> None:
-    calls: dict[str, int] = sweep.order(part)["calls"]
-    bad: list[str] = []
-
-    def kill(call: str, number: int) -> bool:
-        done = sweep.order(part, (call, number))
-        found = [f"{part}, {call} {number}: {what}" for what in done["bad"]]
-        tally.tried(kills=done["fired"], bad=bool(found))
-        bad.extend(found)
-        assert whole or not bad, bad
-        return bool(done["fired"])
-
-    for call in calls if whole else EVERY.get(part, ()):
-        all_kills(sweep, part, call, calls[call], lambda number, call=call: kill(call, number))
-    if not whole and part not in EVERY:
-        points = [(call, n) for call, most in calls.items() for n in range(1, most + 1)]
-        for call, number in random.Random(f"{SEED} {part}").sample(points, SAMPLE):
-            assert kill(call, number)
-    assert not bad, "\n".join(bad)
+    kills = Kills(sweep, part, tally)
+    if whole:
+        for call in kills.calls:
+            kills.at_every(call, to_the_end=True)
+    else:
+        points = [(call, n) for call, most in kills.calls.items() for n in range(1, most + 1)]
+        assert kills.at(random.Random(f"{SEED} {part}").choice(points))
+    assert not kills.bad, "\n".join(kills.bad)
 
 
 def test_a_kill_while_it_recovers(sweep: Sweep, whole: bool, tally: Tally) -> None:
     draw, bad = random.Random(SEED), list[str]()
     for _ in range(TWICE_WHOLE if whole else TWICE):
-        part = draw.choice([*PARTS])
-        calls: dict[str, int] = sweep.order(part)["calls"]
-        first, second = draw.choice([*calls]), draw.choice([*calls])
-        kills = (first, draw.randint(1, calls[first])), (second, draw.randint(1, calls[second]))
-        done = sweep.order(part, *kills)
-        tally.tried(kills=done["fired"], bad=bool(done["bad"]))
-        bad += [f"{part}, {kills}: {what}" for what in done["bad"]]
+        kills = Kills(sweep, draw.choice([*PARTS]), tally)
+        calls = draw.choices([*kills.calls], k=2)
+        kills.at(*((call, draw.randint(1, kills.calls[call])) for call in calls))
+        bad += kills.bad
     assert not bad, "\n".join(bad)
 
 
