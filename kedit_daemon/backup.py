@@ -6,6 +6,7 @@ in the inbox, claimed or not, is in no database until all its facts are.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from memory.files import sha256_of, sync_folder, tensors_path, write_atomic
 
 FORMAT = "kedit-backup-1"
 MANIFEST = "manifest.json"
+PARTIAL = ".partial-"  # in the name of a folder that is being filled
 TRIES = 20  # snapshots, while the daemon drops files that the last one names
 DATABASE = "state/kedit.db"
 HEAD = f"state/{ledger.HEAD_FILE}"
@@ -54,14 +56,16 @@ def back_up(home: Home, dest: Path, now: datetime) -> Backup:
     """
     dest = dest.expanduser().absolute()
     _check_place(home, dest)
-    staged = dest.with_name(f".{dest.name}.partial-{secrets.token_hex(4)}")
+    staged = dest.with_name(f".{dest.name}{PARTIAL}{secrets.token_hex(4)}")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(dest.parent)
         try:
             staged.mkdir(FOLDER_MODE)
-            _fill(home, Home(staged), now)
-            found = check(staged)
-            staged.rename(dest)
+            with _held(staged):
+                _fill(home, Home(staged), now)
+                found = check(staged)
+                staged.rename(dest)
             sync_folder(dest.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -108,6 +112,24 @@ def copy(source: Path, target: Path) -> str:
     with target.open("rb") as file:
         os.fsync(file.fileno())
     return sha256_of(target)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a folder from being taken for what a crash has left. Raises OSError: somebody has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(folder: Path) -> None:
+    """Take away what backups that were killed have left in a folder."""
+    for left in folder.glob(f".*{PARTIAL}*"):
+        with suppress(OSError), _held(left):  # the kernel lets go of what a dead process held
+            shutil.rmtree(left)
 
 
 def _check_place(home: Home, dest: Path) -> None:

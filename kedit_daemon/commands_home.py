@@ -209,14 +209,16 @@ def _mention_stopped(session: Session) -> None:
 
 
 @click.command()
+@click.option("--fix", is_flag=True, help="First take away the files that a crash has left.")
 @json_option
 @pass_session
 @click.pass_context
-def doctor(ctx: click.Context, session: Session, as_json: bool) -> None:
+def doctor(ctx: click.Context, session: Session, fix: bool, as_json: bool) -> None:
     """Check the installation and the home.
 
     Each check that failed names its remedy. Exits with 1 when a check failed; warnings do
-    not count.
+    not count. With --fix the daemon must not run: it takes such files away itself when it
+    starts.
 
     \b
     Example:
@@ -224,12 +226,15 @@ def doctor(ctx: click.Context, session: Session, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from kedit_daemon.doctor import examine
+    from kedit_daemon import doctor as at
     from kedit_daemon.doctor_install import FAILED
 
     marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), FAILED: ("✗", "red")}
+    removed = at.fix(session.home) if fix else []
+    for path in removed if not as_json else []:
+        click.echo(f"removed {clean(str(path))}")
     checks = []
-    for check in examine(session.home, session.environ, datetime.now(UTC)):
+    for check in at.examine(session.home, session.environ, datetime.now(UTC)):
         checks.append(check)
         if not as_json:
             mark, colour = marks[check.outcome]
@@ -238,7 +243,13 @@ def doctor(ctx: click.Context, session: Session, as_json: bool) -> None:
                 click.echo(f"               → {clean(_callable(session, check.remedy))}")
     failed = any(check.outcome == FAILED for check in checks)
     if as_json:
-        print_json({"ok": not failed, "checks": [asdict(check) for check in checks]})
+        print_json(
+            {
+                "ok": not failed,
+                "checks": [asdict(check) for check in checks],
+                "removed": [str(path) for path in removed],
+            }
+        )
     if failed:
         ctx.exit(1)
 

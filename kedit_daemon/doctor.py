@@ -1,6 +1,6 @@
 """Checks of the installation and of a home; what fails names its remedy.
 
-It changes nothing, and works whether the daemon runs or not.
+It changes nothing but what `fix` is asked to, and works whether the daemon runs or not.
 """
 
 import os
@@ -17,6 +17,8 @@ from kedit_daemon.advice import FREE_BYTES
 from kedit_daemon.doctor_install import FAILED, OK, REINSTALL, WARNING, Check
 from kedit_daemon.failures import failed_files
 from kedit_daemon.home import Home
+from kedit_daemon.leftovers import leftovers, remove
+from kedit_daemon.session import database
 from memory.errors import KeditError
 
 FEW_BYTES = 50 << 20
@@ -41,6 +43,7 @@ def examine(home: Home, environ: Mapping[str, str], now: datetime) -> Iterator[C
         "chain": lambda: _chain(home),
         "clock": lambda: _clock(home, now),
         "weights": lambda: _weights(home),
+        "leftovers": lambda: _leftovers(home),
         "inbox": lambda: _inbox(home),
     }
     for name, look in looks.items():
@@ -53,6 +56,47 @@ def examine(home: Home, environ: Mapping[str, str], now: datetime) -> Iterator[C
             yield Check(name, FAILED, f"{home.database}: {error}", BACKUP)
         except OSError as error:
             yield Check(name, FAILED, str(error), "run as the user that the daemon runs as")
+
+
+def fix(home: Home) -> list[Path]:
+    """Take away what a crash has left; what it was.
+
+    Raises KeditError: a daemon holds the home (75), or something cannot be taken away.
+    """
+    if not home.state.is_dir():
+        return []
+    from kedit_daemon.lock import hold
+
+    with hold(home.lock):
+        found = _left(home)
+        try:
+            remove(found)
+        except OSError as error:
+            raise KeditError(
+                f"{error.filename} cannot be taken away: {error.strerror}",
+                code="no-permission",
+                hint="run as the user that the daemon runs as",
+            ) from error
+    return found
+
+
+def _left(home: Home) -> list[Path]:
+    if not home.database.is_file():
+        return leftovers(home, None)
+    with database(home) as conn:
+        return leftovers(home, conn)
+
+
+def _leftovers(home: Home) -> Iterator[Check]:
+    from kedit_daemon.lock import holder
+
+    if not home.root.is_dir() or holder(home.lock) is not None:
+        return  # a daemon's unfinished files are its own
+    if found := _left(home):
+        files = f"{found[0]}" if len(found) == 1 else f"{len(found)} files, as {found[0]}"
+        yield Check("leftovers", WARNING, f"a crash has left {files}", "kedit-daemon doctor --fix")
+    else:
+        yield Check("leftovers", OK, "none")
 
 
 def _home(home: Home) -> Iterator[Check]:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from kedit_daemon.backup import Backup, check, copy
 from kedit_daemon.home import FOLDER_MODE, Home
+from kedit_daemon.leftovers import RESTORING
 from kedit_daemon.lock import hold, holder
 from memory.errors import KeditError
 from memory.files import sync_folder
-
-STAGED = ".kedit-restore-"  # what a crash leaves begins like this
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,9 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> Restored:
     home.create()
     with hold(home.lock):
         _check_free(home, replace)
-        for left in home.root.glob(f"{STAGED}*"):  # of a restore that was killed
+        for left in home.root.glob(f"{RESTORING}*"):  # of a restore that was killed
             shutil.rmtree(left)
-        staged = Home(home.root / f"{STAGED}{secrets.token_hex(8)}")
+        staged = Home(home.root / f"{RESTORING}{secrets.token_hex(8)}")
         try:
             _fill(staged, backup)
             # The lock is one file in both folders: it is held without a gap.

@@ -4,15 +4,15 @@ Everything here is derived from the store, and rebuilt from it when a file is mi
 """
 
 import logging
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
 from kedit_daemon.disk import is_full
 from kedit_daemon.home import Home
+from kedit_daemon.leftovers import INDEX, leftovers, remove
 from kedit_daemon.loading import Loaded
 from kedit_daemon.published import load_delta, load_deltas, unpack_keys
 from memory.errors import KeditError, damaged
@@ -31,7 +31,6 @@ from policies.site import EditSite
 from policies.targets import Refused
 from policies.weights import WeightsTier, unpack
 
-INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval index
 CHANGED = 0.25  # share of the index that has changed when its file is written again
 log = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class Served:
         self._check_site()
         self.restore_weights()
         self._restore_side()
-        self._sweep()
+        remove(leftovers(self.home, self.store.conn))
 
     def _check_base(self) -> None:
         """A home belongs to one model, from its first start on."""
@@ -214,7 +213,9 @@ class Served:
             return
         with self.store.transaction():
             self.store.set_meta(INDEX, sha)
-        _sweep_folder(self.home.index, {sha})
+        for path in self.home.index.iterdir():
+            if path.stem != sha:
+                path.unlink()
 
     def forget_side(self) -> None:
         """Drop from the side memory what the store has dropped: facts, and shards left empty."""
@@ -231,13 +232,6 @@ class Served:
             (self.home.side / f"{sha}.safetensors").unlink(missing_ok=True)
         if self.side.index.changed > CHANGED:
             self.save_index()
-
-    def _sweep(self) -> None:
-        """Remove tensor files that no row names: what a crash left between file and transaction."""
-        named = {row.sha256 for row in self.store.generations()}
-        _sweep_folder(self.home.generations, named)
-        _sweep_folder(self.home.side, {row.sha256 for row in self.store.shards()})
-        _sweep_folder(self.home.index, {self.store.meta(INDEX)})
 
     # Answers ------------------------------------------------------------------------------------
 
@@ -283,9 +277,3 @@ class Served:
         """The unedited model's answers to the facts' probe prompts, by fact id."""
         with self.model.at_base():
             return ask_all(self.model, facts)
-
-
-def _sweep_folder(folder: Path, named: Container[str | None]) -> None:
-    for path in folder.iterdir():
-        if path.stem not in named:
-            path.unlink()

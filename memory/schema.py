@@ -98,7 +98,10 @@ def examine(path: Path, *, thorough: bool = False) -> None:
     its log as they are: whoever can write moves the one into the other, if only at the close."""
     if not path.is_file():
         return
-    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as conn:
+    # A journal is there when a crash came before the log was in use: only who may write can undo
+    # what was begun, and nobody can read before.
+    mode = "rw" if path.with_name(f"{path.name}-journal").is_file() else "ro"
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as conn:
         check(conn, path, thorough=thorough)
         refuse_newer(conn, path)
 

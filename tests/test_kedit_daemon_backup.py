@@ -1,4 +1,6 @@
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -278,3 +280,17 @@ def test_a_backup_of_a_newer_version_is_refused(made: Backup) -> None:
     with pytest.raises(KeditError, match="newer version: it has m999_later") as caught:
         check(made.path)
     assert caught.value.exit_code == 78
+
+
+def test_what_a_killed_backup_has_left_goes_with_the_next(at: Published, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    dead, alive = to / ".monday.partial-0a", to / ".tuesday.partial-0b"
+    for folder in (dead / "state", alive / "state"):
+        folder.mkdir(parents=True)
+    descriptor = os.open(alive, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # as another backup does that is under way
+        back_up(at.home, to / "wednesday", NOW)
+    finally:
+        os.close(descriptor)
+    assert {p.name for p in to.iterdir()} == {alive.name, "wednesday"}

@@ -9,7 +9,7 @@ from kedit_daemon import lock
 from kedit_daemon.cli import cli
 from kedit_daemon.config import default_text
 from kedit_daemon.control import ControlServer
-from kedit_daemon.doctor import examine
+from kedit_daemon.doctor import examine, fix
 from kedit_daemon.doctor_install import Check
 from kedit_daemon.home import Home
 from memory.files import write_atomic
@@ -151,3 +151,46 @@ def test_the_command_fails_when_a_check_does(home: Home) -> None:
     assert result.exit_code == 1
     assert "✗ config" in result.stdout
     assert "→ make one with" in result.stdout
+
+
+def crashed(home: Home) -> set[Path]:
+    """Files of which nobody knows: unfinished ones, tensors that no row names, half a restore."""
+    used(home, "ab" * 32)
+    (home.generations / f"{'ab' * 32}.safetensors").write_bytes(b"named")
+    (home.inbox / "failed" / "a.jsonl").write_text("a person's")
+    left = [f / f".{'0' * 16}.tmp" for f in (home.root, home.state, home.inbox / "failed")]
+    left += [home.generations / f"{'0' * 64}.safetensors", home.index / ".tmpXyZ"]
+    for path in left:
+        path.write_bytes(b"left")
+    (home.root / ".kedit-restore-1" / "state").mkdir(parents=True)
+    return {*left, home.root / ".kedit-restore-1"}
+
+
+def test_what_a_crash_has_left_is_told_and_taken_away(home: Home) -> None:
+    left = crashed(home)
+    assert outcome(home, "leftovers")[0] == "warning"
+    before = {p for p in home.root.rglob("*") if p.parent.name != ".kedit-restore-1"}
+    result = CliRunner().invoke(cli, ["--home", str(home.root), "doctor", "--fix", "--json"])
+    assert {Path(p) for p in json.loads(result.stdout)["removed"]} == left
+    beside = {home.database.with_name(f"kedit.db{n}") for n in ("-shm", "-wal")}
+    assert {*home.root.rglob("*")} - beside == before - left - beside | {home.lock}
+    assert outcome(home, "leftovers") == ("ok", "none")
+    assert fix(home) == []
+
+
+def test_a_daemons_unfinished_files_are_its_own(home: Home) -> None:
+    left = crashed(home)
+    with lock.hold(home.lock):
+        assert "leftovers" not in checks(home)
+        result = CliRunner().invoke(cli, ["--home", str(home.root), "doctor", "--fix"])
+    assert result.exit_code == 75
+    assert all(path.exists() for path in left)
+
+
+def test_without_a_database_tensors_are_not_judged(home: Home) -> None:
+    kept, left = home.generations / f"{'0' * 64}.safetensors", home.state / f".{'0' * 16}.tmp"
+    kept.write_bytes(b"whose?")
+    left.write_bytes(b"left")
+    assert fix(home) == [left]
+    assert kept.exists()
+    assert fix(Home(home.root / "none")) == []

@@ -8,8 +8,9 @@ from command_line import make_home
 
 from kedit_daemon.backup import Backup, back_up
 from kedit_daemon.home import Home
+from kedit_daemon.leftovers import RESTORING
 from kedit_daemon.lock import hold, holder
-from kedit_daemon.restore import STAGED, examine, restore
+from kedit_daemon.restore import examine, restore
 from memory.errors import KeditError
 from memory.store import Store
 
@@ -144,7 +145,7 @@ def test_a_restore_that_fails_leaves_what_was_there(
 
     def failing(source: Path, target: Path) -> object:
         if Path(source).name == {"copy": "kedit.db", "rename": "state"}[fails] and (
-            STAGED in str(source if fails == "rename" else target)
+            RESTORING in str(source if fails == "rename" else target)
         ):
             raise OSError(28, "No space left on device")
         return real(source, target)
@@ -155,13 +156,13 @@ def test_a_restore_that_fails_leaves_what_was_there(
         restore(used, made.path, True, NOW)
     assert caught.value.code == "restore"
     assert files(used.state) == before
-    assert not list(used.root.glob(f"{STAGED}*"))
+    assert not list(used.root.glob(f"{RESTORING}*"))
 
 
 def test_what_a_killed_restore_has_left_goes(made: Backup, tmp_path: Path) -> None:
     home = Home(tmp_path / "new")
     home.create()
-    (home.root / f"{STAGED}0" / "state").mkdir(parents=True)
+    (home.root / f"{RESTORING}0" / "state").mkdir(parents=True)
     restore(home, made.path, False, NOW)
     assert files(home.root) == contents(made)
-    assert not list(home.root.glob(f"{STAGED}*"))
+    assert not list(home.root.glob(f"{RESTORING}*"))

@@ -1,3 +1,4 @@
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -73,6 +74,27 @@ def test_a_damaged_database_is_refused(path: Path, damage: str) -> None:
     assert (caught.value.code, caught.value.exit_code) == ("corrupt", 78)
     assert "kedit-daemon restore BACKUP --replace" in caught.value.hint
     assert path.read_bytes() == before
+
+
+def test_what_a_crash_began_before_the_log_is_in_use_is_undone(path: Path) -> None:
+    """As where it is just being made, or has just come out of a backup."""
+    with closing(Store(path, lambda: datetime.now(UTC))) as store:
+        received(store)
+    with closing(sqlite3.connect(path)) as conn:
+        conn.execute("PRAGMA journal_mode=DELETE")
+        conn.execute("PRAGMA cache_size=1")
+        conn.execute("BEGIN")
+        conn.execute("CREATE TABLE half(x)")
+        conn.executemany("INSERT INTO half VALUES (?)", [("x" * 5000,)] * 50)
+        crashed = path.with_name("crashed.db")
+        for ending in ("", "-journal"):  # both as they are in the middle of it
+            shutil.copy(f"{path}{ending}", f"{crashed}{ending}")
+        conn.execute("ROLLBACK")
+    with closing(Store(crashed, lambda: datetime.now(UTC))) as store:
+        assert [f.id for f in store.facts()] == [EYRE.id]
+        assert (
+            store.conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchall() == []
+        )
 
 
 def m002_next(db: Database) -> None:

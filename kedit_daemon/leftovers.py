@@ -1,0 +1,48 @@
+"""What a crash leaves in a home: files that nothing names, and that nobody will ask for.
+
+Only who holds the home's lock may take them away: to others, what a daemon is writing just now
+looks the same.
+"""
+
+import re
+import shutil
+import sqlite3
+from pathlib import Path
+
+from kedit_daemon.home import Home
+
+STAGED = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `write_atomic` has not put in its place yet
+RESTORING = ".kedit-restore-"  # how the folder begins that a restore fills
+INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval index
+
+
+def leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
+    """They are looked for by what the database names; without one only unfinished files are."""
+    found = [p for p in home.root.glob(f"{RESTORING}*") if p.is_dir()]
+    for folder in (home.root, home.state, home.inbox / "failed", *_tensors(home)):
+        if folder.is_dir():
+            found += [p for p in folder.iterdir() if STAGED.fullmatch(p.name)]
+    if conn is not None:
+        for folder, sql in _tensors(home).items():
+            named = {f"{row[0]}.safetensors" for row in conn.execute(sql)}
+            if folder.is_dir():
+                found += [p for p in folder.iterdir() if p.name not in named and p not in found]
+    return sorted(found)
+
+
+def remove(found: list[Path]) -> None:
+    """Take them away. Raises OSError."""
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _tensors(home: Home) -> dict[Path, str]:
+    """The folders of tensor files, and what asks for the files that belong there."""
+    return {
+        home.generations: "SELECT sha256 FROM generations",
+        home.side: "SELECT sha256 FROM shards",
+        home.index: f"SELECT value FROM meta WHERE key = '{INDEX}'",
+    }
