@@ -70,7 +70,6 @@ class Hot:
         with self.store.transaction():
             for fact in (f for f in together if f.id in failed):
                 self.flush.retry(fact, "side", failed[fact.id])
-        self._relieve()
         self.served.forget_side()
         return [f.id for f in together if f.id not in failed]
 
@@ -134,8 +133,8 @@ class Hot:
             side.put(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
 
     def _undo(self, new: Sequence[StoredFact]) -> None:
-        side = self.served.side
-        for fact in new:
+        side, kept = self.served.side, self.store.side_facts()
+        for fact in (f for f in new if f.id not in kept):
             side.drop(fact.id)
         for number in set(side.shards) - set(side.shard_of.values()):
             del side.shards[number]
@@ -148,10 +147,13 @@ class Hot:
         probes: dict[str, Probe],
         seconds: float,
     ) -> None:
+        """Write down what is live now, and let what it takes the place of leave both tiers with
+        it: a crash leaves either the older facts or these."""
         side = self.served.side
         numbers = {fact.id: side.shard_of[fact.id] for fact in right}
         shas = {n: save_shard(self.served.home.side, side.shards[n]) for n in numbers.values()}
-        with self.store.transaction():
+
+        def write(_generation: int) -> None:
             for fact in right:
                 number, probe = numbers[fact.id], probes[fact.id]
                 self.store.put_shard(number, shas[number], 1, side.shards[number].threshold)
@@ -167,12 +169,8 @@ class Hot:
                 )
                 self.store.add_edit(fact.id, "side", None, seconds, "live", probe.as_dict())
 
-    def _relieve(self) -> None:
-        """Solve the weights without the facts that newer ones have just superseded."""
-        held = self.served.weights_facts()
-        ids = [n for n in held if (f := self.store.fact(n)) and f.state is State.LIVE_WEIGHTS]
-        if len(ids) < len(held):
-            self.flush.weights.settle(ids, "superseded facts taken out")
+        gone = {older.id for fact in right for older in self.flush.older(fact)}
+        self.flush.weights.leave(gone, "superseded facts taken out", write)
 
 
 def cannot_learn(error: Exception) -> KeditError:

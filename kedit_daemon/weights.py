@@ -6,7 +6,7 @@ wrong before that transaction, the model returns to the active generation.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -263,6 +263,7 @@ class Weights:
             self.store.drop_side(fact_id)
             self.store.move(fact_id, one.state, reason=one.reason, after=after[fact_id][0])
         for fact in back:
+            self.store.drop_side(fact.id)  # it may have been learned there since
             self.store.move(
                 fact.id,
                 State.LIVE_WEIGHTS,
@@ -273,10 +274,17 @@ class Weights:
             )
         also()
 
-    def settle(self, ids: Sequence[str], reason: str) -> int:
-        """Serve the weights with just these facts; the others have ended already."""
+    def leave(self, gone: Container[str], reason: str, moves: Callable[[int], None]) -> None:
+        """Serve the weights without facts that `moves` ends, if they hold any of these, and do
+        that in the same transaction."""
+        held = self.served.weights_facts()
+        ids = [n for n in held if n not in gone]
+        if ids == held:
+            with self.store.transaction():
+                moves(self.store.active_generation())
+            return
         with self.trial(ids):
-            return self.publish(ids, reason, self.measured()[0], lambda _number: None)
+            self.publish(ids, reason, self.measured()[0], moves)
 
     # Consolidation ------------------------------------------------------------------------------
 

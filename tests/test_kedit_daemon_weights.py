@@ -69,6 +69,18 @@ def test_going_back_ends_what_has_taken_the_place_of_an_older_fact(bench: Make) 
     assert (at.weights_hash(), at.says(ONE.question)) == (first, "Oslo")
 
 
+def test_a_fact_that_goes_back_into_the_weights_leaves_the_side_memory(bench: Make) -> None:
+    at = bench(side={"steps": 30})
+    learn(at, ONE, TWO)
+    at.editor.revert([TWO.id], None, False)
+    at.receive(TWO)
+    at.settle()
+    assert state(at, TWO) == "live-side"
+    at.editor.revert([], 1, False)
+    assert state(at, TWO) == "live-weights"
+    assert not at.served.side.shard_of and not at.store.side_facts()
+
+
 def test_there_is_no_way_back_to_a_generation_that_never_was(bench: Make) -> None:
     with pytest.raises(KeditError, match="7"):
         bench().editor.revert([], 7, False)
