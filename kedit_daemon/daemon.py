@@ -219,7 +219,8 @@ class Daemon:
             self._woken = True
             return
         try:
-            request.answer(carry_out(self.editor, request.name, request.arguments))
+            with self.editor.spared():
+                request.answer(carry_out(self.editor, request.name, request.arguments))
         except KeditError as error:
             request.refuse(error)
             if error.code == "stopping":
@@ -235,7 +236,8 @@ class Daemon:
                 number = self.store.start_job(name, planned)
             outcome, detail = JOB_OK, None
             try:
-                detail = self._job(name)
+                with self.editor.spared():
+                    detail = self._job(name)
             except KeditError as error:
                 if error.code == "stopping":
                     raise
