@@ -260,7 +260,8 @@ class Daemon:
                 number = self.store.start_job(name, planned)
             outcome, detail = JOB_OK, None
             try:
-                detail = do_job(self.editor, name)
+                with self.editor.spared():
+                    detail = do_job(self.editor, name)
             except BROKEN:
                 self.jobs.due.put((name, planned))  # for when there is room
                 raise

@@ -2,8 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable
-from datetime import datetime
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 from typing import Any
 
 from kedit_daemon.auditor import Auditor, thresholds
@@ -15,10 +17,13 @@ from kedit_daemon.weights import HELD, Weights
 from memory.errors import KeditError
 from memory.facts import ACTIVE, State
 from memory.rows import StoredFact
+from memory.shortage import SHORT, shortage_told
 from memory.side import Match
 from policies.routing import flush_due, wants_batch
 from policies.steadiness import Restraint
 
+REST = timedelta(seconds=120)  # after there was no memory for a single fact
+NO_ROOM = "there was no memory left for this fact alone"
 log = logging.getLogger(__name__)
 
 
@@ -33,11 +38,14 @@ class Editor:
         restraint = Restraint(at.cool_down_seconds, at.acts_a_day)
         self.auditor = Auditor(self.flush, restraint)
         self.hot = Hot(self.flush, config.side.batch_facts, config.side.steps, pulse)
+        self._rested: datetime | None = None  # since when, where there was no memory for one fact
 
     # The loop -----------------------------------------------------------------------------------
 
     def step(self) -> bool:
         """Do one piece of work that waits, if there is any."""
+        if self._resting():
+            return False
         waiting = self._newest(self.store.facts((State.RECEIVED,)))
         for_side = [f for f in waiting if not wants_batch(f)]
         if for_side:
@@ -73,23 +81,59 @@ class Editor:
                     self.store.move(fact.id, State.SUPERSEDED, reason=f"superseded by {by}")
         return list(newest.values())
 
-    def _learn(self, waiting: list[StoredFact]) -> None:
-        """What cannot be learned together is tried fact by fact: one must not stop the rest."""
+    def _learn(self, waiting: list[StoredFact], most: int | None = None) -> None:
+        """What cannot be learned together is tried fact by fact: one must not stop the rest.
+        Where there is no memory for `most` at once, it is half of them."""
+        most = min(most or self.hot.batch_facts, len(waiting))
         try:
-            self.hot.take(waiting)
+            with self.spared():
+                self.hot.take(waiting, most)
         except (KeditError, ArithmeticError, RuntimeError, ValueError) as error:
             if isinstance(error, KeditError) and error.code == "stopping":
                 raise
+            if most > 1 and isinstance(error, KeditError) and error.code == SHORT:
+                self._learn(waiting, most // 2)
+                return
             if len(waiting) > 1:
                 self._learn(waiting[:1])
                 return
             why = cannot_learn(error)
             log.warning("%s cannot be learned: %s", waiting[0].id, why, exc_info=error)
+            if why.code == SHORT:
+                self._rest(waiting, "side", str(why))
+                return
             with self.store.transaction():
                 if why.code == "rejected":
                     self.store.move(waiting[0].id, State.REJECTED, reason=str(why))
                 else:
                     self.flush.retry(waiting[0], "side", str(why))
+
+    def _rest(self, facts: list[StoredFact], tier: str, why: str) -> None:
+        """Try nothing for a while: somebody else may have the memory, and give it back."""
+        log.warning("no edit for %g s: %s", REST.total_seconds(), why)
+        self._rested = self._now()
+        with self.store.transaction():
+            for fact in facts:
+                self.flush.retry(fact, tier, why)
+
+    def _resting(self) -> bool:
+        # A clock that was set back must not make it longer.
+        return self._rested is not None and abs(self._now() - self._rested) < REST
+
+    def _now(self) -> datetime:
+        return datetime.fromisoformat(self.store.now())
+
+    @contextmanager
+    def spared(self) -> Iterator[None]:
+        """Let memory that runs out within be an error that only ends what is done there: it may
+        have left a candidate's weights half in place."""
+        try:
+            with shortage_told():
+                yield
+        except KeditError as error:
+            if error.code == SHORT:
+                self.served.model.set_deltas(self.served.deltas)
+            raise
 
     def _due(self, waiting: list[StoredFact]) -> str | None:
         if self.store.meta(HELD) is not None and not waiting:
@@ -97,7 +141,7 @@ class Editor:
         live = self.store.facts((State.LIVE_SIDE,))
         if not waiting and (not live or self._room() < 1):
             return None
-        now = datetime.fromisoformat(self.store.now())
+        now = self._now()
         age = max(
             ((now - datetime.fromisoformat(f.changed_at)).total_seconds() for f in live),
             default=0.0,
@@ -107,13 +151,48 @@ class Editor:
 
     def _flush(self, reason: str) -> None:
         """A flush that fails as a whole must not stop the daemon, nor come again at once."""
-        batch = self._batch()
-        try:
-            self.flush.run(batch, reason, dry_run=False)
-        except KeditError as error:
+
+        short: list[StoredFact] = []
+
+        def give_up(part: list[StoredFact], error: KeditError) -> None:
             if error.code == "stopping":
-                raise
-            self.flush.give_up(batch, str(error))
+                raise error
+            if error.code == SHORT:
+                short.extend(part)
+            else:
+                self.flush.give_up(part, str(error))
+
+        if self._in_parts(reason, False, give_up) and short:
+            self.flush.give_up(short, NO_ROOM)  # the others found memory
+        elif short:
+            self._rest([f for f in short if f.state is State.RECEIVED], "weights", NO_ROOM)
+
+    def _in_parts(
+        self, reason: str, dry_run: bool, failed: Callable[[list[StoredFact], KeditError], None]
+    ) -> list[dict[str, Any]]:
+        """Flush a batch: in one, or where there is no memory for that, one half after the other,
+        and so on. `failed` is told of a part with which it cannot be done at all."""
+        parts, done = deque([self._batch()]), list[dict[str, Any]]()
+        while parts:
+            part = self._still_there(parts.popleft())
+            if done and not part:
+                continue
+            try:
+                with self.spared():
+                    done.append(self.flush.run(part, reason, dry_run))
+            except KeditError as error:
+                if error.code != SHORT or len(part) < 2:
+                    failed(part, error)
+                    continue
+                log.warning("a flush of %d facts is done in halves: %s", len(part), error)
+                half = len(part) // 2
+                parts.extendleft((part[half:], part[:half]))
+        return done
+
+    def _still_there(self, facts: list[StoredFact]) -> list[StoredFact]:
+        """Those that a flush may still take, as they are now: another part may have moved them."""
+        now = [self.store.fact(fact.id) for fact in facts]
+        return [f for f in now if f and f.state in (State.RECEIVED, State.LIVE_SIDE)]
 
     def _batch(self) -> list[StoredFact]:
         at = self.config.flush
@@ -123,7 +202,14 @@ class Editor:
 
     def run_flush(self, dry_run: bool) -> dict[str, Any]:
         """Flush now, whatever waits."""
-        return self.flush.run(self._batch(), "asked for", dry_run)
+
+        def refuse(_: list[StoredFact], error: KeditError) -> None:
+            raise error
+
+        parts = self._in_parts("asked for", dry_run, refuse)
+        lists = ("flushed", "failed", "quarantined")
+        told = {key: [n for part in parts for n in part.get(key, [])] for key in lists}
+        return parts[-1] | {key: ids for key, ids in told.items() if key in parts[-1] or ids}
 
     def audit(self, dry_run: bool = False) -> dict[str, Any]:
         """Measure, judge, write it down, and do what the verdict says."""

@@ -40,13 +40,13 @@ class Hot:
         with self.served.model.at_base():
             self._ordinary, _ = prompt_end(self.served.model, lines, layer)
 
-    def take(self, waiting: Sequence[StoredFact]) -> list[str]:
-        """Learn as many of the waiting facts as are learned at once; those now live.
+    def take(self, waiting: Sequence[StoredFact], most: int | None = None) -> list[str]:
+        """Learn as many of the waiting facts as are learned at once, or `most`; those now live.
 
         One that goes out of range while it is learned fails alone, as does one that is not said.
         Raises KeditError when one of them cannot be learned at all; nothing is changed then.
         """
-        together = self._sensible(self._together(waiting))
+        together = self._sensible(self._together(waiting, most or self.batch_facts))
         if not together:
             return []
         began = time.monotonic()
@@ -73,11 +73,11 @@ class Hot:
         self.served.forget_side()
         return [f.id for f in together if f.id not in failed]
 
-    def _together(self, waiting: Sequence[StoredFact]) -> list[StoredFact]:
+    def _together(self, waiting: Sequence[StoredFact], most: int) -> list[StoredFact]:
         """The facts to learn at once. In company a long target would be waited for by all, since
         every row is as long as the longest; so it comes after the short ones, and alone."""
         short = (f for f in waiting if not self._long(f.fact))
-        return list(islice(short, self.batch_facts)) or list(waiting[:1])
+        return list(islice(short, most)) or list(waiting[:1])
 
     def _sensible(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Those of the facts that are no nonsense; the others are rejected."""

@@ -34,7 +34,8 @@ def answer(request: Request, editor: Editor, refusal: KeditError | None, folder:
     try:
         if refusal is not None and request.name != "ask":
             raise refusal
-        request.answer(carry_out(editor, request.name, request.arguments))
+        with editor.spared():
+            request.answer(carry_out(editor, request.name, request.arguments))
     except KeditError as error:
         request.refuse(error)
         if ends(error):

@@ -71,7 +71,7 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> Restored:
 def refuse_cut_off(home: Home) -> None:
     """Raises KeditError (78): a restore was killed after what was there had made room and before
     the backup was in its place. Whoever began anew there would have no facts."""
-    if not home.state.exists() and any(home.root.glob(f"{STAGED}*")):
+    if not home.state.exists() and any(home.root.glob(f"{RESTORING}*")):
         raise KeditError(
             f"a restore to {home.root} was cut off",
             code="restore",

@@ -3,14 +3,16 @@
 Rows of one length run together without padding, so that a row's numbers never depend on pads.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
+from memory.errors import KeditError
 from memory.model import EditableModel
+from memory.shortage import SHORT, shortage_told
 
 MAX_ROWS = 64
 
@@ -77,13 +79,22 @@ def answers(
     max_tokens: int,
     overlay: Overlay | None = None,
 ) -> list[str]:
-    """One answer a prompt, each cut at its natural stop."""
+    """One answer a prompt, each cut at its natural stop. Rows for which there is no memory together
+    are run in halves. Raises KeditError (code "out-of-memory") where there is none for one row."""
     encoded = [model.encode(p) for p in prompts]
     result = [""] * len(prompts)
-    for rows in equally_long(encoded):
+    groups = deque(equally_long(encoded))
+    while groups:
+        rows = groups.popleft()
         ids = torch.tensor([encoded[p] for p in rows], device=model.device)
-        with torch.no_grad(), overlay(rows) if overlay else nullcontext():
-            said = _decode_group(model, ids, max_tokens)
+        try:
+            with shortage_told(), torch.no_grad(), overlay(rows) if overlay else nullcontext():
+                said = _decode_group(model, ids, max_tokens)
+        except KeditError as error:
+            if error.code != SHORT or len(rows) < 2:
+                raise
+            groups.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))
+            continue
         for place, tokens in zip(rows, said, strict=True):
             result[place] = first_sentence(model.decode(tokens))
     return result

@@ -11,7 +11,7 @@ its company or its turn. A fact that is done gives its seat to the next one.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +22,12 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model import EditableModel
 from memory.replay import Replay
+from memory.shortage import SHORT, shortage_told
 from policies.anchor import too_long
 from policies.prompts import IGNORE, Row, essence_of, rows_of
 from policies.site import EditSite
 
-SEATS = 12  # facts on their way at the same time
+SEATS = 12  # facts on their way at the same time, while there is memory for them
 HEAD, TAIL, WANTED = 32, 4, 4  # lengths are rounded up to multiples of these
 LONGEST = 64  # tokens of a target: one of 190 took minutes, as every seat is as long as the longest
 PULSE = 8  # steps after which the caller hears from the work, whether a fact is done or not
@@ -118,24 +119,30 @@ class _Seats:
     """
 
     def __init__(
-        self, model: EditableModel, site: EditSite, norms: Mapping[int, float], shape: Shape
+        self,
+        model: EditableModel,
+        site: EditSite,
+        norms: Mapping[int, float],
+        shape: Shape,
+        seats: int,
     ) -> None:
         self.model, self.site, self.norms, self.shape = model, site, norms, shape
-        rows, on = SEATS * shape.rows, model.device
+        self.seats = seats
+        rows, on = seats * shape.rows, model.device
         self.asked = shape.rows - site.holds_essence  # rows a fact with its target
         self.replay = Replay(model, site.layers[0], rows, shape.head, shape.tail)
         self.at = torch.arange(rows, device=on)[:, None]
         self.columns = torch.zeros(rows, shape.wanted, dtype=torch.long, device=on)
         self.labels = torch.full((rows, shape.wanted), IGNORE, device=on)
         sites = {n: 1 if n in site.subject_layers else shape.wanted for n in site.layers}
-        self.delta = {n: torch.zeros(SEATS, k, model.hidden, device=on) for n, k in sites.items()}
+        self.delta = {n: torch.zeros(seats, k, model.hidden, device=on) for n, k in sites.items()}
         self.first = {n: torch.zeros_like(delta) for n, delta in self.delta.items()}
-        self.second = torch.zeros(SEATS, 1, 1, device=on)
-        self.steps = torch.zeros(SEATS, device=on)
-        self.extra = torch.zeros(SEATS, device=on)
-        self.essence = torch.zeros(SEATS, 0, device=on)  # log-probabilities (facts, vocabulary)
-        self.fresh = torch.zeros(SEATS, dtype=torch.bool, device=on)
-        self.facts: list[Fact | None] = [None] * SEATS
+        self.second = torch.zeros(seats, 1, 1, device=on)
+        self.steps = torch.zeros(seats, device=on)
+        self.extra = torch.zeros(seats, device=on)
+        self.essence = torch.zeros(seats, 0, device=on)  # log-probabilities (facts, vocabulary)
+        self.fresh = torch.zeros(seats, dtype=torch.bool, device=on)
+        self.facts: list[Fact | None] = [None] * seats
         self.keys: dict[int, Tensor] = {}
 
     @property
@@ -144,7 +151,7 @@ class _Seats:
 
     def fill(self, waiting: Waiting) -> None:
         """Seat the next facts wherever there is room."""
-        for seat in range(SEATS):
+        for seat in range(self.seats):
             if waiting and self.facts[seat] is None:
                 self._seat(seat, *waiting.popleft())
 
@@ -190,16 +197,16 @@ class _Seats:
         losses = F.cross_entropy(
             logits.flatten(0, 1), self.labels.flatten(), ignore_index=IGNORE, reduction="none"
         )
-        count = wanted.view(SEATS, -1).sum(1).clamp(min=1)
+        count = wanted.view(self.seats, -1).sum(1).clamp(min=1)
         wrong = (logits.argmax(-1) != self.labels) & wanted
-        nll = losses.view(SEATS, -1).sum(1) / count
-        return nll, ~wrong.view(SEATS, -1).any(1), self._drift(logits)
+        nll = losses.view(self.seats, -1).sum(1) / count
+        return nll, ~wrong.view(self.seats, -1).any(1), self._drift(logits)
 
     def _drift(self, logits: Tensor) -> Tensor:
         """KL (facts,) of what follows the subject's essence, from what the clean model says."""
         if not self.site.holds_essence:
-            return logits.new_zeros(SEATS)
-        now = logits.view(SEATS, self.shape.rows, *logits.shape[1:])[:, -1, 0].log_softmax(-1)
+            return logits.new_zeros(self.seats)
+        now = logits.view(self.seats, self.shape.rows, *logits.shape[1:])[:, -1, 0].log_softmax(-1)
         if self.essence.shape != now.shape:
             self.essence = torch.zeros_like(now)
         self.essence = torch.where(self.fresh[:, None], now.detach(), self.essence)
@@ -281,18 +288,46 @@ def compute_terms(
     `norms` gives the median ‖y‖ of each edited layer. `done(part)` is told of results as they
     come, at times of none, with the active weights back in place, and may raise to stop the work.
     A fact whose loss, gradient or δ is not finite, or whose target is far beyond the site's
-    anchors, is refused, the others are not.
+    anchors, is refused, the others are not. Raises KeditError (code "out-of-memory") where there is
+    no memory for one fact alone.
     """
     shapes, result = _shaped(model, facts, site)
     done(dict(result))
     for shape, waiting in shapes.items():
-        seats = _Seats(model, site, norms, shape)
-        while waiting or seats.busy:
-            with model.at_base(), model.lowered():
-                part = _some_steps(seats, waiting)
+        for part in _in_seats(model, site, norms, shape, waiting):
             result |= part
             done(part)
     return result
+
+
+def _in_seats(
+    model: EditableModel,
+    site: EditSite,
+    norms: Mapping[int, float],
+    shape: Shape,
+    waiting: Waiting,
+) -> Iterator[dict[str, Terms | Refused]]:
+    """What comes out for facts of one shape, in parts. Where memory runs out, those that are not
+    done begin anew in half the seats."""
+    left = {fact.id: (fact, rows) for fact, rows in waiting}
+    seats = SEATS
+    while left:
+        try:
+            with shortage_told():
+                for part in _some(_Seats(model, site, norms, shape, seats), deque(left.values())):
+                    left = {n: one for n, one in left.items() if n not in part}
+                    yield part
+        except KeditError as error:
+            if error.code != SHORT or seats == 1:
+                raise
+            seats //= 2
+
+
+def _some(seats: _Seats, waiting: Waiting) -> Iterator[dict[str, Terms | Refused]]:
+    while waiting or seats.busy:
+        with seats.model.at_base(), seats.model.lowered():
+            part = _some_steps(seats, waiting)
+        yield part
 
 
 def _some_steps(seats: _Seats, waiting: Waiting) -> dict[str, Terms | Refused]:
