@@ -33,6 +33,7 @@ PARTIAL = ".partial-"  # in the name of a folder that is being filled
 TRIES = 20  # snapshots, while the daemon drops files that the last one names
 DATABASE = "state/kedit.db"
 HEAD = f"state/{ledger.HEAD_FILE}"
+_OWN = {"state", "config.toml", "review.yaml", MANIFEST}  # what stands in a backup
 _TENSORS = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
 # What a manifest may name: it may come from anywhere, and its files are written into a home.
 _NAMES = re.compile(
@@ -126,10 +127,11 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Take away what backups that were killed have left in a folder."""
-    for left in folder.glob(f".*{PARTIAL}*"):
+    """Take away what backups that were killed have left in a folder, and nothing else."""
+    for left in folder.glob(f".*{PARTIAL}????????"):
         with suppress(OSError), _held(left):  # the kernel lets go of what a dead process held
-            shutil.rmtree(left)
+            if {path.name for path in left.iterdir()} <= _OWN:
+                shutil.rmtree(left)
 
 
 def _check_place(home: Home, dest: Path) -> None:

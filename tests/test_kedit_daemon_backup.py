@@ -284,8 +284,9 @@ def test_a_backup_of_a_newer_version_is_refused(made: Backup) -> None:
 
 def test_what_a_killed_backup_has_left_goes_with_the_next(at: Published, tmp_path: Path) -> None:
     to = tmp_path / "to"
-    dead, alive = to / ".monday.partial-0a", to / ".tuesday.partial-0b"
-    for folder in (dead / "state", alive / "state"):
+    dead, alive = to / ".monday.partial-0a0a0a0a", to / ".tuesday.partial-0b0b0b0b"
+    other = to / ".mail.partial-0c0c0c0c"  # of another program
+    for folder in (dead / "state", alive / "state", other / "letters"):
         folder.mkdir(parents=True)
     descriptor = os.open(alive, os.O_RDONLY)
     try:
@@ -293,4 +294,4 @@ def test_what_a_killed_backup_has_left_goes_with_the_next(at: Published, tmp_pat
         back_up(at.home, to / "wednesday", NOW)
     finally:
         os.close(descriptor)
-    assert {p.name for p in to.iterdir()} == {alive.name, "wednesday"}
+    assert {p.name for p in to.iterdir()} == {alive.name, other.name, "wednesday"}
