@@ -111,6 +111,22 @@ def test_what_the_rows_say_cannot_be(change: str, made: Made, tmp_path: Path) ->
     assert len(refused) == 1
 
 
+@pytest.mark.parametrize("name", ["events_fact_id", "job_run", "facts_slot"])
+def test_a_page_that_is_not_looked_at_before_it_is_needed(
+    name: str, made: Made, tmp_path: Path
+) -> None:
+    with closing(sqlite3.connect(made.root / DATABASE)) as conn:
+        asked = "SELECT rootpage FROM sqlite_master WHERE name = ?"
+        ((page,),) = conn.execute(asked, (name,))
+
+    def damage(root: Path) -> None:
+        overwrite(root / DATABASE, page - 1, random.Random(name).randbytes(4096))
+
+    refused = list[str]()
+    assert wrong(made, tmp_path / "home", damage, refused) == ""
+    assert len(refused) == 1
+
+
 @pytest.mark.parametrize("table", ["terms", "side_keys"])
 def test_tensors_in_the_database(table: str, made: Made, tmp_path: Path) -> None:
     def damage(root: Path) -> None:

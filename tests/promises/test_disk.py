@@ -2,8 +2,10 @@
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,15 @@ from faulty_disk import Forked, fill, remove, root, small_disk, traced
 from process_tools import FACTS, drop, make_home, outcome, query, record
 from promise_table import Tally
 
+from kedit_daemon.config import Config
+from kedit_daemon.disk import is_full
 from kedit_daemon.home import Home
+from kedit_daemon.inbox import Inbox
+from kedit_daemon.intake import Intake
 from kedit_daemon.loading import load_model
 from memory import reading
 from memory.ledger import read_head, verify
+from memory.store import Store
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -155,6 +162,33 @@ def test_no_more_files_fit(maker: Maker, tmp_path: Path) -> None:
 
 
 @root
+def test_a_file_that_does_not_fit_waits(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=4m") as disk:
+        home = Home(disk / "home")
+        home.create()
+        lines = [{**record(FACTS[0]), "source": f"{n}" * 50} for n in range(500)]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (home.inbox / "many.jsonl").write_text(text)
+        inbox = Inbox(home.inbox, 0.0, 1 << 20, lambda: datetime.now(UTC))
+        with closing(Store(home.database, lambda: datetime.now(UTC))) as store:
+            intake = Intake(store, inbox, Config())
+            (claim,) = inbox.scan(0.0)
+            fill(disk)
+            with pytest.raises(sqlite3.Error) as caught:
+                intake.take(claim)
+            assert is_full(caught.value)
+            assert [p for p in home.inbox.glob("*/*") if p.name[0] != "."] == [
+                home.inbox / "work" / claim.work_name
+            ]
+            assert store.facts() == []
+            remove(disk)
+            for claim in inbox.pending_claims():
+                intake.take(claim)
+            assert len(store.facts()) == len(lines)
+            assert [p.name for p in (home.inbox / "done").iterdir()] == ["many.jsonl"]
+
+
+@root
 def test_a_stop_while_nothing_fits_is_a_stop(maker: Maker, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=100m") as disk:
         home = maker(disk / "home")
@@ -184,9 +218,13 @@ def test_what_does_not_fit_is_done_when_it_does(
     calm: Any, maker: Maker, tmp_path: Path, tally: Tally, whole: bool
 ) -> None:
     """Some calls in a row fail, wherever in the life, though the disk has room by its figures."""
-    moments = {"pwrite64": [56], "rename": [2], "fsync": [13]}
+    moments = {"pwrite64": [110], "rename": [2], "fsync": [5]}
     if whole:
-        moments = {"pwrite64": [*range(5, 90, 4)], "rename": [1, 2, 3, 4], "fsync": [*range(2, 18)]}
+        moments = {
+            "pwrite64": [*range(5, 230, 9)],
+            "rename": [1, 2, 3, 4],
+            "fsync": [*range(1, 14)],
+        }
     bad, lives = [], 0
     for call, n in ((call, n) for call, places in moments.items() for n in places):
         home = maker(tmp_path / f"{call}{n}" / "home")
