@@ -89,6 +89,7 @@ class Served:
         self._check_site()
         self.restore_weights()
         self._restore_side()
+        self.forget_side()  # a crash may have come between a fact's end and that of its shard
         remove(leftovers(self.home, self.store.conn))
 
     def _check_base(self) -> None:

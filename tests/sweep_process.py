@@ -92,12 +92,9 @@ class Forge:
         if fired and not self._lived(case, part, []):
             return {"fired": fired, "bad": [f"no life afterwards: {self._log()}"]}
         found = self._found(case)
-        bad = [
-            f"{name}: {found[name]} and not {wanted}"
-            for name, wanted in self.calm[part].items()
-            if found[name] != wanted
-        ]
-        return {"fired": fired, "bad": bad}
+        wanted = self.calm[part]
+        bad = [n for n in wanted if found[n] != wanted[n]]
+        return {"fired": fired, "bad": [f"{n}: {_apart(found[n], wanted[n])}" for n in bad]}
 
     def _found(self, case: Case) -> dict[str, Any]:
         return findings(case) | {"served": json.loads(self._served.read_text())}
@@ -151,6 +148,14 @@ class Forge:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+
+
+def _apart(found: Any, wanted: Any) -> str:
+    """In what they differ; all of it where that is the order."""
+    if not isinstance(found, list) or sorted(found) == sorted(wanted):
+        return f"{found} and not {wanted}"
+    more, less = ([x for x in a if x not in b] for a, b in ((found, wanted), (wanted, found)))
+    return f"too much {more}, missing {less}, {len(found)} for {len(wanted)}"
 
 
 def _traced(pid: int, words: list[str]) -> "subprocess.Popen[bytes]":

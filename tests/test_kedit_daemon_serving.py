@@ -186,6 +186,17 @@ def test_files_that_a_crash_left_are_swept(at: Bench) -> None:
     assert [set(folder.iterdir()) for folder in folders] == kept
 
 
+def test_a_crash_between_the_end_of_a_fact_and_that_of_its_shard_leaves_none(at: Bench) -> None:
+    row = next(row for row in at.store.side_rows() if row.fact_id == TWO.id)
+    with at.store.transaction():
+        at.store.drop_side(TWO.id)
+        at.store.move(TWO.id, State.REVERTED)
+    at.restart()
+    left = {shard.id for shard in at.store.shards()}
+    assert row.shard not in left and left == {*at.served.side.shards}
+    assert {p.stem for p in at.home.side.iterdir()} == {s.sha256 for s in at.store.shards()}
+
+
 def test_a_home_made_for_another_model_is_refused(at: Bench, load: Callable[..., Loaded]) -> None:
     with pytest.raises(KeditError, match="made for another model") as caught:
         Served(load("gpt2"), at.store, at.home).restore()

@@ -23,7 +23,7 @@ from promise_table import Tally
 from sweep_life import PARTS
 from sweep_process import CALLS
 
-pytestmark = [pytest.mark.timeout(7200), pytest.mark.xdist_group("sweep")]
+pytestmark = pytest.mark.timeout(7200)
 WAY = ("renameat", "fsync", "fdatasync")  # claimed, kept, put away: all of them, always
 TWICE, TWICE_WHOLE = 3, 60
 SEED = 20260101
