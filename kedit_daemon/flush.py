@@ -297,16 +297,17 @@ class Flush:
     def _reject(
         self, facts: Sequence[StoredFact], refused: dict[str, Refused], alone: bool
     ) -> None:
-        """What has no targets; `alone`: there was nothing else in the batch."""
+        """What has no targets; `alone`: there was nothing else in the batch. What is live beside
+        the weights stays there, whatever the reason."""
+        stay = [fact.state is State.LIVE_SIDE for fact in facts]
         with self.store.transaction():
-            for fact in facts:
+            for fact, stays in zip(facts, stay, strict=True):
                 why = refused[fact.id]
-                if why.beside:
+                if why.beside or stays:
                     self.retry(fact, "weights", why.reason)
                     continue
                 self.store.move(fact.id, State.REJECTED, reason=why.reason)
                 self.store.add_edit(fact.id, "weights", None, 0.0, "rejected", None)
-            stay = [f.state is State.LIVE_SIDE and refused[f.id].beside for f in facts]
             if alone and stay and all(stay):
                 self._hold_back([], "no fact of the batch has targets that the weights may take")
 

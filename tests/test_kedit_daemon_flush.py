@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kedit_daemon.weights import HELD
 from memory.facts import Fact, State
 from policies import sense
 from policies.probe import Probe, compare
+from policies.targets import Refused
 
 STEPS = {"steps": 300}
 STRICT = LOOSE["stability"] | {"norm_warn": 0.1, "norm_consolidate": 0.2, "norm_revert": 0.3}
@@ -55,6 +57,26 @@ def test_nonsense_that_comes_for_the_weights_is_rejected_and_what_is_live_stays(
     assert (state(at, drawn.id), state(at, other.id)) == ("rejected", "live-weights")
     assert state(at, live.id) in ("live-side", "live-weights")
     assert at.says(live.question) == "Oslo Rome"
+
+
+def test_what_is_live_beside_the_weights_stays_there_where_no_targets_can_be_found(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, one, two = bench(side={"steps": 30}), seat(1, "Oslo"), seat(2, "Lima")
+    at.receive(one)
+    at.settle()
+
+    def refuse(*given: Any) -> None:
+        facts, keep = given[3:]
+        keep({fact.id: Refused("the target's loss: not finite") for fact in facts})
+
+    monkeypatch.setattr(flush, "compute_terms", refuse)
+    at.receive(two, direct=True)
+    at.settle()
+    at.editor.run_flush(False)
+    assert (state(at, one.id), state(at, two.id)) == ("live-side", "rejected")
+    assert set(at.served.side.shard_of) == {one.id} and at.says(one.question) == "Oslo"
+    assert at.store.meta(HELD)  # or it would be tried again at once
 
 
 def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -> None:
