@@ -34,6 +34,7 @@ from memory.store import JOB_OK, Store
 IDLE_SECONDS = 1.0  # the longest wait between two looks around
 SETTLING_SECONDS = 0.1  # while a file may still be growing
 DISK_FREE_BYTES = 64 << 20  # below it no work is taken
+BEAT_SECONDS = 1.0  # between two passes of the model of which the watchdog is told
 WAKE = "wake"
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,22 @@ def run(
             store.close()
 
 
+class Flag:
+    """An event that nobody waits for, so that it needs no lock: a signal's handler sets it, which
+    may have interrupted another that was about to."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """From now on it is."""
+        self._set = True
+
+    def is_set(self) -> bool:
+        """Whether it is."""
+        return self._set
+
+
 class Daemon:
     """The loop: control requests, jobs, the inbox, then one step of editing."""
 
@@ -87,11 +104,12 @@ class Daemon:
         self.inbox = Inbox(home.inbox, at.settle_seconds, at.max_bytes, clock)
         self.intake = Intake(store, self.inbox, config)
         self.publisher = Publisher(config.publish, home, store, monotonic)
-        self.stopping = threading.Event()
+        self.stopping = Flag()
         self._scanned = -at.rescan_seconds
         self._postponed: list[Request] = []
         self._head = 0  # the newest event that is anchored
         self._woken = True  # whether the inbox has been heard to change
+        self._beaten = -BEAT_SECONDS  # when the watchdog was last told of a pass
 
     def run(self) -> int:
         """Load, serve until told to stop, and leave everything whole."""
@@ -140,7 +158,10 @@ class Daemon:
                 store.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
             store.event("daemon_started", model=config.model, generation=store.active_generation())
-        return Editor(served, config, self._pulse)
+        editor = Editor(served, config, self._pulse)
+        # An audit, or the probes of a flush, may take minutes without a pulse.
+        loaded.model.model.register_forward_pre_hook(lambda *_: self._beat())
+        return editor
 
     # One turn -----------------------------------------------------------------------------------
 
@@ -183,6 +204,13 @@ class Daemon:
                 self._answer(request)
             else:
                 self._postponed.append(request)
+
+    def _beat(self) -> None:
+        """The model begins another pass: that too is progress."""
+        now = self.monotonic()
+        if now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
+            self.notifier.watchdog()
 
     def _look_into_inbox(self) -> None:
         """The scan is the truth; what the watcher says only makes it come sooner."""
