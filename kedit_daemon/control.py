@@ -84,7 +84,8 @@ class ControlServer:
     """
 
     def __init__(self, path: Path) -> None:
-        self.requests: queue.Queue[Request] = queue.Queue()
+        # Of the kind that a signal's handler may put into, whatever it interrupts.
+        self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._path = path
         self._server: _Server | None = None
 
@@ -114,7 +115,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True  # a command that waits must not keep a failed daemon alive
     request_queue_size = 64
 
-    def __init__(self, path: Path, requests: queue.Queue[Request]) -> None:
+    def __init__(self, path: Path, requests: queue.SimpleQueue[Request]) -> None:
         self._path = path
         self._requests = requests
         self._changed = threading.Condition()  # guards the three below

@@ -36,6 +36,7 @@ from memory.store import JOB_OK, Store
 
 IDLE_SECONDS = 1.0  # the longest wait between two looks around
 SETTLING_SECONDS = 0.1  # while a file may still be growing
+BEAT_SECONDS = 1.0  # between two passes of the model of which the watchdog is told
 WAKE = "wake"
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,22 @@ def run(
             store.close()
 
 
+class Flag:
+    """An event that nobody waits for, so that it needs no lock: a signal's handler sets it, which
+    may have interrupted another that was about to."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        """From now on it is."""
+        self._set = True
+
+    def is_set(self) -> bool:
+        """Whether it is."""
+        return self._set
+
+
 class Daemon:
     """The loop: control requests, jobs, the inbox, then one step of editing."""
 
@@ -92,13 +109,14 @@ class Daemon:
         self.intake = Intake(store, self.inbox, config)
         self.publisher = Publisher(config.publish, home, store, monotonic)
         self.pause = Pause(store, home.state, monotonic)
-        self.stopping = threading.Event()
+        self.stopping = Flag()
         self._scanned = -at.rescan_seconds
         self._postponed: list[Request] = []
         self._head = 0  # the newest event that is anchored
         self._woken = True  # whether the inbox has been heard to change
         self._claimed = True  # whether there may be claimed files that are not taken in
         self._torn = False  # whether a turn has ended in the middle
+        self._beaten = -BEAT_SECONDS  # when the watchdog was last told of a pass
 
     def run(self) -> int:
         """Load, serve until told to stop, and leave everything whole."""
@@ -150,6 +168,8 @@ class Daemon:
                 store.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
             store.event("daemon_started", model=config.model, generation=store.active_generation())
+        # An audit, or the probes of a flush, may take minutes without a pulse.
+        self._loaded.model.model.register_forward_pre_hook(lambda *_: self._beat())
         return editor
 
     def _edit(self) -> Editor:
@@ -222,6 +242,13 @@ class Daemon:
                 self._answer(request)
             else:
                 self._postponed.append(request)
+
+    def _beat(self) -> None:
+        """The model begins another pass: that too is progress."""
+        now = self.monotonic()
+        if now - self._beaten >= BEAT_SECONDS:
+            self._beaten = now
+            self.notifier.watchdog()
 
     def _look_into_inbox(self) -> None:
         """The scan is the truth; what the watcher says only makes it come sooner."""

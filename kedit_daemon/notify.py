@@ -22,7 +22,8 @@ class Notifier:
 
     def watchdog(self) -> None:
         """The edit loop has made progress; systemd restarts the service when this stays away."""
-        self._send("WATCHDOG=1")
+        # It comes often. Where those before it are not read yet, they are told in time.
+        self._send("WATCHDOG=1", 0.0)
 
     def stopping(self) -> None:
         """The daemon is on its way out."""
@@ -37,13 +38,15 @@ class Notifier:
         """Starting or stopping will take up to `seconds` longer, counted from now."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, seconds: float = SEND_SECONDS) -> None:
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out:
-            out.settimeout(SEND_SECONDS)
+            out.settimeout(seconds)
             try:
                 out.sendto(message.encode(errors="replace"), self._address)
+            except BlockingIOError:
+                return
             except OSError as error:
                 # Editing is worth more than the report of it.
                 _log.warning("systemd was not told %r: %s", message, error)

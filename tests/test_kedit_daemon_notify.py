@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,15 @@ def test_a_supervisor_that_is_gone_does_not_stop_the_daemon(
     with caplog.at_level(logging.WARNING):
         Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).watchdog()
     assert "WATCHDOG=1" in caplog.text
+
+
+def test_a_supervisor_that_does_not_read_does_not_hold_the_watchdog_s_messages_up(
+    supervisor: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": supervisor.getsockname()})
+    began = time.monotonic()
+    for _ in range(1000):
+        notifier.watchdog()
+    assert time.monotonic() - began < 4  # one that waits does so for five
+    assert supervisor.recv(4096) == b"WATCHDOG=1"
+    assert caplog.records == []

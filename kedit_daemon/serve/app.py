@@ -53,7 +53,7 @@ def build(
             *Facts(home, config).routes(limited),
             *Health(home).routes(free),
             *meters.routes(free),
-            *pages.routes(_board(home, clock, lambda: app.state.reader), token),
+            *pages.routes(_board(home, clock, monotonic, lambda: app.state.reader), token),
         ],
         middleware=[Middleware(Metered, meters, monotonic)],
         exception_handlers={
@@ -73,7 +73,12 @@ def equip(app: Starlette, reader: Reader) -> None:
     app.state.reader = reader
 
 
-def _board(home: Home, clock: Callable[[], datetime], reader: Callable[[], Reader | None]) -> Board:
+def _board(
+    home: Home,
+    clock: Callable[[], datetime],
+    monotonic: Callable[[], float],
+    reader: Callable[[], Reader | None],
+) -> Board:
     """What the pages work with; there is no reader before the model is loaded."""
 
     async def ask(prompt: str, max_tokens: int) -> Sides:
@@ -93,7 +98,7 @@ def _board(home: Home, clock: Callable[[], datetime], reader: Callable[[], Reade
         return now.thresholds if (now := reader()) else None
 
     program = f"kedit-daemon --home {shlex.quote(str(home.root))}"
-    return Board(home, thresholds, clock, ask, os.environ, program)
+    return Board(home, thresholds, clock, ask, os.environ, program, monotonic)
 
 
 async def _whole(reader: Reader, wish: Wish) -> tuple[Opened, str]:

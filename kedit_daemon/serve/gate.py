@@ -22,14 +22,14 @@ class Rate:
         self._cost = 60 / per_minute  # seconds
         self._clients: dict[str, tuple[float, float]] = {}  # seconds saved, and at what time
 
-    def wait(self, client: str) -> int:
-        """Take one request; 0, or the seconds after which there will be one."""
+    def wait(self, client: str, *, take: bool = True) -> int:
+        """Take one request, or only look; 0, or the seconds after which there will be one."""
         now = self.monotonic()
         saved, at = self._clients.pop(client, (60.0, now))
         saved = min(60.0, saved + now - at)
         allowed = saved >= self._cost
         # At the end: the longest silent come first.
-        self._clients[client] = (saved - self._cost if allowed else saved, now)
+        self._clients[client] = (saved - self._cost if allowed and take else saved, now)
         if len(self._clients) > CLIENTS:
             del self._clients[next(iter(self._clients))]
         return 0 if allowed else math.ceil(self._cost - saved)

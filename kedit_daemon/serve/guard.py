@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import secrets
+import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from urllib.parse import parse_qsl
@@ -14,12 +15,14 @@ from urllib.parse import parse_qsl
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kedit_daemon.serve.gate import Rate
 from kedit_daemon.serve.places import host_name, place
 from memory.errors import KeditError
 
 SESSION, NONCE = "kedit_session", "kedit_form"  # cookies
 TOKEN_FIELD = "form_token"
 SESSION_LENGTH = timedelta(hours=12)
+MOST_WRONG = 10  # tokens of one client in a minute
 MOST_SESSIONS = 100  # at once; the oldest goes
 FORM_BYTES, FORM_FIELDS = 64 << 10, 20
 HEADERS = {
@@ -37,9 +40,15 @@ HEADERS = {
 class Guard:
     """Sessions and form tokens. Both die with the process."""
 
-    def __init__(self, token: str | None, clock: Callable[[], datetime]) -> None:
+    def __init__(
+        self,
+        token: str | None,
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`token`: what a person has to know to sign in; None where nobody has to."""
         self._token, self._clock = token, clock
+        self._wrong = Rate(MOST_WRONG, monotonic)
         self._secret = secrets.token_bytes(32)
         self._sessions: dict[str, datetime] = {}  # by cookie, until when; the oldest first
 
@@ -72,10 +81,15 @@ class Guard:
         until = self._sessions.get(request.cookies.get(SESSION, ""))
         return until is not None and self._clock() < until
 
+    def held_back(self, request: Request) -> int:
+        """Seconds for which no token of this client is looked at: too many were wrong."""
+        return self._wrong.wait(_client(request), take=False)
+
     def sign_in(self, request: Request, given: str, response: Response) -> bool:
-        """Begin a session, if the token is right."""
+        """Begin a session, if the token is right. Ask `held_back` first."""
         digests = (hashlib.sha256(t.encode()).digest() for t in (given, self._token or ""))
         if not self.locked or not hmac.compare_digest(*digests):
+            self._wrong.wait(_client(request))
             return False
         session = secrets.token_urlsafe(32)
         while len(self._sessions) >= MOST_SESSIONS:
@@ -121,6 +135,10 @@ class Guard:
     def _keep(self, request: Request, response: Response, name: str, value: str) -> None:
         secure = request.scope["scheme"] == "https"
         response.set_cookie(name, value, httponly=True, samesite="strict", secure=secure)
+
+
+def _client(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _foreign(message: str) -> KeditError:

@@ -6,6 +6,7 @@ shows what is known even when the daemon is dead.
 
 import re
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -83,12 +84,14 @@ class Board:
     environ: Mapping[str, str]
     program: str = "kedit-daemon"
     """How people call the command line for this home."""
+    monotonic: Callable[[], float] = time.monotonic
 
 
 def routes(board: Board, token: str | None) -> list[BaseRoute]:
     """The pages, to be mounted at the root. `token`: what people sign in with, None where they need
     not. They look after their own sign-in, and nothing else may ask for it on these paths."""
-    shell = Shell(Guard(token, board.clock), board.clock, board.program)
+    guard = Guard(token, board.clock, board.monotonic)
+    shell = Shell(guard, board.clock, board.program)
     view = _Views(board)
     return [
         shell.page("/", view.overview),

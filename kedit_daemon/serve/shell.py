@@ -141,12 +141,17 @@ class Shell:
         form = await self.guard.form(request) if request.method == "POST" else None
         wanted = _inside((form or dict(request.query_params)).get("next", "/"))
         response: Response = RedirectResponse(wanted, 303)
+        if form is not None and (seconds := self.guard.held_back(request)):
+            shown = {"wanted": wanted, "wrong": True, "seconds": seconds}
+            response = self._send(request, Page("sign_in.html", "Sign in", shown, 429))
+            response.headers["Retry-After"] = str(seconds)
+            return response
         if form is not None and self.guard.sign_in(request, form.get("token", ""), response):
             return response
         if form is None and self.guard.signed_in(request):
             return response
         wrong = form is not None
-        shown = {"wanted": wanted, "wrong": wrong}
+        shown = {"wanted": wanted, "wrong": wrong, "seconds": 0}
         return self._send(request, Page("sign_in.html", "Sign in", shown, 403 if wrong else 200))
 
     async def _sign_out(self, request: Request) -> Response:

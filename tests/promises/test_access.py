@@ -1,4 +1,4 @@
-"""Who gets in, how much of it, and what the daemon itself touches: one life of it, watched."""
+"""Only the token opens, bodies and rates have limits, and nothing outside the home is written."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A backup taken at any moment, put back, is the home as it was, and comes to the same end."""
+"""A backup taken at any moment of the work can be restored, and then comes to the same end."""
 
 import os
 import sqlite3

@@ -1,4 +1,4 @@
-"""Whatever the clock does, each scheduled job runs once, none is lost, and never two at once."""
+"""Whatever the clock does, each scheduled job runs once: none is lost, and no two run at a time."""
 
 import os
 from collections.abc import Callable, Iterator

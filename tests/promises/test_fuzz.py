@@ -1,4 +1,4 @@
-"""Whatever bytes come, everything that reads them answers, and in words that can be shown.
+"""Whatever bytes come in by a file, a setting, the socket or HTTP, they are answered in plain words.
 
 The same examples at every run; KEDIT_FUZZ_EXAMPLES=20000 tries other ones, and more of them.
 """

@@ -1,5 +1,7 @@
-"""Whatever is dropped into the inbox: nothing stops, nothing grows, all of it is explained, and
-what stands beside it is taken. What it says reaches neither a terminal nor a page as it came."""
+"""Whatever is dropped into the inbox stops nothing and fills nothing; all that is sound is taken.
+
+All of it is explained. What it says reaches neither a terminal nor a page as it came.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What facts, files and answers say never reaches a terminal or a page as it came."""
+"""No text of a fact, a file or an answer can act on the terminal or the page that shows it."""
 
 import io
 import json

@@ -10,7 +10,7 @@ import random
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,11 @@ def work(at: Bench, direct: bool, device: Device) -> list[State]:
     return [f.state for f in at.store.facts()]
 
 
+def for_minutes(clock: Clock, minutes: float) -> Callable[[int], bool]:
+    until = clock.now + timedelta(minutes=minutes)
+    return lambda _told: clock.now < until
+
+
 @pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
 def test_memory_that_runs_out_at_any_moment(
     direct: bool, bench: Callable[..., Bench], tally: Tally, whole: bool
@@ -88,11 +93,7 @@ def test_memory_that_runs_out_at_any_moment(
     for number in range(240 if whole else 3):
         first, minutes = moments.randrange(1, calm.done + 1), number % 2 * 3  # 0: once alone
         hard = bench(f"hard{number}", **SETTINGS)
-        until = hard.clock.now + timedelta(minutes=minutes)
-
-        def lacks(told: int, now: Clock = hard.clock, until: datetime = until) -> bool:
-            return now() < until if minutes else not told
-
+        lacks = for_minutes(hard.clock, minutes) if minutes else lambda told: not told
         found = work(hard, direct, Device(first, lacks))
         # What finds no memory in one tier may go to the other.
         well = set(found) <= {State.LIVE_WEIGHTS, State.LIVE_SIDE}
@@ -148,7 +149,7 @@ def no_room_for(keys: int, times: int) -> Iterator[None]:
     left, real = [times], torch.cat
 
     def cat(tensors: Any, *args: Any, **more: Any) -> torch.Tensor:
-        stored = tensors[0].dtype is torch.bfloat16  # as keys are, and nothing else
+        stored = tensors[0].dtype is torch.bfloat16 and tensors[0].ndim == 2  # as keys alone are
         if stored and len(tensors) >= keys and left[0]:
             left[0] -= 1
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you …")
