@@ -43,7 +43,7 @@ def told(error: OSError | sqlite3.Error, folder: Path) -> KeditError:
     """The error of a disk in words, with a remedy; `folder` is what was worked on."""
     named = error.filename if isinstance(error, OSError) else None
     where = os.fsdecode(named) if isinstance(named, str | bytes) else str(folder)
-    if is_full(error):
+    if is_full(error) or _unmapped(error):
         return KeditError(f"{where}: {FULL}", code="disk-full", hint=HINT.format(folder))
     if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in DAMAGED:
         return damaged(str(folder), str(error))
@@ -58,6 +58,11 @@ def telling(folder: Path) -> Iterator[None]:
         yield
     except BROKEN as error:
         raise told(error, folder) from error
+
+
+def _unmapped(error: OSError | sqlite3.Error) -> bool:
+    """What SQLite makes of a full disk when it opens a database."""
+    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHMSIZE
 
 
 def _remedy(error: OSError | sqlite3.Error, folder: Path) -> str:

@@ -28,7 +28,7 @@ def test_the_daemon_ends_and_the_next_one_goes_on(
 ) -> None:
     last = {"fdatasync": 40, "fsync": 14, "pwrite64": 220, "rename": 6}[call]
     moments = range(1, last, -(-last // 12)) if whole else (last // 2,)
-    bad, fired = [], 0
+    bad, fired, checkpoints = [], 0, 0
     for n in moments:
         home = maker(tmp_path / str(n) / "home")
         drop(home)
@@ -42,7 +42,10 @@ def test_the_daemon_ends_and_the_next_one_goes_on(
             # Nothing is written once more as if it could be. (fdatasync is SQLite's, at its close:
             # of what it holds for committed, all had been synced before.)
             retried = [line for line in trace[after[0] + 1 :] if " fsync(" in line]
-            if not ended or retried:
+            if code == 0 and call in ("fdatasync", "pwrite64"):
+                # A checkpoint that fails is SQLite's to do again: what it moves is safe elsewhere.
+                checkpoints += 1
+            elif not ended or retried:
                 bad.append((n, code, said[-800:], retried))
             code, said = lived(home)
         if (code, outcome(home)) != (0, calm):
@@ -50,7 +53,7 @@ def test_the_daemon_ends_and_the_next_one_goes_on(
         intact(home)
     tally.tried(len(moments), bad=len(bad))
     assert bad == []
-    assert fired
+    assert fired > 3 * checkpoints
 
 
 # Disks that cannot be written to --------------------------------------------------------------
