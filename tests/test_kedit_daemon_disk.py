@@ -43,8 +43,8 @@ def test_each_error_has_its_remedy() -> None:
     assert broken.exit_code == 78 and "restore" in broken.hint
     assert said(sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE)).code == "disk-full"
     with closing(sqlite3.connect(":memory:")) as conn, pytest.raises(sqlite3.Error) as caught:
-        conn.execute("SELECT * FROM nothing")
-    assert str(said(caught.value)) == "/home: no such table: nothing"
+        conn.execute("SELECT * FROM absent")
+    assert str(said(caught.value)) == "/home: no such table: absent"
 
 
 def test_a_disk_with_room_lacks_nothing(tmp_path: Path) -> None:
