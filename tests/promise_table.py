@@ -1,9 +1,11 @@
 """What tests of promises say of themselves: faults tried, kills fired, bad ends, bugs caught.
 
-`pytest tests/promises --promises docs/promises.md` writes it into that document. A test that asks
-for `tally` says what it has tried; any other test of a promise is one fault itself.
+`pytest tests/promises --promises docs/promises.md` writes it into that document; of files that are
+not run, it leaves what stands there. A test that asks for `tally` says what it has tried; any other
+test of a promise is one fault itself.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +15,14 @@ import pytest
 
 FOLDER = Path(__file__).with_name("promises")
 BEGIN, END = "<!-- made by the tests: begin -->", "<!-- made by the tests: end -->"
+PROMISES = """\
+| promise | faults tried | kills fired | bad end states | seconds | command |
+| --- | ---: | ---: | ---: | ---: | --- |"""
+BUGS = """\
+| bug that was put in | where | seen by | caught |
+| --- | --- | --- | --- |"""
+ROW = re.compile(r"`pytest tests/promises/(\w+\.py)[^`]*` \|$")  # a row of the first
+KEPT = re.compile(r"^\| (.*?) \|")  # and of the second
 
 
 @dataclass
@@ -61,23 +71,34 @@ class Report:
             self.tallies[path.name] = Tally(first, command)
         return self.tallies[path.name]
 
-    def lines(self) -> Iterator[str]:
-        """The tables, in Markdown."""
-        yield "| promise | faults tried | kills fired | bad end states | seconds | command |"
-        yield "| --- | ---: | ---: | ---: | ---: | --- |"
-        for name in sorted(self.tallies):
-            t = self.tallies[name]
-            if not t.faults:
-                continue
+    def promises(self) -> dict[str, str]:
+        """A row in Markdown for each file of tests."""
+        rows = {}
+        for name, t in self.tallies.items():
             figures = f"{t.faults:,} | {t.kills:,} | {t.bad:,} | {t.seconds:.0f}"
-            yield f"| {t.promise} | {figures} | `{t.command}` |"
-        if self.seeds:
-            yield ""
-            yield "| bug that was put in | where | seen by | caught |"
-            yield "| --- | --- | --- | --- |"
-            for s in self.seeds:
-                caught = "yes" if s.caught else "**no**"
-                yield f"| {s.bug} | `{s.where}` | `{s.caught_by}` | {caught} |"
+            if t.faults:
+                rows[name] = f"| {t.promise} | {figures} | `{t.command}` |"
+        return rows
+
+    def bugs(self) -> dict[str, str]:
+        """A row in Markdown for each bug that was put in."""
+        rows = {}
+        for s in self.seeds:
+            caught = "yes" if s.caught else "**no**"
+            rows[s.bug] = f"| {s.bug} | `{s.where}` | `{s.caught_by}` | {caught} |"
+        return rows
+
+    def tables(self, before: str) -> str:
+        """Both tables; rows of the tables `before` stay where this run has none in their place."""
+        text = []
+        for head, new in ((PROMISES, self.promises()), (BUGS, self.bugs())):
+            _, _, rest = before.partition(head)
+            rows = new.copy()
+            for row in rest.partition("\n\n")[0].strip().splitlines():
+                key = ROW.search(row) or KEPT.search(row)
+                rows.setdefault(key[1] if key else row, row)
+            text.append(f"{head}\n" + "\n".join(rows[key] for key in sorted(rows)))
+        return "\n\n".join(text)
 
 
 KEY = pytest.StashKey[Report]()
@@ -145,6 +166,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if path is None:
         return
     before, _, rest = path.read_text("utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = "\n".join(session.config.stash[KEY].lines())
-    path.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", "utf-8")
+    tables, _, after = rest.partition(END)
+    tables = session.config.stash[KEY].tables(tables)
+    path.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", "utf-8")
