@@ -114,7 +114,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--promises") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--promises counts in one process: say -n 0")
+    config.addinivalue_line("markers", "whole: tried only with --whole")
     config.stash[KEY] = Report(config.getoption("--whole"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--whole"):
+        return
+    left = [item for item in items if item.get_closest_marker("whole")]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
-"""Each test of a promise can fail: with a bug put in, it does. With `--whole`, all bugs are tried."""
+"""Each test of a promise can fail: with a bug put in, it does.
+
+All bugs are tried with `--whole`, else the first one of each file of tests."""
 
 import json
 import os
@@ -31,7 +33,7 @@ class Bug:
 
 BUGS = [Bug(**bug) for bug in tomllib.loads(LIST.read_text("utf-8"))["bug"]]
 FIRST = {bug.test.partition("::")[0]: bug.name for bug in reversed(BUGS)}.values()
-each_bug = pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name.replace(" ", "-"))
+EACH = {bug.name.replace(" ", "-"): bug for bug in BUGS}
 
 
 def seeded(bug: Bug) -> "subprocess.CompletedProcess[str]":
@@ -46,18 +48,21 @@ def seeded(bug: Bug) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, env=environ, text=True, timeout=SECONDS, **output)
 
 
-@each_bug
+@pytest.mark.parametrize("bug", EACH.values(), ids=EACH)
 def test_what_a_bug_changes_is_there(bug: Bug, report: Report) -> None:
     text = (ROOT / bug.module.replace(".", "/")).with_suffix(".py").read_text("utf-8")
     assert text.count(bug.old) == 1
     assert (ROOT / "tests/promises" / bug.test.partition("::")[0]).is_file()
 
 
-@each_bug
-def test_a_bug_is_seen(bug: Bug, report: Report, whole: bool) -> None:
-    """All of them with `--whole`, else the first one of each file of tests."""
-    if not whole and bug.name not in FIRST:
-        pytest.skip("with --whole")
+@pytest.mark.parametrize(
+    "bug",
+    [
+        pytest.param(bug, id=name, marks=[] if bug.name in FIRST else pytest.mark.whole)
+        for name, bug in EACH.items()
+    ],
+)
+def test_a_bug_is_seen(bug: Bug, report: Report) -> None:
     done = seeded(bug)
     # 1: a test has failed. All else would be a run that could not be, which shows nothing.
     caught = done.returncode == 1 and "\nFAILED " in done.stdout
