@@ -98,6 +98,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
         self.editor = self._load()
+        self.editor.resume()
         for claim in self.inbox.pending_claims():
             self.intake.take(claim)
         self.control.start()

@@ -34,6 +34,14 @@ class Editor:
         self.auditor = Auditor(self.flush, restraint)
         self.hot = Hot(self.flush, config.side.batch_facts, config.side.steps, pulse)
 
+    def resume(self) -> None:
+        """At the start: do what a crash came before, between two transactions of one change."""
+        try:
+            self.weights.recheck()
+            self.hot.relieve()
+        except KeditError as error:  # no reason to stay away: what is served is as it was
+            log.warning("a change that was cut short cannot be completed: %s", error)
+
     # The loop -----------------------------------------------------------------------------------
 
     def step(self) -> bool:

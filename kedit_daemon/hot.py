@@ -70,7 +70,7 @@ class Hot:
         with self.store.transaction():
             for fact in (f for f in together if f.id in failed):
                 self.flush.retry(fact, "side", failed[fact.id])
-        self._relieve()
+        self.relieve()
         self.served.forget_side()
         return [f.id for f in together if f.id not in failed]
 
@@ -167,8 +167,8 @@ class Hot:
                 )
                 self.store.add_edit(fact.id, "side", None, seconds, "live", probe.as_dict())
 
-    def _relieve(self) -> None:
-        """Solve the weights without the facts that newer ones have just superseded."""
+    def relieve(self) -> None:
+        """Solve the weights without the facts that newer ones have superseded."""
         held = self.served.weights_facts()
         ids = [n for n in held if (f := self.store.fact(n)) and f.state is State.LIVE_WEIGHTS]
         if len(ids) < len(held):
