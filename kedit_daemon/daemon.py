@@ -123,6 +123,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop())
         self.editor = self._load()
+        self.editor.resume()
         self.control.start()
         names = vars(self.config.schedule)
         self.jobs.start({name: self.store.last_success(name) for name in names})

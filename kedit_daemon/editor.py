@@ -40,6 +40,13 @@ class Editor:
         self.hot = Hot(self.flush, config.side.batch_facts, config.side.steps, pulse)
         self._rested: datetime | None = None  # since when, where there was no memory for one fact
 
+    def resume(self) -> None:
+        """At the start: do what a crash came before, between two transactions of one change."""
+        try:
+            self.weights.recheck()
+        except KeditError as error:  # no reason to stay away: what is served is as it was
+            log.warning("a change that was cut short cannot be completed: %s", error)
+
     # The loop -----------------------------------------------------------------------------------
 
     def step(self) -> bool:

@@ -27,6 +27,7 @@ from policies.routing import wants_batch
 from policies.solver import UNSOLVED
 from policies.stability import Action, Thresholds, Verdict, judge, worse
 
+UNCHECKED = "side_unchecked"  # in the store's meta: the weights have moved under the side memory
 HELD = "flush_held"  # why flushes wait for a person or for room; in the store's meta
 
 
@@ -87,23 +88,26 @@ class Weights:
                 self.room.forget_trials()
             self.room.remember()
             moves(number)
+            if self.store.facts((State.LIVE_SIDE,)):
+                self.store.set_meta(UNCHECKED, str(number))
         self.served.deltas = deltas
-        self._recheck()
+        self.recheck()
         return number
 
-    def _recheck(self) -> None:
+    def recheck(self) -> None:
         """Let what no longer holds in the side memory, on weights that have moved, be relearned."""
         self.served.forget_side()  # first: no fact that has left may fire for a live one
-        live = self.store.facts((State.LIVE_SIDE,))
-        if not live:
+        if self.store.meta(UNCHECKED) is None:
             return
-        most = longest_target(self.model, [f.fact for f in live])
-        said = self.served.ask([f.fact.question for f in live], most)
+        live = self.store.facts((State.LIVE_SIDE,))
+        most = longest_target(self.model, [f.fact for f in live]) if live else 0
+        said = self.served.ask([f.fact.question for f in live], most) if live else []
         with self.store.transaction():
             for fact, answer in zip(live, said, strict=True):
                 if not same(answer.text, fact.fact.target):
                     self.store.drop_side(fact.id)
                     self.store.move(fact.id, State.RECEIVED, reason="the weights moved under it")
+            self.store.set_meta(UNCHECKED, None)
         self.served.forget_side()
 
     def solve(self, ids: Sequence[str]) -> None:

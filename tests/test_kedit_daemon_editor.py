@@ -99,3 +99,32 @@ def test_of_two_waiting_facts_in_one_slot_the_newer_is_learned(bench: Make) -> N
     at.settle()
     assert states(at) == {old.id: "superseded", new.id: "live-side"}
     assert at.says(new.question) == "Lima"
+
+
+class CrashError(BaseException):
+    """The process is gone."""
+
+
+def crash(*_: object) -> None:
+    raise CrashError
+
+
+def test_what_no_longer_holds_beside_weights_that_moved_before_a_crash_is_learned_anew(
+    bench: Make,
+) -> None:
+    at, one, two = bench(side=STEPS), seat(1, "Oslo"), seat(2, "Lima")
+    at.receive(one)
+    at.settle()
+    at.receive(two, direct=True)
+    at.editor.weights.recheck = crash  # type: ignore[method-assign]
+    with pytest.raises(CrashError):
+        at.editor.flush.run(at.store.facts((State.RECEIVED,)), "test", False)
+    at.restart()
+    at.served.side.drop(one.id)  # as if it no longer held
+    at.editor.resume()
+    assert states(at) == {one.id: "received", two.id: "live-weights"}
+    at.settle()
+    assert states(at)[one.id] == "live-side"
+    at.served.side.drop(one.id)
+    at.editor.resume()  # nothing is left to be done
+    assert states(at)[one.id] == "live-side"
