@@ -1,4 +1,4 @@
-"""Whatever bytes come in by a file, a setting, the socket or HTTP, they are answered in plain words.
+"""Whatever bytes come by a file, a setting, the socket or HTTP, they are answered in plain words.
 
 The same examples at every run; KEDIT_FUZZ_EXAMPLES=20000 tries other ones, and more of them.
 """
