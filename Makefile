@@ -3,7 +3,7 @@ PACKAGES = kedit_daemon memory policies
 # Torch's threads must not spin where other work wants the same cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test .venv
+.PHONY: audit demo test .venv
 
 demo: .venv
 	.venv/bin/kedit-daemon demo
@@ -15,6 +15,11 @@ test: .venv
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict $(addprefix -p ,$(PACKAGES))
 	.venv/bin/pytest -q
+
+# Known holes in what is installed with; it asks a database on the network, so no test does it.
+audit: .venv
+	.venv/bin/pip install --disable-pip-version-check -q pip-audit
+	.venv/bin/pip-audit --disable-pip --no-deps -r constraints.txt
 
 .venv: .venv/installed
 

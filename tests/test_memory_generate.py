@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, make_tokenizer, save_model
 
+from memory.errors import KeditError
 from memory.generate import MAX_ROWS, answers, first_sentence
 from memory.model import EditableModel
 
@@ -138,3 +139,24 @@ def test_every_group_runs_under_the_overlay_and_is_told_its_places(model: Editab
     assert all(told == rows for told, rows in shapes)
     for places in opened:
         assert len({prompts[place] for place in places}) == 1
+
+
+def test_rows_that_find_no_memory_together_are_run_in_halves(model: EditableModel) -> None:
+    prompts = [f"The seat of country {n} is" for n in range(7)]
+    calm, rows = answers(model, prompts, 5), list[int]()
+
+    def room_for_two(_model: object, _args: object, given: dict[str, torch.Tensor]) -> None:
+        rows.append(len(given["input_ids"]))
+        if rows[-1] > most:
+            raise torch.OutOfMemoryError("no room")
+
+    most = 2
+    handle = model.model.register_forward_pre_hook(room_for_two, with_kwargs=True)
+    try:
+        assert answers(model, prompts, 5) == calm
+        assert max(rows) == 7
+        most = 0
+        with pytest.raises(KeditError, match="no memory left"):
+            answers(model, prompts, 5)
+    finally:
+        handle.remove()

@@ -69,7 +69,8 @@ def taken(tmp_path_factory: pytest.TempPathFactory) -> Taken:
     hostile_tools.drop(home.inbox)
     things = hostile_tools.things(home.inbox, elsewhere)
     command = [sys.executable, hostile_tools.__file__, str(home.root)]
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
     return Taken(home, elsewhere, things, done)
 
