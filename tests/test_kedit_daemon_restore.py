@@ -157,7 +157,7 @@ def test_a_cut_off_restore_is_known_until_one_comes_to_its_end(
         with pytest.raises(KeditError, match="No space left"):
             restore(cut_off, made.path, False, LATER)
     assert not list(cut_off.root.glob(f"{RESTORING}*"))  # and there is an empty `state` now
-    for command in ("run", "init", "calibrate"):
+    for command in ("init", "calibrate", "run"):
         result = called(cut_off, command)
         assert (result.exit_code, f"first move state.{STAMP} out" in result.stderr) == (78, True)
     assert not cut_off.database.exists()

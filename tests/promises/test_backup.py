@@ -130,7 +130,7 @@ def killed_at(change: int, home: Home, source: Path) -> bool:
 
 def refused(home: Home) -> None:
     called(home, "doctor", "--fix")  # mends no such thing, and does not hide it
-    for command in ("run", "init", "calibrate"):
+    for command in ("init", "calibrate", "run"):
         result = called(home, command)
         assert result.exit_code == 78
         assert "was cut off" in result.output
