@@ -6,7 +6,6 @@ in the inbox, claimed or not, is in no database until all its facts are.
 """
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -29,11 +28,12 @@ from memory.files import sha256_of, sync_folder, tensors_path, write_atomic
 
 FORMAT = "kedit-backup-1"
 MANIFEST = "manifest.json"
-PARTIAL = ".partial-"  # in the name of a folder that is being filled
+# In the name of a folder that is being filled. What a killed backup leaves is for a person to take
+# away: outside of the home nobody can tell whose a folder is.
+PARTIAL = ".partial-"
 TRIES = 20  # snapshots, while the daemon drops files that the last one names
 DATABASE = "state/kedit.db"
 HEAD = f"state/{ledger.HEAD_FILE}"
-_OWN = {"state", "config.toml", "review.yaml", MANIFEST}  # what stands in a backup
 _TENSORS = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
 # What a manifest may name: it may come from anywhere, and its files are written into a home.
 _NAMES = re.compile(
@@ -60,13 +60,11 @@ def back_up(home: Home, dest: Path, now: datetime) -> Backup:
     staged = dest.with_name(f".{dest.name}{PARTIAL}{secrets.token_hex(4)}")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(dest.parent)
         try:
             staged.mkdir(FOLDER_MODE)
-            with _held(staged):
-                _fill(home, Home(staged), now)
-                found = check(staged)
-                staged.rename(dest)
+            _fill(home, Home(staged), now)
+            found = check(staged)
+            staged.rename(dest)
             sync_folder(dest.parent)
         finally:
             shutil.rmtree(staged, ignore_errors=True)
@@ -113,25 +111,6 @@ def copy(source: Path, target: Path) -> str:
     with target.open("rb") as file:
         os.fsync(file.fileno())
     return sha256_of(target)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Keep a folder from being taken for what a crash has left. Raises OSError: somebody has it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(folder: Path) -> None:
-    """Take away what backups that were killed have left in a folder, and nothing else."""
-    for left in folder.glob(f".*{PARTIAL}????????"):
-        with suppress(OSError), _held(left):  # the kernel lets go of what a dead process held
-            if {path.name for path in left.iterdir()} <= _OWN:
-                shutil.rmtree(left)
 
 
 def _check_place(home: Home, dest: Path) -> None:

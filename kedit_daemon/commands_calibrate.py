@@ -82,10 +82,12 @@ def calibrate(
     """
     from kedit_daemon.config import load
     from kedit_daemon.lock import hold
+    from kedit_daemon.restore import refuse_cut_off
     from memory.files import write_atomic
     from policies.site import FILE, site_text
 
     config = load(session.home.root, session.environ)
+    refuse_cut_off(session.home)
     session.home.create()
     with hold(session.home.lock):
         found = _measured(session, config, pilot, count, false_routes, dry_run)

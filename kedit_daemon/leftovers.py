@@ -18,8 +18,8 @@ INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval in
 
 def leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
     """They are looked for by what the database names; without one only unfinished files are."""
-    # Without a state the restore was cut off in the middle, and the folder is how that is known.
-    cut_off = not home.state.is_dir()
+    # Without a database the restore was cut off, and the folder is how that is known.
+    cut_off = not home.database.exists()
     found = [] if cut_off else [p for p in home.root.glob(f"{RESTORING}*") if p.is_dir()]
     for folder in (home.root, home.state, home.inbox / "failed", *_tensors(home)):
         if folder.is_dir():

@@ -15,6 +15,8 @@ from kedit_daemon.lock import hold, holder
 from memory.errors import KeditError
 from memory.files import sync_folder
 
+BEFORE = "before-"  # and a time: what is moved aside has it after its name
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -69,13 +71,21 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> Restored:
 
 
 def refuse_cut_off(home: Home) -> None:
-    """Raises KeditError (78): a restore was killed after what was there had made room and before
-    the backup was in its place. Whoever began anew there would have no facts."""
-    if not home.state.exists() and any(home.root.glob(f"{RESTORING}*")):
+    """Raises KeditError (78): there is no database, but what a restore has staged or moved aside.
+    Whoever began anew there would have no facts.
+
+    Only a restore that has come to its end ends this, by the database: a second one that fails
+    makes an empty `state` and takes away what the first has staged.
+    """
+    if home.database.exists():
+        return
+    moved = home.root.glob(f"{home.state.name}.{BEFORE}*")
+    if left := sorted(p.name for p in (*moved, *home.root.glob(f"{RESTORING}*")) if p.is_dir()):
         raise KeditError(
             f"a restore to {home.root} was cut off",
             code="restore",
-            hint="run `kedit-daemon restore SOURCE` again; what was there is in state.before-…",
+            hint="run `kedit-daemon restore SOURCE` again; "
+            f"to begin without its facts, first move {', '.join(left)} out of the home",
             exit_code=78,
         )
 
@@ -102,7 +112,7 @@ def _fill(staged: Home, backup: Backup) -> None:
 
 def _exchange(home: Home, staged: Home, now: datetime) -> tuple[Path, ...]:
     """Put what is staged in its place, `state` last; what was there and is moved aside."""
-    stamp = now.astimezone(UTC).strftime("before-%Y%m%dT%H%M%SZ")
+    stamp = now.astimezone(UTC).strftime(f"{BEFORE}%Y%m%dT%H%M%SZ")
     aside = []
     for new, old in ((staged.config, home.config), (staged.review, home.review)):
         if not new.exists():

@@ -19,7 +19,7 @@ from typing import Any
 from click.testing import CliRunner
 from conftest import CITIES, LOOSE, seat
 
-from kedit_daemon.backup import back_up, check
+from kedit_daemon.backup import PARTIAL, back_up, check
 from kedit_daemon.cli import cli
 from kedit_daemon.config import Config
 from kedit_daemon.control import Request
@@ -218,6 +218,10 @@ def findings(case: Case) -> dict[str, Any]:
     home = case.home
     command = ["--home", str(home.root), "doctor", "--fix", "--json"]
     said = CliRunner().invoke(cli, command)
+    backup = case.backup
+    # Outside of the home a killed backup may leave what it was filling, and nothing takes it away.
+    for left in case.folder.glob(f".{backup.name}{PARTIAL}*"):
+        shutil.rmtree(left)
     found: dict[str, Any] = {"files": listing(case.folder)}
     with closing(reading.open_readonly(home.database)) as conn:
         for name, sql in FOUND.items():
@@ -225,8 +229,8 @@ def findings(case: Case) -> dict[str, Any]:
         found["chain"] = verify(conn, read_head(home.head)).problem
     checks = json.loads(said.stdout)["checks"]
     found["doctor"] = sorted({c["name"] for c in checks if c["outcome"] != "ok"})
-    if case.backup.exists():
-        found["backup"] = check(case.backup).manifest["facts"]
+    if backup.exists():
+        found["backup"] = check(backup).manifest["facts"]
     return found
 
 

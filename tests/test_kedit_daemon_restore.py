@@ -1,20 +1,21 @@
 import os
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from command_line import make_home
+from command_line import called, make_home
 
 from kedit_daemon.backup import Backup, back_up
 from kedit_daemon.home import Home
 from kedit_daemon.leftovers import RESTORING
 from kedit_daemon.lock import hold, holder
-from kedit_daemon.restore import examine, restore
+from kedit_daemon.restore import examine, refuse_cut_off, restore
 from memory.errors import KeditError
 from memory.store import Store
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
+LATER = NOW + timedelta(minutes=1)
 STAMP = "before-20260301T000000Z"
 
 
@@ -135,6 +136,46 @@ def test_no_daemon_gets_in_between(
     restore(used, made.path, True, NOW)
     assert held == [os.getpid(), None, os.getpid()]  # None: there is no state in between
     assert holder(used.lock) is None
+
+
+@pytest.fixture
+def cut_off(made: Backup, used: Home) -> Home:
+    """A home as a restore leaves it that is killed between its two last renames."""
+    used.state.rename(used.root / f"state.{STAMP}")
+    shutil.copytree(made.path, used.root / f"{RESTORING}0")
+    return used
+
+
+def test_a_cut_off_restore_is_known_until_one_comes_to_its_end(
+    made: Backup, cut_off: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy", full)
+        with pytest.raises(KeditError, match="No space left"):
+            restore(cut_off, made.path, False, LATER)
+    assert not list(cut_off.root.glob(f"{RESTORING}*"))  # and there is an empty `state` now
+    for command in ("init", "calibrate", "run"):
+        result = called(cut_off, command)
+        assert (result.exit_code, f"first move state.{STAMP} out" in result.stderr) == (78, True)
+    assert not cut_off.database.exists()
+    restore(cut_off, made.path, False, LATER)
+    refuse_cut_off(cut_off)
+    assert files(cut_off.root / f"state.{STAMP}")
+
+
+def test_who_does_not_want_what_was_moved_aside_can_begin_anew(
+    cut_off: Home, tmp_path: Path
+) -> None:
+    with pytest.raises(KeditError) as caught:
+        refuse_cut_off(cut_off)
+    names = (f"{RESTORING}0", f"state.{STAMP}")
+    assert f"move {', '.join(names)} out of the home" in (caught.value.hint or "")
+    for name in names:
+        (cut_off.root / name).rename(tmp_path / name)
+    refuse_cut_off(cut_off)
 
 
 @pytest.mark.parametrize("fails", ["copy", "rename"])

@@ -128,6 +128,14 @@ def killed_at(change: int, home: Home, source: Path) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
 
 
+def refused(home: Home) -> None:
+    called(home, "doctor", "--fix")  # mends no such thing, and does not hide it
+    for command in ("init", "calibrate", "run"):
+        result = called(home, command)
+        assert result.exit_code == 78
+        assert "was cut off" in result.output
+
+
 def test_a_restore_that_is_killed_anywhere_is_old_or_new_or_said_to_be_cut_off(
     tmp_path: Path, tally: Tally
 ) -> None:
@@ -145,11 +153,9 @@ def test_a_restore_that_is_killed_anywhere_is_old_or_new_or_said_to_be_cut_off(
             ends.append({old: "old", new: "new"}[home.database.read_bytes()])
         else:
             ends.append("cut off")
-            called(home, "doctor", "--fix")  # mends no such thing, and does not hide it
-            for command in ("run", "init"):
-                result = called(home, command)
-                assert result.exit_code == 78
-                assert "was cut off" in result.output
+            refused(home)
+            killed_at(0, home, backup)  # makes an empty `state` and no more
+            refused(home)
         restore(home, backup, True, NOW + timedelta(minutes=1))
         assert home.database.read_bytes() == new
         assert not list(home.root.glob(f"{RESTORING}*"))
