@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import watchfiles
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer, Request
-from kedit_daemon.disk import BROKEN, is_full, telling
+from kedit_daemon.disk import broken, is_full, is_held, telling
 from kedit_daemon.editor import Editor
 from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
@@ -144,7 +145,7 @@ class Daemon:
             self.notifier.stopping()
             self.jobs.stop()
             self.control.stop()
-            with where_it_fits():
+            with where_it_fits(self.home.state):
                 # After an error nothing more is written: the next start finds what is whole.
                 self.publisher.stop(noting=well)
                 if well:
@@ -181,25 +182,29 @@ class Daemon:
     # One turn -----------------------------------------------------------------------------------
 
     def _turn_or_pause(self) -> None:
-        """What does not fit on the disk is done when there is room, as after a crash."""
+        """What does not fit on the disk is done when there is room, as after a crash; what another
+        process keeps from the database, in the next turn."""
         try:
             self._turn()
-        except BROKEN as error:
-            if not is_full(error):
+        except (OSError, sqlite3.Error) as error:
+            held = is_held(error)
+            if not (held or is_full(error, self.home.state)):
                 raise
             self._torn = self._claimed = True
+            if held:
+                log.warning("somebody else holds the database: %s", error)
+                return
             self.pause.ran_out(error)
-            with where_it_fits():
+            with where_it_fits(self.home.state):
                 self.editor.served.forget_side()  # what has left must not answer meanwhile
 
     def _turn(self) -> None:
         self.notifier.watchdog()
         paused = self.pause.look()
-        for request in self._postponed:
-            self._answer(request)
-        self._postponed.clear()
+        while self._postponed:
+            self._answer(self._postponed.pop(0))  # none twice, whatever it meets
         busy = not paused and self._work()
-        with where_it_fits():
+        with where_it_fits(self.home.state):
             self._anchor()
         wait = 0.0 if busy else SETTLING_SECONDS if self.inbox.settling else IDLE_SECONDS
         self._wait(wait)
@@ -289,14 +294,14 @@ class Daemon:
             try:
                 with self.editor.spared():
                     detail = do_job(self.editor, name)
-            except BROKEN:
-                self.jobs.due.put((name, planned))  # for when there is room
-                raise
             except KeditError as error:
                 if ends(error):
                     raise
                 outcome, detail = "failed", str(error)
             except Exception as error:  # the next job must still run
+                if broken(error) or is_held(error):
+                    self.jobs.due.put((name, planned))  # for when there is room
+                    raise
                 log.exception("job %s failed", name)
                 outcome, detail = "failed", f"{type(error).__name__}: {error}"
             with self.store.transaction():

@@ -2,11 +2,12 @@
 
 import logging
 import math
+import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kedit_daemon.disk import BROKEN, FULL, HINT, RETRY_SECONDS, is_full, lacking
+from kedit_daemon.disk import FULL, HINT, RETRY_SECONDS, is_full, lacking
 from memory.errors import KeditError
 from memory.store import Store
 
@@ -48,17 +49,17 @@ class Pause:
         if why == self.store.meta(PAUSED):
             return
         # Where it does not fit, `status` looks at the disk for itself.
-        with where_it_fits(), self.store.transaction():
+        with where_it_fits(self.folder), self.store.transaction():
             self.store.set_meta(PAUSED, why)
             self.store.event("paused" if why else "resumed", reason=why)
 
 
 @contextmanager
-def where_it_fits() -> Iterator[None]:
-    """What is done within may be left undone where the disk is full."""
+def where_it_fits(folder: Path) -> Iterator[None]:
+    """What is done within may be left undone where the disk of the folder is full."""
     try:
         yield
-    except BROKEN as error:
-        if not is_full(error):
+    except (OSError, sqlite3.Error) as error:
+        if not is_full(error, folder):
             raise
         log.warning("the disk is full: %s", error)
