@@ -64,10 +64,11 @@ def run(
     check(home, config)
     refuse_cut_off(home)
     home.create()
+    notifier = Notifier(environ)
     with telling(home.state), hold(home.lock):
         store = Store(home.database, clock)
         try:
-            daemon = Daemon(home, config, store, Notifier(environ), clock, monotonic)
+            daemon = Daemon(home, config, store, notifier, clock, monotonic)
             return daemon.run()
         finally:
             store.close()
@@ -155,29 +156,25 @@ class Daemon:
     def _load(self) -> Editor:
         config, store = self.config, self.store
         progress = on_terminal("measuring the model")
-        self._loaded = load_model(config.model, config.device, self.home.state, progress)
-        editor = self._edit()
+        loaded = load_model(config.model, config.device, self.home.state, progress)
+        served = Served(loaded, store, self.home)
+        served.restore()
+        editor = Editor(served, config, self._pulse)
         with store.transaction():
             for key, value in {
                 "pid": str(os.getpid()),
                 "started_at": store.now(),
                 "model": config.model,
-                "model_hash": self._loaded.base_hash,
-                "device": str(self._loaded.model.device),
+                "model_hash": loaded.base_hash,
+                "device": str(loaded.model.device),
                 PAUSED: None,
             }.items():
                 store.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
             store.event("daemon_started", model=config.model, generation=store.active_generation())
         # An audit, or the probes of a flush, may take minutes without a pulse.
-        self._loaded.model.model.register_forward_pre_hook(lambda *_: self._beat())
+        loaded.model.model.register_forward_pre_hook(lambda *_: self._beat())
         return editor
-
-    def _edit(self) -> Editor:
-        """Bring the model to what the store says."""
-        served = Served(self._loaded, self.store, self.home)
-        served.restore()
-        return Editor(served, self.config, self._pulse)
 
     # One turn -----------------------------------------------------------------------------------
 
@@ -203,7 +200,10 @@ class Daemon:
         paused = self.pause.look()
         while self._postponed:
             self._answer(self._postponed.pop(0))  # none twice, whatever it meets
-        busy = not paused and self._work()
+        busy = False
+        if not paused:
+            busy = self._work()
+            self.pause.worked()
         with where_it_fits(self.home.state):
             self._anchor()
         wait = 0.0 if busy else SETTLING_SECONDS if self.inbox.settling else IDLE_SECONDS
@@ -212,7 +212,8 @@ class Daemon:
     def _work(self) -> bool:
         """Whatever is due; whether there may be more."""
         if self._torn:
-            self.editor = self._edit()
+            self.editor.served.restore_again()
+            self.editor = Editor(self.editor.served, self.config, self._pulse)
             with self.store.transaction():
                 self.store.interrupt_jobs()
             self._torn = False

@@ -15,7 +15,6 @@ from memory.errors import KeditError, damaged
 
 FREE_BYTES = 64 << 20  # below it no work is taken
 FREE_FILES = 100  # inodes
-RETRY_SECONDS = 60.0  # before work is tried again that did not fit though so much was free
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL = "disk full"
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -28,11 +27,17 @@ HELD = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 PROBE_BYTES = 1 << 20  # more than what SQLite writes at once
 
 
+def free(folder: Path) -> int:
+    """How many bytes anybody may still write to the disk of a folder."""
+    at = os.statvfs(folder)
+    return at.f_bavail * at.f_frsize
+
+
 def lacking(folder: Path) -> str | None:
     """What the disk of a folder lacks for any work to be taken; None where there is room."""
-    at = os.statvfs(folder)
-    if at.f_bavail * at.f_frsize < FREE_BYTES:
+    if free(folder) < FREE_BYTES:
         return FULL
+    at = os.statvfs(folder)
     # Some file systems have no fixed number of files, and say 0 of 0.
     return f"{FULL}: no more files fit" if at.f_files and at.f_favail < FREE_FILES else None
 

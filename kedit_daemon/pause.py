@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from kedit_daemon.disk import FULL, HINT, RETRY_SECONDS, is_full, lacking
+from kedit_daemon.disk import FREE_BYTES, FULL, HINT, free, is_full, lacking
 from memory.errors import KeditError
 from memory.store import Store
 
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 60.0, 3600.0
 PAUSED = "paused"  # in the store's meta: why no work is taken
 log = logging.getLogger(__name__)
 
@@ -21,20 +22,29 @@ class Pause:
     def __init__(self, store: Store, folder: Path, monotonic: Callable[[], float]) -> None:
         self.store, self.folder, self.monotonic = store, folder, monotonic
         self.why: str | None = None
-        self._again = -math.inf  # when work is tried again that did not fit
+        self._wait = 0.0  # seconds before work that did not fit is tried again
+        self._again = -math.inf  # when that is
+        self._free = 0  # bytes that there were when it did not fit
 
     def look(self) -> bool:
         """Whether no work is to be taken now."""
         why = lacking(self.folder)
-        if why is None and self.monotonic() < self._again:
+        if why is None and self.monotonic() < self._again and not self._roomier():
             why = self.why
-        self._note(why)
+        if why is not None:
+            self._note(why)
         return why is not None
+
+    def worked(self) -> None:
+        """A turn has done its work, so everything fits."""
+        self._wait, self._again = 0.0, -math.inf
+        self._note(None)
 
     def ran_out(self, error: BaseException) -> None:
         """Something did not fit, however much room there seemed to be."""
         log.warning("no work is taken, since something did not fit: %s", error)
-        self._again = self.monotonic() + RETRY_SECONDS
+        self._wait = min(2 * self._wait or RETRY_SECONDS, LONGEST_RETRY_SECONDS)
+        self._again, self._free = self.monotonic() + self._wait, free(self.folder)
         self._note(lacking(self.folder) or FULL)
 
     def refusal(self) -> KeditError | None:
@@ -43,6 +53,10 @@ class Pause:
             return None
         hint = f"{HINT.format(self.folder)}; the daemon goes on by itself"
         return KeditError(f"paused: {self.why}", code="disk-full", hint=hint, exit_code=75)
+
+    def _roomier(self) -> bool:
+        """Whether somebody has made room since."""
+        return free(self.folder) >= self._free + FREE_BYTES
 
     def _note(self, why: str | None) -> None:
         self.why = why
