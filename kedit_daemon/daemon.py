@@ -26,7 +26,7 @@ from kedit_daemon.lock import hold
 from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
 from kedit_daemon.orders import answer, do_job, ends
-from kedit_daemon.pause import PAUSED, Pause, where_it_fits
+from kedit_daemon.pause import PAUSED, Pause, wait_for_room, where_it_fits
 from kedit_daemon.publish import Publisher
 from kedit_daemon.restore import refuse_cut_off
 from kedit_daemon.serve.process import check, keep_serving
@@ -55,7 +55,8 @@ def run(
     clock: Callable[[], datetime] = utc_now,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code.
+    """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code. Where the disk is
+    full it waits for room.
 
     Raises KeditError: another daemon holds the home (75); the model, or what [serve] says, cannot
     be used, a restore was cut off, or the database is damaged (78); the disk fails, and then
@@ -66,6 +67,8 @@ def run(
     home.create()
     notifier = Notifier(environ)
     with telling(home.state), hold(home.lock):
+        if not wait_for_room(home.state, notifier):
+            return 0
         store = Store(home.database, clock)
         try:
             daemon = Daemon(home, config, store, notifier, clock, monotonic)

@@ -2,15 +2,19 @@
 
 import logging
 import math
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kedit_daemon.disk import FREE_BYTES, FULL, HINT, free, is_full, lacking
+from kedit_daemon.notify import Notifier
 from memory.errors import KeditError
 from memory.store import Store
 
+LOOK_SECONDS = 10.0  # between two looks for the room that a start takes
+LOADING_SECONDS = 900.0  # what systemd is asked for, again and again: the unit's TimeoutStartSec
 RETRY_SECONDS, LONGEST_RETRY_SECONDS = 60.0, 3600.0
 PAUSED = "paused"  # in the store's meta: why no work is taken
 log = logging.getLogger(__name__)
@@ -66,6 +70,27 @@ class Pause:
         with where_it_fits(self.folder), self.store.transaction():
             self.store.set_meta(PAUSED, why)
             self.store.event("paused" if why else "resumed", reason=why)
+
+
+def wait_for_room(folder: Path, notifier: Notifier) -> bool:
+    """Before the start, where there is no room for it; False if told to stop meanwhile. Were it to
+    end instead, systemd would try a few times and then never again."""
+    stops = (signal.SIGTERM, signal.SIGINT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stops)
+    waited = False
+    try:
+        while (why := lacking(folder)) is not None:
+            waited = True
+            log.warning("the start waits for room: %s in %s", why, folder)
+            notifier.status(f"paused: {why}")
+            notifier.extend(LOADING_SECONDS)
+            if signal.sigtimedwait(stops, LOOK_SECONDS) is not None:
+                return False
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    if waited:
+        notifier.status("")
+    return True
 
 
 @contextmanager
