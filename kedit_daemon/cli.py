@@ -88,12 +88,12 @@ class Commands(Suggesting):
             _complain("usage", "an argument is not valid UTF-8", "write it in UTF-8")
             ctx.exit(EXIT_USAGE)
         except Exception as error:
-            from kedit_daemon.disk import BROKEN, told
+            from kedit_daemon.disk import told
 
             _trace(debug)
-            if isinstance(error, BROKEN):
-                session = ctx.find_object(Session)
-                known = told(error, session.home.root if session else Path())
+            session = ctx.find_object(Session)
+            known = told(error, session.home.root if session else Path())
+            if known is not None:
                 _complain(known.code, str(known), known.hint)
                 ctx.exit(known.exit_code)
             what = f"{type(error).__name__}: {error}".partition("\n")[0]

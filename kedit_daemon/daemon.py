@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import watchfiles
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer, Request
-from kedit_daemon.disk import BROKEN, is_full, telling
+from kedit_daemon.disk import broken, is_full, is_held, telling
 from kedit_daemon.editor import Editor
 from kedit_daemon.home import Home
 from kedit_daemon.inbox import Inbox
@@ -25,7 +26,7 @@ from kedit_daemon.lock import hold
 from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
 from kedit_daemon.orders import answer, do_job, ends
-from kedit_daemon.pause import PAUSED, Pause, where_it_fits
+from kedit_daemon.pause import PAUSED, Pause, wait_for_room, where_it_fits
 from kedit_daemon.publish import Publisher
 from kedit_daemon.restore import refuse_cut_off
 from kedit_daemon.serve.process import check, keep_serving
@@ -54,7 +55,8 @@ def run(
     clock: Callable[[], datetime] = utc_now,
     monotonic: Callable[[], float] = time.monotonic,
 ) -> int:
-    """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code.
+    """Run the daemon in the foreground until SIGTERM or SIGINT; the exit code. Where the disk is
+    full it waits for room.
 
     Raises KeditError: another daemon holds the home (75); the model, or what [serve] says, cannot
     be used, a restore was cut off, or the database is damaged (78); the disk fails, and then
@@ -63,10 +65,13 @@ def run(
     check(home, config)
     refuse_cut_off(home)
     home.create()
+    notifier = Notifier(environ)
     with telling(home.state), hold(home.lock):
+        if not wait_for_room(home.state, notifier):
+            return 0
         store = Store(home.database, clock)
         try:
-            daemon = Daemon(home, config, store, Notifier(environ), clock, monotonic)
+            daemon = Daemon(home, config, store, notifier, clock, monotonic)
             return daemon.run()
         finally:
             store.close()
@@ -145,7 +150,7 @@ class Daemon:
             self.notifier.stopping()
             self.jobs.stop()
             self.control.stop()
-            with where_it_fits():
+            with where_it_fits(self.home.state):
                 # After an error nothing more is written: the next start finds what is whole.
                 self.publisher.stop(noting=well)
                 if well:
@@ -155,52 +160,55 @@ class Daemon:
     def _load(self) -> Editor:
         config, store = self.config, self.store
         progress = on_terminal("measuring the model")
-        self._loaded = load_model(config.model, config.device, self.home.state, progress)
-        editor = self._edit()
+        loaded = load_model(config.model, config.device, self.home.state, progress)
+        served = Served(loaded, store, self.home)
+        served.restore()
+        editor = Editor(served, config, self._pulse)
         with store.transaction():
             for key, value in {
                 "pid": str(os.getpid()),
                 "started_at": store.now(),
                 "model": config.model,
-                "model_hash": self._loaded.base_hash,
-                "device": str(self._loaded.model.device),
+                "model_hash": loaded.base_hash,
+                "device": str(loaded.model.device),
                 PAUSED: None,
             }.items():
                 store.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
             store.event("daemon_started", model=config.model, generation=store.active_generation())
         # An audit, or the probes of a flush, may take minutes without a pulse.
-        self._loaded.model.model.register_forward_pre_hook(lambda *_: self._beat())
+        loaded.model.model.register_forward_pre_hook(lambda *_: self._beat())
         return editor
-
-    def _edit(self) -> Editor:
-        """Bring the model to what the store says."""
-        served = Served(self._loaded, self.store, self.home)
-        served.restore()
-        return Editor(served, self.config, self._pulse)
 
     # One turn -----------------------------------------------------------------------------------
 
     def _turn_or_pause(self) -> None:
-        """What does not fit on the disk is done when there is room, as after a crash."""
+        """What does not fit on the disk is done when there is room, as after a crash; what another
+        process keeps from the database, in the next turn."""
         try:
             self._turn()
-        except BROKEN as error:
-            if not is_full(error):
+        except (OSError, sqlite3.Error) as error:
+            held = is_held(error)
+            if not (held or is_full(error, self.home.state)):
                 raise
             self._torn = self._claimed = True
+            if held:
+                log.warning("somebody else holds the database: %s", error)
+                return
             self.pause.ran_out(error)
-            with where_it_fits():
+            with where_it_fits(self.home.state):
                 self.editor.served.forget_side()  # what has left must not answer meanwhile
 
     def _turn(self) -> None:
         self.notifier.watchdog()
         paused = self.pause.look()
-        for request in self._postponed:
-            self._answer(request)
-        self._postponed.clear()
-        busy = not paused and self._work()
-        with where_it_fits():
+        while self._postponed:
+            self._answer(self._postponed.pop(0))  # none twice, whatever it meets
+        busy = False
+        if not paused:
+            busy = self._work()
+            self.pause.worked()
+        with where_it_fits(self.home.state):
             self._anchor()
         wait = 0.0 if busy else SETTLING_SECONDS if self.inbox.settling else IDLE_SECONDS
         self._wait(wait)
@@ -208,7 +216,8 @@ class Daemon:
     def _work(self) -> bool:
         """Whatever is due; whether there may be more."""
         if self._torn:
-            self.editor = self._edit()
+            self.editor.served.restore_again()
+            self.editor = Editor(self.editor.served, self.config, self._pulse)
             with self.store.transaction():
                 self.store.interrupt_jobs()
             self._torn = False
@@ -290,14 +299,14 @@ class Daemon:
             try:
                 with self.editor.spared():
                     detail = do_job(self.editor, name)
-            except BROKEN:
-                self.jobs.due.put((name, planned))  # for when there is room
-                raise
             except KeditError as error:
                 if ends(error):
                     raise
                 outcome, detail = "failed", str(error)
             except Exception as error:  # the next job must still run
+                if broken(error) or is_held(error):
+                    self.jobs.due.put((name, planned))  # for when there is room
+                    raise
                 log.exception("job %s failed", name)
                 outcome, detail = "failed", f"{type(error).__name__}: {error}"
             with self.store.transaction():

@@ -6,6 +6,7 @@ Imports nothing heavy, because `status` has to answer at once.
 import errno
 import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,41 +15,81 @@ from memory.errors import KeditError, damaged
 
 FREE_BYTES = 64 << 20  # below it no work is taken
 FREE_FILES = 100  # inodes
-RETRY_SECONDS = 60.0  # before work is tried again that did not fit though so much was free
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL = "disk full"
 DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 HINT = "free some space on the disk of {}"
-BROKEN = (OSError, sqlite3.Error)
-"""What a disk that fails makes Python raise."""
+FAILING = (
+    *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN),
+    *DAMAGED,
+)
+HELD = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+PROBE_BYTES = 1 << 20  # more than what SQLite writes at once
+
+
+def free(folder: Path) -> int:
+    """How many bytes anybody may still write to the disk of a folder."""
+    at = os.statvfs(folder)
+    return at.f_bavail * at.f_frsize
 
 
 def lacking(folder: Path) -> str | None:
     """What the disk of a folder lacks for any work to be taken; None where there is room."""
-    at = os.statvfs(folder)
-    if at.f_bavail * at.f_frsize < FREE_BYTES:
+    if free(folder) < FREE_BYTES:
         return FULL
+    at = os.statvfs(folder)
     # Some file systems have no fixed number of files, and say 0 of 0.
     return f"{FULL}: no more files fit" if at.f_files and at.f_favail < FREE_FILES else None
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that something did not fit; nothing else is amiss then."""
+def is_full(error: BaseException, folder: Path | None = None) -> bool:
+    """Whether an error says that something did not fit; nothing else is amiss then. SQLite keeps
+    to itself that a quota or a limit was met: where the folder of the database is given, a write
+    there is tried."""
+    if not isinstance(error, sqlite3.Error):
+        return isinstance(error, OSError) and error.errno in NO_ROOM
+    code = _code(error)
+    # The second is how a full disk ends the opening of a database.
+    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE):
+        return True
+    # Nothing is tried again over a sync that failed, whatever the reason.
+    tried = code & 0xFF == sqlite3.SQLITE_IOERR and code != sqlite3.SQLITE_IOERR_FSYNC
+    return tried and folder is not None and _takes_nothing(folder)
+
+
+def is_held(error: BaseException) -> bool:
+    """Whether somebody else has had the database to himself for too long; it is whole."""
+    return isinstance(error, sqlite3.Error) and _code(error) & 0xFF in HELD
+
+
+def broken(error: BaseException) -> bool:
+    """Whether the disk fails, or is full: an error that does not belong to what met it."""
     if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-    return isinstance(error, OSError) and error.errno in NO_ROOM
+        return _code(error) & 0xFF in FAILING
+    return isinstance(error, OSError) and error.errno in (errno.EIO, errno.EROFS, *NO_ROOM)
 
 
-def told(error: OSError | sqlite3.Error, folder: Path) -> KeditError:
-    """The error of a disk in words, with a remedy; `folder` is what was worked on."""
+def told(error: BaseException, folder: Path) -> KeditError | None:
+    """The error of a disk in words, with a remedy; `folder` is what was worked on. None for all
+    that is no disk's fault."""
     named = error.filename if isinstance(error, OSError) else None
-    where = os.fsdecode(named) if isinstance(named, str | bytes) else str(folder)
-    if is_full(error) or _unmapped(error):
-        return KeditError(f"{where}: {FULL}", code="disk-full", hint=HINT.format(folder))
-    if (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF in DAMAGED:
+    where = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else None
+    if is_full(error, folder):
+        hint = HINT.format(where.parent if where else folder)
+        return KeditError(f"{where or folder}: {FULL}", code="disk-full", hint=hint)
+    if is_held(error):
+        return KeditError(
+            f"{folder}: {error}, by another process, for too long",
+            code="busy",
+            hint="try again; if it stays so, see who has the database open (fuser)",
+            exit_code=75,
+        )
+    if _code(error) & 0xFF in DAMAGED:
         return damaged(str(folder), str(error))
+    if not (broken(error) or isinstance(error, PermissionError)):
+        return None
     what = error.strerror if isinstance(error, OSError) else None
-    return KeditError(f"{where}: {what or error}", code="io", hint=_remedy(error, folder))
+    return KeditError(f"{where or folder}: {what or error}", code="io", hint=_remedy(error, folder))
 
 
 @contextmanager
@@ -56,20 +97,36 @@ def telling(folder: Path) -> Iterator[None]:
     """Errors of the disk within the block come as a KeditError."""
     try:
         yield
-    except BROKEN as error:
-        raise told(error, folder) from error
+    except (OSError, sqlite3.Error) as error:
+        known = told(error, folder)
+        if known is None:
+            raise
+        raise known from error
 
 
-def _unmapped(error: OSError | sqlite3.Error) -> bool:
-    """What SQLite makes of a full disk when it opens a database."""
-    return getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHMSIZE
+def _code(error: BaseException) -> int:
+    """What SQLite calls it; 0 where it is none of SQLite's, or Python's own."""
+    return getattr(error, "sqlite_errorcode", None) or 0
 
 
-def _remedy(error: OSError | sqlite3.Error, folder: Path) -> str:
+def _takes_nothing(folder: Path) -> bool:
+    """Whether a file in a folder has no room where the longest of them ends."""
+    try:
+        end = max((path.stat().st_size for path in folder.iterdir()), default=0)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.seek(end)
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fdatasync(file.fileno())
+    except OSError as error:
+        return error.errno in NO_ROOM
+    return False
+
+
+def _remedy(error: BaseException, folder: Path) -> str:
     read_only = isinstance(error, OSError) and error.errno == errno.EROFS
-    code = getattr(error, "sqlite_errorcode", None) or 0
-    if read_only or code & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
+    if read_only or _code(error) & 0xFF in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN):
         return f"see that {folder} can be written to: it may lie on a disk that is read-only now"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM):
+    if isinstance(error, PermissionError):
         return "run the command as the user that the daemon runs as"
     return "look for errors of the disk in the system's log (dmesg), then start again"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kedit_daemon.config import BAD_CONFIG
 from kedit_daemon.control import Request
-from kedit_daemon.disk import BROKEN, told
+from kedit_daemon.disk import broken, is_held, told
 from kedit_daemon.editor import Editor
 from memory.errors import KeditError
 
@@ -30,7 +30,8 @@ class _Arguments(BaseModel):
 
 def answer(request: Request, editor: Editor, refusal: KeditError | None, folder: Path) -> None:
     """Do what is asked, or say why not. All but questions meet with the `refusal`, if there is one.
-    Raises what the daemon has to know: that it ends, or that the disk of the folder failed."""
+    Raises what the daemon has to know: that it ends, that the disk of the folder failed, or that
+    somebody else holds the database."""
     try:
         if refusal is not None and request.name != "ask":
             raise refusal
@@ -40,12 +41,14 @@ def answer(request: Request, editor: Editor, refusal: KeditError | None, folder:
         request.refuse(error)
         if ends(error):
             raise
-    except BROKEN as error:
-        request.refuse(told(error, folder))
-        raise
     except Exception as error:  # a request must not end the daemon
-        log.exception("%s failed", request.name)
-        request.refuse(KeditError(f"{type(error).__name__}: {error}", code="unexpected"))
+        known = told(error, folder)
+        if known is None:
+            log.exception("%s failed", request.name)
+            known = KeditError(f"{type(error).__name__}: {error}", code="unexpected")
+        request.refuse(known)
+        if broken(error) or is_held(error):
+            raise
 
 
 def ends(error: KeditError) -> bool:

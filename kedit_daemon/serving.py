@@ -92,6 +92,13 @@ class Served:
         self.forget_side()  # a crash may have come between a fact's end and that of its shard
         remove(leftovers(self.home, self.store.conn))
 
+    def restore_again(self) -> None:
+        """The same after something was left in the middle. What is held goes first: the memory may
+        not have room for two of it."""
+        self.deltas, self.side = {}, empty_side(self.loaded)
+        self.model.set_deltas({})
+        self.restore()
+
     def _check_base(self) -> None:
         """A home belongs to one model, from its first start on."""
         known = self.store.meta("base_hash")

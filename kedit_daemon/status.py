@@ -58,8 +58,8 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
     known = _recorded(home, now)
     # Until a new daemon has loaded its model, the database tells of the one before.
     starting = pid is not None and known.get("pid") != pid
-    # A disk that is quite full takes not even the note that it is.
-    full = lacking(home.state) if pid is not None and not starting else None
+    # A disk that is quite full takes not even the note that it is; and a start waits for room.
+    full = lacking(home.state) if pid is not None else None
     paused = full or (None if starting else known.get("paused") or None)
     oldest = known.get("oldest_received_at")
     found: dict[str, Any] = {
@@ -107,7 +107,7 @@ def exit_code(found: Mapping[str, Any]) -> int:
 def _state(pid: int | None, starting: bool, paused: str | None) -> str:
     if pid is None:
         return "stopped"
-    return "starting" if starting else "paused" if paused else "running"
+    return "paused" if paused else "starting" if starting else "running"
 
 
 def _recorded(home: Home, now: datetime) -> dict[str, Any]:

@@ -92,10 +92,11 @@ def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> st
             hint=f"join the group of the folder, or run as its owner: ls -ld {inbox}",
         ) from error
     except OSError as error:
+        known = told(error, inbox)
         raise KeditError(
             f"{submission.name} could not be handed in to {inbox}: {error.strerror}",
             code="io",
-            hint=told(error, inbox).hint,
+            hint=known.hint if known else "",
         ) from error
     return name
 

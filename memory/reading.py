@@ -37,6 +37,12 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
         ready = conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
     except sqlite3.DatabaseError as error:
         conn.close()
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_IOERR_SHMSIZE:
+            raise KeditError(
+                f"{path} cannot be read: disk full",
+                code="disk-full",
+                hint=f"free some space on the disk of {path.parent}",
+            ) from error
         raise KeditError(
             f"{path} cannot be read: {error}",
             code="unreadable",

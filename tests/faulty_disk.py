@@ -90,7 +90,7 @@ class Forked:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             logging.getLogger().handlers.clear()  # those of pytest
             torch.set_num_threads(1)  # of its threads none has come along
-            pause.RETRY_SECONDS = 0.3
+            pause.RETRY_SECONDS, pause.LOOK_SECONDS = 0.3, 0.1
             daemon.IDLE_SECONDS = 0.1
             os.read(go, 1)
             cli.main(["--home", str(self.home.root), "run"], "kedit-daemon")

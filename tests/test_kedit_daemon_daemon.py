@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from kedit_daemon.daemon import WAKE, Daemon
 from kedit_daemon.editor import Editor
 from kedit_daemon.home import Home
 from kedit_daemon.notify import Notifier
+from kedit_daemon.serving import Served
 from memory import reading
 from memory.errors import KeditError
 from memory.facts import State
@@ -222,3 +225,43 @@ def test_a_switch_is_published_while_the_loop_goes_on(
     daemon.publisher.stop()
     (path,) = (tmp_path / "out").iterdir()
     assert (path / "facts.jsonl").is_file()
+
+
+def test_after_a_torn_turn_no_two_of_anything_are_held(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench()
+    at.receive(seat(1, "Oslo"))
+    at.settle()
+    shards, held = set(at.served.side.shards), list[tuple[int, int]]()
+    restore = Served.restore
+
+    def watched(served: Served) -> None:
+        held.append((len(served.side.shards), len(served.deltas)))
+        restore(served)
+
+    monkeypatch.setattr(Served, "restore", watched)
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon.editor = at.editor
+    daemon._torn = True
+    daemon._turn()
+    assert held == [(0, 0)] and daemon.editor is not at.editor
+    assert set(daemon.editor.served.side.shards) == shards and shards
+    assert at.editor.served is daemon.editor.served  # so that what it held is gone
+
+
+def test_a_turn_in_which_another_holds_the_database_comes_again(
+    bench: Callable[..., Bench],
+) -> None:
+    at, fact = bench(side={"steps": 20}), seat(1, "Oslo")
+    at.receive(fact)
+    at.store.conn.execute("PRAGMA busy_timeout=0")
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon.editor = at.editor
+    with closing(sqlite3.connect(at.home.database)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        daemon._turn_or_pause()
+    assert at.store.fact(fact.id).state is State.RECEIVED
+    daemon._turn_or_pause()
+    assert at.store.fact(fact.id).state is not State.RECEIVED
+    assert daemon.pause.why is None

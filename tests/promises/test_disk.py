@@ -206,6 +206,44 @@ def test_a_stop_while_nothing_fits_is_a_stop(maker: Maker, tmp_path: Path) -> No
             assert asked.stdout.strip() == FACTS[0].target
 
 
+def waiting(home: Home, left: int) -> Forked:
+    """A daemon that has looked for room and found none, several times."""
+    process = Forked(home)
+    before = process.said().count("waits for room")
+    process.wait(lambda: process.said().count("waits for room") > before + 3 or process.ended())
+    assert not process.ended(), process.said()
+    said = called(home, "status", "--json")
+    if left:
+        assert said.exit_code == 4 and read(said)["state"] == "paused"
+    else:  # nobody can read, since SQLite needs a page of its own for that
+        assert said.exit_code == 1 and "error[disk-full]" in said.output
+        assert "free some space" in said.output
+    return process
+
+
+@root
+@pytest.mark.parametrize("left", [0, 4 << 20], ids=["nothing left", "some left"])
+def test_a_start_waits_for_room(left: int, maker: Maker, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "size=100m") as disk:
+        home = maker(disk / "home")
+        with running(home) as process:
+            assert hand_in(home, 0).exit_code == 0
+            process.wait(lambda: settled(home, 1))
+            assert process.stop() == 0
+        fill(disk, left)
+        process = waiting(home, left)
+        try:
+            assert process.stop() == 0
+            process = waiting(home, left)
+            remove(disk)
+            process.wait(lambda: home.socket.exists() or process.ended())
+            asked = called(home, "ask", FACTS[0].question)
+            assert asked.stdout.strip() == FACTS[0].target
+        finally:
+            assert process.stop() == 0
+        intact(home)
+
+
 def lived(home: Home, inject: str = "") -> tuple[int, str]:
     """One life, until all is done or it ends; its exit code and what it said."""
     with running(home, inject) as process:
