@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,3 +139,19 @@ def test_every_group_runs_under_the_overlay_and_is_told_its_places(model: Editab
     assert all(told == rows for told, rows in shapes)
     for places in opened:
         assert len({prompts[place] for place in places}) == 1
+
+
+def test_answers_for_which_there_is_no_memory_at_once_are_made_in_halves_and_that_is_told(
+    model: EditableModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [f"The seat of country {n} is" for n in range(4)]
+    whole = answers(model, prompts, 4)
+
+    def full(_model: object, _args: object, given: dict[str, Any]) -> None:
+        if len(given["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("the device is out of memory")
+
+    model.model.register_forward_pre_hook(full, with_kwargs=True)
+    assert answers(model, prompts, 4) == whole
+    (told,) = caplog.messages
+    assert "4 answers are made in halves" in told and "out of memory" in told

@@ -129,7 +129,7 @@ def room_for(
 
 @pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
 def test_where_there_is_room_for_a_few_rows_work_is_done_in_parts(
-    direct: bool, bench: Callable[..., Bench]
+    direct: bool, bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     at, rows = bench(**SETTINGS), 6
     facts = [seat(n, CITIES[n % 8]) for n in range(7)]
@@ -140,6 +140,7 @@ def test_where_there_is_room_for_a_few_rows_work_is_done_in_parts(
     state = State.LIVE_WEIGHTS if direct else State.LIVE_SIDE
     assert [f.state for f in at.store.facts()] == [state] * 7
     assert [at.says(f.question) for f in facts] == [f.target for f in facts]
+    assert {"policies.targets"} == {r.name for r in caplog.records} or not direct  # told
     assert not at.store.conn.execute("SELECT 1 FROM events WHERE kind LIKE '%failed'").fetchall()
 
 
