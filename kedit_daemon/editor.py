@@ -14,7 +14,7 @@ from kedit_daemon.flush import Flush
 from kedit_daemon.hot import Hot, cannot_learn
 from kedit_daemon.serving import Served
 from kedit_daemon.weights import HELD, Weights
-from memory.errors import KeditError
+from memory.errors import KeditError, ends
 from memory.facts import ACTIVE, State
 from memory.rows import StoredFact
 from memory.shortage import SHORT, shortage_told
@@ -89,7 +89,7 @@ class Editor:
             with self.spared():
                 self.hot.take(waiting, most)
         except (KeditError, ArithmeticError, RuntimeError, ValueError) as error:
-            if isinstance(error, KeditError) and error.code == "stopping":
+            if ends(error):
                 raise
             if most > 1 and isinstance(error, KeditError) and error.code == SHORT:
                 self._learn(waiting, most // 2)
@@ -155,7 +155,7 @@ class Editor:
         short: list[StoredFact] = []
 
         def give_up(part: list[StoredFact], error: KeditError) -> None:
-            if error.code == "stopping":
+            if ends(error):
                 raise error
             if error.code == SHORT:
                 short.extend(part)

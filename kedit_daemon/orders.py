@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kedit_daemon.config import BAD_CONFIG
 from kedit_daemon.control import Request
 from kedit_daemon.disk import BROKEN, told
 from kedit_daemon.editor import Editor
-from memory.errors import KeditError
+from memory.errors import KeditError, ends
 
 ANSWER_TOKENS = 40
 log = logging.getLogger(__name__)
@@ -46,11 +45,6 @@ def answer(request: Request, editor: Editor, refusal: KeditError | None, folder:
     except Exception as error:  # a request must not end the daemon
         log.exception("%s failed", request.name)
         request.refuse(KeditError(f"{type(error).__name__}: {error}", code="unexpected"))
-
-
-def ends(error: KeditError) -> bool:
-    """Whether the daemon ends with this error: it is asked to, or the database is damaged."""
-    return error.code == "stopping" or error.exit_code == BAD_CONFIG
 
 
 def do_job(editor: Editor, name: str) -> str:

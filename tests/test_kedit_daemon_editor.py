@@ -3,8 +3,9 @@ from collections.abc import Callable
 import pytest
 from conftest import Bench, seat
 
-from memory.errors import KeditError
+from memory.errors import KeditError, ends
 from memory.facts import Fact, State
+from memory.rows import GenerationRow
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -99,3 +100,26 @@ def test_of_two_waiting_facts_in_one_slot_the_newer_is_learned(bench: Make) -> N
     at.settle()
     assert states(at) == {old.id: "superseded", new.id: "live-side"}
     assert at.says(new.question) == "Lima"
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
+def test_a_damaged_database_ends_the_daemon_and_is_no_facts_fault(
+    bench: Make, direct: bool
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=True)
+    at.settle()
+    newer = seat(1, "Lima")  # takes the place of what is in the weights: a generation is made
+    at.receive(newer, direct=direct)
+    real = at.store.generation
+
+    def damaged_row(number: int) -> GenerationRow:
+        with at.store.transaction():
+            at.store.conn.execute("UPDATE generations SET figures = '{' WHERE id = ?", (number,))
+        return real(number)
+
+    at.store.generation = damaged_row  # type: ignore[method-assign]
+    with pytest.raises(KeditError, match="generation 1 in the database is damaged") as caught:
+        at.editor.step()
+    assert ends(caught.value)
+    assert (at.store.fact(newer.id).state, at.store.fact(newer.id).attempts) == ("received", 0)
