@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from conftest import Bench, seat
 
 from memory.errors import KeditError, ends
@@ -123,3 +124,27 @@ def test_a_damaged_database_ends_the_daemon_and_is_no_facts_fault(
         at.editor.step()
     assert ends(caught.value)
     assert (at.store.fact(newer.id).state, at.store.fact(newer.id).attempts) == ("received", 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("none left")])
+def test_what_fails_after_facts_are_live_is_not_their_fault(
+    bench: Make, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=True)
+    at.settle()
+    newer = seat(1, "Lima")
+    at.receive(newer)
+    waiting = at.store.fact(newer.id)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(at.editor.weights, "_recheck", fail)
+    assert at.editor.step() and not at.editor.step()
+    live = at.store.fact(newer.id)
+    assert (live.state, live.attempts) == (State.LIVE_SIDE, 0)
+    with at.store.transaction():
+        for _ in range(4):
+            at.editor.flush.retry(waiting, "side", "read before it was live")
+    assert at.store.fact(newer.id).state is State.LIVE_SIDE
