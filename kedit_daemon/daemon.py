@@ -25,13 +25,13 @@ from kedit_daemon.loading import load_model
 from kedit_daemon.lock import hold
 from kedit_daemon.logs import on_terminal
 from kedit_daemon.notify import Notifier
-from kedit_daemon.orders import answer, do_job, ends
+from kedit_daemon.orders import answer, do_job
 from kedit_daemon.pause import PAUSED, Pause, wait_for_room, where_it_fits
 from kedit_daemon.publish import Publisher
 from kedit_daemon.restore import refuse_cut_off
 from kedit_daemon.serve.process import check, keep_serving
 from kedit_daemon.serving import Served
-from memory.errors import KeditError
+from memory.errors import STOPPING, KeditError, ends
 from memory.ledger import head, write_head
 from memory.store import JOB_OK, Store
 
@@ -143,7 +143,7 @@ class Daemon:
                     self._turn_or_pause()
             well = True
         except KeditError as error:
-            if error.code != "stopping":
+            if error.code != STOPPING:
                 raise
             well = True
         finally:
@@ -241,7 +241,7 @@ class Daemon:
     def _pulse(self) -> None:
         """Between two steps of a long edit: stop if asked to, and go on answering questions."""
         if self.stopping.is_set():
-            raise KeditError("the daemon is stopping", code="stopping")
+            raise KeditError("the daemon is stopping", code=STOPPING)
         self.notifier.watchdog()
         while True:
             try:

@@ -5,16 +5,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from kedit_daemon.auditor import Auditor, thresholds
 from kedit_daemon.config import Config
 from kedit_daemon.flush import Flush
 from kedit_daemon.hot import Hot, cannot_learn
+from kedit_daemon.rest import REST, Rest
 from kedit_daemon.serving import Served
 from kedit_daemon.weights import HELD, Weights
-from memory.errors import KeditError
+from memory.errors import KeditError, ends
 from memory.facts import ACTIVE, State
 from memory.rows import StoredFact
 from memory.shortage import SHORT, shortage_told
@@ -22,7 +23,6 @@ from memory.side import Match
 from policies.routing import flush_due, wants_batch
 from policies.steadiness import Restraint
 
-REST = timedelta(seconds=120)  # after there was no memory for a single fact
 NO_ROOM = "there was no memory left for this fact alone"
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Editor:
         restraint = Restraint(at.cool_down_seconds, at.acts_a_day)
         self.auditor = Auditor(self.flush, restraint)
         self.hot = Hot(self.flush, config.side.batch_facts, config.side.steps, pulse)
-        self._rested: datetime | None = None  # since when, where there was no memory for one fact
+        self.rest = Rest(self._now)
 
     def resume(self) -> None:
         """At the start: do what a crash came before, between two transactions of one change."""
@@ -51,13 +51,21 @@ class Editor:
 
     def step(self) -> bool:
         """Do one piece of work that waits, if there is any."""
-        if self._resting():
+        if self.rest.goes_on():
             return False
-        waiting = self._newest(self.store.facts((State.RECEIVED,)))
+        waiting = self.rest.in_turn(self._newest(self.store.facts((State.RECEIVED,))))
+        tiers = [self._step_beside, self._step_batch]
+        if self.rest.tier == "side":  # what finds no memory in one must not stop the other
+            tiers.reverse()
+        return any(work(waiting) for work in tiers)
+
+    def _step_beside(self, waiting: list[StoredFact]) -> bool:
         for_side = [f for f in waiting if not wants_batch(f)]
         if for_side:
             self._learn(for_side)
-            return True
+        return bool(for_side)
+
+    def _step_batch(self, waiting: list[StoredFact]) -> bool:
         for_batch = [f for f in waiting if wants_batch(f)]
         if no_room := self._without_room(for_batch):
             with self.store.transaction():
@@ -88,44 +96,75 @@ class Editor:
                     self.store.move(fact.id, State.SUPERSEDED, reason=f"superseded by {by}")
         return list(newest.values())
 
-    def _learn(self, waiting: list[StoredFact], most: int | None = None) -> None:
+    def _learn(self, waiting: list[StoredFact]) -> None:
         """What cannot be learned together is tried fact by fact: one must not stop the rest.
-        Where there is no memory for `most` at once, it is half of them."""
-        most = min(most or self.hot.batch_facts, len(waiting))
+        Where there is no memory for so many at once, it is half of them."""
+        most = min(self.hot.batch_facts, len(waiting))
+        while most > 1:
+            error = self._unlearned(waiting, most)
+            if error is None or self._moved(waiting, error):
+                return
+            if cannot_learn(error).code != SHORT:
+                waiting = waiting[:1]
+            most = min(most // 2, len(waiting))
+        self._learn_alone(waiting[:2])
+
+    def _learn_alone(self, facts: list[StoredFact]) -> None:
+        """Try the first fact, and where there is no memory for it, the next; else rest."""
+        short = list[StoredFact]()
+        for fact in facts:
+            error = self._unlearned([fact], 1)
+            if error is None or self._moved([fact], error):
+                break
+            why = cannot_learn(error)
+            log.warning("%s cannot be learned: %s", fact.id, why, exc_info=error)
+            if why.code != SHORT:
+                with self.store.transaction():
+                    if why.code == "rejected":
+                        self.store.move(fact.id, State.REJECTED, reason=str(why))
+                    else:
+                        self.flush.retry(fact, "side", str(why))
+                break
+            self.rest.lacks(fact.id)
+            short.append(fact)
+        blamed = self.rest.blamed(short)
+        with self.store.transaction():
+            for fact in blamed:
+                self.flush.retry(fact, "side", NO_ROOM)
+        if len(short) == len(facts):
+            self._rest([f for f in short if f not in blamed], "side")
+
+    def _unlearned(self, waiting: list[StoredFact], most: int) -> Exception | None:
+        """Learn at most so many; why it cannot be done."""
         try:
             with self.spared():
-                self.hot.take(waiting, most)
+                if self.hot.take(waiting, most):
+                    self.rest.found()
         except (KeditError, ArithmeticError, RuntimeError, ValueError) as error:
-            if isinstance(error, KeditError) and error.code == "stopping":
+            if ends(error):
                 raise
-            if most > 1 and isinstance(error, KeditError) and error.code == SHORT:
-                self._learn(waiting, most // 2)
-                return
-            if len(waiting) > 1:
-                self._learn(waiting[:1])
-                return
-            why = cannot_learn(error)
-            log.warning("%s cannot be learned: %s", waiting[0].id, why, exc_info=error)
-            if why.code == SHORT:
-                self._rest(waiting, "side", str(why))
-                return
-            with self.store.transaction():
-                if why.code == "rejected":
-                    self.store.move(waiting[0].id, State.REJECTED, reason=str(why))
-                else:
-                    self.flush.retry(waiting[0], "side", str(why))
+            return error
+        return None
 
-    def _rest(self, facts: list[StoredFact], tier: str, why: str) -> None:
-        """Try nothing for a while: somebody else may have the memory, and give it back."""
-        log.warning("no edit for %g s: %s", REST.total_seconds(), why)
-        self._rested = self._now()
+    def _moved(self, waiting: list[StoredFact], error: Exception) -> bool:
+        """Whether an error came after facts had been moved: none of them is to blame, and the next
+        step sees what is left."""
+        left = [f for f in self._still_there(waiting) if f.state is State.RECEIVED]
+        moved = len(left) < len(waiting)
+        if moved:
+            log.warning("facts were moved, and then: %s", error, exc_info=error)
+        return moved
+
+    def _rest(self, facts: list[StoredFact], tier: str) -> None:
+        """Try nothing for a while. It is no attempt at these facts, for which there was no memory
+        alone; what came for a batch may find enough of it in the side memory."""
+        log.warning("no edit for %g s: %s", REST.total_seconds(), NO_ROOM)
+        self.rest.begin(tier, self.store.facts((State.RECEIVED, State.LIVE_SIDE)))
         with self.store.transaction():
             for fact in facts:
-                self.flush.retry(fact, tier, why)
-
-    def _resting(self) -> bool:
-        # A clock that was set back must not make it longer.
-        return self._rested is not None and abs(self._now() - self._rested) < REST
+                self.store.event("edit_failed", fact.id, tier=tier, reason=NO_ROOM)
+            if tier == "weights":
+                self.weights.wait_beside(facts)
 
     def _now(self) -> datetime:
         return datetime.fromisoformat(self.store.now())
@@ -158,43 +197,51 @@ class Editor:
 
     def _flush(self, reason: str) -> None:
         """A flush that fails as a whole must not stop the daemon, nor come again at once."""
-
-        short: list[StoredFact] = []
-
-        def give_up(part: list[StoredFact], error: KeditError) -> None:
-            if error.code == "stopping":
-                raise error
+        short = list[StoredFact]()
+        for part, error in self._in_parts(reason, False)[1]:
             if error.code == SHORT:
                 short.extend(part)
             else:
                 self.flush.give_up(part, str(error))
-
-        if self._in_parts(reason, False, give_up) and short:
-            self.flush.give_up(short, NO_ROOM)  # the others found memory
-        elif short:
-            self._rest([f for f in short if f.state is State.RECEIVED], "weights", NO_ROOM)
+        if blamed := self.rest.blamed(short):
+            self.flush.give_up(blamed, NO_ROOM)
+        if left := [f for f in short if f not in blamed]:
+            self._rest([f for f in left if f.state is State.RECEIVED], "weights")
 
     def _in_parts(
-        self, reason: str, dry_run: bool, failed: Callable[[list[StoredFact], KeditError], None]
-    ) -> list[dict[str, Any]]:
+        self, reason: str, dry_run: bool
+    ) -> tuple[list[dict[str, Any]], list[tuple[list[StoredFact], KeditError]]]:
         """Flush a batch: in one, or where there is no memory for that, one half after the other,
-        and so on. `failed` is told of a part with which it cannot be done at all."""
-        parts, done = deque([self._batch()]), list[dict[str, Any]]()
+        and so on. What came of the parts that were done, and of those that could not be.
+
+        Where the first fact alone finds no memory, the others wait for another time."""
+        parts, done = deque([self.rest.in_turn(self._batch())]), list[dict[str, Any]]()
+        failed = list[tuple[list[StoredFact], KeditError]]()
         while parts:
+            self.flush.pulse()
             part = self._still_there(parts.popleft())
-            if done and not part:
+            if (done or failed) and not part:
                 continue
             try:
                 with self.spared():
                     done.append(self.flush.run(part, reason, dry_run))
+                if done[-1]["flushed"]:
+                    self.rest.found()
             except KeditError as error:
-                if error.code != SHORT or len(part) < 2:
-                    failed(part, error)
+                if ends(error):
+                    raise
+                if error.code == SHORT and len(part) > 1:
+                    log.warning("a flush of %d facts is done in halves: %s", len(part), error)
+                    half = len(part) // 2
+                    parts.extendleft((part[half:], part[:half]))
                     continue
-                log.warning("a flush of %d facts is done in halves: %s", len(part), error)
-                half = len(part) // 2
-                parts.extendleft((part[half:], part[:half]))
-        return done
+                failed.append((part, error))
+                if error.code == SHORT:
+                    for fact in part:
+                        self.rest.lacks(fact.id)
+                    if not done:
+                        break
+        return done, failed
 
     def _still_there(self, facts: list[StoredFact]) -> list[StoredFact]:
         """Those that a flush may still take, as they are now: another part may have moved them."""
@@ -209,14 +256,15 @@ class Editor:
 
     def run_flush(self, dry_run: bool) -> dict[str, Any]:
         """Flush now, whatever waits."""
-
-        def refuse(_: list[StoredFact], error: KeditError) -> None:
-            raise error
-
-        parts = self._in_parts("asked for", dry_run, refuse)
+        parts, failed = self._in_parts("asked for", dry_run)
+        if not parts:
+            raise failed[0][1]
         lists = ("flushed", "failed", "quarantined")
         told = {key: [n for part in parts for n in part.get(key, [])] for key in lists}
-        return parts[-1] | {key: ids for key, ids in told.items() if key in parts[-1] or ids}
+        told["failed"] += [fact.id for part, _ in failed for fact in part]
+        merged = parts[-1] | {key: ids for key, ids in told.items() if key in parts[-1] or ids}
+        reasons = [f"{len(part)} facts could not be flushed: {error}" for part, error in failed]
+        return merged | {"reasons": [*merged["reasons"], *reasons]}
 
     def audit(self, dry_run: bool = False) -> dict[str, Any]:
         """Measure, judge, write it down, and do what the verdict says."""

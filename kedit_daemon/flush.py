@@ -322,7 +322,8 @@ class Flush:
         """
         self.store.add_edit(fact.id, tier, None, 0.0, "failed", None)
         self.store.event("edit_failed", fact.id, tier=tier, reason=reason)
-        if fact.state is State.RECEIVED and self.store.attempted(fact.id) >= self.attempts:
+        now = self.store.fact(fact.id)  # it may have been moved since it was read
+        if now and now.state is State.RECEIVED and self.store.attempted(fact.id) >= self.attempts:
             self.store.move(fact.id, State.FAILED, reason=reason)
 
     def older(self, fact: StoredFact) -> list[StoredFact]:

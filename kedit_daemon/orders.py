@@ -6,11 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kedit_daemon.config import BAD_CONFIG
 from kedit_daemon.control import Request
 from kedit_daemon.disk import broken, is_held, told
 from kedit_daemon.editor import Editor
-from memory.errors import KeditError
+from memory.errors import KeditError, ends
 
 ANSWER_TOKENS = 40
 log = logging.getLogger(__name__)
@@ -49,11 +48,6 @@ def answer(request: Request, editor: Editor, refusal: KeditError | None, folder:
         request.refuse(known)
         if broken(error) or is_held(error):
             raise
-
-
-def ends(error: KeditError) -> bool:
-    """Whether the daemon ends with this error: it is asked to, or the database is damaged."""
-    return error.code == "stopping" or error.exit_code == BAD_CONFIG
 
 
 def do_job(editor: Editor, name: str) -> str:

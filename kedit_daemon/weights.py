@@ -246,11 +246,18 @@ class Weights:
     def _ended(
         self, ids: list[str], reason: str, health: Health, moves: Callable[[int], None]
     ) -> int:
-        if sorted(ids) == sorted(self.served.weights_facts()):
-            with self.store.transaction():  # nothing of it was in the weights
-                moves(self.store.active_generation())
+        if self._held(ids, moves):
             return self.store.active_generation()
         return self.publish(ids, reason, health, moves)
+
+    def _held(self, ids: Sequence[str], moves: Callable[[int], None]) -> bool:
+        """Whether the weights hold just these facts, in whatever order; then no other generation
+        is made, and the moves are done."""
+        held = sorted(ids) == sorted(self.served.weights_facts())
+        if held:
+            with self.store.transaction():
+                moves(self.store.active_generation())
+        return held
 
     def _moved(
         self,
@@ -281,11 +288,8 @@ class Weights:
     def leave(self, gone: Container[str], reason: str, moves: Callable[[int], None]) -> None:
         """Serve the weights without facts that `moves` ends, if they hold any of these, and do
         that in the same transaction."""
-        held = self.served.weights_facts()
-        ids = [n for n in held if n not in gone]
-        if ids == held:
-            with self.store.transaction():
-                moves(self.store.active_generation())
+        ids = [n for n in self.served.weights_facts() if n not in gone]
+        if self._held(ids, moves):
             return
         with self.trial(ids):
             self.publish(ids, reason, self.measured()[0], moves)

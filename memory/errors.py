@@ -1,5 +1,8 @@
 """The one error that users see: what happened, and what to do about it."""
 
+STOPPING = "stopping"  # the code of what ends a long edit when the process is told to end
+DAMAGED = "damaged"  # that of a database which cannot be used
+
 
 class KeditError(Exception):
     """Anything that goes wrong for a reason a person can act on.
@@ -20,7 +23,13 @@ def damaged(what: str, how: str) -> KeditError:
     """The database says what cannot be: nothing of it is used, and a backup put back."""
     return KeditError(
         f"{what} is damaged: {how}",
-        code="corrupt",
+        code=DAMAGED,
         hint="put a backup back: kedit-daemon restore BACKUP --replace",
         exit_code=78,
     )
+
+
+def ends(error: BaseException) -> bool:
+    """Whether the daemon ends with this error: it is asked to, or the database is damaged. It is
+    the fault of no fact, request or job."""
+    return isinstance(error, KeditError) and error.code in (STOPPING, DAMAGED)

@@ -3,6 +3,7 @@
 Rows of one length run together without padding, so that a row's numbers never depend on pads.
 """
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,7 @@ from memory.model import EditableModel
 from memory.shortage import SHORT, shortage_told
 
 MAX_ROWS = 64
+log = logging.getLogger(__name__)
 
 
 def first_sentence(text: str) -> str:
@@ -93,6 +95,7 @@ def answers(
         except KeditError as error:
             if error.code != SHORT or len(rows) < 2:
                 raise
+            log.warning("%d answers are made in halves: %s", len(rows), error)
             groups.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))
             continue
         for place, tokens in zip(rows, said, strict=True):

@@ -10,6 +10,7 @@ in seats of one fixed shape, so that what comes out for a fact depends on that f
 its company or its turn. A fact that is done gives its seat to the next one.
 """
 
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ LONGEST = 64  # tokens of a target: one of 190 took minutes, as every seat is as
 PULSE = 8  # steps after which the caller hears from the work, whether a fact is done or not
 DECAY = 0.02  # weight of ‖δ‖² in lengths
 EXTRA_STEPS = 5  # after the target is the argmax everywhere
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,7 @@ def _in_seats(
             if error.code != SHORT or seats == 1:
                 raise
             seats //= 2
+            log.warning("targets are computed for %d facts at once: %s", seats, error)
 
 
 def _some(seats: _Seats, waiting: Waiting) -> Iterator[dict[str, Terms | Refused]]:

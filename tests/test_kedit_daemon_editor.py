@@ -1,10 +1,12 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from conftest import Bench, seat
 
-from memory.errors import KeditError
+from memory.errors import KeditError, ends
 from memory.facts import Fact, State
+from memory.rows import GenerationRow
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
@@ -128,3 +130,50 @@ def test_what_no_longer_holds_beside_weights_that_moved_before_a_crash_is_learne
     at.served.side.drop(one.id)
     at.editor.resume()  # nothing is left to be done
     assert states(at)[one.id] == "live-side"
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
+def test_a_damaged_database_ends_the_daemon_and_is_no_facts_fault(
+    bench: Make, direct: bool
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=True)
+    at.settle()
+    newer = seat(1, "Lima")  # takes the place of what is in the weights: a generation is made
+    at.receive(newer, direct=direct)
+    real = at.store.generation
+
+    def damaged_row(number: int) -> GenerationRow:
+        with at.store.transaction():
+            at.store.conn.execute("UPDATE generations SET figures = '{' WHERE id = ?", (number,))
+        return real(number)
+
+    at.store.generation = damaged_row  # type: ignore[method-assign]
+    with pytest.raises(KeditError, match="generation 1 in the database is damaged") as caught:
+        at.editor.step()
+    assert ends(caught.value)
+    assert (at.store.fact(newer.id).state, at.store.fact(newer.id).attempts) == ("received", 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("none left")])
+def test_what_fails_after_facts_are_live_is_not_their_fault(
+    bench: Make, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=True)
+    at.settle()
+    newer = seat(1, "Lima")
+    at.receive(newer)
+    waiting = at.store.fact(newer.id)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(at.editor.weights, "recheck", fail)
+    assert at.editor.step() and not at.editor.step()
+    live = at.store.fact(newer.id)
+    assert (live.state, live.attempts) == (State.LIVE_SIDE, 0)
+    with at.store.transaction():
+        for _ in range(4):
+            at.editor.flush.retry(waiting, "side", "read before it was live")
+    assert at.store.fact(newer.id).state is State.LIVE_SIDE

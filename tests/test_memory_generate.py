@@ -141,7 +141,9 @@ def test_every_group_runs_under_the_overlay_and_is_told_its_places(model: Editab
         assert len({prompts[place] for place in places}) == 1
 
 
-def test_rows_that_find_no_memory_together_are_run_in_halves(model: EditableModel) -> None:
+def test_rows_that_find_no_memory_together_are_run_in_halves_and_that_is_told(
+    model: EditableModel, caplog: pytest.LogCaptureFixture
+) -> None:
     prompts = [f"The seat of country {n} is" for n in range(7)]
     calm, rows = answers(model, prompts, 5), list[int]()
 
@@ -155,6 +157,7 @@ def test_rows_that_find_no_memory_together_are_run_in_halves(model: EditableMode
     try:
         assert answers(model, prompts, 5) == calm
         assert max(rows) == 7
+        assert "7 answers are made in halves" in caplog.messages[0]
         most = 0
         with pytest.raises(KeditError, match="no memory left"):
             answers(model, prompts, 5)

@@ -71,7 +71,7 @@ def test_a_damaged_database_is_refused(path: Path, damage: str) -> None:
     before = path.read_bytes()
     with pytest.raises(KeditError) as caught:
         Store(path, lambda: datetime.now(UTC))
-    assert (caught.value.code, caught.value.exit_code) == ("corrupt", 78)
+    assert (caught.value.code, caught.value.exit_code) == ("damaged", 78)
     assert "kedit-daemon restore BACKUP --replace" in caught.value.hint
     assert path.read_bytes() == before
 

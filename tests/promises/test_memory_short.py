@@ -22,8 +22,8 @@ from serving import NAME, server
 
 from kedit_daemon.control import Request
 from kedit_daemon.daemon import Daemon
-from kedit_daemon.editor import REST
 from kedit_daemon.notify import Notifier
+from kedit_daemon.rest import REST
 from memory.errors import KeditError
 from memory.facts import Fact, State
 from memory.model import EditableModel
@@ -90,8 +90,8 @@ def test_memory_that_runs_out_at_any_moment(
     said = [at.says(fact.question) for fact in FACTS]
     at.loaded.model.set_deltas({})
     moments = random.Random(int(direct))
-    for number in range(240 if whole else 3):
-        first, minutes = moments.randrange(1, calm.done + 1), number % 2 * 3  # 0: once alone
+    for number in range(240 if whole else 2):
+        first, minutes = moments.randrange(1, calm.done + 1), number % 2 * 30  # 0: once alone
         hard = bench(f"hard{number}", **SETTINGS)
         lacks = for_minutes(hard.clock, minutes) if minutes else lambda told: not told
         found = work(hard, direct, Device(first, lacks))
@@ -129,7 +129,7 @@ def room_for(
 
 @pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
 def test_where_there_is_room_for_a_few_rows_work_is_done_in_parts(
-    direct: bool, bench: Callable[..., Bench]
+    direct: bool, bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
     at, rows = bench(**SETTINGS), 6
     facts = [seat(n, CITIES[n % 8]) for n in range(7)]
@@ -140,6 +140,7 @@ def test_where_there_is_room_for_a_few_rows_work_is_done_in_parts(
     state = State.LIVE_WEIGHTS if direct else State.LIVE_SIDE
     assert [f.state for f in at.store.facts()] == [state] * 7
     assert [at.says(f.question) for f in facts] == [f.target for f in facts]
+    assert {"policies.targets"} == {r.name for r in caplog.records} or not direct  # told
     assert not at.store.conn.execute("SELECT 1 FROM events WHERE kind LIKE '%failed'").fetchall()
 
 
@@ -194,11 +195,57 @@ def test_a_fact_too_large_for_the_device_is_given_up_in_words(bench: Callable[..
     large = seat(9, " ".join(CITIES * 2))
     at.receive(large, *FACTS[:2], direct=True)
     with room_for(at, 24, tokens=12):
-        settle(at)
+        for number in range(3, 8):  # as long as no other fact finds memory, it waits
+            at.settle()
+            at.clock.pass_time(seconds=REST.total_seconds())
+            at.settle()
+            at.clock.pass_time(seconds=REST.total_seconds())
+            if at.store.fact(large.id).state is State.FAILED:
+                break
+            at.receive(seat(number, CITIES[number]), direct=True)
     first, *others = at.store.facts()
-    assert (first.fact.id, first.state) == (large.id, State.FAILED)
+    assert (first.fact.id, first.state, first.attempts) == (large.id, State.FAILED, 3)
     assert "no memory left" in (first.reason or "")
-    assert [f.state for f in others] == [State.LIVE_WEIGHTS] * 2
+    assert [f.state for f in others] == [State.LIVE_WEIGHTS] * len(others)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
+def test_a_shortage_of_half_an_hour_is_no_attempt_at_a_fact(
+    direct: bool, bench: Callable[..., Bench]
+) -> None:
+    at = bench(**SETTINGS)
+    at.receive(*FACTS, direct=direct)
+    with Device(0, for_minutes(at.clock, 30)).of(at.loaded.model):
+        settle(at)
+    assert {f.state for f in at.store.facts()} <= {State.LIVE_WEIGHTS, State.LIVE_SIDE}
+    assert {f.attempts for f in at.store.facts()} == {0}
+    assert at.store.conn.execute("SELECT 1 FROM events WHERE kind = 'edit_failed'").fetchone()
+
+
+def test_where_there_is_no_memory_at_all_a_flush_is_soon_over(
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
+) -> None:
+    at = bench(**SETTINGS)
+    at.receive(*(seat(n, CITIES[n % 8]) for n in range(16)), direct=True)
+    with Device(0, lambda _told: True).of(at.loaded.model):
+        assert at.editor.step()
+        tries = at.pulses
+        assert not at.editor.step()  # it rests
+    assert sum("done in halves" in said for said in caplog.messages) == 4
+    assert tries == 5  # 16, 8, 4, 2, 1: whoever asks, or ends the daemon, is heard before each
+
+
+def test_a_flush_that_is_done_in_part_says_what_was_done(bench: Callable[..., Bench]) -> None:
+    at = bench(**SETTINGS)
+    facts = [seat(n, CITIES[n]) for n in range(6)]
+    at.receive(*facts, direct=True)
+    with no_room_for(4, 10_000):
+        told = at.editor.run_flush(False)
+    done = [f.id for f in at.store.facts((State.LIVE_WEIGHTS,))]
+    assert len(done) == 3 and sorted(told["flushed"]) == sorted(done)
+    assert sorted(told["failed"]) == sorted(f.id for f in facts if f.id not in done)
+    assert told["generation"] == at.store.active_generation() == 1
+    assert "no memory left" in told["reasons"][-1]
 
 
 # Who asks, and what is planned ------------------------------------------------------------------
