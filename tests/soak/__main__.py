@@ -123,7 +123,7 @@ def soaked(daemon: Daemon, minutes: float, steady: float, model: str, seed: int)
         "wrong": wrong,
         "reading": answered([a for one in readers for a in one.answers], daemon.outages),
         "state_mb": size / (1 << 20),
-        "samples": [[round(s.at, 1), s.life, s.who, s.rss, s.fds] for s in daemon.samples],
+        "samples": [[round(s.at, 1), s.pid, s.who, s.rss, s.fds] for s in daemon.samples],
         "memory": {who: growth(daemon.samples, who, steady_from) for who in ("daemon", "server")},
     }
 

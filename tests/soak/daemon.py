@@ -42,10 +42,10 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process held at a moment: seconds since the start of all and since its own."""
+    """What a process held at a moment: seconds since the start of all, and since all was ready."""
 
     at: float
-    life: int
+    pid: int
     age: float
     who: str
     rss: int
@@ -61,21 +61,18 @@ class Daemon:
         self.home.create()
         self.home.config.write_text(CONFIG.format(model=model, port=port), encoding="utf-8")
         self.began = time.monotonic()
-        self.life, self.started, self.samples = 0, 0.0, list[Sample]()
+        self.ready_at, self.samples = float("inf"), list[Sample]()
         self.outages: list[tuple[float, float]] = []  # from a kill until answers come again
-        self.steady_from = float("inf")
         self._stop = threading.Event()
         self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self.births: dict[int, float] = {}  # when a process was seen first
 
     def start(self) -> None:
         command = [sys.executable, "-m", "kedit_daemon.cli", "--home", str(self.home.root), "run"]
-        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-        self.life += 1
-        self.started = time.monotonic()
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         with (self.home.root / "daemon.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=ROOT)
-        if self.life == 1:
+        if not self._sampler.ident:
             self._sampler.start()
 
     def wait_ready(self) -> None:
@@ -85,6 +82,7 @@ class Daemon:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise SystemExit((self.home.root / "daemon.log").read_text()[-3000:])
             time.sleep(0.1)
+        self.ready_at = time.monotonic()
 
     def _ready(self) -> bool:
         with suppress(httpx.TransportError):
@@ -93,7 +91,7 @@ class Daemon:
 
     def kill(self, server: bool = False) -> None:
         """kill -9, and what a supervisor does then; the daemon itself looks after its server."""
-        at = time.monotonic()
+        at, self.ready_at = time.monotonic(), float("inf")
         if server:
             os.kill(self.child() or 0, signal.SIGKILL)
         else:
@@ -136,7 +134,7 @@ class Daemon:
             for who, pid in (("daemon", self.process.pid), ("server", self.child())):
                 with suppress(OSError, ValueError):
                     now = time.monotonic()
-                    age = now - self.births.setdefault(pid or 0, now)
                     rss = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
                     fds = len(os.listdir(f"/proc/{pid}/fd"))
-                    self.samples.append(Sample(now - self.began, self.life, age, who, rss, fds))
+                    age = now - self.ready_at
+                    self.samples.append(Sample(now - self.began, pid or 0, age, who, rss, fds))

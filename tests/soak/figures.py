@@ -16,8 +16,10 @@ from memory import reading
 from memory.ledger import read_head, verify
 
 MB = 1 << 20
-WARM, WARM_STEADY = 25.0, 120.0  # seconds of a life that say nothing of growth yet
-AGES = (35.0, 55.0)  # at which lives are compared
+WARM = 20.0  # seconds of a life that say nothing of growth yet
+# Where it is long: memory grows in steps until the largest batch has been met.
+WARM_STEADY = 240.0
+AGES = (25.0, 50.0)  # at which lives are compared
 
 
 def slope(points: Sequence[tuple[float, float, int]]) -> float | None:
@@ -35,15 +37,15 @@ def growth(samples: Sequence[Sample], who: str, steady_from: float) -> dict[str,
     """Of one process's memory in MB/minute, and its file descriptors."""
     own = [s for s in samples if s.who == who]
     short = [s for s in own if s.at < steady_from and s.age >= WARM]
-    last = max((s.life for s in own), default=0)
+    last = own[-1].pid if own else 0
     aged = [s for s in own if s.at < steady_from and AGES[0] <= s.age <= AGES[1]]
-    long = [s for s in own if s.life == last and s.at >= steady_from and s.age >= WARM_STEADY]
+    long = [s for s in own if s.pid == last and s.at >= steady_from and s.age >= WARM_STEADY]
     fds, quarter = [s.fds for s in long], max(1, len(long) // 4)
     return {
         "samples": len(own),
-        "lives": len({s.life for s in own}),
+        "lives": len({s.pid for s in own}),
         "highest_mb": max((s.rss for s in own), default=0) / MB,
-        "within_lives": slope([(s.age / 60, s.rss / MB, s.life) for s in short]),
+        "within_lives": slope([(s.age / 60, s.rss / MB, s.pid) for s in short]),
         "across_lives": slope([(s.at / 60, s.rss / MB, 0) for s in aged]),
         "without_kills": slope([(s.at / 60, s.rss / MB, 0) for s in long]),
         "fds_highest": max((s.fds for s in own), default=0),
@@ -73,14 +75,13 @@ def answered(answers: Sequence[Answer], outages: Sequence[tuple[float, float]]) 
 def judged(daemon: Daemon, book: Book) -> dict[str, Any]:
     """The log and the end, held against the model of what must be; what is wrong, in words."""
     reader, wrong = Reader(), list[str]()
-    order: list[str] = []
     sql = "SELECT kind, fact_id, at, data FROM events ORDER BY seq"
     events = [(k, n, at, json.loads(data)) for k, n, at, data in daemon.rows(sql)]
     reader.handed = {n: Known(k.scope, k.target, k.until) for n, (_, k) in book.known.items()}
+    taken = ("fact_received", "fact_revived", "fact_duplicate")
+    order = [name for kind, name, _, said in events if kind in taken and "to" not in said]
     try:
         for kind, name, at, said in events:
-            if kind in ("fact_received", "fact_revived", "fact_duplicate") and "to" not in said:
-                order.append(name)
             if kind == "fact_reverted":
                 why = str(said["reason"])
                 asked = name in book.reverted | book.unsure and why == "reverted by hand"
@@ -103,10 +104,10 @@ def judged(daemon: Daemon, book: Book) -> dict[str, Any]:
     return {
         "wrong": wrong,
         "standing": dict(counts),
-        "lost": len(set(book.handed) - reader.facts.known.keys()),
+        "lost": len(set(book.handed) - set(order)),
         "live": [n for n in reader.facts.active()],
         "refused": [n for n, one in reader.facts.known.items() if one.standing is REFUSED],
-        "became_live": sum(k in ("fact_live-side",) for k, *_ in events),
+        "became_live": sum(k == "fact_live-side" for k, *_ in events),
         "events": len(events),
         "kinds": dict(Counter(k for k, *_ in events)),
     }

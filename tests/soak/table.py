@@ -39,9 +39,9 @@ def lines(f: dict[str, Any]) -> list[str]:
     for who, m in f["memory"].items():
         rows += [
             (f"{who}: most memory", f"{m['highest_mb']:.0f} MB"),
-            (f"{who}: memory without kills", f"{_n(m['without_kills'])} MB a minute"),
-            (f"{who}: within lives of a minute", f"{_n(m['within_lives'])} MB a minute"),
-            (f"{who}: from life to life at one age", f"{_n(m['across_lives'])} MB a minute"),
+            (f"{who}: memory without kills", _n(m["without_kills"], 2, " MB a minute")),
+            (f"{who}: within lives of a minute", _n(m["within_lives"], 2, " MB a minute")),
+            (f"{who}: from life to life at one age", _n(m["across_lives"], 2, " MB a minute")),
             (f"{who}: file descriptors, most and growth",
              f"{m['fds_highest']}, {_n(m['fds_growth'], 0)}"),
         ]  # fmt: skip
@@ -50,5 +50,5 @@ def lines(f: dict[str, Any]) -> list[str]:
     return [f"| on the model `{f['model']}` | |", "| --- | ---: |", *table, *wrong]
 
 
-def _n(value: float | None, places: int = 2) -> str:
-    return "too short to say" if value is None else f"{value:.{places}f}"
+def _n(value: float | None, places: int, unit: str = "") -> str:
+    return "too short to say" if value is None else f"{value:.{places}f}{unit}"
