@@ -12,23 +12,28 @@ from pathlib import Path
 from kedit_daemon.home import Home
 
 STAGED = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `write_atomic` has not put in its place yet
+# What lies in the folders of tensors: files that are named by their sha256, what `save_tensors` has
+# not put in its place, and what safetensors, which writes in the same way, has not.
+TENSORS = re.compile(rf"[0-9a-f]{{64}}\.safetensors|{STAGED.pattern}|\.tmp[0-9A-Za-z]{{6}}")
 RESTORING = ".kedit-restore-"  # how the folder begins that a restore fills
 INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval index
 
 
 def leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
-    """They are looked for by what the database names; without one only unfinished files are."""
+    """They are looked for by what the database names; without one only unfinished files are.
+
+    Only names that are ours count, and the only folders are those of restores: somebody's
+    `.snapshot` or `lost+found` stays.
+    """
     # Without a database the restore was cut off, and the folder is how that is known.
     cut_off = not home.database.exists()
     found = [] if cut_off else [p for p in home.root.glob(f"{RESTORING}*") if p.is_dir()]
     for folder in (home.root, home.state, home.inbox / "failed", *_tensors(home)):
-        if folder.is_dir():
-            found += [p for p in folder.iterdir() if STAGED.fullmatch(p.name)]
+        found += _files(folder, STAGED)
     if conn is not None:
         for folder, sql in _tensors(home).items():
             named = {f"{row[0]}.safetensors" for row in conn.execute(sql)}
-            if folder.is_dir():
-                found += [p for p in folder.iterdir() if p.name not in named and p not in found]
+            found += [p for p in _files(folder, TENSORS) if p.name not in named and p not in found]
     return sorted(found)
 
 
@@ -39,6 +44,11 @@ def remove(found: list[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def _files(folder: Path, names: re.Pattern[str]) -> list[Path]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return [p for p in found if names.fullmatch(p.name) and p.is_file() and not p.is_symlink()]
 
 
 def _tensors(home: Home) -> dict[Path, str]:

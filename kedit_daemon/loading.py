@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,8 +99,8 @@ class Opened:
             # Named by what is in it, too: by that a later start sees that it is whole.
             name = f"{kept.missing.stem}-{hashlib.sha256(data).hexdigest()}"
             write_atomic(kept.missing.with_stem(name), data)
-            for path in set(_cached(kept.missing)) - {kept.missing.with_stem(name)}:
-                path.unlink()  # it was damaged
+            for path in {kept.missing, *_cached(kept.missing)} - {kept.missing.with_stem(name)}:
+                path.unlink(missing_ok=True)  # it was damaged
             return kept.statistics | unpack(data)
         return kept.statistics
 
@@ -151,7 +152,27 @@ def find_statistics(
         if hashlib.sha256(data).hexdigest() == path.stem.rpartition("-")[2]:
             return Kept(shipped | unpack(data))
         log.warning("%s is damaged: its sha256 differs; the model is measured again", path)
+    if older := _older(cached, {*wide, *narrow}):
+        return Kept(shipped | older)
     return Kept(shipped, cached, tuple(wide), tuple(narrow))
+
+
+def _older(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
+    """What an older version has measured, which put no sha256 into a file's name: it gets one.
+    Nothing where there is no such file, or a damaged one."""
+    if not path.is_file():
+        return {}
+    data = path.read_bytes()
+    try:
+        found = unpack(data)
+    except (SafetensorError, KeyError, ValueError):
+        found = {}
+    if found.keys() != layers:
+        log.warning("%s is damaged; the model is measured again", path)
+        return {}
+    with suppress(OSError):  # a home may be read only, and somebody else may have been quicker
+        path.rename(path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}"))
+    return found
 
 
 def _cached(path: Path) -> list[Path]:

@@ -59,8 +59,10 @@ def _still(path: Path) -> bool:
     with a writer, and has to be told to do without."""
     if not os.statvfs(path.parent).f_flag & os.ST_RDONLY:
         return False
-    log = path.with_name(f"{path.name}-wal")
-    return not log.exists() or not log.stat().st_size
+    # Who has it open, and sees the disk in another way, shares a file from the first moment on,
+    # when the log may be empty still.
+    log, shared = (path.with_name(f"{path.name}{end}") for end in ("-wal", "-shm"))
+    return not shared.exists() and (not log.exists() or not log.stat().st_size)
 
 
 def fact_rows(

@@ -159,7 +159,7 @@ def crashed(home: Home) -> set[Path]:
     (home.generations / f"{'ab' * 32}.safetensors").write_bytes(b"named")
     (home.inbox / "failed" / "a.jsonl").write_text("a person's")
     left = [f / f".{'0' * 16}.tmp" for f in (home.root, home.state, home.inbox / "failed")]
-    left += [home.generations / f"{'0' * 64}.safetensors", home.index / ".tmpXyZ"]
+    left += [home.generations / f"{'0' * 64}.safetensors", home.index / ".tmpXyZ09a"]
     for path in left:
         path.write_bytes(b"left")
     (home.root / ".kedit-restore-1" / "state").mkdir(parents=True)
@@ -185,6 +185,20 @@ def test_a_daemons_unfinished_files_are_its_own(home: Home) -> None:
         result = CliRunner().invoke(cli, ["--home", str(home.root), "doctor", "--fix"])
     assert result.exit_code == 75
     assert all(path.exists() for path in left)
+
+
+def test_what_is_not_named_as_ours_stays(home: Home) -> None:
+    tensors = (home.generations, home.side, home.index)
+    kept = {folder / ".snapshot" / "daily" for folder in tensors}
+    kept |= {folder / f"{'1' * 64}.safetensors" / "file" for folder in tensors}
+    kept |= {home.state / f".{'0' * 16}.tmp" / "file", home.side / "notes.txt"}
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    link = home.side / f"{'2' * 64}.safetensors"
+    link.symlink_to(home.side / "notes.txt")
+    assert fix(home) == []
+    assert all(path.exists() for path in {*kept, link})
 
 
 def test_without_a_database_tensors_are_not_judged(home: Home) -> None:

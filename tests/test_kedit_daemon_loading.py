@@ -38,6 +38,31 @@ def test_statistics_are_measured_once_and_cached(
     assert set(first.layers) <= set(first.statistics)
 
 
+@pytest.mark.parametrize("damage", [None, 200])
+def test_statistics_of_an_older_version_get_their_sha256(
+    model_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: int | None,
+) -> None:
+    folder, measured, collect = str(model_folder("llama")), [], loading.collect
+
+    def counted(*given: object) -> object:
+        measured.append(given)
+        return collect(*given)
+
+    first = load_model(folder, "cpu", tmp_path, iter)
+    (named,) = tmp_path.iterdir()
+    older = named.rename(named.with_stem(named.stem.rpartition("-")[0]))
+    if damage is not None:
+        older.write_bytes(older.read_bytes()[:damage])
+    monkeypatch.setattr(loading, "collect", counted)
+    again = load_model(folder, "cpu", tmp_path, iter)
+    assert (len(measured), list(tmp_path.iterdir())) == (0 if damage is None else 1, [named])
+    for n, layer in first.statistics.items():
+        assert torch.equal(layer.covariance, again.statistics[n].covariance)
+
+
 def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None:
     loaded = load_model(SHIPPED, "cpu", tmp_path, iter)
     assert (loaded.site.subject_layers, loaded.site.end_layers) == ((1, 2), (3,))

@@ -1,4 +1,5 @@
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -44,6 +45,26 @@ def ids(path: Path) -> list[str]:
 def conn(path: Path, ids: list[str]) -> Iterator[sqlite3.Connection]:
     with closing(open_readonly(path)) as conn:
         yield conn
+
+
+def test_a_writer_behind_a_mount_that_is_read_only_is_seen(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs
+
+    def read_only(of: Path) -> os.statvfs_result:
+        figures = list(real(of))
+        figures[8] |= os.ST_RDONLY
+        return os.statvfs_result(figures)
+
+    monkeypatch.setattr(os, "statvfs", read_only)
+    with closing(Store(path, Days())) as store:
+        store.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with closing(open_readonly(path)) as conn:
+            before = len(list(event_rows(conn)))
+            with store.transaction():
+                store.event("daemon_stopped")
+            assert len(list(event_rows(conn))) == before + 1
 
 
 def test_a_missing_database_names_the_remedy_and_is_not_made(tmp_path: Path) -> None:
