@@ -3,8 +3,10 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from threading import Thread
 from typing import Any
 
 from kedit_daemon.config import Config
@@ -25,6 +27,7 @@ from policies.steadiness import Acted, Restraint, held_back
 
 ACTS = "audit_acts"  # in the store's meta: [when, what], the newest last
 DISARMED = "audit_disarmed"  # while the weights have not been clearly well since a consolidation
+PULSE_SECONDS, MOST_PULSES = 1.0, 3600  # while the database is read
 
 
 @dataclass
@@ -145,7 +148,7 @@ class Auditor:
         with _timed(costs, "retention"):
             retention, lost = self._lost(turn)
         with _timed(costs, "database"):
-            examine(self.served.home.database, thorough=True)
+            self._examine()
         with _timed(costs, "chain"):
             chain = verify(self.store.conn, read_head(self.served.home.head))
         with _timed(costs, "evidence"):
@@ -160,6 +163,27 @@ class Auditor:
         }
         verdict = judge(health, self.weights.thresholds, retention)
         return _Findings(broken.reasons, health, lost, verdict, figures)
+
+    def _examine(self) -> None:
+        """Refuse a damaged database. A large one takes minutes to read, within which SQLite calls
+        nobody: a thread reads it, and the loop shows meanwhile that it is alive."""
+        found = Future[None]()
+
+        def look() -> None:
+            try:
+                examine(self.served.home.database, thorough=True)
+            except BaseException as error:
+                found.set_exception(error)
+            else:
+                found.set_result(None)
+
+        # As a daemon's thread it holds up no stop: it only reads.
+        Thread(target=look, name="database", daemon=True).start()
+        for _ in range(MOST_PULSES):
+            if wait((found,), PULSE_SECONDS).done:
+                break
+            self.flush.pulse()
+        found.result()  # a disk that never answers is for systemd's watchdog to find
 
     def _lost(self, turn: int) -> tuple[float | None, list[StoredFact]]:
         """Share of the oldest facts that are stated; what of them, and of others, is not."""

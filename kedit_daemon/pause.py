@@ -80,8 +80,9 @@ def wait_for_room(folder: Path, notifier: Notifier) -> bool:
     waited = False
     try:
         while (why := lacking(folder)) is not None:
+            if not waited:
+                log.warning("the start waits for room: %s in %s", why, folder)
             waited = True
-            log.warning("the start waits for room: %s in %s", why, folder)
             notifier.status(f"paused: {why}")
             notifier.extend(LOADING_SECONDS)
             if signal.sigtimedwait(stops, LOOK_SECONDS) is not None:

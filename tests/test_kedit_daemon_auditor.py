@@ -1,10 +1,12 @@
 from collections.abc import Callable
+from threading import Event
 
 import pytest
 import torch
 from conftest import LOOSE, Bench, seat
 from poison import poison
 
+from kedit_daemon import auditor
 from memory.errors import KeditError
 from memory.evidence import Evidence
 
@@ -194,3 +196,36 @@ def test_limits_that_do_not_rise_are_refused(bench: Make) -> None:
         bench(stability={"norm_warn": 9.0})  # above what the model's own limits go on with
     assert refused.value.exit_code == 78
     assert "norm" in str(refused.value)
+
+
+def test_the_loop_is_alive_while_a_large_database_is_read(
+    bench: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at, pulsed = bench(), Event()
+    monkeypatch.setattr(auditor, "PULSE_SECONDS", 0.01)
+    monkeypatch.setattr(auditor, "examine", lambda *_, **__: pulsed.wait(20) or pytest.fail())
+    at.editor.flush.pulse = pulsed.set
+    assert at.editor.audit()["verdict"] == "keep"
+
+    def stop() -> None:
+        raise KeditError("the daemon is stopping", code="stopping")
+
+    pulsed.clear()
+    at.editor.flush.pulse = stop
+    with pytest.raises(KeditError, match="stopping"):
+        at.editor.audit()
+    pulsed.set()
+
+
+def test_an_audit_finds_a_damaged_index(bench: Make) -> None:
+    at = bench()
+    at.receive(seat(1))
+    with at.store.transaction():
+        # What the index says is no more what the table says.
+        at.store.conn.execute("PRAGMA writable_schema=ON")
+        at.store.conn.execute(
+            "UPDATE sqlite_master SET sql = 'CREATE INDEX facts_state ON facts(slot)'"
+            " WHERE name = 'facts_state'"
+        )
+    with pytest.raises(KeditError, match="damaged"):
+        at.editor.audit()
