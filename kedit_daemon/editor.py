@@ -44,7 +44,10 @@ class Editor:
         """At the start: do what a crash came before, between two transactions of one change."""
         try:
             self.weights.recheck()
-        except KeditError as error:  # no reason to stay away: what is served is as it was
+        except KeditError as error:
+            if ends(error):
+                raise
+            # No reason to stay away: what is served is as it was.
             log.warning("a change that was cut short cannot be completed: %s", error)
 
     # The loop -----------------------------------------------------------------------------------
