@@ -14,7 +14,7 @@ test: .venv
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict $(addprefix -p ,$(PACKAGES))
-	.venv/bin/pytest -q
+	.venv/bin/pytest -q -n 2 --dist loadfile
 
 # Known holes in what is installed with; it asks a database on the network, so no test does it.
 audit: .venv
