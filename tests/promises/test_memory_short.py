@@ -232,7 +232,8 @@ def test_where_there_is_no_memory_at_all_a_flush_is_soon_over(
         tries = at.pulses
         assert not at.editor.step()  # it rests
     assert sum("done in halves" in said for said in caplog.messages) == 4
-    assert tries == 5  # 16, 8, 4, 2, 1: whoever asks, or ends the daemon, is heard before each
+    # 16, 8, 4, 2, 1: who asks, or ends the daemon, is heard before each, and once in each.
+    assert tries == 10
 
 
 def test_a_flush_that_is_done_in_part_says_what_was_done(bench: Callable[..., Bench]) -> None:
