@@ -67,6 +67,7 @@ def run(
     home.create()
     notifier = Notifier(environ)
     with telling(home.state), hold(home.lock):
+        refuse_cut_off(home)  # again: a restore may have been between its renames just now
         if not wait_for_room(home.state, notifier):
             return 0
         store = Store(home.database, clock)
