@@ -299,7 +299,7 @@ class Daemon:
             outcome, detail = JOB_OK, None
             try:
                 with self.editor.spared():
-                    detail = do_job(self.editor, name)
+                    detail = self._job(name)
             except KeditError as error:
                 if ends(error):
                     raise
@@ -312,6 +312,9 @@ class Daemon:
                 outcome, detail = "failed", f"{type(error).__name__}: {error}"
             with self.store.transaction():
                 self.store.finish_job(number, outcome, detail)
+
+    def _job(self, name: str) -> str:
+        return do_job(self.editor, name)
 
     # Start and end ------------------------------------------------------------------------------
 
