@@ -77,7 +77,7 @@ def up(home: Home, environ: dict[str, str] | None = None) -> int:
 
 def copied(home: Home, root: Path) -> Home:
     """Another home like one whose daemon is down."""
-    shutil.copytree(home.root, root)
+    shutil.copytree(home.root, root, ignore=shutil.ignore_patterns(home.socket.name))
     return Home(root)
 
 
