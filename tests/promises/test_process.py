@@ -270,7 +270,7 @@ def test_the_watchdog_hears_of_long_work(
 
     def slow(module: object, _: object) -> None:
         if isinstance(module, PreTrainedModel) and home.socket.exists():
-            time.sleep(0.006)
+            time.sleep(0.02)
 
     pid = forking.daemon(
         home,
