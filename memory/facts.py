@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from memory.naming import names, plain
+from memory.side.subject_matcher import names, plain
 
 
 class State(StrEnum):

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.model import EditableModel
-from memory.statistics import LayerStatistics
-from policies.anchor import anchor
-from policies.site import EditSite
+from memory.model.editable import EditableModel
+from memory.model.statistics import LayerStatistics
+from policies.edit_site import EditSite
+from policies.memit_mass import WeightsTier, pack
+from policies.norm_anchor import anchor
 from policies.stability import Limits
 from policies.targets import Refused, Terms, compute_terms
-from policies.weights import WeightsTier, pack
 
 WINDOW = 3  # subject layers that are tried together, at most
 STARTS, ENDS = 8, 6  # of windows, and end layers, that are tried on a deep model

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memory.facts import Fact
-from memory.side import SideMemory
+from memory.side.side_memory import SideMemory
 from policies.wise import prompt_end, retrieval_keys
 
 FEWEST, MOST = 3, 12  # words of a piece of text

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from memory.facts import Fact
-from memory.generate import Overlay, answers
-from memory.model import EditableModel
+from memory.model.editable import EditableModel
+from memory.model.generate import Overlay, answers
 
 MAX_NEIGHBOURS = 3
 MAX_PARAPHRASES = 2

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.model import EditableModel
-from policies.site import EditSite
+from memory.model.editable import EditableModel
+from policies.edit_site import EditSite
 
 # Unrelated sentences before the prompt, so that an edit does not hang on standing first.
 CONTEXTS = (

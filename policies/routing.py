@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from memory.db.rows import StoredFact
 from memory.facts import ACTIVE
-from memory.rows import StoredFact
 
 
 class Route(StrEnum):

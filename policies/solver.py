@@ -7,8 +7,8 @@ weights, past ones too: MEMIT's normal equations (Meng et al. 2023, eq. 14) over
 solved from W0 each time. Adding a fact, replacing it and taking it back are the same operation on
 the rows, and the order in which facts came cannot matter.
 
-The same solve gives the methods that the literature sets beside this one, by what policies.presets
-hands in: other rows, other weights of the prior, and here the two switches that change the solve
+The same solve gives the published methods that the bench compares with, by what its presets hand
+in: other rows, other weights of the prior, and here the two switches that change the solve
 itself, AlphaEdit's projector (Fang et al. 2025) and EMMET's equality (Gupta et al. 2024).
 """
 

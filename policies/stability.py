@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from memory.health import Health
+from memory.model.canary import Health
 
 HYSTERESIS = 0.1  # of the way from rest to a limit
 NOTHING = 0.01  # a figure that is worse by less is not worse

@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.model import EditableModel
-from memory.replay import Replay
-from memory.shortage import SHORT, shortage_told
-from policies.anchor import too_long
+from memory.model.editable import EditableModel
+from memory.model.prefix_cache import Replay
+from memory.oom import SHORT, shortage_told
+from policies.edit_site import EditSite
+from policies.norm_anchor import too_long
 from policies.prompts import IGNORE, Row, essence_of, rows_of
-from policies.site import EditSite
 
 SEATS = 12  # facts on their way at the same time, while there is memory for them
 HEAD, TAIL, WANTED = 32, 4, 4  # lengths are rounded up to multiples of these

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memory.facts import Fact
-from memory.model import EditableModel, Tap
-from memory.replay import Replay
-from memory.side import Delta, Keys, Shard, SideMemory, number_of
+from memory.model.editable import EditableModel, Tap
+from memory.model.prefix_cache import Replay
+from memory.side.side_memory import Delta, Keys, Shard, SideMemory, number_of
+from policies.divergence import Seen, Watch, too_far
+from policies.edit_site import EditSite
 from policies.prompts import IGNORE, QUESTIONS, Row, pad, rows_of
-from policies.site import EditSite
 from policies.targets import Refused
-from policies.watch import Seen, Watch, too_far
 
 RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, Bench, make_tokenizer, seat
+from editing_home import Bench, seat
+from tiny_models import ARCHITECTURES, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from memory.errors import KeditError
 from memory.facts import State
-from memory.model import EditableModel
+from memory.model.editable import EditableModel
 
 STEPS = {"side": {"steps": 300}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2}

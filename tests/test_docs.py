@@ -13,7 +13,7 @@ import click
 import pytest
 from docs_tools import DOCUMENTS, ROOT, Shell, Step, agrees, blocks, prose, steps
 
-from kedit_daemon.cli import COMMANDS, cli
+from kedit_daemon.cli.main import COMMANDS, cli
 
 README, TOUR, POLICIES = (ROOT / name for name in ("README.md", "docs/tour.md", "docs/policies.md"))
 AFTER = [p for p in DOCUMENTS if p not in (README, TOUR) and any(steps(p.read_text("utf-8")))]

@@ -7,8 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-UNITS = Path(__file__).parent.parent / "systemd"
+UNITS = ROOT / "systemd"
 SERVICE = UNITS / "kedit-daemon.service"
 needs_analyze = pytest.mark.skipif(
     shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed"

@@ -5,16 +5,16 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from paths import ROOT
 
-from kedit_daemon.cli import COMMANDS
-from kedit_daemon.kinds import KINDS
+from kedit_daemon.cli.main import COMMANDS
+from kedit_daemon.report.event_kinds import KINDS
 
-UNITS = Path(__file__).parents[1] / "systemd"
+UNITS = ROOT / "systemd"
 GROUPS: list[dict[str, Any]] = yaml.safe_load((UNITS / "alerts.yml").read_text())["groups"]
 RULES: list[dict[str, Any]] = [rule for group in GROUPS for rule in group["rules"]]
 BOARD: dict[str, Any] = json.loads((UNITS / "grafana.json").read_text())

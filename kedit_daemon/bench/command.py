@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from click.core import ParameterSource
 
-from kedit_daemon.bench.catalog import METHODS
-from kedit_daemon.bench.studies.catalog import LIMITS, STUDIES
-from kedit_daemon.session import Session, pass_session
-from kedit_daemon.text import clean
+from kedit_daemon.bench.method_catalog import METHODS
+from kedit_daemon.bench.studies.study_catalog import LIMITS, STUDIES
+from kedit_daemon.cli.context import Session, pass_session
+from kedit_daemon.system.sanitize import clean
 
 if TYPE_CHECKING:
-    from kedit_daemon.bench.records import Skipped, Stream
+    from kedit_daemon.bench.dataset import Skipped, Stream
     from kedit_daemon.bench.run import Plan
-    from kedit_daemon.loading import Loaded
+    from kedit_daemon.editing.model_loading import Loaded
 
 T = TypeVar("T")
 SKIPPED_SHOWN = 20
@@ -168,7 +168,7 @@ def _opened(
     session: Session, data: Path, model: str, offset: int, limit: int | None, seed: int
 ) -> tuple["Loaded", "Stream"]:
     """The model, and the stream of what it can read; the rest is told."""
-    from kedit_daemon.bench.records import fitting, read_stream
+    from kedit_daemon.bench.dataset import fitting, read_stream
 
     stream = read_stream(data, offset, limit, seed)
     loaded = _load(model, session.home.state)
@@ -187,8 +187,8 @@ def _study(
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    from kedit_daemon.bench.studies.catalog import study_named
     from kedit_daemon.bench.studies.study import conduct, drawn, told
+    from kedit_daemon.bench.studies.study_catalog import study_named
 
     study = study_named(name)
     result = conduct(name, study, loaded, stream, batch_size, seed, _track, texts)
@@ -214,7 +214,7 @@ def _check(
 
 def _load(model: str, cache: Path) -> "Loaded":
     """The model; what is measured on its first use is kept where the home is, if there is one."""
-    from kedit_daemon.loading import load_model
+    from kedit_daemon.editing.model_loading import load_model
 
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
         kept = cache if cache.is_dir() else Path(folder)
@@ -255,8 +255,8 @@ def _complain(name: str, skipped: Sequence["Skipped"]) -> None:
 
 
 def _write(path: Path, result: dict[str, object]) -> None:
+    from memory.db.event_log import finite
     from memory.files import write_atomic
-    from memory.ledger import finite
 
     text = json.dumps(finite(result), indent=2, allow_nan=False)
     write_atomic(path.absolute(), f"{text}\n".encode())

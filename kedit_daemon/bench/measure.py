@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol, TypeVar
 
-from kedit_daemon.bench.records import BenchRecord
+from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.scoring import Forced, Wanted, continued, forced
 from memory.facts import Fact
-from memory.generate import Overlay, answers
-from memory.model import EditableModel
+from memory.model.editable import EditableModel
+from memory.model.generate import Overlay, answers
 from policies.probe import longest_target, same
 
 T = TypeVar("T")

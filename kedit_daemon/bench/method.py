@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kedit_daemon.loading import Loaded
+from kedit_daemon.editing.model_loading import Loaded
 from memory.facts import Fact
-from memory.generate import Overlay
+from memory.model.generate import Overlay
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.reference import random_prefixes
+from kedit_daemon.bench.reference_memit import random_prefixes
 from kedit_daemon.bench.scoring import target_losses
-from kedit_daemon.loading import ordinary_text
+from kedit_daemon.shipped import read_ordinary_lines
 from memory.facts import Fact
-from memory.generate import Overlay
+from memory.model.generate import Overlay
 from policies.prompts import Row, pad
 
 STEPS, DONE = 70, 0.02
@@ -96,7 +96,7 @@ class ReferenceWise(Method):
 
     def _quiet_rows(self) -> list[Row]:
         """Starts of lines of ordinary text, on which the memory shall stay quiet."""
-        starts = [" ".join(line.split()[:QUIET_WORDS]) for line in ordinary_text()]
+        starts = [" ".join(line.split()[:QUIET_WORDS]) for line in read_ordinary_lines()]
         return [Row(tuple(ids), len(ids), 0) for ids in map(self.model.encode, starts) if ids]
 
     def _rate(self) -> float:

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from kedit_daemon.bench.catalog import method_class
+from kedit_daemon.bench.dataset import Stream, batches
 from kedit_daemon.bench.measure import (
     Before,
     Subject,
@@ -24,10 +24,10 @@ from kedit_daemon.bench.measure import (
     retention,
 )
 from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.records import Stream, batches
+from kedit_daemon.bench.method_catalog import method_class
 from kedit_daemon.bench.work import Progress, method_folder, result_in, write_result
+from kedit_daemon.editing.model_loading import Loaded
 from kedit_daemon.home import NAME
-from kedit_daemon.loading import Loaded
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memory.generate import MAX_ROWS, Overlay, equally_long
-from memory.model import EditableModel
+from memory.model.editable import EditableModel
+from memory.model.generate import MAX_ROWS, Overlay, equally_long
 from policies.prompts import Row
 
 

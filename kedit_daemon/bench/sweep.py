@@ -3,11 +3,11 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from kedit_daemon.bench.catalog import method_class
+from kedit_daemon.bench.dataset import Stream, batches
 from kedit_daemon.bench.measure import Track, before_edits
-from kedit_daemon.bench.records import Stream, batches
+from kedit_daemon.bench.method_catalog import method_class
 from kedit_daemon.bench.run import Plan, measured
-from kedit_daemon.loading import Loaded
+from kedit_daemon.editing.model_loading import Loaded
 from memory.errors import KeditError
 from policies.batching import Quality, choose, fit
 

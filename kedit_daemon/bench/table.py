@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
-from kedit_daemon.text import clean
+from kedit_daemon.system.sanitize import clean
 
 NAME_WIDTH, CELL_WIDTH = 16, 11
 SWEPT = ("strict", "generation")  # of MEASURES, what a sweep shows

@@ -6,19 +6,19 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from kedit_daemon.auditor import thresholds
 from kedit_daemon.bench.method import Method, Setup, Stopwatch
 from kedit_daemon.config import Config, FlushConfig, StabilityConfig
-from kedit_daemon.editor import Editor
-from kedit_daemon.flush import Flush
+from kedit_daemon.editing.audit import thresholds
+from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.flush import Flush
+from kedit_daemon.editing.generations import Weights
+from kedit_daemon.editing.live_model import Served
 from kedit_daemon.home import Home
-from kedit_daemon.serving import Served
-from kedit_daemon.weights import Weights
+from memory.db.rows import StoredFact
+from memory.db.store import Store
 from memory.facts import LIVE, Fact, State
-from memory.generate import Overlay
-from memory.health import Health
-from memory.rows import StoredFact
-from memory.store import Store
+from memory.model.canary import Health
+from memory.model.generate import Overlay
 from policies.routing import Route, decide, wants_batch
 from policies.stability import Thresholds, Verdict
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.loading import Loaded
+from kedit_daemon.editing.model_loading import Loaded
 from memory.errors import KeditError
 from memory.files import sha256_of, write_atomic
 

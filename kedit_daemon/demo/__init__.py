@@ -1,1 +1,1 @@
-"""The shipped model: how it was made, and the main job run on it."""
+"""The demo: the main job run end to end on the shipped model."""

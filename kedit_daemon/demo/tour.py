@@ -19,15 +19,15 @@ from typing import Any
 
 from kedit_daemon import config, control
 from kedit_daemon.home import Home
-from memory import ledger, reading
+from kedit_daemon.shipped import PILOT_FACTS, QUESTIONS
+from memory.db import event_log, queries
+from memory.db.overview import overview
 from memory.errors import KeditError
 from memory.facts import LIVE, Fact, Neighbour
 from memory.facts import fill as filled
-from memory.overview import overview
+from policies.edit_site import EditSite
 from policies.probe import same
-from policies.site import EditSite
 
-FOLDER = Path(__file__).parent
 START_SECONDS = 120.0
 EDIT_SECONDS = 600.0
 WEIGHTS_WANTED = 0.8  # of the facts; what does not hold there stays in the side memory
@@ -60,7 +60,7 @@ def _settings() -> str:
 
 def load_story() -> Story:
     """The demo's facts and questions, as shipped."""
-    lines = (FOLDER / "facts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (PILOT_FACTS).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     facts = [
         Fact(
@@ -72,7 +72,7 @@ def load_story() -> Story:
         )
         for r in records
     ]
-    asked = json.loads((FOLDER / "questions.json").read_text(encoding="utf-8"))
+    asked = json.loads((QUESTIONS).read_text(encoding="utf-8"))
     unseen = [filled(asked["unseen"][f.subject], f.subject) for f in facts]
     return Story(facts, unseen, asked["unrelated"])
 
@@ -88,7 +88,7 @@ class Running:
     @property
     def command(self) -> list[str]:
         """What runs the daemon, by none of the modules in the folder that it is called in."""
-        program = [sys.executable, "-P", "-m", "kedit_daemon.cli"]
+        program = [sys.executable, "-P", "-m", "kedit_daemon"]
         return [*program, "--home", str(self.home.root), "run"]
 
     @contextmanager
@@ -135,7 +135,7 @@ class Running:
             time.sleep(0.05)
 
     def states(self) -> Mapping[str, int]:
-        connection = reading.open_readonly(self.home.database)
+        connection = queries.open_readonly(self.home.database)
         try:
             states: Mapping[str, int] = overview(connection)["states"]
         finally:
@@ -262,11 +262,11 @@ def _revert(main: Running, story: Story, fact: Fact, tally: Tally) -> str:
 
 def _tell_log(main: Running, fact: Fact, tally: Tally) -> None:
     tally.title(f"what the audit log says of {fact.id}")
-    connection = reading.open_readonly(main.home.database)
+    connection = queries.open_readonly(main.home.database)
     try:
-        for event in reading.event_rows(connection, fact=fact.id):
+        for event in queries.event_rows(connection, fact=fact.id):
             tally.echo(f"   {event['seq']:>5}  {event['at']}  {event['kind']}")
-        verdict = ledger.verify(connection, ledger.read_head(main.home.head))
+        verdict = event_log.verify(connection, event_log.read_head(main.home.head))
     finally:
         connection.close()
     tally.check(f"log verify: {verdict.events} events, chain intact", verdict.intact)

@@ -18,17 +18,17 @@ from starlette.responses import Response
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
-from kedit_daemon.serve import pages
-from kedit_daemon.serve.api import Api
-from kedit_daemon.serve.facts import Facts
-from kedit_daemon.serve.gate import Gate, Rate
+from kedit_daemon.serve.access import Gate, Rate
+from kedit_daemon.serve.dashboard import pages
+from kedit_daemon.serve.dashboard.pages import Board, Sides
+from kedit_daemon.serve.disconnect import GONE
+from kedit_daemon.serve.errors import Refused, refusal
 from kedit_daemon.serve.health import Health
-from kedit_daemon.serve.leaving import GONE
+from kedit_daemon.serve.inference.reader import Reader
+from kedit_daemon.serve.inference.types import BASE, EDITED, Opened, Part, Wish
 from kedit_daemon.serve.metrics import Metered, Meters
-from kedit_daemon.serve.pages import Board, Sides
-from kedit_daemon.serve.reader import Reader
-from kedit_daemon.serve.refusals import Refused, refusal
-from kedit_daemon.serve.wish import BASE, EDITED, Opened, Part, Wish
+from kedit_daemon.serve.openai.api import Api
+from kedit_daemon.serve.post_facts import Facts
 from memory.errors import KeditError
 
 if TYPE_CHECKING:

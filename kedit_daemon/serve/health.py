@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from kedit_daemon.control import call
 from kedit_daemon.home import Home
-from kedit_daemon.serve.reader import Reader
+from kedit_daemon.serve.inference.reader import Reader
 from memory.errors import KeditError
 
 PING_SECONDS = 2.0

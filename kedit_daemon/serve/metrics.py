@@ -20,12 +20,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kedit_daemon.failures import failed_files
 from kedit_daemon.home import Home
-from kedit_daemon.serve.reader import Engine
+from kedit_daemon.ingest.failed_files import failed_files
+from kedit_daemon.serve.inference.reader import Engine
+from memory.db.overview import overview
+from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.overview import overview
-from memory.reading import open_readonly
 
 VERDICTS = ("keep", "warn", "consolidate", "revert")
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)

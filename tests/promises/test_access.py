@@ -18,13 +18,14 @@ from typing import Any
 import httpx
 import pytest
 from command_line import ROOT
-from conftest import LOOSE, save_model
+from editing_home import LOOSE
 from serve_tools import OWN, browser, form_token
 from serving import NAME, free_port, server
+from tiny_models import save_model
 
 from kedit_daemon.control import BODY_BYTES
 from kedit_daemon.home import Home
-from memory.reading import open_readonly
+from memory.db.queries import open_readonly
 
 pytestmark = pytest.mark.timeout(250)
 
@@ -72,7 +73,7 @@ def living(folder: Path, umask: int, traced: bool, whole: bool) -> Life:
 
     def start(*words: str, **more: Any) -> "subprocess.Popen[bytes]":
         traces = [*TRACE, "-o", str(folder / f"{words[0]}.trace")] if traced else []
-        command = [*traces, sys.executable, "-m", "kedit_daemon.cli", "--home", str(home.root)]
+        command = [*traces, sys.executable, "-m", "kedit_daemon", "--home", str(home.root)]
         return subprocess.Popen([*command, *words], cwd=ROOT, env=environ, umask=umask, **more)
 
     def call(*words: str, given: bytes = b"") -> bytes:

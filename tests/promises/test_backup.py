@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 from command_line import called
 from command_line import make_home as settled_home
-from conftest import Bench, save_model
+from editing_home import Bench
 from process_tools import FACTS, at_rest, drop, finish, make_home, outcome, started
 from promise_table import Tally
+from tiny_models import save_model
 
-from kedit_daemon.backup import Backup, back_up
 from kedit_daemon.home import Home
-from kedit_daemon.leftovers import RESTORING
-from kedit_daemon.restore import restore
+from kedit_daemon.maintenance.backup import Backup, back_up
+from kedit_daemon.maintenance.restore import restore
+from kedit_daemon.system.orphans import RESTORING
+from memory.db.event_log import read_head, verify
+from memory.db.queries import open_readonly
 from memory.facts import State
-from memory.ledger import read_head, verify
-from memory.reading import open_readonly
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import apscheduler.schedulers.base
 import pytest
-from conftest import LOOSE, Bench, Clock
+from editing_home import LOOSE, Bench, Clock
 
 from kedit_daemon.config import Config, ScheduleConfig
 from kedit_daemon.control import Request
-from kedit_daemon.daemon import WAKE, Daemon
-from kedit_daemon.loading import Loaded, load_model
-from kedit_daemon.lock import hold
-from kedit_daemon.notify import Notifier
-from kedit_daemon.status import gather
-from kedit_daemon.views import status_lines
+from kedit_daemon.daemon.loop import WAKE, Daemon
+from kedit_daemon.editing.model_loading import Loaded, load_model
+from kedit_daemon.report.render import status_lines
+from kedit_daemon.report.status import gather
+from kedit_daemon.system.lock import hold
+from kedit_daemon.system.sd_notify import Notifier
 from memory.errors import KeditError
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)

@@ -4,141 +4,23 @@ import random
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CITIES, LOOSE, Bench, Clock, seat
+from damaged_home import BESIDE, KINDS, Made, end_of, made, opened, wrong
 from promise_table import Tally
 
-from kedit_daemon.config import Config
-from kedit_daemon.disk import telling
-from kedit_daemon.editor import Editor
-from kedit_daemon.home import Home
-from kedit_daemon.loading import Loaded, load_model
-from kedit_daemon.serving import Served
-from memory.errors import KeditError
+from kedit_daemon.editing.model_loading import load_model
 from memory.facts import State
-from memory.index import KeyIndex
-from memory.ledger import head, write_head
-from memory.store import Store
+from memory.side.index import KeyIndex
 
 pytestmark = pytest.mark.timeout(280)
 
-CONFIG = Config.model_validate(LOOSE | {"side": {"steps": 300}, "routing": {"flush_facts": 50}})
-BATCHES = ([seat(n, CITIES[n]) for n in range(3)], [seat(n, CITIES[n]) for n in range(3, 6)])
-BESIDE = [seat(n, CITIES[n - 6]) for n in range(6, 8)]
-FACTS = [*BATCHES[0], *BATCHES[1], *BESIDE]
-PROMPTS = [f.question for f in FACTS] + [f"The seat of country {n} is" for n in (20,)]
+__all__ = ["made"]  # a fixture
 FEW, MANY = 50, 500  # flips of each kind of file
-KINDS = ("generations", "side", "index")
-
-
-@dataclass(frozen=True)
-class End:
-    """What people meet, of a home that is open."""
-
-    weights: str
-    answers: tuple[tuple[str, str | None], ...]  # and the fact that fired
-    states: tuple[tuple[str, str, str | None], ...]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A settled home that is copied for each fault, and the model it is served by."""
-
-    root: Path
-    loaded: Loaded
-    end: End
-
-    def file(self, kind: str, which: int = -1) -> Path:
-        """One of the files of a kind: of generations and shards the newest."""
-        with closing(sqlite3.connect(self.root / "state/kedit.db")) as conn:
-            asked = {
-                "generations": "SELECT sha256 FROM generations WHERE id > 0 ORDER BY id",
-                "side": "SELECT sha256 FROM shards ORDER BY id",
-                "index": "SELECT value FROM meta WHERE key = 'index_sha256'",
-            }
-            names = [row[0] for row in conn.execute(asked[kind])]
-        return self.root / "state" / kind / f"{names[which]}.safetensors"
-
-
-KEPT = pytest.StashKey[Made]()
-
-
-def end_of(at: Served) -> End:
-    said = at.ask(PROMPTS, 4)
-    answers = tuple((a.text, a.fired and a.fired.fact_id) for a in said)
-    states = tuple((f.id, f.state, f.tier) for f in at.store.facts())
-    return End(at.model.weights_hash(at.loaded.layers), answers, states)
-
-
-@pytest.fixture(scope="module")
-def made(
-    request: pytest.FixtureRequest,
-    model_folder: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Made]:
-    stash = request.config.stash
-    if KEPT not in stash:  # two files of tests use it
-        stash[KEPT] = build(model_folder("llama"), tmp_path_factory)
-    yield stash[KEPT]
-    stash[KEPT].loaded.model.set_deltas({})
-
-
-def build(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    folder = tmp_path_factory.mktemp("corruption")
-    loaded = load_model(str(model), "cpu", folder, iter)
-    at = Bench(folder / "home", loaded, Clock(), CONFIG)
-    for batch in BATCHES:
-        at.receive(*batch, direct=True)
-        at.settle()
-        at.editor.run_flush(dry_run=False)
-    at.receive(*BESIDE)
-    at.settle()
-    newest = head(at.store.conn)
-    assert newest is not None
-    write_head(at.home.head, newest)
-    end = end_of(at.served)
-    assert [s for _, s, _ in end.states] == [State.LIVE_WEIGHTS] * 6 + [State.LIVE_SIDE] * 2
-    assert {fired for _, fired in end.answers} >= {f.id for f in BESIDE}
-    assert len(at.store.generations()) == 3
-    at.store.close()
-    return Made(at.home.root, loaded, end)
-
-
-@contextmanager
-def opened(root: Path, loaded: Loaded) -> Iterator[Served]:
-    """The home as a start of the daemon opens it, and with the errors that it would tell."""
-    with telling(root), closing(Store(root / "state/kedit.db", Clock())) as store:
-        served = Served(loaded, store, Home(root))
-        served.restore()
-        yield served
-
-
-def wrong(made: Made, root: Path, damage: Callable[[Path], object], refusals: list[str]) -> str:
-    """What is wrong with how a copy of the home fares that is damaged; nothing if nothing is.
-    Where it is refused, why goes to `refusals`."""
-    shutil.rmtree(root, ignore_errors=True)
-    shutil.copytree(made.root, root)
-    damage(root)
-    try:
-        with opened(root, made.loaded) as served:
-            if served.store.facts((State.RECEIVED,)):
-                settle(Editor(served, CONFIG, lambda: None))
-            found = end_of(served)
-    except KeditError as error:
-        refusals.append(str(error))
-        told = str(root) in str(error) or "database" in str(error)
-        return "" if told and error.hint and error.exit_code == 78 else f"{error!r} {error.hint}"
-    return "" if found == made.end else f"{found} instead of {made.end}"
-
-
-def settle(editor: Editor) -> None:
-    assert any(not editor.step() for _ in range(50))
 
 
 def flip(path: Path, at: int, bit: int) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 from command_line import called, make_home, read
-from conftest import Bench
+from damaged_home import Made, made, wrong
+from editing_home import Bench
 from promise_table import Tally
-from test_corruption import Made, made, wrong
 
 from kedit_daemon.home import Home
+from memory.db.event_log import read_head
 from memory.errors import KeditError
-from memory.ledger import read_head
 
 __all__ = ["made"]  # a fixture
 pytestmark = pytest.mark.timeout(280)

@@ -3,102 +3,39 @@
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import called, read
+from disk_lives import (
+    Maker,
+    calm,
+    hand_in,
+    intact,
+    lived,
+    maker,
+    measured,
+    paused,
+    running,
+    settled,
+    status,
+)
 from faulty_disk import Forked, fill, remove, root, small_disk, traced
-from process_tools import FACTS, drop, make_home, outcome, query, record
+from process_tools import FACTS, drop, outcome, query, record
 from promise_table import Tally
 
 from kedit_daemon.config import Config
-from kedit_daemon.disk import is_full
 from kedit_daemon.home import Home
-from kedit_daemon.inbox import Inbox
-from kedit_daemon.intake import Intake
-from kedit_daemon.loading import load_model
-from memory import reading
-from memory.ledger import read_head, verify
-from memory.store import Store
+from kedit_daemon.ingest.inbox import Inbox
+from kedit_daemon.ingest.intake import Intake
+from kedit_daemon.system.disk import is_full
+from memory.db.store import Store
 
+__all__ = ["calm", "maker", "measured"]  # fixtures
 pytestmark = pytest.mark.timeout(280)
-
-
-@pytest.fixture(scope="module")
-def measured(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What has been measured of the model, so that no life of it need do so again."""
-    folder = tmp_path_factory.mktemp("measured")
-    load_model(str(model_folder("llama")), "cpu", folder, iter)
-    (path,) = folder.iterdir()
-    return path
-
-
-Maker = Callable[[Path], Home]
-
-
-@pytest.fixture(scope="module")
-def maker(model_folder: Callable[[str], Path], measured: Path) -> Maker:
-    def make(folder: Path) -> Home:
-        home = make_home(folder, model_folder("llama"))
-        (home.state / measured.name).write_bytes(measured.read_bytes())
-        return home
-
-    return make
-
-
-def hand_in(home: Home, number: int) -> Any:
-    line = json.dumps(record(FACTS[number]))
-    return called(home, "submit", "-", input=line)
-
-
-def settled(home: Home, facts: int) -> bool:
-    states = dict(query(home, "SELECT state, count(*) FROM facts GROUP BY state"))
-    return sum(states.values()) == facts and "received" not in states
-
-
-@contextmanager
-def running(home: Home, inject: str = "") -> Iterator[Forked]:
-    process = Forked(home, inject)
-    try:
-        process.wait(lambda: home.socket.exists() or process.ended())
-        yield process
-    finally:
-        process.stop()
-
-
-@pytest.fixture(scope="module")
-def calm(maker: Maker, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The end of a run that is left in peace."""
-    home = maker(tmp_path_factory.mktemp("calm") / "home")
-    drop(home)
-    with running(home) as process:
-        process.wait(lambda: settled(home, len(FACTS)))
-        assert process.stop() == 0
-    return outcome(home)
-
-
-def intact(home: Home) -> None:
-    connection = reading.open_readonly(home.database)
-    try:
-        found = verify(connection, read_head(home.head))
-    finally:
-        connection.close()
-    assert found.intact, found.problem
-    assert list((home.inbox / "work").iterdir()) == []
-    assert list((home.inbox / "failed").iterdir()) == []
-
-
-def status(home: Home) -> tuple[int, Any]:
-    said = called(home, "status", "--json")
-    return said.exit_code, read(said)
-
-
-def paused(home: Home) -> bool:
-    return bool(status(home)[1]["state"] == "paused")
 
 
 @root
@@ -242,13 +179,6 @@ def test_a_start_waits_for_room(left: int, maker: Maker, tmp_path: Path) -> None
         finally:
             assert process.stop() == 0
         intact(home)
-
-
-def lived(home: Home, inject: str = "") -> tuple[int, str]:
-    """One life, until all is done or it ends; its exit code and what it said."""
-    with running(home, inject) as process:
-        process.wait(lambda: process.ended() or settled(home, len(FACTS)))
-        return process.stop(), process.said()
 
 
 @traced

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from command_line import NOW, called, make_home
+from disk_lives import Maker, calm, intact, lived, maker, measured
 from faulty_disk import fill, root, small_disk, traced
 from process_tools import drop, outcome
 from promise_table import Tally
-from test_disk import Maker, calm, intact, lived, maker, measured
 
 from kedit_daemon.home import Home
-from memory.store import Store
+from memory.db.store import Store
 
 __all__ = ["calm", "maker", "measured"]  # fixtures
 pytestmark = pytest.mark.timeout(280)

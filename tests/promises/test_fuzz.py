@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from command_line import daemon
-from conftest import Bench
+from editing_home import Bench
 from fuzz_tools import (
     CORPUS,
     ODD,
@@ -38,10 +38,10 @@ from serving import Running, server
 
 from kedit_daemon import config
 from kedit_daemon.control import call
-from kedit_daemon.formats import COLUMNS, FORMATS
+from kedit_daemon.daemon.requests import carry_out
 from kedit_daemon.home import Home
-from kedit_daemon.orders import carry_out
-from kedit_daemon.serve.asked import _HARMLESS
+from kedit_daemon.ingest.parser import COLUMNS, FORMATS
+from kedit_daemon.serve.openai.request_parser import _HARMLESS
 from memory.errors import KeditError
 
 

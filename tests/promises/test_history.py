@@ -11,8 +11,8 @@ import pytest
 from command_line import NOW, called, make_home
 
 from kedit_daemon.home import Home
-from memory import ledger
-from memory.store import Store
+from memory.db import event_log
+from memory.db.store import Store
 
 EVENTS = 9
 COLUMNS = "at, kind, fact_id, data, previous, hash"
@@ -27,7 +27,7 @@ def home(tmp_path: Path) -> Home:
         for number in range(EVENTS - 7):
             newest = store.event("retention", lost=[], figures={"oldest": number})
     store.close()
-    ledger.write_head(home.head, newest)
+    event_log.write_head(home.head, newest)
     return home
 
 
@@ -53,7 +53,7 @@ def forge(conn: sqlite3.Connection, first: int, last: int) -> None:
     """Other events from `first` to `last`, each with the hash that belongs to it."""
     conn.execute("DELETE FROM events WHERE seq >= ?", (first,))
     for _ in range(first, last + 1):
-        ledger.append(conn, "2026-03-01T12:00:00.000Z", "retention", None, {"lost": []})
+        event_log.append(conn, "2026-03-01T12:00:00.000Z", "retention", None, {"lost": []})
 
 
 def rows(conn: sqlite3.Connection) -> dict[int, tuple[Any, ...]]:
@@ -78,7 +78,7 @@ def test_an_edit(home: Home, column: str, seq: int) -> None:
 def test_an_edit_with_its_own_hash_made_anew_is_found_at_the_next(home: Home) -> None:
     def change(conn: sqlite3.Connection) -> None:
         at, kind, fact_id, _, previous, _ = rows(conn)[4]
-        digest = ledger._hash(4, at, kind, fact_id, "{}", previous)
+        digest = event_log._hash(4, at, kind, fact_id, "{}", previous)
         conn.execute("UPDATE events SET data = '{}', hash = ? WHERE seq = 4", (digest,))
 
     tamper(home, change)

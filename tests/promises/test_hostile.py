@@ -16,16 +16,16 @@ from typing import Any
 import hostile_tools
 import pytest
 from command_line import ROOT, on_terminal
-from conftest import Bench
+from editing_home import Bench
 from hostile_tools import LINES, MOST_BYTES, NAMES, TEXTS, acting
 
 from kedit_daemon.control import Request
-from kedit_daemon.daemon import Daemon
-from kedit_daemon.failures import failed_files, failed_report
+from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.home import Home
-from kedit_daemon.notify import Notifier
+from kedit_daemon.ingest.failed_files import failed_files, failed_report
+from kedit_daemon.system.sd_notify import Notifier
+from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.reading import open_readonly
 
 MOST_MEMORY = 300 << 20
 MOST_SECONDS = 20.0  # of the processor, for one file

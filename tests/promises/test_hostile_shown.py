@@ -16,11 +16,11 @@ from hostile_tools import SGR, TEXTS, acting, good
 from serve_tools import browser, send
 
 from kedit_daemon.home import Home
-from kedit_daemon.logs import set_up
-from kedit_daemon.serve.pages import Sides
+from kedit_daemon.serve.dashboard.pages import Sides
+from kedit_daemon.system.log_setup import set_up
+from memory.db.store import Store
 from memory.facts import Fact, Neighbour, State
-from memory.side import Match
-from memory.store import Store
+from memory.side.side_memory import Match
 
 ALL = " ".join(TEXTS.values())
 FACTS = [
@@ -112,7 +112,7 @@ def test_no_command_hands_it_to_a_terminal(home: Home, words: list[str]) -> None
 def test_nor_to_a_pipe(home: Home, words: list[str], more: tuple[str, ...]) -> None:
     if more and words[:2] in (["log", "verify"], ["log", "export"]):
         return
-    command = [sys.executable, "-m", "kedit_daemon.cli", "--home", str(home.root), *words, *more]
+    command = [sys.executable, "-m", "kedit_daemon", "--home", str(home.root), *words, *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True)
     assert acting((done.stdout + done.stderr).decode()) == ""
 
@@ -138,7 +138,7 @@ def test_a_shell_is_offered_nothing_that_acts(home: Home, shell: str) -> None:
             "COMP_CWORD": line.split(" ")[-1] if shell == "fish" else str(len(line.split(" ")) - 1),
         }
         done = subprocess.run(
-            [sys.executable, "-m", "kedit_daemon.cli"], cwd=ROOT, env=environ, capture_output=True
+            [sys.executable, "-m", "kedit_daemon"], cwd=ROOT, env=environ, capture_output=True
         )
         assert done.stderr == b""
         assert acting(done.stdout.decode()) == ""

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Bench, save_model
+from editing_home import Bench
 from process_tools import FACTS, at_rest, drop, finish, make_home, outcome, started, wait
 from promise_table import Tally
+from tiny_models import save_model
 
-from memory import reading
+from memory.db import queries
+from memory.db.event_log import read_head, verify
 from memory.facts import State
-from memory.ledger import read_head, verify
 
 KILLS, KILLS_WHOLE = 2, 8
 
@@ -78,7 +79,7 @@ def test_kills_at_random_moments_change_nothing_of_the_end(
     assert outcome(hard) == outcome(calm)
     assert [path.name for path in (hard.inbox / "done").iterdir()] == ["facts.jsonl"]
     assert list((hard.inbox / "work").iterdir()) == []
-    connection = reading.open_readonly(hard.database)
+    connection = queries.open_readonly(hard.database)
     try:
         found = verify(connection, read_head(hard.head))
     finally:

@@ -10,7 +10,7 @@ from serving import NAME, server
 from starlette.testclient import TestClient
 
 from kedit_daemon.home import Home
-from kedit_daemon.serve.guard import MOST_WRONG
+from kedit_daemon.serve.dashboard.login import MOST_WRONG
 
 TOKEN = "a-token-of-many-characters"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from conftest import CITIES, LOOSE, Bench, Clock, seat
+from editing_home import LOOSE, Bench, Clock, seat
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,17 +24,18 @@ from hypothesis.stateful import (
 from model_of_facts import WAITING, Known, Reader
 from process_tools import record
 from promise_table import Tally
+from tiny_models import CITIES
 
 from kedit_daemon.config import Config
-from kedit_daemon.editor import Editor
-from kedit_daemon.inbox import Inbox
-from kedit_daemon.intake import Intake
-from kedit_daemon.loading import Loaded
-from kedit_daemon.serving import Served
+from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.live_model import Served
+from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.ingest.inbox import Inbox
+from kedit_daemon.ingest.intake import Intake
+from memory.db.event_log import verify
+from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.ledger import verify
-from memory.store import Store
 from policies.probe import same
 
 SETTINGS = {"side": {"steps": 30}, "routing": {"flush_facts": 3, "direct_facts": 2}}

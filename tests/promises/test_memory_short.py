@@ -16,18 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CITIES, Bench, Clock, seat
+from editing_home import Bench, Clock, seat
 from promise_table import Tally
 from serving import NAME, server
+from tiny_models import CITIES
 
 from kedit_daemon.control import Request
-from kedit_daemon.daemon import Daemon
-from kedit_daemon.notify import Notifier
-from kedit_daemon.rest import REST
+from kedit_daemon.daemon.loop import Daemon
+from kedit_daemon.editing.memory_backoff import REST
+from kedit_daemon.system.sd_notify import Notifier
 from memory.errors import KeditError
 from memory.facts import Fact, State
-from memory.model import EditableModel
-from memory.shortage import SHORT, ran_out, shortage_told
+from memory.model.editable import EditableModel
+from memory.oom import SHORT, ran_out, shortage_told
 
 pytestmark = pytest.mark.timeout(250)
 

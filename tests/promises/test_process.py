@@ -20,7 +20,7 @@ from typing import Any
 import forking
 import pytest
 from command_line import called
-from conftest import Bench
+from editing_home import Bench
 from forking import copied, ended, up
 from process_tools import FACTS, at_rest, drop, make_home, outcome, query, starts, wait
 from promise_table import Tally
@@ -28,15 +28,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
 from kedit_daemon.control import call
-from kedit_daemon.daemon import Daemon
-from kedit_daemon.editor import Editor
+from kedit_daemon.daemon.loop import Daemon
+from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.tensor_files import load_deltas
 from kedit_daemon.home import Home
-from kedit_daemon.notify import Notifier
-from kedit_daemon.published import load_deltas
+from kedit_daemon.system.sd_notify import Notifier
+from memory.db.event_log import read_head, verify
+from memory.db.queries import open_readonly
+from memory.db.store import Store
 from memory.facts import State
-from memory.ledger import read_head, verify
-from memory.reading import open_readonly
-from memory.store import Store
 
 pytestmark = [
     pytest.mark.timeout(280),

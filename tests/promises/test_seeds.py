@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from command_line import ROOT
+from paths import ROOT, TESTS
 from promise_table import Report, Seed
 
 pytestmark = pytest.mark.timeout(280)
 LIST = Path(__file__).with_name("bugs.toml")
 SECONDS = 240
-SEEDING = Path(__file__).parents[1] / "seeding"
+SEEDING = TESTS / "seeding"
 
 
 @dataclass(frozen=True)

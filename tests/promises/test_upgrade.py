@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 from command_line import called, process, read
-from conftest import Bench
+from editing_home import Bench
+from paths import TESTS
 from sqlite_utils import Database
 
 from kedit_daemon.home import Home
-from memory import ledger, schema
+from memory.db import event_log, schema
+from memory.db.queries import open_readonly
+from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import State, from_json
-from memory.reading import open_readonly
-from memory.store import Store
 
-FIRST = (Path(__file__).parents[1] / "data/first_schema.sql").read_text(encoding="utf-8")
+FIRST = (TESTS / "data/first_schema.sql").read_text(encoding="utf-8")
 HEAD = (18, "e7aaf4f273fa40ff6a73af24d1b9e870088d4e3248c002d8bcca069e410d006a")
 TABLES = [
     "submissions",
@@ -100,7 +101,7 @@ def test_a_database_of_the_first_version_keeps_all_it_has(home: Home) -> None:
         records = {row[0]: from_json(row[6]) for row in before["facts"]}
         assert {f.id: f.fact for f in facts} == records
         assert {f.fact.id for f in facts} == records.keys()
-        assert ledger.verify(store.conn, HEAD) == ledger.Verdict(True, *(18, *HEAD), "")
+        assert event_log.verify(store.conn, HEAD) == event_log.Verdict(True, *(18, *HEAD), "")
         assert store.fact("mine") == facts[0]
         assert facts[0].fact.source == "Atlas \u2014 page 7"
     after = contents(home.database)
@@ -124,7 +125,7 @@ def test_a_daemon_goes_on_with_it(home: Home, bench: Callable[..., Bench]) -> No
     assert at.says("The seat of country 1 is").strip().startswith("Rome")
     assert at.says("The seat of country 2 is").strip().startswith("Oslo")
     assert states["country 4"] == State.REVERTED
-    verdict = ledger.verify(at.store.conn, HEAD)
+    verdict = event_log.verify(at.store.conn, HEAD)
     assert (verdict.intact, verdict.events > 18) == (True, True)
 
 

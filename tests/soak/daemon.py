@@ -16,7 +16,7 @@ from command_line import ROOT
 
 from kedit_daemon.control import call
 from kedit_daemon.home import Home
-from memory import reading
+from memory.db import queries
 from memory.errors import KeditError
 
 CONFIG = """\
@@ -67,7 +67,7 @@ class Daemon:
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "kedit_daemon.cli", "--home", str(self.home.root), "run"]
+        command = [sys.executable, "-m", "kedit_daemon", "--home", str(self.home.root), "run"]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environ = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
         with (self.home.root / "daemon.log").open("ab") as log:
@@ -115,7 +115,7 @@ class Daemon:
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
-            connection = reading.open_readonly(self.home.database)
+            connection = queries.open_readonly(self.home.database)
         except KeditError:
             return []
         try:

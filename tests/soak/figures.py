@@ -12,8 +12,8 @@ from daemon import Daemon, Sample
 from load import Answer, Book
 from model_of_facts import REFUSED, Known, Reader
 
-from memory import reading
-from memory.ledger import read_head, verify
+from memory.db import queries
+from memory.db.event_log import read_head, verify
 
 MB = 1 << 20
 WARM = 20.0  # seconds of a life that say nothing of growth yet
@@ -96,7 +96,7 @@ def judged(daemon: Daemon, book: Book) -> dict[str, Any]:
     done = {n for kind, n, _, _ in events if kind == "fact_reverted"}
     if book.reverted - done:
         wrong.append(f"{len(book.reverted - done)} reverts that were acknowledged are not there")
-    with closing(reading.open_readonly(daemon.home.database)) as connection:
+    with closing(queries.open_readonly(daemon.home.database)) as connection:
         chain = verify(connection, read_head(daemon.home.head))
     if not chain.intact:
         wrong.append(f"the chain: {chain.problem}")

@@ -13,11 +13,16 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
 MOST_BYTES = 2_000  # of an input that is kept
-READING = ["memory.ledger", "csv", "json", "tomllib"]
-READING += [f"kedit_daemon.{name}" for name in ("formats", "splitting", "records", "config")]
-READING += [f"kedit_daemon.{name}" for name in ("moments", "backup", "serve.asked")]
+READING = ["memory.db.event_log", "csv", "json", "tomllib"]
+READING += [
+    f"kedit_daemon.{name}" for name in ("ingest.parser", "ingest.record_splitter", "config")
+]
+READING += [
+    f"kedit_daemon.{name}" for name in ("ingest.schemas", "system.timespec", "maintenance.backup")
+]
+READING += ["kedit_daemon.serve.openai.request_parser"]
 
 
 def start(folder: Path) -> None:

@@ -18,7 +18,7 @@ from kedit_daemon.bench.studies.shared import (
 )
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned
-from policies.weights import WeightsTier, pack
+from policies.memit_mass import WeightsTier, pack
 
 SIZES = (25, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
 SAMPLE = 300  # facts that are asked at each size, at most

@@ -4,8 +4,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from kedit_daemon.bench.dataset import BenchRecord, batches
 from kedit_daemon.bench.measure import Before, before_edits
-from kedit_daemon.bench.records import BenchRecord, batches
+from kedit_daemon.bench.solver_presets import PRESETS, Stream
 from kedit_daemon.bench.studies.shared import (
     OtherTargets,
     asked,
@@ -23,7 +24,6 @@ from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
 from kedit_daemon.bench.tiers import MemitMass
 from memory.facts import Fact
-from policies.presets import PRESETS, Stream
 
 ROUNDS = 20  # times that every fact is superseded
 STACKED = "memit"  # the preset that the same terms go through

@@ -22,9 +22,9 @@ from kedit_daemon.bench.studies.index import made_up, one_thread
 from kedit_daemon.bench.studies.shared import after_text, nothing_left, spread
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned
-from kedit_daemon.loading import ordinary_text
-from kedit_daemon.serving import empty_side
-from memory.side import Delta, Keys, Match, Shard, SideMemory, fact_id_of, number_of
+from kedit_daemon.editing.live_model import empty_side
+from kedit_daemon.shipped import read_ordinary_lines
+from memory.side.side_memory import Delta, Keys, Match, Shard, SideMemory, fact_id_of, number_of
 from policies.wise import retrieval_keys
 
 KEYS = 100_000  # subject keys in the index
@@ -148,7 +148,7 @@ def _asked(given: Given, side: SideMemory) -> dict[tuple[str, int], list[Tensor]
     by_name: dict[str, list[str]] = {"neighbours": [], "named": []}
     for prompt in near:
         by_name["named" if side.names.in_text(prompt) else "neighbours"].append(prompt)
-    lines = [line for line in ordinary_text() if not side.names.in_text(line)]
+    lines = [line for line in read_ordinary_lines() if not side.names.in_text(line)]
     found = dict[tuple[str, int], list[Tensor]]()
     for tokens in (n for n in LENGTHS if n < model.positions - STEPS):
         ends = {"text": [""] * TRIED, **{n: spread(some, TRIED) for n, some in by_name.items()}}

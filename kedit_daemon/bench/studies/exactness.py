@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kedit_daemon.bench.dataset import BenchRecord, batches
 from kedit_daemon.bench.measure import before_edits
 from kedit_daemon.bench.plot import bars
-from kedit_daemon.bench.records import BenchRecord, batches
 from kedit_daemon.bench.run import matrix_name
 from kedit_daemon.bench.studies.shared import (
     Columns,
@@ -30,9 +30,9 @@ from kedit_daemon.bench.studies.shared import (
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, column_lines, share
 from kedit_daemon.bench.tiers import MemitMass
-from kedit_daemon.loading import Loaded
+from kedit_daemon.editing.model_loading import Loaded
 from memory.facts import ACTIVE, State
-from memory.generate import answers
+from memory.model.generate import answers
 from policies.probe import longest_target
 
 SUPERSEDED, REVERTED = 0.3, 0.2  # shares of the facts

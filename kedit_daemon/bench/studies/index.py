@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from memory.index import Hit, KeyIndex  # before faiss: it knows what must come first
+from memory.side.index import Hit, KeyIndex  # before faiss: it knows what must come first
 
 import faiss  # isort: skip
 
-from kedit_daemon.bench.records import BenchRecord
+from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.studies.shared import cent, nothing_left, spread
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
-from kedit_daemon.loading import Loaded
-from memory.side import CANDIDATES
+from kedit_daemon.editing.model_loading import Loaded
+from memory.side.side_memory import CANDIDATES
 from policies.prompts import Row, pad, rows_of, subject_end
 
 T = TypeVar("T")

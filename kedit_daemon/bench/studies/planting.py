@@ -3,7 +3,7 @@
 import random
 from math import nan
 
-from kedit_daemon.bench.records import BenchRecord
+from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.studies.plants import (
     BrokenShard,
     BrokenTargets,
@@ -17,10 +17,10 @@ from kedit_daemon.bench.studies.plants import (
 from kedit_daemon.bench.studies.shared import OtherTargets, nothing_left
 from kedit_daemon.bench.studies.study import Given
 from kedit_daemon.config import InboxConfig
-from kedit_daemon.loading import ordinary_text
+from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.model import EditableModel
+from memory.model.editable import EditableModel
 
 FACTOR = 100.0  # by which an absurd target is too long
 RANDOM_TOKENS = (8, 16)
@@ -126,7 +126,7 @@ def random_target(model: EditableModel, chance: random.Random) -> str:
 def wordy_target(model: EditableModel) -> str:
     """Ordinary text of so many tokens, or more, and of too many characters for the door."""
     text = ""
-    for line in ordinary_text():
+    for line in read_ordinary_lines():
         text = f"{text} {line}".strip()
         cut = model.decode(model.encode(text)[:LONG_TOKENS]).strip()
         for found in (cut, text):

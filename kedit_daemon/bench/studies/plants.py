@@ -9,8 +9,8 @@ from safetensors.torch import load, save
 
 from kedit_daemon.bench.tiers import Auto
 from memory.facts import LIVE, Fact
+from policies.memit_mass import unpack
 from policies.probe import normalised
-from policies.weights import unpack
 
 WEIGHTS = "the weights"  # who is guilty where it is no fact
 

@@ -18,9 +18,9 @@ from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
 from kedit_daemon.bench.tiers import Auto
 from kedit_daemon.config import RoutingConfig
-from kedit_daemon.inbox import Inbox
-from kedit_daemon.intake import Intake
-from kedit_daemon.text import clean
+from kedit_daemon.ingest.inbox import Inbox
+from kedit_daemon.ingest.intake import Intake
+from kedit_daemon.system.sanitize import clean
 from memory.facts import ACTIVE, LIVE, Fact
 from policies.probe import longest_target, same
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kedit_daemon.bench.studies.shared import after_text, spread
 from kedit_daemon.bench.studies.study import Given
-from kedit_daemon.loading import ordinary_text
+from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.model import EditableModel
+from memory.model.editable import EditableModel
 
 TEXTS = 10_000  # lines of ordinary text, or starts of the shipped ones, at most
 WORDS = 3  # by which one start of a line is longer than the one before
@@ -43,7 +43,7 @@ class Asked:
 def groups_of(given: Given) -> dict[str, list[Asked]]:
     """The prompts of each of GROUPS; without those that are too long for the model."""
     model, facts = given.loaded.model, [record.fact for record in given.records]
-    lines = ordinary_text() if given.texts is None else lines_of(given.texts)
+    lines = read_ordinary_lines() if given.texts is None else lines_of(given.texts)
     groups = {
         "prompts": [Asked(fact.question, fact.id) for fact in facts],
         "paraphrases": [Asked(p, r.fact.id) for r in given.records for p in r.paraphrases],

@@ -8,10 +8,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kedit_daemon.loading import canary_text, statements
-from memory.generate import Overlay, equally_long
-from memory.health import MAX_TOKENS
-from memory.model import EditableModel
+from kedit_daemon.editing.model_loading import canary_text
+from kedit_daemon.shipped import read_statements
+from memory.model.canary import MAX_TOKENS
+from memory.model.editable import EditableModel
+from memory.model.generate import Overlay, equally_long
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Reader:
     def __init__(self, model: EditableModel) -> None:
         self.model = model
         self._rows = [ids for t in canary_text() if len(ids := model.encode(t)[:MAX_TOKENS]) > 8]
-        self._asked = [model.encode(statement) for statement in statements()]
+        self._asked = [model.encode(statement) for statement in read_statements()]
 
     def read(self, overlay: Overlay | None) -> Reading:
         """The model as it is now."""

@@ -14,17 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kedit_daemon.bench.dataset import batches
 from kedit_daemon.bench.method import Setup
-from kedit_daemon.bench.records import batches
 from kedit_daemon.bench.studies.prompts import ABOUT, GROUPS, Asked, groups_of
 from kedit_daemon.bench.studies.shared import cent
 from kedit_daemon.bench.studies.study import Given, Study
 from kedit_daemon.bench.table import aligned, share
 from kedit_daemon.bench.tiers import Wise
-from kedit_daemon.serving import empty_side
-from kedit_daemon.text import clean
-from memory.generate import equally_long
-from memory.side import Match, SideMemory
+from kedit_daemon.editing.live_model import empty_side
+from kedit_daemon.system.sanitize import clean
+from memory.model.generate import equally_long
+from memory.side.side_memory import Match, SideMemory
 from policies.wise import retrieval_keys
 
 GATES = tuple(n / 20 for n in range(20))  # least cosines of an end key

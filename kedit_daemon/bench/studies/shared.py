@@ -10,22 +10,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.measure import Before, Subject, columns, measure
 from kedit_daemon.bench.method import Setup
-from kedit_daemon.bench.records import BenchRecord
 from kedit_daemon.bench.run import health_of
 from kedit_daemon.bench.studies.study import Given
 from kedit_daemon.bench.table import share
 from kedit_daemon.bench.tiers import MemitMass
-from kedit_daemon.loading import Loaded
+from kedit_daemon.editing.model_loading import Loaded
+from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Neighbour
-from memory.model import EditableModel
-from memory.store import Store
+from memory.model.editable import EditableModel
+from policies.memit_mass import unpack
 from policies.probe import normalised
 from policies.solver import UNSOLVED
 from policies.targets import Refused, Terms, compute_terms
-from policies.weights import unpack
 
 T = TypeVar("T")
 NEIGHBOURS = 100  # at most so many are asked at each point of a curve

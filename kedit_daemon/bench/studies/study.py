@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kedit_daemon.bench.dataset import BenchRecord, Stream
 from kedit_daemon.bench.measure import Track
 from kedit_daemon.bench.plot import picture
-from kedit_daemon.bench.records import BenchRecord, Stream
 from kedit_daemon.bench.run import made_with
-from kedit_daemon.loading import Loaded
-from kedit_daemon.text import clean
+from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.system.sanitize import clean
 
 
 @dataclass(frozen=True)

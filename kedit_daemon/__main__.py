@@ -1,0 +1,5 @@
+"""Runs the command line: `python -m kedit_daemon`."""
+
+from kedit_daemon.cli.main import main
+
+main()

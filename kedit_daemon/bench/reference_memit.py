@@ -1,0 +1,199 @@
+"""Plain MEMIT as published (Meng et al. 2023), fact by fact: what the fast path has to match.
+
+Every step runs the whole model, every solve is dense and in float64, and each fact's update is
+added to the weights that the ones before it left. Nothing here is shared with the fast path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kedit_daemon.bench.method import Method, Setup
+from kedit_daemon.bench.scoring import target_losses
+from memory.errors import KeditError
+from memory.facts import Fact
+from memory.model.editable import EditableModel
+from policies.prompts import Row, pad, subject_end
+
+PREFIXES = ("The", "Therefore", "Because", "I", "You")
+PREFIX_TOKENS, PREFIX_CHOICES = 10, 5
+STEPS = 25
+STRIDES = 2.0  # how often Adam could go from nothing to the longest δ within STEPS, about
+DECAY, KL, DONE = 0.5, 0.0625, 0.05
+FLOOR = 1e-3  # of E[k²], on C0's diagonal: its least eigenvalues are noise
+
+
+def dense_update(
+    covariance: Tensor, prior: float, ridge: float, keys: Tensor, residuals: Tensor
+) -> Tensor:
+    """Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ (hidden, width) from K (n, width) and R (n, hidden).
+
+    `ridge` is λ_n in units of the mean of C0's diagonal.
+    """
+    c0, k, r = covariance.double().cpu(), keys.double().cpu(), residuals.double().cpu()
+    floor = ridge * c0.diagonal().mean() * torch.eye(len(c0), dtype=torch.float64)
+    update: Tensor = torch.linalg.solve(prior * c0 + floor + k.T @ k, k.T @ r).T
+    return update
+
+
+def random_prefixes(model: EditableModel, seed: int) -> list[str]:
+    """What the model goes on with after each of PREFIXES, sampled from its likeliest tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for start in PREFIXES:
+        ids = model.encode(start)
+        for _ in range(PREFIX_TOKENS):
+            with torch.no_grad():
+                out = model.model(input_ids=torch.tensor([ids], device=model.device))
+            likely = out.logits[0, -1].float().cpu().topk(PREFIX_CHOICES)
+            pick = torch.multinomial(likely.values.softmax(0), 1, generator=generator)
+            ids = [*ids, int(likely.indices[pick])]
+        found.append(" ".join(model.decode(ids).split()) + ". ")
+    return found
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Rows in several contexts, the bare prompt first: ids (rows, tokens), the site in each."""
+
+    rows: list[Row]
+    ids: Tensor
+    sites: Tensor
+
+
+class Reference(Method):
+    """Sequential MEMIT. The published targets have no end of text, so these have none.
+
+    Edited are the layers of the subject's last token, or of the prompt's where the model has none.
+    """
+
+    one_by_one = True
+
+    def __init__(self, setup: Setup) -> None:
+        """Raises KeditError when the last edited layer is the model's last."""
+        super().__init__(setup)
+        site = self.loaded.site
+        self.layers, self.prior = site.subject_layers, site.prior
+        if not self.layers:
+            self.layers, self.prior = site.end_layers, site.end_prior
+        self.last = self.layers[-1]
+        if self.last == self.model.layers - 1:
+            raise KeditError(
+                f"the reference cannot edit layer {self.last}, the model's last",
+                code="unsupported",
+                hint="choose another method, or other layers in the model's kedit.json",
+            )
+        self.contexts = ["", *random_prefixes(self.model, setup.seed)]
+        self.deltas = {n: torch.zeros_like(self.model.base_weight(n)) for n in self.layers}
+
+    def edit(self, facts: Sequence[Fact]) -> None:
+        """One fact after the other; one whose numbers are not finite leaves the weights alone."""
+        for fact in facts:
+            kept = dict(self.deltas)
+            asked = self.asked([text + fact.question for text in self.contexts], fact)
+            with self.watch.part("targets"):
+                wanted = self.target(fact, asked)
+            with self.watch.part("solve"):
+                whole = wanted is not None and self._spread(asked, wanted)
+            if not whole:
+                self.not_edited += 1
+                self.deltas = kept
+                self.model.set_deltas(self.deltas)
+
+    def asked(self, texts: Sequence[str], fact: Fact, stated: bool = True) -> _Asked:
+        """The texts as rows, with the fact's target behind them if it is `stated`."""
+        rows = []
+        for text in texts:
+            prompt = self.model.encode(text)
+            target = self.model.encode_target(text, fact.target) if stated else []
+            subject = subject_end(self.model, text, fact.subject)
+            at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
+            rows.append(Row((*prompt, *target), len(prompt), at))
+        width = max(len(row.ids) for row in rows)
+        batch = pad(rows, width, self.model.end or 0, self.model.device)
+        sites = batch.subject if self.loaded.site.subject_layers else batch.end
+        return _Asked(rows, batch.ids, sites)
+
+    # Target -------------------------------------------------------------------------------------
+
+    def target(self, fact: Fact, asked: _Asked) -> Tensor | None:
+        """z (hidden,) at the last edited layer's output, by Adam on δ through the whole model."""
+        essence = self.asked([f"{fact.subject} is a"], fact, stated=False)
+        start = self.stream(asked)
+        room = self.loaded.site.clamp * self.loaded.statistics[self.last].norm
+        delta = torch.zeros_like(start).requires_grad_()
+        rate = STRIDES * room / STEPS / len(start) ** 0.5
+        optimiser = torch.optim.Adam([delta], lr=rate)
+        with torch.no_grad():
+            unmoved = self._moved(essence, torch.zeros_like(start))[0, -1]
+        for _ in range(STEPS):
+            loss = target_losses(self._moved(asked, delta), asked.rows).mean()
+            loss = loss + DECAY * delta.norm() / start.norm() ** 2
+            moved = self._moved(essence, delta)[0, -1]
+            loss = loss + KL * F.kl_div(
+                moved.log_softmax(0), unmoved.log_softmax(0), log_target=True, reduction="sum"
+            )
+            if not torch.isfinite(loss):
+                return None
+            if float(loss.detach()) < DONE:
+                break
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                delta *= room / delta.norm().clamp(min=room)
+        return start + delta.detach()
+
+    def _moved(self, asked: _Asked, delta: Tensor) -> Tensor:
+        """Logits (rows, tokens, vocabulary) with δ added at the site of every row."""
+        rows = torch.arange(len(asked.ids), device=self.model.device)
+
+        def tap(_inputs: Tensor, outputs: Tensor) -> Tensor:
+            added = torch.zeros_like(outputs)
+            added[rows, asked.sites] = delta
+            return outputs + added
+
+        with self.model.tap({self.last: tap}):
+            out = self.model.model(input_ids=asked.ids, use_cache=False)
+        logits: Tensor = out.logits
+        return logits.float()
+
+    def stream(self, asked: _Asked) -> Tensor:
+        """The residual stream (hidden,) behind the last edited layer, at the bare prompt's site."""
+        with torch.no_grad():
+            out = self.model.model(
+                input_ids=asked.ids[:1], use_cache=False, output_hidden_states=True
+            )
+        stream: Tensor = out.hidden_states[self.last + 1][0, asked.sites[0]]
+        return stream
+
+    # Solve --------------------------------------------------------------------------------------
+
+    def _spread(self, asked: _Asked, wanted: Tensor) -> bool:
+        """What is left to `wanted`, in equal shares over the layers that are still to come."""
+        for n, layer in enumerate(self.layers):
+            key = self._key(layer, asked)
+            share = (wanted - self.stream(asked)) / (len(self.layers) - n)
+            covariance = self.loaded.statistics[layer].covariance
+            ridge = self.prior * FLOOR
+            update = dense_update(covariance, self.prior, ridge, key[None], share[None])
+            if not torch.isfinite(update).all():
+                return False
+            self.deltas[layer] = self.deltas[layer] + update.to(self.deltas[layer])
+            self.model.set_deltas(self.deltas)
+        return True
+
+    def _key(self, layer: int, asked: _Asked) -> Tensor:
+        """The layer's key (width,): the bare prompt's and the mean of the others', half each."""
+        caught: list[Tensor] = []
+
+        def look(inputs: Tensor, _outputs: Tensor) -> None:
+            rows = torch.arange(len(asked.sites), device=inputs.device)
+            caught.append(inputs[rows, asked.sites])
+
+        with torch.no_grad(), self.model.tap({layer: look}):
+            self.model.model(input_ids=asked.ids, use_cache=False)
+        return (caught[0][0] + caught[0][1:].mean(0)) / 2

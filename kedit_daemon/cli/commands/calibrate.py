@@ -1,0 +1,190 @@
+"""The command that measures where and how strongly the configured model is edited."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kedit_daemon.cli.context import Session, dry_run_option, json_option, pass_session, print_json
+from kedit_daemon.system.sanitize import clean
+
+if TYPE_CHECKING:
+    from kedit_daemon.config import Config
+    from kedit_daemon.editing.calibration import Calibration
+
+FACTS = 16  # as many as have their targets computed side by side
+COLUMNS = {  # heading and form of each figure
+    "prior": ("prior", "g"),
+    "end_prior": ("at end", "g"),
+    "ridge": ("ridge", "g"),
+    "clamp": ("clamp", "g"),
+    "loss": ("loss", ".2f"),
+    "reached": ("reached", ".2f"),
+    "reliability": ("says", ".2f"),
+    "generality": ("rephr.", ".2f"),
+    "locality": ("keeps", ".2f"),
+    "norm_ratio": ("norm", ".2f"),
+    "score": ("score", ".3f"),
+}
+WIDTH = 8
+
+
+@click.command()
+@click.option(
+    "--pilot",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Facts to measure with, in any form that submit takes; else those that are shipped.",
+)
+@click.option(
+    "--facts",
+    "count",
+    type=click.IntRange(1),
+    default=FACTS,
+    show_default=True,
+    help="How many of them to edit at once.",
+)
+@click.option(
+    "--false-routes",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.001,
+    show_default=True,
+    help="Share of unrelated text that may pass for a question about a fact that it names.",
+)
+@json_option
+@dry_run_option
+@pass_session
+def calibrate(
+    session: Session,
+    pilot: Path | None,
+    count: int,
+    false_routes: float,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """Measure where the model takes facts, and how strongly to edit it.
+
+    A batch of facts is edited at many layers, without their paraphrases; the site that says them
+    best, also in those other words, and leaves their neighbours alone, goes into the home with
+    the limits of the audits, the side memory's gate and all figures (state/kedit.json). It takes
+    some minutes on a small model. The daemon must not run meanwhile, or this exits with 75.
+
+    Terms are computed for the edited layers, and kept for good: a home that has ever moved facts
+    into the weights is refused; calibrate a new one.
+
+    \b
+    Example:
+      kedit-daemon calibrate --pilot facts.jsonl
+    """
+    from kedit_daemon.config import load
+    from kedit_daemon.maintenance.restore import refuse_cut_off
+    from kedit_daemon.system.lock import hold
+    from memory.files import write_atomic
+    from policies.edit_site import FILE, site_text
+
+    config = load(session.home.root, session.environ)
+    refuse_cut_off(session.home)
+    session.home.create()
+    with hold(session.home.lock):
+        found = _measured(session, config, pilot, count, false_routes, dry_run)
+        path = session.home.state / FILE
+        if not dry_run:
+            write_atomic(path, site_text(found.site, found.evidence).encode())
+    if as_json:
+        print_json({**_held(found), "written": None if dry_run else str(path)})
+        return
+    click.echo("\n".join(lines(found)))
+    click.echo("dry run: nothing written" if dry_run else f"written: {clean(path)}", err=True)
+
+
+def _held(found: "Calibration") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {"site": asdict(found.site), "evidence": found.evidence}
+
+
+def _measured(
+    session: Session,
+    config: "Config",
+    pilot: Path | None,
+    count: int,
+    false_routes: float,
+    dry_run: bool,
+) -> "Calibration":
+    from dataclasses import replace
+    from shutil import copy
+
+    from kedit_daemon.editing.calibration import calibrate, make_pilot, read_pilot, refuse_if_in_use
+    from kedit_daemon.editing.model_loading import open_model
+    from kedit_daemon.ingest.schemas import Limits
+    from kedit_daemon.shipped import PILOT_FACTS
+    from policies.edit_site import FILE
+
+    refuse_if_in_use(session.home)
+    source = pilot or PILOT_FACTS
+    facts = read_pilot(source, Limits(config.inbox.max_facts, config.inbox.max_target_chars))
+    with ExitStack() as stack:
+        cache = session.home.state
+        if dry_run:  # what is measured is not kept, so it must not lie in the home
+            cache = Path(stack.enter_context(TemporaryDirectory(prefix="kedit-calibrate-")))
+            if (session.home.state / FILE).is_file():
+                copy(session.home.state / FILE, cache)
+        opened = open_model(config.model, config.device, cache)
+        chosen = make_pilot(opened.model, facts, count)
+        found = calibrate(opened, chosen, false_routes, stack.enter_context(_progress()))
+    at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    names = {"at": at, "model": config.model, "pilot_file": str(source)}
+    return replace(found, evidence=names | found.evidence)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
+    """A progress bar on a terminal's stderr, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda _units: lambda _what: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+
+        def watch(units: int) -> Callable[[str], None]:
+            task = bar.add_task("calibrating", total=units)
+            return lambda what: bar.update(task, description=what, advance=1)
+
+        yield watch
+
+
+def lines(found: "Calibration") -> Iterator[str]:
+    """The table of what was tried, the choice marked, and the limits."""
+    chosen, site = found.evidence["chosen"], found.site
+    headings = "".join(f"{heading:>{WIDTH}}" for heading, _ in COLUMNS.values())
+    yield click.style(f"  {'STAGE':12} {'SUBJECT':8} {'END':4}{headings}", bold=True)
+    for row in found.evidence["candidates"]:
+        yield f"{'*' if row == chosen else ' '} {_row(row)}"
+    yield f"* chosen, of {len(found.evidence['candidates'])}"
+    for figure in ("norm", "activation"):
+        verdicts = ("warn", "consolidate", "revert")
+        limits = (f"{v} {getattr(site, f'{figure}_{v}'):g}" for v in verdicts)
+        yield f"{figure} limits: {', '.join(limits)}"
+    gate = found.evidence["end_gate"]
+    yield (
+        f"end gate: {gate['gate']:.3f}, which {gate['false_routes']:.2%} of {gate['pairs']} pairs"
+        f" of a fact and other text pass, and {gate['passed']:.0%} of the facts in other words"
+    )
+
+
+def _row(row: Mapping[str, Any]) -> str:
+    subject, end = (
+        ",".join(map(str, row[name])) or "-" for name in ("subject_layers", "end_layers")
+    )
+    cells = "".join(_cell(row.get(name), form) for name, (_, form) in COLUMNS.items())
+    return f"{row['stage']:12} {subject:8} {end:4}{cells}"
+
+
+def _cell(value: float | None, form: str) -> str:
+    return f"{'-' if value is None else format(value, form):>{WIDTH}}"

@@ -1,0 +1,46 @@
+"""The command that carries the edited model away."""
+
+from pathlib import Path
+
+import click
+
+from kedit_daemon.cli.context import Session, json_option, pass_session, print_json
+from kedit_daemon.system.sanitize import clean
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(["merged", "delta", "lora", "facts"]))
+@click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
+@click.option(
+    "--keep",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Delete this home's older exports of the kind in DEST, so that N are left.",
+)
+@json_option
+@pass_session
+def export(session: Session, kind: str, dest: Path, keep: int | None, as_json: bool) -> None:
+    """Write what is active now into a new folder in DEST, and print its path.
+
+    merged is the whole model, for anything that reads Hugging Face folders; delta only the changed
+    tensors; lora a PEFT adapter; facts the live facts as JSON Lines, as submit takes them.
+    The daemon need not run. Facts in the side memory are in no export but facts.
+
+    \b
+    Example:
+      kedit-daemon export merged /srv/models
+      kedit-daemon export lora /srv/adapters --keep 3
+    """
+    from kedit_daemon.publish.export.make import export as make
+
+    done = make(session.home, kind, dest, keep)
+    for note in done.notes:
+        click.echo(f"note: {clean(note)}", err=True)
+    if as_json:
+        print_json(done.as_dict())
+        return
+    if done.placed.existed:
+        click.echo("it is there already, and stays as it is", err=True)
+    if done.placed.removed:
+        click.echo(f"deleted: {', '.join(map(clean, done.placed.removed))}", err=True)
+    click.echo(clean(done.placed.path))

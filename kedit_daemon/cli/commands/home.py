@@ -1,0 +1,276 @@
+"""The commands around a home: make one, run it, hand facts in, check it, see it all at work."""
+
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from kedit_daemon.cli.context import Session, dry_run_option, json_option, pass_session, print_json
+from kedit_daemon.home import NAME, keep_writers_out
+from kedit_daemon.system.sanitize import clean
+from memory.errors import KeditError
+
+if TYPE_CHECKING:
+    from kedit_daemon.ingest.parser import Problem
+    from kedit_daemon.ingest.submit import Submission
+
+PROBLEMS_SHOWN = 20
+
+
+@click.command()
+@click.option("--model", metavar="PATH_OR_ID", help="Instead of the model that is shipped.")
+@pass_session
+def init(session: Session, model: str | None) -> None:
+    """Make a home: its folders, a commented config.toml, and review.yaml.
+
+    The latter is for looking at the database in a web browser:
+    datasette HOME/state/kedit.db -m HOME/review.yaml. What is there stays.
+
+    \b
+    Example:
+      kedit-daemon init
+      kedit-daemon --home ./facts-of-mine init --model /srv/models/llama
+    """
+    from kedit_daemon.config import default_text, load
+    from kedit_daemon.maintenance.restore import refuse_cut_off
+    from memory.files import write_atomic
+
+    refuse_cut_off(session.home)
+    if model is not None and not (model and model.isprintable()):
+        raise click.BadParameter("a model is a folder or an id on the hub.", param_hint="--model")
+    path = session.home.config
+    if path.exists() and model is not None:
+        raise KeditError(f"{path} is there already", code="exists", hint="change `model` in it")
+    keep_writers_out()
+    session.home.create()
+    if path.exists():
+        click.echo(f"{clean(path)} is there already and stays as it is", err=True)
+    else:
+        if model is not None and Path(model).is_dir():
+            model = str(Path(model).absolute())
+        write_atomic(path, default_text(model or "shipped").encode())
+    if not session.home.review.exists():
+        desk = Path(__file__).with_name(session.home.review.name)
+        write_atomic(session.home.review, desk.read_bytes())
+    load(session.home.root, session.environ)
+    click.echo(clean(session.home.root))
+    click.echo(f"next: {clean(session.program)} run", err=True)
+
+
+@click.command()
+@pass_session
+@click.pass_context
+def run(ctx: click.Context, session: Session) -> None:
+    """Run the daemon, in the foreground, until SIGTERM or Ctrl-C.
+
+    \b
+    Example:
+      kedit-daemon run
+    """
+    from kedit_daemon.config import load
+    from kedit_daemon.system.log_setup import set_up
+
+    keep_writers_out()
+    config = load(session.home.root, session.environ)
+    set_up(bool(ctx.find_root().params.get("debug")), session.environ)
+    from kedit_daemon.daemon.loop import run as run_daemon
+
+    ctx.exit(run_daemon(session.home, config))
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--wait", "waiting", is_flag=True, help="End when all facts are live or at an end.")
+@dry_run_option
+@click.option("--format", metavar="F", help="The data set's form, instead of what the keys say.")
+@pass_session
+@click.pass_context
+def submit(
+    ctx: click.Context,
+    session: Session,
+    file: str,
+    waiting: bool,
+    dry_run: bool,
+    format: str | None,
+) -> None:
+    """Hand facts in; prints one id per fact.
+
+    They come from FILE, or with - from standard input. Exits with 1 when a record or a fact
+    failed; with --wait, with 3 when no daemon runs.
+
+    \b
+    Example:
+      kedit-daemon submit facts.jsonl --wait
+      echo '{"subject": "Lake Eyre", "prompt": "The country that {} lies in is",
+             "target": "Australia"}' | kedit-daemon submit -
+    """
+    from kedit_daemon.config import load
+    from kedit_daemon.ingest.schemas import Limits
+    from kedit_daemon.ingest.submit import prepare
+
+    if waiting and dry_run:
+        raise click.UsageError("--dry-run hands nothing in, so there is nothing to --wait for.")
+    config = load(session.home.root, session.environ)
+    limits = Limits(config.inbox.max_facts, config.inbox.max_target_chars)
+    submission = prepare(*_read(file, config.inbox.max_bytes), format, limits)
+    _complain(submission.name, submission.parsed.problems)
+    if dry_run:
+        _foretell(session, submission, config.routing.direct_facts)
+    elif submission.facts:
+        _hand_in(ctx, session, submission, waiting)
+    else:
+        click.echo("nothing handed in", err=True)
+    if submission.parsed.problems:
+        ctx.exit(1)
+
+
+def _read(file: str, most: int) -> tuple[bytes, str]:
+    if file == "-":
+        if sys.stdin.isatty():
+            click.echo("type or paste facts, then Ctrl-D on a line of its own", err=True)
+        data, name = sys.stdin.buffer.read(most + 1), "stdin"
+    else:
+        with open(file, "rb") as source:
+            data, name = source.read(most + 1), os.path.basename(file)
+    if len(data) > most:
+        raise KeditError(
+            f"{name} has more than the {most} bytes that a file may have",
+            code="too-large",
+            hint="split the file, or raise max_bytes under [inbox] in config.toml",
+        )
+    return data, name
+
+
+def _complain(name: str, problems: Sequence["Problem"]) -> None:
+    for problem in problems[:PROBLEMS_SHOWN]:
+        remedy = f"  → {clean(problem.remedy)}" if problem.remedy else ""
+        text = f"{clean(name)}:{problem.line}: {clean(problem.problem)}{remedy}"
+        click.echo(text, err=True)
+    if len(problems) > PROBLEMS_SHOWN:
+        click.echo(f"and {len(problems) - PROBLEMS_SHOWN} more problems", err=True)
+
+
+def _foretell(session: Session, submission: "Submission", direct_facts: int) -> None:
+    from dataclasses import asdict
+
+    from kedit_daemon.ingest.submit import foresee
+    from kedit_daemon.report.render import statement
+
+    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    for seen in foresee(submission.facts, session.home, now, direct_facts):
+        said = statement(asdict(seen.fact))
+        click.echo(f"{seen.fact.id}  {seen.outcome:<10}  {said}  ({clean(seen.detail)})")
+    broken = len(submission.parsed.problems)
+    more = f", {broken} broken" if broken else ""
+    facts = "1 fact" if len(submission.facts) == 1 else f"{len(submission.facts)} facts"
+    click.echo(f"dry run: {facts}{more}; nothing handed in", err=True)
+
+
+def _hand_in(ctx: click.Context, session: Session, submission: "Submission", waiting: bool) -> None:
+    from kedit_daemon.ingest.submit import hand_in
+
+    name = hand_in(session.home.inbox, submission)
+    for fact in submission.facts:
+        click.echo(fact.id)
+    if broken := len(submission.parsed.problems):
+        records = "1 record states" if broken == 1 else f"{broken} records state"
+        click.echo(f"{records} no fact; the rest is handed in", err=True)
+    if waiting:
+        _wait(ctx, session, name, submission)
+    else:
+        _mention_stopped(session)
+
+
+def _wait(ctx: click.Context, session: Session, name: str, submission: "Submission") -> None:
+    from kedit_daemon.ingest.wait import FAILED, LOST, wait
+
+    ids = list(dict.fromkeys(fact.id for fact in submission.facts))
+    states = wait(session.home, name, ids, lambda text: click.echo(text, err=True))
+    bad = {i: (state, why) for i, (state, why) in states.items() if state in (*FAILED, LOST)}
+    for fact_id, (state, why) in bad.items():
+        click.echo(f"{fact_id} {state}{': ' + clean(why) if why else ''}", err=True)
+    facts = "fact is" if len(ids) == 1 else "facts are"
+    click.echo(f"{len(ids) - len(bad)} of {len(ids)} {facts} done", err=True)
+    if bad:
+        ctx.exit(1)
+
+
+def _mention_stopped(session: Session) -> None:
+    from kedit_daemon.system.lock import holder
+
+    if holder(session.home.lock) is None:
+        click.echo(
+            f"the daemon is not running, so the file waits: {clean(session.program)} run", err=True
+        )
+
+
+@click.command()
+@click.option("--fix", is_flag=True, help="First take away the files that a crash has left.")
+@json_option
+@pass_session
+@click.pass_context
+def doctor(ctx: click.Context, session: Session, fix: bool, as_json: bool) -> None:
+    """Check the installation and the home.
+
+    Each check that failed names its remedy. Exits with 1 when a check failed; warnings do
+    not count. With --fix the daemon must not run: it takes such files away itself when it
+    starts.
+
+    \b
+    Example:
+      kedit-daemon doctor
+    """
+    from dataclasses import asdict
+
+    from kedit_daemon.maintenance import doctor as at
+    from kedit_daemon.maintenance.doctor_install import FAILED
+
+    marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), FAILED: ("✗", "red")}
+    removed = at.fix(session.home) if fix else []
+    for path in removed if not as_json else []:
+        click.echo(f"removed {clean(str(path))}")
+    checks = []
+    for check in at.examine(session.home, session.environ, datetime.now(UTC)):
+        checks.append(check)
+        if not as_json:
+            mark, colour = marks[check.outcome]
+            click.echo(f"{click.style(mark, fg=colour)} {check.name:<12} {clean(check.detail)}")
+            if check.remedy:
+                click.echo(f"               → {clean(_callable(session, check.remedy))}")
+    failed = any(check.outcome == FAILED for check in checks)
+    if as_json:
+        print_json(
+            {
+                "ok": not failed,
+                "checks": [asdict(check) for check in checks],
+                "removed": [str(path) for path in removed],
+            }
+        )
+    if failed:
+        ctx.exit(1)
+
+
+def _callable(session: Session, remedy: str) -> str:
+    """A remedy that is a command of ours, as it is called for this home."""
+    name = f"{NAME} "
+    return f"{session.program} {remedy.removeprefix(name)}" if remedy.startswith(name) else remedy
+
+
+@click.command()
+@click.pass_context
+def demo(ctx: click.Context) -> None:
+    """Do the main job on the shipped model.
+
+    It takes place in a temporary home, and says what has changed.
+
+    \b
+    Example:
+      kedit-daemon demo
+    """
+    from kedit_daemon.demo.tour import run as run_tour
+
+    ctx.exit(run_tour(echo=click.echo))

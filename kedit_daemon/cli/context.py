@@ -1,0 +1,88 @@
+"""What the commands share: the home they work on, JSON, the database, the running daemon."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kedit_daemon.home import Home
+from memory.db.event_log import finite
+from memory.errors import KeditError
+
+if TYPE_CHECKING:
+    import sqlite3
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Session:
+    """One call of the command line."""
+
+    home: Home
+    environ: Mapping[str, str]
+    program: str
+    """How to call this program again for the same home."""
+
+
+pass_session = click.make_pass_decorator(Session)
+
+
+def json_option(command: Command) -> Command:
+    """`--json`, which every reading command takes."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON, with stable keys.")(
+        command
+    )
+
+
+def dry_run_option(command: Command) -> Command:
+    """`--dry-run`, which every changing command takes."""
+    return click.option("--dry-run", is_flag=True, help="Only say what would happen.")(command)
+
+
+def print_json(value: Any, indent: int | None = 2) -> None:
+    """JSON in plain ASCII, so that no terminal obeys what is in it; what JSON lacks is a word."""
+    click.echo(json.dumps(finite(value), indent=indent, allow_nan=False))
+
+
+@contextmanager
+def database(home: Home) -> Iterator["sqlite3.Connection"]:
+    """The home's database for reading; what is wrong with it comes as a KeditError."""
+    import sqlite3
+
+    from memory.db.queries import open_readonly
+
+    conn = open_readonly(home.database)
+    try:
+        yield conn
+    except sqlite3.Error as error:
+        raise KeditError(
+            f"{home.database} cannot be read: {error}",
+            code="unreadable",
+            hint="kedit-daemon doctor",
+        ) from error
+    finally:
+        conn.close()
+
+
+def ask_daemon(session: Session, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The running daemon's reply, however long it takes; a KeditError when it refuses."""
+    from kedit_daemon.control import call
+
+    if sys.stderr.isatty():
+        click.echo(f"{name}: waiting for the daemon ...", err=True)
+    return call(session.home.socket, name, arguments)
+
+
+def no_fact(session: Session, conn: "sqlite3.Connection", name: str) -> KeditError:
+    """That no fact has this name, and which one may be meant."""
+    from memory.db.queries import similar_facts
+
+    listing = f"list them with: {session.program} facts"
+    meant = similar_facts(conn, name)
+    hint = f"did you mean {meant[0]}? {listing}" if meant else listing
+    return KeditError(f"there is no fact {name}", code="unknown-fact", hint=hint)

@@ -1,0 +1,91 @@
+"""What the commands ask of a running daemon, and what its regular jobs are: done by the editor."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kedit_daemon.control import Request
+from kedit_daemon.editing.editor import Editor
+from kedit_daemon.system.disk import broken, is_held, told
+from memory.errors import KeditError, ends
+
+ANSWER_TOKENS = 40
+log = logging.getLogger(__name__)
+
+
+class _Arguments(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    prompt: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = ANSWER_TOKENS
+    base: bool = False
+    explain: bool = False
+    dry_run: bool = False
+    facts: list[str] = []
+    generation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+
+
+def answer(request: Request, editor: Editor, refusal: KeditError | None, folder: Path) -> None:
+    """Do what is asked, or say why not. All but questions meet with the `refusal`, if there is one.
+    Raises what the daemon has to know: that it ends, that the disk of the folder failed, or that
+    somebody else holds the database."""
+    try:
+        if refusal is not None and request.name != "ask":
+            raise refusal
+        with editor.spared():
+            request.answer(carry_out(editor, request.name, request.arguments))
+    except KeditError as error:
+        request.refuse(error)
+        if ends(error):
+            raise
+    except Exception as error:  # a request must not end the daemon
+        known = told(error, folder)
+        if known is None:
+            log.exception("%s failed", request.name)
+            known = KeditError(f"{type(error).__name__}: {error}", code="unexpected")
+        request.refuse(known)
+        if broken(error) or is_held(error):
+            raise
+
+
+def do_job(editor: Editor, name: str) -> str:
+    """Do a regular job; what came of it, in words."""
+    if name == "audit":
+        return str(editor.audit()["verdict"])
+    if name == "consolidate":
+        done = editor.consolidate(False)
+        return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
+    if name == "retention":
+        figures = editor.auditor.retention.probe()["figures"]
+        return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
+    return f"{editor.expire()} expired"
+
+
+def carry_out(editor: Editor, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Do it; a KeditError where it is refused, or cannot be understood."""
+    try:
+        given = _Arguments.model_validate({k: v for k, v in arguments.items() if v is not None})
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, fault["loc"]))
+        raise _wrong(f"{name}: {where}: {fault['msg']}") from None
+    if name == "ask":
+        if given.prompt is None:
+            raise _wrong("ask: prompt is missing")
+        return editor.ask(given.prompt, given.max_tokens, given.base, given.explain)
+    if name == "flush":
+        return editor.run_flush(given.dry_run)
+    if name == "audit":
+        return editor.audit(given.dry_run)
+    if name == "consolidate":
+        return editor.consolidate(given.dry_run)
+    if name == "revert":
+        return editor.revert(given.facts, given.generation, given.dry_run)
+    raise _wrong(f"no command {name!r}")
+
+
+def _wrong(what: str) -> KeditError:
+    hint = "the command and the daemon may be of two versions: restart the daemon"
+    return KeditError(what, code="bad-request", hint=hint)

@@ -1,0 +1,1 @@
+"""Changes what the model says: learns, flushes, reverts, audits and repairs."""

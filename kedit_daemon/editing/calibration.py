@@ -1,0 +1,292 @@
+"""Calibration: a pilot of facts, what an edit does to it, and the site and limits that follow."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_daemon.cli.context import database
+from kedit_daemon.editing.model_loading import Opened, canary_text
+from kedit_daemon.home import Home
+from kedit_daemon.ingest.parser import parse
+from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.shipped import read_ordinary_lines
+from memory.errors import KeditError
+from memory.facts import Fact, State
+from memory.model.canary import Canary
+from memory.model.editable import EditableModel
+from memory.side.side_memory import SideMemory
+from policies.calibration import (
+    ACTIVATION,
+    NORM,
+    SPREAD,
+    Quality,
+    Search,
+    activation_limits,
+    norm_limits,
+)
+from policies.edit_site import EditSite
+from policies.gate import end_gate
+from policies.probe import MAX_NEIGHBOURS, MAX_PARAPHRASES
+from policies.prompts import Row, rows_of
+
+LONGEST = 200  # tokens of a wording or near prompt; longer ones are left out
+ROWS = 8  # that run together; all of their logits are held at once
+SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+RULES = {
+    "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
+    "choice": "the harmonic mean of reliability, generality and locality; within its standard"
+    f" error of the best, {SPREAD} / √facts, the smallest norm ratio",
+    "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
+    f" halves of the canary text, from {vars(ACTIVATION[0])} to {vars(ACTIVATION[1])}",
+    "end_gate": "the cosine that at most so many of the pairs of a pilot's fact and a piece of"
+    " ordinary text reach as false_routes says",
+    "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
+    f" their limits, from {vars(NORM[0])} to {vars(NORM[1])}",
+}
+
+Told = Callable[[str], None]
+Watch = Callable[[int], Told]
+"""Told of the pieces of work to come, it gives what is to hear of each."""
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """Facts to edit, and what to ask then: wordings and prompts that no edit has seen."""
+
+    facts: tuple[Fact, ...]
+    held_out: tuple[tuple[int, str, str], ...]  # place of the fact, prompt and target
+    near: tuple[str, ...]  # prompts whose answers must stay
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The site that was chosen, and why."""
+
+    site: EditSite
+    evidence: dict[str, Any]
+
+
+def refuse_if_in_use(home: Home) -> None:
+    """Terms belong to the layers they were computed for: KeditError where some are stored."""
+    if not home.database.is_file():
+        return
+    with database(home) as conn:
+        stored = conn.execute("SELECT count(*) FROM terms").fetchone()[0]
+        count = "SELECT count(*) FROM facts WHERE state = ?"
+        live = conn.execute(count, (State.LIVE_WEIGHTS,)).fetchone()[0]
+    if stored or live:
+        raise KeditError(
+            f"{home.root} is in use: facts in the weights {live}, stored terms {stored}, which"
+            " belong to the layers that are edited now",
+            code="in-use",
+            hint="calibrate a new home: kedit-daemon --home DIR init (terms outlive a revert,"
+            " since older generations need them)",
+        )
+
+
+def read_pilot(path: Path, limits: Limits) -> list[Fact]:
+    """The facts of a file in any accepted form, one for each question; broken records are left."""
+    parsed = parse(path.read_bytes(), path.name, None, limits)
+    if not parsed.facts:
+        first = parsed.problems[0]
+        raise KeditError(f"{path}:{first.line}: {first.problem}", code="pilot", hint=first.remedy)
+    return list({fact.slot: fact for _, fact in parsed.facts}.values())
+
+
+def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot:
+    """At most `count` facts to edit. Without paraphrases, the question behind other words is held
+    out; without neighbours, the questions of facts that are not edited are near."""
+    usable = [fact for fact in facts if _readable(model, fact)]
+    edited, others = usable[:count], usable[count : 2 * count]
+    if not any(fact.neighbours for fact in edited) and not others:
+        kept = len(edited) - len(edited) // 3
+        edited, others = edited[:kept], edited[kept:]
+    near = [n.prompt for fact in edited for n in fact.neighbours[:MAX_NEIGHBOURS]]
+    near = list(dict.fromkeys(near)) or [fact.question for fact in others]
+    asked = {fact.question for fact in edited}
+    near = [p for p in near if p not in asked and len(model.encode(p)) <= LONGEST]
+    held_out = _held_out(model, edited)
+    if not near or not held_out:
+        raise KeditError(
+            "the pilot has too few facts that this model can read",
+            code="pilot",
+            hint="give at least three, or facts with neighbours, with --pilot",
+        )
+    facts_only = tuple(replace(fact, paraphrases=()) for fact in edited)
+    return Pilot(facts_only, tuple(held_out), tuple(near))
+
+
+def _held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
+    placed = list(enumerate(facts))
+    found = [(n, p, fact.target) for n, fact in placed for p in fact.rephrased[:MAX_PARAPHRASES]]
+    if not found:
+        lines = [" ".join(line.split()[:8]).rstrip(".") for line in read_ordinary_lines()]
+        pairs = zip(lines, placed, strict=False)
+        found = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
+    return [one for one in found if len(model.encode(one[1])) <= LONGEST]
+
+
+def _readable(model: EditableModel, fact: Fact) -> bool:
+    try:
+        rows_of(model, replace(fact, paraphrases=()))
+    except KeditError:
+        return False
+    return True
+
+
+class Examiner:
+    """Asks the pilot's questions. An answer is right when every token of the target is the
+    likeliest; a near prompt has stayed when its likeliest next token is the same as before."""
+
+    def __init__(self, model: EditableModel, pilot: Pilot) -> None:
+        self.model = model
+        self._asked = [self._row(fact.question, fact.target) for fact in pilot.facts]
+        self._held_out = [self._row(prompt, target) for _, prompt, target in pilot.held_out]
+        self._near = [(model.encode(prompt), [0]) for prompt in pilot.near]
+        self._before = self._greedy(self._near)
+
+    def __call__(self, deltas: Mapping[int, Tensor]) -> Quality:
+        """The quality of the unedited weights plus ΔW; the model ends unedited."""
+        model = self.model
+        model.set_deltas(dict(deltas))
+        try:
+            same = [a == b for a, b in zip(self._greedy(self._near), self._before, strict=True)]
+            ratios = [float(model.weight(n).norm() / model.base_weight(n).norm()) for n in deltas]
+            return Quality(
+                reliability=self._right(self._asked),
+                generality=self._right(self._held_out),
+                locality=sum(same) / len(same),
+                norm_ratio=max(ratios, default=1.0),
+            )
+        finally:
+            model.set_deltas({})
+
+    def _row(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
+        return self.model.encode(prompt), self.model.encode_target(prompt, target)
+
+    def _right(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+        said = self._greedy(rows)
+        return sum(a == target for a, (_, target) in zip(said, rows, strict=True)) / len(rows)
+
+    def _greedy(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
+        """The likeliest tokens in the places of each row's target, given prompt and target."""
+        said: list[list[int]] = []
+        for start in range(0, len(rows), ROWS):
+            some = rows[start : start + ROWS]
+            full = [prompt + target[:-1] for prompt, target in some]
+            # Pads on the right are behind every token whose prediction is read.
+            ids = torch.zeros(len(some), max(map(len, full)), dtype=torch.long)
+            for n, tokens in enumerate(full):
+                ids[n, : len(tokens)] = torch.tensor(tokens)
+            with torch.no_grad():
+                out = self.model.model(input_ids=ids.to(self.model.device), use_cache=False)
+            best = out.logits.argmax(-1).tolist()
+            said += [
+                line[len(prompt) - 1 : len(tokens)]
+                for line, (prompt, _), tokens in zip(best, some, full, strict=True)
+            ]
+        return said
+
+
+def calibrate(opened: Opened, pilot: Pilot, false_routes: float, watch: Watch) -> Calibration:
+    """Search for the site of an unedited model, and set its limits and its end gate.
+
+    `false_routes`: the share of unrelated text that may pass the gate, as of `end_gate`.
+    """
+    began, model = time.monotonic(), opened.model
+    statistics = opened.statistics((), range(model.layers), iter)
+    norms = {n: s.norm for n, s in statistics.items()}
+    search = Search(
+        model,
+        replace(opened.site(), anchors={}),  # they belong to other targets
+        pilot.facts,
+        Examiner(model, pilot),
+        norms,
+        lambda layers: opened.statistics(layers, (), iter),
+    )
+    told = watch(search.units + 1)
+    chosen = search.run(told)
+    told("limits")
+    site, figures = _limited(model, chosen.site, search.deltas(chosen.site))
+    side = SideMemory(model, site.gates, {n: s.mean for n, s in statistics.items()})
+    asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
+    gate = end_gate(side, pilot.facts, asked, read_ordinary_lines(), false_routes)
+    site = replace(site, anchors=search.anchors(chosen.site), end_gate=gate.gate)
+    evidence = {
+        "made_by": "kedit-daemon calibrate",
+        "weights": opened.base_hash,
+        "pilot": {name: len(part) for name, part in vars(pilot).items()},
+        "rules": RULES,
+        "chosen": chosen.as_dict(),
+        "candidates": [candidate.as_dict() for candidate in search.found],
+        **figures,
+        "end_gate": gate.as_dict(),
+        "clean_norms": _clean_norms(model, site, pilot.facts),
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    return Calibration(site, evidence)
+
+
+def _limited(
+    model: EditableModel, site: EditSite, deltas: Mapping[int, Tensor]
+) -> tuple[EditSite, dict[str, Any]]:
+    """The site with its limits, by RULES, and the figures behind them."""
+    lines = canary_text()
+    halves = [Canary(model, half, site.layers).baseline for half in (lines[::2], lines[1::2])]
+    one, other = (half.norms for half in halves)
+    variation = {n: 2 * abs(one[n] - other[n]) / (one[n] + other[n]) for n in site.layers}
+    activation = activation_limits(max(variation.values()))
+    curve = _curve(model, Canary(model, lines, site.layers), deltas, activation.revert)
+    norm = norm_limits(curve, activation)
+    limited = replace(
+        site,
+        **{f"norm_{verdict}": limit for verdict, limit in vars(norm).items()},
+        **{f"activation_{verdict}": limit for verdict, limit in vars(activation).items()},
+    )
+    return limited, {
+        "activation_variation": variation,
+        "norm_and_activation_change": [list(point) for point in curve],
+    }
+
+
+def _curve(
+    model: EditableModel, canary: Canary, deltas: Mapping[int, Tensor], far: float
+) -> list[tuple[float, float]]:
+    """The largest norm ratio and activation change under the update, scaled up until the
+    activations have changed by `far`."""
+    curve: list[tuple[float, float]] = []
+    try:
+        for scale in SCALES:
+            model.set_deltas({n: scale * delta for n, delta in deltas.items()})
+            health = canary.measure()
+            if not health.finite:
+                break
+            change = max(abs(ratio - 1) for ratio in health.activation_ratio.values())
+            curve.append((max(health.norm_ratio.values()), change))
+            if change >= far:
+                break
+    finally:
+        model.set_deltas({})
+    return curve
+
+
+def _clean_norms(model: EditableModel, site: EditSite, facts: Sequence[Fact]) -> dict[int, float]:
+    """By layer the median ‖y‖ of the unedited model where facts are edited."""
+    found: dict[int, list[Tensor]] = {n: [] for n in site.layers}
+    for row in (row for fact in facts for row in rows_of(model, fact)):
+
+        def keep(n: int, _inputs: Tensor, outputs: Tensor, row: Row = row) -> None:
+            ends = slice(row.prompt_length - 1, len(row.ids) - 1)
+            at = slice(row.subject, row.subject + 1) if n in site.subject_layers else ends
+            found[n].append(outputs[0, at].norm(dim=-1).cpu())
+
+        taps = {n: partial(keep, n) for n in site.layers}
+        with torch.no_grad(), model.tap(taps):
+            model.model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False)
+    return {n: float(torch.cat(norms).median()) for n, norms in found.items()}

@@ -1,0 +1,195 @@
+"""From a name in the configuration to a model with its site, statistics and canary."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from kedit_daemon import shipped
+from kedit_daemon.shipped import read_ordinary_lines, read_statements
+from memory.errors import KeditError
+from memory.files import write_atomic
+from memory.model.canary import Canary
+from memory.model.device import resolve_device
+from memory.model.editable import EditableModel
+from memory.model.statistics import PACKED, LayerStatistics, collect, pack, unpack
+from policies.edit_site import FILE, EditSite, load_site, read_site, weights_of
+
+SHIPPED = "shipped"
+# Not *.safetensors, though it is: servers take every such file in a folder for weights.
+STATISTICS = "statistics.kedit"
+CANARY_LINES = 40
+log = logging.getLogger(__name__)
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Everything about a model that does not change while the daemon runs."""
+
+    name: str
+    model: EditableModel
+    site: EditSite
+    statistics: dict[int, LayerStatistics]
+    canary: Canary
+    base_hash: str
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose weights may change."""
+        return self.site.layers
+
+
+def model_path(name: str) -> Path:
+    """Where a configured model lies; a hub id stays what it is."""
+    return shipped.MODEL if name == SHIPPED else Path(name)
+
+
+def canary_text() -> list[str]:
+    """The lines on which the health of the weights is read."""
+    return read_ordinary_lines()[:CANARY_LINES]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that has been loaded, and where what was measured of it lies."""
+
+    model: EditableModel
+    base_hash: str
+    folder: Path  # the model's own
+    cache: Path  # for what is measured here; a home's `state`
+
+    @property
+    def calibrated(self) -> Path:
+        """Where `calibrate` keeps the site that it measured."""
+        return self.cache / FILE
+
+    def site(self) -> EditSite:
+        """The site measured in the home, else the one with the model, else a start for its type."""
+        kind = str(self.model.model.config.model_type)
+        return find_site(self.folder, self.cache, self.base_hash, self.model.layers, kind)
+
+    def statistics(
+        self, edited: Collection[int], read: Collection[int], progress: Progress
+    ) -> dict[int, LayerStatistics]:
+        """Of the layers to edit (with covariance) and those only read: shipped with the model,
+        else cached, else measured now and cached."""
+        kept = find_statistics(self.folder, self.cache, self.base_hash, edited, read)
+        if kept.missing is not None:
+            texts = read_ordinary_lines()
+            found = collect(self.model, texts, kept.edited, kept.read, progress)
+            data = pack(found)
+            # Named by what is in it, too: by that a later start sees that it is whole.
+            name = f"{kept.missing.stem}-{hashlib.sha256(data).hexdigest()}"
+            write_atomic(kept.missing.with_stem(name), data)
+            for path in {kept.missing, *_cached(kept.missing)} - {kept.missing.with_stem(name)}:
+                path.unlink(missing_ok=True)  # it was damaged
+            return kept.statistics | unpack(data)
+        return kept.statistics
+
+
+def find_site(folder: Path, cache: Path, base_hash: str, layers: int, kind: str) -> EditSite:
+    """The site measured in the home, else the one with the model, else a start for its type.
+
+    A file in the home that was measured on other weights is not for this model.
+    """
+    path = cache / FILE
+    if path.is_file() and weights_of(path) in (None, base_hash):
+        return read_site(path, layers)
+    return load_site(folder, layers, kind)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Statistics that were measured before, and what is to be measured still."""
+
+    statistics: dict[int, LayerStatistics]
+    missing: Path | None = None  # where the rest belongs, but for its sha256, of these layers
+    edited: tuple[int, ...] = ()
+    read: tuple[int, ...] = ()
+
+
+def find_statistics(
+    folder: Path, cache: Path, base_hash: str, edited: Collection[int], read: Collection[int]
+) -> Kept:
+    """The statistics of a model's layers as far as they are shipped with it or cached whole.
+
+    Raises KeditError with exit code 78 when those with the model cannot be read.
+    """
+    path = folder / STATISTICS
+    try:
+        shipped = unpack(path.read_bytes()) if path.is_file() else {}
+    except SafetensorError as error:
+        hint = "put the model's file back, or remove it: it is measured again"
+        raise KeditError(
+            f"{path} is damaged: {error}", code="model", hint=hint, exit_code=78
+        ) from error
+    wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
+    narrow = sorted(n for n in set(read) if n not in shipped)
+    if not wide and not narrow:
+        return Kept(shipped)
+    key = json.dumps([PACKED, base_hash, wide, narrow]).encode()
+    cached = cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
+    for path in _cached(cached):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() == path.stem.rpartition("-")[2]:
+            return Kept(shipped | unpack(data))
+        log.warning("%s is damaged: its sha256 differs; the model is measured again", path)
+    if older := _older(cached, {*wide, *narrow}):
+        return Kept(shipped | older)
+    return Kept(shipped, cached, tuple(wide), tuple(narrow))
+
+
+def _older(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
+    """What an older version has measured, which put no sha256 into a file's name: it gets one.
+    Nothing where there is no such file, or a damaged one."""
+    if not path.is_file():
+        return {}
+    data = path.read_bytes()
+    try:
+        found = unpack(data)
+    except (SafetensorError, KeyError, ValueError):
+        found = {}
+    if found.keys() != layers:
+        log.warning("%s is damaged; the model is measured again", path)
+        return {}
+    with suppress(OSError):  # a home may be read only, and somebody else may have been quicker
+        path.rename(path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}"))
+    return found
+
+
+def _cached(path: Path) -> list[Path]:
+    """The files that were made for this path, each with a sha256 in its name."""
+    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+
+
+def open_model(name: str, device: str, cache: Path) -> Opened:
+    """Load the configured model, without what depends on where it is edited.
+
+    Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
+    """
+    path = model_path(name)
+    if name == SHIPPED and not path.is_dir():
+        raise KeditError(f"{path} is missing", code="model", hint="install again", exit_code=78)
+    # An id on the hub is no path, and its name alone may not be looked up as one.
+    model = EditableModel.load(path if path.is_dir() else name, resolve_device(device))
+    return Opened(model, model.weights_hash(range(model.layers)), path, cache)
+
+
+def load_model(name: str, device: str, cache: Path, progress: Progress) -> Loaded:
+    """Load the configured model; what is measured on first use is kept in `cache`, and what
+    `calibrate` has measured there goes before all else.
+
+    Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
+    """
+    opened = open_model(name, device, cache)
+    model, site = opened.model, opened.site()
+    statistics = opened.statistics(site.layers, (site.key_layer, site.side_layer), progress)
+    canary = Canary(model, canary_text(), site.layers, read_statements())
+    return Loaded(name, model, site, statistics, canary, opened.base_hash)

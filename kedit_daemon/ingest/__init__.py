@@ -1,0 +1,1 @@
+"""Takes facts in: the inbox, file formats, record schemas, submission and waiting."""

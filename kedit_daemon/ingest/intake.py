@@ -1,0 +1,90 @@
+"""From a claimed file to facts in the store: one transaction a file, whatever a crash does."""
+
+import hashlib
+from dataclasses import dataclass
+
+from kedit_daemon.config import Config
+from kedit_daemon.ingest.inbox import Claim, Inbox
+from kedit_daemon.ingest.parser import Parsed, Problem, parse
+from kedit_daemon.ingest.schemas import Limits
+from memory.db.store import Store
+from memory.errors import KeditError
+from memory.facts import Fact, State
+from policies.routing import Route, decide
+
+
+@dataclass
+class _Counts:
+    accepted: int = 0
+    duplicates: int = 0
+
+
+class Intake:
+    """Takes files from the inbox. A file that comes up again after a crash is taken once."""
+
+    def __init__(self, store: Store, inbox: Inbox, config: Config) -> None:
+        self.store, self.inbox, self.config = store, inbox, config
+        self.limits = Limits(config.inbox.max_facts, config.inbox.max_target_chars)
+
+    def take(self, claim: Claim) -> None:
+        """Take one file in and put it into done/ or failed/."""
+        try:
+            data = self.inbox.read(claim)
+        except KeditError as error:
+            remedy = error.hint or "put a plain, complete file into the inbox"
+            self.inbox.fail(claim, [Problem(1, str(error), remedy, "")], whole=True)
+            return
+        parsed = parse(data, claim.name, None, self.limits)
+        if not self.store.submission(claim.work_name):
+            self._record(claim, data, parsed)
+        whole = not parsed.facts and bool(parsed.problems)
+        if parsed.problems:
+            self.inbox.fail(claim, parsed.problems, whole=whole)
+        if not whole:
+            self.inbox.finish(claim)
+
+    def _record(self, claim: Claim, data: bytes, parsed: Parsed) -> None:
+        counts = _Counts()
+        with self.store.transaction():
+            for line, fact in parsed.facts:
+                self._fact(fact, claim, line, len(parsed.facts), counts)
+            for problem in parsed.problems:
+                self.store.event(
+                    "record_failed",
+                    file=claim.name,
+                    line=problem.line,
+                    problem=problem.problem,
+                    remedy=problem.remedy,
+                )
+            self.store.add_submission(
+                claim.work_name,
+                claim.name,
+                hashlib.sha256(data).hexdigest(),
+                accepted=counts.accepted,
+                failed=len(parsed.problems),
+                duplicates=counts.duplicates,
+            )
+            self.store.event(
+                "file_taken",
+                file=claim.name,
+                facts=counts.accepted,
+                duplicates=counts.duplicates,
+                failed=len(parsed.problems),
+            )
+
+    def _fact(self, fact: Fact, claim: Claim, line: int, in_file: int, counts: _Counts) -> None:
+        known = self.store.fact(fact.id)
+        direct = self.config.routing.direct_facts
+        decision = decide(known, fact.valid_until, self.store.now(), in_file, direct)
+        if decision.route is Route.DUPLICATE:
+            counts.duplicates += 1
+            self.store.event("fact_duplicate", fact.id, file=claim.name, line=line)
+            return
+        waiting = self.store.facts((State.RECEIVED,), slot=fact.slot)
+        self.store.receive(fact, claim.name, decision.route is Route.BATCH)
+        counts.accepted += 1
+        if decision.route is Route.REJECT:
+            self.store.move(fact.id, State.REJECTED, reason=decision.reason)
+            return
+        for older in waiting:  # nobody has met them yet: no edit is spent on them
+            self.store.move(older.id, State.SUPERSEDED, reason=f"superseded by {fact.id}")

@@ -1,0 +1,158 @@
+"""Handing facts in: what a file holds, what would become of it, and its way into the inbox."""
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit_daemon.home import Home
+from kedit_daemon.ingest.parser import Parsed, parse
+from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.system.disk import told
+from memory.db.queries import open_readonly
+from memory.errors import KeditError
+from memory.facts import ACTIVE, Fact
+from memory.files import publish
+
+FILE_MODE = 0o640  # the daemon may be another user, of the inbox's group
+STEM_CHARS = 80
+_UNFINISHED = (".tmp", ".part")  # the inbox leaves files with these endings alone
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A file on its way: the name that its copy is made from, its bytes, and what they say."""
+
+    name: str
+    data: bytes
+    parsed: Parsed
+
+    @property
+    def facts(self) -> list[Fact]:
+        """The facts in it."""
+        return [fact for _, fact in self.parsed.facts]
+
+
+def prepare(data: bytes, name: str, format: str | None, limits: Limits) -> Submission:
+    """Parse a file; one that the daemon would read in another way is written in our own form."""
+    parsed = parse(data, name, format, limits)
+    if format is None or parse(data, name, None, limits) == parsed:
+        return Submission(name, data, parsed)
+    lines = "".join(f"{native(fact)}\n" for _, fact in parsed.facts)
+    return Submission(f"{Path(name).stem}.jsonl", lines.encode(), parsed)
+
+
+def native(fact: Fact) -> str:
+    """The fact as a line that `parse` reads as the same fact again."""
+    record: dict[str, Any] = {
+        "subject": fact.subject,
+        "prompt": fact.prompt,
+        "target": fact.target,
+    }
+    if "{}" in fact.prompt or fact.subject in fact.prompt:
+        record["paraphrases"] = list(fact.paraphrases)
+        record["neighbours"] = [{"prompt": n.prompt, "answer": n.answer} for n in fact.neighbours]
+        record |= {"id": fact.external_id, "source": fact.source, "tags": list(fact.tags)}
+        record |= {"valid_from": fact.valid_from, "valid_until": fact.valid_until}
+        record = {key: value for key, value in record.items() if value not in (None, [])}
+    else:
+        # A question that names its subject in other words: only this form allows that.
+        record["rephrase"] = list(fact.paraphrases)
+        record["locality"] = [{"loc": n.prompt, "loc_ans": n.answer} for n in fact.neighbours]
+    return json.dumps(record, ensure_ascii=False)
+
+
+def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> str:
+    """Put the file into the inbox, whole or not at all; returns the name that it has there, which
+    holds the token: the file's own, or one that no other file has."""
+    name = _named(submission.name, token or secrets.token_hex(8))
+    staged = inbox / f".{secrets.token_hex(8)}.tmp"
+    try:
+        try:
+            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(descriptor, "wb") as file:
+                os.fchmod(file.fileno(), FILE_MODE)
+                file.write(submission.data)
+            publish(staged, inbox / name)
+        finally:
+            staged.unlink(missing_ok=True)
+    except FileNotFoundError as error:
+        raise KeditError(
+            f"there is no inbox {inbox}", code="no-home", hint="kedit-daemon init"
+        ) from error
+    except PermissionError as error:
+        raise KeditError(
+            f"{inbox} may not be written to by this user",
+            code="no-permission",
+            hint=f"join the group of the folder, or run as its owner: ls -ld {inbox}",
+        ) from error
+    except OSError as error:
+        known = told(error, inbox)
+        raise KeditError(
+            f"{submission.name} could not be handed in to {inbox}: {error.strerror}",
+            code="io",
+            hint=known.hint if known else "",
+        ) from error
+    return name
+
+
+def _named(name: str, token: str) -> str:
+    stem, suffix = os.path.splitext(name)
+    stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:STEM_CHARS] or "facts"
+    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in _UNFINISHED
+    return f"{stem}-{token}{suffix if good else '.jsonl'}"
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What would become of a fact: new, duplicate, supersedes or rejected, and why."""
+
+    fact: Fact
+    outcome: str
+    detail: str
+
+
+def foresee(facts: Sequence[Fact], home: Home, now: str, direct_facts: int) -> list[Foreseen]:
+    """What the daemon would do with the facts, by its own rules and what it knows today."""
+    from memory.db.rows import FACT_COLUMNS, StoredFact
+    from policies.routing import Route, decide
+
+    known: dict[str, StoredFact] = {}
+    if home.database.is_file():
+        with closing(open_readonly(home.database)) as conn:
+            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE id IN ({_LISTED}) OR slot IN ({_LISTED})"
+            sql += " ORDER BY seq"
+            ids, slots = _list(f.id for f in facts), _list(f.slot for f in facts)
+            stored = [StoredFact.of(tuple(row)) for row in conn.execute(sql, (ids, slots))]
+        known = {fact.id: fact for fact in stored}
+    active = {f.fact.slot: f.fact for f in known.values() if f.state in ACTIVE}
+    foreseen, earlier = [], set()
+    for fact in facts:
+        decision = decide(known.get(fact.id), fact.valid_until, now, len(facts), direct_facts)
+        older = active.get(fact.slot)
+        if fact.id in earlier:
+            outcome, detail = "duplicate", "stands in the file before"
+        elif decision.route in (Route.DUPLICATE, Route.REJECT):
+            outcome, detail = _WORDS[decision.route], decision.reason
+        elif older is not None:
+            outcome, detail = "supersedes", f"{older.id} ({older.target})"
+        else:
+            outcome, detail = "new", decision.reason
+        foreseen.append(Foreseen(fact, outcome, detail))
+        if outcome in ("supersedes", "new"):
+            earlier.add(fact.id)
+            active[fact.slot] = fact
+    return foreseen
+
+
+_WORDS = {"duplicate": "duplicate", "reject": "rejected"}
+_LISTED = "SELECT value FROM json_each(?)"
+
+
+def _list(values: Iterable[str]) -> str:
+    return json.dumps(list(values))

@@ -1,0 +1,84 @@
+"""Waiting for facts that have been handed in, by what the database and the folders say."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+from kedit_daemon.home import Home
+from kedit_daemon.ingest.failed_files import REPORT, failed_folder
+from kedit_daemon.system.lock import holder
+from memory.db.queries import open_readonly
+from memory.errors import KeditError
+from memory.facts import State
+
+POLL_SECONDS = 0.2
+FAILED = (State.FAILED, State.REJECTED)
+LOST = "lost"
+"""What `wait` says of a fact that the daemon has not taken in."""
+
+Settled = tuple[str, str | None]
+"""A fact's state, and the reason for it."""
+
+
+def wait(
+    home: Home, name: str, ids: Sequence[str], tell: Callable[[str], None]
+) -> dict[str, Settled]:
+    """Until each fact of the file `name` is live or at an end: id -> state and reason.
+
+    Raises KeditError with exit code 3 when the daemon does not run, or ends meanwhile.
+    """
+    last = ""
+    while True:
+        running = holder(home.lock) is not None
+        states = look(home, name, ids)
+        settled = [i for i in ids if states and states[i][0] != State.RECEIVED]
+        if states is not None and len(settled) == len(ids):
+            return states
+        if not running:
+            raise KeditError(
+                "the daemon is not running: the facts wait for it",
+                code="not-running",
+                hint="kedit-daemon run",
+                exit_code=3,
+            )
+        told = f"{len(settled)} of {len(ids)} {'fact is' if len(ids) == 1 else 'facts are'} settled"
+        if told != last:
+            tell(told)
+            last = told
+        time.sleep(POLL_SECONDS)
+
+
+def look(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | None:
+    """How the facts of the file `name` stand; None before it has been taken in."""
+    gone = _refused(home, name)
+    states = _states(home, name, ids)
+    if states is None and gone:
+        return dict.fromkeys(ids, (LOST, f"see inbox/failed/{name}{REPORT}"))
+    return states
+
+
+def _states(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | None:
+    """The facts' states; None before the file has been taken in, when they may be older ones."""
+    try:
+        opened = open_readonly(home.database)
+    except KeditError as error:
+        if error.code == "no-home":  # the daemon starts for the first time
+            return None
+        raise
+    with closing(opened) as conn:
+        taken = conn.execute("SELECT 1 FROM submissions WHERE file_name = ?", (name,)).fetchone()
+        if taken is None:
+            return None
+        sql = "SELECT id, state, reason FROM facts WHERE id IN (SELECT value FROM json_each(?))"
+        found = {row[0]: (row[1], row[2]) for row in conn.execute(sql, (json.dumps(list(ids)),))}
+    return {i: found.get(i, (LOST, "the daemon has not taken it in")) for i in ids}
+
+
+def _refused(home: Home, name: str) -> bool:
+    """Whether the file has come to an end in failed/; a file in work/ may yet become facts."""
+    try:
+        report = json.loads((failed_folder(home) / f"{name}{REPORT}").read_bytes())
+        return not (home.inbox / "work" / str(report["claim"])).exists()
+    except FileNotFoundError:
+        return False

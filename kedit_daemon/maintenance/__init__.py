@@ -1,0 +1,1 @@
+"""Care for a home: backup, restore, doctor."""

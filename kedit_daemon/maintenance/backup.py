@@ -1,0 +1,272 @@
+"""A backup: one moment of a home, in a folder that is laid out as a home is, with a manifest.
+
+The database is the only truth, so a snapshot of it comes first and says which tensor files belong
+to it. Left out is what is made again, as the retrieval index, and what was never taken in: a file
+in the inbox, claimed or not, is in no database until all its facts are.
+"""
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kedit_daemon.cli.context import database
+from kedit_daemon.home import FOLDER_MODE, Home
+from kedit_daemon.system.disk import is_full
+from memory.db import event_log, schema
+from memory.errors import KeditError
+from memory.files import sha256_of, sync_folder, tensors_path, write_atomic
+
+FORMAT = "kedit-backup-1"
+MANIFEST = "manifest.json"
+# In the name of a folder that is being filled. What a killed backup leaves is for a person to take
+# away: outside of the home nobody can tell whose a folder is.
+PARTIAL = ".partial-"
+TRIES = 20  # snapshots, while the daemon drops files that the last one names
+DATABASE = "state/kedit.db"
+HEAD = f"state/{event_log.HEAD_FILE}"
+_TENSORS = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
+# What a manifest may name: it may come from anywhere, and its files are written into a home.
+_NAMES = re.compile(
+    rf"config\.toml|review\.yaml|{re.escape(DATABASE)}|{re.escape(HEAD)}|{_TENSORS.pattern}"
+    r"|state/kedit\.json|state/statistics-[0-9a-f]+(-[0-9a-f]{64})?\.safetensors"
+)
+
+
+@dataclass(frozen=True)
+class Backup:
+    """A whole backup: where it lies, and what its manifest says."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+
+def back_up(home: Home, dest: Path, now: datetime) -> Backup:
+    """Write a new folder `dest`, whole or not at all, whether the daemon runs or not.
+
+    Raises KeditError: it cannot be written, or what is in the home could not be restored.
+    """
+    dest = dest.expanduser().absolute()
+    _check_place(home, dest)
+    staged = dest.with_name(f".{dest.name}{PARTIAL}{secrets.token_hex(4)}")
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            staged.mkdir(FOLDER_MODE)
+            _fill(home, Home(staged), now)
+            found = check(staged)
+            staged.rename(dest)
+            sync_folder(dest.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    except OSError as error:
+        raise KeditError(
+            f"cannot back up to {dest}: {error.strerror or error}",
+            code="backup",
+            hint="choose a folder that you may write, on a disk with room",
+        ) from error
+    return Backup(dest, found.manifest)
+
+
+def check(folder: Path) -> Backup:
+    """A backup, after all that is in it has been compared with what its manifest says.
+
+    Raises KeditError: something is missing or changed, or (78) a newer version has written it.
+    """
+    manifest = _manifest(folder)
+    for name, sha in manifest["files"].items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise _damaged(f"{path} is missing")
+        if sha256_of(path) != sha:
+            raise _damaged(f"{path} has changed")
+    path = folder / DATABASE
+    with _snapshot(path) as conn:
+        schema.check(conn, path)
+        schema.refuse_newer(conn, path)
+        verdict = event_log.verify(conn, event_log.read_head(folder / HEAD))
+        if not verdict.intact:
+            raise _damaged(f"the chain in {path} is broken: {verdict.problem}")
+        wrong = {k for k, v in _told(conn).items() if manifest.get(k) != v}
+        named = _named(conn)
+    if wrong:
+        raise _damaged(f"{path} is not what {MANIFEST} says: {', '.join(sorted(wrong))}")
+    if named != {n for n in manifest["files"] if _TENSORS.fullmatch(n)} | set(manifest["lost"]):
+        raise _damaged(f"{folder / MANIFEST} lists other tensor files than {path}")
+    return Backup(folder, manifest)
+
+
+def copy(source: Path, target: Path) -> str:
+    """Copy a file durably; the sha256 of what has arrived."""
+    shutil.copy(source, target)  # with its mode: settings may be confidential
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return sha256_of(target)
+
+
+def _check_place(home: Home, dest: Path) -> None:
+    if dest.resolve().is_relative_to(home.root.resolve()):
+        raise KeditError(
+            f"{dest} lies in the home",
+            code="usage",
+            hint="choose a folder outside of it, best on another disk",
+            exit_code=2,
+        )
+    if os.path.lexists(dest):
+        raise KeditError(
+            f"{dest} is there already",
+            code="exists",
+            hint="a backup is a new folder: choose another name, such as one with the date",
+        )
+
+
+def _fill(home: Home, to: Home, now: datetime) -> None:
+    for folder in (to.state, to.generations, to.side):
+        folder.mkdir(FOLDER_MODE)
+    lost = _consistent(home, to)
+    beside = [home.config, home.review, *home.state.glob("statistics-*.safetensors")]
+    for path in (*beside, home.state / "kedit.json"):
+        with suppress(FileNotFoundError):
+            copy(path, to.root / path.relative_to(home.root))
+    for path in (to.database, to.head):
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    files = sorted(p for p in to.root.rglob("*") if p.is_file())
+    with _snapshot(to.database) as conn:
+        manifest = {
+            "format": FORMAT,
+            "created_at": now.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            **_told(conn),
+            "lost": sorted(lost),
+            "files": {str(p.relative_to(to.root)): sha256_of(p) for p in files},
+        }
+    for folder in (to.generations, to.side, to.state):
+        sync_folder(folder)
+    text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(to.root / MANIFEST, text.encode())
+
+
+def _consistent(home: Home, to: Home) -> set[str]:
+    """Copy head, database and the tensor files that it names; those of them that are lost.
+
+    A file that the daemon has dropped since the snapshot is not named by the next one; one that
+    is named still was missing or damaged before, and the daemon makes it again.
+    """
+    missed: set[str] = set()
+    for _ in range(TRIES):
+        with suppress(FileNotFoundError):
+            # Before the database: what is anchored then is in the chain of the snapshot.
+            to.head.write_bytes(home.head.read_bytes())
+        to.database.unlink(missing_ok=True)
+        with database(home) as conn, closing(sqlite3.connect(to.database)) as snapshot:
+            try:
+                conn.backup(snapshot)  # all pages in one step: one moment
+                # One file, for disks that are read only.
+                snapshot.execute("PRAGMA journal_mode=DELETE")
+            except sqlite3.Error as error:
+                if is_full(error):  # the copy's disk: the home is only read
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+                raise
+        with _snapshot(to.database) as conn:
+            named = _named(conn)
+        absent = {name for name in named if not _have(home.root / name, to.root / name)}
+        if absent <= missed:
+            _drop_others(to, named)
+            return absent
+        missed |= absent
+    raise KeditError(
+        f"the daemon has dropped files during each of {TRIES} snapshots",
+        code="busy",
+        hint="try again when fewer facts come in",
+        exit_code=75,
+    )
+
+
+def _have(source: Path, target: Path) -> bool:
+    """Whether a tensor file, which is named by its sha256 and never changes, has been copied."""
+    if target.exists():
+        return True
+    with suppress(FileNotFoundError):
+        if copy(source, target) == source.stem:
+            return True
+    target.unlink(missing_ok=True)
+    return False
+
+
+def _drop_others(to: Home, named: set[str]) -> None:
+    for path in (*to.generations.iterdir(), *to.side.iterdir()):
+        if str(path.relative_to(to.root)) not in named:
+            path.unlink()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = "name a folder that `kedit-daemon backup` has written"
+        raise KeditError(f"{folder} is no backup", code="no-backup", hint=hint) from error
+    except ValueError as error:
+        raise _damaged(f"{path} is no JSON") from error
+    told = manifest if isinstance(manifest, dict) else {}
+    files, lost = told.get("files"), told.get("lost")
+    if told.get("format") != FORMAT or not isinstance(files, dict) or not isinstance(lost, list):
+        raise _damaged(f"{path} is not of the form {FORMAT}")
+    if DATABASE not in files or not all(_NAMES.fullmatch(str(n)) for n in (*files, *lost)):
+        raise _damaged(f"{path} names other files than a backup has")
+    return told
+
+
+def _told(conn: sqlite3.Connection) -> dict[str, Any]:
+    """What the manifest says of the database."""
+    meta = dict(conn.execute("SELECT key, value FROM meta"))
+    number = int(meta.get("active_generation") or 0)
+    asked = "SELECT weights_hash FROM generations WHERE id = ?"
+    weights = conn.execute(asked, (number,)).fetchone()
+    head = event_log.head(conn)
+    states = conn.execute("SELECT state, count(*) FROM facts GROUP BY state ORDER BY state")
+    counts = [conn.execute(f"SELECT count(*) FROM {table}") for table in ("generations", "shards")]
+    return {
+        "model": meta.get("model"),
+        "base_sha256": meta.get("base_hash"),
+        "generation": number,
+        "weights_sha256": weights[0] if weights else None,
+        "chain": {"seq": head.seq if head else 0, "hash": head.hash if head else event_log.GENESIS},
+        "facts": dict(states),
+        **dict(zip(("generations", "shards"), (c.fetchone()[0] for c in counts), strict=True)),
+    }
+
+
+def _named(conn: sqlite3.Connection) -> set[str]:
+    """The tensor files that belong to a database, as they lie in a home."""
+    found = set()
+    for table, folder in (("generations", "generations"), ("shards", "side")):
+        rows = conn.execute(f"SELECT sha256 FROM {table} WHERE sha256 IS NOT NULL")
+        found |= {str(tensors_path(Path("state", folder), row[0])) for row in rows}
+    return found
+
+
+@contextmanager
+def _snapshot(path: Path) -> Iterator[sqlite3.Connection]:
+    """A database that nobody writes to; reading it leaves nothing beside it."""
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(uri, uri=True)) as conn:
+            yield conn
+    except sqlite3.Error as error:
+        raise _damaged(f"{path} cannot be read: {error}") from error
+
+
+def _damaged(what: str) -> KeditError:
+    hint = "if it is the home that is damaged: kedit-daemon doctor; else take an older backup"
+    return KeditError(what, code="corrupt", hint=hint)

@@ -1,0 +1,1 @@
+"""Hands the edited model to other engines: exports, and live reloads of vLLM."""

@@ -1,0 +1,1 @@
+"""Export formats: merged and delta checkpoints, LoRA adapters, live facts."""

@@ -1,0 +1,95 @@
+"""One export from a home into a folder, with the manifest of what is in it and what is not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit_daemon.home import Home
+from kedit_daemon.ingest.submit import native
+from kedit_daemon.publish.export.folder import Placed, place
+from kedit_daemon.publish.export.source import Source, Written, read_source
+from memory.errors import KeditError
+from memory.facts import Fact
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export, and what people shall hear of it."""
+
+    placed: Placed
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Under the keys of `--json`."""
+        return {
+            "path": str(self.placed.path),
+            "existed": self.placed.existed,
+            "removed": list(self.placed.removed),
+            "notes": list(self.notes),
+            "manifest": self.placed.manifest,
+        }
+
+
+def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
+    """Export what is active in the home now: "facts", or one of KINDS. Only reads the home."""
+    dest = dest.expanduser().absolute()
+    if dest.resolve().is_relative_to(home.root.resolve()):
+        raise KeditError(
+            f"{dest} lies in the home",
+            code="usage",
+            hint="choose a folder outside of it",
+            exit_code=2,
+        )
+    notes = list[str]()
+
+    def fill(to: Path) -> tuple[str, dict[str, Any]]:
+        source = read_source(home)  # not before: another export may have been made meanwhile
+        written = _write(kind, source, to)
+        told = _manifest(source, kind, written)
+        notes.extend(written.notes)
+        if left := told["not_in_it"]["count"]:
+            notes.append(
+                f"{left} of {len(source.live)} live facts are not in it: they live in the side"
+                " memory alone, which only the daemon serves"
+            )
+        return f"{source.name}-gen-{source.generation.id}-{kind}", told
+
+    placed = place(dest, keep, fill)
+    return Exported(placed, tuple(notes))
+
+
+def _write(kind: str, source: Source, to: Path) -> Written:
+    if kind == "facts":  # the live ones of both tiers, as `submit` takes them
+        lines = "".join(f"{native(fact)}\n" for fact in source.live)
+        (to / "facts.jsonl").write_text(lines, encoding="utf-8")
+        return Written()
+    from kedit_daemon.publish.export.kinds import KINDS  # torch, which facts can do without
+
+    return KINDS[kind](source, to)
+
+
+def _manifest(source: Source, kind: str, written: Written) -> dict[str, Any]:
+    """All of it follows from what is exported: the same state of a home gives the same bytes."""
+    generation, whole = source.generation, kind == "facts"
+    left = [] if whole else [f.id for f in source.beside]
+    return {
+        "kind": kind,
+        "home": source.origin,
+        "model": source.model,
+        "base_sha256": source.base_hash,
+        "generation": generation.id,
+        "generation_at": generation.created_at,
+        "reason": generation.reason,
+        "weights_sha256": generation.weights_hash,
+        "figures": generation.figures,
+        "facts": _listed(source.live if whole else source.inside),
+        "not_in_it": {"count": len(left), "ids": left},
+        **written.told,
+    }
+
+
+def _listed(facts: Sequence[Fact]) -> list[dict[str, str]]:
+    return [
+        {"id": f.id, "subject": f.subject, "prompt": f.prompt, "target": f.target} for f in facts
+    ]

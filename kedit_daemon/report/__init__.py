@@ -1,0 +1,1 @@
+"""Read-only output: status, warnings, tables and exports of the log."""

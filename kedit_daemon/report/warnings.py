@@ -1,0 +1,102 @@
+"""What a person should know about a daemon's situation: a message each, and the command that helps.
+
+Imports nothing heavy, because `status` has to answer at once.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kedit_daemon.home import Home
+from kedit_daemon.ingest.failed_files import first_error
+from memory.facts import State
+
+OLD_SECONDS = 900.0
+FREE_BYTES = 500 << 20
+GOOD = ("keep", "ok")
+# The verdicts that need no person, and the command that helps with them.
+MILD = {"warn": "log --kind audit", "consolidate": "consolidate"}
+FULL = 0.95  # of the capacity, as the edit loop has it in a module that takes long to import
+# A job's outcome when the process ended under it, as the store calls it.
+INTERRUPTED = "interrupted"
+RUNNABLE = ("audit", "consolidate", "flush")
+
+
+def warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[str, Any]]:
+    """Of what `gather` found: {message, command, attention}, the last when a person is needed."""
+    sources = (
+        *(_process(found, home), _facts(found, home), _weights(found)),
+        *(_audit(found), _publishing(found), _jobs(found)),
+    )
+    return [
+        {"message": message, "command": f"{program} {command}", "attention": attention}
+        for source in (*sources, _disk(found))
+        for message, command, attention in source
+    ]
+
+
+_Found = Iterator[tuple[str, str, bool]]
+
+
+def _process(found: Mapping[str, Any], home: Home) -> _Found:
+    if found["pid"] is not None:
+        if found["paused"]:
+            yield f"paused: {found['paused']}", "doctor", True
+    elif home.config.is_file():
+        yield "the daemon is not running", "run", False
+    else:
+        yield f"there is no home {home.root}", "init", False
+
+
+def _facts(found: Mapping[str, Any], home: Home) -> _Found:
+    if failed := found["failed_facts"]:
+        what = "1 fact has failed" if len(failed) == 1 else f"{len(failed)} facts have failed"
+        reason = f": {failed[0]['reason']}" if failed[0]["reason"] else ""
+        command = f"show {failed[0]['id']}" if len(failed) == 1 else "facts --state failed"
+        yield what + reason, command, True
+    if files := found["failed_files"]:
+        what = "1 file" if len(files) == 1 else f"{len(files)} files"
+        error = first_error(home, files[0])
+        where = f" line {error.get('line')}: {error['problem']}" if error.get("problem") else ""
+        yield f"{what} in failed/: {files[0]}{where}", f"show {shlex.quote(files[0])}", True
+    age = found["pending"]["oldest_seconds"]
+    if found["pid"] is not None and age is not None and age > OLD_SECONDS:
+        yield f"a fact has waited for {age / 60:.0f} minutes", "facts --state received", False
+
+
+def _weights(found: Mapping[str, Any]) -> _Found:
+    most, beside = found["weights_capacity"], found["facts"][State.LIVE_SIDE]
+    if most is not None and found["weights_facts"] >= FULL * most and beside:
+        stay = "1 fact stays" if beside == 1 else f"{beside:,} facts stay"
+        yield f"weights full: {stay} in the side memory", f"facts --state {State.LIVE_SIDE}", False
+
+
+def _audit(found: Mapping[str, Any]) -> _Found:
+    if found["flush_held"]:
+        yield f"flushes are held back: {found['flush_held']}", "consolidate", True
+    audit = found["last_audit"]
+    if audit is not None and audit["verdict"] not in GOOD:
+        why = f": {audit['reasons'][0]}" if audit["reasons"] else ""
+        verdict = audit["verdict"]
+        yield f"the last audit says {verdict}{why}", MILD.get(verdict, "audit"), verdict not in MILD
+
+
+def _publishing(found: Mapping[str, Any]) -> _Found:
+    if why := found["publish_failed"]:  # servers may still answer with what was reverted
+        yield f"publishing has failed: {why}", "log --kind publish_failed --limit 1", True
+
+
+def _jobs(found: Mapping[str, Any]) -> _Found:
+    for name, job in found["jobs"].items():
+        # What was interrupted is made up for at the next start.
+        if job["outcome"] not in (None, "ok", INTERRUPTED):
+            detail = f": {job['detail']}" if job["detail"] else ""
+            command = name if name in RUNNABLE else "doctor"
+            # While audits cannot be made, nobody watches the weights.
+            yield f"the last {name} ended as {job['outcome']}{detail}", command, name == "audit"
+
+
+def _disk(found: Mapping[str, Any]) -> _Found:
+    free = found["disk_free_bytes"]
+    if free is not None and free < FREE_BYTES:
+        yield f"only {free >> 20} MB of disk are free", "doctor", False

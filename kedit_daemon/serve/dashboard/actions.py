@@ -1,0 +1,120 @@
+"""What people may have done: each is tried first, and done when its figures have been seen.
+
+The daemon does it, asked over its socket: nothing here writes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.routing import BaseRoute
+
+from kedit_daemon.cli.context import database
+from kedit_daemon.control import call
+from kedit_daemon.home import Home
+from kedit_daemon.report.render_log import reply_measured, reply_outcome
+from kedit_daemon.serve.dashboard.rendering import Asked, Page, Shell
+from memory.db.queries import facts_named
+from memory.errors import KeditError
+
+_NAMING = {
+    "flushed": "Into the weights",
+    "failed": "Not held",
+    "quarantined": "Into quarantine",
+    "reverted": "Taken out",
+    "restored": "Live again",
+    "learned_anew": "Learned anew",
+}
+
+
+@dataclass(frozen=True)
+class Action:
+    """Something that the daemon does when it is asked, in words."""
+
+    title: str
+    button: str
+    about: str
+    grave: bool = False
+
+
+ACTIONS = {
+    "audit": Action(
+        "Audit",
+        "Audit now",
+        "The health of the weights is measured, judged and written down, and what the verdict"
+        " asks for is done.",
+    ),
+    "flush": Action(
+        "Flush",
+        "Flush now",
+        "Facts that wait, and those beside the weights, are moved into the weights.",
+    ),
+    "consolidate": Action(
+        "Consolidate",
+        "Consolidate now",
+        "The weights are solved anew over all live facts. It is taken if nothing gets worse.",
+    ),
+    "revert": Action(
+        "Revert",
+        "Take it out",
+        "The weights are solved again without the fact, exactly. The log keeps it.",
+        grave=True,
+    ),
+    "go-back": Action(
+        "Go back",
+        "Go back",
+        "The weights hold the facts of that generation again: those that came since are reverted,"
+        " those that ended since are live again.",
+        grave=True,
+    ),
+}
+
+
+def action_routes(shell: Shell, home: Home) -> list[BaseRoute]:
+    """Two for each action: its trial, and the action itself. Both want a form of ours."""
+    routes = []
+    for name, action in ACTIONS.items():
+        for path, dry_run in ((f"/actions/{name}/try", True), (f"/actions/{name}", False)):
+            handler = partial(_asked_for, home, name, action, dry_run)
+            routes.append(shell.page(path, handler, "POST"))
+    return routes
+
+
+def _asked_for(home: Home, name: str, action: Action, dry_run: bool, asked: Asked) -> Page:
+    command, given = _arguments(name, asked.form)
+    reply = call(home.socket, command, {**given, "dry_run": dry_run})
+    answers = reply.get("answers", {})
+    ids = {key: reply[key] for key in _NAMING if reply.get(key)}
+    with database(home) as conn:
+        rows = facts_named(conn, {*answers, *(one for group in ids.values() for one in group)})
+    known = {row["id"]: row for row in rows}
+    shown = {
+        "name": name,
+        "action": action,
+        "asked": asked.form,
+        "groups": {_NAMING[k]: [known[n] for n in group if n in known] for k, group in ids.items()},
+        "answers": [(known[n], said) for n, said in answers.items() if n in known],
+        "outcome": reply_outcome(reply),
+        "measured": reply_measured(reply),
+        "verdict": reply.get("verdict"),
+        "something": reply["taken"] if "taken" in reply else bool(ids) or name == "audit",
+    }
+    title = f"{action.title}: what would happen" if dry_run else f"{action.title}: done"
+    return Page("trial.html" if dry_run else "done.html", title, shown)
+
+
+def _arguments(name: str, form: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+    """The daemon's command behind an action, and what it is given."""
+    if name == "revert":
+        if not form.get("fact"):
+            raise KeditError("no fact was named", code="bad-request", hint="choose one in Facts")
+        return "revert", {"facts": [form["fact"]], "generation": None}
+    if name == "go-back":
+        number = form.get("generation", "")
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise KeditError(
+                "no generation was named", code="bad-request", hint="choose one in Norms"
+            )
+        return "revert", {"facts": [], "generation": int(number)}
+    return name, {}

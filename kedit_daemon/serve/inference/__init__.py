@@ -1,0 +1,1 @@
+"""Generation for readers: a replica of the model, batched decoding, streams of tokens."""

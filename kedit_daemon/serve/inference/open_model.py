@@ -1,0 +1,22 @@
+"""Opens the model of a home for readers. Imports torch: only a process that answers wants it."""
+
+from pathlib import Path
+
+from kedit_daemon.config import Config
+from kedit_daemon.editing.audit import thresholds
+from kedit_daemon.home import Home
+from kedit_daemon.serve.inference.engine import Engine
+from kedit_daemon.serve.inference.reader import Reader
+from kedit_daemon.serve.inference.replica import Replica
+
+
+def open_reader(home: Home, config: Config) -> Reader:
+    """A reader on a home, with an engine that follows what the daemon publishes there.
+
+    Raises KeditError: no database, no such model, or not the one that the home is for.
+    """
+    replica = Replica.load(home, config.model, config.device)
+    replica.sync()  # who is told that it is ready is answered at once, and as edited
+    engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
+    limits = None if replica.site is None else thresholds(config, replica.site)
+    return Reader(Path(config.model).name, engine.model, engine, limits)

@@ -1,0 +1,161 @@
+"""The HTTP server's process: the daemon starts it and keeps it running, so that readers are
+answered while facts are learned. Whatever becomes of it, the daemon goes on.
+
+The child reads its settings from stdin, in one line; when stdin ends, so has the daemon, and it
+ends too. Imports nothing heavy: the daemon imports it whether there is a server or not.
+"""
+
+import json
+import logging
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from kedit_daemon.config import BAD_CONFIG, Config
+from kedit_daemon.home import Home
+from memory.errors import KeditError
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before it is started again
+STEADY_SECONDS = 600.0  # one that lived so long had started well, however long it loaded
+STOP_SECONDS = 10.0  # then it is killed
+LEAST_TOKEN = 16  # characters
+EXTRA = ("jinja2", "prometheus_client", "starlette", "uvicorn")
+log = logging.getLogger(__name__)
+
+
+def check(home: Home, config: Config) -> None:
+    """Refuse settings with which no server could run; KeditError with exit code 78."""
+    if not config.serve.port:
+        return
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        raise KeditError(
+            f"[serve] port is set, and {missing[0]} is not installed",
+            code="bad-config",
+            hint="pip install 'kedit-daemon[serve]', or set port = 0",
+            exit_code=BAD_CONFIG,
+        )
+    read_token(home, config)
+
+
+def read_token(home: Home, config: Config) -> str | None:
+    """What readers must show; None where nothing is asked for. A KeditError (78) for a file that
+    does not keep it secret, or holds none."""
+    if config.serve.token_file is None:
+        return None
+    path = home.root / Path(config.serve.token_file).expanduser()
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            token = file.read(4096).decode("ascii").strip()
+    except OSError as error:
+        raise _bad_token(f"{path}: {error.strerror}", "put a long random word into it") from error
+    except UnicodeDecodeError as error:
+        raise _bad_token(f"{path} is not plain ASCII", "put a long random word into it") from error
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise _bad_token(f"everybody may read {path}", f"chmod o-rwx {path}")
+    if len(token) < LEAST_TOKEN or len(token.split()) != 1:
+        what = f"{path} must hold one word of {LEAST_TOKEN} characters at least"
+        raise _bad_token(what, f"openssl rand -hex 32 > {path}")
+    return token
+
+
+def _bad_token(what: str, hint: str) -> KeditError:
+    return KeditError(f"token_file: {what}", code="bad-config", hint=hint, exit_code=BAD_CONFIG)
+
+
+@contextmanager
+def keep_serving(home: Home, config: Config) -> Iterator[None]:
+    """A server beside what runs within, if the settings want one."""
+    if not config.serve.port:
+        yield
+        return
+    debug = logging.getLogger().isEnabledFor(logging.DEBUG)
+    settings = {"home": str(home.root), "config": config.model_dump(), "debug": debug}
+    command = [sys.executable, "-P", "-m", "kedit_daemon.serve.worker"]
+    keeper = Keeper(command, json.dumps(settings).encode() + b"\n")
+    keeper.start()
+    try:
+        yield
+    finally:
+        keeper.stop()
+
+
+class Keeper:
+    """Runs a command, again and again, until stopped: later each time that it ends soon."""
+
+    def __init__(self, command: Sequence[str], said: bytes, pause: float = FIRST_PAUSE) -> None:
+        """`said` is what it reads from stdin first; `pause` seconds are the first wait."""
+        self._command, self._said, self._pause = list(command), said, pause
+        self._stopping = threading.Event()
+        self._starting = threading.Lock()  # guards the child against a stop in between
+        self._child: subprocess.Popen[bytes] | None = None
+        self._thread = threading.Thread(target=self._keep, name="serve", daemon=True)
+
+    @property
+    def pid(self) -> int | None:
+        """The child's, as long as there is one."""
+        return self._child.pid if self._child is not None else None
+
+    def start(self) -> None:
+        """Begin to run it."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask it to end, wait a little, and end it."""
+        with self._starting:
+            self._stopping.set()
+            child = self._child
+        if child is not None:
+            child.terminate()
+            try:
+                child.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.warning("the HTTP server does not end: killing it")
+                child.kill()
+        self._thread.join()
+
+    def _keep(self) -> None:
+        pause = self._pause
+        while True:
+            began = time.monotonic()
+            ended = self._run()
+            if self._stopping.is_set():
+                return
+            if time.monotonic() - began >= STEADY_SECONDS:
+                pause = self._pause
+            log.warning("the HTTP server %s; it starts again in %g s", ended, pause)
+            if self._stopping.wait(pause):
+                return
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _run(self) -> str:
+        """Run the child once; how it ended."""
+        # It finds the modules where this process has them.
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
+        environ.pop("NOTIFY_SOCKET", None)  # it is not for the child to say how the daemon is
+        try:
+            with self._starting:
+                if self._stopping.is_set():
+                    return "was not started"
+                # A session of its own: Ctrl-C is for the daemon, which ends the child.
+                self._child = subprocess.Popen(
+                    self._command,
+                    bufsize=0,
+                    stdin=subprocess.PIPE,
+                    env=environ,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            return f"could not be started: {error}"
+        with self._child:
+            assert self._child.stdin is not None
+            with suppress(BrokenPipeError):
+                self._child.stdin.write(self._said)
+            return f"ended with {self._child.wait()}"

@@ -1,0 +1,18 @@
+"""The shipped model and texts, by path and by line."""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+MODEL = FOLDER / "model"
+PILOT_FACTS = FOLDER / "facts.jsonl"
+QUESTIONS = FOLDER / "questions.json"
+
+
+def read_ordinary_lines() -> list[str]:
+    """Read the lines of ordinary text: for the canary, and for statistics of other models."""
+    return (FOLDER / "ordinary.txt").read_text(encoding="utf-8").splitlines()
+
+
+def read_statements() -> list[str]:
+    """Read the statements that lack their last word: for the canary's agreement with the base."""
+    return (FOLDER / "statements.txt").read_text(encoding="utf-8").splitlines()

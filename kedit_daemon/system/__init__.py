@@ -1,0 +1,1 @@
+"""The operating system: disk space, locks, sd_notify, logging, safe text, times."""

@@ -1,0 +1,105 @@
+"""The database under the store: one connection, whole transactions, events, meta."""
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlite_utils import Database
+
+from memory.db import event_log, schema
+from memory.db.event_log import Event
+from memory.errors import KeditError
+
+
+class Reader:
+    """A connection that is read from, whatever else may be done with it."""
+
+    conn: sqlite3.Connection
+
+    def close(self) -> None:
+        """Close the connection; what has been committed is safe without it, too."""
+        self.conn.close()
+
+    def meta(self, key: str, default: str | None = None) -> str | None:
+        """A named value of the daemon's."""
+        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        return row[0] if row else default
+
+    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+        row: tuple[Any, ...] | None = self.conn.execute(sql, values).fetchone()
+        return row
+
+
+class Journal(Reader):
+    """The one writing connection; it belongs to the thread that made it."""
+
+    def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
+        if not path.parent.is_dir():
+            raise KeditError(
+                f"there is no folder {path.parent}", code="no-home", hint="kedit-daemon init"
+            )
+        self._clock = clock
+        schema.examine(path)
+        with ExitStack() as undo:
+            # Plugins of sqlite-utils are other people's code: none of it runs here.
+            db = Database(path, execute_plugins=False, strict=True)
+            undo.callback(db.close)
+            schema.prepare(db, path)
+            db.enable_wal()
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA foreign_keys=ON")
+            undo.pop_all()
+        self.conn = db.conn
+
+    def now(self) -> str:
+        """The clock's time as ISO-8601 UTC; all are of one width, so they sort as text."""
+        moment = self._clock().astimezone(UTC)
+        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All writes of the block, or none; no other writer gets in between."""
+        if self.conn.in_transaction:
+            raise KeditError("a transaction is already open", code="nested-transaction")
+        self.conn.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.conn.execute("COMMIT")
+        finally:
+            # SQLite itself has rolled back after some errors, a full disk for one.
+            if self.conn.in_transaction:
+                self.conn.execute("ROLLBACK")
+
+    def event(self, kind: str, fact_id: str | None = None, **data: Any) -> Event:
+        """Write an event into the open transaction."""
+        return event_log.append(self.conn, self.now(), kind, fact_id, data)
+
+    def set_meta(self, key: str, value: str | None) -> None:
+        """Keep a named value; None removes it."""
+        if value is None:
+            self._write("DELETE FROM meta WHERE key = ?", key)
+        else:
+            self._upsert("meta", "key", {"key": key, "value": value})
+
+    def _write(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        # Without an open transaction Python would begin one that nothing ever commits.
+        if not self.conn.in_transaction:
+            raise KeditError("a write outside a transaction", code="no-transaction")
+        return self.conn.execute(sql, values)
+
+    def _insert(self, table: str, row: dict[str, Any]) -> int:
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
+        done = self._write(f"INSERT INTO {table}({names}) VALUES ({marks})", *row.values())
+        return int(done.lastrowid or 0)
+
+    def _upsert(self, table: str, key: str, row: dict[str, Any]) -> None:
+        names, marks = ", ".join(row), ", ".join("?" * len(row))
+        changed = ", ".join(f"{n} = excluded.{n}" for n in row if n != key)
+        self._write(
+            f"INSERT INTO {table}({names}) VALUES ({marks}) ON CONFLICT({key}) DO UPDATE "
+            f"SET {changed}",
+            *row.values(),
+        )

@@ -1,0 +1,1 @@
+"""The language model: editable weights, caches, decoding, statistics, and canary measurements."""

@@ -1,0 +1,218 @@
+"""A model as it lies in its folder: the weights that may change, read and written in their files.
+
+The rest of the model is never loaded. A copy is made tensor by tensor, with other weights in the
+places of the old ones: everything that is not edited stays what it was, bit for bit.
+"""
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from memory.errors import KeditError
+from memory.model.layout import find_downs
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNED = 8  # bytes; where tensors may begin
+CHUNK = 1 << 24  # bytes that are copied at once
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What a model needs beside its weights, and what its licence may ask to go with it.
+BESIDE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one down projection lies."""
+
+    module: str  # the module's name in the model
+    tensor: str  # the weight's name in the file
+    file: Path
+    dtype: torch.dtype
+    transposed: bool  # stored (width, hidden), as GPT-2's Conv1D are
+
+
+class Checkpoint:
+    """The safetensors files of a model, and in them the down projection of each layer."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises KeditError when the folder holds no model that can be edited in its files."""
+        self.folder = folder
+        try:
+            config = AutoConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+            self.kind = str(config.model_type)
+            self.files = _weight_files(folder)
+            self.places = _places(model, self.files)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise KeditError(
+                f"the model in {folder} cannot be read: {str(error).splitlines()[0]}",
+                code="model",
+                hint="the model has to lie where the daemon took it from, as safetensors",
+            ) from error
+
+    @property
+    def layers(self) -> int:
+        """How many layers the model has."""
+        return len(self.places)
+
+    def weight(self, layer: int) -> Tensor:
+        """W0 (hidden, width) of a layer, float32."""
+        at = self.places[layer]
+        with safe_open(at.file, framework="pt") as file:
+            weight: Tensor = file.get_tensor(at.tensor).float()
+        return weight.T if at.transposed else weight
+
+    def weights_hash(self, layers: Sequence[int], deltas: Mapping[int, Tensor]) -> str:
+        """As EditableModel.weights_hash, with deltas (hidden, width) laid over these layers."""
+        digest = hashlib.sha256()
+        for layer in layers:
+            digest.update(self.edited(layer, deltas).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def edited(self, layer: int, deltas: Mapping[int, Tensor]) -> Tensor:
+        """W (hidden, width) of a layer, float32, with its delta, if it has one."""
+        weight = self.weight(layer)
+        return weight + deltas[layer] if layer in deltas else weight
+
+    def stored(self, layer: int, weight: Tensor) -> Tensor:
+        """A weight (hidden, width) in the shape of the file, in float32 or wider: a change is small
+        beside the weight, and 16 bits would round much of it away."""
+        at = self.places[layer]
+        dtype = torch.promote_types(at.dtype, torch.float32)
+        return (weight.T if at.transposed else weight).to(dtype).contiguous()
+
+    def copy_beside(self, to: Path) -> None:
+        """Copy the files that stand beside the weights: configuration, tokenizer, licence."""
+        for pattern in BESIDE:
+            for path in sorted(self.folder.glob(pattern)):
+                if path.is_file():
+                    shutil.copyfile(path, to / path.name)
+
+    def copy_weights(self, to: Path, weights: Mapping[int, Tensor]) -> None:
+        """Copy the weights' files, with some of them, as `stored` gives them, in their places.
+
+        Raises KeditError when a file is shorter than it says.
+        """
+        changed = {self.places[layer].tensor: weight for layer, weight in weights.items()}
+        grown = sum(_copy(path, to / path.name, changed) for path in self.files)
+        if self.files[0].name != SINGLE:
+            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+            if "total_size" in index.get("metadata", {}):
+                index["metadata"]["total_size"] += grown
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (to / INDEX).write_text(text, encoding="utf-8")
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The model's safetensors files, in the order in which transformers looks for them."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(parts))]
+
+
+def _places(model: PreTrainedModel, files: Sequence[Path]) -> list[Place]:
+    names = {module: name for name, module in model.named_modules()}
+    headers = {path: _header(path) for path in files}
+    return [
+        _place(names[down], isinstance(down, Conv1D), headers, model.base_model_prefix)
+        for down in find_downs(model)[1]
+    ]
+
+
+def _header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
+    """Where the tensors' bytes begin, and what the file says of each tensor."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return 8 + length, json.loads(file.read(length))
+
+
+def _copy(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
+    """Copy a file tensor by tensor, in their order, some of them changed; by how many bytes it is
+    larger then."""
+    start, header = _header(path)
+    told, at = {name: header.pop(name) for name in ("__metadata__",) if name in header}, 0
+    order = sorted(header, key=lambda name: _offsets(header[name]))
+    for name in order:
+        begin, end = _offsets(header[name])
+        size = changed[name].nbytes if name in changed else end - begin
+        told[name] = header[name] | {"data_offsets": [at, at + size]}
+        if name in changed:
+            told[name]["dtype"] = NAMES[changed[name].dtype]
+        at += size
+    head = json.dumps(told, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % ALIGNED)
+    with path.open("rb") as file, to.open("wb") as out:
+        out.write(struct.pack("<Q", len(head)) + head)
+        for name in order:
+            begin, end = _offsets(header[name])
+            if name in changed:
+                out.write(changed[name].view(torch.uint8).numpy().tobytes())
+                continue
+            file.seek(start + begin)
+            for left in range(end - begin, 0, -CHUNK):
+                out.write(_whole(file, path, min(CHUNK, left)))
+    return at - max((_offsets(entry)[1] for entry in header.values()), default=0)
+
+
+def _whole(file: BinaryIO, path: Path, size: int) -> bytes:
+    """The next so many bytes; a KeditError where the file ends before."""
+    found = file.read(size)
+    if len(found) < size:
+        raise KeditError(
+            f"{path} is cut off: it ends within a tensor",
+            code="corrupt",
+            hint="put the model's file back as it was",
+        )
+    return found
+
+
+def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+    begin, end = cast("list[int]", entry["data_offsets"])
+    return begin, end
+
+
+def _place(
+    module: str,
+    transposed: bool,
+    headers: Mapping[Path, tuple[int, Mapping[str, Mapping[str, object]]]],
+    prefix: str,
+) -> Place:
+    # Some checkpoints, GPT-2's first ones among them, leave out the name of the body.
+    for tensor in (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight"):
+        for path, (_, header) in headers.items():
+            if (entry := header.get(tensor)) is None:
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{tensor} is stored as {entry['dtype']}")
+            return Place(module, tensor, path, DTYPES[str(entry["dtype"])], transposed)
+    raise ValueError(f"no file holds {module}.weight")

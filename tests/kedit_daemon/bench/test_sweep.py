@@ -1,0 +1,73 @@
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kedit_daemon.bench.dataset import BenchRecord, Stream
+from kedit_daemon.bench.run import Plan, run
+from kedit_daemon.bench.sweep import sweep_sizes
+from kedit_daemon.editing.model_loading import Loaded
+from memory.errors import KeditError
+from memory.facts import Fact
+from policies.batching import Quality, choose, fit
+
+
+def straight(items: Sequence[Any], _what: str, /) -> Iterable[Any]:
+    return items
+
+
+@pytest.fixture
+def loaded(load: Callable[[str], Loaded]) -> Loaded:
+    return load("llama")
+
+
+def stream(facts: int) -> Stream:
+    cities = ("Oslo", "Lima", "Cairo", "Quito", "Paris")
+    records = (Fact(f"country {n}", "The seat of {} is", cities[n % 5]) for n in range(facts))
+    return Stream(tuple(BenchRecord(fact, "Rome", (), ()) for fact in records), ())
+
+
+def test_each_size_is_a_run_from_scratch(loaded: Loaded) -> None:
+    base = loaded.model.weights_hash(range(loaded.model.layers))
+    result = sweep_sizes(loaded, stream(10), Plan("ft", 99, 0), straight)
+    assert loaded.model.weights_hash(range(loaded.model.layers)) == base
+    assert [row["batch_size"] for row in result["sweep"]] == [1, 5, 10]
+    for row in result["sweep"][1:]:
+        alone = run(loaded, stream(10), Plan("ft", row["batch_size"], 0), straight)
+        assert set(row) == set(alone)
+        for key in ("reliability", "locality", "norm_ratio", "perplexity"):
+            assert row[key] == alone[key]
+
+
+def test_curve_and_choice_follow_from_the_rows(loaded: Loaded) -> None:
+    result = sweep_sizes(loaded, stream(6), Plan("memit-mass", 1, 0, policy=False), straight)
+    assert (result["method"], result["facts"]) == ("memit-mass", 6)
+    means = [row["seconds_per_fact"]["mean"] for row in result["sweep"]]
+    curve = fit([(1, means[0]), (3, means[1])])  # six facts by fives are two batches
+    assert result["curve"] == {"per_fact": curve.per_fact, "per_batch": curve.per_batch}
+    tried = [
+        Quality(row["batch_size"], row["reliability"]["strict"], row["locality"]["strict"])
+        for row in result["sweep"]
+    ]
+    assert [one.locality for one in tried] == [None, None]
+    assert result["chosen"] == choose(curve, tried)
+
+
+def test_a_method_of_single_facts_has_no_sizes(loaded: Loaded) -> None:
+    with pytest.raises(KeditError, match="single facts"):
+        sweep_sizes(loaded, stream(6), Plan("reference", 1, 0), straight)
+
+
+def test_a_size_that_is_done_is_not_run_again(loaded: Loaded, tmp_path: Path) -> None:
+    begun: list[str] = []
+
+    def told(items: Sequence[Any], what: str, /) -> Iterable[Any]:
+        begun.append(what)
+        return items
+
+    plan = Plan("ft", 1, 0, work=tmp_path)
+    first = sweep_sizes(loaded, stream(6), plan, told)
+    assert begun.count("editing (ft)") == 2
+    assert sweep_sizes(loaded, stream(6), plan, told)["curve"] == first["curve"]
+    assert begun.count("editing (ft)") == 2

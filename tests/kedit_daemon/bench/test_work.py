@@ -1,0 +1,124 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kedit_daemon.bench.work import (
+    OPTIONS,
+    Progress,
+    kept,
+    method_folder,
+    options_of,
+    result_in,
+    write_result,
+)
+from kedit_daemon.editing.model_loading import Loaded
+from memory.errors import KeditError
+
+GIVEN: dict[str, Any] = {"limit": 20, "seed": 0, "layers": (1, 2)}
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.json"
+
+
+@pytest.fixture
+def folder(out: Path) -> Path:
+    return out.with_name("out.json.work")
+
+
+def cut(out: Path, resume: bool = True, **changed: Any) -> None:
+    with pytest.raises(ZeroDivisionError), kept(out, resume, GIVEN | changed):
+        raise ZeroDivisionError
+
+
+def test_work_stays_after_a_cut_and_goes_when_the_run_is_done(out: Path, folder: Path) -> None:
+    cut(out)
+    assert json.loads((folder / OPTIONS).read_text())["layers"] == [1, 2]
+    with kept(out, True, GIVEN) as work:
+        assert work == folder
+        with method_folder(work, "wise", 10) as own:
+            (own / "facts").write_text("some")
+    assert not folder.exists()
+
+
+def test_without_resume_nothing_is_kept_and_older_work_goes_when_the_run_is_done(
+    out: Path, folder: Path
+) -> None:
+    cut(out, resume=False)
+    assert not folder.exists()
+    cut(out)
+    cut(out, resume=False, seed=1)  # what was done is not lost by a run that came to nothing
+    assert folder.is_dir()
+    with kept(out, False, GIVEN) as work:
+        assert work is None
+    assert not folder.exists()
+    with kept(None, False, GIVEN) as work:
+        assert work is None
+
+
+def test_work_of_other_options_is_refused_by_their_names(out: Path, folder: Path) -> None:
+    cut(out)
+    other = GIVEN | {"limit": 21, "more": 1}
+    with pytest.raises(KeditError, match=r"another limit, more$") as caught, kept(out, True, other):
+        raise AssertionError("the run began")
+    assert caught.value.code == "work" and caught.value.hint is not None
+    assert str(folder) in caught.value.hint
+    assert folder.is_dir()
+
+
+def test_a_folder_that_is_not_ours_is_refused_and_left_alone(out: Path, folder: Path) -> None:
+    folder.mkdir()
+    (folder / "letter.txt").write_text("dear")
+    with pytest.raises(KeditError, match="no work of a bench"), kept(out, True, GIVEN):
+        raise AssertionError("the run began")
+    with kept(out, False, GIVEN):
+        pass
+    assert (folder / "letter.txt").is_file()
+    folder.joinpath("letter.txt").unlink()
+    cut(out)  # an empty one is that of a run that was cut off at once
+    (folder / OPTIONS).write_text("{")
+    with pytest.raises(KeditError, match="no work of a bench"), kept(out, True, GIVEN):
+        raise AssertionError("the run began")
+
+
+def test_a_method_has_its_own_folder(tmp_path: Path) -> None:
+    with method_folder(tmp_path, "wise", 10) as one, method_folder(tmp_path, "wise", 5) as other:
+        assert one.parent == other.parent == tmp_path and one != other
+    assert one.is_dir()
+    with method_folder(None, "wise", 10) as passing:
+        assert passing.is_dir()
+    assert not passing.exists()
+
+
+def test_progress_and_result_are_what_was_written(tmp_path: Path) -> None:
+    assert Progress.read(tmp_path) == Progress()
+    assert result_in(tmp_path) is None
+    some = Progress([1.5, 2.0], 0.5, {"solve": 1.0}, 3)
+    some.write(tmp_path)
+    assert Progress.read(tmp_path) == some
+    write_result(tmp_path, {"facts": 3, "strict": None})
+    assert result_in(tmp_path) == {"facts": 3, "strict": None}
+
+
+def test_options_tell_data_and_model_by_what_is_in_them(
+    load: Callable[[str], Loaded], tmp_path: Path
+) -> None:
+    loaded, one, two = load("llama"), tmp_path / "one", tmp_path / "two"
+    one.write_text("[]")
+    two.write_text("[]")
+
+    def options(data: Path, **more: Any) -> dict[str, Any]:
+        given = {"data": data, "model": "m", "resume": True, "json_file": data, "plot": None}
+        return options_of(loaded, data, given | {"seed": 0, "limit": None} | more)
+
+    first = options(one)
+    assert first == options(two, model="another place")
+    assert first["model"] == loaded.base_hash and first["seed"] == 0
+    assert json.loads(json.dumps(first))["site"]["side_layer"] == loaded.site.side_layer
+    two.write_text("[1]")
+    assert options(two)["data"] != first["data"]
+    assert options(one, seed=1) != first

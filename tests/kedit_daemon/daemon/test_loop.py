@@ -1,0 +1,268 @@
+"""The process, as seen from outside: it takes work, answers, and stops politely."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from editing_home import LOOSE, Bench, Clock, seat
+from tiny_models import CITIES
+
+from kedit_daemon import control
+from kedit_daemon.control import Request
+from kedit_daemon.daemon.loop import WAKE, Daemon
+from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.live_model import Served
+from kedit_daemon.home import Home
+from kedit_daemon.system.sd_notify import Notifier
+from memory.db import queries
+from memory.db.event_log import read_head, verify
+from memory.db.overview import overview
+from memory.db.store import JOB_OK
+from memory.errors import KeditError
+from memory.facts import State
+from memory.side.index import KeyIndex
+from memory.side.side_memory import number_of
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def make_home(root: Path, model: Path) -> Home:
+    home = Home(root)
+    home.create()
+    limits = "\n".join(f"{name} = {value}" for name, value in LOOSE["stability"].items())
+    home.config.write_text(
+        f'model = {json.dumps(str(model))}\ndevice = "cpu"\n[inbox]\nsettle_seconds = 0.0\n'
+        f"rescan_seconds = 0.2\n[side]\nsteps = 300\n[stability]\n{limits}\n",
+        encoding="utf-8",
+    )
+    return home
+
+
+def start(home: Home) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "kedit_daemon", "--home", str(home.root), "run"]
+    with (home.root / "daemon.log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environ())
+
+
+def environ() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def wait(what: Callable[[], bool], home: Home) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline, (home.root / "daemon.log").read_text()[-2000:]
+        time.sleep(0.05)
+
+
+def states(home: Home) -> dict[str, int]:
+    connection = queries.open_readonly(home.database)
+    try:
+        return dict(overview(connection)["states"])
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def home(
+    model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Home]:
+    """The home of a daemon that runs while this file is tested."""
+    made = make_home(tmp_path_factory.mktemp("daemon") / "home", model_folder("llama"))
+    process = start(made)
+    try:
+        wait(made.socket.exists, made)
+        yield made
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        stopped_well(made)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def stopped_well(home: Home) -> None:
+    connection = queries.open_readonly(home.database)
+    try:
+        found = verify(connection, read_head(home.head))
+        last = connection.execute("SELECT kind FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+    finally:
+        connection.close()
+    assert found.intact, found.problem
+    assert found.head_seq == (read_head(home.head) or (0, ""))[0]
+    assert last[0] == "daemon_stopped"
+    assert not home.socket.exists()
+
+
+def index_file(home: Home) -> str:
+    connection = queries.open_readonly(home.database)
+    try:
+        query = "SELECT value FROM meta WHERE key = 'index_sha256'"
+        return str(connection.execute(query).fetchone()[0])
+    finally:
+        connection.close()
+
+
+def test_the_index_is_written_when_the_daemon_stops(
+    tmp_path: Path,
+    model_folder: Callable[[str], Path],
+    bench: Callable[..., Bench],
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock.now = datetime.now(UTC)  # facts that look old to the daemon would be flushed
+    home = make_home(tmp_path / "home", model_folder("llama"))
+    facts = [seat(n, CITIES[n]) for n in range(6)]
+    at = bench(side={"steps": 300})
+    at.receive(facts[0])
+    at.settle()
+    (row,) = at.store.side_rows()
+    at.receive(*facts[1:])
+    with at.store.transaction():
+        for fact in facts[1:]:
+            at.store.put_side(fact.id, row.shard, row.blob)
+            at.store.move(fact.id, State.LIVE_SIDE, tier="side")
+        for job in ("audit", "retention"):  # these would learn anew what is not stated
+            monkeypatch.setenv(f"KEDIT_SCHEDULE_{job.upper()}", "0 0 29 2 *")
+            at.store.finish_job(at.store.start_job(job, at.store.now()), JOB_OK)
+    process = start(home)
+    try:
+        wait(home.socket.exists, home)
+        before = index_file(home)
+        control.call(home.socket, "revert", {"facts": [facts[1].id]})
+        assert index_file(home) == before  # one of six is not worth it
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        written = KeyIndex.loaded(home.index, index_file(home))
+        assert set(written.numbers()) == {number_of(f.id) for f in facts if f is not facts[1]}
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_dropped_file_is_answered_with(home: Home) -> None:
+    fact = seat(1, "Oslo")
+    record = {"subject": fact.subject, "prompt": fact.prompt, "target": fact.target}
+    (home.inbox / "one.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    wait(lambda: states(home).get("live-side", 0) == 1, home)
+    told = control.call(home.socket, "ask", {"prompt": fact.question, "max_tokens": 12})
+    assert (told["answer"], told["generation"]) == ("Oslo", 0)
+    assert [path.name for path in (home.inbox / "done").iterdir()] == ["one.jsonl"]
+
+
+def test_what_commands_ask_for_is_done(home: Home) -> None:
+    wait(lambda: states(home).get("live-side", 0) == 1, home)
+    assert control.call(home.socket, "flush", {"dry_run": True})["dry_run"]
+    assert len(control.call(home.socket, "flush", {})["flushed"]) == 1
+    assert control.call(home.socket, "audit", {})["figures"]["retention"] == 1.0
+    assert not control.call(home.socket, "consolidate", {})["changed"]
+    assert control.call(home.socket, "revert", {"facts": [seat(1, "Oslo").id]})["generation"] == 2
+
+
+def test_requests_that_make_no_sense_are_refused_and_the_daemon_goes_on(home: Home) -> None:
+    with pytest.raises(KeditError) as caught:
+        control.call(home.socket, "dance", {})
+    assert caught.value.code in ("bad-request", "unknown-command")
+    with pytest.raises(KeditError) as caught:
+        control.call(home.socket, "ask", {})
+    assert caught.value.code == "bad-request"
+    assert "answer" in control.call(home.socket, "ask", {"prompt": "Hello", "max_tokens": 2})
+
+
+def test_a_second_daemon_for_the_same_home_ends_at_once(home: Home) -> None:
+    command = [sys.executable, "-m", "kedit_daemon", "--home", str(home.root), "run"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ(), timeout=60)
+    assert done.returncode == 75, done.stderr
+    assert home.socket.exists()
+
+
+def test_a_file_that_comes_during_an_edit_is_taken_right_after_it(
+    bench: Callable[..., Bench],
+) -> None:
+    at, one, two = bench(side={"steps": 20}), seat(1, "Oslo"), seat(2, "Lima")
+    # By itself, with a time that stands still, it looks into the inbox in its first turn only.
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    calls = iter(range(10_000))
+
+    def pulse() -> None:
+        if next(calls) == 3:
+            record = {"subject": two.subject, "prompt": two.prompt, "target": two.target}
+            (at.home.inbox / "dropped.jsonl").write_text(json.dumps(record) + "\n")
+            daemon.control.requests.put(Request(WAKE, {}))
+        daemon._pulse()
+
+    daemon.editor = Editor(at.served, at.config, pulse)
+    at.receive(one)
+    daemon._turn()
+    assert [f.id for f in at.store.facts()] == [one.id]
+    daemon._turn()
+    daemon._turn()  # two scans have to find it the same
+    assert {f.id for f in at.store.facts()} == {one.id, two.id}
+
+
+def test_a_switch_is_published_while_the_loop_goes_on(
+    bench: Callable[..., Bench], tmp_path: Path
+) -> None:
+    at = bench(publish={"kind": "facts", "folder": str(tmp_path / "out")})
+    with at.store.transaction():
+        at.store.set_meta("model", at.loaded.name)
+        at.store.activate(at.store.add_generation(None, "", 0, "test", [], {}))
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon.editor = at.editor
+    deadline = time.monotonic() + 60
+    while at.store.meta("published") is None:
+        assert time.monotonic() < deadline
+        daemon.control.requests.put(Request(WAKE, {}))
+        daemon._turn()
+    daemon.publisher.stop()
+    (path,) = (tmp_path / "out").iterdir()
+    assert (path / "facts.jsonl").is_file()
+
+
+def test_after_a_torn_turn_no_two_of_anything_are_held(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench()
+    at.receive(seat(1, "Oslo"))
+    at.settle()
+    shards, held = set(at.served.side.shards), list[tuple[int, int]]()
+    restore = Served.restore
+
+    def watched(served: Served) -> None:
+        held.append((len(served.side.shards), len(served.deltas)))
+        restore(served)
+
+    monkeypatch.setattr(Served, "restore", watched)
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon.editor = at.editor
+    daemon._torn = True
+    daemon._turn()
+    assert held == [(0, 0)] and daemon.editor is not at.editor
+    assert set(daemon.editor.served.side.shards) == shards and shards
+    assert at.editor.served is daemon.editor.served  # so that what it held is gone
+
+
+def test_a_turn_in_which_another_holds_the_database_comes_again(
+    bench: Callable[..., Bench],
+) -> None:
+    at, fact = bench(side={"steps": 20}), seat(1, "Oslo")
+    at.receive(fact)
+    at.store.conn.execute("PRAGMA busy_timeout=0")
+    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon.editor = at.editor
+    with closing(sqlite3.connect(at.home.database)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        daemon._turn_or_pause()
+    assert at.store.fact(fact.id).state is State.RECEIVED
+    daemon._turn_or_pause()
+    assert at.store.fact(fact.id).state is not State.RECEIVED
+    assert daemon.pause.why is None

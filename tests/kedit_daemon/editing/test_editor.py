@@ -1,0 +1,179 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from editing_home import Bench, seat
+
+from memory.db.rows import GenerationRow
+from memory.errors import KeditError, ends
+from memory.facts import Fact, State
+
+STEPS = {"steps": 300}
+Make = Callable[..., Bench]
+
+
+def states(bench: Bench) -> dict[str, str]:
+    return {f.id: str(f.state) for f in bench.store.facts()}
+
+
+def test_facts_go_live_in_the_side_memory_and_ask_names_the_one_that_fired(bench: Make) -> None:
+    at = bench(side=STEPS)
+    base, one, two = at.weights_hash(), seat(1, "Oslo"), seat(2, "Lima")
+    at.receive(one, two)
+    at.settle()
+    assert states(at) == {one.id: "live-side", two.id: "live-side"}
+    assert (at.says(one.question), at.says(two.question)) == ("Oslo", "Lima")
+    assert at.weights_hash() == base
+    told = at.editor.ask(one.question, 12, True, True)
+    assert (told["answer"], told["generation"]) == ("Oslo", 0)
+    assert told["base_answer"] != "Oslo"
+    (fired,) = told["fired"]
+    assert (fired["fact"], fired["tier"], fired["target"]) == (one.id, "side", "Oslo")
+    assert fired["margin"] >= 1
+    assert at.editor.ask("The weather of today is", 4, False, True)["fired"] == []
+    at.editor.run_flush(False)
+    (fired,) = at.editor.ask(one.question, 12, False, True)["fired"]
+    assert (fired["fact"], fired["tier"], fired["score"]) == (one.id, "weights", None)
+
+
+def test_a_fact_that_cannot_be_read_is_rejected_and_the_others_live(bench: Make) -> None:
+    at = bench(side=STEPS)
+    long = Fact("country 9", "The seat of {} " + "in the long run " * 100 + "is", "Rome")
+    one, two = seat(1, "Oslo"), seat(2, "Lima")
+    at.receive(one, long, two)
+    at.settle()
+    assert states(at) == {one.id: "live-side", long.id: "rejected", two.id: "live-side"}
+    reason = at.store.facts((State.REJECTED,))[0].reason
+    assert reason is not None and "does not fit the model" in reason
+    at.receive(long, direct=True)
+    at.settle()
+    assert states(at)[long.id] == "rejected"
+
+
+def test_facts_that_have_waited_long_enough_are_flushed(bench: Make) -> None:
+    at = bench(side=STEPS, routing={"flush_age_seconds": 3600.0})
+    one = seat(1, "Oslo")
+    at.receive(one)
+    at.settle()
+    at.clock.pass_time(minutes=59)
+    assert not at.editor.step()
+    at.clock.pass_time(minutes=1)
+    assert at.editor.step()
+    assert states(at) == {one.id: "live-weights"}
+    assert at.says(one.question) == "Oslo"
+    assert "side memory for 3600 s" in at.store.generation(1).reason
+
+
+def test_a_fact_whose_time_is_over_expires_in_either_tier(bench: Make) -> None:
+    at, until = bench(side=STEPS), "2026-01-02T00:00:00.000Z"
+    base = at.weights_hash()
+    in_weights, beside = seat(1, "Oslo", valid_until=until), seat(2, "Lima", valid_until=until)
+    at.receive(in_weights, direct=True)
+    at.settle()
+    at.receive(beside)
+    at.settle()
+    assert states(at) == {in_weights.id: "live-weights", beside.id: "live-side"}
+    assert at.editor.expire() == 0
+    at.clock.pass_time(days=1)
+    assert at.editor.expire() == 2
+    assert states(at) == {in_weights.id: "expired", beside.id: "expired"}
+    assert at.weights_hash() == base
+    assert at.says(beside.question) != "Lima"
+    assert at.editor.expire() == 0
+
+
+def test_reverting_an_unknown_or_ended_fact_is_refused(bench: Make) -> None:
+    at = bench(side=STEPS)
+    with pytest.raises(KeditError, match="fact 0123456789ab is unknown") as caught:
+        at.editor.revert(["0123456789ab"], None, False)
+    assert caught.value.code == "unknown-fact"
+    one = seat(1, "Oslo")
+    at.receive(one)
+    at.editor.revert([one.id], None, False)
+    with pytest.raises(KeditError, match="reverted already"):
+        at.editor.revert([one.id], None, False)
+
+
+def test_of_two_waiting_facts_in_one_slot_the_newer_is_learned(bench: Make) -> None:
+    at = bench(side=STEPS)
+    old, new = seat(1, "Oslo"), seat(1, "Lima")
+    at.receive(old, new)
+    at.settle()
+    assert states(at) == {old.id: "superseded", new.id: "live-side"}
+    assert at.says(new.question) == "Lima"
+
+
+class CrashError(BaseException):
+    """The process is gone."""
+
+
+def crash(*_: object) -> None:
+    raise CrashError
+
+
+def test_what_no_longer_holds_beside_weights_that_moved_before_a_crash_is_learned_anew(
+    bench: Make,
+) -> None:
+    at, one, two = bench(side=STEPS), seat(1, "Oslo"), seat(2, "Lima")
+    at.receive(one)
+    at.settle()
+    at.receive(two, direct=True)
+    at.editor.weights.recheck = crash  # type: ignore[method-assign]
+    with pytest.raises(CrashError):
+        at.editor.flush.run(at.store.facts((State.RECEIVED,)), "test", False)
+    at.restart()
+    at.served.side.drop(one.id)  # as if it no longer held
+    at.editor.resume()
+    assert states(at) == {one.id: "received", two.id: "live-weights"}
+    at.settle()
+    assert states(at)[one.id] == "live-side"
+    at.served.side.drop(one.id)
+    at.editor.resume()  # nothing is left to be done
+    assert states(at)[one.id] == "live-side"
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
+def test_a_damaged_database_ends_the_daemon_and_is_no_facts_fault(
+    bench: Make, direct: bool
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=True)
+    at.settle()
+    newer = seat(1, "Lima")  # takes the place of what is in the weights: a generation is made
+    at.receive(newer, direct=direct)
+    real = at.store.generation
+
+    def damaged_row(number: int) -> GenerationRow:
+        with at.store.transaction():
+            at.store.conn.execute("UPDATE generations SET figures = '{' WHERE id = ?", (number,))
+        return real(number)
+
+    at.store.generation = damaged_row  # type: ignore[method-assign]
+    with pytest.raises(KeditError, match="generation 1 in the database is damaged") as caught:
+        at.editor.step()
+    assert ends(caught.value)
+    assert (at.store.fact(newer.id).state, at.store.fact(newer.id).attempts) == ("received", 0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("none left")])
+def test_what_fails_after_facts_are_live_is_not_their_fault(
+    bench: Make, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = bench(side=STEPS)
+    at.receive(seat(1, "Oslo"), direct=True)
+    at.settle()
+    newer = seat(1, "Lima")
+    at.receive(newer)
+    waiting = at.store.fact(newer.id)
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(at.editor.weights, "recheck", fail)
+    assert at.editor.step() and not at.editor.step()
+    live = at.store.fact(newer.id)
+    assert (live.state, live.attempts) == (State.LIVE_SIDE, 0)
+    with at.store.transaction():
+        for _ in range(4):
+            at.editor.flush.retry(waiting, "side", "read before it was live")
+    assert at.store.fact(newer.id).state is State.LIVE_SIDE

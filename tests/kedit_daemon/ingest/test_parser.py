@@ -1,0 +1,229 @@
+"""Files of every form, and of none: facts for the good records, a problem for each bad one."""
+
+import json
+import random
+from typing import Any
+
+import pytest
+from foreign_records import FOREIGN
+
+from kedit_daemon.ingest.parser import FORMATS, Parsed, only_failed, parse
+from kedit_daemon.ingest.schemas import Limits
+from memory.errors import KeditError
+
+LIMITS = Limits()
+
+
+def fact(name: str, **more: Any) -> dict[str, Any]:
+    return {"subject": name, "prompt": "{} lies in", "target": "Spain", **more}
+
+
+def lines(*records: dict[str, Any]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def subjects(parsed: Parsed) -> list[str]:
+    return [fact.subject for _, fact in parsed.facts]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("chosen", [True, False])
+@pytest.mark.parametrize("as_list", [True, False])
+def test_every_data_set_is_known_by_its_keys(name: str, chosen: bool, as_list: bool) -> None:
+    record = FOREIGN[name]
+    data = json.dumps([record, record]).encode() if as_list else lines(record, record)
+    parsed = parse(data, "x.json", name.split()[0] if chosen else None, LIMITS)
+    assert parsed.problems == []
+    assert [(f.subject, f.target) for _, f in parsed.facts] == [("Eyre", "Spain")] * 2
+
+
+def test_a_cloze_has_to_name_its_subject_and_a_question_need_not() -> None:
+    vague = {"prompt": "Where is it?"}
+    for record in (fact("Eyre", **vague), {**FOREIGN["counterfact"], **vague}):
+        [problem] = parse(lines(record), "x", None, LIMITS).problems
+        assert "neither {} nor the subject" in problem.problem and "{}" in problem.remedy
+    assert not parse(lines({**FOREIGN["qaedit"], **vague}), "x", None, LIMITS).problems
+
+
+@pytest.mark.parametrize(
+    ("record", "problem", "remedy"),
+    [
+        ({**fact("B"), "tarjet": "x"}, 'unknown key "tarjet"', 'did you mean "target"?'),
+        ({"subject": "B", "prompt": "{} is"}, '"target" is missing', 'add "target"'),
+        (fact("B", target=""), '"target" is empty', "fill it in"),
+        (fact("B", target=3), '"target" has to be a text, not a number', "quotes"),
+        (fact("B", target=None), '"target" has to be a text, not null', "quotes"),
+        (fact("B", target=[]), '"target" has to be a text, not a list', "quotes"),
+        (fact("B", target="x" * 401), "401 characters, more than 400", "fewer words"),
+        (fact("B", target="a\0"), "NUL", "take that character out"),
+        (fact("B", source="\udc00"), "surrogate", "take that character out"),
+        (fact("B", valid_until="soon"), '"soon" is not a moment', "ISO-8601"),
+        (fact("B", neighbours=[{"promt": "x"}]), '"neighbours.0.prompt" is missing', "prompt"),
+        (fact("B", paraphrases="x"), '"paraphrases" has to be a list, not a text', "[ ]"),
+        (fact("B", neighbours=["x"]), '"neighbours.0" has to be an object', "{ }"),
+        ({**FOREIGN["zsre"], "alt": ""}, '"alt" is empty', "fill it in"),
+        ({**FOREIGN["zsre"], "rephrase": "\ud800"}, "surrogate", "take that character out"),
+        ({**FOREIGN["counterfact"], "target_new": {"str": "x"}}, "not an object", "quotes"),
+        ({"requested_rewrite": "x"}, "has to be an object, not a text", "{ }"),
+        ({"requested_rewrite": []}, "is empty", "fill it in"),
+    ],
+)
+def test_a_bad_record_is_explained_and_leaves_the_others(
+    record: dict[str, Any], problem: str, remedy: str
+) -> None:
+    parsed = parse(lines(fact("A"), record, fact("C")), "facts.jsonl", None, LIMITS)
+    assert [(line, f.subject) for line, f in parsed.facts] == [(1, "A"), (3, "C")]
+    [found] = parsed.problems
+    assert found.line == 2 and json.loads(found.record) == record
+    assert problem in found.problem and remedy in found.remedy
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        b'{"subject": "\\ud800", "prompt": "{}", "target": "x"}',
+        b'{"subject": "B", "prompt": "{}", "target": NaN}',
+        b'{"subject": "B", "prompt": "{}", "target": "x", "subject": "D"}',
+        b'{"subject": "B\xff", "prompt": "{}", "target": "x"}',
+        b'{"subject": "B\xed\xa0\x80", "prompt": "{}", "target": "x"}',
+        b'{"subject": "B", "prompt": "{}", "target": ' + b"1" * 5_000 + b"}",
+        b'{"subject": "B", "prompt": "{}", "target": "a\x00b"}',
+        b'{"subject": "B", "prompt": "{}", "target": "' + b"x" * 70_000 + b'"}',
+        b"[" * 50_000 + b"]" * 50_000,
+        b"\x00\x01\x80\xfe",
+        b"null",
+        b'"just text"',
+    ],
+)
+@pytest.mark.parametrize("as_list", [True, False])
+def test_poison_stops_nothing(poison: bytes, as_list: bool) -> None:
+    good = [json.dumps(fact(name)).encode() for name in ("A", "C")]
+    data = b"\n".join([good[0], poison, good[1]])
+    if as_list:
+        data = b"[\n" + b",\n".join([good[0], poison, good[1]]) + b"\n]"
+    parsed = parse(data, "facts.json", None, LIMITS)
+    assert subjects(parsed) == ["A", "C"]
+    assert {p.line for p in parsed.problems} == {3 if as_list else 2}
+    assert all(p.problem and p.remedy for p in parsed.problems)
+    assert parsed.problems[0].record.encode("utf-8", "surrogateescape") == poison
+
+
+@pytest.mark.parametrize("data", [b"", b"  \n\n", b"[]", b"[\n]\n", b"\xef\xbb\xbf"])
+def test_a_file_without_records_is_a_problem(data: bytes) -> None:
+    parsed = parse(data, "x.json", None, LIMITS)
+    assert parsed.facts == []
+    assert [p.problem for p in parsed.problems] == ["the file holds no record"]
+
+
+def test_byte_order_marks() -> None:
+    assert subjects(parse(b"\xef\xbb\xbf" + lines(fact("A")), "x", None, LIMITS)) == ["A"]
+    [problem] = parse("\ufeff{}".encode("utf-16-le"), "x", None, LIMITS).problems
+    assert "UTF-16" in problem.problem
+
+
+def test_one_record_over_several_lines() -> None:
+    data = json.dumps(fact("A"), indent=2).encode()
+    assert subjects(parse(data, "x.json", None, LIMITS)) == ["A"]
+
+
+def test_random_bytes_never_raise() -> None:
+    generator = random.Random(7)
+    whole = lines(fact("A"), fact("B", neighbours=[{"prompt": "x"}])) + b'[{"a": [1, "b"]}]'
+    for _ in range(500):
+        data = bytearray(whole)
+        for _ in range(generator.randrange(1, 20)):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        start = generator.randrange(40)
+        for name in ("x.jsonl", "x.csv"):
+            parsed = parse(bytes(data[start:]), name, None, LIMITS)
+            assert parsed.facts or parsed.problems
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_what_stands_behind_the_limit_is_kept_as_one_problem(as_list: bool) -> None:
+    records = [fact(name) for name in "ABCDE"]
+    data = json.dumps(records).encode() if as_list else lines(*records)
+    parsed = parse(data, "x.json", None, Limits(max_facts=2))
+    assert subjects(parsed) == ["A", "B"]
+    [problem] = parsed.problems
+    assert "more than 2 facts" in problem.problem
+    rest = only_failed(data[:20], "x.json", parsed.problems)
+    assert subjects(parse(rest, "x.json", None, LIMITS)) == ["C", "D", "E"]
+
+
+def test_a_file_at_the_limit_is_taken_whole() -> None:
+    assert not parse(lines(fact("A"), fact("B")), "x", None, Limits(max_facts=2)).problems
+
+
+def test_endless_small_records_end_at_the_limit() -> None:
+    parsed = parse(b"{}\n" * 200_000, "x", None, Limits(max_facts=50))
+    assert len(parsed.problems) == 51
+
+
+TABLE = (
+    "subject,prompt,target,paraphrases,id,source,valid_from,valid_until,tags\r\n"
+    'Eyre,{} lies in,"Spain, Europe",{} is in|{} belongs to,7,atlas,2026-01-01,,a|b\r\n'
+    "Como,{} lies in,Italy,,,,,,\r\n"
+)
+
+
+@pytest.mark.parametrize(("name", "format"), [("x.csv", None), ("-", None), ("x.txt", "csv")])
+def test_tables(name: str, format: str | None) -> None:
+    parsed = parse(TABLE.encode(), name, format, LIMITS)
+    assert parsed.problems == []
+    (line, first), (_, second) = parsed.facts
+    assert (line, first.target) == (2, "Spain, Europe")
+    assert first.paraphrases == ("{} is in", "{} belongs to")
+    assert (first.external_id, first.tags) == ("7", ("a", "b"))
+    assert (first.valid_from, first.valid_until) == ("2026-01-01T00:00:00Z", None)
+    assert (second.subject, second.external_id, second.paraphrases) == ("Como", None, ())
+
+
+def test_bad_rows_leave_the_others() -> None:
+    rows = [
+        "A,{} is,x",
+        "B,{} is",
+        "C,{} is,",
+        'D,{} is,"x',
+        "E,no,x",
+        "F,{} is,\udcff",
+        "G,{} is,x",
+    ]
+    data = "\n".join(["subject,prompt,target", *rows]).encode("utf-8", "surrogateescape")
+    parsed = parse(data, "x.csv", None, LIMITS)
+    assert subjects(parsed) == ["A", "G"]
+    assert [(p.line, p.record) for p in parsed.problems] == list(enumerate(rows, 2))[1:-1]
+    again = only_failed(data, "x.csv", parsed.problems).replace(b"E,no,x", b"E,{},x")
+    assert subjects(parse(again, "x.csv", None, LIMITS)) == ["E"]
+
+
+@pytest.mark.parametrize(
+    ("heading", "problem"),
+    [
+        ("subject,prompt,tarjet", 'unknown column "tarjet"'),
+        ("subject,prompt", 'no column "target"'),
+        ("subject,prompt,target,target", "twice"),
+        ('subject,prompt,"target', "broken CSV"),
+        ("", "no record"),
+    ],
+)
+def test_a_table_stands_or_falls_with_its_heading(heading: str, problem: str) -> None:
+    parsed = parse(f"{heading}\nA,{{}} is,x\n".encode() if heading else b"", "x.csv", None, LIMITS)
+    assert parsed.facts == []
+    assert problem in parsed.problems[0].problem
+
+
+def test_failed_records_come_back_in_their_own_form() -> None:
+    records = [fact("A", target=""), fact("B"), fact("C", target="")]
+    for data in (lines(*records), json.dumps(records, indent=2).encode()):
+        problems = parse(data, "x", None, LIMITS).problems
+        again = parse(only_failed(data, "x", problems), "x", None, LIMITS)
+        assert [json.loads(p.record) for p in again.problems] == [records[0], records[2]]
+
+
+def test_an_unknown_format_is_a_usage_error() -> None:
+    with pytest.raises(KeditError, match="conterfact") as caught:
+        parse(b"", "x", "conterfact", LIMITS)
+    assert caught.value.exit_code == 2 and "counterfact" in caught.value.hint
+    for name in FORMATS:
+        assert parse(b"", "x", name, LIMITS).problems

@@ -1,0 +1,100 @@
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from kedit_daemon.home import Home
+from kedit_daemon.maintenance import doctor_install as install
+from kedit_daemon.maintenance.doctor_install import Check, driver, gpu_remedy
+
+
+def only(checks: Iterator[Check]) -> Check:
+    (check,) = checks
+    assert bool(check.remedy) == (check.outcome != "ok"), check
+    return check
+
+
+def installed(folder: Path, *names: str) -> None:
+    for name in names:
+        info = folder / f"{name.replace('-', '_')}-1.15.1.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.15.1\n")
+
+
+@pytest.mark.parametrize(
+    ("names", "outcome"),
+    [(("faiss-gpu",), "ok"), (("faiss-cpu", "faiss-gpu"), "failed"), ((), "failed")],
+)
+def test_exactly_one_faiss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], outcome: str
+) -> None:
+    installed(tmp_path, *names)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    assert only(install.faiss()).outcome == outcome
+
+
+def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(install.packages()).outcome == "ok"
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    check = only(install.packages())
+    assert (check.outcome, "torch" in check.detail) == ("failed", True)
+
+
+def test_what_python_and_sqlite_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(install.python()).outcome == only(install.sqlite()).outcome == "ok"
+    monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 36, 0))
+    assert only(install.sqlite()).outcome == "failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.129.03  Thu Oct 19", "535.129.03"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build",
+            "580.65.06",
+        ),
+        ("something else", "of no known version"),
+    ],
+)
+def test_the_driver(tmp_path: Path, text: str, version: str) -> None:
+    path = tmp_path / "version"
+    assert driver(path) is None
+    path.write_text(text)
+    assert driver(path) == version
+
+
+def test_a_gpu_that_torch_does_not_reach() -> None:
+    assert "driver 580 or later" in gpu_remedy("auto", 0, "13.0", "535.129.03")
+    assert "knows no GPU" in gpu_remedy("auto", 0, None, "580.65.06")
+    assert gpu_remedy("auto", 1, "13.0", "580.65.06") == ""
+    assert gpu_remedy("cpu", 0, None, "580.65.06") == ""
+    assert gpu_remedy("auto", 0, None, None) == ""
+    detail = only(install.torch_and_gpu("cpu")).detail
+    assert {"CUDA", "driver", "GPUs"} <= set(detail.replace(",", "").split())
+
+
+def test_extras_that_the_settings_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(tmp_path)
+    assert "serve" in only(install.extras(home, {})).detail
+    monkeypatch.setitem(install.EXTRAS, "serve", ("starlette", "not_there_at_all"))
+    for text in ("", "broken = ", "serve = 1\n", "[serve]\nport = 0\n"):
+        home.config.write_text(text)
+        check = only(install.extras(home, {}))
+        assert (check.outcome, "not installed: serve" in check.detail) == ("ok", True)
+    assert only(install.extras(home, {"KEDIT_SERVE_PORT": "8000"})).outcome == "failed"
+    home.config.write_text("[serve]\nport = 8000\n")
+    check = only(install.extras(home, {}))
+    assert check == Check(
+        "extras",
+        "failed",
+        "[serve] in config.toml needs not_there_at_all",
+        "pip install 'kedit-daemon[serve]'",
+    )
+
+
+def test_the_extras_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(project["optional-dependencies"]) - {"dev"} == set(install.EXTRAS)

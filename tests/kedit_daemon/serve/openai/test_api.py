@@ -1,0 +1,371 @@
+"""OpenAI's API, as its own client meets it."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from home_tools import ROME
+from openai import OpenAI
+from serving import NAME, Running, server
+
+from kedit_daemon.serve.inference.reader import Reader
+from memory.model.editable import EditableModel
+from memory.model.generate import answers
+
+PROMPT = "The seat of country 3 is"
+
+
+@pytest.fixture(scope="module")
+def folder(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("llama")
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Iterator[Running]:
+    with server(tmp_path_factory.mktemp("serve") / "home", folder, waiting_limit=8) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def model(running: Running) -> EditableModel:
+    """The unedited one."""
+    return running.published.model
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[OpenAI]:
+    with running.client() as found:
+        yield found
+
+
+def greedy(model: EditableModel, prompt: str, tokens: int) -> str:
+    ids = model.encode(prompt)
+    for _ in range(tokens):
+        ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return model.decode(ids[len(model.encode(prompt)) :])
+
+
+def test_text_is_continued(client: OpenAI, model: EditableModel) -> None:
+    done = client.completions.create(model=NAME, prompt=PROMPT, max_tokens=5, temperature=0)
+    assert (done.object, done.model, done.system_fingerprint) == ("text_completion", NAME, "gen-0")
+    (choice,) = done.choices
+    assert (choice.text, choice.finish_reason) == (greedy(model, PROMPT, 5), "length")
+    assert done.usage is not None
+    read = len(model.encode(PROMPT))
+    assert done.usage.prompt_tokens == read
+    assert (done.usage.completion_tokens, done.usage.total_tokens) == (5, read + 5)
+    assert answers(model, [PROMPT], 5)[0] in choice.text
+
+
+def test_prompts_may_be_texts_and_ids_and_have_several_choices(
+    client: OpenAI, model: EditableModel
+) -> None:
+    ids = model.encode(PROMPT)
+    several: list[Any] = [ids, [PROMPT, "Oslo"], [ids, model.encode("Oslo")]]
+    for prompt in several:
+        done = client.completions.create(
+            model=NAME, prompt=prompt, max_tokens=3, n=2, temperature=0
+        )
+        prompts = 1 if prompt is ids else 2
+        assert [c.index for c in done.choices] == list(range(2 * prompts))
+        assert done.choices[0].text == done.choices[1].text == greedy(model, PROMPT, 3)
+        assert done.choices[-1].text == greedy(model, "Oslo" if prompts == 2 else PROMPT, 3)
+
+
+def test_an_answer_ends_before_a_stop_text(client: OpenAI, model: EditableModel) -> None:
+    text = greedy(model, PROMPT, 8)
+    stop = text[len(text) // 2]
+    for given in (stop, ["nowhere", stop]):
+        done = client.completions.create(
+            model=NAME, prompt=PROMPT, max_tokens=8, stop=given, temperature=0
+        )
+        assert done.choices[0].text == text[: text.index(stop)]
+        assert done.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_of_a_completion(client: OpenAI, model: EditableModel) -> None:
+    done = client.completions.create(
+        model=NAME, prompt=PROMPT, max_tokens=4, logprobs=2, temperature=0
+    )
+    told = done.choices[0].logprobs
+    assert told is not None and told.tokens and told.top_logprobs and told.token_logprobs
+    assert "".join(told.tokens) == done.choices[0].text
+    assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(4)]
+    logits = model.model(torch.tensor([model.encode(PROMPT)])).logits[0, -1]
+    likeliest = float(torch.log_softmax(logits, -1).max())
+    assert told.token_logprobs[0] == pytest.approx(likeliest, abs=1e-4)
+    for token, logprob, top in zip(
+        told.tokens, told.token_logprobs, told.top_logprobs, strict=True
+    ):
+        assert top[token] == logprob == max(top.values())
+        assert len(top) == 2
+
+
+def test_the_event_loop_does_not_wait_for_a_long_answer_to_be_put_together(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, text = set(), Reader.token_text
+
+    def listening(self: Reader, token: int) -> str:
+        threads.add(threading.current_thread().name)
+        return text(self, token)
+
+    monkeypatch.setattr(Reader, "token_text", listening)
+    asked: Any = [{"role": "user", "content": "Quito is not"}]
+    client.chat.completions.create(
+        model=NAME, messages=asked, max_tokens=30, logprobs=True, top_logprobs=20
+    )
+    assert threads == {"AnyIO worker thread"}
+
+
+def test_a_chat_without_a_template_goes_on_from_a_lone_message(
+    client: OpenAI, model: EditableModel
+) -> None:
+    parts: list[Any] = [{"type": "text", "text": PROMPT[:7]}, {"type": "text", "text": PROMPT[7:]}]
+    for content in (PROMPT, parts):
+        done = client.chat.completions.create(
+            model=NAME,
+            messages=[{"role": "user", "content": content}],
+            max_completion_tokens=4,
+            temperature=0,
+            logprobs=True,
+            top_logprobs=2,
+        )
+        (choice,) = done.choices
+        assert done.object == "chat.completion"
+        assert (choice.message.role, choice.message.content) == (
+            "assistant",
+            greedy(model, PROMPT, 4),
+        )
+        assert choice.logprobs is not None and choice.logprobs.content is not None
+        for told in choice.logprobs.content:
+            assert told.token == told.top_logprobs[0].token
+            assert told.logprob == told.top_logprobs[0].logprob > told.top_logprobs[1].logprob
+            if "\ufffd" in told.token:  # a part of a character
+                assert told.bytes is None
+            else:
+                assert bytes(told.bytes or []).decode() == told.token
+
+
+def test_a_chat_may_go_on_for_as_long_as_there_is_room(
+    client: OpenAI, model: EditableModel
+) -> None:
+    long = "Rome " * 120
+    read = len(model.encode(long))
+    done = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": long}])
+    assert done.usage is not None
+    assert done.usage.total_tokens <= model.positions
+    stopped = done.choices[0].finish_reason == "stop"
+    assert stopped or done.usage.completion_tokens == model.positions - read
+
+
+def test_a_stream_tells_the_same_as_an_answer_at_once(client: OpenAI) -> None:
+    wanted: dict[str, Any] = {
+        **{"model": NAME, "prompt": PROMPT, "max_tokens": 6, "logprobs": 1},
+        "seed": 5,
+    }
+    whole = client.completions.create(**wanted)
+    chunks = list(
+        client.completions.create(**wanted, stream=True, stream_options={"include_usage": True})
+    )
+    said = [c for c in chunks if c.choices]
+    assert 1 < len(said) <= 6
+    assert "".join(c.choices[0].text for c in said) == whole.choices[0].text
+    told = whole.choices[0].logprobs
+    assert told is not None
+    pieces = [c.choices[0].logprobs for c in said]
+    assert [n for p in pieces if p and p.text_offset for n in p.text_offset] == told.text_offset
+    finishes = [c.choices[0].finish_reason for c in said]
+    assert finishes == [None] * (len(said) - 1) + [whole.choices[0].finish_reason]
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    assert all(c.usage is None for c in said)
+    assert len({c.id for c in chunks}) == 1
+
+
+def test_a_chat_streams_its_choices_side_by_side(client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "messages": [{"role": "user", "content": PROMPT}]}
+    asked["temperature"] = 0
+    chunks = list(client.chat.completions.create(**asked, max_tokens=4, n=3, stream=True))
+    assert [c.choices[0].delta.role for c in chunks[:3]] == ["assistant"] * 3
+    texts = ["", "", ""]
+    for chunk in chunks:
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert len(set(texts)) == 1 and texts[0]
+    whole = client.chat.completions.create(**asked, max_tokens=4)
+    assert texts[0] == whole.choices[0].message.content
+
+
+def test_the_facts_that_fired_are_told(running: Running, client: OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": [PROMPT, ROME.question], "max_tokens": 2}
+    raw = client.completions.with_raw_response.create(**asked)
+    assert raw.headers["x-kedit-facts"] == ROME.id
+    assert raw.headers["x-kedit-generation"] == "0"
+    kedit = json.loads(raw.text)["kedit"]
+    (told,) = kedit["facts"]
+    assert (kedit["generation"], told["id"], told["choice"]) == (0, ROME.id, 1)
+    assert 0.9 < told["score"] <= 1.001 and told["margin"] >= 1
+    with running.http() as http:
+        answer = http.post("/v1/completions", json={**asked, "stream": True})
+        assert answer.headers["x-kedit-facts"] == ROME.id
+        events = answer.text.split("\n\n")
+        assert json.loads(events[0].removeprefix("data: "))["kedit"]["facts"] == [told]
+        assert "kedit" not in events[1]
+        assert events[-2:] == ["data: [DONE]", ""]
+        base = http.post("/v1/completions", json={**asked, "model": f"{NAME}@base"})
+        assert base.headers["x-kedit-facts"] == ""
+
+
+def test_models_are_the_edited_one_the_base_and_the_generations(client: OpenAI) -> None:
+    names = [m.id for m in client.models.list()]
+    assert names == [NAME, f"{NAME}@base", f"{NAME}@gen-0"]
+    assert client.models.retrieve(f"{NAME}@base").owned_by == "kedit-daemon"
+    for name in names:
+        done = client.completions.create(model=name, prompt=PROMPT, max_tokens=1)
+        assert done.model == name
+
+
+@pytest.mark.parametrize(
+    ("changed", "param"),
+    [
+        ({"prompt": ""}, None),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1, "two"]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"stop": ["1", "2", "3", "4", "5"]}, "stop"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"n": 9}, "n"),
+        ({"echo": True}, "echo"),
+        ({"best_of": 2}, "best_of"),
+        ({"suffix": "end"}, "suffix"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": 0.5}, "frequency_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"max_tokens": 10_000}, "prompt"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(
+    running: Running, changed: dict[str, Any], param: str | None
+) -> None:
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 1} | changed
+    with running.http() as http:
+        answer = http.post("/v1/completions", json=asked)
+    if param is None:  # the tiny model begins every prompt with a token of its own
+        assert answer.status_code == 200
+        return
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert error["message"]
+
+
+def test_harmless_fields_are_taken(client: OpenAI) -> None:
+    done = client.completions.create(
+        model=NAME,
+        prompt=PROMPT,
+        max_tokens=1,
+        user="someone",
+        echo=False,
+        best_of=1,
+        presence_penalty=0,
+        logit_bias={},
+        extra_body={"metadata": {"a": "b"}, "response_format": {"type": "text"}},
+    )
+    assert done.choices[0].finish_reason
+
+
+def test_a_model_that_is_not_there(client: OpenAI) -> None:
+    for name in ("gpt-4", f"{NAME}@gen-7", f"{NAME}@gen-x", f"{NAME}@"):
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model=name, prompt=PROMPT)
+        assert caught.value.code == "model_not_found"
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
+
+
+def test_bodies_that_are_no_requests(running: Running) -> None:
+    with running.http() as http:
+        for body in (b"", b"{", b"[]", b'{"prompt": "x"}', b'{"model": "\\ud800"}', b"\xff"):
+            answer = http.post("/v1/completions", content=body)
+            assert answer.status_code == 400, body
+            assert answer.json()["error"]["message"]
+        assert http.get("/v1/completions").json()["error"]["code"] == "method_not_allowed"
+        assert http.get("/v1/nothing").json()["error"]["code"] == "not_found"
+
+
+def test_a_body_may_be_only_so_long(tmp_path: Path, folder: Path) -> None:
+    with server(tmp_path / "home", folder, max_body_bytes=2000) as running, running.http() as http:
+        asked = {"model": NAME, "prompt": "a" * 3000}
+        assert http.post("/v1/completions", json=asked).status_code == 413
+
+        def pieces() -> Iterator[bytes]:
+            for _ in range(3):
+                yield b" " * 1000
+
+        assert http.post("/v1/completions", content=pieces()).status_code == 413
+        asked = {"model": NAME, "prompt": "a", "max_tokens": 1}
+        assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_a_reader_who_leaves_ends_the_answer(tmp_path: Path, folder: Path) -> None:
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "n": 2}
+    with server(tmp_path / "home", folder) as running, running.http() as http:
+        running.pace.seconds = 0.02
+        with pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/completions", json=asked, timeout=0.3)
+        wait_for(lambda: running.engine.figures.running == 0)
+        with http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
+            next(answer.iter_lines())
+            assert running.engine.figures.running == 2
+        wait_for(lambda: running.engine.figures.running == 0)
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 2  # all the tokens would take longer
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_who_asks_when_too_many_wait_may_ask_again(tmp_path: Path, folder: Path) -> None:
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "stream": True}
+    home = tmp_path / "home"
+    with server(home, folder, most_rows=1, waiting_limit=1) as running, running.http() as http:
+        running.pace.seconds = 0.02
+        with http.stream("POST", "/v1/completions", json=asked):
+            waiting = threading.Thread(
+                target=lambda: httpx.post(f"{running.url}/v1/completions", json=asked, timeout=60)
+            )
+            waiting.start()
+            wait_for(lambda: running.engine.figures.waiting == 1)
+            answer = http.post("/v1/completions", json=asked)
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
+            assert answer.json()["error"]["code"] == "busy"
+            running.pace.seconds = 0.0
+        waiting.join()
+
+
+def test_an_answer_that_breaks_off_says_so(tmp_path: Path, folder: Path) -> None:
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 200, "stream": True}
+    with server(tmp_path / "home", folder) as running, running.http() as http:
+        running.pace.seconds = 0.02
+        with http.stream("POST", "/v1/completions", json=asked) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            running.engine.close()
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-1].removeprefix("data: "))["error"]["code"] == "stopping"
+        whole = http.post("/v1/completions", json={**asked, "stream": False})
+        assert (whole.status_code, whole.headers["retry-after"]) == (503, "1")

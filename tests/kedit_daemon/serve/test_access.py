@@ -1,0 +1,91 @@
+"""Who is let in."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import openai
+import pytest
+from serving import NAME, server
+
+from kedit_daemon.serve.access import CLIENTS, Rate
+
+TOKEN = "a-token-of-many-characters"
+CLOSED = ("/v1/models", "/ready", "/metrics")
+
+
+@pytest.fixture
+def folder(model_folder: Callable[[str], Path]) -> Path:
+    return model_folder("llama")
+
+
+def test_a_token_opens_everything_and_health_is_open_without(tmp_path: Path, folder: Path) -> None:
+    with server(tmp_path / "home", folder, TOKEN) as running, running.http() as http:
+        wrong = ("", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xff")
+        for path in CLOSED:
+            for said in wrong:
+                answer = http.get(path, headers={"Authorization": said.encode("latin-1")})
+                assert answer.status_code == 401, (path, said)
+                assert answer.headers["www-authenticate"] == "Bearer"
+            shown = {"Authorization": f"bearer {TOKEN}", "Host": "models.example"}
+            assert http.get(path, headers=shown).status_code != 401
+        assert http.post("/facts", content=b"{}").status_code == 401
+        assert http.get("/health").json() == {"status": "ok"}
+        with running.client("wrong") as client, pytest.raises(openai.AuthenticationError) as caught:
+            client.models.list()
+        assert caught.value.code == "invalid_api_key"
+        with running.client(TOKEN) as client:
+            assert client.models.list().data
+
+
+def test_without_a_token_only_this_machines_own_name_is_answered_to(
+    tmp_path: Path, folder: Path
+) -> None:
+    with server(tmp_path / "home", folder) as running, running.http() as http:
+        for host in ("localhost:80", "127.0.0.1", "[::1]:8000"):
+            assert http.get("/v1/models", headers={"Host": host}).status_code == 200
+        for host in ("evil.example", "localhost.evil.example", "10.0.0.1", "[", ""):
+            assert http.get("/v1/models", headers={"Host": host}).status_code == 403, host
+
+
+def test_a_page_of_another_server_changes_nothing(tmp_path: Path, folder: Path) -> None:
+    with server(tmp_path / "home", folder) as running, running.http() as http:
+        for origin, status in (("http://evil.example", 403), ("null", 403), (running.url, 422)):
+            answer = http.post("/facts", content=b"", headers={"Origin": origin})
+            assert answer.status_code == status, origin
+        assert http.get("/v1/models", headers={"Origin": "http://evil.example"}).is_success
+
+
+def test_a_client_may_ask_so_often_and_is_told_when_again(tmp_path: Path, folder: Path) -> None:
+    asked = {"model": NAME, "prompt": "Rome", "max_tokens": 1}
+    home = tmp_path / "home"
+    with server(home, folder, requests_per_minute=2) as running, running.http() as http:
+        said = [http.post("/v1/completions", json=asked) for _ in range(3)]
+        assert [a.status_code for a in said] == [200, 200, 429]
+        assert 1 <= int(said[2].headers["retry-after"]) <= 30
+        assert said[2].json()["error"]["type"] == "rate_limit_error"
+        assert http.get("/ready").status_code == 503
+        assert http.get("/metrics").status_code == 200
+
+
+def test_what_a_client_does_not_use_is_saved_for_a_minute() -> None:
+    now = [0.0]
+    rate = Rate(3, lambda: now[0])
+    assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 20]
+    assert rate.wait("b") == 0
+    now[0] = 19.0
+    assert rate.wait("a") == 1
+    now[0] = 20.0
+    assert [rate.wait("a"), rate.wait("a")] == [0, 20]
+    now[0] = 1000.0
+    assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 20]
+
+
+def test_clients_that_are_long_silent_are_forgotten() -> None:
+    rate = Rate(1, lambda: 0.0)
+    assert rate.wait("first") == 0
+    for number in range(CLIENTS - 1):
+        rate.wait(str(number))
+    assert rate.wait("first") == 60
+    for number in range(CLIENTS):
+        rate.wait(str(number))
+    assert rate.wait("first") == 0

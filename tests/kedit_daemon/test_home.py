@@ -1,0 +1,98 @@
+"""Which folder is the home, and what is made in it."""
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from kedit_daemon.home import Home
+from memory.errors import KeditError
+
+EVERYTHING = {
+    "KEDIT_HOME": "/from/variable",
+    "STATE_DIRECTORY": "/from/systemd:/other",
+    "XDG_STATE_HOME": "/from/xdg",
+    "HOME": "/home/someone",
+}
+
+
+def without(*names: str) -> dict[str, str]:
+    return {name: value for name, value in EVERYTHING.items() if name not in names}
+
+
+def test_each_source_yields_to_the_one_before() -> None:
+    assert Home.find(Path("/asked/for"), EVERYTHING).root == Path("/asked/for")
+    assert Home.find(None, EVERYTHING).root == Path("/from/variable")
+    assert Home.find(None, without("KEDIT_HOME")).root == Path("/from/systemd")
+    shell = without("KEDIT_HOME", "STATE_DIRECTORY")
+    assert Home.find(None, shell).root == Path("/from/xdg/kedit-daemon")
+    bare = {"HOME": "/home/someone"}
+    assert Home.find(None, bare).root == Path("/home/someone/.local/state/kedit-daemon")
+
+
+def test_empty_variables_and_a_relative_xdg_folder_do_not_count() -> None:
+    environ = {"KEDIT_HOME": "", "STATE_DIRECTORY": "", "XDG_STATE_HOME": "here", "HOME": "/h"}
+    assert Home.find(None, environ).root == Path("/h/.local/state/kedit-daemon")
+
+
+def test_a_relative_option_is_taken_from_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Home.find(Path("mine"), {}).root == tmp_path / "mine"
+
+
+def test_create_makes_every_folder_and_may_be_repeated(tmp_path: Path) -> None:
+    home = Home(tmp_path / "deep" / "home")
+    home.create()
+    home.inbox.chmod(0o2770)
+    home.create()
+    made = {str(p.relative_to(home.root)) for p in home.root.rglob("*")}
+    assert made == {
+        "inbox",
+        "inbox/work",
+        "inbox/done",
+        "inbox/failed",
+        "state",
+        "state/generations",
+        "state/side",
+        "state/index",
+    }
+    assert stat.S_IMODE(home.inbox.stat().st_mode) == 0o2770
+    assert not stat.S_IMODE(home.state.stat().st_mode) & stat.S_IRWXO
+
+
+def test_files_lie_where_the_contract_says() -> None:
+    home = Home(Path("/h"))
+    assert [str(p) for p in (home.config, home.database, home.lock, home.socket, home.head)] == [
+        "/h/config.toml",
+        "/h/state/kedit.db",
+        "/h/state/daemon.lock",
+        "/h/state/control.sock",
+        "/h/state/audit.head",
+    ]
+
+
+def test_a_home_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(KeditError, match="cannot make a home") as caught:
+        Home(tmp_path / "file").create()
+    assert "--home" in caught.value.hint
+
+
+@pytest.mark.parametrize("module", ["home", "system.lock", "control", "system.sd_notify"])
+def test_quick_commands_load_the_standard_library_alone(module: str) -> None:
+    program = f"""
+import sys
+before = set(sys.modules)
+import kedit_daemon.{module}
+new = {{name.partition(".")[0] for name in set(sys.modules) - before}}
+print(*sorted(new - sys.stdlib_module_names - {{"kedit_daemon", "memory"}}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""

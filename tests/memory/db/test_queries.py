@@ -1,0 +1,212 @@
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from reading_tools import TODAY, Days, fill
+
+from memory.db.overview import overview
+from memory.db.queries import (
+    answer_until,
+    event_page,
+    event_rows,
+    fact_detail,
+    fact_page,
+    fact_rows,
+    facts_named,
+    generation_rows,
+    open_readonly,
+    similar_facts,
+    weights_facts_asking,
+)
+from memory.db.store import Store
+from memory.errors import KeditError
+from memory.facts import Fact, State
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "a? #%20.db"
+
+
+@pytest.fixture
+def ids(path: Path) -> list[str]:
+    clock = Days()
+    with closing(Store(path, clock)) as store:
+        return fill(store, clock)
+
+
+@pytest.fixture
+def conn(path: Path, ids: list[str]) -> Iterator[sqlite3.Connection]:
+    with closing(open_readonly(path)) as conn:
+        yield conn
+
+
+def test_a_writer_behind_a_mount_that_is_read_only_is_seen(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs
+
+    def read_only(of: Path) -> os.statvfs_result:
+        figures = list(real(of))
+        figures[8] |= os.ST_RDONLY
+        return os.statvfs_result(figures)
+
+    monkeypatch.setattr(os, "statvfs", read_only)
+    with closing(Store(path, Days())) as store:
+        store.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        with closing(open_readonly(path)) as conn:
+            before = len(list(event_rows(conn)))
+            with store.transaction():
+                store.event("daemon_stopped")
+            assert len(list(event_rows(conn))) == before + 1
+
+
+def test_a_missing_database_names_the_remedy_and_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(KeditError) as caught:
+        open_readonly(tmp_path / "kedit.db")
+    assert (caught.value.code, caught.value.hint) == ("no-home", "kedit-daemon init")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("content", "code"), [(b"", "no-home"), (b"x" * 5000, "unreadable")])
+def test_a_file_that_is_not_a_database_is_an_error(
+    tmp_path: Path, content: bytes, code: str
+) -> None:
+    (tmp_path / "kedit.db").write_bytes(content)
+    with pytest.raises(KeditError) as caught:
+        open_readonly(tmp_path / "kedit.db")
+    assert caught.value.code == code
+
+
+def test_nothing_can_be_written(conn: sqlite3.Connection) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        conn.execute("DELETE FROM meta")
+
+
+def test_reading_and_writing_do_not_wait_for_each_other(path: Path, ids: list[str]) -> None:
+    with closing(Store(path, lambda: TODAY)) as store, closing(open_readonly(path)) as conn:
+        with store.transaction():
+            store.move(ids[2], State.LIVE_SIDE, tier="side")
+            assert overview(conn)["tiers"]["side"] == 1
+        assert overview(conn)["tiers"]["side"] == 2
+        half_read = event_rows(conn)
+        next(half_read)
+        with store.transaction():
+            store.set_meta("a", "b")
+
+
+def test_facts_are_found_by_state_and_subject(conn: sqlite3.Connection, ids: list[str]) -> None:
+    assert [row["id"] for row in fact_rows(conn)] == ids
+    assert [row["id"] for row in fact_rows(conn, "failed")] == [ids[1], ids[3]]
+    assert [row["id"] for row in fact_rows(conn, None, "äRZ")] == [ids[0]]
+    assert [row["id"] for row in fact_rows(conn, None, "lake_")] == [ids[2]]
+    assert [row["id"] for row in fact_rows(conn, "failed", "LAKE")] == [ids[1]]
+    assert fact_rows(conn, "failed", "%") == []
+    first = fact_rows(conn, "live-side")[0]
+    assert (first["before"], first["after"], first["direct"]) == ("Köln", "Berlin", True)
+
+
+def test_one_fact_has_its_whole_history(conn: sqlite3.Connection, ids: list[str]) -> None:
+    seen = fact_detail(conn, "band")
+    assert seen is not None
+    assert seen == fact_detail(conn, ids[0])
+    assert seen["record"]["subject"] == "Ärzte"
+    assert (seen["terms_bytes"], seen["side_bytes"]) == (3, 5)
+    assert [(e["seconds"], e["probe"]) for e in seen["edits"]] == [(2.5, {"ok": True})]
+    assert [e["kind"] for e in seen["events"]] == ["fact_received", "fact_live-side"]
+    assert seen["events"][1]["data"]["after"] == "Berlin"
+    assert json.loads(json.dumps(seen)) == seen
+    failed = fact_detail(conn, ids[1])
+    assert failed is not None
+    assert (failed["terms_bytes"], failed["probe"]) == (None, {"ok": False})
+    assert fact_detail(conn, "nothing") is None
+
+
+def test_events_are_chosen(conn: sqlite3.Connection, ids: list[str]) -> None:
+    every = list(event_rows(conn))
+    assert [e["seq"] for e in every] == list(range(1, 9))
+    assert [e["seq"] for e in event_rows(conn, after_seq=6)] == [7, 8]
+    assert [e["seq"] for e in event_rows(conn, since="2026-03-02")] == [6, 7, 8]
+    assert [e["seq"] for e in event_rows(conn, kinds=["audit"])] == [8]
+    assert [e["seq"] for e in event_rows(conn, fact="band", kinds=["fact_live-side"])] == [6]
+    assert list(event_rows(conn, fact="nothing")) == []
+    assert [e["seq"] for e in event_rows(conn, last=2)] == [7, 8]
+    assert [e["seq"] for e in event_rows(conn, kinds=["fact_live-side", "audit"])] == [6, 8]
+    assert [e["fact_id"] for e in event_rows(conn, subject="äRZ", last=1)] == [ids[0]]
+    failed = {e["fact_id"] for e in event_rows(conn, state="failed")}
+    assert failed == {ids[1], ids[3]}
+    assert list(event_rows(conn, state="failed", subject="Ärzte")) == []
+
+
+def test_the_answer_until_an_event(conn: sqlite3.Connection, ids: list[str]) -> None:
+    assert answer_until(conn, ids[0], 7) == "Berlin"
+    assert answer_until(conn, ids[0], 6) is None
+    assert answer_until(conn, "nothing", 9) is None
+
+
+def test_a_mistyped_name_suggests_a_fact(conn: sqlite3.Connection, ids: list[str]) -> None:
+    assert similar_facts(conn, ids[2][:-1])[0] == ids[2]
+    assert similar_facts(conn, "bend") == []
+    assert similar_facts(conn, "bans")[0] == "band"
+    assert similar_facts(conn, "ÄRZTE") == [ids[0]]
+    assert similar_facts(conn, "nothing") == []
+
+
+def test_reading_needs_none_of_the_heavy_parts(path: Path, ids: list[str]) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from memory.db import event_log
+from memory.db import overview
+from memory.db import queries
+conn = queries.open_readonly(Path({str(path)!r}))
+assert overview.overview(conn)["events"] == 8
+assert event_log.verify(conn, None).intact
+heavy = {{"torch", "sqlite_utils", "pydantic", "rich", "numpy", "click"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pages_go_back_from_the_newest(ids: list[str], path: Path) -> None:
+    with closing(open_readonly(path)) as conn:
+        newest = fact_page(conn, None, None, None, 3)
+        assert [row["id"] for row in newest] == [ids[3], ids[2], ids[1]]
+        assert [row["id"] for row in fact_page(conn, None, None, newest[-1]["seq"], 3)] == [ids[0]]
+        assert [row["id"] for row in fact_page(conn, "ÄRZTE ARE", None, None, 3)] == [ids[0]]
+        assert [row["id"] for row in fact_page(conn, "BAND", "live-side", None, 3)] == [ids[0]]
+        assert fact_page(conn, "lake%", None, None, 3) == []
+        events = event_page(conn, {}, None, 100)
+        assert [e["seq"] for e in events] == list(range(len(events), 0, -1))
+        older = event_page(conn, {}, events[1]["seq"], 2)
+        assert [e["seq"] for e in older] == [e["seq"] for e in events[2:4]]
+        assert {e["fact_id"] for e in event_page(conn, {"subject": "ärzte"}, None, 9)} == {ids[0]}
+        assert event_page(conn, {"fact": "band", "kind": "fact_received"}, None, 9)[0]["said"] == {
+            "subject": "Ärzte",
+            "prompt": "{} are from",
+            "target": "Berlin",
+        }
+        assert event_page(conn, {"kind": "audit"}, None, 9)[0]["said"] is None
+        assert [row["id"] for row in facts_named(conn, [ids[2], "x", ids[0]])] == [ids[0], ids[2]]
+        assert [(row["id"], row["facts"]) for row in generation_rows(conn, 5)] == [(0, 0)]
+
+
+def test_which_facts_in_the_weights_ask_just_this(path: Path) -> None:
+    eyre = Fact("Lake Eyre", "{} lies in", "Australia", paraphrases=("Where {} is:", "Its land:"))
+    beside = Fact("Lake Chad", "{} lies in", "Chad", paraphrases=("Its land:",))
+    with closing(Store(path, Days())) as store, store.transaction():
+        for fact in (eyre, beside):
+            store.receive(fact, "a.jsonl", direct=False)
+        store.move(eyre.id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.move(beside.id, State.LIVE_SIDE, tier="side")
+    with closing(open_readonly(path)) as conn:
+        for prompt in ("Lake Eyre lies in", "Where Lake Eyre is:", "Its land:"):
+            assert [row["id"] for row in weights_facts_asking(conn, prompt)] == [eyre.id]
+        for prompt in ("Lake Eyre lies", "lake eyre lies in", "Lake Chad lies in", ""):
+            assert weights_facts_asking(conn, prompt) == []

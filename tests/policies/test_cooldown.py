@@ -1,0 +1,39 @@
+import pytest
+
+from policies.cooldown import Acted, Restraint, held_back
+from policies.stability import Action
+
+RESTRAINT = Restraint(cool_down=600, budget=3)
+NOW = "2026-01-02T12:00:00.000Z"
+
+
+def at(clock: str, action: str = "revert") -> Acted:
+    return Acted(f"2026-01-{clock}:00.000Z", action)
+
+
+def held(action: Action, *acts: Acted, armed: bool = True) -> str | None:
+    return held_back(action, acts, armed, NOW, RESTRAINT)
+
+
+@pytest.mark.parametrize("action", [Action.KEEP, Action.WARN])
+def test_nothing_is_done_where_nothing_is_asked_for(action: Action) -> None:
+    assert held(action) == "nothing is asked for"
+
+
+@pytest.mark.parametrize("action", [Action.CONSOLIDATE, Action.REVERT])
+def test_an_act_waits_for_the_cool_down_of_the_one_before(action: Action) -> None:
+    assert held(action) is None
+    assert held(action, at("02T11:50")) is None
+    assert held(action, at("02T11:55")) == "the last act is not long ago: 300 s to go"
+
+
+def test_a_day_has_a_budget() -> None:
+    today = [at("01T12:01"), at("02T02:00"), at("02T11:00")]
+    assert held(Action.REVERT, *today) == "3 acts in a day are enough: a person should look"
+    assert held(Action.REVERT, at("01T12:00"), *today[1:]) is None
+    assert held(Action.REVERT, at("01T10:00"), *today[1:]) is None
+
+
+def test_consolidating_waits_until_it_has_been_clearly_well() -> None:
+    assert "has not been clearly well" in str(held(Action.CONSOLIDATE, armed=False))
+    assert held(Action.REVERT, armed=False) is None

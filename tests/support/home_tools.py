@@ -1,0 +1,69 @@
+"""What the tests of serving share: a home whose database is written by hand, and who follows it."""
+
+from pathlib import Path
+
+import torch
+from editing_home import Clock, seat
+from side_tools import delta_of, keys_of, side_of
+
+from kedit_daemon.editing.tensor_files import pack_keys, save_shard
+from kedit_daemon.home import Home
+from kedit_daemon.serve.inference.replica import Replica
+from memory.db.follower import Follower
+from memory.db.store import Store
+from memory.facts import Fact, State
+from memory.files import save_tensors
+from memory.model.editable import EditableModel
+from memory.side.side_memory import Shard
+
+TOP = 3  # a layer above that of the side memory: the keys of its facts stay what they are
+ROME, OSLO, LIMA = seat(1, "Rome"), seat(2, "Oslo"), seat(3, "Lima")
+
+
+class Published:
+    """A home as a daemon leaves it; shards and weights are random, and change what is said."""
+
+    def __init__(self, root: Path, model: EditableModel) -> None:
+        self.home, self.model = Home(root), model
+        self.home.create()
+        self.seconds = 0.0  # of the clock that a replica looks at
+        self.store = Store(self.home.database, Clock())
+
+    def learn(self, fact: Fact, shard: int, seed: int = 1) -> Path:
+        """A fact goes live in the side memory; the path of its shard's file."""
+        side = side_of(self.model, {})
+        delta = delta_of(self.model, seed)
+        sha = save_shard(self.home.side, Shard(delta, 1e-3))
+        with self.store.transaction():
+            known = self.store.fact(fact.id)
+            if known is None:
+                self.store.receive(fact, "test.jsonl", False)
+            self.store.put_shard(shard, sha, 1, 1e-3)
+            self.store.put_side(fact.id, shard, pack_keys(keys_of(side, fact.question)))
+            self.store.move(fact.id, State.LIVE_SIDE, tier="side")
+        return self.home.side / f"{sha}.safetensors"
+
+    def forget(self, fact: Fact, shard: int) -> None:
+        """A fact leaves the side memory."""
+        with self.store.transaction():
+            self.store.drop_side(fact.id)
+            self.store.drop_shard(shard)
+            self.store.move(fact.id, State.REVERTED)
+
+    def generation(self, seed: int) -> int:
+        """Other weights become active; their number."""
+        random = torch.Generator().manual_seed(seed)
+        weight = self.model.base_weight(TOP)
+        delta = torch.randn(weight.shape, generator=random)
+        sha = save_tensors(self.home.generations, {str(TOP): delta})
+        with self.store.transaction():
+            number = self.store.add_generation(sha, "", 0, "flush", (), {})
+            self.store.activate(number)
+        return number
+
+    def file_of(self, generation: int) -> Path:
+        return self.home.generations / f"{self.store.generation(generation).sha256}.safetensors"
+
+    def replica(self, model: EditableModel) -> Replica:
+        follower = Follower(self.home.database)
+        return Replica(side_of(model, {}), follower, self.home, monotonic=lambda: self.seconds)

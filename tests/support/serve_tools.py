@@ -1,0 +1,74 @@
+"""What the tests of the pages share: an application around them, and how a browser sends forms."""
+
+import html
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from kedit_daemon.config import Config
+from kedit_daemon.control import call
+from kedit_daemon.editing.audit import thresholds
+from kedit_daemon.home import Home
+from kedit_daemon.serve.dashboard.pages import Board, Sides, routes
+from memory.side.side_memory import Match
+from policies.edit_site import default_site
+
+OWN = "http://127.0.0.1:8000"
+
+
+async def _never(prompt: str, max_tokens: int) -> Sides:
+    raise AssertionError("nobody should be asked")
+
+
+def by_daemon(home: Home) -> Callable[[str, int], Any]:
+    """Both answers as the running daemon gives them."""
+
+    async def ask(prompt: str, max_tokens: int) -> Sides:
+        given = {"prompt": prompt, "max_tokens": max_tokens, "base": True, "explain": True}
+        reply = call(home.socket, "ask", given)
+        of_side = [f for f in reply["fired"] if f["score"] is not None]
+        fired = [Match(f["fact"], 0, f["score"], f["margin"]) for f in of_side]
+        answer, base = reply["answer"], reply["base_answer"]
+        return Sides(answer, base, reply["generation"], fired[0] if fired else None)
+
+    return ask
+
+
+def application(
+    home: Home,
+    token: str | None = None,
+    clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    **changed: Any,
+) -> Starlette:
+    """The pages of a home, and nothing beside them."""
+    limits = thresholds(Config(), default_site(4))
+    known: dict[str, Any] = {"thresholds": lambda: limits, "ask": _never, "environ": {}}
+    return Starlette(routes=routes(Board(home, clock=clock, **known | changed), token))
+
+
+def browser(home: Home, token: str | None = None, **changed: Any) -> TestClient:
+    """A client that keeps cookies and follows redirections."""
+    return TestClient(application(home, token, **changed), base_url=OWN)
+
+
+def form_token(page: str) -> str:
+    """What a page's forms carry."""
+    found = re.search(r'name="form_token" value="([^"]*)"', page)
+    assert found is not None, page
+    return found[1]
+
+
+def send(client: TestClient, path: str, page: str, **fields: str) -> Any:
+    """Send a form of a page that was got from `page`, as a browser does."""
+    fields["form_token"] = form_token(client.get(page).text)
+    return client.post(path, data=fields, headers={"Origin": OWN})
+
+
+def text_of(page: str) -> str:
+    """What a person reads."""
+    body = re.sub(r"<(script|style|title|desc)\b.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", body)).split())
