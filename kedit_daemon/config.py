@@ -23,13 +23,13 @@ from pydantic import (
 
 from memory.errors import KeditError
 
-BAD_CONFIG = 78
-FILE = "config.toml"
-PREFIX = "KEDIT_"
+EXIT_BAD_CONFIG = 78
+CONFIG_FILE = "config.toml"
+ENVIRON_PREFIX = "KEDIT_"
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
-def _cron(text: str) -> str:
+def _check_cron(text: str) -> str:
     trigger = CronTrigger.from_crontab(text, timezone=UTC)
     # The scheduler counts weekdays from Monday, cron from Sunday: numbers would be a day off.
     if any(c.isdigit() for c in text.split()[4]):
@@ -39,17 +39,17 @@ def _cron(text: str) -> str:
     return text
 
 
-Cron = Annotated[str, AfterValidator(_cron)]
+Cron = Annotated[str, AfterValidator(_check_cron)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0)]
 
 
-class _Table(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class InboxConfig(_Table):
+class InboxConfig(_Section):
     """What is taken from the inbox, and when."""
 
     settle_seconds: Annotated[float, Field(ge=0)] = 1.0
@@ -60,7 +60,7 @@ class InboxConfig(_Table):
     max_attempts: Count = 3
 
 
-class RoutingConfig(_Table):
+class RoutingConfig(_Section):
     """Which facts go to the side memory, and when they move on to the weights."""
 
     direct_facts: Count = 500
@@ -68,21 +68,21 @@ class RoutingConfig(_Table):
     flush_age_seconds: Seconds = 86_400.0
 
 
-class SideConfig(_Table):
+class SideConfig(_Section):
     """The side memory."""
 
     batch_facts: Count = 16
     steps: Count = 60
 
 
-class FlushConfig(_Table):
+class FlushConfig(_Section):
     """Moving facts into the weights."""
 
     batch_facts: Count = 100
     memory_mb: Count = 512
 
 
-class StabilityConfig(_Table):
+class StabilityConfig(_Section):
     """From which figures on an audit warns, consolidates or reverts."""
 
     norm_warn: Ratio | None = None
@@ -104,7 +104,7 @@ class StabilityConfig(_Table):
     acts_a_day: Count = 12
 
     @model_validator(mode="after")
-    def _rising(self) -> Self:
+    def _check_limits_rise(self) -> Self:
         for figure in ("norm", "perplexity", "activation", "agreement", "retention"):
             verdicts = ("warn", "consolidate", "revert")
             given = [f"{figure}_{verdict}" for verdict in verdicts]
@@ -115,7 +115,7 @@ class StabilityConfig(_Table):
         return self
 
 
-class ScheduleConfig(_Table):
+class ScheduleConfig(_Section):
     """When the regular jobs run: cron expressions, UTC."""
 
     audit: Cron = "0 * * * *"
@@ -124,7 +124,7 @@ class ScheduleConfig(_Table):
     retention: Cron = "30 2 * * *"
 
 
-class PublishConfig(_Table):
+class PublishConfig(_Section):
     """Carrying each new generation to where it is served."""
 
     kind: Literal["merged", "delta", "lora", "facts"] | None = None
@@ -134,7 +134,7 @@ class PublishConfig(_Table):
     vllm: Annotated[str, Field(pattern=r"^http://[^/\s]+$")] | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Self:
+    def _check_complete(self) -> Self:
         if (self.kind is None) != (self.folder is None):
             raise ValueError("kind and folder belong together: set both or neither")
         if self.kind is None and (self.command or self.vllm):
@@ -144,7 +144,7 @@ class PublishConfig(_Table):
         return self
 
 
-class ServeConfig(_Table):
+class ServeConfig(_Section):
     """The HTTP server beside the daemon."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
@@ -156,7 +156,7 @@ class ServeConfig(_Table):
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
 
     @property
-    def local(self) -> bool:
+    def is_local(self) -> bool:
         """Whether only this machine reaches the server."""
         try:
             return self.host == "localhost" or ip_address(self.host).is_loopback
@@ -164,13 +164,13 @@ class ServeConfig(_Table):
             return False
 
     @model_validator(mode="after")
-    def _closed(self) -> Self:
-        if not self.local and self.token_file is None:
+    def _check_token_file(self) -> Self:
+        if not self.is_local and self.token_file is None:
             raise ValueError(f"token_file must be set: others reach the host {self.host}")
         return self
 
 
-class Config(_Table):
+class Config(_Section):
     """Everything a person may set."""
 
     model: Annotated[str, Field(min_length=1)] = "shipped"
@@ -185,7 +185,7 @@ class Config(_Table):
     serve: ServeConfig = ServeConfig()
 
 
-SECTIONS: Mapping[str, type[_Table]] = {
+SECTIONS: Mapping[str, type[_Section]] = {
     "inbox": InboxConfig,
     "routing": RoutingConfig,
     "side": SideConfig,
@@ -197,25 +197,25 @@ SECTIONS: Mapping[str, type[_Table]] = {
 }
 
 
-def default_text(model: str) -> str:
+def render_default_config(model: str) -> str:
     """The commented default settings for a model."""
     # A JSON string without escapes for letters is a TOML string too.
-    text = (Path(__file__).parent / FILE).read_text(encoding="utf-8")
+    text = (Path(__file__).parent / CONFIG_FILE).read_text(encoding="utf-8")
     return text.replace('= "shipped"', "= " + json.dumps(model, ensure_ascii=False))
 
 
-def load(home: Path, environ: Mapping[str, str]) -> Config:
+def load_config(home: Path, environ: Mapping[str, str]) -> Config:
     """The settings of the home in the folder `home`; a KeditError names file, key and remedy."""
-    path = home / FILE
-    settings = _read(path)
-    names = _lay_over(settings, environ)
+    path = home / CONFIG_FILE
+    settings = _read_toml(path)
+    names = _apply_environ(settings, environ)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise _explained(error, path, names) from None
+        raise _explain_errors(error, path, names) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
@@ -223,7 +223,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} does not exist",
             code="no-home",
             hint=f"make one with: kedit-daemon --home {path.parent} init",
-            exit_code=BAD_CONFIG,
+            exit_code=EXIT_BAD_CONFIG,
         ) from error
     except OSError as error:
         problem, hint = f"{path}: {os.strerror(error.errno or 0)}", "make the file readable"
@@ -231,16 +231,18 @@ def _read(path: Path) -> dict[str, Any]:
         problem, hint = f"{path}: byte {error.start} is not UTF-8", "save the file as UTF-8"
     except tomllib.TOMLDecodeError as error:
         problem, hint = f"{path}: {error}", "correct that line; text needs quotes in TOML"
-    raise KeditError(problem, code="bad-config", hint=hint, exit_code=BAD_CONFIG)
+    raise KeditError(problem, code="bad-config", hint=hint, exit_code=EXIT_BAD_CONFIG)
 
 
-def _lay_over(settings: dict[str, Any], environ: Mapping[str, str]) -> dict[tuple[str, ...], str]:
+def _apply_environ(
+    settings: dict[str, Any], environ: Mapping[str, str]
+) -> dict[tuple[str, ...], str]:
     """Put the environment's values into the settings; returns the variable behind each such key."""
     names: dict[tuple[str, ...], str] = {}
     for variable, text in sorted(environ.items()):
-        if not variable.startswith(PREFIX):
+        if not variable.startswith(ENVIRON_PREFIX):
             continue
-        first, _, rest = variable.removeprefix(PREFIX).lower().partition("_")
+        first, _, rest = variable.removeprefix(ENVIRON_PREFIX).lower().partition("_")
         if first in SECTIONS and rest:
             table, model, key = settings.setdefault(first, {}), SECTIONS[first], rest
             where: tuple[str, ...] = (first, key)
@@ -249,12 +251,12 @@ def _lay_over(settings: dict[str, Any], environ: Mapping[str, str]) -> dict[tupl
         else:
             continue
         if isinstance(table, dict):  # otherwise the file is wrong, and validation says so
-            table[key] = _typed(model, key, text)
+            table[key] = _parse_value(model, key, text)
             names[where] = variable
     return names
 
 
-def _typed(model: type[_Table], key: str, text: str) -> Any:
+def _parse_value(model: type[_Section], key: str, text: str) -> Any:
     """The text as the number that the key wants; as it stands when it wants or is none."""
     wanted = model.model_fields[key].annotation if key in model.model_fields else str
     try:
@@ -265,7 +267,9 @@ def _typed(model: type[_Table], key: str, text: str) -> Any:
         return text
 
 
-def _explained(error: ValidationError, path: Path, names: dict[tuple[str, ...], str]) -> KeditError:
+def _explain_errors(
+    error: ValidationError, path: Path, names: dict[tuple[str, ...], str]
+) -> KeditError:
     problems: list[str] = []
     remedies: list[str] = []
     for problem in error.errors(include_url=False):
@@ -276,13 +280,13 @@ def _explained(error: ValidationError, path: Path, names: dict[tuple[str, ...], 
             problem["type"], problem["msg"].removeprefix("Value error, ")
         )
         problems.append(f"{origin}: {'.'.join(where)}: {what}")
-        remedies.append(_did_you_mean(where) if unknown else _default(where))
+        remedies.append(_suggest_key(where) if unknown else _suggest_default(where))
     return KeditError(
-        "\n".join(problems), code="bad-config", hint=remedies[0], exit_code=BAD_CONFIG
+        "\n".join(problems), code="bad-config", hint=remedies[0], exit_code=EXIT_BAD_CONFIG
     )
 
 
-def _did_you_mean(where: tuple[str, ...]) -> str:
+def _suggest_key(where: tuple[str, ...]) -> str:
     *section, key = where
     elsewhere = [name for name, model in SECTIONS.items() if key in model.model_fields]
     if elsewhere:
@@ -293,10 +297,10 @@ def _did_you_mean(where: tuple[str, ...]) -> str:
     return f"the keys here are: {', '.join(known)}"
 
 
-def _default(where: tuple[str, ...]) -> str:
+def _suggest_default(where: tuple[str, ...]) -> str:
     value: Any = Config()
     for part in where[:2]:  # what lies deeper, in a list, has no default of its own
         value = getattr(value, part)
-    if isinstance(value, _Table):
+    if isinstance(value, _Section):
         return f"correct the section [{where[0]}]"
     return f"correct it, or remove it to take the default, {json.dumps(value)}"

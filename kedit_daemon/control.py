@@ -26,35 +26,35 @@ from typing import Any
 
 from memory.errors import KeditError
 
-BODY_BYTES = 1 << 20
-ADDRESS_BYTES = 103  # what every system takes as the name of a Unix socket
-IDLE_SECONDS = 30.0  # a client that sends or reads nothing for so long is let go
-STOP_SECONDS = 5.0  # how long stopping waits for the last replies to be read
+MAX_BODY_BYTES = 1 << 20
+MAX_ADDRESS_BYTES = 103  # what every system takes as the name of a Unix socket
+IDLE_TIMEOUT_SECONDS = 30.0  # a client that sends or reads nothing for so long is let go
+STOP_TIMEOUT_SECONDS = 5.0  # how long stopping waits for the last replies to be read
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Request:
+class ControlRequest:
     """One command that waits for the edit loop. The first answer or refusal counts."""
 
     name: str
     arguments: dict[str, Any]
-    reply: queue.Queue[tuple[int, bytes]] = field(default_factory=lambda: queue.Queue(1))
+    reply_queue: queue.Queue[tuple[int, bytes]] = field(default_factory=lambda: queue.Queue(1))
 
-    def answer(self, result: dict[str, Any]) -> None:
+    def send_answer(self, result: dict[str, Any]) -> None:
         """Let the command end well."""
-        self._settle(200, result)
+        self._put_reply(200, result)
 
-    def refuse(self, error: KeditError) -> None:
+    def send_refusal(self, error: KeditError) -> None:
         """Let the command fail, with the error as its own."""
-        self._settle(409, _as_dict(error))
+        self._put_reply(409, _error_as_dict(error))
 
-    def _settle(self, status: int, content: dict[str, Any]) -> None:
+    def _put_reply(self, status: int, content: dict[str, Any]) -> None:
         with suppress(queue.Full):
-            self.reply.put_nowait((status, json.dumps(content).encode()))
+            self.reply_queue.put_nowait((status, json.dumps(content).encode()))
 
 
-def _as_dict(error: KeditError) -> dict[str, Any]:
+def _error_as_dict(error: KeditError) -> dict[str, Any]:
     return {
         "error": str(error),
         "code": error.code,
@@ -64,9 +64,9 @@ def _as_dict(error: KeditError) -> dict[str, Any]:
 
 
 @contextmanager
-def _address(path: Path) -> Iterator[str]:
+def _socket_address(path: Path) -> Iterator[str]:
     """The path, or for one that is too long for a socket's name, a short way to the same file."""
-    if len(os.fsencode(path)) <= ADDRESS_BYTES:
+    if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
         yield str(path)
         return
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -85,17 +85,19 @@ class ControlServer:
 
     def __init__(self, path: Path) -> None:
         # Of the kind that a signal's handler may put into, whatever it interrupts.
-        self.requests: queue.SimpleQueue[Request] = queue.SimpleQueue()
-        self._path = path
-        self._server: _Server | None = None
+        self.requests: queue.SimpleQueue[ControlRequest] = queue.SimpleQueue()
+        self._socket_path = path
+        self._server: _SocketServer | None = None
 
     def start(self) -> None:
         """Begin to listen; only the owner of the process may connect."""
         with suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(self._path.lstat().st_mode):
-                raise KeditError(f"{self._path} is in the way", hint="move that file elsewhere")
-            self._path.unlink()
-        self._server = _Server(self._path, self.requests)
+            if not stat.S_ISSOCK(self._socket_path.lstat().st_mode):
+                raise KeditError(
+                    f"{self._socket_path} is in the way", hint="move that file elsewhere"
+                )
+            self._socket_path.unlink()
+        self._server = _SocketServer(self._socket_path, self.requests)
         threading.Thread(
             target=self._server.serve_forever, args=(0.1,), name="control", daemon=True
         ).start()
@@ -106,39 +108,39 @@ class ControlServer:
             return
         self._server.shutdown()
         self._server.server_close()
-        self._path.unlink(missing_ok=True)
-        self._server.drain()
+        self._socket_path.unlink(missing_ok=True)
+        self._server.drain_requests()
         self._server = None
 
 
-class _Server(socketserver.ThreadingUnixStreamServer):
+class _SocketServer(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True  # a command that waits must not keep a failed daemon alive
     request_queue_size = 64
 
-    def __init__(self, path: Path, requests: queue.SimpleQueue[Request]) -> None:
-        self._path = path
+    def __init__(self, path: Path, requests: queue.SimpleQueue[ControlRequest]) -> None:
+        self._socket_path = path
         self._requests = requests
-        self._changed = threading.Condition()  # guards the three below
+        self._condition = threading.Condition()  # guards the three below
         self._connections: set[socket.socket] = set()
-        self._waiting: set[Request] = set()
-        self._stopping = False
-        super().__init__(str(path), _Handler)
+        self._waiting_requests: set[ControlRequest] = set()
+        self._is_stopping = False
+        super().__init__(str(path), _RequestHandler)
 
     def server_bind(self) -> None:
-        with _address(self._path) as address:
+        with _socket_address(self._socket_path) as address:
             self.socket.bind(address)
-        self._path.chmod(0o600)  # nobody can connect before this: it does not listen yet
+        self._socket_path.chmod(0o600)  # nobody can connect before this: it does not listen yet
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        with self._changed:
+        with self._condition:
             self._connections.add(request)
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
-        with self._changed:
+        with self._condition:
             self._connections.discard(request)
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         gone = isinstance(sys.exc_info()[1], ConnectionError)
@@ -146,58 +148,60 @@ class _Server(socketserver.ThreadingUnixStreamServer):
             logging.DEBUG if gone else logging.ERROR, "a control connection broke", exc_info=True
         )
 
-    def exchange(self, name: str, arguments: dict[str, Any]) -> tuple[int, bytes]:
+    def await_reply(self, name: str, arguments: dict[str, Any]) -> tuple[int, bytes]:
         """Wait for the edit loop's reply to one request."""
-        request = Request(name, arguments)
-        with self._changed:
-            if self._stopping:
-                request.refuse(_not_running("the daemon is stopping"))
+        request = ControlRequest(name, arguments)
+        with self._condition:
+            if self._is_stopping:
+                request.send_refusal(_not_running_error("the daemon is stopping"))
             else:
-                self._waiting.add(request)
+                self._waiting_requests.add(request)
                 self._requests.put(request)
-        reply = request.reply.get()
-        with self._changed:
-            self._waiting.discard(request)
+        reply = request.reply_queue.get()
+        with self._condition:
+            self._waiting_requests.discard(request)
         return reply
 
-    def drain(self) -> None:
+    def drain_requests(self) -> None:
         """Refuse what still waits, and wait a little for the replies to be read."""
-        with self._changed:
-            self._stopping = True
-            for request in self._waiting:
-                request.refuse(_not_running("the daemon is stopping"))
+        with self._condition:
+            self._is_stopping = True
+            for request in self._waiting_requests:
+                request.send_refusal(_not_running_error("the daemon is stopping"))
             for connection in self._connections:
                 with suppress(OSError):  # the client may have gone
                     connection.shutdown(socket.SHUT_RD)
-            self._changed.wait_for(lambda: not self._connections, STOP_SECONDS)
+            self._condition.wait_for(lambda: not self._connections, STOP_TIMEOUT_SECONDS)
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _RequestHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    timeout = IDLE_SECONDS
-    server: _Server
+    timeout = IDLE_TIMEOUT_SECONDS
+    server: _SocketServer
 
     def do_POST(self) -> None:
         try:
-            name, arguments = self._name(), self._arguments()
+            name, arguments = self._parse_name(), self._parse_arguments()
         except KeditError as error:
-            self._refuse(400, error)
+            self._send_refusal(400, error)
             return
-        self._send(*self.server.exchange(name, arguments))
+        self._send_reply(*self.server.await_reply(name, arguments))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Errors of the protocol itself, as JSON too."""
         text = message or http.HTTPStatus(code).phrase
-        self._refuse(code, KeditError(text, code="bad-request", hint="POST /<name> with JSON"))
+        self._send_refusal(
+            code, KeditError(text, code="bad-request", hint="POST /<name> with JSON")
+        )
 
     def log_message(self, format: str, *args: Any) -> None:
         _log.debug(format, *args)
 
-    def _refuse(self, status: int, error: KeditError) -> None:
+    def _send_refusal(self, status: int, error: KeditError) -> None:
         self.close_connection = True  # what is left of the request is not read
-        self._send(status, json.dumps(_as_dict(error)).encode())
+        self._send_reply(status, json.dumps(_error_as_dict(error)).encode())
 
-    def _send(self, status: int, body: bytes) -> None:
+    def _send_reply(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -206,16 +210,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _name(self) -> str:
+    def _parse_name(self) -> str:
         if found := re.fullmatch(r"/([a-z][a-z0-9_-]*)", self.path):
             return found[1]
         raise KeditError(f"no command {self.path!r}", code="bad-request")
 
-    def _arguments(self) -> dict[str, Any]:
+    def _parse_arguments(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
-        if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > BODY_BYTES:
+        if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > MAX_BODY_BYTES:
             raise KeditError(
-                f"Content-Length must be given and at most {BODY_BYTES}", code="bad-request"
+                f"Content-Length must be given and at most {MAX_BODY_BYTES}", code="bad-request"
             )
         body = self.rfile.read(int(length))
         if len(body) < int(length):
@@ -230,19 +234,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return arguments
 
 
-class _Connection(http.client.HTTPConnection):
+class _SocketConnection(http.client.HTTPConnection):
     def __init__(self, path: Path, timeout: float | None) -> None:
         super().__init__("localhost", timeout=timeout)
-        self._path = path
+        self._socket_path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(self.timeout)
-        with _address(self._path) as address:
+        with _socket_address(self._socket_path) as address:
             self.sock.connect(address)
 
 
-def call(
+def send_request(
     path: Path, name: str, arguments: dict[str, Any], timeout: float | None = None
 ) -> dict[str, Any]:
     """The running daemon's answer to one command; its refusals are raised as they were there.
@@ -250,28 +254,28 @@ def call(
     Without a timeout it waits for as long as the daemon lives.
     """
     body = json.dumps(arguments).encode()
-    if len(body) > BODY_BYTES:
+    if len(body) > MAX_BODY_BYTES:
         raise KeditError(
-            f"{name}: the arguments take {len(body)} bytes, more than {BODY_BYTES}",
+            f"{name}: the arguments take {len(body)} bytes, more than {MAX_BODY_BYTES}",
             code="too-large",
             hint="hand in less at once",
         )
-    status, reply = _exchanged(path, name, body, timeout)
+    status, reply = _exchange_json(path, name, body, timeout)
     if status == 200:
         return reply
     raise KeditError(reply.pop("error", f"refused with status {status}"), **reply)
 
 
-def _exchanged(
+def _exchange_json(
     path: Path, name: str, body: bytes, timeout: float | None
 ) -> tuple[int, dict[str, Any]]:
-    connection = _Connection(path, timeout)
+    connection = _SocketConnection(path, timeout)
     try:
         connection.request("POST", f"/{name}", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise _not_running("daemon not running") from error
+        raise _not_running_error("daemon not running") from error
     except PermissionError as error:
         raise KeditError(
             f"{path} may not be used by this user",
@@ -286,12 +290,12 @@ def _exchanged(
             exit_code=75,
         ) from error
     except (ConnectionError, http.client.IncompleteRead) as error:
-        raise _not_running("the daemon ended before it had answered") from error
+        raise _not_running_error("the daemon ended before it had answered") from error
     except (http.client.HTTPException, ValueError) as error:
         raise KeditError(f"what listens on {path} is no kedit-daemon", code="bad-reply") from error
     finally:
         connection.close()
 
 
-def _not_running(message: str) -> KeditError:
+def _not_running_error(message: str) -> KeditError:
     return KeditError(message, code="not-running", hint="kedit-daemon run", exit_code=3)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from memory.errors import KeditError
 
-NAME = "kedit-daemon"
+PROGRAM_NAME = "kedit-daemon"
 FOLDER_MODE = 0o750  # facts may be confidential; the group may read
 
 
-def keep_writers_out() -> None:
+def restrict_umask() -> None:
     """What this process makes from now on is nobody else's to write, however loose its umask."""
     os.umask(os.umask(0o077) | 0o022)
 
@@ -23,7 +23,7 @@ class Home:
     root: Path
 
     @classmethod
-    def find(cls, option: Path | None, environ: Mapping[str, str]) -> "Home":
+    def from_environ(cls, option: Path | None, environ: Mapping[str, str]) -> "Home":
         """The home asked for, else $KEDIT_HOME, systemd's state folder, or the XDG state folder."""
         if option is not None:
             return cls(option.expanduser().absolute())
@@ -34,73 +34,77 @@ class Home:
             return cls(Path(given).absolute())
         # The XDG specification wants relative paths ignored.
         if (given := environ.get("XDG_STATE_HOME", "")).startswith("/"):
-            return cls(Path(given) / NAME)
+            return cls(Path(given) / PROGRAM_NAME)
         user = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-        return cls(user.absolute() / ".local/state" / NAME)
+        return cls(user.absolute() / ".local/state" / PROGRAM_NAME)
 
     @property
-    def config(self) -> Path:
+    def config_file(self) -> Path:
         """The settings, written by `init`."""
         return self.root / "config.toml"
 
     @property
-    def review(self) -> Path:
+    def review_file(self) -> Path:
         """What datasette needs to show the database to people, written by `init`."""
         return self.root / "review.yaml"
 
     @property
-    def inbox(self) -> Path:
+    def inbox_folder(self) -> Path:
         """Where files of facts are dropped."""
         return self.root / "inbox"
 
     @property
-    def state(self) -> Path:
+    def state_folder(self) -> Path:
         """Everything the daemon writes for itself."""
         return self.root / "state"
 
     @property
-    def database(self) -> Path:
+    def database_file(self) -> Path:
         """The only truth; what lies beside it can be rebuilt from it."""
-        return self.state / "kedit.db"
+        return self.state_folder / "kedit.db"
 
     @property
-    def generations(self) -> Path:
+    def generations_folder(self) -> Path:
         """Edited weights, one safetensors file a generation."""
-        return self.state / "generations"
+        return self.state_folder / "generations"
 
     @property
-    def side(self) -> Path:
+    def side_folder(self) -> Path:
         """The shards of the side memory."""
-        return self.state / "side"
+        return self.state_folder / "side"
 
     @property
-    def index(self) -> Path:
+    def index_folder(self) -> Path:
         """The retrieval index."""
-        return self.state / "index"
+        return self.state_folder / "index"
 
     @property
-    def lock(self) -> Path:
+    def lock_file(self) -> Path:
         """Held by the running daemon."""
-        return self.state / "daemon.lock"
+        return self.state_folder / "daemon.lock"
 
     @property
-    def socket(self) -> Path:
+    def socket_file(self) -> Path:
         """Where the running daemon listens for commands."""
-        return self.state / "control.sock"
+        return self.state_folder / "control.sock"
 
     @property
-    def head(self) -> Path:
+    def head_file(self) -> Path:
         """The newest link of the audit chain, kept outside the database."""
-        return self.state / "audit.head"
+        return self.state_folder / "audit.head"
 
-    def create(self) -> None:
+    def create_folders(self) -> None:
         """Make the folders that are missing; those that exist keep their modes."""
-        inside = [self.inbox / "work", self.inbox / "done", self.inbox / "failed"]
+        inside = [
+            self.inbox_folder / "work",
+            self.inbox_folder / "done",
+            self.inbox_folder / "failed",
+        ]
         try:
             self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
-            for folder in (self.inbox, self.state):
+            for folder in (self.inbox_folder, self.state_folder):
                 folder.mkdir(FOLDER_MODE, exist_ok=True)
-            for folder in (*inside, self.generations, self.side, self.index):
+            for folder in (*inside, self.generations_folder, self.side_folder, self.index_folder):
                 folder.mkdir(FOLDER_MODE, exist_ok=True)
         except OSError as error:
             raise KeditError(

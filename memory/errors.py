@@ -19,7 +19,7 @@ class KeditError(Exception):
         self.exit_code = exit_code
 
 
-def damaged(what: str, how: str) -> KeditError:
+def damage_error(what: str, how: str) -> KeditError:
     """The database says what cannot be: nothing of it is used, and a backup put back."""
     return KeditError(
         f"{what} is damaged: {how}",
@@ -29,7 +29,7 @@ def damaged(what: str, how: str) -> KeditError:
     )
 
 
-def ends(error: BaseException) -> bool:
+def ends_daemon(error: BaseException) -> bool:
     """Whether the daemon ends with this error: it is asked to, or the database is damaged. It is
     the fault of no fact, request or job."""
     return isinstance(error, KeditError) and error.code in (STOPPING, DAMAGED)

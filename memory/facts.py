@@ -5,10 +5,10 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from memory.side.subject_matcher import names, plain
+from memory.side.subject_matcher import contains_subject, normalize_text
 
 
-class State(StrEnum):
+class FactState(StrEnum):
     """Where a fact stands; the last five are ends."""
 
     RECEIVED = "received"
@@ -21,8 +21,8 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-LIVE = (State.LIVE_SIDE, State.LIVE_WEIGHTS)
-ACTIVE = (State.RECEIVED, *LIVE)
+LIVE_STATES = (FactState.LIVE_SIDE, FactState.LIVE_WEIGHTS)
+ACTIVE_STATES = (FactState.RECEIVED, *LIVE_STATES)
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Neighbour:
     answer: str | None = None
 
 
-def fill(prompt: str, subject: str) -> str:
+def fill_subject(prompt: str, subject: str) -> str:
     """The prompt with the subject in the place of {}; as it stands where there is no {}."""
     return prompt.replace("{}", subject)
 
@@ -67,26 +67,29 @@ class Fact:
     @property
     def question(self) -> str:
         """The prompt as the model reads it."""
-        return fill(self.prompt, self.subject)
+        return fill_subject(self.prompt, self.subject)
 
     @property
-    def rephrased(self) -> tuple[str, ...]:
+    def filled_paraphrases(self) -> tuple[str, ...]:
         """The given paraphrases as the model reads them."""
-        return tuple(fill(p, self.subject) for p in self.paraphrases)
+        return tuple(fill_subject(p, self.subject) for p in self.paraphrases)
 
     @property
-    def unnamed(self) -> bool:
+    def omits_subject(self) -> bool:
         """Whether the prompt, or a paraphrase, does without the subject's name."""
-        subject = plain(self.subject)
-        return not all(names(plain(text), subject) for text in (self.question, *self.rephrased))
+        subject = normalize_text(self.subject)
+        return not all(
+            contains_subject(normalize_text(text), subject)
+            for text in (self.question, *self.filled_paraphrases)
+        )
 
 
-def to_json(fact: Fact) -> str:
+def fact_to_json(fact: Fact) -> str:
     """The whole fact as canonical JSON: the same fact gives the same bytes."""
     return json.dumps(asdict(fact), sort_keys=True, separators=(",", ":"))
 
 
-def from_json(text: str) -> Fact:
+def fact_from_json(text: str) -> Fact:
     """The fact that `to_json` wrote."""
     said = json.loads(text)
     for name in ("paraphrases", "tags"):

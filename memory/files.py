@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sha256_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """The file's sha256 in hex, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -31,15 +31,15 @@ def sync_folder(path: Path) -> None:
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    staged = _staged(path.parent)
+    staged = _staging_path(path.parent)
     try:
         staged.write_bytes(data)
-        publish(staged, path)
+        move_into_place(staged, path)
     finally:
         staged.unlink(missing_ok=True)
 
 
-def publish(staged: Path, path: Path) -> None:
+def move_into_place(staged: Path, path: Path) -> None:
     """Put a finished file of the same folder in its place, durably."""
     with staged.open("rb") as file:
         os.fsync(file.fileno())
@@ -52,13 +52,13 @@ def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    staged = _staged(folder)
+    staged = _staging_path(folder)
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged)
-        sha = sha256_of(staged)
-        publish(staged, tensors_path(folder, sha))
+        sha = hash_file(staged)
+        move_into_place(staged, tensors_path(folder, sha))
     except SafetensorError as error:
-        raise _os_error(error, folder) from error
+        raise _to_os_error(error, folder) from error
     finally:
         staged.unlink(missing_ok=True)
     return sha
@@ -77,7 +77,7 @@ def load_tensors(folder: Path, sha: str) -> "dict[str, Tensor]":
     if not path.is_file():
         raise KeditError(f"{path} is missing", code="corrupt", hint=hint)
     try:
-        if sha256_of(path) != sha:
+        if hash_file(path) != sha:
             raise KeditError(f"{path} is damaged: its sha256 differs", code="corrupt", hint=hint)
         return load_file(path)
     except OSError as error:  # also one that went away in between
@@ -89,12 +89,12 @@ def tensors_path(folder: Path, sha: str) -> Path:
     return folder / f"{sha}.safetensors"
 
 
-def _staged(folder: Path) -> Path:
+def _staging_path(folder: Path) -> Path:
     # A leading dot and .tmp: readers of the folder can tell that it is not finished.
     return folder / f".{secrets.token_hex(8)}.tmp"
 
 
-def _os_error(error: Exception, folder: Path) -> OSError:
+def _to_os_error(error: Exception, folder: Path) -> OSError:
     """Why safetensors could not write: a full disk has to be told from a broken one."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     code = int(number[1]) if number else errno.EIO

@@ -9,26 +9,28 @@ import torch
 
 from memory.errors import KeditError
 
-SHORT = "out-of-memory"  # the error's code
+OUT_OF_MEMORY = "out-of-memory"  # the error's code
 # What torch and its libraries say in an error that has no type of its own.
-_SAID = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+_OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return isinstance(error, RuntimeError) and any(
+        said in str(error) for said in _OUT_OF_MEMORY_TEXTS
+    )
 
 
 @contextmanager
-def shortage_told() -> Iterator[None]:
+def as_out_of_memory() -> Iterator[None]:
     """Let memory that runs out within be a KeditError (code "out-of-memory"); what the work held
     is given back, so that smaller work may find room."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         why = next(iter(str(error).splitlines()), type(error).__name__)
         clear_frames(error.__traceback__)  # what failed is still held by where it failed
@@ -39,6 +41,6 @@ def shortage_told() -> Iterator[None]:
         torch.cuda.empty_cache()
     raise KeditError(
         f"there was no memory left: {why}",
-        code=SHORT,
+        code=OUT_OF_MEMORY,
         hint="give it more memory, or let it do less at once: [flush] and [side] batch_facts",
     )

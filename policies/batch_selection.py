@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 
-def members(
+def select_members(
     sent: Sequence[str], beside: Sequence[str], keys: Mapping[str, Tensor], size: int
 ) -> list[str]:
     """At most `size` ids for the next batch, the ones to take first in front.
@@ -31,7 +31,7 @@ def members(
     return [*chosen, *[beside[0], *others][: size - len(chosen)]]
 
 
-def within(ids: Sequence[str], sizes: Mapping[str, int], most: int) -> list[str]:
+def limit_total_size(ids: Sequence[str], sizes: Mapping[str, int], most: int) -> list[str]:
     """The first ids whose sizes together are at most `most`; one at least, or nothing would ever
     move. Sizes in bytes."""
     total, taken = 0, list[str]()

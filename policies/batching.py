@@ -7,24 +7,24 @@ a + c / b, and from some size on a larger batch saves next to nothing.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLACK = 0.10  # over `per_fact`, that a fact may take for a smaller batch
-LOSS = 0.01  # of a share, that a faster size may lose against the best
+SPEED_SLACK = 0.10  # over `per_fact`, that a fact may take for a smaller batch
+MAX_QUALITY_LOSS = 0.01  # of a share, that a faster size may lose against the best
 
 
 @dataclass(frozen=True)
-class Curve:
+class CostCurve:
     """Seconds of a fact in batches of b: per_fact + per_batch / b."""
 
     per_fact: float
     per_batch: float
 
-    def seconds(self, batch: float) -> float:
+    def estimate_seconds(self, batch: float) -> float:
         """Seconds of a fact, in batches of so many."""
         return self.per_fact + self.per_batch / batch
 
 
 @dataclass(frozen=True)
-class Quality:
+class BatchQuality:
     """What batches of one size did: the shares of facts that hold, and of neighbours that stayed.
 
     `locality` is None where there was no neighbour to ask.
@@ -35,7 +35,7 @@ class Quality:
     locality: float | None
 
 
-def fit(observations: Sequence[tuple[float, float]]) -> Curve:
+def fit_curve(observations: Sequence[tuple[float, float]]) -> CostCurve:
     """The curve nearest to (facts in a batch, seconds of a fact), by least squares.
 
     Neither cost is below nothing. One size alone cannot tell them apart: all is the facts' then.
@@ -48,7 +48,7 @@ def fit(observations: Sequence[tuple[float, float]]) -> Curve:
     mean_share, mean_seconds = sum(shares) / len(shares), sum(seconds) / len(seconds)
     spread = sum((x - mean_share) ** 2 for x in shares)
     if not spread:
-        return Curve(mean_seconds, 0.0)
+        return CostCurve(mean_seconds, 0.0)
     together = sum(
         (x - mean_share) * (y - mean_seconds) for x, y in zip(shares, seconds, strict=True)
     )
@@ -56,11 +56,11 @@ def fit(observations: Sequence[tuple[float, float]]) -> Curve:
     per_fact = mean_seconds - per_batch * mean_share
     if per_fact < 0:  # then the best curve without it
         squares = sum(x * x for x in shares)
-        return Curve(0.0, sum(x * y for x, y in zip(shares, seconds, strict=True)) / squares)
-    return Curve(per_fact, per_batch)
+        return CostCurve(0.0, sum(x * y for x, y in zip(shares, seconds, strict=True)) / squares)
+    return CostCurve(per_fact, per_batch)
 
 
-def choose(curve: Curve, tried: Sequence[Quality]) -> int:
+def choose_size(curve: CostCurve, tried: Sequence[BatchQuality]) -> int:
     """The smallest size that is nearly as fast as any, of those that are nearly as good as any.
 
     Without one that is fast enough it is the largest of the good ones; where no size is good at
@@ -69,14 +69,16 @@ def choose(curve: Curve, tried: Sequence[Quality]) -> int:
     """
     if not tried:
         raise ValueError("no size was tried")
-    lost = {one.batch: _lost(one, tried) for one in tried}
-    bound = max(LOSS, min(lost.values())) + 1e-9  # shares of some facts are no exact numbers
+    lost = {one.batch: _compute_loss(one, tried) for one in tried}
+    bound = (
+        max(MAX_QUALITY_LOSS, min(lost.values())) + 1e-9
+    )  # shares of some facts are no exact numbers
     good = sorted(batch for batch, loss in lost.items() if loss <= bound)
-    limit = curve.per_fact * (1 + SLACK)
-    return next((batch for batch in good if curve.seconds(batch) <= limit), good[-1])
+    limit = curve.per_fact * (1 + SPEED_SLACK)
+    return next((batch for batch in good if curve.estimate_seconds(batch) <= limit), good[-1])
 
 
-def _lost(one: Quality, tried: Sequence[Quality]) -> float:
+def _compute_loss(one: BatchQuality, tried: Sequence[BatchQuality]) -> float:
     """What a size loses against the best, in the column in which it loses more."""
     held = max(other.reliability for other in tried) - one.reliability
     stayed = max(other.locality or 0.0 for other in tried) - (one.locality or 0.0)

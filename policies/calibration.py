@@ -20,30 +20,33 @@ from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
-from policies.memit_mass import WeightsTier, pack
-from policies.norm_anchor import anchor
+from policies.memit_mass import WeightsTier, pack_terms
+from policies.norm_anchor import compute_anchor
 from policies.stability import Limits
-from policies.targets import Refused, Terms, compute_terms
+from policies.targets import EditTerms, Refusal, compute_terms
 
-WINDOW = 3  # subject layers that are tried together, at most
-STARTS, ENDS = 8, 6  # of windows, and end layers, that are tried on a deep model
+MAX_WINDOW = 3  # subject layers that are tried together, at most
+MAX_WINDOW_STARTS, MAX_END_LAYERS = (
+    8,
+    6,
+)  # of windows, and end layers, that are tried on a deep model
 SCREEN_STEPS = 30  # steps of a target while groups of layers are compared
 FINALISTS = 3  # groups of subject layers whose quality is measured, of different lowest layers
 # λ as a share of a layer's width, since a fact's kᵀ C0⁻¹ k is of the width's order.
-PRIORS = (0.005, 0.05, 0.5)
+PRIOR_SHARES = (0.005, 0.05, 0.5)
 RIDGES = (0.1, 1.0, 10.0)
-END_PRIORS = (1.0, 10.0)  # λ of the end layer, in units of the subject layers'
-END_RATE = 0.3  # Adam's in an end layer that helps, in units of the subject layers'
+END_PRIOR_FACTORS = (1.0, 10.0)  # λ of the end layer, in units of the subject layers'
+END_RATE_FACTOR = 0.3  # Adam's in an end layer that helps, in units of the subject layers'
 CLAMPS = (2.0, 4.0, 6.0)
 SCREEN_CLAMP = 4.0
-SPREAD = 0.2  # of the score over one fact, where its shares are near 0.9: its standard error
+SCORE_SPREAD = 0.2  # of the score over one fact, where its shares are near 0.9: its standard error
 
-Measured = Callable[[Collection[int]], Mapping[int, LayerStatistics]]
-Examine = Callable[[Mapping[int, Tensor]], "Quality"]
+StatisticsSource = Callable[[Collection[int]], Mapping[int, LayerStatistics]]
+MeasureQuality = Callable[[Mapping[int, Tensor]], "EditQuality"]
 
 
 @dataclass(frozen=True)
-class Quality:
+class EditQuality:
     """What an edit with all of the pilot's facts does; shares, and ‖W‖/‖W0‖, the largest."""
 
     reliability: float
@@ -69,8 +72,8 @@ class Candidate:
     stage: str
     site: EditSite
     loss: float | None  # mean over the pilot's facts, if finite
-    reached: float  # share of the facts whose target was the argmax everywhere
-    quality: Quality | None = None
+    reached_share: float  # share of the facts whose target was the argmax everywhere
+    quality: EditQuality | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-ready: what the stages vary, and the figures."""
@@ -81,7 +84,7 @@ class Candidate:
             "end_layers": list(site.end_layers),
             "clamp": site.clamp,
             "loss": self.loss,
-            "reached": self.reached,
+            "reached": self.reached_share,
         }
         if quality is not None:
             result |= {"prior": site.prior, "end_prior": site.end_prior, "ridge": site.ridge}
@@ -89,21 +92,21 @@ class Candidate:
         return result
 
 
-def windows(layers: int) -> list[tuple[int, ...]]:
+def list_windows(layers: int) -> list[tuple[int, ...]]:
     """Groups of consecutive subject layers in the lower two thirds."""
     top = max(1, round(layers * 2 / 3))
-    starts = range(0, top, math.ceil(top / STARTS))
-    found = [tuple(range(a, a + n)) for n in range(1, WINDOW + 1) for a in starts]
+    starts = range(0, top, math.ceil(top / MAX_WINDOW_STARTS))
+    found = [tuple(range(a, a + n)) for n in range(1, MAX_WINDOW + 1) for a in starts]
     return [group for group in found if group[-1] < top]
 
 
-def end_layers(layers: int) -> list[int]:
+def list_end_layers(layers: int) -> list[int]:
     """Single layers above the lower third."""
     found = range(layers // 3, layers)
-    return list(found[:: math.ceil(len(found) / ENDS)])
+    return list(found[:: math.ceil(len(found) / MAX_END_LAYERS)])
 
 
-def best(candidates: Sequence[Candidate], facts: int) -> Candidate:
+def choose_candidate(candidates: Sequence[Candidate], facts: int) -> Candidate:
     """The one to choose after a pilot of so many facts; KeditError where none of them makes the
     model say anything."""
     scored = [(c.quality, c) for c in candidates if c.quality is not None]
@@ -115,11 +118,11 @@ def best(candidates: Sequence[Candidate], facts: int) -> Candidate:
             code="calibration",
             hint="give facts that the model can be expected to take with --pilot, or more of them",
         )
-    near = [pair for pair in scored if pair[0].score >= top - SPREAD / math.sqrt(facts)]
+    near = [pair for pair in scored if pair[0].score >= top - SCORE_SPREAD / math.sqrt(facts)]
     return min(near, key=lambda pair: pair[0].norm_ratio)[1]
 
 
-class Search:
+class SiteSearch:
     """The stages, in order. `found` keeps all that was tried; the model ends as it began."""
 
     def __init__(
@@ -127,141 +130,153 @@ class Search:
         model: EditableModel,
         base: EditSite,
         facts: Sequence[Fact],
-        examine: Examine,
+        examine: MeasureQuality,
         norms: Mapping[int, float],
-        measured: Measured,
+        measured: StatisticsSource,
     ) -> None:
         """`base` gives what is not searched; `examine` the quality of weights changed by ΔW;
         `norms` the median ‖y‖ of all layers; `measured` the covariances of some."""
-        self.model, self.base, self.facts, self.norms = model, base, tuple(facts), norms
-        self._examine, self._measured = examine, measured
-        self._told: Callable[[str], None] = lambda _what: None
+        self.model, self.base_site, self.facts, self.norms = model, base, tuple(facts), norms
+        self._measure_quality, self._load_covariances = examine, measured
+        self._report_progress: Callable[[str], None] = lambda _what: None
         self._statistics: Mapping[int, LayerStatistics] = {}
-        self._packed: dict[EditSite, dict[str, bytes]] = {}  # terms, by what they depend on
-        self._lengths: dict[EditSite, list[Mapping[int, float]]] = {}  # of their targets
-        self.found: list[Candidate] = []
+        self._packed_terms: dict[EditSite, dict[str, bytes]] = {}  # terms, by what they depend on
+        self._target_lengths: dict[EditSite, list[Mapping[int, float]]] = {}  # of their targets
+        self.candidates: list[Candidate] = []
 
     @property
-    def units(self) -> int:
+    def max_units(self) -> int:
         """Pieces of work, at most."""
-        ends = len(end_layers(self.model.layers))
-        return len(windows(self.model.layers)) + 2 * ends + FINALISTS + 2 + len(CLAMPS)
+        ends = len(list_end_layers(self.model.layer_count))
+        return len(list_windows(self.model.layer_count)) + 2 * ends + FINALISTS + 2 + len(CLAMPS)
 
-    def run(self, told: Callable[[str], None]) -> Candidate:
+    def run_stages(self, told: Callable[[str], None]) -> Candidate:
         """The candidate to choose; `told` hears of each of `units` pieces of work, at most."""
-        self._told, depth = told, self.model.layers
-        groups = self._screen([self._subject(group) for group in windows(depth)])
-        ends = self._screen([self._end(n) for n in end_layers(depth)])
+        self._report_progress, depth = told, self.model.layer_count
+        groups = self._rank_sites([self._make_subject_site(group) for group in list_windows(depth)])
+        ends = self._rank_sites([self._make_end_site(n) for n in list_end_layers(depth)])
         lowest = {site.layers[0]: site for site in reversed(groups)}  # the best group above each
         apart = [site for site in groups if lowest[site.layers[0]] is site]
         finalists = [*apart[:FINALISTS], *ends[:1]]
-        self._need([self.base, *finalists])
-        self._try("start", self.base, [self.base])
-        judged = [c for site in finalists for c in self._try("quality", site, self._grid(site))]
+        self._load_statistics([self.base_site, *finalists])
+        self._try_variants("start", self.base_site, [self.base_site])
+        judged = [
+            c
+            for site in finalists
+            for c in self._try_variants("quality", site, self._vary_priors(site))
+        ]
         subjects = [c for c in judged if c.site.subject_layers and c.quality and c.quality.score]
         if subjects:
-            self._combine(self._best(subjects).site)
-        chosen = self._best(self.found).site
-        self._need([chosen])
+            self._try_combinations(self._choose_best(subjects).site)
+        chosen = self._choose_best(self.candidates).site
+        self._load_statistics([chosen])
         for clamp in CLAMPS:
             if clamp != chosen.clamp:
                 site = replace(chosen, clamp=clamp)
-                self._try("clamp", site, [site])
-        return self._best(self.found)
+                self._try_variants("clamp", site, [site])
+        return self._choose_best(self.candidates)
 
-    def deltas(self, site: EditSite) -> dict[int, Tensor]:
+    def solve_deltas(self, site: EditSite) -> dict[int, Tensor]:
         """ΔW of all the facts at a site whose quality was measured."""
-        self._need([site])
-        return WeightsTier(site, self._statistics).deltas(self._packed[_unsolved(site)])
+        self._load_statistics([site])
+        return WeightsTier(site, self._statistics).solve_deltas(
+            self._packed_terms[_strip_solve_fields(site)]
+        )
 
-    def anchors(self, site: EditSite) -> dict[int, float]:
+    def compute_anchors(self, site: EditSite) -> dict[int, float]:
         """The norm anchors of a site whose quality was measured, by layer."""
-        lengths = self._lengths[_unsolved(site)]
-        return {n: round(anchor([one[n] for one in lengths]), 3) for n in site.layers}
+        lengths = self._target_lengths[_strip_solve_fields(site)]
+        return {n: round(compute_anchor([one[n] for one in lengths]), 3) for n in site.layers}
 
     # The sites ----------------------------------------------------------------------------------
 
-    def _subject(self, group: tuple[int, ...]) -> EditSite:
-        return replace(self.base, subject_layers=group, end_layers=(), clamp=SCREEN_CLAMP)
+    def _make_subject_site(self, group: tuple[int, ...]) -> EditSite:
+        return replace(self.base_site, subject_layers=group, end_layers=(), clamp=SCREEN_CLAMP)
 
-    def _end(self, layer: int) -> EditSite:
-        rate = self.base.target_rate
-        end = replace(self.base, subject_layers=(), end_layers=(layer,), clamp=SCREEN_CLAMP)
+    def _make_end_site(self, layer: int) -> EditSite:
+        rate = self.base_site.target_rate
+        end = replace(self.base_site, subject_layers=(), end_layers=(layer,), clamp=SCREEN_CLAMP)
         return replace(end, end_from=0, end_rate=rate)
 
-    def _grid(self, site: EditSite) -> Iterator[EditSite]:
+    def _vary_priors(self, site: EditSite) -> Iterator[EditSite]:
         width = self.model.weight(site.layers[0]).shape[1]
-        for share in PRIORS:
+        for share in PRIOR_SHARES:
             prior = float(f"{share * width:.1g}")
             for ridge in RIDGES:
                 yield replace(site, prior=prior, end_prior=prior, ridge=ridge)
 
-    def _combine(self, subject: EditSite) -> None:
+    def _try_combinations(self, subject: EditSite) -> None:
         """The subject layers, and each end layer above them that joins in half way."""
-        above = [n for n in end_layers(self.model.layers) if n > subject.layers[-1]]
+        above = [n for n in list_end_layers(self.model.layer_count) if n > subject.layers[-1]]
         sites = [replace(subject, end_layers=(n,)) for n in above]
-        self._need(sites)
+        self._load_statistics(sites)
         for site in sites:
             helped = replace(
-                site, end_from=site.target_steps // 2, end_rate=END_RATE * site.target_rate
+                site, end_from=site.target_steps // 2, end_rate=END_RATE_FACTOR * site.target_rate
             )
-            priors = [factor * site.prior for factor in END_PRIORS]
-            self._try("combination", helped, [replace(helped, end_prior=p) for p in priors])
+            priors = [factor * site.prior for factor in END_PRIOR_FACTORS]
+            self._try_variants(
+                "combination", helped, [replace(helped, end_prior=p) for p in priors]
+            )
 
-    def _best(self, candidates: Sequence[Candidate]) -> Candidate:
-        return best(candidates, len(self.facts))
+    def _choose_best(self, candidates: Sequence[Candidate]) -> Candidate:
+        return choose_candidate(candidates, len(self.facts))
 
-    def _need(self, sites: Sequence[EditSite]) -> None:
+    def _load_statistics(self, sites: Sequence[EditSite]) -> None:
         """Have the covariances of the sites' layers, and of no other: they are large."""
         wanted = {n for site in sites for n in site.layers}
         missing = sorted(wanted - set(self._statistics))
-        known = {**self._statistics, **(self._measured(missing) if missing else {})}
+        known = {**self._statistics, **(self._load_covariances(missing) if missing else {})}
         self._statistics = {n: known[n] for n in sorted(wanted)}
 
     # What comes of them -------------------------------------------------------------------------
 
-    def _screen(self, sites: Sequence[EditSite]) -> list[EditSite]:
+    def _rank_sites(self, sites: Sequence[EditSite]) -> list[EditSite]:
         """The sites, best first: by the loss, then by the share of facts that are reached."""
         ranked: list[tuple[float, float, int]] = []
         for site in sites:
             quick = replace(site, target_steps=min(SCREEN_STEPS, site.target_steps))
-            _, candidate = self._terms("screening", quick)
-            self.found.append(candidate)
+            _, candidate = self._compute_terms("screening", quick)
+            self.candidates.append(candidate)
             loss = math.inf if candidate.loss is None else candidate.loss
-            ranked.append((loss, -candidate.reached, len(ranked)))
+            ranked.append((loss, -candidate.reached_share, len(ranked)))
         return [sites[number] for *_, number in sorted(ranked)]
 
-    def _terms(self, stage: str, site: EditSite) -> tuple[dict[str, Terms], Candidate]:
-        self._told(f"{stage}: {layers_text(site)}")
+    def _compute_terms(self, stage: str, site: EditSite) -> tuple[dict[str, EditTerms], Candidate]:
+        self._report_progress(f"{stage}: {format_layers(site)}")
         found = compute_terms(self.model, site, self.norms, self.facts)
-        terms = {n: t for n, t in found.items() if not isinstance(t, Refused)}
+        terms = {n: t for n, t in found.items() if not isinstance(t, Refusal)}
         reached = sum(t.steps < site.target_steps for t in terms.values()) / len(self.facts)
         loss = sum(t.loss for t in terms.values()) / len(terms) if terms else None
         return terms, Candidate(stage, site, loss, reached)
 
-    def _try(self, stage: str, site: EditSite, variants: Iterable[EditSite]) -> list[Candidate]:
+    def _try_variants(
+        self, stage: str, site: EditSite, variants: Iterable[EditSite]
+    ) -> list[Candidate]:
         """Solve for each variant of a site, all from the site's own terms, and measure it."""
-        terms, candidate = self._terms(stage, site)
-        packed = self._packed[_unsolved(site)] = {n: pack(t) for n, t in terms.items()}
-        self._lengths[_unsolved(site)] = [t.lengths for t in terms.values()]
+        terms, candidate = self._compute_terms(stage, site)
+        packed = self._packed_terms[_strip_solve_fields(site)] = {
+            n: pack_terms(t) for n, t in terms.items()
+        }
+        self._target_lengths[_strip_solve_fields(site)] = [t.lengths for t in terms.values()]
         tried = []
         for variant in variants:
             try:
-                deltas = WeightsTier(variant, self._statistics).deltas(packed)
+                deltas = WeightsTier(variant, self._statistics).solve_deltas(packed)
             except KeditError:  # a prior that is singular, or weights that are not finite
                 continue
-            quality = self._examine(deltas)
+            quality = self._measure_quality(deltas)
             tried.append(replace(candidate, site=variant, quality=quality))
-        self.found += tried
+        self.candidates += tried
         return tried
 
 
-def _unsolved(site: EditSite) -> EditSite:
+def _strip_solve_fields(site: EditSite) -> EditSite:
     """The site without what only the solve reads."""
     return replace(site, prior=0.0, end_prior=0.0, ridge=0.0)
 
 
-def layers_text(site: EditSite) -> str:
+def format_layers(site: EditSite) -> str:
     """A site's layers, as people read them."""
     parts = (("subject", site.subject_layers), ("end", site.end_layers))
     return " + ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in parts if layers)
@@ -269,32 +284,32 @@ def layers_text(site: EditSite) -> str:
 
 # Limits -----------------------------------------------------------------------------------------
 
-NORM = (Limits(1.15, 1.3, 1.6), Limits(3.0, 5.0, 8.0))
+NORM_RANGE = (Limits(1.15, 1.3, 1.6), Limits(3.0, 5.0, 8.0))
 """The tightest and the widest limits of ‖W‖/‖W0‖: editors have collapsed near 2 and beyond 10."""
-ACTIVATION = (Limits(0.03, 0.05, 0.10), Limits(0.1, 0.2, 0.4))
+ACTIVATION_RANGE = (Limits(0.03, 0.05, 0.10), Limits(0.1, 0.2, 0.4))
 """The same of the change of the activation norms, as a share."""
-VARIATION = (1.0, 2.0, 4.0)
+VARIATION_FACTORS = (1.0, 2.0, 4.0)
 
 
-def activation_limits(variation: float) -> Limits:
+def derive_activation_limits(variation: float) -> Limits:
     """One, two and four times what two halves of ordinary text differ by, within ACTIVATION."""
-    return _within([factor * variation for factor in VARIATION], *ACTIVATION)
+    return _clamp_limits([factor * variation for factor in VARIATION_FACTORS], *ACTIVATION_RANGE)
 
 
-def norm_limits(curve: Sequence[tuple[float, float]], activation: Limits) -> Limits:
+def derive_norm_limits(curve: Sequence[tuple[float, float]], activation: Limits) -> Limits:
     """The norm ratios at which an update, scaled up, has moved the activation norms by their
     limits, within NORM. `curve`: norm ratio and activation change, in rising order of scale."""
     wanted = (activation.warn, activation.consolidate, activation.revert)
-    return _within([_crossing(curve, change) for change in wanted], *NORM)
+    return _clamp_limits([_find_crossing(curve, change) for change in wanted], *NORM_RANGE)
 
 
-def _crossing(curve: Sequence[tuple[float, float]], wanted: float) -> float:
+def _find_crossing(curve: Sequence[tuple[float, float]], wanted: float) -> float:
     for (norm, change), (wider, more) in pairwise([(1.0, 0.0), *curve]):
         if more >= wanted:
             return norm + (wider - norm) * (wanted - change) / (more - change)
     return math.inf
 
 
-def _within(found: Sequence[float], least: Limits, most: Limits) -> Limits:
+def _clamp_limits(found: Sequence[float], least: Limits, most: Limits) -> Limits:
     bounds = zip(vars(least).values(), found, vars(most).values(), strict=True)
     return Limits(*(round(min(max(low, n), high), 3) for low, n, high in bounds))

@@ -13,9 +13,12 @@ from typing import Any
 
 from policies.stability import Thresholds
 
-FLATTEST, STEEPEST = 0.3, 3.0  # of b: what lies outside comes from too few or odd observations
-FARTHEST = 1e12  # facts: a figure that gets there later sets no limit
-FORESIGHT = 2  # times the largest count seen: no fit is believed further
+MIN_EXPONENT, MAX_EXPONENT = (
+    0.3,
+    3.0,
+)  # of b: what lies outside comes from too few or odd observations
+MAX_PREDICTED_FACTS = 1e12  # facts: a figure that gets there later sets no limit
+MAX_EXTRAPOLATION = 2  # times the largest count seen: no fit is believed further
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class Observation:
     """How far the figures moved, by name, with so many facts in the weights."""
 
     facts: int
-    moved: Mapping[str, float]
+    changes: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Capacity:
         return f"they bear about {self.facts} facts ({self.figure})"
 
 
-def observed(facts: int, figures: Mapping[str, Any]) -> Observation:
+def make_observation(facts: int, figures: Mapping[str, Any]) -> Observation:
     """From the figures of a generation, as `Health.as_dict` gives them. Those of an older version
     may lack some, and what was not finite is text."""
     moved: dict[str, float] = {}
@@ -56,22 +59,24 @@ def observed(facts: int, figures: Mapping[str, Any]) -> Observation:
     return Observation(facts, moved)
 
 
-def capacity(observations: Sequence[Observation], thresholds: Thresholds) -> Capacity | None:
+def estimate_capacity(
+    observations: Sequence[Observation], thresholds: Thresholds
+) -> Capacity | None:
     """What the weights bear by all that has been observed; None before there is anything."""
     seen = [o for o in observations if o.facts > 0]
     if not seen:
         return None
-    foreseen = FORESIGHT * max(o.facts for o in seen)
+    foreseen = MAX_EXTRAPOLATION * max(o.facts for o in seen)
     found = [Capacity(foreseen, None, None)]
-    for figure in sorted({name for o in seen for name in o.moved}):
-        limit = _limit(figure, thresholds)
-        points = [(o.facts, o.moved[figure]) for o in seen if figure in o.moved]
-        if (most := _bearable(points, limit)) < foreseen:
+    for figure in sorted({name for o in seen for name in o.changes}):
+        limit = _find_limit(figure, thresholds)
+        points = [(o.facts, o.changes[figure]) for o in seen if figure in o.changes]
+        if (most := _predict_capacity(points, limit)) < foreseen:
             found.append(Capacity(int(most), figure, limit))
     return min(found, key=lambda c: c.facts)
 
 
-def _limit(figure: str, thresholds: Thresholds) -> float:
+def _find_limit(figure: str, thresholds: Thresholds) -> float:
     """How far a figure may move."""
     limits = {
         "norm": thresholds.norm.consolidate - 1,
@@ -82,21 +87,21 @@ def _limit(figure: str, thresholds: Thresholds) -> float:
     return limits[figure.split()[0]]
 
 
-def _bearable(points: Sequence[tuple[int, float]], limit: float) -> float:
+def _predict_capacity(points: Sequence[tuple[int, float]], limit: float) -> float:
     """The largest count below the limit by the fit, and below every count that reached it."""
     if limit <= 0:
         return 0
     most = min((n - 1.0 for n, value in points if not value < limit), default=math.inf)
     usable = [(n, value) for n, value in points if 0 < value < math.inf]
     if usable:
-        a, b = _power_law(usable)
+        a, b = _fit_power_law(usable)
         crossing = (math.log(limit) - a) / b  # in logs: it may lie beyond all numbers
-        if crossing < math.log(FARTHEST):
+        if crossing < math.log(MAX_PREDICTED_FACTS):
             most = min(most, math.ceil(math.exp(crossing) - 1e-9) - 1)
     return max(0, most)
 
 
-def _power_law(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
+def _fit_power_law(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """log a and b of value = a · n^b, by least squares in logs; b is 1 where there is one count."""
     xs = [math.log(n) for n, _ in points]
     ys = [math.log(value) for _, value in points]
@@ -105,5 +110,5 @@ def _power_law(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     slope = 1.0
     if spread > 1e-12:
         slope = sum((one - x) * (other - y) for one, other in zip(xs, ys, strict=True)) / spread
-    b = min(max(slope, FLATTEST), STEEPEST)
+    b = min(max(slope, MIN_EXPONENT), MAX_EXPONENT)
     return y - b * x, b

@@ -11,27 +11,27 @@ from datetime import datetime, timedelta
 
 from policies.stability import Action
 
-DAY = timedelta(days=1)
+ONE_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Restraint:
+class Cooldown:
     """Seconds between two acts, and how many a day may have."""
 
-    cool_down: float
-    budget: int
+    min_seconds: float
+    daily_budget: int
 
 
 @dataclass(frozen=True)
-class Acted:
+class PastAction:
     """An act of an audit, and when: ISO-8601 UTC."""
 
     at: str
     action: str
 
 
-def held_back(
-    action: Action, acts: Sequence[Acted], armed: bool, now: str, restraint: Restraint
+def explain_hold(
+    action: Action, acts: Sequence[PastAction], armed: bool, now: str, restraint: Cooldown
 ) -> str | None:
     """Why an act that a verdict asks for is not done now; None where it is.
 
@@ -44,9 +44,9 @@ def held_back(
         return "it was consolidated, and has not been clearly well since"
     today = datetime.fromisoformat(now)
     ages = [today - datetime.fromisoformat(act.at) for act in acts]
-    if ages and ages[-1].total_seconds() < restraint.cool_down:
-        left = restraint.cool_down - ages[-1].total_seconds()
+    if ages and ages[-1].total_seconds() < restraint.min_seconds:
+        left = restraint.min_seconds - ages[-1].total_seconds()
         return f"the last act is not long ago: {left:.0f} s to go"
-    if sum(age < DAY for age in ages) >= restraint.budget:
-        return f"{restraint.budget} acts in a day are enough: a person should look"
+    if sum(age < ONE_DAY for age in ages) >= restraint.daily_budget:
+        return f"{restraint.daily_budget} acts in a day are enough: a person should look"
     return None

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Guilt(Generic[T]):
+class Culprits(Generic[T]):
     """What was found of some suspects, each in the order in which they came.
 
     innocent: they are well together. guilty: each makes the weights sick all by itself, and how.
@@ -22,16 +22,16 @@ class Guilt(Generic[T]):
     """
 
     innocent: list[T]
-    guilty: list[tuple[T, Verdict]]
-    crowd: list[T]
+    culprits: list[tuple[T, Verdict]]
+    surplus: list[T]
 
 
-def search(
+def find_culprits(
     suspects: Sequence[T],
     judged: Callable[[Sequence[T]], Verdict],
     alone: Callable[[T], Verdict],
     limit: Action,
-) -> Guilt[T]:
+) -> Culprits[T]:
     """Who of the suspects is to blame for a verdict of `limit` or worse; nobody, where it is so
     without them as well, or where more than half of them would be: then the weights bear no fact.
 
@@ -39,23 +39,23 @@ def search(
     alone: that on the weights with nothing but one of them.
     """
 
-    def well(some: Sequence[T]) -> bool:
+    def is_healthy(some: Sequence[T]) -> bool:
         return judged(some).action < limit
 
-    def kept(beside: list[T], some: Sequence[T]) -> list[T]:
-        if well([*beside, *some]):
+    def find_innocent(beside: list[T], some: Sequence[T]) -> list[T]:
+        if is_healthy([*beside, *some]):
             return list(some)
         if len(some) < 2:
             return []
         half = len(some) // 2
-        first = kept(beside, some[:half])
-        return [*first, *kept([*beside, *first], some[half:])]
+        first = find_innocent(beside, some[:half])
+        return [*first, *find_innocent([*beside, *first], some[half:])]
 
-    innocent = kept([], suspects) if well([]) else list(suspects)
+    innocent = find_innocent([], suspects) if is_healthy([]) else list(suspects)
     left = [one for one in suspects if one not in innocent]
     verdicts = [(one, alone(one)) for one in left]
     guilty = [(one, verdict) for one, verdict in verdicts if verdict.action >= limit]
     if 2 * len(guilty) > len(suspects):
-        return Guilt(innocent, [], left)
+        return Culprits(innocent, [], left)
     crowd = [one for one, verdict in verdicts if verdict.action < limit]
-    return Guilt(innocent, guilty, crowd)
+    return Culprits(innocent, guilty, crowd)

@@ -13,9 +13,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from memory.errors import KeditError
-from memory.side.side_memory import Gates
+from memory.side.side_memory import RoutingGates
 
-FILE = "kedit.json"
+SITE_FILE = "kedit.json"
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class EditSite:
     anchors: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     @property
-    def gates(self) -> Gates:
+    def gates(self) -> RoutingGates:
         """Where and from which cosines on the side memory fires."""
-        return Gates(
+        return RoutingGates(
             self.key_layer, self.side_layer, self.subject_gate, self.end_gate, self.unnamed_gate
         )
 
     @property
-    def holds_essence(self) -> bool:
+    def has_essence(self) -> bool:
         """Whether targets are held to what the subject is. An end layer changes nothing there."""
         return bool(self.essence and self.subject_layers)
 
@@ -81,7 +81,7 @@ class EditSite:
         return tuple(sorted((*self.subject_layers, *self.end_layers)))
 
 
-def default_site(layers: int) -> EditSite:
+def make_default_site(layers: int) -> EditSite:
     """A start for a model without a measured site: the prompt's end, past the middle."""
     upper = min(layers - 1, max(0, round(layers * 0.6)))
     return EditSite(
@@ -108,7 +108,7 @@ def default_site(layers: int) -> EditSite:
 
 
 @dataclass(frozen=True)
-class _Published:
+class _PublishedSite:
     """Where MEMIT was published to edit a model: its subject layers of so many, and λ."""
 
     layers: int
@@ -119,23 +119,23 @@ class _Published:
 
 # By the configuration's model type: GPT-2 XL, GPT-J 6B, Llama 3 8B (and Llama 2 7B, of as many
 # layers), Mistral 7B, Qwen 2.5 7B; from the settings of MEMIT, AlphaEdit and EasyEdit.
-_PUBLISHED = {
-    "gpt2": _Published(48, 13, 17, 20_000.0),
-    "gptj": _Published(28, 3, 8, 15_000.0),
-    "llama": _Published(32, 4, 8, 15_000.0),
-    "mistral": _Published(32, 4, 8, 15_000.0),
-    "qwen2": _Published(28, 4, 8, 15_000.0),
+_PUBLISHED_SITES = {
+    "gpt2": _PublishedSite(48, 13, 17, 20_000.0),
+    "gptj": _PublishedSite(28, 3, 8, 15_000.0),
+    "llama": _PublishedSite(32, 4, 8, 15_000.0),
+    "mistral": _PublishedSite(32, 4, 8, 15_000.0),
+    "qwen2": _PublishedSite(28, 4, 8, 15_000.0),
 }
 # On models of a few layers the published site could not be optimised at all.
-_LEAST_LAYERS = 12
+_MIN_LAYERS = 12
 
 
-def start_site(kind: str, layers: int) -> EditSite:
+def make_start_site(kind: str, layers: int) -> EditSite:
     """A start for an unmeasured model: at the published relative depth where there is one for
     its type (the configuration's `model_type`), at the subject's last token; else the default.
     """
-    start, known = default_site(layers), _PUBLISHED.get(kind)
-    if known is None or layers < _LEAST_LAYERS:
+    start, known = make_default_site(layers), _PUBLISHED_SITES.get(kind)
+    if known is None or layers < _MIN_LAYERS:
         return start
     scale = (layers - 1) / (known.layers - 1)
     subject = range(round(known.first * scale), round(known.last * scale) + 1)
@@ -147,8 +147,8 @@ def load_site(model_path: Path, layers: int, kind: str = "") -> EditSite:
 
     Raises KeditError when `kedit.json` is there and cannot be used.
     """
-    path = model_path / FILE
-    return read_site(path, layers) if path.is_file() else start_site(kind, layers)
+    path = model_path / SITE_FILE
+    return read_site(path, layers) if path.is_file() else make_start_site(kind, layers)
 
 
 def read_site(path: Path, layers: int) -> EditSite:
@@ -181,13 +181,13 @@ def read_site(path: Path, layers: int) -> EditSite:
     return site
 
 
-def site_text(site: EditSite, evidence: Mapping[str, Any]) -> str:
+def format_site(site: EditSite, evidence: Mapping[str, Any]) -> str:
     """A site and the figures behind it, as `kedit.json` holds them; numbers have to be finite."""
     held = {"evidence": dict(evidence), "site": asdict(site)}
     return json.dumps(held, indent=1, allow_nan=False) + "\n"
 
 
-def weights_of(path: Path) -> str | None:
+def read_weights_hash(path: Path) -> str | None:
     """The sha256 of the weights that the site in a file was measured on, where it says so."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))["evidence"]["weights"]

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from memory.facts import Fact
 from memory.side.side_memory import SideMemory
-from policies.wise import prompt_end, retrieval_keys
+from policies.wise import compute_keys, read_prompt_ends
 
-FEWEST, MOST = 3, 12  # words of a piece of text
-READ_TOGETHER = 64
+MIN_WORDS, MAX_WORDS = 3, 12  # words of a piece of text
+PROMPTS_PER_PASS = 64
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
 
@@ -37,7 +37,7 @@ class EndGate:
         return asdict(self)
 
 
-def end_gate(
+def fit_end_gate(
     side: SideMemory,
     facts: Sequence[Fact],
     asked: Sequence[tuple[int, str]],
@@ -47,14 +47,14 @@ def end_gate(
     """The least gate that lets at most a share `false_routes` of the pairs of a fact and a piece of
     ordinary text pass, as if all of it named the facts' subjects. `text`: lines, of which the
     starts are read; `asked`: prompts in other words, each with the place of its fact."""
-    keys = retrieval_keys(side.model, side, facts)
-    pieces = [_start(line, number) for number, line in enumerate(text)]
-    scores = _scores(side, pieces, [keys[f.id].end for f in facts]).flatten().sort().values
+    keys = compute_keys(side.model, side, facts)
+    pieces = [_cut_line_start(line, number) for number, line in enumerate(text)]
+    scores = _score_prompts(side, pieces, [keys[f.id].end for f in facts]).flatten().sort().values
     # At most `beyond` scores are allowed above the gate.
     beyond = int(false_routes * len(scores))
     gate = min(float(scores[len(scores) - 1 - beyond].nextafter(torch.tensor(2.0))), 1.0)
     owners, prompts = zip(*asked, strict=True)
-    found = _scores(side, prompts, [keys[f.id].end for f in facts])
+    found = _score_prompts(side, prompts, [keys[f.id].end for f in facts])
     passed = found[range(len(prompts)), list(owners)] >= gate
     return EndGate(
         gate,
@@ -65,15 +65,15 @@ def end_gate(
     )
 
 
-def _start(line: str, number: int) -> str:
+def _cut_line_start(line: str, number: int) -> str:
     """A line's first words: another number of them for each line, so that pieces end anyhow."""
-    return " ".join(line.split()[: FEWEST + number % (MOST - FEWEST + 1)])
+    return " ".join(line.split()[: MIN_WORDS + number % (MAX_WORDS - MIN_WORDS + 1)])
 
 
-def _scores(side: SideMemory, prompts: Sequence[str], keys: Sequence[Tensor]) -> Tensor:
+def _score_prompts(side: SideMemory, prompts: Sequence[str], keys: Sequence[Tensor]) -> Tensor:
     """Cosines (prompts, facts) of the prompts' ends with the nearest of each fact's end keys."""
     ends = []
-    for at in range(0, len(prompts), READ_TOGETHER):
-        _, outputs = prompt_end(side.model, prompts[at : at + READ_TOGETHER], side.layer)
-        ends.append(side.key(side.layer, outputs).cpu())
+    for at in range(0, len(prompts), PROMPTS_PER_PASS):
+        _, outputs = read_prompt_ends(side.model, prompts[at : at + PROMPTS_PER_PASS], side.layer)
+        ends.append(side.compute_keys(side.layer, outputs).cpu())
     return torch.stack([(torch.cat(ends) @ own.T).amax(1) for own in keys], dim=1)

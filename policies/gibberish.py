@@ -16,28 +16,28 @@ from memory.model.editable import EditableModel
 # Nats by which a blind draw may be the likelier origin. On the shipped model 33 of 14,300 targets
 # of CounterFact, ZsRE, KnowEdit, MQuAKE and WikiBigEdit lie beyond (.2 %), 0 of 300 phone numbers,
 # 1 of 300 mail addresses, 6 of 300 passwords, and 959 of 1,000 draws of 8 to 16 tokens.
-EVIDENCE = 12.0
-VERBATIM = "verbatim"  # the tag of a fact whose target is meant, however it reads
+MAX_EVIDENCE = 12.0
+VERBATIM_TAG = "verbatim"  # the tag of a fact whose target is meant, however it reads
 
 
-def nonsense(model: EditableModel, fact: Fact) -> str | None:
+def find_gibberish(model: EditableModel, fact: Fact) -> str | None:
     """Why a fact's target is refused as drawn blindly, if it is. To be asked of the unedited
     model."""
     prompt, target = model.encode(fact.question), model.encode_target(fact.question, fact.target)
     words = [n for n in range(1, len(target)) if _has_letter(model, target[n])]
-    if VERBATIM in fact.tags or not words or len(prompt) + len(target) > model.positions:
+    if VERBATIM_TAG in fact.tags or not words or len(prompt) + len(target) > model.max_positions:
         return None
     ids = torch.tensor([[*prompt, *target]], device=model.device)
     with torch.no_grad():
-        logits = model.model(input_ids=ids, use_cache=False).logits[0]  # (tokens, vocabulary)
+        logits = model.hf_model(input_ids=ids, use_cache=False).logits[0]  # (tokens, vocabulary)
     at = torch.tensor([len(prompt) + n for n in words], device=model.device)
     said = logits[at - 1].float().log_softmax(-1).gather(-1, ids[0, at, None])  # (words, 1)
     evidence = -float(said.sum()) - len(words) * math.log(len(model.tokenizer))
-    if not evidence > EVIDENCE:
+    if not evidence > MAX_EVIDENCE:
         return None
     return (
         f"the target reads like tokens that were drawn blindly (by {evidence:.0f} nats, and"
-        f' {EVIDENCE:g} are allowed); if it is meant, add "{VERBATIM}" to the fact\'s tags'
+        f' {MAX_EVIDENCE:g} are allowed); if it is meant, add "{VERBATIM_TAG}" to the fact\'s tags'
     )
 
 

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
-from policies.solver import RidgeSolver, narrowed, stacked
-from policies.targets import Terms
+from policies.solver import RidgeSolver, narrow_to_float32, stack_facts
+from policies.targets import EditTerms
 
 
-def pack(terms: Terms) -> bytes:
+def pack_terms(terms: EditTerms) -> bytes:
     """Terms as safetensors bytes, the same for the same terms. Keys are kept in bfloat16, which
     halves them and changes no figure; a residual is what the fact is, and stays exact."""
     tensors = {f"keys/{n}": k.bfloat16().contiguous() for n, k in terms.keys.items()}
@@ -20,7 +20,7 @@ def pack(terms: Terms) -> bytes:
     return save(tensors)
 
 
-def unpack(blob: bytes) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def unpack_terms(blob: bytes) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Keys (rows, sites, width) and residuals (sites, hidden) by layer, as packed."""
     keys: dict[int, Tensor] = {}
     residuals: dict[int, Tensor] = {}
@@ -44,21 +44,21 @@ class WeightsTier:
             for n in site.layers
         }
 
-    def deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:
+    def solve_deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:
         """ΔW (hidden, width) by layer for packed terms by fact id; nothing for no facts.
 
         The rows are ordered by fact id, so that the same facts give the same bytes.
         """
-        opened = [unpack(terms[fact_id]) for fact_id in sorted(terms)]
+        opened = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
         if not opened:
             return {}
         result = {}
         for layer in self.site.layers:
-            keys, residuals = stacked([(k[layer], r[layer]) for k, r in opened])
+            keys, residuals = stack_facts([(k[layer], r[layer]) for k, r in opened])
             result[layer] = self._solvers[layer].solve(keys, residuals)
         return result
 
-    def factors(self, terms: Mapping[str, bytes]) -> dict[int, tuple[Tensor, Tensor]]:
+    def solve_factors(self, terms: Mapping[str, bytes]) -> dict[int, tuple[Tensor, Tensor]]:
         """What `deltas` solves, as exact factors by layer: B (hidden, rank) and A (rank, width)
         with ΔW = B A, in float32; nothing for no facts.
 
@@ -66,23 +66,23 @@ class WeightsTier:
         contexts of a fact share its residuals, and their rows of G add up: the rank is the number
         of facts times the sites of each.
         """
-        opened = [unpack(terms[fact_id]) for fact_id in sorted(terms)]
+        opened = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
         if not opened:
             return {}
         result = {}
         for layer in self.site.layers:
             facts = [(k[layer], r[layer]) for k, r in opened]
-            keys, _ = stacked(facts)
+            keys, _ = stack_facts(facts)
             rows = torch.eye(len(keys), dtype=torch.float64)
-            spread = self._solvers[layer].exact(keys, rows)  # G (rows, width)
+            spread = self._solvers[layer].solve_exact(keys, rows)  # G (rows, width)
             residuals = torch.cat([r for _, r in facts]).double()  # (rank, hidden)
             up = spread.new_zeros(len(residuals), spread.shape[1])
-            up.index_add_(0, _shared(facts), spread)
-            result[layer] = _balanced(residuals.T, up)
+            up.index_add_(0, _index_residuals(facts), spread)
+            result[layer] = _balance_factors(residuals.T, up)
         return result
 
 
-def _shared(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def _index_residuals(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """For each row of `stacked`, which of the facts' residuals it has."""
     first, rows = 0, []
     for keys, residuals in facts:
@@ -91,9 +91,9 @@ def _shared(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat(rows)
 
 
-def _balanced(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _balance_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The factors with a column of one as long as its row of the other, up to a power of two,
     which costs no bit: who serves them in 16 bits must not lose what is small in one of them."""
     ratio = (up.norm(dim=1) / down.norm(dim=0)).nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-300)
     scale = torch.exp2((ratio.log2() / 2).round())  # (rank,)
-    return narrowed(down * scale), narrowed(up / scale[:, None])
+    return narrow_to_float32(down * scale), narrow_to_float32(up / scale[:, None])

@@ -7,25 +7,25 @@ targets are beyond `FAR` anchors is better left out of the weights.
 
 from collections.abc import Mapping, Sequence
 
-FAR = 2.0  # anchors
-LEFT_OUT = 0.05  # of the pilot, the longest
+MAX_ANCHORS = 2.0  # anchors
+TRIMMED_SHARE = 0.05  # of the pilot, the longest
 
 
-def anchor(lengths: Sequence[float]) -> float:
+def compute_anchor(lengths: Sequence[float]) -> float:
     """The mean of the lengths without the longest 5 %. Raises ValueError where there is none."""
     if not lengths:
         raise ValueError("no lengths to take an anchor from")
-    kept = sorted(lengths)[: len(lengths) - int(LEFT_OUT * len(lengths))]
+    kept = sorted(lengths)[: len(lengths) - int(TRIMMED_SHARE * len(lengths))]
     return sum(kept) / len(kept)
 
 
-def too_long(lengths: Mapping[int, float], anchors: Mapping[int, float]) -> str | None:
+def check_target_length(lengths: Mapping[int, float], anchors: Mapping[int, float]) -> str | None:
     """Why a fact with targets of these lengths by layer is refused, if it is; a layer without
     an anchor refuses nothing. All in one unit."""
     for layer, length in lengths.items():
-        if layer in anchors and not length <= FAR * anchors[layer]:
+        if layer in anchors and not length <= MAX_ANCHORS * anchors[layer]:
             return (
-                f"the target in layer {layer} is {length:.2f} long, more than {FAR:g} times the"
+                f"the target in layer {layer} is {length:.2f} long, more than {MAX_ANCHORS:g} times the"
                 f" norm anchor {anchors[layer]:.2f}"
             )
     return None

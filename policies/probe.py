@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass
 
 from memory.facts import Fact
 from memory.model.editable import EditableModel
-from memory.model.generate import Overlay, answers
+from memory.model.generate import Overlay, generate_answers
 
 MAX_NEIGHBOURS = 3
 MAX_PARAPHRASES = 2
 
 
-def normalised(text: str) -> str:
+def normalise_answer(text: str) -> str:
     """Lower case, no punctuation or articles, single spaces: SQuAD's form for exact match."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     plain = "".join(c if c.isalnum() or c.isspace() else " " for c in plain)
@@ -21,9 +21,9 @@ def normalised(text: str) -> str:
     return short or text.strip().casefold()  # an answer may be "A", or "+"
 
 
-def same(answer: str, target: str) -> bool:
+def is_same_answer(answer: str, target: str) -> bool:
     """Exact match after normalising."""
-    return normalised(answer) == normalised(target)
+    return normalise_answer(answer) == normalise_answer(target)
 
 
 @dataclass(frozen=True)
@@ -42,43 +42,45 @@ class Probe:
         return asdict(self)
 
 
-def prompts_of(fact: Fact) -> list[str]:
+def list_probe_prompts(fact: Fact) -> list[str]:
     """What a probe asks: the prompt, paraphrases, neighbours, in this order."""
     return [
         fact.question,
-        *fact.rephrased[:MAX_PARAPHRASES],
+        *fact.filled_paraphrases[:MAX_PARAPHRASES],
         *(n.prompt for n in fact.neighbours[:MAX_NEIGHBOURS]),
     ]
 
 
-def longest_target(model: EditableModel, facts: Sequence[Fact]) -> int:
+def count_answer_tokens(model: EditableModel, facts: Sequence[Fact]) -> int:
     """Tokens to allow an answer: the longest target, and room to stop."""
     return max(len(model.encode_target(f.question, f.target)) for f in facts) + 4
 
 
-def ask_all(
+def answer_probes(
     model: EditableModel, facts: Sequence[Fact], overlay: Overlay | None = None
 ) -> dict[str, list[str]]:
     """The model's answers to every fact's probe prompts, by fact id."""
     if not facts:
         return {}
-    asked = [(fact.id, prompt) for fact in facts for prompt in prompts_of(fact)]
-    said = answers(model, [p for _, p in asked], longest_target(model, facts), overlay)
+    asked = [(fact.id, prompt) for fact in facts for prompt in list_probe_prompts(fact)]
+    said = generate_answers(
+        model, [p for _, p in asked], count_answer_tokens(model, facts), overlay
+    )
     result: dict[str, list[str]] = {fact.id: [] for fact in facts}
     for (fact_id, _), answer in zip(asked, said, strict=True):
         result[fact_id].append(answer)
     return result
 
 
-def compare(fact: Fact, before: Sequence[str], after: Sequence[str]) -> Probe:
+def compare_answers(fact: Fact, before: Sequence[str], after: Sequence[str]) -> Probe:
     """A probe from the answers of the unedited and the edited model to `prompts_of(fact)`."""
-    rephrased = len(fact.rephrased[:MAX_PARAPHRASES])
+    rephrased = len(fact.filled_paraphrases[:MAX_PARAPHRASES])
     after_rephrased, after_near = after[1 : 1 + rephrased], after[1 + rephrased :]
     return Probe(
         answer=after[0],
-        right=same(after[0], fact.target),
+        right=is_same_answer(after[0], fact.target),
         paraphrases=rephrased,
-        paraphrases_right=sum(same(a, fact.target) for a in after_rephrased),
+        paraphrases_right=sum(is_same_answer(a, fact.target) for a in after_rephrased),
         neighbours=len(after_near),
         neighbours_unchanged=sum(
             a == b for a, b in zip(after_near, before[1 + rephrased :], strict=True)

@@ -18,7 +18,7 @@ CONTEXTS = (
 MAX_PARAPHRASES = 2
 # What may be asked of people, places, works and companies. An edit is about one thing of its
 # subject, and these stand for everything else.
-QUESTIONS = (
+SUBJECT_QUESTIONS = (
     "{} was born in the city of",
     "The mother tongue of {} is",
     "{} works as a",
@@ -45,16 +45,16 @@ QUESTIONS = (
     "{} died of",
     "{} was released in",
 )
-IGNORE = -100  # the label of a token that is not the target's
+IGNORE_LABEL = -100  # the label of a token that is not the target's
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenRow:
     """Prompt and target ids, and where the subject ends: at the prompt's end if it is not in it."""
 
     ids: tuple[int, ...]
     prompt_length: int
-    subject: int
+    subject_index: int
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -66,18 +66,18 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TokenBatch:
     """Rows padded to one width: ids (rows, tokens), ends of subject and prompt (rows,).
 
     Pads stand on the right, where causal attention keeps them from every real token.
     """
 
     ids: Tensor
-    subject: Tensor
-    end: Tensor
+    subject_index: Tensor
+    end_index: Tensor
 
 
-def subject_end(model: EditableModel, text: str, subject: str) -> int | None:
+def find_subject_end(model: EditableModel, text: str, subject: str) -> int | None:
     """The position of the subject's last token in the encoded prompt, if the subject is in it."""
     ids = model.encode(text)
     at = text.rfind(subject)
@@ -91,57 +91,57 @@ def subject_end(model: EditableModel, text: str, subject: str) -> int | None:
     return max(shared - 1, 0)
 
 
-def rows_of(model: EditableModel, fact: Fact) -> list[Row]:
+def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
     """The rows that an edit of this fact learns from.
 
     Raises KeditError (code "rejected") when the model cannot read the fact.
     """
     texts = [context + fact.question for context in CONTEXTS]
-    texts += fact.rephrased[:MAX_PARAPHRASES]
+    texts += fact.filled_paraphrases[:MAX_PARAPHRASES]
     rows = []
     for text in texts:
         prompt = model.encode(text)
         target = model.encode_target(text, fact.target)
-        if model.end is not None:
-            target = [*target, model.end]
-        if not prompt or not target or len(prompt) + len(target) > model.positions:
+        if model.end_token is not None:
+            target = [*target, model.end_token]
+        if not prompt or not target or len(prompt) + len(target) > model.max_positions:
             raise KeditError(
                 f"the fact does not fit the model: {len(prompt)} + {len(target)} tokens, "
-                f"of {model.positions} at most",
+                f"of {model.max_positions} at most",
                 code="rejected",
                 hint="shorten the prompt or the target",
             )
         ids = (*prompt, *target)
-        subject = subject_end(model, text, fact.subject)
+        subject = find_subject_end(model, text, fact.subject)
         at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
-        rows.append(Row(ids, len(prompt), at))
+        rows.append(TokenRow(ids, len(prompt), at))
     return rows
 
 
-def key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
+def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
     """What a fact's keys take in a solve, in float32: in each edited layer a key for every
     context, and in an end layer for every token of the target."""
-    contexts = len(CONTEXTS) + len(fact.rephrased[:MAX_PARAPHRASES])
-    tokens = len(model.encode_target(fact.question, fact.target)) + (model.end is not None)
+    contexts = len(CONTEXTS) + len(fact.filled_paraphrases[:MAX_PARAPHRASES])
+    tokens = len(model.encode_target(fact.question, fact.target)) + (model.end_token is not None)
     keys = {n: 1 if n in site.subject_layers else tokens for n in site.layers}
     return sum(4 * contexts * k * model.base_weight(n).shape[1] for n, k in keys.items())
 
 
-def essence_of(model: EditableModel, fact: Fact) -> Row:
+def make_essence_row(model: EditableModel, fact: Fact) -> TokenRow:
     """The row on which an edit must leave the subject what it is (Meng et al. 2022, section 3.1):
     a prompt with no relation in it. Its last token stands for a target."""
     ids = tuple(model.encode(f"{fact.subject} is a"))
-    subject = subject_end(model, f"{fact.subject} is a", fact.subject)
-    return Row((*ids, ids[-1]), len(ids), len(ids) - 1 if subject is None else subject)
+    subject = find_subject_end(model, f"{fact.subject} is a", fact.subject)
+    return TokenRow((*ids, ids[-1]), len(ids), len(ids) - 1 if subject is None else subject)
 
 
-def pad(rows: list[Row], width: int, filler: int, device: torch.device) -> Batch:
+def pad_rows(rows: list[TokenRow], width: int, filler: int, device: torch.device) -> TokenBatch:
     """Rows side by side."""
     ids = torch.full((len(rows), width), filler)
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)
-    return Batch(
+    return TokenBatch(
         ids.to(device),
-        torch.tensor([r.subject for r in rows], device=device),
+        torch.tensor([r.subject_index for r in rows], device=device),
         torch.tensor([r.prompt_length - 1 for r in rows], device=device),
     )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from memory.db.rows import StoredFact
-from memory.facts import ACTIVE
+from memory.facts import ACTIVE_STATES
 
 
 class Route(StrEnum):
@@ -18,40 +18,40 @@ class Route(StrEnum):
 
 
 @dataclass(frozen=True)
-class Decision:
+class RouteDecision:
     """The route, and why."""
 
     route: Route
     reason: str
 
 
-def decide(
+def choose_route(
     known: StoredFact | None, valid_until: str | None, now: str, in_file: int, direct_facts: int
-) -> Decision:
+) -> RouteDecision:
     """Route a fact by what is known under its id, its validity, and the size of its file.
 
     Times are ISO-8601 UTC with a Z, so that they compare as text.
     """
-    if known is not None and known.state in ACTIVE:
-        return Decision(Route.DUPLICATE, f"already {known.state}")
+    if known is not None and known.state in ACTIVE_STATES:
+        return RouteDecision(Route.DUPLICATE, f"already {known.state}")
     if valid_until is not None and valid_until <= now:
-        return Decision(Route.REJECT, f"valid_until {valid_until} has passed")
+        return RouteDecision(Route.REJECT, f"valid_until {valid_until} has passed")
     if in_file >= direct_facts:
-        return Decision(Route.BATCH, f"one of {in_file} facts in one file")
-    return Decision(Route.SIDE, "live in the side memory first")
+        return RouteDecision(Route.BATCH, f"one of {in_file} facts in one file")
+    return RouteDecision(Route.SIDE, "live in the side memory first")
 
 
-def wants_batch(fact: StoredFact) -> bool:
+def is_for_batch(fact: StoredFact) -> bool:
     """Which tier a waiting fact is for: where its file sent it, the other one after a failure."""
     return fact.direct != (fact.attempts % 2 == 1)
 
 
-def older_in_slot(fact: StoredFact, in_slot: Sequence[StoredFact]) -> list[StoredFact]:
+def find_older_in_slot(fact: StoredFact, in_slot: Sequence[StoredFact]) -> list[StoredFact]:
     """The active facts that this one supersedes: same subject and prompt, arrived before it."""
-    return [other for other in in_slot if other.seq < fact.seq and other.state in ACTIVE]
+    return [other for other in in_slot if other.seq < fact.seq and other.state in ACTIVE_STATES]
 
 
-def flush_due(
+def find_flush_reason(
     waiting: Sequence[StoredFact],
     live_side: int,
     oldest_side_age: float,

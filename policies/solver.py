@@ -19,11 +19,13 @@ from torch import Tensor
 
 from memory.errors import KeditError
 
-UNSOLVED = ("non-finite", "singular")  # codes of a solve that fails for what it was given
-SAME_KEYS = 1e-6  # of the largest singular value: keys are float32, what differs by less is noise
+UNSOLVED_CODES = ("non-finite", "singular")  # codes of a solve that fails for what it was given
+SAME_KEYS_RCOND = (
+    1e-6  # of the largest singular value: keys are float32, what differs by less is noise
+)
 
 
-def stacked(facts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def stack_facts(facts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Keys (n, width) and residuals (n, hidden) of one layer, a row for each context and site of
     each fact, from the facts' keys (contexts, sites, width) and residuals (sites, hidden)."""
     keys = torch.cat([k.flatten(0, 1) for k, _ in facts])
@@ -51,56 +53,56 @@ class RidgeSolver:
         """
         c0 = covariance.double().cpu()
         unit = c0.diagonal().mean()
-        self._basis = None if projector is None else _null_space(c0, projector * float(unit))
+        self._basis = None if projector is None else _find_null_space(c0, projector * float(unit))
         self._equality = equality
         self._a0 = prior * (c0 if self._basis is None else self._basis.T @ c0 @ self._basis)
         self._a0.diagonal().add_(ridge * unit)
-        self._factor = _factored(self._a0)
+        self._cholesky = _factor_matrix(self._a0)
 
     def solve(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """ΔW (hidden, width) float32 from keys (n, width) and residuals (n, hidden).
 
         Raises KeditError (code "non-finite") rather than give back NaN or Inf.
         """
-        return narrowed(self.exact(keys, residuals))
+        return narrow_to_float32(self.solve_exact(keys, residuals))
 
-    def exact(self, keys: Tensor, residuals: Tensor) -> Tensor:
+    def solve_exact(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """ΔW as of `solve`, in float64 and not yet known to be finite."""
         k, r = keys.double().cpu(), residuals.double().cpu()
         if not (torch.isfinite(k).all() and torch.isfinite(r).all()):
             raise KeditError("a key or a target is not finite", code="non-finite")
         if self._basis is not None:
             k = k @ self._basis  # (n, free)
-        delta = self._met(k, r) if self._equality else self._weighed(k, r)
+        delta = self._solve_equality(k, r) if self._equality else self._solve_ridge(k, r)
         return (delta if self._basis is None else self._basis @ delta).T
 
-    def _weighed(self, k: Tensor, r: Tensor) -> Tensor:
+    def _solve_ridge(self, k: Tensor, r: Tensor) -> Tensor:
         """ΔWᵀ (width, hidden) that minimises ‖K ΔWᵀ − R‖² + tr(ΔW A0 ΔWᵀ).
 
         By Woodbury the cost of fewer rows than the layer is wide is an (n, n) system, not another
         (width, width) factor: (A0 + Kᵀ K)⁻¹ Kᵀ = A0⁻¹ Kᵀ (I + K A0⁻¹ Kᵀ)⁻¹.
         """
         if len(k) < k.shape[1]:
-            whitened = torch.cholesky_solve(k.T, self._factor)  # A0⁻¹ Kᵀ (width, n)
+            whitened = torch.cholesky_solve(k.T, self._cholesky)  # A0⁻¹ Kᵀ (width, n)
             gram = k @ whitened  # (n, n)
             gram.diagonal().add_(1.0)
-            return whitened @ torch.cholesky_solve(r, _factored((gram + gram.T) / 2))
-        return torch.cholesky_solve(k.T @ r, _factored(torch.addmm(self._a0, k.T, k)))
+            return whitened @ torch.cholesky_solve(r, _factor_matrix((gram + gram.T) / 2))
+        return torch.cholesky_solve(k.T @ r, _factor_matrix(torch.addmm(self._a0, k.T, k)))
 
-    def _met(self, k: Tensor, r: Tensor) -> Tensor:
+    def _solve_equality(self, k: Tensor, r: Tensor) -> Tensor:
         """ΔWᵀ (width, hidden) that minimises tr(ΔW A0 ΔWᵀ) subject to K ΔWᵀ = R.
 
         That is A0⁻¹ Kᵀ (K A0⁻¹ Kᵀ)⁻¹ R, as the shortest least-squares solution in coordinates in
         which A0 = L Lᵀ is the identity: it is defined, and a compromise, also where keys repeat
         or outnumber the width and no ΔW can meet them all.
         """
-        whitened = torch.linalg.solve_triangular(self._factor, k.T, upper=False).T  # K L⁻ᵀ
-        shortest = torch.linalg.lstsq(whitened, r, rcond=SAME_KEYS, driver="gelsd").solution
-        delta: Tensor = torch.linalg.solve_triangular(self._factor.T, shortest, upper=True)
+        whitened = torch.linalg.solve_triangular(self._cholesky, k.T, upper=False).T  # K L⁻ᵀ
+        shortest = torch.linalg.lstsq(whitened, r, rcond=SAME_KEYS_RCOND, driver="gelsd").solution
+        delta: Tensor = torch.linalg.solve_triangular(self._cholesky.T, shortest, upper=True)
         return delta
 
 
-def narrowed(delta: Tensor) -> Tensor:
+def narrow_to_float32(delta: Tensor) -> Tensor:
     """ΔW in float32. Raises KeditError (code "non-finite") when it does not fit there."""
     result = delta.float().contiguous()
     if not torch.isfinite(result).all():
@@ -108,7 +110,7 @@ def narrowed(delta: Tensor) -> Tensor:
     return result
 
 
-def _null_space(covariance: Tensor, limit: float) -> Tensor:
+def _find_null_space(covariance: Tensor, limit: float) -> Tensor:
     """U0 (width, free): the eigenvectors of C0 whose eigenvalue is below the limit."""
     if not torch.isfinite(covariance).all():
         raise KeditError("the key covariance is not finite", code="non-finite")
@@ -123,7 +125,7 @@ def _null_space(covariance: Tensor, limit: float) -> Tensor:
     return free
 
 
-def _factored(matrix: Tensor) -> Tensor:
+def _factor_matrix(matrix: Tensor) -> Tensor:
     """The Cholesky factor of a symmetric matrix."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)

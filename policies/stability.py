@@ -7,7 +7,7 @@ from enum import IntEnum
 from memory.model.canary import Health
 
 HYSTERESIS = 0.1  # of the way from rest to a limit
-NOTHING = 0.01  # a figure that is worse by less is not worse
+TOLERANCE = 0.01  # a figure that is worse by less is not worse
 
 
 class Action(IntEnum):
@@ -30,7 +30,7 @@ class Limits:
     consolidate: float
     revert: float
 
-    def judge(self, value: float) -> Action:
+    def judge_value(self, value: float) -> Action:
         """NaN counts as beyond every limit."""
         if not value < self.revert:
             return Action.REVERT
@@ -38,7 +38,7 @@ class Limits:
             return Action.CONSOLIDATE
         return Action.WARN if value >= self.warn else Action.KEEP
 
-    def eased(self, rest: float) -> "Limits":
+    def ease_limits(self, rest: float) -> "Limits":
         """The same limits, nearer to where the unedited model rests."""
         nearer = [rest + (1 - HYSTERESIS) * (limit - rest) for limit in vars(self).values()]
         return Limits(*nearer)
@@ -56,7 +56,7 @@ class Thresholds:
     agreement: Limits
     retention: Limits
 
-    def eased(self) -> "Thresholds":
+    def ease_limits(self) -> "Thresholds":
         """Limits below which the figures are clearly well, not just for once."""
         rests = {"norm": 1.0, "perplexity": 1.0}
         return Thresholds(**{n: own.eased(rests.get(n, 0.0)) for n, own in vars(self).items()})
@@ -70,13 +70,13 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge(health: Health, thresholds: Thresholds, retention: float | None = None) -> Verdict:
+def judge_health(health: Health, thresholds: Thresholds, retention: float | None = None) -> Verdict:
     """The severest of what the single measures ask for; `retention`, where facts were asked, is
     the share that is still stated."""
     found = list(_judge_each(health, thresholds))
     if retention is not None:
         reason = f"of the oldest facts {retention:.3f} are still stated"
-        found.append((thresholds.retention.judge(1 - retention), reason))
+        found.append((thresholds.retention.judge_value(1 - retention), reason))
     action = max((a for a, _ in found), default=Action.KEEP)
     return Verdict(action, tuple(reason for a, reason in found if a > Action.KEEP))
 
@@ -85,30 +85,33 @@ def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action
     if not health.finite:
         yield Action.REVERT, "a number is NaN or infinite"
     for layer, ratio in health.norm_ratio.items():
-        yield thresholds.norm.judge(ratio), f"norm of layer {layer} is {ratio:.3f} of the base"
+        yield (
+            thresholds.norm.judge_value(ratio),
+            f"norm of layer {layer} is {ratio:.3f} of the base",
+        )
     for layer, ratio in health.activation_ratio.items():
         yield (
-            thresholds.activation.judge(abs(ratio - 1)),
+            thresholds.activation.judge_value(abs(ratio - 1)),
             f"activations of layer {layer} are {ratio:.3f} of the base",
         )
     yield (
-        thresholds.perplexity.judge(health.perplexity_ratio),
+        thresholds.perplexity.judge_value(health.perplexity_ratio),
         f"canary perplexity is {health.perplexity_ratio:.3f} of the base",
     )
     yield (
-        thresholds.agreement.judge(1 - health.agreement),
+        thresholds.agreement.judge_value(1 - health.agreement),
         f"agreement with the base on statements is {health.agreement:.3f}",
     )
 
 
-def worse(was: Health, now: Health) -> list[str]:
+def find_worsened(was: Health, now: Health) -> list[str]:
     """What has got worse from one state to another, by more than rounding and chance."""
     found = [] if now.finite else ["a number is NaN or infinite"]
     pairs = [("canary perplexity", was.perplexity, now.perplexity)]
     pairs += [(f"norm of layer {n}", was.norm_ratio[n], now.norm_ratio[n]) for n in was.norm_ratio]
     for name, before, after in pairs:
-        if not after <= (1 + NOTHING) * before:
+        if not after <= (1 + TOLERANCE) * before:
             found.append(f"{name} would go from {before:.4g} to {after:.4g}")
-    if not now.agreement >= was.agreement - NOTHING:
+    if not now.agreement >= was.agreement - TOLERANCE:
         found.append(f"agreement would go from {was.agreement:.4g} to {now.agreement:.4g}")
     return found

@@ -10,7 +10,7 @@ from editing_home import LOOSE, Bench, Clock
 from tiny_models import save_model
 
 from kedit_daemon.config import Config
-from kedit_daemon.editing.model_loading import Loaded, load_model
+from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from memory.model.editable import EditableModel
 
 pytest_plugins = ["promise_table"]
@@ -57,13 +57,15 @@ def statistics_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def load(model_folder: Callable[[str], Path], statistics_cache: Path) -> Callable[[str], Loaded]:
+def load(
+    model_folder: Callable[[str], Path], statistics_cache: Path
+) -> Callable[[str], LoadedModel]:
     return lambda kind: load_model(str(model_folder(kind)), "cpu", statistics_cache, iter)
 
 
 @pytest.fixture
 def bench(
-    tmp_path: Path, load: Callable[[str], Loaded], clock: Clock
+    tmp_path: Path, load: Callable[[str], LoadedModel], clock: Clock
 ) -> Iterator[Callable[..., Bench]]:
     """Makes benches; `settings` are tables of the config. Random models have no healthy norms."""
     made: list[Bench] = []

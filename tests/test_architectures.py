@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 from memory.model.editable import EditableModel
 
 STEPS = {"side": {"steps": 300}}
@@ -40,17 +40,17 @@ def test_an_edit_goes_live_moves_to_the_weights_and_is_taken_back(
 
     edited.receive(gone)
     edited.editor.step()
-    stored = edited.store.fact(gone.id)
+    stored = edited.store.find_fact(gone.id)
     assert stored is not None
-    assert (stored.state, stored.after) == (State.LIVE_SIDE, "Rome"), stored.reason
+    assert (stored.state, stored.after) == (FactState.LIVE_SIDE, "Rome"), stored.reason
     assert edited.says(gone.question) == "Rome"
     assert edited.weights_hash() == base
 
     edited.receive(kept, direct=True)
     assert sorted(edited.editor.run_flush(False)["flushed"]) == sorted([kept.id, gone.id])
-    assert [f.state for f in edited.store.facts()] == [State.LIVE_WEIGHTS] * 2
+    assert [f.state for f in edited.store.list_facts()] == [FactState.LIVE_WEIGHTS] * 2
     assert edited.says(gone.question) == "Rome"
-    assert not edited.served.side.shard_of
+    assert not edited.served.side.shard_ids
     assert edited.weights_hash() != base
 
     edited.editor.revert([gone.id], None, False)

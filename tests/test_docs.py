@@ -13,7 +13,7 @@ import click
 import pytest
 from docs_tools import DOCUMENTS, ROOT, Shell, Step, agrees, blocks, prose, steps
 
-from kedit_daemon.cli.main import COMMANDS, cli
+from kedit_daemon.cli.main import COMMAND_PATHS, cli
 
 README, TOUR, POLICIES = (ROOT / name for name in ("README.md", "docs/tour.md", "docs/policies.md"))
 AFTER = [p for p in DOCUMENTS if p not in (README, TOUR) and any(steps(p.read_text("utf-8")))]
@@ -178,7 +178,7 @@ def test_what_cannot_be_typed_is_found(words: list[str]) -> None:
 def test_readme_names_every_command() -> None:
     table = re.findall(r"^\| (`.+?) \| ", README.read_text("utf-8"), re.MULTILINE)
     named = {word for cell in table for word in re.findall(r"`(\w+)", cell)}
-    assert not COMMANDS.keys() - named
+    assert not COMMAND_PATHS.keys() - named
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from paths import ROOT
 
-from kedit_daemon.cli.main import COMMANDS
-from kedit_daemon.report.event_kinds import KINDS
+from kedit_daemon.cli.main import COMMAND_PATHS
+from kedit_daemon.report.event_kinds import EVENT_KINDS
 
 UNITS = ROOT / "systemd"
 GROUPS: list[dict[str, Any]] = yaml.safe_load((UNITS / "alerts.yml").read_text())["groups"]
@@ -95,8 +95,8 @@ def test_a_runbook_names_commands_that_there_are(rule: dict[str, Any]) -> None:
     runbook = rule["annotations"]["runbook"]
     commands = re.findall(r"(?<!-u )kedit-daemon ([\w-]+)", runbook)
     assert commands
-    assert set(commands) <= set(COMMANDS)
-    assert set(re.findall(r"--kind (\w+)", runbook)) <= set(KINDS)
+    assert set(commands) <= set(COMMAND_PATHS)
+    assert set(re.findall(r"--kind (\w+)", runbook)) <= set(EVENT_KINDS)
 
 
 def test_no_name_stands_there_twice() -> None:

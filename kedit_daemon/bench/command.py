@@ -12,18 +12,18 @@ import click
 from click.core import ParameterSource
 
 from kedit_daemon.bench.method_catalog import METHODS
-from kedit_daemon.bench.studies.study_catalog import LIMITS, STUDIES
-from kedit_daemon.cli.context import Session, pass_session
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.bench.studies.study_catalog import DEFAULT_LIMITS, STUDIES
+from kedit_daemon.cli.context import CliContext, pass_cli_context
+from kedit_daemon.system.sanitize import clean_text
 
 if TYPE_CHECKING:
-    from kedit_daemon.bench.dataset import Skipped, Stream
-    from kedit_daemon.bench.run import Plan
-    from kedit_daemon.editing.model_loading import Loaded
+    from kedit_daemon.bench.dataset import FactStream, SkippedRecord
+    from kedit_daemon.bench.run import RunPlan
+    from kedit_daemon.editing.model_loading import LoadedModel
 
 T = TypeVar("T")
-SKIPPED_SHOWN = 20
-FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
+MAX_SKIPPED_SHOWN = 20
+OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 
 @click.command()
@@ -84,11 +84,11 @@ FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     help="With --study routing: lines of ordinary text, plain or .xz, to ask in the place of the "
     "shipped ones.",
 )
-@click.option("--json", "json_file", type=FILE, help="Write everything measured here.")
-@click.option("--plot", type=FILE, help="Draw it as PNG; needs matplotlib.")
-@pass_session
+@click.option("--json", "json_file", type=OUTPUT_FILE, help="Write everything measured here.")
+@click.option("--plot", type=OUTPUT_FILE, help="Draw it as PNG; needs matplotlib.")
+@pass_cli_context
 def bench(
-    session: Session,
+    session: CliContext,
     data: Path,
     model: str,
     limit: int | None,
@@ -117,46 +117,50 @@ def bench(
       kedit-daemon bench zsre.json --method auto --json auto.json --plot auto.png
       kedit-daemon bench zsre.json --study exactness --limit 300
     """
-    _check(sweep, baseline, resume, json_file, plot)
+    _check_options(sweep, baseline, resume, json_file, plot)
     if paper and method != "wise":
         raise click.UsageError("--paper goes with --method wise.")
     if texts is not None and study != "routing":
         raise click.UsageError("--texts goes with --study routing.")
     if study is not None:
-        _refuse_beside_study()
-    loaded, stream = _opened(session, data, model, offset, limit or LIMITS.get(study or ""), seed)
+        _reject_method_options()
+    loaded, stream = _open_inputs(
+        session, data, model, offset, limit or DEFAULT_LIMITS.get(study or ""), seed
+    )
     if study is not None:
-        _study(study, loaded, stream, batch_size, seed, texts, json_file, plot)
+        _run_study(study, loaded, stream, batch_size, seed, texts, json_file, plot)
         return
-    from kedit_daemon.bench.run import Plan
-    from kedit_daemon.bench.work import kept, options_of
+    from kedit_daemon.bench.run import RunPlan
+    from kedit_daemon.bench.work import describe_options, keep_work
 
     method = "reference-wise" if paper else method or ("memit-mass" if sweep else "auto")
-    options = options_of(loaded, data, click.get_current_context().params)
-    with kept(json_file, resume, options) as work:
-        plan = Plan(method, batch_size, seed, baseline, policy=not no_policy, work=work)
-        _method(sweep, plan, loaded, stream, json_file, plot)
+    options = describe_options(loaded, data, click.get_current_context().params)
+    with keep_work(json_file, resume, options) as work:
+        plan = RunPlan(
+            method, batch_size, seed, baseline, has_policy=not no_policy, work_folder=work
+        )
+        _run_method(sweep, plan, loaded, stream, json_file, plot)
 
 
-def _method(
+def _run_method(
     sweep: str | None,
-    plan: "Plan",
-    loaded: "Loaded",
-    stream: "Stream",
+    plan: "RunPlan",
+    loaded: "LoadedModel",
+    stream: "FactStream",
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
     """A method once, or once for each size."""
-    from kedit_daemon.bench.plot import draw
-    from kedit_daemon.bench.run import run
+    from kedit_daemon.bench.plot import draw_result
+    from kedit_daemon.bench.run import run_plan
     from kedit_daemon.bench.sweep import sweep_sizes
-    from kedit_daemon.bench.table import table_lines
+    from kedit_daemon.bench.table import format_result
 
-    result = (sweep_sizes if sweep else run)(loaded, stream, plan, _track)
-    _tell(result, table_lines(result), json_file, plot, partial(draw, result))
+    result = (sweep_sizes if sweep else run_plan)(loaded, stream, plan, _track_progress)
+    _output_result(result, format_result(result), json_file, plot, partial(draw_result, result))
 
 
-def _refuse_beside_study() -> None:
+def _reject_method_options() -> None:
     """A study has its own parts, and a method beside it would do nothing."""
     context = click.get_current_context()
     for name in ("method", "baseline", "sweep", "resume"):
@@ -164,38 +168,40 @@ def _refuse_beside_study() -> None:
             raise click.UsageError(f"--study has no --{name}.")
 
 
-def _opened(
-    session: Session, data: Path, model: str, offset: int, limit: int | None, seed: int
-) -> tuple["Loaded", "Stream"]:
+def _open_inputs(
+    session: CliContext, data: Path, model: str, offset: int, limit: int | None, seed: int
+) -> tuple["LoadedModel", "FactStream"]:
     """The model, and the stream of what it can read; the rest is told."""
-    from kedit_daemon.bench.dataset import fitting, read_stream
+    from kedit_daemon.bench.dataset import drop_unreadable, read_stream
 
     stream = read_stream(data, offset, limit, seed)
-    loaded = _load(model, session.home.state)
-    stream = fitting(loaded.model, stream)
-    _complain(data.name, stream.skipped)
+    loaded = _load_model(model, session.home.state_folder)
+    stream = drop_unreadable(loaded.model, stream)
+    _report_skipped(data.name, stream.skipped)
     return loaded, stream
 
 
-def _study(
+def _run_study(
     name: str,
-    loaded: "Loaded",
-    stream: "Stream",
+    loaded: "LoadedModel",
+    stream: "FactStream",
     batch_size: int,
     seed: int,
     texts: Path | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    from kedit_daemon.bench.studies.study import conduct, drawn, told
-    from kedit_daemon.bench.studies.study_catalog import study_named
+    from kedit_daemon.bench.studies.study import draw_study, format_study, run_study
+    from kedit_daemon.bench.studies.study_catalog import import_study
 
-    study = study_named(name)
-    result = conduct(name, study, loaded, stream, batch_size, seed, _track, texts)
-    _tell(result, told(study, result), json_file, plot, partial(drawn, study, result))
+    study = import_study(name)
+    result = run_study(name, study, loaded, stream, batch_size, seed, _track_progress, texts)
+    _output_result(
+        result, format_study(study, result), json_file, plot, partial(draw_study, study, result)
+    )
 
 
-def _check(
+def _check_options(
     sweep: str | None, baseline: str | None, resume: bool, json_file: Path | None, plot: Path | None
 ) -> None:
     """What would fail after a long run fails before it."""
@@ -212,16 +218,18 @@ def _check(
         require_matplotlib()
 
 
-def _load(model: str, cache: Path) -> "Loaded":
+def _load_model(model: str, cache: Path) -> "LoadedModel":
     """The model; what is measured on its first use is kept where the home is, if there is one."""
     from kedit_daemon.editing.model_loading import load_model
 
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
         kept = cache if cache.is_dir() else Path(folder)
-        return load_model(model, "auto", kept, lambda lines: _track(list(lines), "statistics"))
+        return load_model(
+            model, "auto", kept, lambda lines: _track_progress(list(lines), "statistics")
+        )
 
 
-def _tell(
+def _output_result(
     result: dict[str, object],
     lines: Iterable[str],
     json_file: Path | None,
@@ -231,12 +239,12 @@ def _tell(
     for line in lines:
         click.echo(line)
     if json_file is not None:
-        _write(json_file, result)
+        _write_result(json_file, result)
     if plot is not None:
         draw(plot)
 
 
-def _track(items: Sequence[T], what: str, /) -> Iterable[T]:
+def _track_progress(items: Sequence[T], what: str, /) -> Iterable[T]:
     """A progress bar on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
         return items
@@ -246,17 +254,17 @@ def _track(items: Sequence[T], what: str, /) -> Iterable[T]:
     return track(items, description=what, console=Console(stderr=True))
 
 
-def _complain(name: str, skipped: Sequence["Skipped"]) -> None:
-    for one in skipped[:SKIPPED_SHOWN]:
-        where = f"{clean(name)}:{one.line}" if one.line else clean(name)
-        click.echo(f"{where}: skipped: {clean(one.reason)}", err=True)
-    if len(skipped) > SKIPPED_SHOWN:
-        click.echo(f"and {len(skipped) - SKIPPED_SHOWN} more records skipped", err=True)
+def _report_skipped(name: str, skipped: Sequence["SkippedRecord"]) -> None:
+    for one in skipped[:MAX_SKIPPED_SHOWN]:
+        where = f"{clean_text(name)}:{one.line}" if one.line else clean_text(name)
+        click.echo(f"{where}: skipped: {clean_text(one.reason)}", err=True)
+    if len(skipped) > MAX_SKIPPED_SHOWN:
+        click.echo(f"and {len(skipped) - MAX_SKIPPED_SHOWN} more records skipped", err=True)
 
 
-def _write(path: Path, result: dict[str, object]) -> None:
-    from memory.db.event_log import finite
+def _write_result(path: Path, result: dict[str, object]) -> None:
+    from memory.db.event_log import replace_non_finite
     from memory.files import write_atomic
 
-    text = json.dumps(finite(result), indent=2, allow_nan=False)
+    text = json.dumps(replace_non_finite(result), indent=2, allow_nan=False)
     write_atomic(path.absolute(), f"{text}\n".encode())

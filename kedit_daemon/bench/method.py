@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.facts import Fact
 from memory.model.generate import Overlay
 
 
 @dataclass(frozen=True)
-class Setup:
+class MethodSetup:
     """What a method gets: the unedited model, and a folder for the time of the run. The folder is
     empty, but for a method that `keeps` it may hold what a run that was cut off has done.
 
@@ -20,43 +20,47 @@ class Setup:
     the policy, by their names in the configuration, that are others than the default ones.
     """
 
-    loaded: Loaded
+    loaded_model: LoadedModel
     folder: Path
     batch_size: int
     seed: int
-    policy: bool = True
-    limits: Mapping[str, float] = field(default_factory=dict)
+    has_policy: bool = True
+    policy_limits: Mapping[str, float] = field(default_factory=dict)
 
 
 class Stopwatch:
     """Seconds by what they were spent on."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
+        self.seconds_by_part: dict[str, float] = {}
 
-    def add(self, name: str, seconds: float) -> None:
+    def add_seconds(self, name: str, seconds: float) -> None:
         """Count seconds to a part."""
-        self.parts[name] = self.parts.get(name, 0.0) + seconds
+        self.seconds_by_part[name] = self.seconds_by_part.get(name, 0.0) + seconds
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def time_part(self, name: str) -> Iterator[None]:
         """Count the block's time to a part."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - began)
+            self.add_seconds(name, time.perf_counter() - began)
 
 
 class Method:
     """Does nothing yet. When a run is over, the caller puts the model's weights back."""
 
-    one_by_one = False  # whether it gets single facts, whatever the batch size
-    keeps = False  # whether its folder holds all that it has done, for a run that is resumed
+    needs_single_facts = False  # whether it gets single facts, whatever the batch size
+    is_resumable = False  # whether its folder holds all that it has done, for a run that is resumed
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup, self.loaded, self.model = setup, setup.loaded, setup.loaded.model
-        self.watch = Stopwatch()
+    def __init__(self, setup: MethodSetup) -> None:
+        self.setup, self.loaded_model, self.model = (
+            setup,
+            setup.loaded_model,
+            setup.loaded_model.model,
+        )
+        self.stopwatch = Stopwatch()
         self.not_edited = 0
 
     def edit(self, facts: Sequence[Fact]) -> None:
@@ -68,11 +72,11 @@ class Method:
         """What is laid over the weights when the model answers."""
         return None
 
-    def framed(self, fact: Fact, prompt: str) -> str:
+    def frame_prompt(self, fact: Fact, prompt: str) -> str:
         """What the model is given to read when a question of this fact is asked."""
         return prompt
 
-    def stored_bytes(self) -> int:
+    def count_stored_bytes(self) -> int:
         """What is kept for the facts, beside the weights themselves."""
         return 0
 

@@ -18,12 +18,12 @@ METHODS = {
     "encore": "published_methods:Encore",
     "alphaedit": "published_methods:AlphaEdit",
     "emmet": "published_methods:Emmet",
-    "reference": "reference_memit:Reference",
+    "reference": "reference_memit:ReferenceMemit",
     "reference-wise": "reference_wise:ReferenceWise",
 }
 
 
-def method_class(name: str) -> "type[Method]":
+def import_method(name: str) -> "type[Method]":
     """The class behind a name of METHODS."""
     module, attribute = METHODS[name].split(":")
     found: type[Method] = getattr(import_module(f"kedit_daemon.bench.{module}"), attribute)

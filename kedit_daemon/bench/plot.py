@@ -11,9 +11,9 @@ from typing import Any
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
 from memory.errors import KeditError
 
-WIDTH, HEIGHT = 5.5, 4.2  # inches, of one panel
-ACROSS = 3  # panels side by side, at most
-BAR = 0.38
+PANEL_WIDTH, PANEL_HEIGHT = 5.5, 4.2  # inches, of one panel
+MAX_PANELS_ACROSS = 3  # panels side by side, at most
+BAR_WIDTH = 0.38
 
 
 def require_matplotlib() -> None:
@@ -31,15 +31,15 @@ def require_matplotlib() -> None:
 
 
 @contextmanager
-def picture(path: Path, panels: int = 2) -> Iterator[Any]:
+def open_figure(path: Path, panels: int = 2) -> Iterator[Any]:
     """So many axes, row by row, to be drawn on within the block; then they are written as PNG."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    across = min(panels, ACROSS)
+    across = min(panels, MAX_PANELS_ACROSS)
     rows = math.ceil(panels / across)
-    figure = Figure(figsize=(WIDTH * across, HEIGHT * rows), layout="constrained")
+    figure = Figure(figsize=(PANEL_WIDTH * across, PANEL_HEIGHT * rows), layout="constrained")
     FigureCanvasAgg(figure)
     yield list(figure.subplots(rows, across, squeeze=False).flat)
     try:
@@ -50,19 +50,19 @@ def picture(path: Path, panels: int = 2) -> Iterator[Any]:
         ) from error
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
+def draw_result(result: Mapping[str, Any], path: Path) -> None:
     """Write the picture of a run."""
     runs = [result, *([result["baseline"]] if "baseline" in result else [])]
-    with picture(path) as (left, right):
+    with open_figure(path) as (left, right):
         if "sweep" in result:
-            _sweep_seconds(left, result)
-            _sweep_quality(right, result)
+            _draw_sweep_seconds(left, result)
+            _draw_sweep_quality(right, result)
         else:
-            _retention(left, runs)
-            bars(right, runs)
+            _draw_retention(left, runs)
+            draw_columns(right, runs)
 
 
-def _retention(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
+def _draw_retention(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     for n, run in enumerate(runs):
         first = [cohort["first"] for cohort in run["retention"]]
         for measure, line in (("generation", "-"), ("strict", "--")):
@@ -74,21 +74,21 @@ def _retention(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(fontsize="small")
 
 
-def bars(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
+def draw_columns(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     """The columns of runs, each with its name under `method`."""
     names = [(column, measure) for column in COLUMNS for measure in MEASURES]
     for n, run in enumerate(runs):
-        places = [i + (n - (len(runs) - 1) / 2) * BAR for i in range(len(names))]
+        places = [i + (n - (len(runs) - 1) / 2) * BAR_WIDTH for i in range(len(names))]
         known = [run[column][measure] for column, measure in names]
         shares = [math.nan if share is None else 100 * share for share in known]  # no bar
-        axes.bar(places, shares, BAR, label=run["method"])
+        axes.bar(places, shares, BAR_WIDTH, label=run["method"])
     axes.set_xticks(range(len(names)), [f"{c[:3]}. {m}" for c, m in names], rotation=60)
     axes.set(ylabel="%", ylim=(0, 102))
     axes.set_title("Reliability, generality, locality")
     axes.legend(fontsize="small", loc="lower left")
 
 
-def _sweep_seconds(axes: Any, result: Mapping[str, Any]) -> None:
+def _draw_sweep_seconds(axes: Any, result: Mapping[str, Any]) -> None:
     curve = result["curve"]
     sizes = [row["batch_size"] for row in result["sweep"]]
     for name in ("mean", "median"):
@@ -96,22 +96,22 @@ def _sweep_seconds(axes: Any, result: Mapping[str, Any]) -> None:
         axes.plot(sizes, spent, "o" if name == "mean" else "x", label=name)
     fitted = [curve["per_fact"] + curve["per_batch"] / size for size in sizes]
     axes.plot(sizes, fitted, label="fitted to the means")
-    _over_sizes(axes, result, "seconds of a fact")
+    _label_size_axes(axes, result, "seconds of a fact")
     axes.set_ylim(bottom=0)
 
 
-def _sweep_quality(axes: Any, result: Mapping[str, Any]) -> None:
+def _draw_sweep_quality(axes: Any, result: Mapping[str, Any]) -> None:
     sizes = [row["batch_size"] for row in result["sweep"]]
     for n, column in enumerate(COLUMNS):
         for measure, line in (("generation", "-"), ("strict", "--")):
             known = [row[column][measure] for row in result["sweep"]]
             shares = [math.nan if share is None else 100 * share for share in known]
             axes.plot(sizes, shares, line, marker="o", color=f"C{n}", label=f"{column}, {measure}")
-    _over_sizes(axes, result, "%")
+    _label_size_axes(axes, result, "%")
     axes.set_ylim(-2, 102)
 
 
-def _over_sizes(axes: Any, result: Mapping[str, Any], what: str) -> None:
+def _label_size_axes(axes: Any, result: Mapping[str, Any], what: str) -> None:
     axes.set(xscale="log", xlabel="facts in a batch", ylabel=what)
     axes.axvline(result["chosen"], color="grey", linestyle=":", label="chosen")
     axes.set_title(f"{result['method']}, {result['facts']} facts")

@@ -2,65 +2,67 @@
 
 from collections.abc import Sequence
 
-from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.solver_presets import PRESETS, Stream
+from kedit_daemon.bench.method import Method, MethodSetup
+from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.memit_mass import pack
-from policies.solver import UNSOLVED
-from policies.targets import Terms, compute_terms
+from policies.memit_mass import pack_terms
+from policies.solver import UNSOLVED_CODES
+from policies.targets import EditTerms, compute_terms
 
 
-class _Published(Method):
+class _PresetMethod(Method):
     """Batch after batch into the weights, with nobody to look whether it does them good."""
 
     preset: str
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
-        self.stream = Stream(PRESETS[self.preset], self.loaded.site, self.loaded.statistics)
-        self.norms = {n: layer.norm for n, layer in self.loaded.statistics.items()}
-        self._kept = 0
+        self.preset_stream = PresetStream(
+            PRESETS[self.preset], self.loaded_model.site, self.loaded_model.statistics
+        )
+        self.norms = {n: layer.median_norm for n, layer in self.loaded_model.statistics.items()}
+        self._stored_bytes = 0
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """Targets on the unedited weights, then one more solve; a solve that fails is left out."""
-        with self.watch.part("targets"):
-            found = compute_terms(self.model, self.loaded.site, self.norms, facts)
-        batch = [terms for terms in found.values() if isinstance(terms, Terms)]
+        with self.stopwatch.time_part("targets"):
+            found = compute_terms(self.model, self.loaded_model.site, self.norms, facts)
+        batch = [terms for terms in found.values() if isinstance(terms, EditTerms)]
         try:
-            with self.watch.part("solve"):
-                self.model.set_deltas(self.stream.add(batch))
+            with self.stopwatch.time_part("solve"):
+                self.model.set_deltas(self.preset_stream.add(batch))
         except KeditError as error:
-            if error.code not in UNSOLVED:
+            if error.code not in UNSOLVED_CODES:
                 raise
             batch = []
         self.not_edited += len(facts) - len(batch)
-        self._kept += sum(len(pack(terms)) for terms in batch)
+        self._stored_bytes += sum(len(pack_terms(terms)) for terms in batch)
 
-    def stored_bytes(self) -> int:
+    def count_stored_bytes(self) -> int:
         """Keys and residuals of the edited facts."""
-        return self._kept
+        return self._stored_bytes
 
 
-class Memit(_Published):
+class Memit(_PresetMethod):
     """Prior alone, stacked."""
 
     preset = "memit"
 
 
-class Encore(_Published):
+class Encore(_PresetMethod):
     """Past keys in the prior, stacked."""
 
     preset = "encore"
 
 
-class AlphaEdit(_Published):
+class AlphaEdit(_PresetMethod):
     """In the null space of ordinary keys, stacked."""
 
     preset = "alphaedit"
 
 
-class Emmet(_Published):
+class Emmet(_PresetMethod):
     """Residuals met exactly, stacked."""
 
     preset = "emmet"

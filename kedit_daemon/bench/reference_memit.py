@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.scoring import target_losses
+from kedit_daemon.bench.method import Method, MethodSetup
+from kedit_daemon.bench.scoring import compute_target_losses
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
-from policies.prompts import Row, pad, subject_end
+from policies.prompts import TokenRow, find_subject_end, pad_rows
 
-PREFIXES = ("The", "Therefore", "Because", "I", "You")
+PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 PREFIX_TOKENS, PREFIX_CHOICES = 10, 5
 STEPS = 25
 STRIDES = 2.0  # how often Adam could go from nothing to the longest δ within STEPS, about
-DECAY, KL, DONE = 0.5, 0.0625, 0.05
-FLOOR = 1e-3  # of E[k²], on C0's diagonal: its least eigenvalues are noise
+DECAY, KL, DONE_LOSS = 0.5, 0.0625, 0.05
+RIDGE_FLOOR = 1e-3  # of E[k²], on C0's diagonal: its least eigenvalues are noise
 
 
-def dense_update(
+def solve_dense_update(
     covariance: Tensor, prior: float, ridge: float, keys: Tensor, residuals: Tensor
 ) -> Tensor:
     """Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ (hidden, width) from K (n, width) and R (n, hidden).
@@ -39,15 +39,15 @@ def dense_update(
     return update
 
 
-def random_prefixes(model: EditableModel, seed: int) -> list[str]:
+def sample_prefixes(model: EditableModel, seed: int) -> list[str]:
     """What the model goes on with after each of PREFIXES, sampled from its likeliest tokens."""
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for start in PREFIXES:
+    for start in PREFIX_STARTS:
         ids = model.encode(start)
         for _ in range(PREFIX_TOKENS):
             with torch.no_grad():
-                out = model.model(input_ids=torch.tensor([ids], device=model.device))
+                out = model.hf_model(input_ids=torch.tensor([ids], device=model.device))
             likely = out.logits[0, -1].float().cpu().topk(PREFIX_CHOICES)
             pick = torch.multinomial(likely.values.softmax(0), 1, generator=generator)
             ids = [*ids, int(likely.indices[pick])]
@@ -56,15 +56,15 @@ def random_prefixes(model: EditableModel, seed: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ContextBatch:
     """Rows in several contexts, the bare prompt first: ids (rows, tokens), the site in each."""
 
-    rows: list[Row]
+    rows: list[TokenRow]
     ids: Tensor
     sites: Tensor
 
 
-class Reference(Method):
+class ReferenceMemit(Method):
     """Sequential MEMIT. The published targets have no end of text, so these have none.
 
     Edited are the layers of the subject's last token, or of the prompt's where the model has none.
@@ -72,73 +72,77 @@ class Reference(Method):
 
     one_by_one = True
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: MethodSetup) -> None:
         """Raises KeditError when the last edited layer is the model's last."""
         super().__init__(setup)
-        site = self.loaded.site
+        site = self.loaded_model.site
         self.layers, self.prior = site.subject_layers, site.prior
         if not self.layers:
             self.layers, self.prior = site.end_layers, site.end_prior
-        self.last = self.layers[-1]
-        if self.last == self.model.layers - 1:
+        self.last_layer = self.layers[-1]
+        if self.last_layer == self.model.layer_count - 1:
             raise KeditError(
-                f"the reference cannot edit layer {self.last}, the model's last",
+                f"the reference cannot edit layer {self.last_layer}, the model's last",
                 code="unsupported",
                 hint="choose another method, or other layers in the model's kedit.json",
             )
-        self.contexts = ["", *random_prefixes(self.model, setup.seed)]
+        self.contexts = ["", *sample_prefixes(self.model, setup.seed)]
         self.deltas = {n: torch.zeros_like(self.model.base_weight(n)) for n in self.layers}
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """One fact after the other; one whose numbers are not finite leaves the weights alone."""
         for fact in facts:
             kept = dict(self.deltas)
-            asked = self.asked([text + fact.question for text in self.contexts], fact)
-            with self.watch.part("targets"):
-                wanted = self.target(fact, asked)
-            with self.watch.part("solve"):
-                whole = wanted is not None and self._spread(asked, wanted)
+            asked = self.build_context_batch([text + fact.question for text in self.contexts], fact)
+            with self.stopwatch.time_part("targets"):
+                wanted = self.compute_target(fact, asked)
+            with self.stopwatch.time_part("solve"):
+                whole = wanted is not None and self._update_layers(asked, wanted)
             if not whole:
                 self.not_edited += 1
                 self.deltas = kept
                 self.model.set_deltas(self.deltas)
 
-    def asked(self, texts: Sequence[str], fact: Fact, stated: bool = True) -> _Asked:
+    def build_context_batch(
+        self, texts: Sequence[str], fact: Fact, stated: bool = True
+    ) -> _ContextBatch:
         """The texts as rows, with the fact's target behind them if it is `stated`."""
         rows = []
         for text in texts:
             prompt = self.model.encode(text)
             target = self.model.encode_target(text, fact.target) if stated else []
-            subject = subject_end(self.model, text, fact.subject)
+            subject = find_subject_end(self.model, text, fact.subject)
             at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
-            rows.append(Row((*prompt, *target), len(prompt), at))
+            rows.append(TokenRow((*prompt, *target), len(prompt), at))
         width = max(len(row.ids) for row in rows)
-        batch = pad(rows, width, self.model.end or 0, self.model.device)
-        sites = batch.subject if self.loaded.site.subject_layers else batch.end
-        return _Asked(rows, batch.ids, sites)
+        batch = pad_rows(rows, width, self.model.end_token or 0, self.model.device)
+        sites = batch.subject_index if self.loaded_model.site.subject_layers else batch.end_index
+        return _ContextBatch(rows, batch.ids, sites)
 
     # Target -------------------------------------------------------------------------------------
 
-    def target(self, fact: Fact, asked: _Asked) -> Tensor | None:
+    def compute_target(self, fact: Fact, asked: _ContextBatch) -> Tensor | None:
         """z (hidden,) at the last edited layer's output, by Adam on δ through the whole model."""
-        essence = self.asked([f"{fact.subject} is a"], fact, stated=False)
-        start = self.stream(asked)
-        room = self.loaded.site.clamp * self.loaded.statistics[self.last].norm
+        essence = self.build_context_batch([f"{fact.subject} is a"], fact, stated=False)
+        start = self.read_residual(asked)
+        room = (
+            self.loaded_model.site.clamp * self.loaded_model.statistics[self.last_layer].median_norm
+        )
         delta = torch.zeros_like(start).requires_grad_()
         rate = STRIDES * room / STEPS / len(start) ** 0.5
         optimiser = torch.optim.Adam([delta], lr=rate)
         with torch.no_grad():
-            unmoved = self._moved(essence, torch.zeros_like(start))[0, -1]
+            unmoved = self._compute_logits(essence, torch.zeros_like(start))[0, -1]
         for _ in range(STEPS):
-            loss = target_losses(self._moved(asked, delta), asked.rows).mean()
+            loss = compute_target_losses(self._compute_logits(asked, delta), asked.rows).mean()
             loss = loss + DECAY * delta.norm() / start.norm() ** 2
-            moved = self._moved(essence, delta)[0, -1]
+            moved = self._compute_logits(essence, delta)[0, -1]
             loss = loss + KL * F.kl_div(
                 moved.log_softmax(0), unmoved.log_softmax(0), log_target=True, reduction="sum"
             )
             if not torch.isfinite(loss):
                 return None
-            if float(loss.detach()) < DONE:
+            if float(loss.detach()) < DONE_LOSS:
                 break
             optimiser.zero_grad()
             loss.backward()
@@ -147,53 +151,53 @@ class Reference(Method):
                 delta *= room / delta.norm().clamp(min=room)
         return start + delta.detach()
 
-    def _moved(self, asked: _Asked, delta: Tensor) -> Tensor:
+    def _compute_logits(self, asked: _ContextBatch, delta: Tensor) -> Tensor:
         """Logits (rows, tokens, vocabulary) with δ added at the site of every row."""
         rows = torch.arange(len(asked.ids), device=self.model.device)
 
-        def tap(_inputs: Tensor, outputs: Tensor) -> Tensor:
+        def add_delta(_inputs: Tensor, outputs: Tensor) -> Tensor:
             added = torch.zeros_like(outputs)
             added[rows, asked.sites] = delta
             return outputs + added
 
-        with self.model.tap({self.last: tap}):
-            out = self.model.model(input_ids=asked.ids, use_cache=False)
+        with self.model.tap_layers({self.last_layer: add_delta}):
+            out = self.model.hf_model(input_ids=asked.ids, use_cache=False)
         logits: Tensor = out.logits
         return logits.float()
 
-    def stream(self, asked: _Asked) -> Tensor:
+    def read_residual(self, asked: _ContextBatch) -> Tensor:
         """The residual stream (hidden,) behind the last edited layer, at the bare prompt's site."""
         with torch.no_grad():
-            out = self.model.model(
+            out = self.model.hf_model(
                 input_ids=asked.ids[:1], use_cache=False, output_hidden_states=True
             )
-        stream: Tensor = out.hidden_states[self.last + 1][0, asked.sites[0]]
+        stream: Tensor = out.hidden_states[self.last_layer + 1][0, asked.sites[0]]
         return stream
 
     # Solve --------------------------------------------------------------------------------------
 
-    def _spread(self, asked: _Asked, wanted: Tensor) -> bool:
+    def _update_layers(self, asked: _ContextBatch, wanted: Tensor) -> bool:
         """What is left to `wanted`, in equal shares over the layers that are still to come."""
         for n, layer in enumerate(self.layers):
-            key = self._key(layer, asked)
-            share = (wanted - self.stream(asked)) / (len(self.layers) - n)
-            covariance = self.loaded.statistics[layer].covariance
-            ridge = self.prior * FLOOR
-            update = dense_update(covariance, self.prior, ridge, key[None], share[None])
+            key = self._compute_key(layer, asked)
+            share = (wanted - self.read_residual(asked)) / (len(self.layers) - n)
+            covariance = self.loaded_model.statistics[layer].covariance
+            ridge = self.prior * RIDGE_FLOOR
+            update = solve_dense_update(covariance, self.prior, ridge, key[None], share[None])
             if not torch.isfinite(update).all():
                 return False
             self.deltas[layer] = self.deltas[layer] + update.to(self.deltas[layer])
             self.model.set_deltas(self.deltas)
         return True
 
-    def _key(self, layer: int, asked: _Asked) -> Tensor:
+    def _compute_key(self, layer: int, asked: _ContextBatch) -> Tensor:
         """The layer's key (width,): the bare prompt's and the mean of the others', half each."""
         caught: list[Tensor] = []
 
-        def look(inputs: Tensor, _outputs: Tensor) -> None:
+        def catch_inputs(inputs: Tensor, _outputs: Tensor) -> None:
             rows = torch.arange(len(asked.sites), device=inputs.device)
             caught.append(inputs[rows, asked.sites])
 
-        with torch.no_grad(), self.model.tap({layer: look}):
-            self.model.model(input_ids=asked.ids, use_cache=False)
+        with torch.no_grad(), self.model.tap_layers({layer: catch_inputs}):
+            self.model.hf_model(input_ids=asked.ids, use_cache=False)
         return (caught[0][0] + caught[0][1:].mean(0)) / 2

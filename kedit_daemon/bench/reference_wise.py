@@ -12,47 +12,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.reference_memit import random_prefixes
-from kedit_daemon.bench.scoring import target_losses
+from kedit_daemon.bench.method import Method, MethodSetup
+from kedit_daemon.bench.reference_memit import sample_prefixes
+from kedit_daemon.bench.scoring import compute_target_losses
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.facts import Fact
 from memory.model.generate import Overlay
-from policies.prompts import Row, pad
+from policies.prompts import TokenRow, pad_rows
 
-STEPS, DONE = 70, 0.02
+STEPS, DONE_LOSS = 70, 0.02
 ALPHA, BETA, GAMMA = 5.0, 20.0, 10.0  # margins, in units of which BETA make a median output
-RATE = 3.0  # see _rate; at 1 the shipped model is not done after STEPS
+UNITS_PER_STEP = 3.0  # see _rate; at 1 the shipped model is not done after STEPS
 MASK_SHARE = 0.2  # ρ
-SHARDS = 2  # k: so many full shards are merged
-DENSITY = 0.53  # share of a shard's entries that TIES keeps
-RATIO = 0.88  # of the least distance of the edits: the published settings stay below the minimum
+SHARDS_PER_MERGE = 2  # k: so many full shards are merged
+TIES_DENSITY = 0.53  # share of a shard's entries that TIES keeps
+THRESHOLD_RATIO = (
+    0.88  # of the least distance of the edits: the published settings stay below the minimum
+)
 # 500 edits were published for a shard of Llama 2 7B's down projection. Fewer fit into a smaller
 # one, but a handful always does.
-FULL, FULL_ENTRIES, LEAST_FULL = 500, 4096 * 11008, 10
+PUBLISHED_CAPACITY, PUBLISHED_ENTRIES, MIN_CAPACITY = 500, 4096 * 11008, 10
 QUIET_WORDS, KEY_LINES = 12, 50
 
 
-def ties(deltas: Sequence[Tensor]) -> Tensor:
+def merge_ties(deltas: Sequence[Tensor]) -> Tensor:
     """TIES merge (Yadav et al. 2023) of deltas of one shape: trim, elect signs, mean of the rest.
 
     With equal weights, normalised, as published for WISE.
     """
-    trimmed = torch.stack([_trimmed(delta) for delta in deltas])
+    trimmed = torch.stack([_trim_delta(delta) for delta in deltas])
     elected = trimmed.sum(0).sign()
     agreeing = trimmed * (trimmed.sign() == elected)
     return agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1)
 
 
-def _trimmed(delta: Tensor) -> Tensor:
+def _trim_delta(delta: Tensor) -> Tensor:
     """Only the largest entries, DENSITY of all."""
     flat = delta.flatten()
-    kept = flat.abs().topk(round(DENSITY * len(flat))).indices
+    kept = flat.abs().topk(round(TIES_DENSITY * len(flat))).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).reshape(delta.shape)
 
 
 @dataclass(frozen=True)
-class Memory:
+class WiseMemory:
     """W' − W (hidden, width) of one layer, and ε: the distance from which it answers."""
 
     delta: Tensor
@@ -60,12 +62,12 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _TrainingBatch:
     """What a training step reads: the rows of the fact first, then one of ordinary text."""
 
-    rows: list[Row]  # of the fact
+    rows: list[TokenRow]  # of the fact
     ids: Tensor  # (rows + 1, tokens)
-    real: Tensor  # the same, 1 where there is no pad
+    token_mask: Tensor  # the same, 1 where there is no pad
 
 
 class ReferenceWise(Method):
@@ -73,33 +75,35 @@ class ReferenceWise(Method):
 
     one_by_one = True
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
-        self.layer = self.loaded.site.side_layer
+        self.layer = self.loaded_model.site.side_layer
         self.shape = tuple(self.model.base_weight(self.layer).shape)
-        self.capacity = max(LEAST_FULL, FULL * self.shape[0] * self.shape[1] // FULL_ENTRIES)
-        self.contexts = ["", *random_prefixes(self.model, setup.seed)]
-        self.quiet = self._quiet_rows()
-        self.unit = self.loaded.statistics[self.layer].norm / BETA
-        self.rate = self._rate()
-        self.random = torch.Generator().manual_seed(setup.seed)
-        self.merged: list[Memory] = []
-        self.full: list[Memory] = []  # shards that wait to be merged
+        self.shard_capacity = max(
+            MIN_CAPACITY, PUBLISHED_CAPACITY * self.shape[0] * self.shape[1] // PUBLISHED_ENTRIES
+        )
+        self.contexts = ["", *sample_prefixes(self.model, setup.seed)]
+        self.quiet_rows = self._build_quiet_rows()
+        self.distance_unit = self.loaded_model.statistics[self.layer].median_norm / BETA
+        self.learning_rate = self._compute_rate()
+        self.generator = torch.Generator().manual_seed(setup.seed)
+        self.merged_memories: list[WiseMemory] = []
+        self.full_shards: list[WiseMemory] = []  # shards that wait to be merged
         self._open_shard()
 
     def _open_shard(self) -> None:
         """The next edits go to a copy of W with nothing in it, and to another random part of it."""
         device = self.model.device
         self.delta = torch.zeros(self.shape, device=device)
-        self.mask = (torch.rand(self.shape, generator=self.random) < MASK_SHARE).to(device)
-        self.threshold, self.held = torch.inf, 0
+        self.mask = (torch.rand(self.shape, generator=self.generator) < MASK_SHARE).to(device)
+        self.threshold, self.fact_count = torch.inf, 0
 
-    def _quiet_rows(self) -> list[Row]:
+    def _build_quiet_rows(self) -> list[TokenRow]:
         """Starts of lines of ordinary text, on which the memory shall stay quiet."""
         starts = [" ".join(line.split()[:QUIET_WORDS]) for line in read_ordinary_lines()]
-        return [Row(tuple(ids), len(ids), 0) for ids in map(self.model.encode, starts) if ids]
+        return [TokenRow(tuple(ids), len(ids), 0) for ids in map(self.model.encode, starts) if ids]
 
-    def _rate(self) -> float:
+    def _compute_rate(self) -> float:
         """SGD's rate, so that RATE steps of a distance's gradient move that distance by a unit.
 
         Published is 1 for models of 7 B. A step moves an output by rate · ρ ‖k‖² times the loss'
@@ -107,117 +111,122 @@ class ReferenceWise(Method):
         model's own, so the rate follows from them.
         """
         caught: list[Tensor] = []
-        with torch.no_grad(), self.model.tap({self.layer: lambda k, _y: caught.append(k[0])}):
-            for row in self.quiet[:KEY_LINES]:
-                self.model.model(input_ids=torch.tensor([row.ids], device=self.model.device))
+        with (
+            torch.no_grad(),
+            self.model.tap_layers({self.layer: lambda k, _y: caught.append(k[0])}),
+        ):
+            for row in self.quiet_rows[:KEY_LINES]:
+                self.model.hf_model(input_ids=torch.tensor([row.ids], device=self.model.device))
         squared = float(torch.cat(caught).square().sum(1).median())
-        return RATE * self.unit**2 / (MASK_SHARE * squared)
+        return UNITS_PER_STEP * self.distance_unit**2 / (MASK_SHARE * squared)
 
     # Edit ---------------------------------------------------------------------------------------
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """One fact after the other; one whose numbers are not finite leaves the memory alone."""
         for fact in facts:
-            with self.watch.part("steps"):
-                learned = self._learned(self._pass(fact))
+            with self.stopwatch.time_part("steps"):
+                learned = self._train_delta(self._build_batch(fact))
             if learned is None:
                 self.not_edited += 1
                 continue
             self.delta = learned
-            self.threshold = min(self.threshold, RATIO * self._distance(fact))
-            self.held += 1
-            if self.held == self.capacity:
-                self._fill()
+            self.threshold = min(self.threshold, THRESHOLD_RATIO * self._measure_distance(fact))
+            self.fact_count += 1
+            if self.fact_count == self.shard_capacity:
+                self._close_shard()
 
-    def _fill(self) -> None:
+    def _close_shard(self) -> None:
         """Put the full shard away; when SHARDS of them wait, they become one memory."""
-        self.full.append(Memory(self.delta, self.threshold))
-        if len(self.full) == SHARDS:
-            with self.watch.part("merge"):
-                merged = ties([memory.delta for memory in self.full])
-            self.merged.append(Memory(merged, min(memory.threshold for memory in self.full)))
-            self.full = []
+        self.full_shards.append(WiseMemory(self.delta, self.threshold))
+        if len(self.full_shards) == SHARDS_PER_MERGE:
+            with self.stopwatch.time_part("merge"):
+                merged = merge_ties([memory.delta for memory in self.full_shards])
+            self.merged_memories.append(
+                WiseMemory(merged, min(memory.threshold for memory in self.full_shards))
+            )
+            self.full_shards = []
         self._open_shard()
 
-    def _pass(self, fact: Fact) -> _Pass:
+    def _build_batch(self, fact: Fact) -> _TrainingBatch:
         """The fact in its contexts, and a random line of ordinary text."""
         rows = []
         for context in self.contexts:
             prompt = self.model.encode(context + fact.question)
             target = self.model.encode_target(context + fact.question, fact.target)
-            rows.append(Row((*prompt, *target), len(prompt), 0))
-        pick = int(torch.randint(len(self.quiet), (), generator=self.random))
-        every = [*rows, self.quiet[pick]]
+            rows.append(TokenRow((*prompt, *target), len(prompt), 0))
+        pick = int(torch.randint(len(self.quiet_rows), (), generator=self.generator))
+        every = [*rows, self.quiet_rows[pick]]
         lengths = torch.tensor([len(row.ids) for row in every])
         width = int(lengths.max())
         real = (torch.arange(width) < lengths[:, None]).float().to(self.model.device)
-        batch = pad(every, width, self.model.end or 0, self.model.device)
-        return _Pass(rows, batch.ids, real)
+        batch = pad_rows(every, width, self.model.end_token or 0, self.model.device)
+        return _TrainingBatch(rows, batch.ids, real)
 
-    def _learned(self, given: _Pass) -> Tensor | None:
+    def _train_delta(self, given: _TrainingBatch) -> Tensor | None:
         """W' − W after the fact, by SGD on the shard's part of the matrix."""
         delta = self.delta
         for _ in range(STEPS):
             free = delta.clone().requires_grad_()
-            loss = self._loss(free, given)
+            loss = self._compute_loss(free, given)
             if not torch.isfinite(loss):
                 return None
-            if float(loss.detach()) < DONE:
+            if float(loss.detach()) < DONE_LOSS:
                 break
             (slope,) = torch.autograd.grad(loss, free)
-            delta = delta - self.rate * self.mask * slope
+            delta = delta - self.learning_rate * self.mask * slope
         return delta
 
-    def _loss(self, delta: Tensor, given: _Pass) -> Tensor:
+    def _compute_loss(self, delta: Tensor, given: _TrainingBatch) -> Tensor:
         """Eq. 2 and 5: the targets' mean NLL, and the margins of the distances."""
         distances: list[Tensor] = []
 
-        def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
+        def add_delta(inputs: Tensor, outputs: Tensor) -> Tensor:
             moved = inputs @ delta.T
-            lengths = moved.norm(dim=2) * given.real  # (rows + 1, tokens)
-            distances.append(lengths.sum(1) / given.real.sum(1) / self.unit)
+            lengths = moved.norm(dim=2) * given.token_mask  # (rows + 1, tokens)
+            distances.append(lengths.sum(1) / given.token_mask.sum(1) / self.distance_unit)
             return outputs + moved
 
-        with self.model.tap({self.layer: tap}):
-            logits = self.model.model(input_ids=given.ids, use_cache=False).logits
+        with self.model.tap_layers({self.layer: add_delta}):
+            logits = self.model.hf_model(input_ids=given.ids, use_cache=False).logits
         inside, outside = distances[0][:-1], distances[0][-1]
         margin = F.relu(BETA - inside) + F.relu(outside - ALPHA) + F.relu(outside - inside + GAMMA)
-        return target_losses(logits[:-1], given.rows).mean() + margin.mean()
+        return compute_target_losses(logits[:-1], given.rows).mean() + margin.mean()
 
     # Inference ----------------------------------------------------------------------------------
 
-    def _distance(self, fact: Fact) -> float:
+    def _measure_distance(self, fact: Fact) -> float:
         """d of the bare prompt: the mean over its tokens, as routing sees it."""
         caught: list[Tensor] = []
 
-        def look(inputs: Tensor, _outputs: Tensor) -> None:
+        def catch_distance(inputs: Tensor, _outputs: Tensor) -> None:
             caught.append((inputs @ self.delta.T).norm(dim=2).mean())
 
         ids = torch.tensor([self.model.encode(fact.question)], device=self.model.device)
-        with torch.no_grad(), self.model.tap({self.layer: look}):
-            self.model.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        with torch.no_grad(), self.model.tap_layers({self.layer: catch_distance}):
+            self.model.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1)
         return float(caught[0])
 
     @property
-    def memories(self) -> list[Memory]:
+    def answering_memories(self) -> list[WiseMemory]:
         """All that may answer: merged, full, and the shard that is being filled."""
-        open_shard = [Memory(self.delta, self.threshold)] if self.held else []
-        return [*self.merged, *self.full, *open_shard]
+        open_shard = [WiseMemory(self.delta, self.threshold)] if self.fact_count else []
+        return [*self.merged_memories, *self.full_shards, *open_shard]
 
     @property
     def overlay(self) -> Overlay | None:
         """W' for the rows whose distance reaches a threshold."""
-        memories = self.memories
+        memories = self.answering_memories
         if not memories:
             return None
 
-        def over(places: list[int]) -> AbstractContextManager[None]:
-            return self._routed(memories, len(places))
+        def open_overlay(places: list[int]) -> AbstractContextManager[None]:
+            return self._route_rows(memories, len(places))
 
-        return over
+        return open_overlay
 
     @contextmanager
-    def _routed(self, memories: Sequence[Memory], rows: int) -> Iterator[None]:
+    def _route_rows(self, memories: Sequence[WiseMemory], rows: int) -> Iterator[None]:
         """Decided anew in every pass, by the mean distance over all tokens so far.
 
         Of the memories over their thresholds the farthest answers. What earlier tokens have left
@@ -227,7 +236,7 @@ class ReferenceWise(Method):
         far = torch.zeros(len(memories), rows, device=self.model.device)
         seen = 0
 
-        def lay(inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        def route_outputs(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             nonlocal seen
             seen += inputs.shape[1]
             for n, memory in enumerate(memories):
@@ -241,9 +250,9 @@ class ReferenceWise(Method):
                 changed[row] += inputs[row] @ memories[int(best.indices[row])].delta.T
             return changed
 
-        with self.model.tap({self.layer: lay}):
+        with self.model.tap_layers({self.layer: route_outputs}):
             yield
 
-    def stored_bytes(self) -> int:
+    def count_stored_bytes(self) -> int:
         """The copies of the matrix."""
-        return sum(m.delta.numel() * m.delta.element_size() for m in self.memories)
+        return sum(m.delta.numel() * m.delta.element_size() for m in self.answering_memories)

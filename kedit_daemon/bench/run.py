@@ -13,86 +13,93 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from kedit_daemon.bench.dataset import Stream, batches
+from kedit_daemon.bench.dataset import FactStream, split_batches
 from kedit_daemon.bench.measure import (
-    Before,
-    Subject,
-    Track,
-    before_edits,
-    columns,
-    measure,
-    retention,
+    BaseAnswers,
+    MeasuredModel,
+    ProgressTracker,
+    average_columns,
+    compute_retention,
+    measure_records,
+    read_base_answers,
 )
-from kedit_daemon.bench.method import Method, Setup
-from kedit_daemon.bench.method_catalog import method_class
-from kedit_daemon.bench.work import Progress, method_folder, result_in, write_result
-from kedit_daemon.editing.model_loading import Loaded
-from kedit_daemon.home import NAME
+from kedit_daemon.bench.method import Method, MethodSetup
+from kedit_daemon.bench.method_catalog import import_method
+from kedit_daemon.bench.work import RunProgress, load_result, open_method_folder, save_result
+from kedit_daemon.editing.model_loading import LoadedModel
+from kedit_daemon.home import PROGRAM_NAME
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What is asked for, apart from the facts. `work`: where a run that is resumed has its work."""
 
     method: str
     batch_size: int
     seed: int
     baseline: str | None = None
-    policy: bool = True
-    work: Path | None = None
+    has_policy: bool = True
+    work_folder: Path | None = None
 
 
-def run(loaded: Loaded, stream: Stream, plan: Plan, track: Track) -> dict[str, Any]:
+def run_plan(
+    loaded: LoadedModel, stream: FactStream, plan: RunPlan, track: ProgressTracker
+) -> dict[str, Any]:
     """The result of the plan's method, with the baseline's under `baseline` if there is one.
 
     The model is left as it came.
     """
     if plan.baseline is not None:
-        _can_begin(loaded, plan.baseline, plan)
-    before = before_edits(loaded.model, stream.records, track)
-    result = measured(loaded, stream, before, plan.method, plan, track)
+        _check_method_starts(loaded, plan.baseline, plan)
+    before = read_base_answers(loaded.model, stream.records, track)
+    result = measure_method(loaded, stream, before, plan.method, plan, track)
     if plan.baseline is not None:
-        result["baseline"] = measured(loaded, stream, before, plan.baseline, plan, track)
+        result["baseline"] = measure_method(loaded, stream, before, plan.baseline, plan, track)
     return result
 
 
-def _can_begin(loaded: Loaded, name: str, plan: Plan) -> None:
+def _check_method_starts(loaded: LoadedModel, name: str, plan: RunPlan) -> None:
     """What a baseline refuses, it refuses before the method's long run."""
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        method_class(name)(Setup(loaded, Path(folder), plan.batch_size, plan.seed)).close()
+        import_method(name)(MethodSetup(loaded, Path(folder), plan.batch_size, plan.seed)).close()
 
 
-def measured(
-    loaded: Loaded, stream: Stream, before: Sequence[Before], name: str, plan: Plan, track: Track
+def measure_method(
+    loaded: LoadedModel,
+    stream: FactStream,
+    before: Sequence[BaseAnswers],
+    name: str,
+    plan: RunPlan,
+    track: ProgressTracker,
 ) -> dict[str, Any]:
     """The result of one method from the unedited model on, without a baseline."""
-    with method_folder(plan.work, name, plan.batch_size) as folder:
-        if (known := result_in(folder)) is not None:
+    with open_method_folder(plan.work_folder, name, plan.batch_size) as folder:
+        if (known := load_result(folder)) is not None:
             return known
-        setup = Setup(loaded, folder, plan.batch_size, plan.seed, plan.policy)
+        setup = MethodSetup(loaded, folder, plan.batch_size, plan.seed, plan.has_policy)
         try:
-            method = method_class(name)(setup)
+            method = import_method(name)(setup)
             try:
-                size = 1 if method.one_by_one else plan.batch_size
-                seconds = _edit(method, stream, size, name, folder, track)
-                subject = Subject(loaded.model, method.overlay, method.framed)
-                scores = measure(subject, stream.records, before, track)
+                size = 1 if method.needs_single_facts else plan.batch_size
+                seconds = _edit_stream(method, stream, size, name, folder, track)
+                subject = MeasuredModel(loaded.model, method.overlay, method.frame_prompt)
+                scores = measure_records(subject, stream.records, before, track)
                 result = {
-                    **columns(scores),
-                    "retention": retention(scores),
-                    **health_of(loaded),
-                    "seconds_per_fact": _seconds(method, seconds),
-                    "peak_memory_bytes": peak_memory(),
-                    "bytes_per_fact": method.stored_bytes() / len(stream.records),
-                    **made_with(loaded, plan.seed),
+                    **average_columns(scores),
+                    "retention": compute_retention(scores),
+                    **measure_health(loaded),
+                    "seconds_per_fact": _summarize_seconds(method, seconds),
+                    "peak_memory_bytes": read_peak_memory(),
+                    "bytes_per_fact": method.count_stored_bytes() / len(stream.records),
+                    **collect_provenance(loaded, plan.seed),
                     "method": name,
                     "batch_size": size,
-                    "policy": plan.policy,
+                    "policy": plan.has_policy,
                     "facts": len(stream.records),
                     "skipped": len(stream.skipped),
                     "not_edited": method.not_edited,
                 }
-                write_result(folder, result)
+                save_result(folder, result)
                 return result
             finally:
                 method.close()
@@ -100,78 +107,78 @@ def measured(
             loaded.model.set_deltas({})
 
 
-def _edit(
-    method: Method, stream: Stream, size: int, name: str, folder: Path, track: Track
+def _edit_stream(
+    method: Method, stream: FactStream, size: int, name: str, folder: Path, track: ProgressTracker
 ) -> list[float]:
     """Seconds for each fact: its batch's, in equal shares. What a run that was cut off has done
     is not done again, where the method keeps it."""
-    progress = Progress.read(folder) if method.keeps else Progress()
-    method.watch.parts, method.not_edited = progress.parts, progress.not_edited
-    every = batches(stream.records, size)
+    progress = RunProgress.load(folder) if method.is_resumable else RunProgress()
+    method.stopwatch.seconds_by_part, method.not_edited = progress.parts, progress.not_edited
+    every = split_batches(stream.records, size)
     for batch in track(every[len(progress.seconds) :], f"editing ({name})"):
         began = time.perf_counter()
         try:
             method.edit(batch)
         except BaseException:  # a Ctrl-C, too
             progress.begun += time.perf_counter() - began
-            progress.write(folder)
+            progress.save(folder)
             raise
         progress.seconds.append(progress.begun + time.perf_counter() - began)
         progress.begun, progress.not_edited = 0.0, method.not_edited
-        progress.write(folder)
+        progress.save(folder)
     shares = zip(every, progress.seconds, strict=True)
     return [spent / len(batch) for batch, spent in shares for _ in batch]
 
 
-def made_with(loaded: Loaded, seed: int) -> dict[str, Any]:
+def collect_provenance(loaded: LoadedModel, seed: int) -> dict[str, Any]:
     """What the figures were made with: the model, its site, the seed, the code, the device."""
     return {
         "model": loaded.name,
         "site": asdict(loaded.site),
         "seed": seed,
-        "commit": commit(Path(__file__).parents[2]),
+        "commit": describe_commit(Path(__file__).parents[2]),
         "device": str(loaded.model.device),
     }
 
 
-def matrix_name(layer: int | str) -> str:
+def name_matrix(layer: int | str) -> str:
     """What an edited matrix is called in the JSON."""
     return f"layer.{layer}.down_proj"
 
 
-def health_of(loaded: Loaded) -> dict[str, Any]:
+def measure_health(loaded: LoadedModel) -> dict[str, Any]:
     """Perplexity before all edits and now, and ‖W‖_F / ‖W0‖_F by matrix."""
-    health = loaded.canary.measure()
-    ratios = {matrix_name(n): ratio for n, ratio in health.norm_ratio.items()}
-    perplexity = {"before": loaded.canary.baseline.perplexity, "after": health.perplexity}
+    health = loaded.canary.measure_health()
+    ratios = {name_matrix(n): ratio for n, ratio in health.norm_ratio.items()}
+    perplexity = {"before": loaded.canary.base_readings.perplexity, "after": health.perplexity}
     return {"perplexity": perplexity, "norm_ratio": ratios}
 
 
-def _seconds(method: Method, seconds: Sequence[float]) -> dict[str, Any]:
+def _summarize_seconds(method: Method, seconds: Sequence[float]) -> dict[str, Any]:
     ordered = sorted(seconds)
-    parts = {name: spent / len(seconds) for name, spent in method.watch.parts.items()}
+    parts = {name: spent / len(seconds) for name, spent in method.stopwatch.seconds_by_part.items()}
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
     return {"median": median(ordered), "mean": fmean(ordered), "p95": p95, "parts": parts}
 
 
-def peak_memory() -> int:
+def read_peak_memory() -> int:
     """The most memory that this process has held so far."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 
 
-def commit(checkout: Path) -> str:
+def describe_commit(checkout: Path) -> str:
     """The checkout that runs, as git describes it; of an installed package the version."""
     try:
-        top = _git(checkout, "rev-parse", "--show-toplevel")
+        top = _run_git(checkout, "rev-parse", "--show-toplevel")
         if Path(top).resolve() == checkout.resolve():
-            return _git(checkout, "describe", "--always", "--dirty", "--abbrev=12")
+            return _run_git(checkout, "describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         pass  # no git, or no checkout
-    return version(NAME)
+    return version(PROGRAM_NAME)
 
 
-def _git(folder: Path, *words: str) -> str:
+def _run_git(folder: Path, *words: str) -> str:
     done = subprocess.run(
         ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
     )

@@ -4,35 +4,35 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kedit_daemon.bench.measure import COLUMNS, MEASURES
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.system.sanitize import clean_text
 
 NAME_WIDTH, CELL_WIDTH = 16, 11
-SWEPT = ("strict", "generation")  # of MEASURES, what a sweep shows
+SWEEP_MEASURES = ("strict", "generation")  # of MEASURES, what a sweep shows
 
 
-def table_lines(result: Mapping[str, Any]) -> Iterator[str]:
+def format_result(result: Mapping[str, Any]) -> Iterator[str]:
     """The method's columns, the baseline's below them, then the figures of both; of a sweep a
     line for each size."""
     if "sweep" in result:
-        yield from _sweep_lines(result)
+        yield from _format_sweep(result)
         return
     runs = [result, *([result["baseline"]] if "baseline" in result else [])]
-    yield from column_lines(runs)
+    yield from format_columns(runs)
     for run in runs:
         yield ""
-        yield from _figures(run)
+        yield from _format_figures(run)
 
 
-def column_lines(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def format_columns(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """The columns of runs, each with its name under `method`."""
-    yield _row("", "", *MEASURES)
+    yield _format_row("", "", *MEASURES)
     for run in runs:
         for number, column in enumerate(COLUMNS):
             name = run["method"] if number == 0 else ""
-            yield _row(name, column, *(share(run[column][m]) for m in MEASURES))
+            yield _format_row(name, column, *(format_share(run[column][m]) for m in MEASURES))
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def align_rows(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Rows of as many cells each: the first column to the left, the others to the right."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for first, *rest in rows:
@@ -40,25 +40,29 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip()
 
 
-def _row(*cells: str) -> str:
+def _format_row(*cells: str) -> str:
     first, second, *rest = cells
     line = f"{first:<{NAME_WIDTH}}{second:<{NAME_WIDTH}}"
     return (line + "".join(f"{cell:>{CELL_WIDTH}}" for cell in rest)).rstrip()
 
 
-def share(value: float | None) -> str:
+def format_share(value: float | None) -> str:
     """A share in per cent; a dash for what was not asked."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def _figures(run: Mapping[str, Any]) -> Iterator[str]:
-    model, seconds, perplexity = clean(run["model"]), run["seconds_per_fact"], run["perplexity"]
+def _format_figures(run: Mapping[str, Any]) -> Iterator[str]:
+    model, seconds, perplexity = (
+        clean_text(run["model"]),
+        run["seconds_per_fact"],
+        run["perplexity"],
+    )
     batch = f"batches of {run['batch_size']}"
     yield f"{run['method']}: {run['facts']} facts, {batch}, seed {run['seed']}, on {model}"
     yield f"  not edited        {run['not_edited']}, records skipped {run['skipped']}"
     cohorts = [
-        f"{c['first']}-{c['first'] + c['facts'] - 1}: {share(c['strict'])}"
-        f" / {share(c['generation'])}"
+        f"{c['first']}-{c['first'] + c['facts'] - 1}: {format_share(c['strict'])}"
+        f" / {format_share(c['generation'])}"
         for c in run["retention"]
     ]
     yield f"  retention         {', '.join(cohorts)} (strict / generation, oldest first)"
@@ -73,24 +77,26 @@ def _figures(run: Mapping[str, Any]) -> Iterator[str]:
     yield f"  commit, device    {run['commit']}, {run['device']}"
 
 
-def _sweep_lines(result: Mapping[str, Any]) -> Iterator[str]:
+def _format_sweep(result: Mapping[str, Any]) -> Iterator[str]:
     """A line for each batch size, then what they come to."""
     run = result["sweep"][0]
-    model, seed = clean(run["model"]), run["seed"]
+    model, seed = clean_text(run["model"]), run["seed"]
     yield f"{result['method']}: {result['facts']} facts, seed {seed}, on {model}"
-    short = [f"{column[:3]}. {measure[:3]}" for column in COLUMNS for measure in SWEPT]
-    yield _cells("batch", "median s", "s/fact", *short, "perplexity", "norm")
+    short = [f"{column[:3]}. {measure[:3]}" for column in COLUMNS for measure in SWEEP_MEASURES]
+    yield _format_sweep_row("batch", "median s", "s/fact", *short, "perplexity", "norm")
     for row in result["sweep"]:
-        shares = [share(row[column][measure]) for column in COLUMNS for measure in SWEPT]
+        shares = [
+            format_share(row[column][measure]) for column in COLUMNS for measure in SWEEP_MEASURES
+        ]
         seconds, norm = row["seconds_per_fact"], max(row["norm_ratio"].values())
         figures = [f"{row['perplexity']['after']:.3f}", f"{norm:.4f}"]
         times = [f"{seconds['median']:.3f}", f"{seconds['mean']:.3f}"]
-        yield _cells(str(row["batch_size"]), *times, *shares, *figures)
+        yield _format_sweep_row(str(row["batch_size"]), *times, *shares, *figures)
     curve = result["curve"]
     yield ""
     yield f"seconds of a fact   {curve['per_fact']:.3f} + {curve['per_batch']:.3f} / batch size"
     yield f"chosen              batches of {result['chosen']}"
 
 
-def _cells(first: str, *rest: str) -> str:
+def _format_sweep_row(first: str, *rest: str) -> str:
     return f"{first:<6}" + "".join(f"{cell:>{CELL_WIDTH}}" for cell in rest)

@@ -15,16 +15,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
-from memory.files import sha256_of, write_atomic
+from memory.files import hash_file, write_atomic
 
-OPTIONS, PROGRESS, RESULT = "options.json", "progress.json", "result.json"
-ELSEWHERE = ("data", "model", "resume", "json_file", "plot")  # options that `options_of` replaces
+OPTIONS_FILE, PROGRESS_FILE, RESULT_FILE = "options.json", "progress.json", "result.json"
+REPLACED_OPTIONS = (
+    "data",
+    "model",
+    "resume",
+    "json_file",
+    "plot",
+)  # options that `options_of` replaces
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """How far a method has come with the stream. Seconds are those of its edits alone.
 
     seconds: of each batch that is settled. begun: what a batch that was cut off has taken so far,
@@ -37,41 +43,43 @@ class Progress:
     not_edited: int = 0
 
     @classmethod
-    def read(cls, folder: Path) -> "Progress":
+    def load(cls, folder: Path) -> "RunProgress":
         """What the folder tells; nothing is done yet where it tells nothing."""
-        path = folder / PROGRESS
+        path = folder / PROGRESS_FILE
         return cls(**json.loads(path.read_bytes())) if path.is_file() else cls()
 
-    def write(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         """Put it into the folder, in one piece."""
-        _write(folder / PROGRESS, asdict(self))
+        _write_json(folder / PROGRESS_FILE, asdict(self))
 
 
-def result_in(folder: Path) -> dict[str, Any] | None:
+def load_result(folder: Path) -> dict[str, Any] | None:
     """The result of a method that had come to its end."""
-    path = folder / RESULT
+    path = folder / RESULT_FILE
     return dict(json.loads(path.read_bytes())) if path.is_file() else None
 
 
-def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+def save_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Keep it: a method that has come to its end is not run again."""
-    _write(folder / RESULT, result)
+    _write_json(folder / RESULT_FILE, result)
 
 
-def _write(path: Path, value: object) -> None:
+def _write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, indent=1).encode())
 
 
-def options_of(loaded: Loaded, data: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def describe_options(loaded: LoadedModel, data: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """What decides a run's outcome, from what the command was given: the data and the model by
     what is in them, wherever they lie and the result goes."""
-    told = {name: value for name, value in given.items() if name not in ELSEWHERE}
+    told = {name: value for name, value in given.items() if name not in REPLACED_OPTIONS}
     where = {"site": asdict(loaded.site), "model": loaded.base_hash}
-    return told | where | {"data": sha256_of(data)}
+    return told | where | {"data": hash_file(data)}
 
 
 @contextmanager
-def kept(json_file: Path | None, resume: bool, options: Mapping[str, Any]) -> Iterator[Path | None]:
+def keep_work(
+    json_file: Path | None, resume: bool, options: Mapping[str, Any]
+) -> Iterator[Path | None]:
     """The folder for the work of a run that may be resumed; None when it keeps none.
 
     When the block is done so is the run, and the folder of this file's earlier run goes in any
@@ -82,21 +90,21 @@ def kept(json_file: Path | None, resume: bool, options: Mapping[str, Any]) -> It
         return
     folder = json_file.absolute().with_name(f"{json_file.name}.work")
     if resume:
-        _claim(folder, options)
+        _claim_folder(folder, options)
     yield folder if resume else None
-    if (folder / OPTIONS).is_file():  # a folder of ours
+    if (folder / OPTIONS_FILE).is_file():  # a folder of ours
         shutil.rmtree(folder)
 
 
-def _claim(folder: Path, options: Mapping[str, Any]) -> None:
+def _claim_folder(folder: Path, options: Mapping[str, Any]) -> None:
     """Make the folder, or see that it is from a run like this one."""
     wanted = json.loads(json.dumps(options))  # tuples become lists, as in the file
     hint = f"give the options of that run, or remove {folder}"
     try:
         folder.mkdir(exist_ok=True)
-        path = folder / OPTIONS
+        path = folder / OPTIONS_FILE
         if not any(folder.iterdir()):
-            _write(path, wanted)
+            _write_json(path, wanted)
         known = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         why = f"{folder} is no work of a bench: {error}"
@@ -109,7 +117,7 @@ def _claim(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def method_folder(work: Path | None, name: str, batch_size: int) -> Iterator[Path]:
+def open_method_folder(work: Path | None, name: str, batch_size: int) -> Iterator[Path]:
     """Where a method has its files: in the run's work, else in a folder that goes afterwards."""
     if work is None:
         with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kedit_daemon.home import Home
-from memory.db.event_log import finite
+from memory.db.event_log import replace_non_finite
 from memory.errors import KeditError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
-class Session:
+class CliContext:
     """One call of the command line."""
 
     home: Home
@@ -29,39 +29,39 @@ class Session:
     """How to call this program again for the same home."""
 
 
-pass_session = click.make_pass_decorator(Session)
+pass_cli_context = click.make_pass_decorator(CliContext)
 
 
-def json_option(command: Command) -> Command:
+def add_json_option(command: Command) -> Command:
     """`--json`, which every reading command takes."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON, with stable keys.")(
         command
     )
 
 
-def dry_run_option(command: Command) -> Command:
+def add_dry_run_option(command: Command) -> Command:
     """`--dry-run`, which every changing command takes."""
     return click.option("--dry-run", is_flag=True, help="Only say what would happen.")(command)
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
     """JSON in plain ASCII, so that no terminal obeys what is in it; what JSON lacks is a word."""
-    click.echo(json.dumps(finite(value), indent=indent, allow_nan=False))
+    click.echo(json.dumps(replace_non_finite(value), indent=indent, allow_nan=False))
 
 
 @contextmanager
-def database(home: Home) -> Iterator["sqlite3.Connection"]:
+def open_database(home: Home) -> Iterator["sqlite3.Connection"]:
     """The home's database for reading; what is wrong with it comes as a KeditError."""
     import sqlite3
 
     from memory.db.queries import open_readonly
 
-    conn = open_readonly(home.database)
+    conn = open_readonly(home.database_file)
     try:
         yield conn
     except sqlite3.Error as error:
         raise KeditError(
-            f"{home.database} cannot be read: {error}",
+            f"{home.database_file} cannot be read: {error}",
             code="unreadable",
             hint="kedit-daemon doctor",
         ) from error
@@ -69,20 +69,20 @@ def database(home: Home) -> Iterator["sqlite3.Connection"]:
         conn.close()
 
 
-def ask_daemon(session: Session, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def call_daemon(session: CliContext, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The running daemon's reply, however long it takes; a KeditError when it refuses."""
-    from kedit_daemon.control import call
+    from kedit_daemon.control import send_request
 
     if sys.stderr.isatty():
         click.echo(f"{name}: waiting for the daemon ...", err=True)
-    return call(session.home.socket, name, arguments)
+    return send_request(session.home.socket_file, name, arguments)
 
 
-def no_fact(session: Session, conn: "sqlite3.Connection", name: str) -> KeditError:
+def unknown_fact_error(session: CliContext, conn: "sqlite3.Connection", name: str) -> KeditError:
     """That no fact has this name, and which one may be meant."""
-    from memory.db.queries import similar_facts
+    from memory.db.queries import find_similar_ids
 
     listing = f"list them with: {session.program} facts"
-    meant = similar_facts(conn, name)
+    meant = find_similar_ids(conn, name)
     hint = f"did you mean {meant[0]}? {listing}" if meant else listing
     return KeditError(f"there is no fact {name}", code="unknown-fact", hint=hint)

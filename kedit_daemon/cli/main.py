@@ -14,13 +14,13 @@ from typing import Any
 
 import click
 
-from kedit_daemon.cli.context import Session
+from kedit_daemon.cli.context import CliContext
 from kedit_daemon.cli.usage import EXIT_USAGE, Suggesting, explained
-from kedit_daemon.home import NAME, Home
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.home import PROGRAM_NAME, Home
+from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 
-COMMANDS = {
+COMMAND_PATHS = {
     "init": "cli.commands.home:init",
     "run": "cli.commands.home:run",
     "submit": "cli.commands.home:submit",
@@ -45,7 +45,7 @@ COMMANDS = {
 }
 
 
-class Commands(Suggesting):
+class LazyGroup(Suggesting):
     """A group that imports a command when it is called, and explains how one ended."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
@@ -53,18 +53,18 @@ class Commands(Suggesting):
         try:
             return super().make_context(*args, **extra)
         except click.UsageError as error:
-            _complain("usage", *explained(error))
+            _print_error("usage", *explained(error))
             raise click.exceptions.Exit(EXIT_USAGE) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order of a first day's work."""
-        return list(COMMANDS)
+        return list(COMMAND_PATHS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command, imported now."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in COMMAND_PATHS:
             return None
-        module, attribute = COMMANDS[cmd_name].split(":")
+        module, attribute = COMMAND_PATHS[cmd_name].split(":")
         command: click.Command = getattr(import_module(f"kedit_daemon.{module}"), attribute)
         return command
 
@@ -74,65 +74,65 @@ class Commands(Suggesting):
         try:
             return super().invoke(ctx)
         except KeditError as error:
-            _trace(debug)
-            _complain(error.code, str(error), error.hint)
+            _print_traceback(debug)
+            _print_error(error.code, str(error), error.hint)
             ctx.exit(error.exit_code)
         except click.UsageError as error:
-            _complain("usage", *explained(error))
+            _print_error("usage", *explained(error))
             ctx.exit(EXIT_USAGE)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click has its own ways with these
         except UnicodeEncodeError:
             # Names of files may be any bytes, and are taken; the database holds nothing like them.
-            _trace(debug)
-            _complain("usage", "an argument is not valid UTF-8", "write it in UTF-8")
+            _print_traceback(debug)
+            _print_error("usage", "an argument is not valid UTF-8", "write it in UTF-8")
             ctx.exit(EXIT_USAGE)
         except Exception as error:
-            from kedit_daemon.system.disk import told
+            from kedit_daemon.system.disk import describe_disk_error
 
-            _trace(debug)
-            session = ctx.find_object(Session)
-            known = told(error, session.home.root if session else Path())
+            _print_traceback(debug)
+            session = ctx.find_object(CliContext)
+            known = describe_disk_error(error, session.home.root if session else Path())
             if known is not None:
-                _complain(known.code, str(known), known.hint)
+                _print_error(known.code, str(known), known.hint)
                 ctx.exit(known.exit_code)
             what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            _complain("unexpected", what, "" if debug else "run with --debug")
+            _print_error("unexpected", what, "" if debug else "run with --debug")
             ctx.exit(1)
 
 
-def _trace(debug: bool) -> None:
+def _print_traceback(debug: bool) -> None:
     if debug:
         import traceback
 
-        click.echo(clean(traceback.format_exc(), lines=True), err=True, nl=False)
+        click.echo(clean_text(traceback.format_exc(), lines=True), err=True, nl=False)
 
 
-def _complain(code: str, message: str, hint: str) -> None:
+def _print_error(code: str, message: str, hint: str) -> None:
     """The code is for scripts, and for those who look an error up."""
     mark = click.style(f"error[{code}]:", fg="red")
     for line in message.splitlines() or [""]:
-        click.echo(f"{mark} {clean(line)}", err=True)
+        click.echo(f"{mark} {clean_text(line)}", err=True)
     if hint:
-        click.echo(f"{click.style('hint:', fg='yellow')} {clean(hint)}", err=True)
+        click.echo(f"{click.style('hint:', fg='yellow')} {clean_text(hint)}", err=True)
 
 
-def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
+def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
     if not wanted or ctx.resilient_parsing:
         return
     from importlib.metadata import PackageNotFoundError, version
 
     try:
-        number = version(NAME)
+        number = version(PROGRAM_NAME)
     except PackageNotFoundError:
         number = "(not installed)"
-    click.echo(f"{NAME} {number}")
+    click.echo(f"{PROGRAM_NAME} {number}")
     ctx.exit()
 
 
 @click.group(
-    NAME,
-    cls=Commands,
+    PROGRAM_NAME,
+    cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.option(
@@ -147,7 +147,7 @@ def _version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> N
     is_flag=True,
     expose_value=False,
     is_eager=True,
-    callback=_version,
+    callback=_print_version,
     help="Print the version and exit.",
 )
 @click.pass_context
@@ -165,9 +165,11 @@ def cli(ctx: click.Context, folder: Path | None, debug: bool) -> None:
     """
     if os.environ.get("NO_COLOR"):
         ctx.color = False
-    home = Home.find(folder, os.environ)
-    program = NAME if folder is None else f"{NAME} --home {shlex.quote(str(folder))}"
-    ctx.obj = Session(home, os.environ, program)
+    home = Home.from_environ(folder, os.environ)
+    program = (
+        PROGRAM_NAME if folder is None else f"{PROGRAM_NAME} --home {shlex.quote(str(folder))}"
+    )
+    ctx.obj = CliContext(home, os.environ, program)
 
 
 def main() -> None:
@@ -179,4 +181,4 @@ def main() -> None:
         # A terminal that lacks a character must not end the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    cli(prog_name=NAME)
+    cli(prog_name=PROGRAM_NAME)

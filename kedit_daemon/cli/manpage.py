@@ -7,7 +7,7 @@ from importlib import metadata
 
 import click
 
-from kedit_daemon.home import NAME
+from kedit_daemon.home import PROGRAM_NAME
 
 _FILES = (
     ("HOME/config.toml", "The settings, with comments; written by init."),
@@ -23,7 +23,7 @@ _ENVIRONMENT = (
     ("KEDIT_SECTION_KEY", "Overrides a setting of config.toml, such as KEDIT_SCHEDULE_AUDIT."),
     ("NO_COLOR", "No colours, when it is not empty."),
 )  # fmt: skip
-_ENDS = (
+_EXIT_CODES = (
     ("0", "Done."),
     ("1", "Failed."),
     ("2", "Wrong usage."),
@@ -34,30 +34,34 @@ _ENDS = (
 )
 
 
-def page(root: click.Context) -> str:
+def render_page(root: click.Context) -> str:
     """The whole page; `root` is the context of the whole command line."""
     try:
-        version = metadata.version(NAME)
+        version = metadata.version(PROGRAM_NAME)
     except metadata.PackageNotFoundError:
         version = ""
     group = root.command
     lines = [
-        f'.TH {NAME.upper()} 1 "" "{_escaped(f"{NAME} {version}".strip())}" "User Commands"',
+        f'.TH {PROGRAM_NAME.upper()} 1 "" "{_escape_roff(f"{PROGRAM_NAME} {version}".strip())}" "User Commands"',
         *(".nh", ".ad l"),  # names stay whole, and lines even
-        *(".SH NAME", rf"{NAME} \- {_escaped(_first(group))}"),
-        *(".SH SYNOPSIS", rf".B {NAME}", _escaped(" ".join(group.collect_usage_pieces(root)))),
-        *(".SH DESCRIPTION", *_prose(group.help or "")),
-        *(".SH OPTIONS", *_options(root)),
+        *(".SH NAME", rf"{PROGRAM_NAME} \- {_escape_roff(_first_sentence(group))}"),
+        *(
+            ".SH SYNOPSIS",
+            rf".B {PROGRAM_NAME}",
+            _escape_roff(" ".join(group.collect_usage_pieces(root))),
+        ),
+        *(".SH DESCRIPTION", *_render_prose(group.help or "")),
+        *(".SH OPTIONS", *_render_options(root)),
         ".SH COMMANDS",
-        *(line for context in _below(root) for line in _command(context)),
-        *(".SH FILES", *_listed(_FILES)),
-        *(".SH ENVIRONMENT", *_listed(_ENVIRONMENT)),
-        *(".SH EXIT STATUS", *_listed(_ENDS)),
+        *(line for context in _iter_contexts(root) for line in _render_command(context)),
+        *(".SH FILES", *_render_pairs(_FILES)),
+        *(".SH ENVIRONMENT", *_render_pairs(_ENVIRONMENT)),
+        *(".SH EXIT STATUS", *_render_pairs(_EXIT_CODES)),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _below(parent: click.Context) -> Iterator[click.Context]:
+def _iter_contexts(parent: click.Context) -> Iterator[click.Context]:
     """The contexts of all commands, those of a group behind it."""
     if not isinstance(parent.command, click.Group):
         return
@@ -67,52 +71,56 @@ def _below(parent: click.Context) -> Iterator[click.Context]:
             settings = command.context_settings
             context = click.Context(command, info_name=name, parent=parent, **settings)
             yield context
-            yield from _below(context)
+            yield from _iter_contexts(context)
 
 
-def _command(context: click.Context) -> Iterator[str]:
-    words = context.command_path.removeprefix(f"{NAME} ")
+def _render_command(context: click.Context) -> Iterator[str]:
+    words = context.command_path.removeprefix(f"{PROGRAM_NAME} ")
     usage = " ".join(context.command.collect_usage_pieces(context))
-    yield f".SS {_escaped(f'{words} {usage}'.strip())}"
-    yield from _prose(context.command.help or "")
-    yield from _options(context)
+    yield f".SS {_escape_roff(f'{words} {usage}'.strip())}"
+    yield from _render_prose(context.command.help or "")
+    yield from _render_options(context)
 
 
-def _options(context: click.Context) -> Iterator[str]:
+def _render_options(context: click.Context) -> Iterator[str]:
     for parameter in context.command.get_params(context):
         record = parameter.get_help_record(context)
         # Arguments are explained in the text; --help is explained once.
         if record is None or not record[1] or (context.parent and "--help" in parameter.opts):
             continue
         # A line may be broken between two choices.
-        yield from (".TP", f".B {_escaped(record[0])}".replace("|", r"|\:"), _escaped(record[1]))
+        yield from (
+            ".TP",
+            f".B {_escape_roff(record[0])}".replace("|", r"|\:"),
+            _escape_roff(record[1]),
+        )
 
 
-def _listed(pairs: tuple[tuple[str, str], ...]) -> Iterator[str]:
+def _render_pairs(pairs: tuple[tuple[str, str], ...]) -> Iterator[str]:
     for name, said in pairs:
-        yield from (".TP", f".B {_escaped(name)}", _escaped(said))
+        yield from (".TP", f".B {_escape_roff(name)}", _escape_roff(said))
 
 
-def _prose(help: str) -> Iterator[str]:
+def _render_prose(help: str) -> Iterator[str]:
     """Paragraphs as click takes them: what stands behind \\b keeps its lines."""
     for number, block in enumerate(re.split(r"\n\s*\n", inspect.cleandoc(help))):
         lines = [line.rstrip() for line in block.splitlines()]
         if number:
             yield ".PP"
         if lines[0].strip() != "\b":
-            yield _escaped(" ".join(line.strip() for line in lines))
+            yield _escape_roff(" ".join(line.strip() for line in lines))
             continue
         yield ".nf"
-        yield from (_escaped(line) for line in lines[1:])
+        yield from (_escape_roff(line) for line in lines[1:])
         yield ".fi"
 
 
-def _first(command: click.Command) -> str:
+def _first_sentence(command: click.Command) -> str:
     text = " ".join((command.help or "").split())
     return re.split(r"[.:](?= |$)", text)[0]
 
 
-def _escaped(text: str) -> str:
+def _escape_roff(text: str) -> str:
     """As text, whatever roff would do with it."""
     safe = text.replace("\\", r"\e").replace("-", r"\-")
     return rf"\&{safe}" if safe.startswith((".", "'")) else safe

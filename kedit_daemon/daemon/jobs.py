@@ -17,20 +17,20 @@ from apscheduler.events import (
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
 
-JUMP_SECONDS = 60.0
-_MOMENT = timedelta(microseconds=1)
+CLOCK_JUMP_SECONDS = 60.0
+_ONE_MICROSECOND = timedelta(microseconds=1)
 _log = logging.getLogger(__name__)
 
 
-def _text(moment: datetime) -> str:
+def _format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     """What the scheduler itself runs: the name is on the queue as soon as it is submitted."""
 
 
-class Jobs:
+class JobSchedule:
     """Hands out (job name, planned time) on `due`; a job that already waits there waits once.
 
     Every planned time is handed out once, alone or with others that were missed like it. It is
@@ -43,9 +43,9 @@ class Jobs:
         clock: Callable[[], datetime],
         monotonic: Callable[[], float],
     ) -> None:
-        self.due: queue.Queue[tuple[str, str]] = queue.Queue()
-        self._putting = threading.Lock()  # the scheduler's thread and guard() may meet
-        self._covered: dict[str, datetime] = {}  # planned times up to here are handed out
+        self.due_jobs: queue.Queue[tuple[str, str]] = queue.Queue()
+        self._enqueue_lock = threading.Lock()  # the scheduler's thread and guard() may meet
+        self._covered_until: dict[str, datetime] = {}  # planned times up to here are handed out
         self._clock = clock
         self._monotonic = monotonic
         self._triggers = {
@@ -57,19 +57,21 @@ class Jobs:
         )
         # What the scheduler leaves out, because its own thread is behind, is due all the same.
         both = EVENT_JOB_SUBMITTED | EVENT_JOB_MAX_INSTANCES
-        self._scheduler.add_listener(self._submitted, both)
-        self._wall, self._steady = clock(), monotonic()
+        self._scheduler.add_listener(self._on_submitted, both)
+        self._last_wall_time, self._last_monotonic = clock(), monotonic()
 
     def start(self, last_success: Mapping[str, str | None]) -> None:
         """Begin. `last_success`: when the last run that ended well began, by job.
 
         A job that has none, or was planned since then, is due now.
         """
-        now = self._wall = self._clock()
-        self._steady = self._monotonic()
+        now = self._last_wall_time = self._clock()
+        self._last_monotonic = self._monotonic()
         for name, trigger in self._triggers.items():
-            self._catch_up(name, last_success.get(name), now)
-            self._scheduler.add_job(_nothing, trigger, id=name, next_run_time=self._next(name, now))
+            self._enqueue_missed(name, last_success.get(name), now)
+            self._scheduler.add_job(
+                _do_nothing, trigger, id=name, next_run_time=self._find_next_time(name, now)
+            )
         self._scheduler.start()
 
     def stop(self) -> None:
@@ -77,7 +79,7 @@ class Jobs:
         if self._scheduler.running:
             self._scheduler.shutdown()
 
-    def guard(self) -> float | None:
+    def check_clock(self) -> float | None:
         """To be called often: the seconds that the clock has jumped since the last call, if it has.
 
         After a jump every job is planned anew from the clock as it is now. Otherwise a clock that
@@ -86,61 +88,61 @@ class Jobs:
         the scheduler's thread does not hear of.
         """
         wall, steady = self._clock(), self._monotonic()
-        jump = (wall - self._wall).total_seconds() - (steady - self._steady)
-        self._wall, self._steady = wall, steady
-        jumped = abs(jump) > JUMP_SECONDS
+        jump = (wall - self._last_wall_time).total_seconds() - (steady - self._last_monotonic)
+        self._last_wall_time, self._last_monotonic = wall, steady
+        jumped = abs(jump) > CLOCK_JUMP_SECONDS
         if jumped:
             _log.warning("the clock jumped by %.0f s: every job is planned anew", jump)
         for job in self._scheduler.get_jobs():
             late = (wall - job.next_run_time).total_seconds()
-            if jumped or late > JUMP_SECONDS:
+            if jumped or late > CLOCK_JUMP_SECONDS:
                 if late >= 0:
-                    self._put(job.id, job.next_run_time, wall)
-                job.modify(next_run_time=self._next(job.id, wall))
+                    self._enqueue_job(job.id, job.next_run_time, wall)
+                job.modify(next_run_time=self._find_next_time(job.id, wall))
         return jump if jumped else None
 
-    def next_runs(self) -> dict[str, str]:
+    def list_next_runs(self) -> dict[str, str]:
         """Job name -> when it is due next."""
-        return {job.id: _text(job.next_run_time) for job in self._scheduler.get_jobs()}
+        return {job.id: _format_time(job.next_run_time) for job in self._scheduler.get_jobs()}
 
-    def _catch_up(self, name: str, last: str | None, now: datetime) -> None:
+    def _enqueue_missed(self, name: str, last: str | None, now: datetime) -> None:
         if last is None:
-            self._put(name, now, now)
+            self._enqueue_job(name, now, now)
             return
-        began = self._covered[name] = datetime.fromisoformat(last)
-        missed = self._triggers[name].get_next_fire_time(None, began + _MOMENT)
+        began = self._covered_until[name] = datetime.fromisoformat(last)
+        missed = self._triggers[name].get_next_fire_time(None, began + _ONE_MICROSECOND)
         if missed <= now:
-            self._put(name, missed, now)
+            self._enqueue_job(name, missed, now)
 
-    def _next(self, name: str, now: datetime) -> datetime:
+    def _find_next_time(self, name: str, now: datetime) -> datetime:
         """The next planned time that is not handed out yet.
 
         Where the clock has been set back by more than the job's period, that would be too far off:
         the job is then planned from the clock as it is.
         """
         trigger = self._triggers[name]
-        with self._putting:
-            covered = self._covered.get(name, now)
-            after: datetime = trigger.get_next_fire_time(None, max(covered, now) + _MOMENT)
+        with self._enqueue_lock:
+            covered = self._covered_until.get(name, now)
+            after: datetime = trigger.get_next_fire_time(None, max(covered, now) + _ONE_MICROSECOND)
             if covered - now > after - covered:
-                self._covered[name] = now
-                after = trigger.get_next_fire_time(None, now + _MOMENT)
+                self._covered_until[name] = now
+                after = trigger.get_next_fire_time(None, now + _ONE_MICROSECOND)
         return after
 
-    def _submitted(self, event: JobSubmissionEvent) -> None:
+    def _on_submitted(self, event: JobSubmissionEvent) -> None:
         planned = event.scheduled_run_times[-1]
-        self._put(event.job_id, planned, planned)
+        self._enqueue_job(event.job_id, planned, planned)
 
-    def _put(self, name: str, planned: datetime, covers: datetime) -> None:
+    def _enqueue_job(self, name: str, planned: datetime, covers: datetime) -> None:
         """Hand out a planned time, and with it all up to `covers`.
 
         The edit loop may be busy for longer than a period: the job is then due once, not often.
         """
-        with self._putting:
-            if name in self._covered and planned <= self._covered[name]:
+        with self._enqueue_lock:
+            if name in self._covered_until and planned <= self._covered_until[name]:
                 return
-            self._covered[name] = covers
-            with self.due.mutex:
-                waits = any(name == waiting for waiting, _ in self.due.queue)
+            self._covered_until[name] = covers
+            with self.due_jobs.mutex:
+                waits = any(name == waiting for waiting, _ in self.due_jobs.queue)
             if not waits:
-                self.due.put((name, _text(planned)))
+                self.due_jobs.put((name, _format_time(planned)))

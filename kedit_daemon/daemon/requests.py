@@ -6,20 +6,20 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kedit_daemon.control import Request
+from kedit_daemon.control import ControlRequest
 from kedit_daemon.editing.editor import Editor
-from kedit_daemon.system.disk import broken, is_held, told
-from memory.errors import KeditError, ends
+from kedit_daemon.system.disk import describe_disk_error, is_database_locked, is_disk_failure
+from memory.errors import KeditError, ends_daemon
 
-ANSWER_TOKENS = 40
+DEFAULT_MAX_TOKENS = 40
 log = logging.getLogger(__name__)
 
 
-class _Arguments(BaseModel):
+class _RequestArguments(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     prompt: str | None = None
-    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = ANSWER_TOKENS
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = DEFAULT_MAX_TOKENS
     base: bool = False
     explain: bool = False
     dry_run: bool = False
@@ -27,30 +27,32 @@ class _Arguments(BaseModel):
     generation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 
 
-def answer(request: Request, editor: Editor, refusal: KeditError | None, folder: Path) -> None:
+def answer_request(
+    request: ControlRequest, editor: Editor, refusal: KeditError | None, folder: Path
+) -> None:
     """Do what is asked, or say why not. All but questions meet with the `refusal`, if there is one.
     Raises what the daemon has to know: that it ends, that the disk of the folder failed, or that
     somebody else holds the database."""
     try:
         if refusal is not None and request.name != "ask":
             raise refusal
-        with editor.spared():
-            request.answer(carry_out(editor, request.name, request.arguments))
+        with editor.guard_memory():
+            request.send_answer(execute_command(editor, request.name, request.arguments))
     except KeditError as error:
-        request.refuse(error)
-        if ends(error):
+        request.send_refusal(error)
+        if ends_daemon(error):
             raise
     except Exception as error:  # a request must not end the daemon
-        known = told(error, folder)
+        known = describe_disk_error(error, folder)
         if known is None:
             log.exception("%s failed", request.name)
             known = KeditError(f"{type(error).__name__}: {error}", code="unexpected")
-        request.refuse(known)
-        if broken(error) or is_held(error):
+        request.send_refusal(known)
+        if is_disk_failure(error) or is_database_locked(error):
             raise
 
 
-def do_job(editor: Editor, name: str) -> str:
+def run_job(editor: Editor, name: str) -> str:
     """Do a regular job; what came of it, in words."""
     if name == "audit":
         return str(editor.audit()["verdict"])
@@ -58,23 +60,25 @@ def do_job(editor: Editor, name: str) -> str:
         done = editor.consolidate(False)
         return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
     if name == "retention":
-        figures = editor.auditor.retention.probe()["figures"]
+        figures = editor.auditor.retention.probe_retention()["figures"]
         return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
-    return f"{editor.expire()} expired"
+    return f"{editor.expire_facts()} expired"
 
 
-def carry_out(editor: Editor, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Do it; a KeditError where it is refused, or cannot be understood."""
     try:
-        given = _Arguments.model_validate({k: v for k, v in arguments.items() if v is not None})
+        given = _RequestArguments.model_validate(
+            {k: v for k, v in arguments.items() if v is not None}
+        )
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, fault["loc"]))
-        raise _wrong(f"{name}: {where}: {fault['msg']}") from None
+        raise _bad_request_error(f"{name}: {where}: {fault['msg']}") from None
     if name == "ask":
         if given.prompt is None:
-            raise _wrong("ask: prompt is missing")
-        return editor.ask(given.prompt, given.max_tokens, given.base, given.explain)
+            raise _bad_request_error("ask: prompt is missing")
+        return editor.answer_prompt(given.prompt, given.max_tokens, given.base, given.explain)
     if name == "flush":
         return editor.run_flush(given.dry_run)
     if name == "audit":
@@ -83,9 +87,9 @@ def carry_out(editor: Editor, name: str, arguments: dict[str, Any]) -> dict[str,
         return editor.consolidate(given.dry_run)
     if name == "revert":
         return editor.revert(given.facts, given.generation, given.dry_run)
-    raise _wrong(f"no command {name!r}")
+    raise _bad_request_error(f"no command {name!r}")
 
 
-def _wrong(what: str) -> KeditError:
+def _bad_request_error(what: str) -> KeditError:
     hint = "the command and the daemon may be of two versions: restart the daemon"
     return KeditError(what, code="bad-request", hint=hint)

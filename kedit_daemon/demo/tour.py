@@ -21,36 +21,36 @@ from kedit_daemon import config, control
 from kedit_daemon.home import Home
 from kedit_daemon.shipped import PILOT_FACTS, QUESTIONS
 from memory.db import event_log, queries
-from memory.db.overview import overview
+from memory.db.overview import fetch_overview
 from memory.errors import KeditError
-from memory.facts import LIVE, Fact, Neighbour
-from memory.facts import fill as filled
+from memory.facts import LIVE_STATES, Fact, Neighbour
+from memory.facts import fill_subject as filled
 from policies.edit_site import EditSite
-from policies.probe import same
+from policies.probe import is_same_answer
 
 START_SECONDS = 120.0
 EDIT_SECONDS = 600.0
-WEIGHTS_WANTED = 0.8  # of the facts; what does not hold there stays in the side memory
-MOVED = {"warn": 0.25, "consolidate": 0.35, "revert": 0.5}  # share of other statements
-PARAPHRASES_WANTED = 0.9  # of the facts, in a wording that the editor has never seen
+MIN_WEIGHTS_SHARE = 0.8  # of the facts; what does not hold there stays in the side memory
+AGREEMENT_LIMITS = {"warn": 0.25, "consolidate": 0.35, "revert": 0.5}  # share of other statements
+MIN_PARAPHRASE_SHARE = 0.9  # of the facts, in a wording that the editor has never seen
 
 Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Story:
+class DemoStory:
     """The shipped facts, a wording of each that the editor never sees, and unrelated prompts."""
 
     facts: list[Fact]
-    unseen: list[str]
-    unrelated: list[str]
+    unseen_prompts: list[str]
+    unrelated_prompts: list[str]
 
 
-def _settings() -> str:
+def _make_settings() -> str:
     """The default ones, but for what the weights may move: they are to be seen at work here, and
     at the default limit those of so small a model take one to three facts."""
-    text = config.default_text("shipped")
-    for verdict, limit in MOVED.items():
+    text = config.render_default_config("shipped")
+    for verdict, limit in AGREEMENT_LIMITS.items():
         name = f"agreement_{verdict}"
         text, found = re.subn(f"^# {name} = .*$", f"{name} = {limit}", text, flags=re.MULTILINE)
         if not found:
@@ -58,9 +58,9 @@ def _settings() -> str:
     return text
 
 
-def load_story() -> Story:
+def load_story() -> DemoStory:
     """The demo's facts and questions, as shipped."""
-    lines = (PILOT_FACTS).read_text(encoding="utf-8").splitlines()
+    lines = PILOT_FACTS.read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     facts = [
         Fact(
@@ -72,31 +72,31 @@ def load_story() -> Story:
         )
         for r in records
     ]
-    asked = json.loads((QUESTIONS).read_text(encoding="utf-8"))
+    asked = json.loads(QUESTIONS.read_text(encoding="utf-8"))
     unseen = [filled(asked["unseen"][f.subject], f.subject) for f in facts]
-    return Story(facts, unseen, asked["unrelated"])
+    return DemoStory(facts, unseen, asked["unrelated"])
 
 
-class Running:
+class DemoDaemon:
     """A daemon process and its home."""
 
     def __init__(self, root: Path) -> None:
         self.home = Home(root)
-        self.home.create()
-        self.home.config.write_text(_settings(), encoding="utf-8")
+        self.home.create_folders()
+        self.home.config_file.write_text(_make_settings(), encoding="utf-8")
 
     @property
-    def command(self) -> list[str]:
+    def command_line(self) -> list[str]:
         """What runs the daemon, by none of the modules in the folder that it is called in."""
         program = [sys.executable, "-P", "-m", "kedit_daemon"]
         return [*program, "--home", str(self.home.root), "run"]
 
     @contextmanager
-    def started(self) -> Iterator[None]:
+    def run_process(self) -> Iterator[None]:
         """The daemon runs within the block, and is stopped politely after it."""
         environ = os.environ | {"HF_HUB_OFFLINE": "1"}
         with (self.home.root / "daemon.log").open("wb") as log:
-            process = subprocess.Popen(self.command, stderr=log, stdout=log, env=environ)
+            process = subprocess.Popen(self.command_line, stderr=log, stdout=log, env=environ)
             try:
                 self._wait_for_socket(process)
                 yield
@@ -106,44 +106,46 @@ class Running:
 
     def _wait_for_socket(self, process: "subprocess.Popen[bytes]") -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not self.home.socket.exists():
+        while not self.home.socket_file.exists():
             if process.poll() is not None or time.monotonic() > deadline:
                 tail = (self.home.root / "daemon.log").read_text(errors="replace")[-2000:]
                 raise KeditError(f"the daemon did not start: {tail}", code="demo")
             time.sleep(0.1)
 
-    def call(self, name: str, **arguments: Any) -> dict[str, Any]:
-        return control.call(self.home.socket, name, arguments)
+    def send_command(self, name: str, **arguments: Any) -> dict[str, Any]:
+        return control.send_request(self.home.socket_file, name, arguments)
 
-    def ask(self, prompts: list[str]) -> list[str]:
-        return [str(self.call("ask", prompt=p)["answer"]) for p in prompts]
+    def ask_prompts(self, prompts: list[str]) -> list[str]:
+        return [str(self.send_command("ask", prompt=p)["answer"]) for p in prompts]
 
-    def drop(self, facts: list[Fact]) -> float:
+    def drop_facts(self, facts: list[Fact]) -> float:
         """Put the facts into the inbox as one file; seconds until all of them are live."""
-        lines = [json.dumps(_native(fact)) for fact in facts]
+        lines = [json.dumps(_as_native_record(fact)) for fact in facts]
         began = time.monotonic()
-        (self.home.inbox / "facts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.wait_live(len(facts))
+        (self.home.inbox_folder / "facts.jsonl").write_text(
+            "\n".join(lines) + "\n", encoding="utf-8"
+        )
+        self.wait_until_live(len(facts))
         return time.monotonic() - began
 
-    def wait_live(self, count: int) -> None:
+    def wait_until_live(self, count: int) -> None:
         """Wait until so many facts are live, in either tier."""
         deadline = time.monotonic() + EDIT_SECONDS
-        while sum(self.states().get(s, 0) for s in LIVE) < count:
+        while sum(self.count_states().get(s, 0) for s in LIVE_STATES) < count:
             if time.monotonic() > deadline:
-                raise KeditError(f"the facts are not live: {self.states()}", code="demo")
+                raise KeditError(f"the facts are not live: {self.count_states()}", code="demo")
             time.sleep(0.05)
 
-    def states(self) -> Mapping[str, int]:
-        connection = queries.open_readonly(self.home.database)
+    def count_states(self) -> Mapping[str, int]:
+        connection = queries.open_readonly(self.home.database_file)
         try:
-            states: Mapping[str, int] = overview(connection)["states"]
+            states: Mapping[str, int] = fetch_overview(connection)["states"]
         finally:
             connection.close()
         return states
 
 
-def _native(fact: Fact) -> dict[str, Any]:
+def _as_native_record(fact: Fact) -> dict[str, Any]:
     return {
         "subject": fact.subject,
         "prompt": fact.prompt,
@@ -154,87 +156,95 @@ def _native(fact: Fact) -> dict[str, Any]:
 
 
 @dataclass
-class Tally:
+class DemoReport:
     """What has been shown, and whether all of it is as it should be."""
 
     echo: Echo
-    well: bool = True
+    has_passed: bool = True
 
-    def title(self, text: str) -> None:
+    def print_title(self, text: str) -> None:
         self.echo(f"\n== {text}")
 
-    def check(self, text: str, holds: bool) -> None:
+    def record_check(self, text: str, holds: bool) -> None:
         self.echo(f"   {'ok  ' if holds else 'MISS'} {text}")
-        self.well = self.well and holds
+        self.has_passed = self.has_passed and holds
 
 
-def run(echo: Echo) -> int:
+def run_tour(echo: Echo) -> int:
     """Tell the story; 0 when everything in it came out as promised."""
     story = load_story()
-    tally = Tally(echo)
+    tally = DemoReport(echo)
     with tempfile.TemporaryDirectory(prefix="kedit-demo-") as folder:
-        main = Running(Path(folder) / "home")
-        tally.title("a daemon on the shipped model, in a temporary home")
-        with main.started():
-            _edit(main, story, tally)
+        main = DemoDaemon(Path(folder) / "home")
+        tally.print_title("a daemon on the shipped model, in a temporary home")
+        with main.run_process():
+            _show_edit(main, story, tally)
             reverted = _flush_and_audit(main, story, tally)
-            mine = _revert(main, story, reverted, tally)
-            never = Running(Path(folder) / "never")
-            tally.title("a second daemon that never saw that fact")
-            with never.started():
-                never.drop([f for f in story.facts if f.id != reverted.id])
-                never.call("flush")
-                other = str(never.call("consolidate", dry_run=True)["weights_hash"])
+            mine = _show_revert(main, story, reverted, tally)
+            never = DemoDaemon(Path(folder) / "never")
+            tally.print_title("a second daemon that never saw that fact")
+            with never.run_process():
+                never.drop_facts([f for f in story.facts if f.id != reverted.id])
+                never.send_command("flush")
+                other = str(never.send_command("consolidate", dry_run=True)["weights_hash"])
             echo(f"   weights of the first   {mine}\n   weights of the second  {other}")
-            tally.check("the weights are equal, bit for bit", mine == other)
-        _tell_log(main, reverted, tally)
-    echo("\nAll of it held." if tally.well else "\nNot all of it held: see the lines marked MISS.")
-    return 0 if tally.well else 1
+            tally.record_check("the weights are equal, bit for bit", mine == other)
+        _show_log(main, reverted, tally)
+    echo(
+        "\nAll of it held."
+        if tally.has_passed
+        else "\nNot all of it held: see the lines marked MISS."
+    )
+    return 0 if tally.has_passed else 1
 
 
-def _edit(main: Running, story: Story, tally: Tally) -> None:
+def _show_edit(main: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
     questions = [f.question for f in story.facts]
-    before, near = main.ask(questions), main.ask(story.unrelated)
-    tally.title(f"{len(story.facts)} facts dropped into {main.home.inbox.name}/")
-    seconds = main.drop(story.facts)
+    before, near = main.ask_prompts(questions), main.ask_prompts(story.unrelated_prompts)
+    tally.print_title(f"{len(story.facts)} facts dropped into {main.home.inbox_folder.name}/")
+    seconds = main.drop_facts(story.facts)
     tally.echo(f"   all live after {seconds:.1f} s, in the side memory")
-    after = main.ask(questions)
+    after = main.ask_prompts(questions)
     for fact, old, new in zip(story.facts, before, after, strict=True):
         tally.echo(f"   {fact.question} …  {old}  ->  {new}")
-    _compare(main, story, near, tally)
+    _check_answers(main, story, near, tally)
 
 
-def _compare(main: Running, story: Story, near: list[str], tally: Tally) -> None:
+def _check_answers(main: DemoDaemon, story: DemoStory, near: list[str], tally: DemoReport) -> None:
     targets = [f.target for f in story.facts]
     count = len(targets)
-    right = _right(main.ask([f.question for f in story.facts]), targets)
-    tally.check(f"{right} of {count} facts are answered with", right == count)
-    unseen = _right(main.ask(story.unseen), targets)
-    wanted = unseen >= PARAPHRASES_WANTED * count
-    tally.check(f"{unseen} of {count} also in a wording the editor never saw", wanted)
-    still = sum(a == b for a, b in zip(main.ask(story.unrelated), near, strict=True))
-    all_near = len(story.unrelated)
-    tally.check(f"{still} of {all_near} unrelated answers are unchanged", still == all_near)
+    right = _count_correct(main.ask_prompts([f.question for f in story.facts]), targets)
+    tally.record_check(f"{right} of {count} facts are answered with", right == count)
+    unseen = _count_correct(main.ask_prompts(story.unseen_prompts), targets)
+    wanted = unseen >= MIN_PARAPHRASE_SHARE * count
+    tally.record_check(f"{unseen} of {count} also in a wording the editor never saw", wanted)
+    still = sum(
+        a == b for a, b in zip(main.ask_prompts(story.unrelated_prompts), near, strict=True)
+    )
+    all_near = len(story.unrelated_prompts)
+    tally.record_check(f"{still} of {all_near} unrelated answers are unchanged", still == all_near)
 
 
-def _right(said: list[str], targets: list[str]) -> int:
-    return sum(same(a, t) for a, t in zip(said, targets, strict=True))
+def _count_correct(said: list[str], targets: list[str]) -> int:
+    return sum(is_same_answer(a, t) for a, t in zip(said, targets, strict=True))
 
 
-def _flush_and_audit(main: Running, story: Story, tally: Tally) -> Fact:
-    near = main.ask(story.unrelated)
-    tally.title("flush: the facts move into the weights (MEMIT-MASS)")
-    done = main.call("flush")
+def _flush_and_audit(main: DemoDaemon, story: DemoStory, tally: DemoReport) -> Fact:
+    near = main.ask_prompts(story.unrelated_prompts)
+    tally.print_title("flush: the facts move into the weights (MEMIT-MASS)")
+    done = main.send_command("flush")
     tally.echo(f"   generation {done['generation']}, verdict {done['verdict']}")
     count = len(story.facts)
     taken = len(done["flushed"])
-    tally.check(f"{taken} of {count} facts are in the weights now", taken >= WEIGHTS_WANTED * count)
+    tally.record_check(
+        f"{taken} of {count} facts are in the weights now", taken >= MIN_WEIGHTS_SHARE * count
+    )
     if taken < count:
         tally.echo(f"   the other {count - taken} did not hold there and stay in the side memory")
-        main.wait_live(count)
-    _compare(main, story, near, tally)
-    tally.title("audit")
-    audit = main.call("audit")
+        main.wait_until_live(count)
+    _check_answers(main, story, near, tally)
+    tally.print_title("audit")
+    audit = main.send_command("audit")
     figures = audit["figures"]
     for layer, ratio in figures["norm_ratio"].items():
         moved = figures["activation_ratio"][layer]
@@ -243,30 +253,32 @@ def _flush_and_audit(main: Running, story: Story, tally: Tally) -> Fact:
     tally.echo(f"   {figures['agreement']:.1%} of other statements are completed as before;")
     most = EditSite.agreement_consolidate
     tally.echo(f"   by default less than {most:.0%} may differ, and most facts would stay beside")
-    tally.check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
+    tally.record_check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
     return next(f for f in story.facts if f.id in done["flushed"])
 
 
-def _revert(main: Running, story: Story, fact: Fact, tally: Tally) -> str:
-    tally.title(f"revert {fact.id}: {fact.question} {fact.target}")
-    base = str(main.call("ask", prompt=fact.question, base=True)["base_answer"])
-    done = main.call("revert", facts=[fact.id])
+def _show_revert(main: DemoDaemon, story: DemoStory, fact: Fact, tally: DemoReport) -> str:
+    tally.print_title(f"revert {fact.id}: {fact.question} {fact.target}")
+    base = str(main.send_command("ask", prompt=fact.question, base=True)["base_answer"])
+    done = main.send_command("revert", facts=[fact.id])
     said = done["answers"][fact.id]
     tally.echo(f"   {said['before']}  ->  {said['after']}")
-    tally.check("the model answers as it did before the fact", said["after"] == base)
+    tally.record_check("the model answers as it did before the fact", said["after"] == base)
     others = [f for f in story.facts if f is not fact]
-    kept = _right(main.ask([f.question for f in others]), [f.target for f in others])
-    tally.check(f"{kept} of {len(others)} other facts still hold", kept == len(others))
+    kept = _count_correct(
+        main.ask_prompts([f.question for f in others]), [f.target for f in others]
+    )
+    tally.record_check(f"{kept} of {len(others)} other facts still hold", kept == len(others))
     return str(done["weights_hash"])
 
 
-def _tell_log(main: Running, fact: Fact, tally: Tally) -> None:
-    tally.title(f"what the audit log says of {fact.id}")
-    connection = queries.open_readonly(main.home.database)
+def _show_log(main: DemoDaemon, fact: Fact, tally: DemoReport) -> None:
+    tally.print_title(f"what the audit log says of {fact.id}")
+    connection = queries.open_readonly(main.home.database_file)
     try:
-        for event in queries.event_rows(connection, fact=fact.id):
+        for event in queries.fetch_events(connection, fact=fact.id):
             tally.echo(f"   {event['seq']:>5}  {event['at']}  {event['kind']}")
-        verdict = event_log.verify(connection, event_log.read_head(main.home.head))
+        verdict = event_log.verify_chain(connection, event_log.read_head(main.home.head_file))
     finally:
         connection.close()
-    tally.check(f"log verify: {verdict.events} events, chain intact", verdict.intact)
+    tally.record_check(f"log verify: {verdict.events} events, chain intact", verdict.intact)

@@ -11,23 +11,25 @@ from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.flush import Flush
-from kedit_daemon.editing.repair import look, mend, published
+from kedit_daemon.editing.repair import find_damage, read_active_hash, repair_damage
 from kedit_daemon.editing.retention import Retention
-from memory.db.event_log import canonical, read_head, verify
+from memory.db.event_log import read_head, to_canonical_json, verify_chain
 from memory.db.rows import StoredFact
-from memory.db.schema import examine
+from memory.db.schema import check_file
 from memory.errors import KeditError
 from memory.model.canary import Health
-from memory.model.evidence import Examiner
-from memory.side.side_memory import Match
-from policies.cooldown import Acted, Restraint, held_back
-from policies.culprits import Guilt
+from memory.model.evidence import EvidenceCollector
+from memory.side.side_memory import RoutingMatch
+from policies.cooldown import Cooldown, PastAction, explain_hold
+from policies.culprits import Culprits
 from policies.edit_site import EditSite
-from policies.stability import Action, Limits, Thresholds, Verdict, judge
+from policies.stability import Action, Limits, Thresholds, Verdict, judge_health
 
-ACTS = "audit_acts"  # in the store's meta: [when, what], the newest last
-DISARMED = "audit_disarmed"  # while the weights have not been clearly well since a consolidation
-PULSE_SECONDS, MOST_PULSES = 1.0, 3600  # while the database is read
+PAST_ACTIONS_KEY = "audit_acts"  # in the store's meta: [when, what], the newest last
+DISARMED_KEY = (
+    "audit_disarmed"  # while the weights have not been clearly well since a consolidation
+)
+PULSE_SECONDS, MAX_PULSES = 1.0, 3600  # while the database is read
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Traffic:
     routed: int = 0
     least_margin: float | None = None
 
-    def count(self, match: Match | None) -> None:
+    def count_question(self, match: RoutingMatch | None) -> None:
         """One more question, and the fact that answered."""
         self.asked += 1
         if match is not None:
@@ -53,12 +55,12 @@ class _Findings:
 
     damage: list[str]
     health: Health
-    lost: list[StoredFact]
+    lost_facts: list[StoredFact]
     verdict: Verdict
     figures: dict[str, Any]
 
 
-def thresholds(config: Config, site: EditSite) -> Thresholds:
+def make_thresholds(config: Config, site: EditSite) -> Thresholds:
     """The configured limits, and the model's own for the norm where none is configured."""
     at = config.stability
     result = Thresholds(
@@ -94,18 +96,18 @@ def thresholds(config: Config, site: EditSite) -> Thresholds:
 class Auditor:
     """Looks after the weights and the side memory that are served."""
 
-    def __init__(self, flush: Flush, restraint: Restraint) -> None:
-        self.flush, self.weights, self.quarantine = flush, flush.weights, flush.quarantine
-        self.served, self.store, self.restraint = flush.served, flush.store, restraint
-        self.examiner = Examiner(self.served.loaded.canary)
-        self.retention = Retention(self.weights)
+    def __init__(self, flush: Flush, restraint: Cooldown) -> None:
+        self.flush, self.generations, self.quarantine = flush, flush.generations, flush.quarantine
+        self.live_model, self.store, self.cooldown = flush.live_model, flush.store, restraint
+        self.examiner = EvidenceCollector(self.live_model.loaded_model.canary)
+        self.retention = Retention(self.generations)
         self.traffic = Traffic()
 
     def audit(self, dry_run: bool = False) -> dict[str, Any]:
         """Mend what is damaged in memory, measure, judge, write it down, and do what the verdict
         says. A dry run measures and judges what is there."""
         began = time.monotonic()
-        found = self._find(mending=not dry_run)
+        found = self._collect_findings(mending=not dry_run)
         seconds, generation = time.monotonic() - began, self.store.active_generation()
         action, reasons = found.verdict.action, [*found.damage, *found.verdict.reasons]
         result: dict[str, Any] = {
@@ -116,156 +118,173 @@ class Auditor:
             "generation": generation,
         }
         if dry_run:
-            asked = judge(found.health, self.weights.thresholds).action
-            would = self._held_back(asked, found.health) or str(asked)
+            asked = judge_health(found.health, self.generations.thresholds).action
+            would = self._explain_hold(asked, found.health) or str(asked)
             return result | {"would": would, "dry_run": True}
         self.traffic = Traffic()
         with self.store.transaction():
             number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
-        acted = self._act(found.health)
-        lost = found.lost
+        acted = self._carry_out_verdict(found.health)
+        lost = found.lost_facts
         sound = found.health.finite and found.figures["weights_as_written"]
         if lost and self.store.active_generation() != generation:
             # What has left may have spoilt the others' answers; what is served now was measured.
-            lost, sound = self._lost(number)[1], True
-        anew = self.retention.learn_anew(lost) if sound else []
+            lost, sound = self._find_lost_facts(number)[1], True
+        anew = self.retention.relearn_facts(lost) if sound else []
         return result | {"audit": number, "acted": acted, "learned_anew": anew}
 
-    def _find(self, mending: bool) -> _Findings:
+    def _collect_findings(self, mending: bool) -> _Findings:
         """What an audit writes down, with what each part of it took in seconds; and the verdict."""
         costs: dict[str, float] = {}
-        with _timed(costs, "hash"):
-            weights = self._hash()
-        with _timed(costs, "damage"):
-            turn = next((row.id for row in self.store.audits(1)), 0)
-            broken = look(self.served, weights, turn)
+        with _record_seconds(costs, "hash"):
+            weights = self._hash_weights()
+        with _record_seconds(costs, "damage"):
+            turn = next((row.id for row in self.store.list_audits(1)), 0)
+            broken = find_damage(self.live_model, weights, turn)
             if broken.reasons and mending:
-                mend(self.flush, broken)
-                weights = self._hash()
-        with _timed(costs, "measure"):
-            health = self.weights.measured()[0]
-            seen = self.served.loaded.canary.seen
-        with _timed(costs, "retention"):
-            retention, lost = self._lost(turn)
-        with _timed(costs, "database"):
-            self._examine()
-        with _timed(costs, "chain"):
-            chain = verify(self.store.conn, read_head(self.served.home.head))
-        with _timed(costs, "evidence"):
-            evidence = self.examiner.take(len(self.served.weights_facts()), weights, seen)
+                repair_damage(self.flush, broken)
+                weights = self._hash_weights()
+        with _record_seconds(costs, "measure"):
+            health = self.generations.measure_health()[0]
+            seen = self.live_model.loaded_model.canary.latest_readings
+        with _record_seconds(costs, "retention"):
+            retention, lost = self._find_lost_facts(turn)
+        with _record_seconds(costs, "database"):
+            self._check_database()
+        with _record_seconds(costs, "chain"):
+            chain = verify_chain(self.store.conn, read_head(self.live_model.home.head_file))
+        with _record_seconds(costs, "evidence"):
+            evidence = self.examiner.collect_evidence(
+                len(self.live_model.list_weights_facts()), weights, seen
+            )
         figures = health.as_dict() | {
             "retention": retention,
-            "weights_as_written": published(self.served) == weights,
+            "weights_as_written": read_active_hash(self.live_model) == weights,
             "chain_intact": chain.intact,
             "traffic": asdict(self.traffic),
             "evidence": evidence.as_dict(),
             "costs": costs,
         }
-        verdict = judge(health, self.weights.thresholds, retention)
+        verdict = judge_health(health, self.generations.thresholds, retention)
         return _Findings(broken.reasons, health, lost, verdict, figures)
 
-    def _examine(self) -> None:
+    def _check_database(self) -> None:
         """Refuse a damaged database. A large one takes minutes to read, within which SQLite calls
         nobody: a thread reads it, and the loop shows meanwhile that it is alive."""
         found = Future[None]()
 
-        def look() -> None:
+        def read_database() -> None:
             try:
-                examine(self.served.home.database, thorough=True)
+                check_file(self.live_model.home.database_file, thorough=True)
             except BaseException as error:
                 found.set_exception(error)
             else:
                 found.set_result(None)
 
         # As a daemon's thread it holds up no stop: it only reads.
-        Thread(target=look, name="database", daemon=True).start()
-        for _ in range(MOST_PULSES):
+        Thread(target=read_database, name="database", daemon=True).start()
+        for _ in range(MAX_PULSES):
             if wait((found,), PULSE_SECONDS).done:
                 break
             self.flush.pulse()
         found.result()  # a disk that never answers is for systemd's watchdog to find
 
-    def _lost(self, turn: int) -> tuple[float | None, list[StoredFact]]:
+    def _find_lost_facts(self, turn: int) -> tuple[float | None, list[StoredFact]]:
         """Share of the oldest facts that are stated; what of them, and of others, is not."""
-        oldest = self.retention.oldest()
-        return oldest.share, [*oldest.lost, *self.retention.in_turn(turn).lost]
+        oldest = self.retention.ask_oldest()
+        return oldest.stated_share, [
+            *oldest.lost_facts,
+            *self.retention.ask_rotating(turn).lost_facts,
+        ]
 
-    def _hash(self) -> str:
-        return self.served.model.weights_hash(self.served.loaded.layers)
+    def _hash_weights(self) -> str:
+        return self.live_model.model.weights_hash(self.live_model.loaded_model.layers)
 
     # What is done -------------------------------------------------------------------------------
 
-    def _held_back(self, action: Action, health: Health) -> str | None:
+    def _explain_hold(self, action: Action, health: Health) -> str | None:
         if not health.finite:
             return None
-        armed = self.store.meta(DISARMED) is None
-        return held_back(action, self._acts(), armed, self.store.now(), self.restraint)
+        armed = self.store.get_meta(DISARMED_KEY) is None
+        return explain_hold(
+            action, self._load_actions(), armed, self.store.format_now(), self.cooldown
+        )
 
-    def _act(self, health: Health) -> str:
+    def _carry_out_verdict(self, health: Health) -> str:
         """Do what the weights' own figures ask for. (What is not stated any more is learned anew:
         neither a solve nor a revert would help it.)"""
-        verdict = judge(health, self.weights.thresholds)
-        well = judge(health, self.weights.thresholds.eased()).action < Action.CONSOLIDATE
-        if well and self.store.meta(DISARMED) is not None:
+        verdict = judge_health(health, self.generations.thresholds)
+        well = (
+            judge_health(health, self.generations.thresholds.ease_limits()).action
+            < Action.CONSOLIDATE
+        )
+        if well and self.store.get_meta(DISARMED_KEY) is not None:
             with self.store.transaction():
-                self.store.set_meta(DISARMED, None)
+                self.store.set_meta(DISARMED_KEY, None)
         if verdict.action < Action.CONSOLIDATE:
             return "nothing"
-        if why := self._held_back(verdict.action, health):
+        if why := self._explain_hold(verdict.action, health):
             return f"nothing: {why}"
-        self._remember(verdict.action)
+        self._record_action(verdict.action)
         if verdict.action is Action.REVERT:
-            return self._quarantine(verdict)
-        done = self.weights.consolidate(dry_run=False)
+            return self._quarantine_culprits(verdict)
+        done = self.generations.consolidate(dry_run=False)
         if done["taken"]:
             return "consolidated"
         return "; ".join(done["reasons"]) or "already the joint solve"
 
-    def _acts(self) -> list[Acted]:
+    def _load_actions(self) -> list[PastAction]:
         """Those of the past. One of the future (the clock was set back since) is one of now."""
-        now, kept = self.store.now(), json.loads(self.store.meta(ACTS) or "[]")
-        acts = [Acted(min(at, now), action) for at, action in kept]
+        now, kept = (
+            self.store.format_now(),
+            json.loads(self.store.get_meta(PAST_ACTIONS_KEY) or "[]"),
+        )
+        acts = [PastAction(min(at, now), action) for at, action in kept]
         if any(at > now for at, _ in kept):
-            self._keep(acts)
+            self._save_actions(acts)
         return acts
 
-    def _keep(self, acts: Sequence[Acted]) -> None:
+    def _save_actions(self, acts: Sequence[PastAction]) -> None:
         with self.store.transaction():
-            self.store.set_meta(ACTS, canonical([[act.at, act.action] for act in acts]))
+            self.store.set_meta(
+                PAST_ACTIONS_KEY, to_canonical_json([[act.at, act.action] for act in acts])
+            )
 
-    def _remember(self, action: Action) -> None:
+    def _record_action(self, action: Action) -> None:
         """Before it is done: what fails must not be tried again at once either."""
-        acts = [*self._acts(), Acted(self.store.now(), str(action))]
-        self._keep(acts[-self.restraint.budget :])
+        acts = [*self._load_actions(), PastAction(self.store.format_now(), str(action))]
+        self._save_actions(acts[-self.cooldown.daily_budget :])
         if action is Action.CONSOLIDATE:
             with self.store.transaction():
-                self.store.set_meta(DISARMED, "1")
+                self.store.set_meta(DISARMED_KEY, "1")
 
-    def _quarantine(self, verdict: Verdict) -> str:
+    def _quarantine_culprits(self, verdict: Verdict) -> str:
         """Find who of the last batch is to blame, or of all, and take them out of the weights.
         Who is not to blame and yet too much is learned in the side memory."""
-        row = self.store.generation(self.store.active_generation())
-        older = self.store.generation(row.parent).fact_ids if row.parent is not None else ()
-        found = self._to_blame(row.fact_ids, older) or self._to_blame(row.fact_ids, ())
+        row = self.store.get_generation(self.store.active_generation())
+        older = self.store.get_generation(row.parent).fact_ids if row.parent is not None else ()
+        found = self._find_culprits(row.fact_ids, older) or self._find_culprits(row.fact_ids, ())
         if found is None:
             return "nothing to revert"
-        self.quarantine.lock_up(found.guilty, found.crowd, "; ".join(verdict.reasons))
-        return f"quarantined {len(found.guilty)} facts, moved {len(found.crowd)} beside the weights"
+        self.quarantine.quarantine_facts(found.culprits, found.surplus, "; ".join(verdict.reasons))
+        return f"quarantined {len(found.culprits)} facts, moved {len(found.surplus)} beside the weights"
 
-    def _to_blame(self, ids: Sequence[str], older: Sequence[str]) -> Guilt[StoredFact] | None:
+    def _find_culprits(
+        self, ids: Sequence[str], older: Sequence[str]
+    ) -> Culprits[StoredFact] | None:
         """Who of the facts in the weights, without the older ones, makes them sick."""
         beside = [n for n in ids if n in older]
-        suspects = [f for n in ids if n not in older and (f := self.store.fact(n))]
+        suspects = [f for n in ids if n not in older and (f := self.store.find_fact(n))]
 
-        def with_those(some: Sequence[StoredFact]) -> list[str]:
+        def ids_with(some: Sequence[StoredFact]) -> list[str]:
             return [*beside, *(f.id for f in some)]
 
-        found = self.quarantine.search(suspects, with_those)
-        return found if found.guilty or found.crowd else None
+        found = self.quarantine.find_culprits(suspects, ids_with)
+        return found if found.culprits or found.surplus else None
 
 
 @contextmanager
-def _timed(costs: dict[str, float], part: str) -> Iterator[None]:
+def _record_seconds(costs: dict[str, float], part: str) -> Iterator[None]:
     """Note how many seconds the block took."""
     began = time.monotonic()
     yield

@@ -10,48 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit_daemon.cli.context import database
-from kedit_daemon.editing.model_loading import Opened, canary_text
+from kedit_daemon.cli.context import open_database
+from kedit_daemon.editing.model_loading import OpenedModel, read_canary_lines
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.parser import parse
-from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.ingest.parser import parse_file
+from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 from memory.model.canary import Canary
 from memory.model.editable import EditableModel
 from memory.side.side_memory import SideMemory
 from policies.calibration import (
-    ACTIVATION,
-    NORM,
-    SPREAD,
-    Quality,
-    Search,
-    activation_limits,
-    norm_limits,
+    ACTIVATION_RANGE,
+    NORM_RANGE,
+    SCORE_SPREAD,
+    EditQuality,
+    SiteSearch,
+    derive_activation_limits,
+    derive_norm_limits,
 )
 from policies.edit_site import EditSite
-from policies.gate import end_gate
+from policies.gate import fit_end_gate
 from policies.probe import MAX_NEIGHBOURS, MAX_PARAPHRASES
-from policies.prompts import Row, rows_of
+from policies.prompts import TokenRow, make_rows
 
-LONGEST = 200  # tokens of a wording or near prompt; longer ones are left out
-ROWS = 8  # that run together; all of their logits are held at once
-SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
+ROWS_PER_PASS = 8  # that run together; all of their logits are held at once
+UPDATE_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
     "choice": "the harmonic mean of reliability, generality and locality; within its standard"
-    f" error of the best, {SPREAD} / √facts, the smallest norm ratio",
+    f" error of the best, {SCORE_SPREAD} / √facts, the smallest norm ratio",
     "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
-    f" halves of the canary text, from {vars(ACTIVATION[0])} to {vars(ACTIVATION[1])}",
+    f" halves of the canary text, from {vars(ACTIVATION_RANGE[0])} to {vars(ACTIVATION_RANGE[1])}",
     "end_gate": "the cosine that at most so many of the pairs of a pilot's fact and a piece of"
     " ordinary text reach as false_routes says",
     "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
-    f" their limits, from {vars(NORM[0])} to {vars(NORM[1])}",
+    f" their limits, from {vars(NORM_RANGE[0])} to {vars(NORM_RANGE[1])}",
 }
 
-Told = Callable[[str], None]
-Watch = Callable[[int], Told]
+ReportProgress = Callable[[str], None]
+StartProgress = Callable[[int], ReportProgress]
 """Told of the pieces of work to come, it gives what is to hear of each."""
 
 
@@ -74,12 +74,12 @@ class Calibration:
 
 def refuse_if_in_use(home: Home) -> None:
     """Terms belong to the layers they were computed for: KeditError where some are stored."""
-    if not home.database.is_file():
+    if not home.database_file.is_file():
         return
-    with database(home) as conn:
+    with open_database(home) as conn:
         stored = conn.execute("SELECT count(*) FROM terms").fetchone()[0]
         count = "SELECT count(*) FROM facts WHERE state = ?"
-        live = conn.execute(count, (State.LIVE_WEIGHTS,)).fetchone()[0]
+        live = conn.execute(count, (FactState.LIVE_WEIGHTS,)).fetchone()[0]
     if stored or live:
         raise KeditError(
             f"{home.root} is in use: facts in the weights {live}, stored terms {stored}, which"
@@ -90,9 +90,9 @@ def refuse_if_in_use(home: Home) -> None:
         )
 
 
-def read_pilot(path: Path, limits: Limits) -> list[Fact]:
+def read_pilot(path: Path, limits: FileLimits) -> list[Fact]:
     """The facts of a file in any accepted form, one for each question; broken records are left."""
-    parsed = parse(path.read_bytes(), path.name, None, limits)
+    parsed = parse_file(path.read_bytes(), path.name, None, limits)
     if not parsed.facts:
         first = parsed.problems[0]
         raise KeditError(f"{path}:{first.line}: {first.problem}", code="pilot", hint=first.remedy)
@@ -102,7 +102,7 @@ def read_pilot(path: Path, limits: Limits) -> list[Fact]:
 def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot:
     """At most `count` facts to edit. Without paraphrases, the question behind other words is held
     out; without neighbours, the questions of facts that are not edited are near."""
-    usable = [fact for fact in facts if _readable(model, fact)]
+    usable = [fact for fact in facts if _is_readable(model, fact)]
     edited, others = usable[:count], usable[count : 2 * count]
     if not any(fact.neighbours for fact in edited) and not others:
         kept = len(edited) - len(edited) // 3
@@ -110,8 +110,8 @@ def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot
     near = [n.prompt for fact in edited for n in fact.neighbours[:MAX_NEIGHBOURS]]
     near = list(dict.fromkeys(near)) or [fact.question for fact in others]
     asked = {fact.question for fact in edited}
-    near = [p for p in near if p not in asked and len(model.encode(p)) <= LONGEST]
-    held_out = _held_out(model, edited)
+    near = [p for p in near if p not in asked and len(model.encode(p)) <= MAX_PROMPT_TOKENS]
+    held_out = _select_held_out(model, edited)
     if not near or not held_out:
         raise KeditError(
             "the pilot has too few facts that this model can read",
@@ -122,70 +122,79 @@ def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot
     return Pilot(facts_only, tuple(held_out), tuple(near))
 
 
-def _held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
+def _select_held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
     placed = list(enumerate(facts))
-    found = [(n, p, fact.target) for n, fact in placed for p in fact.rephrased[:MAX_PARAPHRASES]]
+    found = [
+        (n, p, fact.target) for n, fact in placed for p in fact.filled_paraphrases[:MAX_PARAPHRASES]
+    ]
     if not found:
         lines = [" ".join(line.split()[:8]).rstrip(".") for line in read_ordinary_lines()]
         pairs = zip(lines, placed, strict=False)
         found = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
-    return [one for one in found if len(model.encode(one[1])) <= LONGEST]
+    return [one for one in found if len(model.encode(one[1])) <= MAX_PROMPT_TOKENS]
 
 
-def _readable(model: EditableModel, fact: Fact) -> bool:
+def _is_readable(model: EditableModel, fact: Fact) -> bool:
     try:
-        rows_of(model, replace(fact, paraphrases=()))
+        make_rows(model, replace(fact, paraphrases=()))
     except KeditError:
         return False
     return True
 
 
-class Examiner:
+class PilotExaminer:
     """Asks the pilot's questions. An answer is right when every token of the target is the
     likeliest; a near prompt has stayed when its likeliest next token is the same as before."""
 
     def __init__(self, model: EditableModel, pilot: Pilot) -> None:
         self.model = model
-        self._asked = [self._row(fact.question, fact.target) for fact in pilot.facts]
-        self._held_out = [self._row(prompt, target) for _, prompt, target in pilot.held_out]
-        self._near = [(model.encode(prompt), [0]) for prompt in pilot.near]
-        self._before = self._greedy(self._near)
+        self._fact_rows = [self._encode_row(fact.question, fact.target) for fact in pilot.facts]
+        self._held_out_rows = [
+            self._encode_row(prompt, target) for _, prompt, target in pilot.held_out
+        ]
+        self._near_rows = [(model.encode(prompt), [0]) for prompt in pilot.near]
+        self._near_before = self._predict_targets(self._near_rows)
 
-    def __call__(self, deltas: Mapping[int, Tensor]) -> Quality:
+    def __call__(self, deltas: Mapping[int, Tensor]) -> EditQuality:
         """The quality of the unedited weights plus ΔW; the model ends unedited."""
         model = self.model
         model.set_deltas(dict(deltas))
         try:
-            same = [a == b for a, b in zip(self._greedy(self._near), self._before, strict=True)]
+            same = [
+                a == b
+                for a, b in zip(
+                    self._predict_targets(self._near_rows), self._near_before, strict=True
+                )
+            ]
             ratios = [float(model.weight(n).norm() / model.base_weight(n).norm()) for n in deltas]
-            return Quality(
-                reliability=self._right(self._asked),
-                generality=self._right(self._held_out),
+            return EditQuality(
+                reliability=self._score_rows(self._fact_rows),
+                generality=self._score_rows(self._held_out_rows),
                 locality=sum(same) / len(same),
                 norm_ratio=max(ratios, default=1.0),
             )
         finally:
             model.set_deltas({})
 
-    def _row(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
+    def _encode_row(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
         return self.model.encode(prompt), self.model.encode_target(prompt, target)
 
-    def _right(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-        said = self._greedy(rows)
+    def _score_rows(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
+        said = self._predict_targets(rows)
         return sum(a == target for a, (_, target) in zip(said, rows, strict=True)) / len(rows)
 
-    def _greedy(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
+    def _predict_targets(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
         """The likeliest tokens in the places of each row's target, given prompt and target."""
         said: list[list[int]] = []
-        for start in range(0, len(rows), ROWS):
-            some = rows[start : start + ROWS]
+        for start in range(0, len(rows), ROWS_PER_PASS):
+            some = rows[start : start + ROWS_PER_PASS]
             full = [prompt + target[:-1] for prompt, target in some]
             # Pads on the right are behind every token whose prediction is read.
             ids = torch.zeros(len(some), max(map(len, full)), dtype=torch.long)
             for n, tokens in enumerate(full):
                 ids[n, : len(tokens)] = torch.tensor(tokens)
             with torch.no_grad():
-                out = self.model.model(input_ids=ids.to(self.model.device), use_cache=False)
+                out = self.model.hf_model(input_ids=ids.to(self.model.device), use_cache=False)
             best = out.logits.argmax(-1).tolist()
             said += [
                 line[len(prompt) - 1 : len(tokens)]
@@ -194,56 +203,58 @@ class Examiner:
         return said
 
 
-def calibrate(opened: Opened, pilot: Pilot, false_routes: float, watch: Watch) -> Calibration:
+def calibrate(
+    opened: OpenedModel, pilot: Pilot, false_routes: float, watch: StartProgress
+) -> Calibration:
     """Search for the site of an unedited model, and set its limits and its end gate.
 
     `false_routes`: the share of unrelated text that may pass the gate, as of `end_gate`.
     """
     began, model = time.monotonic(), opened.model
-    statistics = opened.statistics((), range(model.layers), iter)
-    norms = {n: s.norm for n, s in statistics.items()}
-    search = Search(
+    statistics = opened.resolve_statistics((), range(model.layer_count), iter)
+    norms = {n: s.median_norm for n, s in statistics.items()}
+    search = SiteSearch(
         model,
-        replace(opened.site(), anchors={}),  # they belong to other targets
+        replace(opened.resolve_site(), anchors={}),  # they belong to other targets
         pilot.facts,
-        Examiner(model, pilot),
+        PilotExaminer(model, pilot),
         norms,
-        lambda layers: opened.statistics(layers, (), iter),
+        lambda layers: opened.resolve_statistics(layers, (), iter),
     )
-    told = watch(search.units + 1)
-    chosen = search.run(told)
+    told = watch(search.max_units + 1)
+    chosen = search.run_stages(told)
     told("limits")
-    site, figures = _limited(model, chosen.site, search.deltas(chosen.site))
-    side = SideMemory(model, site.gates, {n: s.mean for n, s in statistics.items()})
+    site, figures = _derive_limits(model, chosen.site, search.solve_deltas(chosen.site))
+    side = SideMemory(model, site.gates, {n: s.output_mean for n, s in statistics.items()})
     asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
-    gate = end_gate(side, pilot.facts, asked, read_ordinary_lines(), false_routes)
-    site = replace(site, anchors=search.anchors(chosen.site), end_gate=gate.gate)
+    gate = fit_end_gate(side, pilot.facts, asked, read_ordinary_lines(), false_routes)
+    site = replace(site, anchors=search.compute_anchors(chosen.site), end_gate=gate.gate)
     evidence = {
         "made_by": "kedit-daemon calibrate",
         "weights": opened.base_hash,
         "pilot": {name: len(part) for name, part in vars(pilot).items()},
         "rules": RULES,
         "chosen": chosen.as_dict(),
-        "candidates": [candidate.as_dict() for candidate in search.found],
+        "candidates": [candidate.as_dict() for candidate in search.candidates],
         **figures,
         "end_gate": gate.as_dict(),
-        "clean_norms": _clean_norms(model, site, pilot.facts),
+        "clean_norms": _measure_clean_norms(model, site, pilot.facts),
         "seconds": round(time.monotonic() - began, 1),
     }
     return Calibration(site, evidence)
 
 
-def _limited(
+def _derive_limits(
     model: EditableModel, site: EditSite, deltas: Mapping[int, Tensor]
 ) -> tuple[EditSite, dict[str, Any]]:
     """The site with its limits, by RULES, and the figures behind them."""
-    lines = canary_text()
-    halves = [Canary(model, half, site.layers).baseline for half in (lines[::2], lines[1::2])]
-    one, other = (half.norms for half in halves)
+    lines = read_canary_lines()
+    halves = [Canary(model, half, site.layers).base_readings for half in (lines[::2], lines[1::2])]
+    one, other = (half.activation_norms for half in halves)
     variation = {n: 2 * abs(one[n] - other[n]) / (one[n] + other[n]) for n in site.layers}
-    activation = activation_limits(max(variation.values()))
-    curve = _curve(model, Canary(model, lines, site.layers), deltas, activation.revert)
-    norm = norm_limits(curve, activation)
+    activation = derive_activation_limits(max(variation.values()))
+    curve = _measure_curve(model, Canary(model, lines, site.layers), deltas, activation.revert)
+    norm = derive_norm_limits(curve, activation)
     limited = replace(
         site,
         **{f"norm_{verdict}": limit for verdict, limit in vars(norm).items()},
@@ -255,16 +266,16 @@ def _limited(
     }
 
 
-def _curve(
+def _measure_curve(
     model: EditableModel, canary: Canary, deltas: Mapping[int, Tensor], far: float
 ) -> list[tuple[float, float]]:
     """The largest norm ratio and activation change under the update, scaled up until the
     activations have changed by `far`."""
     curve: list[tuple[float, float]] = []
     try:
-        for scale in SCALES:
+        for scale in UPDATE_SCALES:
             model.set_deltas({n: scale * delta for n, delta in deltas.items()})
-            health = canary.measure()
+            health = canary.measure_health()
             if not health.finite:
                 break
             change = max(abs(ratio - 1) for ratio in health.activation_ratio.values())
@@ -276,17 +287,23 @@ def _curve(
     return curve
 
 
-def _clean_norms(model: EditableModel, site: EditSite, facts: Sequence[Fact]) -> dict[int, float]:
+def _measure_clean_norms(
+    model: EditableModel, site: EditSite, facts: Sequence[Fact]
+) -> dict[int, float]:
     """By layer the median ‖y‖ of the unedited model where facts are edited."""
     found: dict[int, list[Tensor]] = {n: [] for n in site.layers}
-    for row in (row for fact in facts for row in rows_of(model, fact)):
+    for row in (row for fact in facts for row in make_rows(model, fact)):
 
-        def keep(n: int, _inputs: Tensor, outputs: Tensor, row: Row = row) -> None:
+        def keep(n: int, _inputs: Tensor, outputs: Tensor, row: TokenRow = row) -> None:
             ends = slice(row.prompt_length - 1, len(row.ids) - 1)
-            at = slice(row.subject, row.subject + 1) if n in site.subject_layers else ends
+            at = (
+                slice(row.subject_index, row.subject_index + 1)
+                if n in site.subject_layers
+                else ends
+            )
             found[n].append(outputs[0, at].norm(dim=-1).cpu())
 
         taps = {n: partial(keep, n) for n in site.layers}
-        with torch.no_grad(), model.tap(taps):
-            model.model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False)
+        with torch.no_grad(), model.tap_layers(taps):
+            model.hf_model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False)
     return {n: float(torch.cat(norms).median()) for n, norms in found.items()}

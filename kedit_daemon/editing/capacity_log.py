@@ -4,19 +4,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from memory.db.event_log import canonical
+from memory.db.event_log import to_canonical_json
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.model.canary import Health
-from policies.capacity import Capacity, Observation, capacity, observed
+from policies.capacity import Capacity, Observation, estimate_capacity, make_observation
 from policies.probe import Probe
 from policies.stability import Thresholds, Verdict
 
 # In the store's meta. The first two are read by `status`, which imports nothing heavy.
-CAPACITY, LIMIT = "weights_capacity", "weights_limit"
-TRIALS = "weights_trials"  # solves that were not published: [facts, figures] each, newest last
-TRIALS_KEPT = 8
-FULL = 0.95  # of the capacity
+CAPACITY_KEY, LIMIT_KEY = "weights_capacity", "weights_limit"
+TRIALS_KEY = "weights_trials"  # solves that were not published: [facts, figures] each, newest last
+MAX_TRIALS = 8
+FULL_SHARE = 0.95  # of the capacity
 
 
 @dataclass(frozen=True)
@@ -24,51 +24,55 @@ class Trial:
     """What came of solving the weights with a batch."""
 
     facts: int  # in the weights then
-    taken: list[StoredFact]
-    lost: list[StoredFact]  # those that did not hold
+    held_facts: list[StoredFact]
+    lost_facts: list[StoredFact]  # those that did not hold
     probes: dict[str, Probe]
     health: Health
     verdict: Verdict
 
-    def after(self, larger: "Trial") -> "Trial":
+    def merge_larger(self, larger: "Trial") -> "Trial":
         """With what did not hold in the larger trial before it, which this one has not tried."""
         probes = larger.probes | self.probes
-        return replace(self, lost=[*larger.lost, *self.lost], probes=probes)
+        return replace(self, lost_facts=[*larger.lost_facts, *self.lost_facts], probes=probes)
 
 
-class Room:
+class CapacityLog:
     """Learns from the generations, and from solves that were too large to become one."""
 
     def __init__(self, store: Store, thresholds: Thresholds) -> None:
         self.store, self.thresholds = store, thresholds
         with store.transaction():
-            self.remember()
+            self.record_capacity()
 
-    def capacity(self, more: Sequence[Observation] = ()) -> Capacity | None:
+    def estimate_capacity(self, more: Sequence[Observation] = ()) -> Capacity | None:
         """How many facts the weights bear, with observations that are not written down yet."""
-        rows = [*self.store.measured_generations(), *self._trials()]
-        return capacity([*(observed(n, figures) for n, figures in rows), *more], self.thresholds)
+        rows = [*self.store.list_measurements(), *self._load_trials()]
+        return estimate_capacity(
+            [*(make_observation(n, figures) for n, figures in rows), *more], self.thresholds
+        )
 
-    def known(self) -> int | None:
+    def read_capacity(self) -> int | None:
         """The count of `capacity`, as it was written down last."""
-        count = self.store.meta(CAPACITY)
+        count = self.store.get_meta(CAPACITY_KEY)
         return None if count is None else int(count)
 
-    def remember(self) -> None:
+    def record_capacity(self) -> None:
         """Write down what the weights bear. Inside a transaction."""
-        found = self.capacity()
-        self.store.set_meta(CAPACITY, None if found is None else str(found.facts))
-        self.store.set_meta(LIMIT, None if found is None else found.figure)
+        found = self.estimate_capacity()
+        self.store.set_meta(CAPACITY_KEY, None if found is None else str(found.facts))
+        self.store.set_meta(LIMIT_KEY, None if found is None else found.figure)
 
-    def too_many(self, facts: int, health: Health) -> None:
+    def record_oversized(self, facts: int, health: Health) -> None:
         """Keep the figures of a solve that was not published. Inside a transaction."""
-        trials = [*self._trials(), (facts, health.as_dict())][-TRIALS_KEPT:]
-        self.store.set_meta(TRIALS, canonical(trials))
-        self.remember()
+        trials = [*self._load_trials(), (facts, health.as_dict())][-MAX_TRIALS:]
+        self.store.set_meta(TRIALS_KEY, to_canonical_json(trials))
+        self.record_capacity()
 
     def forget_trials(self) -> None:
         """What was tried beside facts that have left says nothing any more. In a transaction."""
-        self.store.set_meta(TRIALS, None)
+        self.store.set_meta(TRIALS_KEY, None)
 
-    def _trials(self) -> list[tuple[int, dict[str, object]]]:
-        return [(int(n), figures) for n, figures in json.loads(self.store.meta(TRIALS) or "[]")]
+    def _load_trials(self) -> list[tuple[int, dict[str, object]]]:
+        return [
+            (int(n), figures) for n, figures in json.loads(self.store.get_meta(TRIALS_KEY) or "[]")
+        ]

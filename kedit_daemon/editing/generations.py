@@ -14,154 +14,160 @@ from typing import Any
 
 from torch import Tensor
 
-from kedit_daemon.editing.capacity_log import Room
-from kedit_daemon.editing.live_model import Served
+from kedit_daemon.editing.capacity_log import CapacityLog
+from kedit_daemon.editing.live_model import LiveModel
 from memory.db.rows import StoredFact
 from memory.errors import KeditError
-from memory.facts import ACTIVE, Fact, State
+from memory.facts import ACTIVE_STATES, Fact, FactState
 from memory.files import save_tensors
 from memory.model.canary import Health
-from memory.model.generate import answers
-from policies.probe import longest_target, same
-from policies.routing import wants_batch
-from policies.solver import UNSOLVED
-from policies.stability import Action, Thresholds, Verdict, judge, worse
+from memory.model.generate import generate_answers
+from policies.probe import count_answer_tokens, is_same_answer
+from policies.routing import is_for_batch
+from policies.solver import UNSOLVED_CODES
+from policies.stability import Action, Thresholds, Verdict, find_worsened, judge_health
 
-UNCHECKED = "side_unchecked"  # in the store's meta: the weights have moved under the side memory
-HELD = "flush_held"  # why flushes wait for a person or for room; in the store's meta
+SIDE_UNCHECKED_KEY = (
+    "side_unchecked"  # in the store's meta: the weights have moved under the side memory
+)
+FLUSH_HELD_KEY = "flush_held"  # why flushes wait for a person or for room; in the store's meta
 
 
 @dataclass(frozen=True)
-class Leaving:
+class FactRemoval:
     """A fact that is taken out, what becomes of it, and why."""
 
     fact: StoredFact
-    state: State
+    state: FactState
     reason: str
 
 
-class Weights:
+class Generations:
     """The one way to change what generation is served."""
 
-    def __init__(self, served: Served, thresholds: Thresholds) -> None:
-        self.served, self.store, self.model = served, served.store, served.model
+    def __init__(self, served: LiveModel, thresholds: Thresholds) -> None:
+        self.live_model, self.store, self.model = served, served.store, served.model
         self.thresholds = thresholds
-        self.room = Room(self.store, thresholds)
-        self._candidate: dict[int, Tensor] = {}
-        self._solved: list[str] | None = None  # what the candidate holds, while it is served
+        self.capacity_log = CapacityLog(self.store, thresholds)
+        self._candidate_deltas: dict[int, Tensor] = {}
+        self._candidate_ids: list[str] | None = None  # what the candidate holds, while it is served
 
     @contextmanager
-    def candidates(self) -> Iterator[None]:
+    def serve_candidates(self) -> Iterator[None]:
         """Serve what is solved within the block; it stays only if `publish` was run."""
-        before, self._solved = self.store.active_generation(), None
+        before, self._candidate_ids = self.store.active_generation(), None
         try:
             yield
         finally:
-            self._solved = None
+            self._candidate_ids = None
             if self.store.active_generation() == before:
-                self.model.set_deltas(self.served.deltas)
+                self.model.set_deltas(self.live_model.active_deltas)
 
     @contextmanager
-    def trial(self, ids: Sequence[str]) -> Iterator[None]:
+    def try_candidate(self, ids: Sequence[str]) -> Iterator[None]:
         """Serve a candidate set of facts within the block; it stays only if `publish` was run."""
-        with self.candidates():
+        with self.serve_candidates():
             self.solve(ids)
             yield
 
-    def publish(
+    def activate_candidate(
         self, ids: Sequence[str], reason: str, health: Health, moves: Callable[[int], None]
     ) -> int:
         """Make the candidate the active generation, with `moves(generation)` in one transaction."""
-        deltas, sha = self._candidate, None
+        deltas, sha = self._candidate_deltas, None
         if deltas:
             tensors = {str(n): delta for n, delta in deltas.items()}
-            sha = save_tensors(self.served.home.generations, tensors)
-        weights = self.model.weights_hash(self.served.loaded.layers)
-        parent, held = self.store.active_generation(), len(self.served.weights_facts())
+            sha = save_tensors(self.live_model.home.generations_folder, tensors)
+        weights = self.model.weights_hash(self.live_model.loaded_model.layers)
+        parent, held = self.store.active_generation(), len(self.live_model.list_weights_facts())
         with self.store.transaction():
             number = self.store.add_generation(
                 sha, weights, parent, reason, sorted(ids), health.as_dict()
             )
-            self.store.activate(number)
-            self.store.set_meta(HELD, None)
+            self.store.activate_generation(number)
+            self.store.set_meta(FLUSH_HELD_KEY, None)
             if len(ids) < held:
-                self.room.forget_trials()
-            self.room.remember()
+                self.capacity_log.forget_trials()
+            self.capacity_log.record_capacity()
             moves(number)
-            if self.store.facts((State.LIVE_SIDE,)):
-                self.store.set_meta(UNCHECKED, str(number))
-        self.served.deltas = deltas
-        self.recheck()
+            if self.store.list_facts((FactState.LIVE_SIDE,)):
+                self.store.set_meta(SIDE_UNCHECKED_KEY, str(number))
+        self.live_model.active_deltas = deltas
+        self.recheck_side()
         return number
 
-    def recheck(self) -> None:
+    def recheck_side(self) -> None:
         """Let what no longer holds in the side memory, on weights that have moved, be relearned."""
-        self.served.forget_side()  # first: no fact that has left may fire for a live one
-        if self.store.meta(UNCHECKED) is None:
+        self.live_model.prune_side()  # first: no fact that has left may fire for a live one
+        if self.store.get_meta(SIDE_UNCHECKED_KEY) is None:
             return
-        live = self.store.facts((State.LIVE_SIDE,))
-        most = longest_target(self.model, [f.fact for f in live]) if live else 0
-        said = self.served.ask([f.fact.question for f in live], most) if live else []
+        live = self.store.list_facts((FactState.LIVE_SIDE,))
+        most = count_answer_tokens(self.model, [f.fact for f in live]) if live else 0
+        said = self.live_model.answer_prompts([f.fact.question for f in live], most) if live else []
         with self.store.transaction():
             for fact, answer in zip(live, said, strict=True):
-                if not same(answer.text, fact.fact.target):
-                    self.store.drop_side(fact.id)
-                    self.store.move(fact.id, State.RECEIVED, reason="the weights moved under it")
-            self.store.set_meta(UNCHECKED, None)
-        self.served.forget_side()
+                if not is_same_answer(answer.text, fact.fact.target):
+                    self.store.drop_side_keys(fact.id)
+                    self.store.change_state(
+                        fact.id, FactState.RECEIVED, reason="the weights moved under it"
+                    )
+            self.store.set_meta(SIDE_UNCHECKED_KEY, None)
+        self.live_model.prune_side()
 
     def solve(self, ids: Sequence[str]) -> None:
         """Serve the weights with just these facts, among candidates."""
-        if ids != self._solved:
-            self._candidate = self.served.solve(ids)
-            self.model.set_deltas(self._candidate)
-            self._solved = list(ids)
+        if ids != self._candidate_ids:
+            self._candidate_deltas = self.live_model.solve(ids)
+            self.model.set_deltas(self._candidate_deltas)
+            self._candidate_ids = list(ids)
 
-    def breathe(self, pulse: Callable[[], None]) -> None:
+    def pulse_with_active(self, pulse: Callable[[], None]) -> None:
         """A pulse between two candidates, with what is published in its place: who asks meanwhile
         must not be answered by a candidate."""
-        self.model.set_deltas(self.served.deltas)
+        self.model.set_deltas(self.live_model.active_deltas)
         pulse()
-        if self._solved is not None:
-            self.model.set_deltas(self._candidate)
+        if self._candidate_ids is not None:
+            self.model.set_deltas(self._candidate_deltas)
 
-    def verdict_on(self, ids: Sequence[str]) -> Verdict:
+    def judge_facts(self, ids: Sequence[str]) -> Verdict:
         """What would be said of the weights with just these facts; they stay so."""
         try:
             self.solve(ids)
         except KeditError as error:
-            if error.code not in UNSOLVED:
+            if error.code not in UNSOLVED_CODES:
                 raise
             return Verdict(Action.REVERT, (str(error),))
-        return self.measured()[1]
+        return self.measure_health()[1]
 
-    def strain(self, fact_id: str) -> float:
+    def measure_strain(self, fact_id: str) -> float:
         """How much a fact asks of the weights all by itself: the largest ‖ΔW‖_F over ‖W0‖_F;
         infinite where it cannot be solved."""
         try:
-            deltas = self.served.solve([fact_id])
+            deltas = self.live_model.solve([fact_id])
         except KeditError as error:
-            if error.code not in UNSOLVED:
+            if error.code not in UNSOLVED_CODES:
                 raise
             return math.inf
         asked = (d.norm() / self.model.base_weight(n).norm() for n, d in deltas.items())
         return max(map(float, asked), default=0.0)
 
-    def measured(self) -> tuple[Health, Verdict]:
-        health = self.served.loaded.canary.measure()
-        return health, judge(health, self.thresholds)
+    def measure_health(self) -> tuple[Health, Verdict]:
+        health = self.live_model.loaded_model.canary.measure_health()
+        return health, judge_health(health, self.thresholds)
 
     # Taking out ---------------------------------------------------------------------------------
 
-    def take_out(
-        self, facts: Sequence[StoredFact], state: State, reason: str, dry_run: bool = False
+    def remove_facts(
+        self, facts: Sequence[StoredFact], state: FactState, reason: str, dry_run: bool = False
     ) -> dict[str, Any]:
         """End active facts: the weights are solved again without them, at once and exactly."""
-        return self.part_with([Leaving(f, state, reason) for f in facts], reason, dry_run=dry_run)
+        return self.apply_removals(
+            [FactRemoval(f, state, reason) for f in facts], reason, dry_run=dry_run
+        )
 
-    def part_with(
+    def apply_removals(
         self,
-        leaving: Sequence[Leaving],
+        leaving: Sequence[FactRemoval],
         reason: str,
         *,
         dry_run: bool = False,
@@ -170,68 +176,70 @@ class Weights:
         """Solve the weights again without some facts. `reason` is the generation's; `also` is done
         in the same transaction."""
         gone = {one.fact.id for one in leaving}
-        ids = [n for n in self.served.weights_facts() if n not in gone]
-        return self._change(ids, leaving, [], reason, dry_run, also)
+        ids = [n for n in self.live_model.list_weights_facts() if n not in gone]
+        return self._apply_change(ids, leaving, [], reason, dry_run, also)
 
-    def wait_beside(self, facts: Sequence[StoredFact]) -> None:
+    def redirect_to_side(self, facts: Sequence[StoredFact]) -> None:
         """Let facts that wait now be for the side memory. Inside a transaction."""
         for fact in facts:
-            now = self.store.fact(fact.id)
-            if now is not None and wants_batch(now):
-                self.store.send_beside(fact.id, "sent_beside")
+            now = self.store.find_fact(fact.id)
+            if now is not None and is_for_batch(now):
+                self.store.send_to_side(fact.id, "sent_beside")
 
-    def send_beside(self, facts: Sequence[StoredFact], why: str) -> None:
+    def send_to_side(self, facts: Sequence[StoredFact], why: str) -> None:
         """Take live facts out of where they are, and let them wait for the side memory."""
-        leaving = [Leaving(fact, State.RECEIVED, why) for fact in facts]
-        self.part_with(leaving, why, also=lambda: self.wait_beside(facts))
+        leaving = [FactRemoval(fact, FactState.RECEIVED, why) for fact in facts]
+        self.apply_removals(leaving, why, also=lambda: self.redirect_to_side(facts))
 
-    def go_back(self, generation: int, dry_run: bool) -> dict[str, Any]:
+    def restore_generation(self, generation: int, dry_run: bool) -> dict[str, Any]:
         """Make the weights hold the facts of an earlier generation again.
 
         Facts that came into the weights since are reverted; what ended since lives again.
         """
-        wanted = set(self.store.generation(generation).fact_ids)
-        current = set(self.served.weights_facts())
-        out = [self._must(n) for n in sorted(current - wanted)]
-        back = [self._must(n) for n in sorted(wanted - current)]
+        wanted = set(self.store.get_generation(generation).fact_ids)
+        current = set(self.live_model.list_weights_facts())
+        out = [self._require_fact(n) for n in sorted(current - wanted)]
+        back = [self._require_fact(n) for n in sorted(wanted - current)]
         slots = {f.fact.slot for f in back}
-        out += [f for f in self.store.facts(ACTIVE) if f.fact.slot in slots and f not in out]
+        out += [
+            f for f in self.store.list_facts(ACTIVE_STATES) if f.fact.slot in slots and f not in out
+        ]
         out = [f for f in out if f.id not in wanted]
         reason = f"back to generation {generation}"
-        leaving = [Leaving(f, State.REVERTED, reason) for f in out]
-        return self._change(sorted(wanted), leaving, back, reason, dry_run, lambda: None)
+        leaving = [FactRemoval(f, FactState.REVERTED, reason) for f in out]
+        return self._apply_change(sorted(wanted), leaving, back, reason, dry_run, lambda: None)
 
-    def _must(self, fact_id: str) -> StoredFact:
-        fact = self.store.fact(fact_id)
+    def _require_fact(self, fact_id: str) -> StoredFact:
+        fact = self.store.find_fact(fact_id)
         if fact is None:
             raise KeditError(f"there is no fact {fact_id}", code="unknown-fact")
         return fact
 
-    def _change(
+    def _apply_change(
         self,
         ids: list[str],
-        out: Sequence[Leaving],
+        out: Sequence[FactRemoval],
         back: list[StoredFact],
         reason: str,
         dry_run: bool,
         also: Callable[[], None],
     ) -> dict[str, Any]:
         asked = [*(one.fact.fact for one in out), *(f.fact for f in back)]
-        before = self.served.probe_after(asked)
-        self.served.side.hidden = {one.fact.id for one in out}
+        before = self.live_model.probe_edited(asked)
+        self.live_model.side.hidden_facts = {one.fact.id for one in out}
         try:
-            with self.trial(ids):
-                after = self.served.probe_after(asked)
-                health, verdict = self.measured()
-                weights = self.model.weights_hash(self.served.loaded.layers)
+            with self.try_candidate(ids):
+                after = self.live_model.probe_edited(asked)
+                health, verdict = self.measure_health()
+                weights = self.model.weights_hash(self.live_model.loaded_model.layers)
                 generation = self.store.active_generation()
                 if not dry_run:
-                    moves = partial(self._moved, out, back, reason, after, also)
-                    generation = self._ended(ids, reason, health, moves)
+                    moves = partial(self._move_facts, out, back, reason, after, also)
+                    generation = self._activate_if_changed(ids, reason, health, moves)
         finally:
-            self.served.side.hidden = set()
+            self.live_model.side.hidden_facts = set()
         if not dry_run:
-            self.served.forget_side()
+            self.live_model.prune_side()
         return {
             "reverted": [one.fact.id for one in out],
             "restored": [f.id for f in back],
@@ -243,25 +251,25 @@ class Weights:
             "dry_run": dry_run,
         }
 
-    def _ended(
+    def _activate_if_changed(
         self, ids: list[str], reason: str, health: Health, moves: Callable[[int], None]
     ) -> int:
-        if self._held(ids, moves):
+        if self._move_if_unchanged(ids, moves):
             return self.store.active_generation()
-        return self.publish(ids, reason, health, moves)
+        return self.activate_candidate(ids, reason, health, moves)
 
-    def _held(self, ids: Sequence[str], moves: Callable[[int], None]) -> bool:
+    def _move_if_unchanged(self, ids: Sequence[str], moves: Callable[[int], None]) -> bool:
         """Whether the weights hold just these facts, in whatever order; then no other generation
         is made, and the moves are done."""
-        held = sorted(ids) == sorted(self.served.weights_facts())
+        held = sorted(ids) == sorted(self.live_model.list_weights_facts())
         if held:
             with self.store.transaction():
                 moves(self.store.active_generation())
         return held
 
-    def _moved(
+    def _move_facts(
         self,
-        out: Sequence[Leaving],
+        out: Sequence[FactRemoval],
         back: Sequence[StoredFact],
         reason: str,
         after: dict[str, list[str]],
@@ -271,13 +279,13 @@ class Weights:
         """Move the facts of a change that makes a generation. Inside a transaction."""
         for one in out:
             fact_id = one.fact.id
-            self.store.drop_side(fact_id)
-            self.store.move(fact_id, one.state, reason=one.reason, after=after[fact_id][0])
+            self.store.drop_side_keys(fact_id)
+            self.store.change_state(fact_id, one.state, reason=one.reason, after=after[fact_id][0])
         for fact in back:
-            self.store.drop_side(fact.id)  # it may have been learned there since
-            self.store.move(
+            self.store.drop_side_keys(fact.id)  # it may have been learned there since
+            self.store.change_state(
                 fact.id,
-                State.LIVE_WEIGHTS,
+                FactState.LIVE_WEIGHTS,
                 tier="weights",
                 generation=number,
                 reason=reason,
@@ -285,30 +293,32 @@ class Weights:
             )
         also()
 
-    def leave(self, gone: Container[str], reason: str, moves: Callable[[int], None]) -> None:
+    def solve_without(
+        self, gone: Container[str], reason: str, moves: Callable[[int], None]
+    ) -> None:
         """Serve the weights without facts that `moves` ends, if they hold any of these, and do
         that in the same transaction."""
-        ids = [n for n in self.served.weights_facts() if n not in gone]
-        if self._held(ids, moves):
+        ids = [n for n in self.live_model.list_weights_facts() if n not in gone]
+        if self._move_if_unchanged(ids, moves):
             return
-        with self.trial(ids):
-            self.publish(ids, reason, self.measured()[0], moves)
+        with self.try_candidate(ids):
+            self.activate_candidate(ids, reason, self.measure_health()[0], moves)
 
     # Consolidation ------------------------------------------------------------------------------
 
     def consolidate(self, dry_run: bool) -> dict[str, Any]:
         """Solve again from W0 over all facts in the weights; taken if nothing gets worse."""
-        ids = self.served.weights_facts()
-        active = self.store.generation(self.store.active_generation())
-        was, reasons, generation = self.measured()[0], list[str](), active.id
-        with self.trial(ids):
-            health, verdict = self.measured()
-            weights = self.model.weights_hash(self.served.loaded.layers)
+        ids = self.live_model.list_weights_facts()
+        active = self.store.get_generation(self.store.active_generation())
+        was, reasons, generation = self.measure_health()[0], list[str](), active.id
+        with self.try_candidate(ids):
+            health, verdict = self.measure_health()
+            weights = self.model.weights_hash(self.live_model.loaded_model.layers)
             changed = active.sha256 is not None and weights != active.weights_hash
             if changed:
-                reasons = [*worse(was, health), *self._unlearned(ids)]
+                reasons = [*find_worsened(was, health), *self._describe_lost(ids)]
             if changed and not dry_run and not reasons:
-                generation = self.publish(ids, "consolidated", health, lambda _n: None)
+                generation = self.activate_candidate(ids, "consolidated", health, lambda _n: None)
         return {
             "generation": generation,
             "weights_hash": weights,
@@ -322,16 +332,18 @@ class Weights:
             "dry_run": dry_run,
         }
 
-    def _unlearned(self, ids: Sequence[str]) -> list[str]:
+    def _describe_lost(self, ids: Sequence[str]) -> list[str]:
         """In words, how many facts the active weights state and the candidate does not."""
-        facts = [self._must(n).fact for n in ids]
-        now = self._stated(facts)
-        self.model.set_deltas(self.served.deltas)
-        lost = self._stated(facts) - now
-        self.model.set_deltas(self._candidate)
+        facts = [self._require_fact(n).fact for n in ids]
+        now = self._find_stated(facts)
+        self.model.set_deltas(self.live_model.active_deltas)
+        lost = self._find_stated(facts) - now
+        self.model.set_deltas(self._candidate_deltas)
         return [f"{len(lost)} facts would not be stated any more"] if lost else []
 
-    def _stated(self, facts: Sequence[Fact]) -> set[str]:
+    def _find_stated(self, facts: Sequence[Fact]) -> set[str]:
         """Which of these facts the weights as they are state, by id."""
-        said = answers(self.model, [f.question for f in facts], longest_target(self.model, facts))
-        return {f.id for f, text in zip(facts, said, strict=True) if same(text, f.target)}
+        said = generate_answers(
+            self.model, [f.question for f in facts], count_answer_tokens(self.model, facts)
+        )
+        return {f.id for f, text in zip(facts, said, strict=True) if is_same_answer(text, f.target)}

@@ -10,28 +10,28 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.editing.tensor_files import load_delta, load_deltas, unpack_keys
 from kedit_daemon.home import Home
-from kedit_daemon.system.disk import is_full
-from kedit_daemon.system.orphans import INDEX, leftovers, remove
+from kedit_daemon.system.disk import is_disk_full
+from kedit_daemon.system.orphans import INDEX_META_KEY, find_leftovers, remove_leftovers
 from memory.db.rows import GenerationRow
 from memory.db.store import Store
-from memory.errors import KeditError, damaged
-from memory.facts import Fact, State
+from memory.errors import KeditError, damage_error
+from memory.facts import Fact, FactState
 from memory.files import save_tensors
 from memory.model.editable import EditableModel
-from memory.model.generate import answers
+from memory.model.generate import generate_answers
 from memory.model.statistics import LayerStatistics
 from memory.side.index import KeyIndex
-from memory.side.side_memory import Match, Shard, SideMemory, number_of
+from memory.side.side_memory import RoutingMatch, Shard, SideMemory, to_fact_number
 from policies.edit_site import EditSite
-from policies.gibberish import nonsense
-from policies.memit_mass import WeightsTier, unpack
-from policies.probe import ask_all
-from policies.targets import Refused
+from policies.gibberish import find_gibberish
+from policies.memit_mass import WeightsTier, unpack_terms
+from policies.probe import answer_probes
+from policies.targets import Refusal
 
-CHANGED = 0.25  # share of the index that has changed when its file is written again
+INDEX_SAVE_SHARE = 0.25  # share of the index that has changed when its file is written again
 log = logging.getLogger(__name__)
 
 
@@ -40,19 +40,19 @@ class Answer:
     """What was said to a prompt, and the fact of the side memory that fired, if one did."""
 
     text: str
-    fired: Match | None
+    fired_match: RoutingMatch | None
 
 
-def empty_side(loaded: Loaded) -> SideMemory:
+def make_empty_side(loaded: LoadedModel) -> SideMemory:
     """A side memory for a model, with nothing in it."""
-    return side_for(loaded.model, loaded.site, loaded.statistics)
+    return make_side_memory(loaded.model, loaded.site, loaded.statistics)
 
 
-def side_for(
+def make_side_memory(
     model: EditableModel, site: EditSite, statistics: Mapping[int, LayerStatistics]
 ) -> SideMemory:
     """The same, of a model that is only read from."""
-    return SideMemory(model, site.gates, {n: one.mean for n, one in statistics.items()})
+    return SideMemory(model, site.gates, {n: one.output_mean for n, one in statistics.items()})
 
 
 def check_base(known: str | None, found: str, name: str) -> None:
@@ -67,52 +67,52 @@ def check_base(known: str | None, found: str, name: str) -> None:
         )
 
 
-class Served:
+class LiveModel:
     """The model as people meet it: weights of one generation, side memory laid over."""
 
-    def __init__(self, loaded: Loaded, store: Store, home: Home) -> None:
-        self.loaded, self.store, self.home = loaded, store, home
+    def __init__(self, loaded: LoadedModel, store: Store, home: Home) -> None:
+        self.loaded_model, self.store, self.home = loaded, store, home
         self.model, self.site = loaded.model, loaded.site
-        self.tier = WeightsTier(loaded.site, loaded.statistics)
-        self.side = empty_side(loaded)
-        self.deltas: dict[int, Tensor] = {}  # of the active generation
+        self.weights_tier = WeightsTier(loaded.site, loaded.statistics)
+        self.side = make_empty_side(loaded)
+        self.active_deltas: dict[int, Tensor] = {}  # of the active generation
         self.model.keep_base(loaded.layers)  # now: later they may be damaged, edited or not
         with self.model.at_base():
-            self.unedited = self.model.weights_hash(loaded.layers)
+            self.unedited_hash = self.model.weights_hash(loaded.layers)
 
     # Start --------------------------------------------------------------------------------------
 
     def restore(self) -> None:
         """Bring the model to where the store says it is."""
-        self.store.check_active()
+        self.store.check_active_generation()
         self._check_base()
         self._check_site()
         self.restore_weights()
         self._restore_side()
-        self.forget_side()  # a crash may have come between a fact's end and that of its shard
-        remove(leftovers(self.home, self.store.conn))
+        self.prune_side()  # a crash may have come between a fact's end and that of its shard
+        remove_leftovers(find_leftovers(self.home, self.store.conn))
 
     def restore_again(self) -> None:
         """The same after something was left in the middle. What is held goes first: the memory may
         not have room for two of it."""
-        self.deltas, self.side = {}, empty_side(self.loaded)
+        self.active_deltas, self.side = {}, make_empty_side(self.loaded_model)
         self.model.set_deltas({})
         self.restore()
 
     def _check_base(self) -> None:
         """A home belongs to one model, from its first start on."""
-        known = self.store.meta("base_hash")
-        check_base(known, self.loaded.base_hash, self.loaded.name)
+        known = self.store.get_meta("base_hash")
+        check_base(known, self.loaded_model.base_hash, self.loaded_model.name)
         if known is None:
             with self.store.transaction():
-                self.store.set_meta("base_hash", self.loaded.base_hash)
+                self.store.set_meta("base_hash", self.loaded_model.base_hash)
 
     def _check_site(self) -> None:
         """The facts' terms belong to the layers that were edited when they were computed."""
-        terms = self.store.any_terms()
+        terms = self.store.find_any_terms()
         if terms is None:
             return
-        stored, edited = sorted(unpack(terms)[0]), list(self.site.layers)
+        stored, edited = sorted(unpack_terms(terms)[0]), list(self.site.layers)
         if stored != edited:
             raise KeditError(
                 f"this home's facts were computed for the layers {stored}, and the model is edited"
@@ -124,67 +124,71 @@ class Served:
 
     def restore_weights(self) -> None:
         """Lay the active generation over the unedited weights, from its file if that is whole."""
-        row = self.store.generation(self.store.active_generation())
+        row = self.store.get_generation(self.store.active_generation())
         try:
-            self.deltas = load_deltas(self.home.generations, row)
+            self.active_deltas = load_deltas(self.home.generations_folder, row)
         except KeditError as error:
             log.warning("%s; solving generation %d again", error, row.id)
-            self.deltas = self._rebuild(row, str(error))
-        self.model.set_deltas(self.deltas)
+            self.active_deltas = self._rebuild_generation(row, str(error))
+        self.model.set_deltas(self.active_deltas)
 
-    def _rebuild(self, row: GenerationRow, why: str) -> dict[int, Tensor]:
+    def _rebuild_generation(self, row: GenerationRow, why: str) -> dict[int, Tensor]:
         """Solve a generation again from the stored terms, as a new one with the same facts."""
         try:
             deltas = self.solve(row.fact_ids)
         except KeditError as error:
-            raise damaged(f"{why}; what generation {row.id} is made from", str(error)) from error
+            raise damage_error(
+                f"{why}; what generation {row.id} is made from", str(error)
+            ) from error
         self.model.set_deltas(deltas)
-        found = self.model.weights_hash(self.loaded.layers)
-        sha = save_tensors(self.home.generations, {str(n): d for n, d in deltas.items()})
+        found = self.model.weights_hash(self.loaded_model.layers)
+        sha = save_tensors(self.home.generations_folder, {str(n): d for n, d in deltas.items()})
         with self.store.transaction():
-            self.store.event("generation_rebuilt", generation=row.id, why=why, weights=found)
+            self.store.write_event("generation_rebuilt", generation=row.id, why=why, weights=found)
             number = self.store.add_generation(
                 sha, found, row.id, "rebuilt", row.fact_ids, row.figures
             )
-            self.store.activate(number)
+            self.store.activate_generation(number)
         return deltas
 
-    def renew_side(self) -> None:
+    def rebuild_side(self) -> None:
         """Build the side memory again from the store and the shards' files; if that fails, it is
         what it was."""
-        before, self.side = self.side, empty_side(self.loaded)
+        before, self.side = self.side, make_empty_side(self.loaded_model)
         try:
             with self.store.transaction():
-                self.store.set_meta(INDEX, None)  # the file may hold what is wrong
+                self.store.set_meta(INDEX_META_KEY, None)  # the file may hold what is wrong
             self._restore_side()
         except BaseException:
             self.side = before
             raise
 
     def _restore_side(self) -> None:
-        live = {f.id: f.fact for f in self.store.facts((State.LIVE_SIDE,))}
-        rows = [row for row in self.store.side_rows() if row.fact_id in live]
+        live = {f.id: f.fact for f in self.store.list_facts((FactState.LIVE_SIDE,))}
+        rows = [row for row in self.store.read_side_keys() if row.fact_id in live]
         broken = self._restore_shards()
         whole = [row for row in rows if row.shard in self.side.shards]
         with self.store.transaction():
             for fact_id in live.keys() - {row.fact_id for row in whole}:
-                self.store.drop_side(fact_id)
+                self.store.drop_side_keys(fact_id)
                 why = "its shard or its keys were damaged"
-                self.store.move(fact_id, State.RECEIVED, reason=why)
+                self.store.change_state(fact_id, FactState.RECEIVED, reason=why)
             for number in broken:
                 self.store.drop_shard(number)
         keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
-        self._restore_index({number_of(n): k.subject for n, k in keys.items()})
+        self._restore_index({to_fact_number(n): k.subject for n, k in keys.items()})
         for row in whole:
             fact, own = live[row.fact_id], keys[row.fact_id]
-            self.side.put(fact.id, row.shard, own, fact.subject, unnamed=fact.unnamed, indexed=True)
+            self.side.add_fact(
+                fact.id, row.shard, own, fact.subject, unnamed=fact.omits_subject, indexed=True
+            )
 
     def _restore_shards(self) -> set[int]:
         """Load the shards; the numbers of those whose file is missing or damaged."""
         broken = set()
-        for row in self.store.shards():
+        for row in self.store.list_shards():
             try:
-                delta = load_delta(self.home.side, row.sha256, self.model.device)
+                delta = load_delta(self.home.side_folder, row.sha256, self.model.device)
                 self.side.shards[row.id] = Shard(delta, row.threshold)
             except KeditError as error:
                 log.warning("%s; its facts are learned again", error)
@@ -194,94 +198,94 @@ class Served:
     def _restore_index(self, keys: Mapping[int, Tensor]) -> None:
         """Take the index file if it is whole, and bring it to the keys that the store has: a
         crash may have left it behind them."""
-        sha = self.store.meta(INDEX)
+        sha = self.store.get_meta(INDEX_META_KEY)
         if sha is not None:
             try:
                 gpu = self.model.device.type == "cuda"
-                self.side.index = KeyIndex.loaded(self.home.index, sha, gpu=gpu)
+                self.side.key_index = KeyIndex.load(self.home.index_folder, sha, gpu=gpu)
             except KeditError as error:
                 log.warning("%s; building the index again", error)
                 with self.store.transaction():
-                    self.store.set_meta(INDEX, None)
-        self.side.index.sync(keys)
+                    self.store.set_meta(INDEX_META_KEY, None)
+        self.side.key_index.sync_keys(keys)
         self.save_index()
 
     def save_index(self) -> None:
         """Write the index file if the index has changed: a cache, which takes long to write when
         it is large. A crash before its sha256 is noted leaves the file from before in force, and
         so does a disk that is full: no edit fails for it."""
-        if not self.side.index.changed:
+        if not self.side.key_index.changed_share:
             return
         try:
-            sha = self.side.index.save(self.home.index)
+            sha = self.side.key_index.save(self.home.index_folder)
         except OSError as error:
-            if not is_full(error):
+            if not is_disk_full(error):
                 raise
             log.warning("the index file is not written: %s", error)
             return
         with self.store.transaction():
-            self.store.set_meta(INDEX, sha)
-        for path in self.home.index.iterdir():
+            self.store.set_meta(INDEX_META_KEY, sha)
+        for path in self.home.index_folder.iterdir():
             if path.stem != sha:
                 path.unlink()
 
-    def forget_side(self) -> None:
+    def prune_side(self) -> None:
         """Drop from the side memory what the store has dropped: facts, and shards left empty."""
-        for fact_id in set(self.side.shard_of) - self.store.side_facts():
-            self.side.drop(fact_id)
-        empty = set(self.side.shards) - set(self.side.shard_of.values())
-        rows = self.store.shards() if empty else []
+        for fact_id in set(self.side.shard_ids) - self.store.list_side_fact_ids():
+            self.side.remove_fact(fact_id)
+        empty = set(self.side.shards) - set(self.side.shard_ids.values())
+        rows = self.store.list_shards() if empty else []
         with self.store.transaction():
             for number in empty:
                 del self.side.shards[number]
                 self.store.drop_shard(number)
         kept = {row.sha256 for row in rows if row.id not in empty}
         for sha in {row.sha256 for row in rows if row.id in empty} - kept:
-            (self.home.side / f"{sha}.safetensors").unlink(missing_ok=True)
-        if self.side.index.changed > CHANGED:
+            (self.home.side_folder / f"{sha}.safetensors").unlink(missing_ok=True)
+        if self.side.key_index.changed_share > INDEX_SAVE_SHARE:
             self.save_index()
 
     # Answers ------------------------------------------------------------------------------------
 
     def solve(self, fact_ids: Sequence[str]) -> dict[int, Tensor]:
         """ΔW by layer for a set of facts, from their stored terms alone."""
-        return self.tier.deltas({n: self.store.terms(n) for n in fact_ids})
+        return self.weights_tier.solve_deltas({n: self.store.read_terms(n) for n in fact_ids})
 
-    def weights_facts(self) -> list[str]:
+    def list_weights_facts(self) -> list[str]:
         """The facts that the active generation holds, by id."""
-        return list(self.store.generation(self.store.active_generation()).fact_ids)
+        return list(self.store.get_generation(self.store.active_generation()).fact_ids)
 
-    def ask(self, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+    def answer_prompts(self, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
         """Greedy answers of the edited model; unrouted rows are those of the weights, exactly."""
-        fired: list[Match | None] = [None] * len(prompts)
+        fired: list[RoutingMatch | None] = [None] * len(prompts)
 
         @contextmanager
         def overlay(places: list[int]) -> Iterator[None]:
-            found: list[Match | None] = []
-            with self.side.overlay(found):
+            found: list[RoutingMatch | None] = []
+            with self.side.overlay_matches(found):
                 yield
             for place, match in zip(places, found, strict=True):
                 fired[place] = match
 
-        texts = answers(self.model, prompts, max_tokens, overlay)
+        texts = generate_answers(self.model, prompts, max_tokens, overlay)
         return [Answer(text, match) for text, match in zip(texts, fired, strict=True)]
 
-    def ask_base(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    def answer_base(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
         """Greedy answers of the model as it was before any edit."""
         with self.model.at_base():
-            return answers(self.model, prompts, max_tokens)
+            return generate_answers(self.model, prompts, max_tokens)
 
-    def nonsense(self, facts: Sequence[Fact]) -> dict[str, Refused]:
+    def find_gibberish(self, facts: Sequence[Fact]) -> dict[str, Refusal]:
         """The facts whose targets read like nothing to the unedited model, by fact id."""
         with self.model.at_base():
-            found = {fact.id: nonsense(self.model, fact) for fact in facts}
-        return {n: Refused(why) for n, why in found.items() if why}
+            found = {fact.id: find_gibberish(self.model, fact) for fact in facts}
+        return {n: Refusal(why) for n, why in found.items() if why}
 
-    def probe_after(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
+    def probe_edited(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
         """The edited model's answers to the facts' probe prompts, by fact id."""
-        return ask_all(self.model, facts, lambda _places: self.side.overlay([]))
+        return answer_probes(self.model, facts, lambda _places: self.side.overlay_matches([]))
 
-    def probe_before(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
+    def probe_unedited(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
         """The unedited model's answers to the facts' probe prompts, by fact id."""
         with self.model.at_base():
-            return ask_all(self.model, facts)
+            return answer_probes(self.model, facts)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kedit_daemon.editing.flush import Flush
-from kedit_daemon.editing.generations import HELD
-from kedit_daemon.editing.live_model import Served
+from kedit_daemon.editing.generations import FLUSH_HELD_KEY
+from kedit_daemon.editing.live_model import LiveModel
 from memory.errors import KeditError
-from memory.facts import State
-from memory.side.side_memory import Shard, SideMemory, fact_id_of
-from policies.memit_mass import unpack
+from memory.facts import FactState
+from memory.side.side_memory import Shard, SideMemory, to_fact_id
+from policies.memit_mass import unpack_terms
 
-TERMS = 200  # facts whose stored targets are looked at in one turn
+TERMS_PER_TURN = 200  # facts whose stored targets are looked at in one turn
 
 
 @dataclass(frozen=True)
@@ -24,74 +24,80 @@ class Damage:
     """What in memory is not as it should be: in words, and what of it lies where."""
 
     reasons: list[str]
-    weights: bool
-    side: bool
-    terms: list[str]  # facts in the weights that could not be solved for again
+    has_weights_damage: bool
+    has_side_damage: bool
+    unsolvable_facts: list[str]  # facts in the weights that could not be solved for again
 
 
-def look(served: Served, weights_hash: str, turn: int) -> Damage:
+def find_damage(served: LiveModel, weights_hash: str, turn: int) -> Damage:
     """Whether the weights are those that were published, and the side memory is finite. Of the
     stored targets some are looked at, others in each `turn`."""
-    weights = published(served) != weights_hash
+    weights = read_active_hash(served) != weights_hash
     reasons = ["the weights are not those that were published"] if weights else []
-    side = list(_side_damage(served.side))
-    ids = served.weights_facts()
-    first = turn * TERMS % max(len(ids), 1)
-    terms = [n for n in [*ids[first:], *ids[:first]][:TERMS] if not _solvable(served, n)]
+    side = list(_find_side_damage(served.side))
+    ids = served.list_weights_facts()
+    first = turn * TERMS_PER_TURN % max(len(ids), 1)
+    terms = [
+        n for n in [*ids[first:], *ids[:first]][:TERMS_PER_TURN] if not _is_solvable(served, n)
+    ]
     if terms:  # all have to be known: one is enough to let a solve fail
-        terms = [n for n in ids if not _solvable(served, n)]
+        terms = [n for n in ids if not _is_solvable(served, n)]
     reasons += side + [f"the targets of fact {n} are damaged" for n in sorted(terms)]
     return Damage(reasons, weights, bool(side), terms)
 
 
-def published(served: Served) -> str:
+def read_active_hash(served: LiveModel) -> str:
     """The hash of the active generation's weights: without facts, of the model's own."""
-    row = served.store.generation(served.store.active_generation())
-    return served.unedited if row.sha256 is None else row.weights_hash
+    row = served.store.get_generation(served.store.active_generation())
+    return served.unedited_hash if row.sha256 is None else row.weights_hash
 
 
-def mend(flush: Flush, found: Damage) -> None:
+def repair_damage(flush: Flush, found: Damage) -> None:
     """Lay anew what is damaged, and write it down. A fact whose targets cannot be computed again
     leaves the weights, and is learned in the side memory."""
-    served, store = flush.served, flush.store
+    served, store = flush.live_model, flush.store
     with store.transaction():
-        store.event("mended", reasons=found.reasons)
-    facts = [f for n in found.terms if (f := store.fact(n)) and f.state is State.LIVE_WEIGHTS]
-    refused = flush.compute([f.fact for f in facts], again=True)
+        store.write_event("mended", reasons=found.reasons)
+    facts = [
+        f
+        for n in found.unsolvable_facts
+        if (f := store.find_fact(n)) and f.state is FactState.LIVE_WEIGHTS
+    ]
+    refused = flush.ensure_terms([f.fact for f in facts], again=True)
     if gone := [f for f in facts if f.id in refused]:  # first: no solve is possible with them
         with store.transaction():
             for fact in gone:
                 store.drop_terms(fact.id)
-        flush.weights.send_beside(gone, "its targets cannot be computed again")
-    if found.weights:
+        flush.generations.send_to_side(gone, "its targets cannot be computed again")
+    if found.has_weights_damage:
         served.restore_weights()
-    if found.side:
-        served.renew_side()
+    if found.has_side_damage:
+        served.rebuild_side()
     if facts:
         with store.transaction():
-            store.set_meta(HELD, None)  # it may have been for these
+            store.set_meta(FLUSH_HELD_KEY, None)  # it may have been for these
 
 
-def _side_damage(side: SideMemory) -> Iterator[str]:
-    for number in sorted(n for n, shard in side.shards.items() if not _whole(shard)):
+def _find_side_damage(side: SideMemory) -> Iterator[str]:
+    for number in sorted(n for n, shard in side.shards.items() if not _is_shard_finite(shard)):
         yield f"shard {number} is not finite"
-    for number in side.broken_keys():
-        yield f"key of fact {fact_id_of(number)} is not finite"
-    for fact_id in sorted(n for n, keys in side.end_keys.items() if not _finite(keys)):
+    for number in side.find_non_finite_keys():
+        yield f"key of fact {to_fact_id(number)} is not finite"
+    for fact_id in sorted(n for n, keys in side.end_keys.items() if not _is_finite(keys)):
         yield f"end key of fact {fact_id} is not finite"
 
 
-def _solvable(served: Served, fact_id: str) -> bool:
+def _is_solvable(served: LiveModel, fact_id: str) -> bool:
     try:
-        parts = unpack(served.store.terms(fact_id))
+        parts = unpack_terms(served.store.read_terms(fact_id))
     except KeditError:
         return False
-    return all(_finite(tensor) for part in parts for tensor in part.values())
+    return all(_is_finite(tensor) for part in parts for tensor in part.values())
 
 
-def _whole(shard: Shard) -> bool:
-    return _finite(shard.delta.up) and _finite(shard.delta.down)
+def _is_shard_finite(shard: Shard) -> bool:
+    return _is_finite(shard.delta.up) and _is_finite(shard.delta.down)
 
 
-def _finite(numbers: Tensor) -> bool:
+def _is_finite(numbers: Tensor) -> bool:
     return bool(torch.isfinite(numbers).all())

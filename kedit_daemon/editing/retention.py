@@ -5,68 +5,70 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kedit_daemon.editing.generations import Weights
+from kedit_daemon.editing.generations import Generations
 from memory.db.rows import StoredFact
-from memory.facts import LIVE, State
-from policies.probe import longest_target, same
+from memory.facts import LIVE_STATES, FactState
+from policies.probe import count_answer_tokens, is_same_answer
 
-OLDEST = 50  # live facts that are asked again at every audit
-IN_TURN = 100  # more of them, of those in the weights
-SAMPLE = 200  # of all live facts, in a probe of retention
-PROBES = "retention_probes"  # in the store's meta, how many there were: it draws the sample
+OLDEST_COUNT = 50  # live facts that are asked again at every audit
+ROTATING_COUNT = 100  # more of them, of those in the weights
+SAMPLE_SIZE = 200  # of all live facts, in a probe of retention
+PROBE_COUNT_KEY = (
+    "retention_probes"  # in the store's meta, how many there were: it draws the sample
+)
 
 
 @dataclass(frozen=True)
-class Asked:
+class RetentionResult:
     """Share of some live facts that are still stated, if there are any, and the others."""
 
-    share: float | None
-    lost: list[StoredFact]
+    stated_share: float | None
+    lost_facts: list[StoredFact]
 
 
 class Retention:
     """Asks the model that is served for what it has been told."""
 
-    def __init__(self, weights: Weights) -> None:
-        self.weights, self.served, self.store = weights, weights.served, weights.store
+    def __init__(self, weights: Generations) -> None:
+        self.generations, self.live_model, self.store = weights, weights.live_model, weights.store
 
-    def probe(self) -> dict[str, Any]:
+    def probe_retention(self) -> dict[str, Any]:
         """Ask the oldest live facts, and a sample of all, and write down what came of it."""
-        number = int(self.store.meta(PROBES) or "0") + 1
-        live = self.store.facts(LIVE)
-        sample = self._ask(random.Random(number).sample(live, min(SAMPLE, len(live))))
-        oldest = self.oldest()
-        figures = {"oldest": oldest.share, "sample": sample.share}
-        lost = list({f.id: f for f in (*oldest.lost, *sample.lost)}.values())
+        number = int(self.store.get_meta(PROBE_COUNT_KEY) or "0") + 1
+        live = self.store.list_facts(LIVE_STATES)
+        sample = self._ask_facts(random.Random(number).sample(live, min(SAMPLE_SIZE, len(live))))
+        oldest = self.ask_oldest()
+        figures = {"oldest": oldest.stated_share, "sample": sample.stated_share}
+        lost = list({f.id: f for f in (*oldest.lost_facts, *sample.lost_facts)}.values())
         with self.store.transaction():
-            self.store.set_meta(PROBES, str(number))
-            self.store.event("retention", figures=figures, lost=[f.id for f in lost])
-        return {"figures": figures, "learned_anew": self.learn_anew(lost)}
+            self.store.set_meta(PROBE_COUNT_KEY, str(number))
+            self.store.write_event("retention", figures=figures, lost=[f.id for f in lost])
+        return {"figures": figures, "learned_anew": self.relearn_facts(lost)}
 
-    def oldest(self) -> Asked:
+    def ask_oldest(self) -> RetentionResult:
         """Ask the oldest live facts."""
-        return self._ask(self.store.facts(LIVE)[:OLDEST])
+        return self._ask_facts(self.store.list_facts(LIVE_STATES)[:OLDEST_COUNT])
 
-    def in_turn(self, turn: int) -> Asked:
+    def ask_rotating(self, turn: int) -> RetentionResult:
         """Ask others that are in the weights, where any solve may spoil what was there: at each
         turn the next ones."""
-        oldest = {fact.id for fact in self.store.facts(LIVE)[:OLDEST]}
-        others = [f for f in self.store.facts((State.LIVE_WEIGHTS,)) if f.id not in oldest]
-        first = turn * IN_TURN % max(len(others), 1)
-        return self._ask([*others[first:], *others[:first]][:IN_TURN])
+        oldest = {fact.id for fact in self.store.list_facts(LIVE_STATES)[:OLDEST_COUNT]}
+        others = [f for f in self.store.list_facts((FactState.LIVE_WEIGHTS,)) if f.id not in oldest]
+        first = turn * ROTATING_COUNT % max(len(others), 1)
+        return self._ask_facts([*others[first:], *others[:first]][:ROTATING_COUNT])
 
-    def _ask(self, facts: Sequence[StoredFact]) -> Asked:
+    def _ask_facts(self, facts: Sequence[StoredFact]) -> RetentionResult:
         if not facts:
-            return Asked(None, [])
-        longest = longest_target(self.served.model, [f.fact for f in facts])
-        said = self.served.ask([f.fact.question for f in facts], longest)
+            return RetentionResult(None, [])
+        longest = count_answer_tokens(self.live_model.model, [f.fact for f in facts])
+        said = self.live_model.answer_prompts([f.fact.question for f in facts], longest)
         pairs = zip(said, facts, strict=True)
-        lost = [f for answer, f in pairs if not same(answer.text, f.fact.target)]
-        return Asked(1 - len(lost) / len(facts), lost)
+        lost = [f for answer, f in pairs if not is_same_answer(answer.text, f.fact.target)]
+        return RetentionResult(1 - len(lost) / len(facts), lost)
 
-    def learn_anew(self, lost: Sequence[StoredFact]) -> list[str]:
+    def relearn_facts(self, lost: Sequence[StoredFact]) -> list[str]:
         """Let those that are still live be learned again, in the side memory; their ids."""
-        live = [f for n in lost if (f := self.store.fact(n.id)) and f.state in LIVE]
+        live = [f for n in lost if (f := self.store.find_fact(n.id)) and f.state in LIVE_STATES]
         if live:
-            self.weights.send_beside(live, "an audit found that it is not stated any more")
+            self.generations.send_to_side(live, "an audit found that it is not stated any more")
         return [f.id for f in live]

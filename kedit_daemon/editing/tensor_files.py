@@ -9,7 +9,7 @@ from torch import Tensor
 from memory.db.rows import GenerationRow
 from memory.errors import KeditError
 from memory.files import load_tensors, save_tensors
-from memory.side.side_memory import Delta, Keys, Shard
+from memory.side.side_memory import Delta, RetrievalKeys, Shard
 
 
 def load_deltas(folder: Path, row: GenerationRow) -> dict[int, Tensor]:
@@ -32,11 +32,11 @@ def load_delta(folder: Path, sha: str, device: torch.device) -> Delta:
     return Delta(tensors["up"].to(device), tensors["down"].to(device))
 
 
-def pack_keys(keys: Keys) -> bytes:
+def pack_keys(keys: RetrievalKeys) -> bytes:
     """Retrieval keys as the store keeps them."""
     return save({"subject": keys.subject.contiguous(), "end": keys.end.contiguous()})
 
 
-def unpack_keys(blob: bytes) -> Keys:
+def unpack_keys(blob: bytes) -> RetrievalKeys:
     """The reverse of `pack_keys`."""
-    return Keys(**load(blob))
+    return RetrievalKeys(**load(blob))

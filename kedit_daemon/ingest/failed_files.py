@@ -6,32 +6,32 @@ from typing import Any
 
 from kedit_daemon.home import Home
 
-REPORT = ".error.json"
+REPORT_SUFFIX = ".error.json"
 HEAD_CHARS = 65_536
-REPORT_BYTES = 64 << 20
-_ERRORS = '"errors": ['
+MAX_REPORT_BYTES = 64 << 20
+_ERRORS_KEY = '"errors": ['
 
 
 def failed_folder(home: Home) -> Path:
     """Where they lie."""
-    return home.inbox / "failed"
+    return home.inbox_folder / "failed"
 
 
-def failed_files(home: Home) -> list[str]:
+def list_failed_files(home: Home) -> list[str]:
     """The names of the files that nobody has looked after yet: their reports still lie there."""
     folder = failed_folder(home)
     if not folder.is_dir():
         return []
-    found = (path for path in folder.glob(f"*{REPORT}") if path.is_file())
-    return sorted(path.name.removesuffix(REPORT) for path in found)
+    found = (path for path in folder.glob(f"*{REPORT_SUFFIX}") if path.is_file())
+    return sorted(path.name.removesuffix(REPORT_SUFFIX) for path in found)
 
 
-def failed_report(home: Home, name: str) -> dict[str, Any] | None:
+def read_failed_report(home: Home, name: str) -> dict[str, Any] | None:
     """What is wrong with a file; None where there is no such file, or no readable report."""
-    if name not in failed_files(home):  # so no name leads out of the folder
+    if name not in list_failed_files(home):  # so no name leads out of the folder
         return None
-    with _report(home, name).open("rb") as file:
-        text = file.read(REPORT_BYTES)
+    with _report_path(home, name).open("rb") as file:
+        text = file.read(MAX_REPORT_BYTES)
     try:
         report = json.loads(text)
     except (ValueError, RecursionError):
@@ -41,17 +41,17 @@ def failed_report(home: Home, name: str) -> dict[str, Any] | None:
     return report if sound else None
 
 
-def first_error(home: Home, name: str) -> dict[str, Any]:
+def read_first_error(home: Home, name: str) -> dict[str, Any]:
     """The first error of a report, which may be too large to read whole for one line."""
     try:
-        with _report(home, name).open(encoding="utf-8", errors="replace") as file:
+        with _report_path(home, name).open(encoding="utf-8", errors="replace") as file:
             head = file.read(HEAD_CHARS)
-        start = head.index("{", head.index(_ERRORS))
+        start = head.index("{", head.index(_ERRORS_KEY))
         error, _ = json.JSONDecoder().raw_decode(head, start)
     except (OSError, ValueError, RecursionError):
         return {}
     return error if isinstance(error, dict) else {}
 
 
-def _report(home: Home, name: str) -> Path:
-    return failed_folder(home) / f"{name}{REPORT}"
+def _report_path(home: Home, name: str) -> Path:
+    return failed_folder(home) / f"{name}{REPORT_SUFFIX}"

@@ -16,20 +16,20 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from kedit_daemon.ingest.failed_files import REPORT
-from kedit_daemon.ingest.file_lease import known_closed, tells_closed
-from kedit_daemon.ingest.parser import Problem, only_failed
+from kedit_daemon.ingest.failed_files import REPORT_SUFFIX
+from kedit_daemon.ingest.file_lease import can_detect_closed, is_closed
+from kedit_daemon.ingest.parser import RecordProblem, extract_failed
 from memory.errors import KeditError
 from memory.files import sync_folder, write_atomic
 
 WORK, DONE, FAILED = "work", "done", "failed"
-OURS = (WORK, DONE, FAILED)
-UNFINISHED = (".tmp", ".part")
-SAFE_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+RESERVED_NAMES = (WORK, DONE, FAILED)
+UNFINISHED_SUFFIXES = (".tmp", ".part")
+SAFE_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 # Leaves room below the file system's 255 for what is added to a name.
-NAME_BYTES = 200
+MAX_NAME_BYTES = 200
 HEAD_BYTES = 65_536
-RECORD_CHARS = 2_000
+MAX_RECORD_CHARS = 2_000
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Claim:
 
     work_name: str
     name: str
-    original: str
+    original_name: str
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RefusedEntry:
     """Something in the inbox that is not taken, and what a person can do about it."""
 
     name: str
@@ -62,171 +62,175 @@ class Inbox:
         (folder / FAILED).mkdir(exist_ok=True)
         self.folder = folder.resolve()
         self.settle_seconds = settle_seconds
-        self._tells_closed = tells_closed(self.folder)
+        self._can_detect_closed = can_detect_closed(self.folder)
         self.max_bytes = max_bytes
         self._clock = clock
         # By name: inode, size and mtime, and since when they have been the same.
-        self._sights: dict[str, tuple[tuple[int, int, int], float]] = {}
-        self._refused: set[str] = set()
-        self._refusals: list[Refusal] = []
+        self._sightings: dict[str, tuple[tuple[int, int, int], float]] = {}
+        self._refused_names: set[str] = set()
+        self._new_refusals: list[RefusedEntry] = []
 
     @property
-    def settling(self) -> int:
+    def settling_count(self) -> int:
         """How many files the last scan left because they may still be growing."""
-        return len(self._sights)
+        return len(self._sightings)
 
-    def scan(self, now: float) -> list[Claim]:
+    def claim_files(self, now: float) -> list[Claim]:
         """Claim every file that is complete, oldest first; `now` is a monotonic time."""
-        with _folder(self.folder) as inbox:
-            stats = self._regular(inbox)
-            wall, settled, seen = self._clock().timestamp(), [], self._sights
-            self._sights = {}
+        with _open_folder(self.folder) as inbox:
+            stats = self._find_regular_files(inbox)
+            wall, settled, seen = self._clock().timestamp(), [], self._sightings
+            self._sightings = {}
             for name, found in stats.items():
                 mark = (found.st_ino, found.st_size, found.st_mtime_ns)
                 same = name in seen and seen[name][0] == mark
                 sight = seen[name] if same else (mark, now)
-                self._sights[name] = sight
+                self._sightings[name] = sight
                 quiet = max(wall - found.st_mtime, now - sight[1])
-                closed = same and self._tells_closed and _closed(inbox, name)
+                closed = same and self._can_detect_closed and _is_fully_written(inbox, name)
                 if closed or quiet >= self.settle_seconds:
                     settled.append((found.st_mtime_ns, name))
-            claims = [c for _, name in sorted(settled) if (c := self._claim(inbox, name))]
-        return self._admitted(claims)
+            claims = [c for _, name in sorted(settled) if (c := self._claim_file(inbox, name))]
+        return self._admit_claims(claims)
 
-    def take_refusals(self) -> list[Refusal]:
+    def take_refusals(self) -> list[RefusedEntry]:
         """What has been refused since the last call; each thing comes once."""
-        refusals, self._refusals = self._refusals, []
+        refusals, self._new_refusals = self._new_refusals, []
         return refusals
 
     def pending_claims(self) -> list[Claim]:
         """What a crash has left in work/, in the order it was claimed. Call it before any scan."""
-        with _folder(self.folder / WORK) as work:
+        with _open_folder(self.folder / WORK) as work:
             names = sorted(os.listdir(work))
             claimed = [name for name in names if not name.startswith(".")]
-            for name in set(names) - {*claimed, *map(_note, claimed)}:
+            for name in set(names) - {*claimed, *map(_note_name, claimed)}:
                 os.unlink(name, dir_fd=work)
-            claims = [self._remembered(work, name) for name in claimed]
-        return self._admitted(claims)
+            claims = [self._restore_claim(work, name) for name in claimed]
+        return self._admit_claims(claims)
 
-    def read(self, claim: Claim) -> bytes:
+    def read_claim(self, claim: Claim) -> bytes:
         """What the claimed file holds; never more than `max_bytes` is loaded."""
-        with _folder(self.folder / WORK) as work:
-            data = _contents(work, claim.work_name, self.max_bytes + 1)
+        with _open_folder(self.folder / WORK) as work:
+            data = _read_at_most(work, claim.work_name, self.max_bytes + 1)
         if len(data) > self.max_bytes:
             raise KeditError(f"{claim.name} has grown too large", code="bad-file")
         return data
 
-    def finish(self, claim: Claim) -> None:
+    def finish_claim(self, claim: Claim) -> None:
         """Put the file into done/. Doing so twice is harmless."""
-        with _folder(self.folder / DONE) as done:
-            name = _clipped(claim.original)
-            taken = _found(done, name) is not None
-        self._leave(claim, DONE, _distinct(name, claim) if taken else name)
+        with _open_folder(self.folder / DONE) as done:
+            name = _clip_name(claim.original_name)
+            taken = _stat_or_none(done, name) is not None
+        self._move_from_work(claim, DONE, _make_distinct(name, claim) if taken else name)
 
-    def fail(self, claim: Claim, problems: Sequence[Problem], whole: bool) -> None:
+    def fail_claim(self, claim: Claim, problems: Sequence[RecordProblem], whole: bool) -> None:
         """Explain in failed/ what is wrong: beside the whole file, or beside its bad records alone.
 
         Only a whole file leaves work/ by this; otherwise `finish` it afterwards. Doing so twice,
         as after a crash in the middle, ends in the same files.
         """
-        with _folder(self.folder / FAILED) as failed:
-            name = self._failed_name(failed, claim)
-        errors = [asdict(replace(p, record=p.record[:RECORD_CHARS])) for p in problems]
+        with _open_folder(self.folder / FAILED) as failed:
+            name = self._choose_failed_name(failed, claim)
+        errors = [asdict(replace(p, record=p.record[:MAX_RECORD_CHARS])) for p in problems]
         at = self._clock().astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         report = {"claim": claim.work_name, "file": claim.name, "at": at, "errors": errors}
         folder = self.folder / FAILED
-        write_atomic(folder / f"{name}{REPORT}", _json(report))
+        write_atomic(folder / f"{name}{REPORT_SUFFIX}", _encode_json(report))
         if whole:
-            self._leave(claim, FAILED, name)
+            self._move_from_work(claim, FAILED, name)
         elif any(problem.record for problem in problems):
-            with _folder(self.folder / WORK) as work:
-                head = _contents(work, claim.work_name, HEAD_BYTES)
-            write_atomic(folder / name, only_failed(head, claim.name, problems))
+            with _open_folder(self.folder / WORK) as work:
+                head = _read_at_most(work, claim.work_name, HEAD_BYTES)
+            write_atomic(folder / name, extract_failed(head, claim.name, problems))
 
-    def _regular(self, inbox: int) -> dict[str, os.stat_result]:
+    def _find_regular_files(self, inbox: int) -> dict[str, os.stat_result]:
         """The files that can be taken; everything else is refused, and left where it is."""
-        names = [n for n in os.listdir(inbox) if n not in OURS and not n.startswith(".")]
-        self._refused &= set(names)
+        names = [n for n in os.listdir(inbox) if n not in RESERVED_NAMES and not n.startswith(".")]
+        self._refused_names &= set(names)
         regular = {}
         for name in names:
-            if name.endswith(UNFINISHED) or (found := _found(inbox, name)) is None:
+            if name.endswith(UNFINISHED_SUFFIXES) or (found := _stat_or_none(inbox, name)) is None:
                 continue
             if stat.S_ISREG(found.st_mode):
                 regular[name] = found
             else:
                 remedy = "put plain files straight into inbox/: links and folders are not followed"
-                self._refuse(name, "it is not a plain file", remedy)
+                self._refuse_entry(name, "it is not a plain file", remedy)
         return regular
 
-    def _refuse(self, name: str, problem: str, remedy: str) -> None:
-        if name not in self._refused:
-            self._refused.add(name)
-            self._refusals.append(Refusal(_readable(name), problem, remedy))
+    def _refuse_entry(self, name: str, problem: str, remedy: str) -> None:
+        if name not in self._refused_names:
+            self._refused_names.add(name)
+            self._new_refusals.append(RefusedEntry(_printable_name(name), problem, remedy))
 
-    def _claim(self, inbox: int, name: str) -> Claim | None:
+    def _claim_file(self, inbox: int, name: str) -> Claim | None:
         try:
-            with _plain_file(inbox, name) as file:
+            with _open_plain_file(inbox, name) as file:
                 os.fsync(file)
         except PermissionError:
-            self._refuse(name, "it may not be read", "let the daemon's user read it")
+            self._refuse_entry(name, "it may not be read", "let the daemon's user read it")
             return None
         except (FileNotFoundError, KeditError):
             # Whoever dropped it has taken it back, or put something else in its place.
             return None
         stamp = self._clock().astimezone(UTC).strftime("%Y%m%dT%H%M%S%fZ")
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-40:]
-        claim = Claim(f"{stamp}-{secrets.token_hex(4)}-{safe}", _readable(name), name)
-        with _folder(self.folder / WORK) as work:
+        claim = Claim(f"{stamp}-{secrets.token_hex(4)}-{safe}", _printable_name(name), name)
+        with _open_folder(self.folder / WORK) as work:
             # The old name is remembered first: a crash in between leaves a note without a file.
-            write_atomic(self.folder / WORK / _note(claim.work_name), _json({"name": name}))
+            write_atomic(
+                self.folder / WORK / _note_name(claim.work_name), _encode_json({"name": name})
+            )
             try:
                 os.rename(name, claim.work_name, src_dir_fd=inbox, dst_dir_fd=work)
             except FileNotFoundError:
-                os.unlink(_note(claim.work_name), dir_fd=work)
+                os.unlink(_note_name(claim.work_name), dir_fd=work)
                 return None
         sync_folder(self.folder / WORK)
         sync_folder(self.folder)
-        del self._sights[name]
+        del self._sightings[name]
         return claim
 
-    def _admitted(self, claims: list[Claim]) -> list[Claim]:
+    def _admit_claims(self, claims: list[Claim]) -> list[Claim]:
         """The claims that are small enough; the others go to failed/ unread."""
         admitted = []
         for claim in claims:
-            with _folder(self.folder / WORK) as work:
+            with _open_folder(self.folder / WORK) as work:
                 size = os.stat(claim.work_name, dir_fd=work, follow_symlinks=False).st_size
             if size <= self.max_bytes:
                 admitted.append(claim)
                 continue
             problem = f"{size} bytes, more than the {self.max_bytes} that a file may have"
             remedy = "split the file, or raise max_bytes under [inbox] in config.toml"
-            self.fail(claim, [Problem(1, problem, remedy, "")], whole=True)
-            self._refusals.append(Refusal(claim.name, problem, remedy))
+            self.fail_claim(claim, [RecordProblem(1, problem, remedy, "")], whole=True)
+            self._new_refusals.append(RefusedEntry(claim.name, problem, remedy))
         return admitted
 
-    def _remembered(self, work: int, work_name: str) -> Claim:
+    def _restore_claim(self, work: int, work_name: str) -> Claim:
         try:
-            original = str(json.loads(_contents(work, _note(work_name), self.max_bytes))["name"])
+            original = str(
+                json.loads(_read_at_most(work, _note_name(work_name), self.max_bytes))["name"]
+            )
         except FileNotFoundError:
             original = work_name
-        return Claim(work_name, _readable(original), original)
+        return Claim(work_name, _printable_name(original), original)
 
-    def _failed_name(self, failed: int, claim: Claim) -> str:
+    def _choose_failed_name(self, failed: int, claim: Claim) -> str:
         """The file's own name, unless another claim has it: then one that only this claim gets."""
-        name = _clipped(claim.original)
-        if name.endswith(REPORT):
+        name = _clip_name(claim.original_name)
+        if name.endswith(REPORT_SUFFIX):
             name += ".json"  # or it would be read as what we say of another file
         try:
-            head = _contents(failed, f"{name}{REPORT}", 500)
+            head = _read_at_most(failed, f"{name}{REPORT_SUFFIX}", 500)
             free = claim.work_name.encode() in head
         except FileNotFoundError:
-            free = _found(failed, name) is None
+            free = _stat_or_none(failed, name) is None
         except KeditError:
             free = False
-        return name if free else _distinct(name, claim)
+        return name if free else _make_distinct(name, claim)
 
-    def _leave(self, claim: Claim, folder: str, name: str) -> None:
-        with _folder(self.folder / WORK) as work, _folder(self.folder / folder) as target:
+    def _move_from_work(self, claim: Claim, folder: str, name: str) -> None:
+        with _open_folder(self.folder / WORK) as work, _open_folder(self.folder / folder) as target:
             try:
                 os.rename(claim.work_name, name, src_dir_fd=work, dst_dir_fd=target)
             except FileNotFoundError:
@@ -234,14 +238,14 @@ class Inbox:
             os.fsync(target)
             os.fsync(work)
             with suppress(FileNotFoundError):
-                os.unlink(_note(claim.work_name), dir_fd=work)
+                os.unlink(_note_name(claim.work_name), dir_fd=work)
 
 
 @contextmanager
-def _folder(path: Path) -> Iterator[int]:
+def _open_folder(path: Path) -> Iterator[int]:
     """A folder of our own, as long as it really is one."""
     try:
-        descriptor = os.open(path, SAFE_OPEN | os.O_DIRECTORY)
+        descriptor = os.open(path, SAFE_OPEN_FLAGS | os.O_DIRECTORY)
     except NotADirectoryError as error:
         hint = f"put a folder in the place of {path}"
         raise KeditError(f"{path} is not a folder", code="bad-file", hint=hint) from error
@@ -252,11 +256,11 @@ def _folder(path: Path) -> Iterator[int]:
 
 
 @contextmanager
-def _plain_file(folder: int, name: str) -> Iterator[int]:
+def _open_plain_file(folder: int, name: str) -> Iterator[int]:
     """The file for reading, if it is one: links are not followed, and a pipe makes nobody wait."""
-    strange = KeditError(f"{_readable(name)} is not a plain file", code="bad-file")
+    strange = KeditError(f"{_printable_name(name)} is not a plain file", code="bad-file")
     try:
-        descriptor = os.open(name, SAFE_OPEN, dir_fd=folder)
+        descriptor = os.open(name, SAFE_OPEN_FLAGS, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise strange from error
@@ -269,46 +273,49 @@ def _plain_file(folder: int, name: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _closed(folder: int, name: str) -> bool:
+def _is_fully_written(folder: int, name: str) -> bool:
     """Whether a file is there with something in it, and nobody writes to it any more."""
     try:
-        with _plain_file(folder, name) as file:
-            return os.fstat(file).st_size > 0 and known_closed(file)
+        with _open_plain_file(folder, name) as file:
+            return os.fstat(file).st_size > 0 and is_closed(file)
     except (OSError, KeditError):
         return False  # the claim tells what is wrong with it
 
 
-def _contents(folder: int, name: str, most: int) -> bytes:
-    with _plain_file(folder, name) as descriptor, open(descriptor, "rb", closefd=False) as file:
+def _read_at_most(folder: int, name: str, most: int) -> bytes:
+    with (
+        _open_plain_file(folder, name) as descriptor,
+        open(descriptor, "rb", closefd=False) as file,
+    ):
         return file.read(most)
 
 
-def _found(folder: int, name: str) -> os.stat_result | None:
+def _stat_or_none(folder: int, name: str) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return None
 
 
-def _json(value: object) -> bytes:
+def _encode_json(value: object) -> bytes:
     # Half surrogates, from names that are no UTF-8, become the escapes that JSON has for them.
     return json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
 
 
-def _readable(name: str) -> str:
+def _printable_name(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _note(work_name: str) -> str:
+def _note_name(work_name: str) -> str:
     return f".{work_name}.json"
 
 
-def _clipped(name: str) -> str:
+def _clip_name(name: str) -> str:
     stem, suffix = os.path.splitext(os.fsencode(name))
     suffix = suffix[-20:]
-    return os.fsdecode(stem[: NAME_BYTES - len(suffix)] + suffix)
+    return os.fsdecode(stem[: MAX_NAME_BYTES - len(suffix)] + suffix)
 
 
-def _distinct(name: str, claim: Claim) -> str:
+def _make_distinct(name: str, claim: Claim) -> str:
     stem, suffix = os.path.splitext(name)
     return f"{stem}-{claim.work_name.split('-')[1]}{suffix}"

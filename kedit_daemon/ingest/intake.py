@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from kedit_daemon.config import Config
 from kedit_daemon.ingest.inbox import Claim, Inbox
-from kedit_daemon.ingest.parser import Parsed, Problem, parse
-from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.ingest.parser import ParsedFile, RecordProblem, parse_file
+from kedit_daemon.ingest.schemas import FileLimits
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, State
-from policies.routing import Route, decide
+from memory.facts import Fact, FactState
+from policies.routing import Route, choose_route
 
 
 @dataclass
-class _Counts:
+class _FactCounts:
     accepted: int = 0
     duplicates: int = 0
 
@@ -24,32 +24,32 @@ class Intake:
 
     def __init__(self, store: Store, inbox: Inbox, config: Config) -> None:
         self.store, self.inbox, self.config = store, inbox, config
-        self.limits = Limits(config.inbox.max_facts, config.inbox.max_target_chars)
+        self.limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
 
-    def take(self, claim: Claim) -> None:
+    def take_file(self, claim: Claim) -> None:
         """Take one file in and put it into done/ or failed/."""
         try:
-            data = self.inbox.read(claim)
+            data = self.inbox.read_claim(claim)
         except KeditError as error:
             remedy = error.hint or "put a plain, complete file into the inbox"
-            self.inbox.fail(claim, [Problem(1, str(error), remedy, "")], whole=True)
+            self.inbox.fail_claim(claim, [RecordProblem(1, str(error), remedy, "")], whole=True)
             return
-        parsed = parse(data, claim.name, None, self.limits)
-        if not self.store.submission(claim.work_name):
-            self._record(claim, data, parsed)
+        parsed = parse_file(data, claim.name, None, self.limits)
+        if not self.store.has_submission(claim.work_name):
+            self._record_submission(claim, data, parsed)
         whole = not parsed.facts and bool(parsed.problems)
         if parsed.problems:
-            self.inbox.fail(claim, parsed.problems, whole=whole)
+            self.inbox.fail_claim(claim, parsed.problems, whole=whole)
         if not whole:
-            self.inbox.finish(claim)
+            self.inbox.finish_claim(claim)
 
-    def _record(self, claim: Claim, data: bytes, parsed: Parsed) -> None:
-        counts = _Counts()
+    def _record_submission(self, claim: Claim, data: bytes, parsed: ParsedFile) -> None:
+        counts = _FactCounts()
         with self.store.transaction():
             for line, fact in parsed.facts:
-                self._fact(fact, claim, line, len(parsed.facts), counts)
+                self._take_fact(fact, claim, line, len(parsed.facts), counts)
             for problem in parsed.problems:
-                self.store.event(
+                self.store.write_event(
                     "record_failed",
                     file=claim.name,
                     line=problem.line,
@@ -64,7 +64,7 @@ class Intake:
                 failed=len(parsed.problems),
                 duplicates=counts.duplicates,
             )
-            self.store.event(
+            self.store.write_event(
                 "file_taken",
                 file=claim.name,
                 facts=counts.accepted,
@@ -72,19 +72,23 @@ class Intake:
                 failed=len(parsed.problems),
             )
 
-    def _fact(self, fact: Fact, claim: Claim, line: int, in_file: int, counts: _Counts) -> None:
-        known = self.store.fact(fact.id)
+    def _take_fact(
+        self, fact: Fact, claim: Claim, line: int, in_file: int, counts: _FactCounts
+    ) -> None:
+        known = self.store.find_fact(fact.id)
         direct = self.config.routing.direct_facts
-        decision = decide(known, fact.valid_until, self.store.now(), in_file, direct)
+        decision = choose_route(known, fact.valid_until, self.store.format_now(), in_file, direct)
         if decision.route is Route.DUPLICATE:
             counts.duplicates += 1
-            self.store.event("fact_duplicate", fact.id, file=claim.name, line=line)
+            self.store.write_event("fact_duplicate", fact.id, file=claim.name, line=line)
             return
-        waiting = self.store.facts((State.RECEIVED,), slot=fact.slot)
-        self.store.receive(fact, claim.name, decision.route is Route.BATCH)
+        waiting = self.store.list_facts((FactState.RECEIVED,), slot=fact.slot)
+        self.store.receive_fact(fact, claim.name, decision.route is Route.BATCH)
         counts.accepted += 1
         if decision.route is Route.REJECT:
-            self.store.move(fact.id, State.REJECTED, reason=decision.reason)
+            self.store.change_state(fact.id, FactState.REJECTED, reason=decision.reason)
             return
         for older in waiting:  # nobody has met them yet: no edit is spent on them
-            self.store.move(older.id, State.SUPERSEDED, reason=f"superseded by {fact.id}")
+            self.store.change_state(
+                older.id, FactState.SUPERSEDED, reason=f"superseded by {fact.id}"
+            )

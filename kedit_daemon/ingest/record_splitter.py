@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 GAP = re.compile(r"[\s,]*")
 # A JSON string may not hold a line break, so one that nobody closed is taken to end with its line.
-TOKEN = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|[\[\]{}]')
-NEXT = re.compile(r'(?:\}\s*,\s*|\n[ \t]*)(?=\{\s*")')
-OPENING = re.compile(r'\{\s*"[^"\\\n]{1,60}"')
-BLANK = re.compile(r"(?:[ \t\r]*+\n)++|[ \t\r]++\Z")
+JSON_TOKEN = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|[\[\]{}]')
+NEXT_RECORD = re.compile(r'(?:\}\s*,\s*|\n[ \t]*)(?=\{\s*")')
+RECORD_OPENING = re.compile(r'\{\s*"[^"\\\n]{1,60}"')
+BLANK_LINES = re.compile(r"(?:[ \t\r]*+\n)++|[ \t\r]++\Z")
 INDENT = re.compile(r"[ \t]*")
-INDENT_CHARS = 200
+MAX_INDENT_CHARS = 200
 # How far a broken record is searched for its end; further on, a new beginning is looked for.
 RECOVERY_CHARS = 8_192
-ROW_LINES = 100
+MAX_ROW_LINES = 100
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawRecord:
     """One record as it stands in the file: its value, or what keeps it from having one."""
 
     line: int
@@ -36,59 +36,61 @@ class Raw:
     remedy: str = ""
 
 
-class Unreadable(ValueError):
+class UnreadableText(ValueError):
     """Why a piece of text has no value, and how far into it that shows."""
 
     def __init__(self, problem: str, remedy: str, at: int = 0) -> None:
         super().__init__(problem)
         self.problem = problem
         self.remedy = remedy
-        self.at = at
+        self.offset = at
 
 
-def _constant(name: str) -> object:
-    raise Unreadable(f"{name} is not JSON", "write a number, a text or null")
+def _refuse_constant(name: str) -> object:
+    raise UnreadableText(f"{name} is not JSON", "write a number, a text or null")
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise Unreadable("a key stands there twice", "keep one of the two")
+        raise UnreadableText("a key stands there twice", "keep one of the two")
     return found
 
 
-DECODER = json.JSONDecoder(parse_constant=_constant, object_pairs_hook=_object)
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_build_object)
 
 
-def _decode(text: str) -> tuple[object, int]:
+def _decode_value(text: str) -> tuple[object, int]:
     try:
         value, end = DECODER.raw_decode(text)
     except json.JSONDecodeError as error:
         problem = f"broken JSON: {error.msg.lower()} (character {error.pos + 1} of the record)"
-        raise Unreadable(problem, "correct the syntax of the record", error.pos) from None
+        raise UnreadableText(problem, "correct the syntax of the record", error.pos) from None
     except RecursionError:
-        raise Unreadable("nested too deeply", "a record needs few levels") from None
-    except Unreadable:
+        raise UnreadableText("nested too deeply", "a record needs few levels") from None
+    except UnreadableText:
         raise
     except ValueError:
-        raise Unreadable("a number with thousands of digits", "write it as text") from None
+        raise UnreadableText("a number with thousands of digits", "write it as text") from None
     if NOT_UTF8.search(text, 0, end):
-        raise Unreadable("not valid UTF-8", "save the file as UTF-8")
+        raise UnreadableText("not valid UTF-8", "save the file as UTF-8")
     return value, end
 
 
-def _too_long(cap: int) -> Unreadable:
-    return Unreadable(f"longer than {cap} characters", "a record is one fact: shorten its texts")
+def _too_long_error(cap: int) -> UnreadableText:
+    return UnreadableText(
+        f"longer than {cap} characters", "a record is one fact: shorten its texts"
+    )
 
 
-def json_lines(text: str, cap: int) -> Iterator[Raw]:
+def split_json_lines(text: str, cap: int) -> Iterator[RawRecord]:
     """One record a line."""
-    for number, (start, line) in enumerate(_lines(text, 0), start=1):
+    for number, (start, line) in enumerate(_iterate_lines(text, 0), start=1):
         if record := line.strip():
-            yield _json_line(number, start, record, cap)
+            yield _read_json_line(number, start, record, cap)
 
 
-def _lines(text: str, start: int) -> Iterator[tuple[int, str]]:
+def _iterate_lines(text: str, start: int) -> Iterator[tuple[int, str]]:
     """Each line and its offset, one at a time: millions of short ones would fill the memory."""
     while start < len(text):
         end = text.find("\n", start) + 1 or len(text)
@@ -96,33 +98,33 @@ def _lines(text: str, start: int) -> Iterator[tuple[int, str]]:
         start = end
 
 
-def _json_line(number: int, start: int, record: str, cap: int) -> Raw:
+def _read_json_line(number: int, start: int, record: str, cap: int) -> RawRecord:
     try:
         if len(record) > cap:
-            raise _too_long(cap)
-        value, end = _decode(record)
+            raise _too_long_error(cap)
+        value, end = _decode_value(record)
         if end < len(record):
-            raise Unreadable("more text behind the record", "put one record on each line")
-    except Unreadable as error:
-        return Raw(number, start, record, problem=error.problem, remedy=error.remedy)
-    return Raw(number, start, record, value)
+            raise UnreadableText("more text behind the record", "put one record on each line")
+    except UnreadableText as error:
+        return RawRecord(number, start, record, problem=error.problem, remedy=error.remedy)
+    return RawRecord(number, start, record, value)
 
 
-def json_list(text: str, cap: int) -> Iterator[Raw]:
+def split_json_list(text: str, cap: int) -> Iterator[RawRecord]:
     """The records of a list, or objects that simply follow each other over any number of lines."""
     position, line = 0, 1
-    while (start := _next_value(text, position)) < len(text):
+    while (start := _find_next_value(text, position)) < len(text):
         line += text.count("\n", position, start)
-        raw = _json_value(text, start, line, cap)
+        raw = _read_json_value(text, start, line, cap)
         yield raw
         position = start + len(raw.text)
         line += raw.text.count("\n")
     if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
         remedy = "the file seems cut short: check its end and hand it in again"
-        yield Raw(line, len(text), "", problem="the list is not closed", remedy=remedy)
+        yield RawRecord(line, len(text), "", problem="the list is not closed", remedy=remedy)
 
 
-def _next_value(text: str, position: int) -> int:
+def _find_next_value(text: str, position: int) -> int:
     """Where the next record begins; a list's own brackets and commas are skipped."""
     opening = position == 0
     while True:
@@ -135,38 +137,40 @@ def _next_value(text: str, position: int) -> int:
         position += 1
 
 
-def _json_value(text: str, start: int, line: int, cap: int) -> Raw:
+def _read_json_value(text: str, start: int, line: int, cap: int) -> RawRecord:
     piece = text[start : start + cap + 1]
     try:
-        value, length = _decode(piece)
+        value, length = _decode_value(piece)
         if length > cap:
-            raise _too_long(cap)
-        return Raw(line, start, piece[:length], value)
-    except Unreadable as error:
+            raise _too_long_error(cap)
+        return RawRecord(line, start, piece[:length], value)
+    except UnreadableText as error:
         problem, remedy = error.problem, error.remedy
-        fence = _fence(text, start, start + len(piece))
+        fence = _find_next_sibling(text, start, start + len(piece))
         near = min(start + len(piece), start + RECOVERY_CHARS)
-        end = _closing(text, start, near if fence is None else min(fence, near)) or fence
+        end = _find_closing(text, start, near if fence is None else min(fence, near)) or fence
         if end is None:
-            end = _resume(text, start, start + error.at, near)
-            if error.at and len(piece) > cap:
+            end = _find_resume_point(text, start, start + error.offset, near)
+            if error.offset and len(piece) > cap:
                 problem = f"not closed within {cap} characters, or {problem}"
-        return Raw(line, start, text[start:end].rstrip(" \t\r\n,"), problem=problem, remedy=remedy)
+        return RawRecord(
+            line, start, text[start:end].rstrip(" \t\r\n,"), problem=problem, remedy=remedy
+        )
 
 
-def _fence(text: str, start: int, stop: int) -> int | None:
+def _find_next_sibling(text: str, start: int, stop: int) -> int | None:
     """The next line that opens an object as far to the left as this record: no part of it."""
-    indent = text[max(0, start - INDENT_CHARS) : start].rpartition("\n")[2]
-    if len(indent) == INDENT_CHARS or not INDENT.fullmatch(indent):
+    indent = text[max(0, start - MAX_INDENT_CHARS) : start].rpartition("\n")[2]
+    if len(indent) == MAX_INDENT_CHARS or not INDENT.fullmatch(indent):
         return None
     found = text.find(f"\n{indent}{{", start, stop)
     return None if found < 0 else found
 
 
-def _closing(text: str, start: int, stop: int) -> int | None:
+def _find_closing(text: str, start: int, stop: int) -> int | None:
     """The end of a record that has its brackets in order, though not its syntax."""
     opened: list[str] = []
-    for token in TOKEN.finditer(text, start, stop):
+    for token in JSON_TOKEN.finditer(text, start, stop):
         mark = token[0]
         if mark in ("{", "["):
             opened.append(mark)
@@ -180,31 +184,31 @@ def _closing(text: str, start: int, stop: int) -> int | None:
     return None
 
 
-def _resume(text: str, start: int, error: int, near: int) -> int:
+def _find_resume_point(text: str, start: int, error: int, near: int) -> int:
     """Where the next record seems to begin: as this one began, or as records follow each other."""
-    opening = OPENING.match(text, start)
+    opening = RECORD_OPENING.match(text, start)
     same = text.find(opening[0], start + 1, near) if opening else -1
     last = len(text) if same < 0 else same
-    found = NEXT.search(text, error, last)
+    found = NEXT_RECORD.search(text, error, last)
     return found.end() if found else last
 
 
-def csv_rows(text: str, cap: int) -> Iterator[Raw]:
+def split_csv_rows(text: str, cap: int) -> Iterator[RawRecord]:
     """The rows of a table, the header among them; a value is a list of texts."""
     start, line = 0, 1
     while start < len(text):
-        if blank := BLANK.match(text, start):
+        if blank := BLANK_LINES.match(text, start):
             record = blank[0]
         else:
-            record, row, problem, remedy = _csv_row(text, start, cap)
-            yield Raw(line, start, record.rstrip("\r\n"), row, problem, remedy)
+            record, row, problem, remedy = _read_csv_row(text, start, cap)
+            yield RawRecord(line, start, record.rstrip("\r\n"), row, problem, remedy)
         start, line = start + len(record), line + record.count("\n")
 
 
-def _csv_row(text: str, start: int, cap: int) -> tuple[str, list[str] | None, str, str]:
+def _read_csv_row(text: str, start: int, cap: int) -> tuple[str, list[str] | None, str, str]:
     """The row's text, its cells, what is wrong and the remedy; a broken row takes one line."""
     taken: list[str] = []
-    reader = csv.reader(_fed(text, start, cap, taken), strict=True)
+    reader = csv.reader(_feed_lines(text, start, cap, taken), strict=True)
     try:
         row = next(reader)
     except csv.Error as error:
@@ -216,12 +220,12 @@ def _csv_row(text: str, start: int, cap: int) -> tuple[str, list[str] | None, st
     return record, row, "", ""
 
 
-def _fed(text: str, start: int, cap: int, taken: list[str]) -> Iterator[str]:
+def _feed_lines(text: str, start: int, cap: int, taken: list[str]) -> Iterator[str]:
     """The lines from here on, as far as one row may reach; `taken` remembers those handed out."""
     total = 0
-    for _, line in _lines(text, start):
+    for _, line in _iterate_lines(text, start):
         taken.append(line)
         total += len(line)
-        if total > cap or len(taken) > ROW_LINES:
-            raise csv.Error(f"longer than {cap} characters or {ROW_LINES} lines")
+        if total > cap or len(taken) > MAX_ROW_LINES:
+            raise csv.Error(f"longer than {cap} characters or {MAX_ROW_LINES} lines")
         yield line

@@ -18,13 +18,13 @@ from pydantic_core import PydanticCustomError
 
 from memory.facts import Fact, Neighbour
 
-UNSOUND = re.compile("[\0\ud800-\udfff]")
-OURS = ConfigDict(strict=True, frozen=True, extra="forbid")
-THEIRS = ConfigDict(strict=True, frozen=True, extra="ignore")
+INVALID_CHARS = re.compile("[\0\ud800-\udfff]")
+STRICT_CONFIG = ConfigDict(strict=True, frozen=True, extra="forbid")
+LENIENT_CONFIG = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
 @dataclass(frozen=True)
-class Limits:
+class FileLimits:
     """How much a file may hold: facts in all, characters in a target, characters in a record."""
 
     max_facts: int = 10_000
@@ -32,7 +32,7 @@ class Limits:
     max_line_chars: int = 65_536
 
 
-def shown(value: object) -> str:
+def quote_value(value: object) -> str:
     """Anything of a stranger's in a message: short, on one line, and always valid UTF-8."""
     text = value if isinstance(value, str) else repr(value)
     text = text if len(text) <= 60 else text[:59] + "…"
@@ -40,61 +40,65 @@ def shown(value: object) -> str:
     return f'"{kept}"'
 
 
-def _fault(problem: str, remedy: str) -> PydanticCustomError:
+def _make_fault(problem: str, remedy: str) -> PydanticCustomError:
     # The text travels in the context because pydantic fills braces in the template.
     return PydanticCustomError("fault", "{problem}", {"problem": problem, "remedy": remedy})
 
 
-def _sound(text: str) -> str:
-    if found := UNSOUND.search(text):
+def _check_characters(text: str) -> str:
+    if found := INVALID_CHARS.search(text):
         what = "a NUL character" if found[0] == "\0" else "half a surrogate pair"
-        raise _fault(f"a value holds {what}", "take that character out")
+        raise _make_fault(f"a value holds {what}", "take that character out")
     return text
 
 
-def _moment(text: str) -> str:
+def _normalize_time(text: str) -> str:
     """One spelling for every moment, so that they sort as text; without a zone it is UTC."""
     try:
         moment = datetime.fromisoformat(text)
         moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
         remedy = "write the moment in ISO-8601, such as 2026-01-31T12:00:00Z"
-        raise _fault(f"{shown(text)} is not a moment", remedy) from None
+        raise _make_fault(f"{quote_value(text)} is not a moment", remedy) from None
     return moment.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
 
 
 Text = Annotated[
-    str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_sound)
+    str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_check_characters)
 ]
-Moment = Annotated[Text, AfterValidator(_moment)]
+Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
 
 
-def _naming(prompt: str, subject: str) -> str:
+def _check_subject_named(prompt: str, subject: str) -> str:
     if "{}" not in prompt and subject not in prompt:
         remedy = 'write {} in the prompt where the subject stands, as in "The capital of {} is"'
-        raise _fault('"prompt" holds neither {} nor the subject', remedy)
+        raise _make_fault('"prompt" holds neither {} nor the subject', remedy)
     return prompt
 
 
-def _texts(value: object, depth: int = 3) -> list[str]:
+def _collect_texts(value: object, depth: int = 3) -> list[str]:
     """The texts in a field that data sets fill with a text, a list, a list of lists, or nothing."""
     if isinstance(value, str):
-        return [_sound(value.strip())] if value.strip() else []
+        return [_check_characters(value.strip())] if value.strip() else []
     if isinstance(value, list) and depth:
-        return [text for item in value for text in _texts(item, depth - 1)]
+        return [text for item in value for text in _collect_texts(item, depth - 1)]
     return []
 
 
-def _first(value: object) -> str | None:
-    return next(iter(_texts(value)), None)
+def _first_text(value: object) -> str | None:
+    return next(iter(_collect_texts(value)), None)
 
 
-def _pairs(items: object, prompt: str, answer: str) -> list[Neighbour]:
+def _collect_neighbours(items: object, prompt: str, answer: str) -> list[Neighbour]:
     found = [i for i in items if isinstance(i, dict)] if isinstance(items, list) else []
-    return [Neighbour(p, _first(i.get(answer))) for i in found for p in _texts(i.get(prompt))]
+    return [
+        Neighbour(p, _first_text(i.get(answer)))
+        for i in found
+        for p in _collect_texts(i.get(prompt))
+    ]
 
 
-def _stated(
+def _make_fact(
     asked: tuple[str, str],
     target: str,
     again: list[str],
@@ -107,17 +111,17 @@ def _stated(
 class Record(BaseModel, ABC):
     """A data set's record unless it says otherwise: what we have no use for is left unread."""
 
-    model_config = THEIRS
+    model_config = LENIENT_CONFIG
 
     @abstractmethod
-    def facts(self) -> list[Fact]:
+    def to_facts(self) -> list[Fact]:
         """What the record says."""
 
 
 class NeighbourRecord(BaseModel):
     """A prompt whose answer shall stay as it is."""
 
-    model_config = OURS
+    model_config = STRICT_CONFIG
 
     prompt: Text
     answer: Text | None = None
@@ -126,7 +130,7 @@ class NeighbourRecord(BaseModel):
 class NativeRecord(Record):
     """Our own form."""
 
-    model_config = OURS
+    model_config = STRICT_CONFIG
 
     subject: Text
     prompt: Text
@@ -135,18 +139,18 @@ class NativeRecord(Record):
     neighbours: list[NeighbourRecord] = []
     id: Text | None = None
     source: Text | None = None
-    valid_from: Moment | None = None
-    valid_until: Moment | None = None
+    valid_from: Timestamp | None = None
+    valid_until: Timestamp | None = None
     tags: list[Text] = []
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _naming(self.prompt, self.subject)
+    def _check_consistency(self) -> Self:
+        _check_subject_named(self.prompt, self.subject)
         if self.valid_from and self.valid_until and self.valid_until <= self.valid_from:
-            raise _fault('"valid_until" is not after "valid_from"', "correct the two moments")
+            raise _make_fault('"valid_until" is not after "valid_from"', "correct the two moments")
         return self
 
-    def facts(self) -> list[Fact]:
+    def to_facts(self) -> list[Fact]:
         fact = Fact(
             subject=self.subject,
             prompt=self.prompt,
@@ -165,15 +169,15 @@ class NativeRecord(Record):
 class Entity(BaseModel):
     """An answer in ROME's files: its name beside its Wikidata id."""
 
-    model_config = THEIRS
+    model_config = LENIENT_CONFIG
 
     name: Text = Field(alias="str")
 
 
-class Rewrite(BaseModel):
+class RequestedRewrite(BaseModel):
     """One requested rewrite in ROME's and MQuAKE's files."""
 
-    model_config = THEIRS
+    model_config = LENIENT_CONFIG
 
     subject: Text
     prompt: Text
@@ -182,37 +186,37 @@ class Rewrite(BaseModel):
     question: Any = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _naming(self.prompt, self.subject)
+    def _check_consistency(self) -> Self:
+        _check_subject_named(self.prompt, self.subject)
         return self
 
-    def fact(self, paraphrases: object, neighbours: object) -> Fact:
+    def to_fact(self, paraphrases: object, neighbours: object) -> Fact:
         """The rewrite with the prompts that its record gives around it."""
         truth = self.target_true.name if self.target_true else None
-        near = [Neighbour(prompt, truth) for prompt in _texts(neighbours)]
+        near = [Neighbour(prompt, truth) for prompt in _collect_texts(neighbours)]
         asked = (self.subject, self.prompt)
-        return _stated(asked, self.target_new.name, _texts(paraphrases), near)
+        return _make_fact(asked, self.target_new.name, _collect_texts(paraphrases), near)
 
 
 class RomeRecord(Record):
     """CounterFact as ROME publishes it; its neighbours share the answer that is replaced."""
 
-    requested_rewrite: Rewrite
+    requested_rewrite: RequestedRewrite
     paraphrase_prompts: Any = None
     neighborhood_prompts: Any = None
 
-    def facts(self) -> list[Fact]:
+    def to_facts(self) -> list[Fact]:
         rewrite = self.requested_rewrite
-        return [rewrite.fact(self.paraphrase_prompts, self.neighborhood_prompts)]
+        return [rewrite.to_fact(self.paraphrase_prompts, self.neighborhood_prompts)]
 
 
 class MquakeRecord(Record):
     """MQuAKE: the several rewrites that one multi-hop question hangs on."""
 
-    requested_rewrite: list[Rewrite] = Field(min_length=1)
+    requested_rewrite: list[RequestedRewrite] = Field(min_length=1)
 
-    def facts(self) -> list[Fact]:
-        return [rewrite.fact(rewrite.question, None) for rewrite in self.requested_rewrite]
+    def to_facts(self) -> list[Fact]:
+        return [rewrite.to_fact(rewrite.question, None) for rewrite in self.requested_rewrite]
 
 
 class FlatRecord(Record):
@@ -230,23 +234,27 @@ class FlatRecord(Record):
     locality_ground_truth: Any = None
     locality: Any = None
 
-    def facts(self) -> list[Fact]:
-        truth = _first(self.target_true) or _first(self.ground_truth)
-        near = [Neighbour(prompt, truth) for prompt in _texts(self.neighborhood_prompts)]
-        answer = _first(self.locality_ground_truth)
-        near += [Neighbour(prompt, answer) for prompt in _texts(self.locality_prompt)]
+    def to_facts(self) -> list[Fact]:
+        truth = _first_text(self.target_true) or _first_text(self.ground_truth)
+        near = [Neighbour(prompt, truth) for prompt in _collect_texts(self.neighborhood_prompts)]
+        answer = _first_text(self.locality_ground_truth)
+        near += [Neighbour(prompt, answer) for prompt in _collect_texts(self.locality_prompt)]
         groups = self.locality.values() if isinstance(self.locality, dict) else ()
-        near += [pair for group in groups for pair in _pairs(group, "prompt", "ground_truth")]
-        again = [*_texts(self.rephrase_prompt), *_texts(self.paraphrase_prompts)]
-        return [_stated((self.subject, self.prompt), self.target_new, again, near)]
+        near += [
+            pair
+            for group in groups
+            for pair in _collect_neighbours(group, "prompt", "ground_truth")
+        ]
+        again = [*_collect_texts(self.rephrase_prompt), *_collect_texts(self.paraphrase_prompts)]
+        return [_make_fact((self.subject, self.prompt), self.target_new, again, near)]
 
 
 class ClozeRecord(FlatRecord):
     """A flat record whose prompt is a sentence to go on with, so it has to name the subject."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _naming(self.prompt, self.subject)
+    def _check_consistency(self) -> Self:
+        _check_subject_named(self.prompt, self.subject)
         return self
 
 
@@ -261,10 +269,14 @@ class QuestionRecord(Record):
     loc_ans: Any = None
     locality: Any = None
 
-    def facts(self) -> list[Fact]:
-        near = [Neighbour(prompt, _first(self.loc_ans)) for prompt in _texts(self.loc)]
-        near += _pairs(self.locality, "loc", "loc_ans")
-        return [_stated((self.subject, self.prompt), self.target, _texts(self.rephrase), near)]
+    def to_facts(self) -> list[Fact]:
+        near = [Neighbour(prompt, _first_text(self.loc_ans)) for prompt in _collect_texts(self.loc)]
+        near += _collect_neighbours(self.locality, "loc", "loc_ans")
+        return [
+            _make_fact(
+                (self.subject, self.prompt), self.target, _collect_texts(self.rephrase), near
+            )
+        ]
 
 
 class ZsreRecord(QuestionRecord):

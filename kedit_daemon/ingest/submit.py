@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.parser import Parsed, parse
-from kedit_daemon.ingest.schemas import Limits
-from kedit_daemon.system.disk import told
+from kedit_daemon.ingest.parser import ParsedFile, parse_file
+from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.system.disk import describe_disk_error
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.facts import ACTIVE, Fact
-from memory.files import publish
+from memory.facts import ACTIVE_STATES, Fact
+from memory.files import move_into_place
 
 FILE_MODE = 0o640  # the daemon may be another user, of the inbox's group
-STEM_CHARS = 80
-_UNFINISHED = (".tmp", ".part")  # the inbox leaves files with these endings alone
+MAX_STEM_CHARS = 80
+_UNFINISHED_SUFFIXES = (".tmp", ".part")  # the inbox leaves files with these endings alone
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Submission:
 
     name: str
     data: bytes
-    parsed: Parsed
+    parsed: ParsedFile
 
     @property
     def facts(self) -> list[Fact]:
@@ -38,16 +38,18 @@ class Submission:
         return [fact for _, fact in self.parsed.facts]
 
 
-def prepare(data: bytes, name: str, format: str | None, limits: Limits) -> Submission:
+def prepare_submission(
+    data: bytes, name: str, format: str | None, limits: FileLimits
+) -> Submission:
     """Parse a file; one that the daemon would read in another way is written in our own form."""
-    parsed = parse(data, name, format, limits)
-    if format is None or parse(data, name, None, limits) == parsed:
+    parsed = parse_file(data, name, format, limits)
+    if format is None or parse_file(data, name, None, limits) == parsed:
         return Submission(name, data, parsed)
-    lines = "".join(f"{native(fact)}\n" for _, fact in parsed.facts)
+    lines = "".join(f"{format_native(fact)}\n" for _, fact in parsed.facts)
     return Submission(f"{Path(name).stem}.jsonl", lines.encode(), parsed)
 
 
-def native(fact: Fact) -> str:
+def format_native(fact: Fact) -> str:
     """The fact as a line that `parse` reads as the same fact again."""
     record: dict[str, Any] = {
         "subject": fact.subject,
@@ -67,10 +69,10 @@ def native(fact: Fact) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> str:
+def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = None) -> str:
     """Put the file into the inbox, whole or not at all; returns the name that it has there, which
     holds the token: the file's own, or one that no other file has."""
-    name = _named(submission.name, token or secrets.token_hex(8))
+    name = _choose_file_name(submission.name, token or secrets.token_hex(8))
     staged = inbox / f".{secrets.token_hex(8)}.tmp"
     try:
         try:
@@ -78,7 +80,7 @@ def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> st
             with open(descriptor, "wb") as file:
                 os.fchmod(file.fileno(), FILE_MODE)
                 file.write(submission.data)
-            publish(staged, inbox / name)
+            move_into_place(staged, inbox / name)
         finally:
             staged.unlink(missing_ok=True)
     except FileNotFoundError as error:
@@ -92,7 +94,7 @@ def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> st
             hint=f"join the group of the folder, or run as its owner: ls -ld {inbox}",
         ) from error
     except OSError as error:
-        known = told(error, inbox)
+        known = describe_disk_error(error, inbox)
         raise KeditError(
             f"{submission.name} could not be handed in to {inbox}: {error.strerror}",
             code="io",
@@ -101,15 +103,15 @@ def hand_in(inbox: Path, submission: Submission, token: str | None = None) -> st
     return name
 
 
-def _named(name: str, token: str) -> str:
+def _choose_file_name(name: str, token: str) -> str:
     stem, suffix = os.path.splitext(name)
-    stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:STEM_CHARS] or "facts"
-    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in _UNFINISHED
+    stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:MAX_STEM_CHARS] or "facts"
+    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in _UNFINISHED_SUFFIXES
     return f"{stem}-{token}{suffix if good else '.jsonl'}"
 
 
 @dataclass(frozen=True)
-class Foreseen:
+class PredictedOutcome:
     """What would become of a fact: new, duplicate, supersedes or rejected, and why."""
 
     fact: Fact
@@ -117,42 +119,44 @@ class Foreseen:
     detail: str
 
 
-def foresee(facts: Sequence[Fact], home: Home, now: str, direct_facts: int) -> list[Foreseen]:
+def predict_outcomes(
+    facts: Sequence[Fact], home: Home, now: str, direct_facts: int
+) -> list[PredictedOutcome]:
     """What the daemon would do with the facts, by its own rules and what it knows today."""
     from memory.db.rows import FACT_COLUMNS, StoredFact
-    from policies.routing import Route, decide
+    from policies.routing import Route, choose_route
 
     known: dict[str, StoredFact] = {}
-    if home.database.is_file():
-        with closing(open_readonly(home.database)) as conn:
-            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE id IN ({_LISTED}) OR slot IN ({_LISTED})"
+    if home.database_file.is_file():
+        with closing(open_readonly(home.database_file)) as conn:
+            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
             sql += " ORDER BY seq"
-            ids, slots = _list(f.id for f in facts), _list(f.slot for f in facts)
-            stored = [StoredFact.of(tuple(row)) for row in conn.execute(sql, (ids, slots))]
+            ids, slots = _encode_list(f.id for f in facts), _encode_list(f.slot for f in facts)
+            stored = [StoredFact.from_row(tuple(row)) for row in conn.execute(sql, (ids, slots))]
         known = {fact.id: fact for fact in stored}
-    active = {f.fact.slot: f.fact for f in known.values() if f.state in ACTIVE}
+    active = {f.fact.slot: f.fact for f in known.values() if f.state in ACTIVE_STATES}
     foreseen, earlier = [], set()
     for fact in facts:
-        decision = decide(known.get(fact.id), fact.valid_until, now, len(facts), direct_facts)
+        decision = choose_route(known.get(fact.id), fact.valid_until, now, len(facts), direct_facts)
         older = active.get(fact.slot)
         if fact.id in earlier:
             outcome, detail = "duplicate", "stands in the file before"
         elif decision.route in (Route.DUPLICATE, Route.REJECT):
-            outcome, detail = _WORDS[decision.route], decision.reason
+            outcome, detail = _ROUTE_OUTCOMES[decision.route], decision.reason
         elif older is not None:
             outcome, detail = "supersedes", f"{older.id} ({older.target})"
         else:
             outcome, detail = "new", decision.reason
-        foreseen.append(Foreseen(fact, outcome, detail))
+        foreseen.append(PredictedOutcome(fact, outcome, detail))
         if outcome in ("supersedes", "new"):
             earlier.add(fact.id)
             active[fact.slot] = fact
     return foreseen
 
 
-_WORDS = {"duplicate": "duplicate", "reject": "rejected"}
-_LISTED = "SELECT value FROM json_each(?)"
+_ROUTE_OUTCOMES = {"duplicate": "duplicate", "reject": "rejected"}
+_IDS_FROM_JSON = "SELECT value FROM json_each(?)"
 
 
-def _list(values: Iterable[str]) -> str:
+def _encode_list(values: Iterable[str]) -> str:
     return json.dumps(list(values))

@@ -6,33 +6,33 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.failed_files import REPORT, failed_folder
-from kedit_daemon.system.lock import holder
+from kedit_daemon.ingest.failed_files import REPORT_SUFFIX, failed_folder
+from kedit_daemon.system.lock import find_lock_holder
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 
 POLL_SECONDS = 0.2
-FAILED = (State.FAILED, State.REJECTED)
+FAILED_STATES = (FactState.FAILED, FactState.REJECTED)
 LOST = "lost"
 """What `wait` says of a fact that the daemon has not taken in."""
 
-Settled = tuple[str, str | None]
+FactOutcome = tuple[str, str | None]
 """A fact's state, and the reason for it."""
 
 
-def wait(
+def wait_until_settled(
     home: Home, name: str, ids: Sequence[str], tell: Callable[[str], None]
-) -> dict[str, Settled]:
+) -> dict[str, FactOutcome]:
     """Until each fact of the file `name` is live or at an end: id -> state and reason.
 
     Raises KeditError with exit code 3 when the daemon does not run, or ends meanwhile.
     """
     last = ""
     while True:
-        running = holder(home.lock) is not None
-        states = look(home, name, ids)
-        settled = [i for i in ids if states and states[i][0] != State.RECEIVED]
+        running = find_lock_holder(home.lock_file) is not None
+        states = read_outcomes(home, name, ids)
+        settled = [i for i in ids if states and states[i][0] != FactState.RECEIVED]
         if states is not None and len(settled) == len(ids):
             return states
         if not running:
@@ -49,19 +49,19 @@ def wait(
         time.sleep(POLL_SECONDS)
 
 
-def look(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | None:
+def read_outcomes(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOutcome] | None:
     """How the facts of the file `name` stand; None before it has been taken in."""
-    gone = _refused(home, name)
-    states = _states(home, name, ids)
+    gone = _is_file_failed(home, name)
+    states = _read_states(home, name, ids)
     if states is None and gone:
-        return dict.fromkeys(ids, (LOST, f"see inbox/failed/{name}{REPORT}"))
+        return dict.fromkeys(ids, (LOST, f"see inbox/failed/{name}{REPORT_SUFFIX}"))
     return states
 
 
-def _states(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | None:
+def _read_states(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOutcome] | None:
     """The facts' states; None before the file has been taken in, when they may be older ones."""
     try:
-        opened = open_readonly(home.database)
+        opened = open_readonly(home.database_file)
     except KeditError as error:
         if error.code == "no-home":  # the daemon starts for the first time
             return None
@@ -75,10 +75,10 @@ def _states(home: Home, name: str, ids: Sequence[str]) -> dict[str, Settled] | N
     return {i: found.get(i, (LOST, "the daemon has not taken it in")) for i in ids}
 
 
-def _refused(home: Home, name: str) -> bool:
+def _is_file_failed(home: Home, name: str) -> bool:
     """Whether the file has come to an end in failed/; a file in work/ may yet become facts."""
     try:
-        report = json.loads((failed_folder(home) / f"{name}{REPORT}").read_bytes())
-        return not (home.inbox / "work" / str(report["claim"])).exists()
+        report = json.loads((failed_folder(home) / f"{name}{REPORT_SUFFIX}").read_bytes())
+        return not (home.inbox_folder / "work" / str(report["claim"])).exists()
     except FileNotFoundError:
         return False

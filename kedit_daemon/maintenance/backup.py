@@ -19,25 +19,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.cli.context import database
+from kedit_daemon.cli.context import open_database
 from kedit_daemon.home import FOLDER_MODE, Home
-from kedit_daemon.system.disk import is_full
+from kedit_daemon.system.disk import is_disk_full
 from memory.db import event_log, schema
 from memory.errors import KeditError
-from memory.files import sha256_of, sync_folder, tensors_path, write_atomic
+from memory.files import hash_file, sync_folder, tensors_path, write_atomic
 
 FORMAT = "kedit-backup-1"
 MANIFEST = "manifest.json"
 # In the name of a folder that is being filled. What a killed backup leaves is for a person to take
 # away: outside of the home nobody can tell whose a folder is.
-PARTIAL = ".partial-"
-TRIES = 20  # snapshots, while the daemon drops files that the last one names
-DATABASE = "state/kedit.db"
-HEAD = f"state/{event_log.HEAD_FILE}"
-_TENSORS = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
+PARTIAL_MARK = ".partial-"
+MAX_SNAPSHOTS = 20  # snapshots, while the daemon drops files that the last one names
+DATABASE_NAME = "state/kedit.db"
+HEAD_NAME = f"state/{event_log.HEAD_FILE}"
+_TENSOR_FILE = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
 # What a manifest may name: it may come from anywhere, and its files are written into a home.
-_NAMES = re.compile(
-    rf"config\.toml|review\.yaml|{re.escape(DATABASE)}|{re.escape(HEAD)}|{_TENSORS.pattern}"
+_ALLOWED_FILES = re.compile(
+    rf"config\.toml|review\.yaml|{re.escape(DATABASE_NAME)}|{re.escape(HEAD_NAME)}|{_TENSOR_FILE.pattern}"
     r"|state/kedit\.json|state/statistics-[0-9a-f]+(-[0-9a-f]{64})?\.safetensors"
 )
 
@@ -50,20 +50,20 @@ class Backup:
     manifest: dict[str, Any]
 
 
-def back_up(home: Home, dest: Path, now: datetime) -> Backup:
+def create_backup(home: Home, dest: Path, now: datetime) -> Backup:
     """Write a new folder `dest`, whole or not at all, whether the daemon runs or not.
 
     Raises KeditError: it cannot be written, or what is in the home could not be restored.
     """
     dest = dest.expanduser().absolute()
-    _check_place(home, dest)
-    staged = dest.with_name(f".{dest.name}{PARTIAL}{secrets.token_hex(4)}")
+    _check_destination(home, dest)
+    staged = dest.with_name(f".{dest.name}{PARTIAL_MARK}{secrets.token_hex(4)}")
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         try:
             staged.mkdir(FOLDER_MODE)
-            _fill(home, Home(staged), now)
-            found = check(staged)
+            _fill_backup(home, Home(staged), now)
+            found = check_backup(staged)
             staged.rename(dest)
             sync_folder(dest.parent)
         finally:
@@ -77,43 +77,43 @@ def back_up(home: Home, dest: Path, now: datetime) -> Backup:
     return Backup(dest, found.manifest)
 
 
-def check(folder: Path) -> Backup:
+def check_backup(folder: Path) -> Backup:
     """A backup, after all that is in it has been compared with what its manifest says.
 
     Raises KeditError: something is missing or changed, or (78) a newer version has written it.
     """
-    manifest = _manifest(folder)
+    manifest = _read_manifest(folder)
     for name, sha in manifest["files"].items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
-            raise _damaged(f"{path} is missing")
-        if sha256_of(path) != sha:
-            raise _damaged(f"{path} has changed")
-    path = folder / DATABASE
-    with _snapshot(path) as conn:
-        schema.check(conn, path)
+            raise _damage_error(f"{path} is missing")
+        if hash_file(path) != sha:
+            raise _damage_error(f"{path} has changed")
+    path = folder / DATABASE_NAME
+    with _open_snapshot(path) as conn:
+        schema.check_integrity(conn, path)
         schema.refuse_newer(conn, path)
-        verdict = event_log.verify(conn, event_log.read_head(folder / HEAD))
+        verdict = event_log.verify_chain(conn, event_log.read_head(folder / HEAD_NAME))
         if not verdict.intact:
-            raise _damaged(f"the chain in {path} is broken: {verdict.problem}")
-        wrong = {k for k, v in _told(conn).items() if manifest.get(k) != v}
-        named = _named(conn)
+            raise _damage_error(f"the chain in {path} is broken: {verdict.problem}")
+        wrong = {k for k, v in _describe_database(conn).items() if manifest.get(k) != v}
+        named = _list_tensor_files(conn)
     if wrong:
-        raise _damaged(f"{path} is not what {MANIFEST} says: {', '.join(sorted(wrong))}")
-    if named != {n for n in manifest["files"] if _TENSORS.fullmatch(n)} | set(manifest["lost"]):
-        raise _damaged(f"{folder / MANIFEST} lists other tensor files than {path}")
+        raise _damage_error(f"{path} is not what {MANIFEST} says: {', '.join(sorted(wrong))}")
+    if named != {n for n in manifest["files"] if _TENSOR_FILE.fullmatch(n)} | set(manifest["lost"]):
+        raise _damage_error(f"{folder / MANIFEST} lists other tensor files than {path}")
     return Backup(folder, manifest)
 
 
-def copy(source: Path, target: Path) -> str:
+def copy_file(source: Path, target: Path) -> str:
     """Copy a file durably; the sha256 of what has arrived."""
     shutil.copy(source, target)  # with its mode: settings may be confidential
     with target.open("rb") as file:
         os.fsync(file.fileno())
-    return sha256_of(target)
+    return hash_file(target)
 
 
-def _check_place(home: Home, dest: Path) -> None:
+def _check_destination(home: Home, dest: Path) -> None:
     if dest.resolve().is_relative_to(home.root.resolve()):
         raise KeditError(
             f"{dest} lies in the home",
@@ -129,87 +129,91 @@ def _check_place(home: Home, dest: Path) -> None:
         )
 
 
-def _fill(home: Home, to: Home, now: datetime) -> None:
-    for folder in (to.state, to.generations, to.side):
+def _fill_backup(home: Home, to: Home, now: datetime) -> None:
+    for folder in (to.state_folder, to.generations_folder, to.side_folder):
         folder.mkdir(FOLDER_MODE)
-    lost = _consistent(home, to)
-    beside = [home.config, home.review, *home.state.glob("statistics-*.safetensors")]
-    for path in (*beside, home.state / "kedit.json"):
+    lost = _copy_consistently(home, to)
+    beside = [
+        home.config_file,
+        home.review_file,
+        *home.state_folder.glob("statistics-*.safetensors"),
+    ]
+    for path in (*beside, home.state_folder / "kedit.json"):
         with suppress(FileNotFoundError):
-            copy(path, to.root / path.relative_to(home.root))
-    for path in (to.database, to.head):
+            copy_file(path, to.root / path.relative_to(home.root))
+    for path in (to.database_file, to.head_file):
         if path.exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     files = sorted(p for p in to.root.rglob("*") if p.is_file())
-    with _snapshot(to.database) as conn:
+    with _open_snapshot(to.database_file) as conn:
         manifest = {
             "format": FORMAT,
             "created_at": now.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            **_told(conn),
+            **_describe_database(conn),
             "lost": sorted(lost),
-            "files": {str(p.relative_to(to.root)): sha256_of(p) for p in files},
+            "files": {str(p.relative_to(to.root)): hash_file(p) for p in files},
         }
-    for folder in (to.generations, to.side, to.state):
+    for folder in (to.generations_folder, to.side_folder, to.state_folder):
         sync_folder(folder)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_atomic(to.root / MANIFEST, text.encode())
 
 
-def _consistent(home: Home, to: Home) -> set[str]:
+def _copy_consistently(home: Home, to: Home) -> set[str]:
     """Copy head, database and the tensor files that it names; those of them that are lost.
 
     A file that the daemon has dropped since the snapshot is not named by the next one; one that
     is named still was missing or damaged before, and the daemon makes it again.
     """
     missed: set[str] = set()
-    for _ in range(TRIES):
+    for _ in range(MAX_SNAPSHOTS):
         with suppress(FileNotFoundError):
             # Before the database: what is anchored then is in the chain of the snapshot.
-            to.head.write_bytes(home.head.read_bytes())
-        to.database.unlink(missing_ok=True)
-        with database(home) as conn, closing(sqlite3.connect(to.database)) as snapshot:
+            to.head_file.write_bytes(home.head_file.read_bytes())
+        to.database_file.unlink(missing_ok=True)
+        with open_database(home) as conn, closing(sqlite3.connect(to.database_file)) as snapshot:
             try:
                 conn.backup(snapshot)  # all pages in one step: one moment
                 # One file, for disks that are read only.
                 snapshot.execute("PRAGMA journal_mode=DELETE")
             except sqlite3.Error as error:
-                if is_full(error):  # the copy's disk: the home is only read
+                if is_disk_full(error):  # the copy's disk: the home is only read
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
                 raise
-        with _snapshot(to.database) as conn:
-            named = _named(conn)
-        absent = {name for name in named if not _have(home.root / name, to.root / name)}
+        with _open_snapshot(to.database_file) as conn:
+            named = _list_tensor_files(conn)
+        absent = {name for name in named if not _copy_tensor_file(home.root / name, to.root / name)}
         if absent <= missed:
-            _drop_others(to, named)
+            _delete_unnamed(to, named)
             return absent
         missed |= absent
     raise KeditError(
-        f"the daemon has dropped files during each of {TRIES} snapshots",
+        f"the daemon has dropped files during each of {MAX_SNAPSHOTS} snapshots",
         code="busy",
         hint="try again when fewer facts come in",
         exit_code=75,
     )
 
 
-def _have(source: Path, target: Path) -> bool:
+def _copy_tensor_file(source: Path, target: Path) -> bool:
     """Whether a tensor file, which is named by its sha256 and never changes, has been copied."""
     if target.exists():
         return True
     with suppress(FileNotFoundError):
-        if copy(source, target) == source.stem:
+        if copy_file(source, target) == source.stem:
             return True
     target.unlink(missing_ok=True)
     return False
 
 
-def _drop_others(to: Home, named: set[str]) -> None:
-    for path in (*to.generations.iterdir(), *to.side.iterdir()):
+def _delete_unnamed(to: Home, named: set[str]) -> None:
+    for path in (*to.generations_folder.iterdir(), *to.side_folder.iterdir()):
         if str(path.relative_to(to.root)) not in named:
             path.unlink()
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
@@ -217,23 +221,25 @@ def _manifest(folder: Path) -> dict[str, Any]:
         hint = "name a folder that `kedit-daemon backup` has written"
         raise KeditError(f"{folder} is no backup", code="no-backup", hint=hint) from error
     except ValueError as error:
-        raise _damaged(f"{path} is no JSON") from error
+        raise _damage_error(f"{path} is no JSON") from error
     told = manifest if isinstance(manifest, dict) else {}
     files, lost = told.get("files"), told.get("lost")
     if told.get("format") != FORMAT or not isinstance(files, dict) or not isinstance(lost, list):
-        raise _damaged(f"{path} is not of the form {FORMAT}")
-    if DATABASE not in files or not all(_NAMES.fullmatch(str(n)) for n in (*files, *lost)):
-        raise _damaged(f"{path} names other files than a backup has")
+        raise _damage_error(f"{path} is not of the form {FORMAT}")
+    if DATABASE_NAME not in files or not all(
+        _ALLOWED_FILES.fullmatch(str(n)) for n in (*files, *lost)
+    ):
+        raise _damage_error(f"{path} names other files than a backup has")
     return told
 
 
-def _told(conn: sqlite3.Connection) -> dict[str, Any]:
+def _describe_database(conn: sqlite3.Connection) -> dict[str, Any]:
     """What the manifest says of the database."""
     meta = dict(conn.execute("SELECT key, value FROM meta"))
     number = int(meta.get("active_generation") or 0)
     asked = "SELECT weights_hash FROM generations WHERE id = ?"
     weights = conn.execute(asked, (number,)).fetchone()
-    head = event_log.head(conn)
+    head = event_log.read_newest_event(conn)
     states = conn.execute("SELECT state, count(*) FROM facts GROUP BY state ORDER BY state")
     counts = [conn.execute(f"SELECT count(*) FROM {table}") for table in ("generations", "shards")]
     return {
@@ -241,13 +247,16 @@ def _told(conn: sqlite3.Connection) -> dict[str, Any]:
         "base_sha256": meta.get("base_hash"),
         "generation": number,
         "weights_sha256": weights[0] if weights else None,
-        "chain": {"seq": head.seq if head else 0, "hash": head.hash if head else event_log.GENESIS},
+        "chain": {
+            "seq": head.seq if head else 0,
+            "hash": head.hash if head else event_log.GENESIS_HASH,
+        },
         "facts": dict(states),
         **dict(zip(("generations", "shards"), (c.fetchone()[0] for c in counts), strict=True)),
     }
 
 
-def _named(conn: sqlite3.Connection) -> set[str]:
+def _list_tensor_files(conn: sqlite3.Connection) -> set[str]:
     """The tensor files that belong to a database, as they lie in a home."""
     found = set()
     for table, folder in (("generations", "generations"), ("shards", "side")):
@@ -257,16 +266,16 @@ def _named(conn: sqlite3.Connection) -> set[str]:
 
 
 @contextmanager
-def _snapshot(path: Path) -> Iterator[sqlite3.Connection]:
+def _open_snapshot(path: Path) -> Iterator[sqlite3.Connection]:
     """A database that nobody writes to; reading it leaves nothing beside it."""
     uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as conn:
             yield conn
     except sqlite3.Error as error:
-        raise _damaged(f"{path} cannot be read: {error}") from error
+        raise _damage_error(f"{path} cannot be read: {error}") from error
 
 
-def _damaged(what: str) -> KeditError:
+def _damage_error(what: str) -> KeditError:
     hint = "if it is the home that is damaged: kedit-daemon doctor; else take an older backup"
     return KeditError(what, code="corrupt", hint=hint)

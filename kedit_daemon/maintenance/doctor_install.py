@@ -10,10 +10,10 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from kedit_daemon.home import NAME, Home
+from kedit_daemon.home import PROGRAM_NAME, Home
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-PACKAGES = (
+REQUIRED_PACKAGES = (
     "torch",
     "transformers",
     "safetensors",
@@ -22,14 +22,14 @@ PACKAGES = (
     "pydantic",
     "click",
 )
-LEAST_SQLITE = (3, 37, 0)  # the first with STRICT tables
+MIN_SQLITE = (3, 37, 0)  # the first with STRICT tables
 REINSTALL = "install kedit-daemon again, in a fresh virtual environment"
-UNIT = f"{NAME}.service"
+UNIT_NAME = f"{PROGRAM_NAME}.service"
 UNIT_FOLDERS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
-DRIVER = Path("/proc/driver/nvidia/version")
-LEAST_DRIVER = 580  # the first that runs CUDA 13
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+MIN_DRIVER = 580  # the first that runs CUDA 13
 # Extra -> the modules that it brings.
-EXTRAS = {
+EXTRA_MODULES = {
     "bench": ("matplotlib",),
     "export": ("peft",),
     "review": ("datasette",),
@@ -38,7 +38,7 @@ EXTRAS = {
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """What was looked at, how it is, and what to do about it."""
 
     name: str
@@ -47,96 +47,96 @@ class Check:
     remedy: str = ""
 
 
-def python() -> Iterator[Check]:
+def check_python() -> Iterator[CheckResult]:
     """Its version."""
     version = ".".join(map(str, sys.version_info[:3]))
     good = sys.version_info >= (3, 11)
-    yield Check("python", OK if good else FAILED, version, "" if good else "use Python 3.11+")
+    yield CheckResult("python", OK if good else FAILED, version, "" if good else "use Python 3.11+")
 
 
-def packages() -> Iterator[Check]:
+def check_packages() -> Iterator[CheckResult]:
     """Those that we cannot do without."""
     found, missing = [], []
-    for package in PACKAGES:
+    for package in REQUIRED_PACKAGES:
         try:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             missing.append(package)
     if missing:
-        yield Check("packages", FAILED, f"not installed: {', '.join(missing)}", REINSTALL)
+        yield CheckResult("packages", FAILED, f"not installed: {', '.join(missing)}", REINSTALL)
     else:
-        yield Check("packages", OK, ", ".join(found))
+        yield CheckResult("packages", OK, ", ".join(found))
 
 
-def faiss() -> Iterator[Check]:
+def check_faiss() -> Iterator[CheckResult]:
     """Exactly one of its distributions."""
     names = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     found = sorted(f"{n} {v}" for n, v in names.items() if n.startswith(("faiss-", "faiss_")))
     if len(found) > 1:
         # They own one folder: the last one installed wins, and removing either breaks both.
         remedy = "pip uninstall -y all of them, then install kedit-daemon again"
-        yield Check("faiss", FAILED, f"more than one: {', '.join(found)}", remedy)
+        yield CheckResult("faiss", FAILED, f"more than one: {', '.join(found)}", remedy)
     elif not found:
-        yield Check("faiss", FAILED, "not installed", REINSTALL)
+        yield CheckResult("faiss", FAILED, "not installed", REINSTALL)
     else:
-        yield Check("faiss", OK, found[0])
+        yield CheckResult("faiss", OK, found[0])
 
 
-def sqlite() -> Iterator[Check]:
+def check_sqlite() -> Iterator[CheckResult]:
     """Its version."""
-    good = sqlite3.sqlite_version_info >= LEAST_SQLITE
-    remedy = "" if good else f"use a Python with SQLite {'.'.join(map(str, LEAST_SQLITE))} or later"
-    yield Check("sqlite", OK if good else FAILED, sqlite3.sqlite_version, remedy)
+    good = sqlite3.sqlite_version_info >= MIN_SQLITE
+    remedy = "" if good else f"use a Python with SQLite {'.'.join(map(str, MIN_SQLITE))} or later"
+    yield CheckResult("sqlite", OK if good else FAILED, sqlite3.sqlite_version, remedy)
 
 
-def extras(home: Home, environ: Mapping[str, str]) -> Iterator[Check]:
+def check_extras(home: Home, environ: Mapping[str, str]) -> Iterator[CheckResult]:
     """What is optional, against what the settings ask for."""
-    missing = missing_extras()
-    for extra in wanted_extras(home, environ):
+    missing = find_missing_extras()
+    for extra in find_wanted_extras(home, environ):
         if extra in missing:
             detail = f"[{extra}] in config.toml needs {', '.join(missing[extra])}"
-            yield Check("extras", FAILED, detail, remedy_of(extra))
+            yield CheckResult("extras", FAILED, detail, suggest_install(extra))
             return
-    there = ", ".join(name for name in EXTRAS if name not in missing) or "none"
+    there = ", ".join(name for name in EXTRA_MODULES if name not in missing) or "none"
     lacking = f"; not installed: {', '.join(missing)}" if missing else ""
-    yield Check("extras", OK, there + lacking)
+    yield CheckResult("extras", OK, there + lacking)
 
 
-def unit() -> Iterator[Check]:
+def check_unit() -> Iterator[CheckResult]:
     """The systemd unit, where there is systemd."""
     if not Path("/run/systemd/system").is_dir():
-        yield Check("unit", OK, "no systemd here")
+        yield CheckResult("unit", OK, "no systemd here")
         return
-    found = [f for f in UNIT_FOLDERS if Path(f, UNIT).is_file()]
+    found = [f for f in UNIT_FOLDERS if Path(f, UNIT_NAME).is_file()]
     if found:
-        yield Check("unit", OK, f"{found[0]}/{UNIT}")
+        yield CheckResult("unit", OK, f"{found[0]}/{UNIT_NAME}")
     else:
         remedy = "to start it with the machine, install the files in systemd/"
-        yield Check("unit", WARNING, f"{UNIT} is not installed", remedy)
+        yield CheckResult("unit", WARNING, f"{UNIT_NAME} is not installed", remedy)
 
 
-def torch_and_gpu(device: str) -> Iterator[Check]:
+def check_torch(device: str) -> Iterator[CheckResult]:
     """Torch, CUDA and the driver, against the device that the settings name."""
     try:
         import torch
     except (ImportError, OSError) as error:
-        yield Check("torch", FAILED, f"cannot be imported: {error}", REINSTALL)
+        yield CheckResult("torch", FAILED, f"cannot be imported: {error}", REINSTALL)
         return
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    cuda, found = torch.version.cuda, driver()
+    cuda, found = torch.version.cuda, read_driver_version()
     parts = (f"CUDA {cuda or 'none'}", f"driver {found or 'none'}", f"{gpus} GPUs")
     detail = f"{torch.__version__}, {', '.join(parts)}, device {device}"
     number = int(device.partition(":")[2] or 0)
     if device.startswith("cuda") and number >= gpus:
         remedy = 'install the GPU\'s driver, or set device = "auto" in config.toml'
-        yield Check("torch", FAILED, detail, remedy)
-    elif remedy := gpu_remedy(device, gpus, cuda, found):
-        yield Check("torch", WARNING, detail, remedy)
+        yield CheckResult("torch", FAILED, detail, remedy)
+    elif remedy := suggest_gpu_remedy(device, gpus, cuda, found):
+        yield CheckResult("torch", WARNING, detail, remedy)
     else:
-        yield Check("torch", OK, detail)
+        yield CheckResult("torch", OK, detail)
 
 
-def driver(path: Path = DRIVER) -> str | None:
+def read_driver_version(path: Path = DRIVER_FILE) -> str | None:
     """The version of Nvidia's driver; None where there is none."""
     try:
         text = path.read_text(errors="replace")
@@ -146,27 +146,28 @@ def driver(path: Path = DRIVER) -> str | None:
     return found[1] if found else "of no known version"
 
 
-def gpu_remedy(device: str, gpus: int, cuda: str | None, found: str | None) -> str:
+def suggest_gpu_remedy(device: str, gpus: int, cuda: str | None, found: str | None) -> str:
     """What to do about a GPU that torch does not reach; empty where all is well, or none is."""
     if gpus or found is None or device == "cpu":
         return ""
     if cuda is None:
         return "this torch knows no GPU: install torch from PyPI, not a build for the CPU"
-    return f"the driver runs no CUDA {cuda}: install driver {LEAST_DRIVER} or later"
+    return f"the driver runs no CUDA {cuda}: install driver {MIN_DRIVER} or later"
 
 
-def missing_extras() -> dict[str, list[str]]:
+def find_missing_extras() -> dict[str, list[str]]:
     """Extra -> those of its modules that are not installed, for extras that lack some."""
     lacking = {
-        name: [m for m in modules if find_spec(m) is None] for name, modules in EXTRAS.items()
+        name: [m for m in modules if find_spec(m) is None]
+        for name, modules in EXTRA_MODULES.items()
     }
     return {name: modules for name, modules in lacking.items() if modules}
 
 
-def wanted_extras(home: Home, environ: Mapping[str, str]) -> Iterator[str]:
+def find_wanted_extras(home: Home, environ: Mapping[str, str]) -> Iterator[str]:
     """The extras that the settings ask for; a broken file is for another check to explain."""
     try:
-        serve = tomllib.loads(home.config.read_text("utf-8-sig")).get("serve")
+        serve = tomllib.loads(home.config_file.read_text("utf-8-sig")).get("serve")
     except (OSError, ValueError):
         serve = None
     port = serve.get("port", 0) if isinstance(serve, dict) else 0
@@ -174,6 +175,6 @@ def wanted_extras(home: Home, environ: Mapping[str, str]) -> Iterator[str]:
         yield "serve"
 
 
-def remedy_of(extra: str) -> str:
+def suggest_install(extra: str) -> str:
     """How to install an extra."""
-    return f"pip install '{NAME}[{extra}]'"
+    return f"pip install '{PROGRAM_NAME}[{extra}]'"

@@ -9,56 +9,56 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from kedit_daemon.home import FOLDER_MODE, Home
-from kedit_daemon.maintenance.backup import Backup, check, copy
-from kedit_daemon.system.lock import hold, holder
-from kedit_daemon.system.orphans import RESTORING
+from kedit_daemon.maintenance.backup import Backup, check_backup, copy_file
+from kedit_daemon.system.lock import find_lock_holder, hold_lock
+from kedit_daemon.system.orphans import RESTORE_PREFIX
 from memory.errors import KeditError
 from memory.files import sync_folder
 
-BEFORE = "before-"  # and a time: what is moved aside has it after its name
+BEFORE_PREFIX = "before-"  # and a time: what is moved aside has it after its name
 
 
 @dataclass(frozen=True)
-class Restored:
+class RestoreResult:
     """The backup that a home was made from, and what had to make room for it."""
 
     backup: Backup
-    aside: tuple[Path, ...]
+    moved_aside: tuple[Path, ...]
 
 
-def examine(home: Home, source: Path, replace: bool) -> Backup:
+def check_restore(home: Home, source: Path, replace: bool) -> Backup:
     """The backup in `source`, if it is whole and the home can take it; nothing is changed.
 
     Raises KeditError: it is not; a daemon holds the home (75); the home has a database and is not
     to be replaced.
     """
-    backup = check(source.expanduser().absolute())
-    if pid := holder(home.lock):
+    backup = check_backup(source.expanduser().absolute())
+    if pid := find_lock_holder(home.lock_file):
         raise KeditError(
             f"a daemon, pid {pid}, holds {home.root}",
             code="busy",
             hint=f"stop it first (kill {pid}), or restore to another home",
             exit_code=75,
         )
-    _check_free(home, replace)
+    _check_replaceable(home, replace)
     return backup
 
 
-def restore(home: Home, source: Path, replace: bool, now: datetime) -> Restored:
+def restore(home: Home, source: Path, replace: bool, now: datetime) -> RestoreResult:
     """Make the home what it was at the backup. What was there before is moved aside, never
     deleted; the inbox stays as it is. Raises as `examine` does, and where it cannot write."""
-    backup = examine(home, source, replace)
-    home.create()
-    with hold(home.lock):
-        _check_free(home, replace)
-        for left in home.root.glob(f"{RESTORING}*"):  # of a restore that was killed
+    backup = check_restore(home, source, replace)
+    home.create_folders()
+    with hold_lock(home.lock_file):
+        _check_replaceable(home, replace)
+        for left in home.root.glob(f"{RESTORE_PREFIX}*"):  # of a restore that was killed
             shutil.rmtree(left)
-        staged = Home(home.root / f"{RESTORING}{secrets.token_hex(8)}")
+        staged = Home(home.root / f"{RESTORE_PREFIX}{secrets.token_hex(8)}")
         try:
-            _fill(staged, backup)
+            _fill_staged(staged, backup)
             # The lock is one file in both folders: it is held without a gap.
-            os.link(home.lock, staged.lock)
-            aside = _exchange(home, staged, now)
+            os.link(home.lock_file, staged.lock_file)
+            aside = _swap_folders(home, staged, now)
         except OSError as error:
             raise KeditError(
                 f"cannot restore to {home.root}: {error.strerror or error}",
@@ -67,20 +67,22 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> Restored:
             ) from error
         finally:
             shutil.rmtree(staged.root, ignore_errors=True)
-    return Restored(backup, aside)
+    return RestoreResult(backup, aside)
 
 
-def refuse_cut_off(home: Home) -> None:
+def refuse_unfinished_restore(home: Home) -> None:
     """Raises KeditError (78): there is no database, but what a restore has staged or moved aside.
     Whoever began anew there would have no facts.
 
     Only a restore that has come to its end ends this, by the database: a second one that fails
     makes an empty `state` and takes away what the first has staged.
     """
-    if home.database.exists():
+    if home.database_file.exists():
         return
-    moved = home.root.glob(f"{home.state.name}.{BEFORE}*")
-    if left := sorted(p.name for p in (*moved, *home.root.glob(f"{RESTORING}*")) if p.is_dir()):
+    moved = home.root.glob(f"{home.state_folder.name}.{BEFORE_PREFIX}*")
+    if left := sorted(
+        p.name for p in (*moved, *home.root.glob(f"{RESTORE_PREFIX}*")) if p.is_dir()
+    ):
         raise KeditError(
             f"a restore to {home.root} was cut off",
             code="restore",
@@ -90,8 +92,8 @@ def refuse_cut_off(home: Home) -> None:
         )
 
 
-def _check_free(home: Home, replace: bool) -> None:
-    if home.database.exists() and not replace:
+def _check_replaceable(home: Home, replace: bool) -> None:
+    if home.database_file.exists() and not replace:
         raise KeditError(
             f"{home.root} has a database already",
             code="exists",
@@ -99,36 +101,39 @@ def _check_free(home: Home, replace: bool) -> None:
         )
 
 
-def _fill(staged: Home, backup: Backup) -> None:
-    folders = (staged.generations, staged.side, staged.index)
-    for folder in (staged.root, staged.state, *folders):
+def _fill_staged(staged: Home, backup: Backup) -> None:
+    folders = (staged.generations_folder, staged.side_folder, staged.index_folder)
+    for folder in (staged.root, staged.state_folder, *folders):
         folder.mkdir(FOLDER_MODE)
     for name, sha in backup.manifest["files"].items():
-        if copy(backup.path / name, staged.root / name) != sha:
+        if copy_file(backup.path / name, staged.root / name) != sha:
             raise KeditError(f"{name} has changed while it was copied", code="corrupt")
-    for folder in (*folders, staged.state):
+    for folder in (*folders, staged.state_folder):
         sync_folder(folder)
 
 
-def _exchange(home: Home, staged: Home, now: datetime) -> tuple[Path, ...]:
+def _swap_folders(home: Home, staged: Home, now: datetime) -> tuple[Path, ...]:
     """Put what is staged in its place, `state` last; what was there and is moved aside."""
-    stamp = now.astimezone(UTC).strftime(f"{BEFORE}%Y%m%dT%H%M%SZ")
+    stamp = now.astimezone(UTC).strftime(f"{BEFORE_PREFIX}%Y%m%dT%H%M%SZ")
     aside = []
-    for new, old in ((staged.config, home.config), (staged.review, home.review)):
+    for new, old in (
+        (staged.config_file, home.config_file),
+        (staged.review_file, home.review_file),
+    ):
         if not new.exists():
             continue
         if old.exists() and old.read_bytes() != new.read_bytes():
             aside.append(old.rename(old.with_name(f"{old.name}.{stamp}")))
         new.replace(old)
-    before = home.state.rename(home.state.with_name(f"state.{stamp}"))
+    before = home.state_folder.rename(home.state_folder.with_name(f"state.{stamp}"))
     try:
-        staged.state.rename(home.state)
+        staged.state_folder.rename(home.state_folder)
     except OSError:
         with suppress(OSError):  # a daemon that came just now has made a state of its own
-            before.rename(home.state)
+            before.rename(home.state_folder)
         raise
     sync_folder(home.root)
-    if {p.name for p in before.rglob("*") if not p.is_dir()} <= {home.lock.name}:
+    if {p.name for p in before.rglob("*") if not p.is_dir()} <= {home.lock_file.name}:
         shutil.rmtree(before)  # only the folders of a home that was never used
         return tuple(aside)
     return (*aside, before)

@@ -18,26 +18,26 @@ from typing import Any
 
 from kedit_daemon.config import PublishConfig
 from kedit_daemon.home import Home
-from kedit_daemon.publish.export.folder import exports, prune
+from kedit_daemon.publish.export.folder import list_exports, prune_exports
 from kedit_daemon.publish.export.source import read_source
-from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume, unload_adapter
-from memory.db.event_log import canonical
+from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
+from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.errors import KeditError
 
 # In the store's meta: what was last published, and how; and why it could not be, if it could not.
-PUBLISHED, FAILED = "published", "publish_failed"
-RETRY_SECONDS, LONGEST_RETRY_SECONDS = 60.0, 3600.0
+PUBLISHED_KEY, FAILURE_KEY = "published", "publish_failed"
+RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
 COMMAND_SECONDS = 600.0
 EXPORT_SECONDS = 3600.0
-MOST_DOUBLINGS = 10  # of the wait for the next attempt: more than enough for the longest
+MAX_DOUBLINGS = 10  # of the wait for the next attempt: more than enough for the longest
 STOP_SECONDS = 30.0  # for what is under way to end by itself
-NICENESS = 10  # of the export; not of the command, which may start a server
-LAST_WORDS = 500  # characters of what a child complains about
+EXPORT_NICENESS = 10  # of the export; not of the command, which may start a server
+MAX_ERROR_CHARS = 500  # characters of what a child complains about
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PublishOutcome:
     """What came of publishing: the generation and its folder, if it has one, or why not."""
 
     generation: int
@@ -56,169 +56,177 @@ class Publisher:
         monotonic: Callable[[], float],
     ) -> None:
         self.config, self.home, self.store, self.monotonic = config, home, store, monotonic
-        self._work: _Work | None = None
-        self._failed = (0, 0)  # the generation that failed last, and how often in a row
-        self._again = 0.0  # when it is tried again
+        self._attempt: _PublishAttempt | None = None
+        self._failure_streak = (0, 0)  # the generation that failed last, and how often in a row
+        self._retry_at = 0.0  # when it is tried again
 
-    def look(self) -> None:
+    def poll_attempt(self) -> None:
         """Take note of what has been done, and begin what is due. Never waits."""
-        if self._work is not None:
-            if self._work.is_alive():
+        if self._attempt is not None:
+            if self._attempt.is_alive():
                 return
-            self._note(self._work.outcome)
-            self._work = None
+            self._record_outcome(self._attempt.outcome)
+            self._attempt = None
         active = self.store.active_generation()
         if self.config.kind is None:
             self._forget_failure()
             return
-        if not active or self._key(active) == self.store.meta(PUBLISHED):
+        if not active or self._publication_key(active) == self.store.get_meta(PUBLISHED_KEY):
             return
-        if active != self._failed[0] or self.monotonic() >= self._again:
+        if active != self._failure_streak[0] or self.monotonic() >= self._retry_at:
             # An adapter of no facts cannot be made, and the one before must not be served on.
-            empty = self.config.kind == "lora" and not self.store.generation(active).fact_ids
-            self._work = _Work(self.config, self.home, active, empty)
-            self._work.start()
+            empty = self.config.kind == "lora" and not self.store.get_generation(active).fact_ids
+            self._attempt = _PublishAttempt(self.config, self.home, active, empty)
+            self._attempt.start()
 
     def stop(self, noting: bool = True) -> None:
         """End what is under way; what is not finished, or not noted, is begun again by the next
         process."""
-        work, self._work = self._work, None
+        work, self._attempt = self._attempt, None
         if work is None:
             return
-        work.end()
+        work.request_stop()
         work.join(STOP_SECONDS)
         if work.is_alive():
-            work.release()
+            work.release_server()
         elif noting and not work.outcome.reason:
-            self._note(work.outcome)
+            self._record_outcome(work.outcome)
 
-    def _key(self, generation: int) -> str:
+    def _publication_key(self, generation: int) -> str:
         """A change of the settings, too, is something to publish."""
-        return canonical([generation, self.config.model_dump(exclude={"keep"})])
+        return to_canonical_json([generation, self.config.model_dump(exclude={"keep"})])
 
     def _forget_failure(self) -> None:
         """Nothing is to be published any more, so nothing is amiss."""
-        if self.store.meta(FAILED) is not None:
+        if self.store.get_meta(FAILURE_KEY) is not None:
             with self.store.transaction():
-                self.store.set_meta(FAILED, None)
+                self.store.set_meta(FAILURE_KEY, None)
 
-    def _note(self, outcome: Outcome) -> None:
+    def _record_outcome(self, outcome: PublishOutcome) -> None:
         told: dict[str, Any] = {"generation": outcome.generation, "export": self.config.kind}
         if not outcome.reason:
-            self._failed = (0, 0)
+            self._failure_streak = (0, 0)
             told |= {"path": outcome.path} if outcome.path else {"export": None}
             with self.store.transaction():
-                self.store.set_meta(PUBLISHED, self._key(outcome.generation))
-                self.store.set_meta(FAILED, None)
-                self.store.event("published", **told)
+                self.store.set_meta(PUBLISHED_KEY, self._publication_key(outcome.generation))
+                self.store.set_meta(FAILURE_KEY, None)
+                self.store.write_event("published", **told)
             return
-        generation, times = self._failed
+        generation, times = self._failure_streak
         times = times + 1 if generation == outcome.generation else 1
-        wait = RETRY_SECONDS * 2 ** min(times - 1, MOST_DOUBLINGS)
-        wait = min(wait, LONGEST_RETRY_SECONDS)
-        self._failed, self._again = (outcome.generation, times), self.monotonic() + wait
+        wait = RETRY_SECONDS * 2 ** min(times - 1, MAX_DOUBLINGS)
+        wait = min(wait, MAX_RETRY_SECONDS)
+        self._failure_streak, self._retry_at = (outcome.generation, times), self.monotonic() + wait
         with self.store.transaction():
-            self.store.set_meta(FAILED, outcome.reason)
-            self.store.event("publish_failed", **told, reason=outcome.reason, retry_seconds=wait)
+            self.store.set_meta(FAILURE_KEY, outcome.reason)
+            self.store.write_event(
+                "publish_failed", **told, reason=outcome.reason, retry_seconds=wait
+            )
 
 
-class _Work(threading.Thread):
+class _PublishAttempt(threading.Thread):
     """One attempt; `outcome` may be read when it has ended."""
 
     def __init__(self, config: PublishConfig, home: Home, generation: int, empty: bool) -> None:
         super().__init__(name="publish", daemon=True)
-        self.config, self.home, self.generation, self.empty = config, home, generation, empty
-        self.outcome = Outcome(generation, reason="it ended unexpectedly")
-        self._ending = threading.Event()
+        self.config, self.home, self.generation, self.has_no_facts = config, home, generation, empty
+        self.outcome = PublishOutcome(generation, reason="it ended unexpectedly")
+        self._stop_requested = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
-        self._starting = threading.Lock()  # no child or pause may start once it is to end
-        self._pausing = False  # whether a server may stand still for us
+        self._start_lock = threading.Lock()  # no child or pause may start once it is to end
+        self._may_be_paused = False  # whether a server may stand still for us
 
-    def end(self) -> None:
+    def request_stop(self) -> None:
         """Let it end soon: no further step is begun, and a child is told to end."""
-        with self._starting:
-            self._ending.set()
+        with self._start_lock:
+            self._stop_requested.set()
             if self._child is not None:
                 self._child.terminate()
 
-    def release(self) -> None:
+    def release_server(self) -> None:
         """Where it does not end, let go on at least what stands still for it."""
-        if self._pausing and self.config.vllm is not None:
+        if self._may_be_paused and self.config.vllm is not None:
             with suppress(KeditError):  # the next process pauses it again, and tries again
-                resume(self.config.vllm, tries=1)
+                resume_server(self.config.vllm, tries=1)
 
     def run(self) -> None:
         try:
-            self.outcome = self._withdraw() if self.empty else self._publish()
+            self.outcome = (
+                self._withdraw_adapters() if self.has_no_facts else self._publish_export()
+            )
         except KeditError as error:
-            self.outcome = Outcome(self.generation, reason=str(error))
+            self.outcome = PublishOutcome(self.generation, reason=str(error))
         except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-            self.outcome = Outcome(self.generation, reason=f"{type(error).__name__}: {error}")
+            self.outcome = PublishOutcome(
+                self.generation, reason=f"{type(error).__name__}: {error}"
+            )
 
-    def _publish(self) -> Outcome:
-        made = self._export()
+    def _publish_export(self) -> PublishOutcome:
+        made = self._run_export()
         path, generation = str(made["path"]), int(made["manifest"]["generation"])
-        self._command(path, generation)
-        self._tell(path)
-        prune(Path(path), self.config.keep, self._leave)  # not before servers have the new one
-        return Outcome(generation, path)
+        self._run_command(path, generation)
+        self._notify_server(path)
+        prune_exports(
+            Path(path), self.config.keep, self._unload_adapters
+        )  # not before servers have the new one
+        return PublishOutcome(generation, path)
 
-    def _withdraw(self) -> Outcome:
+    def _withdraw_adapters(self) -> PublishOutcome:
         """No fact is in the weights: no adapter of this home may be served on."""
-        self._command("", self.generation)
+        self._run_command("", self.generation)
         if self.config.vllm is not None:
             home = read_source(self.home).origin
-            for path in exports(self._folder, "lora", home):
+            for path in list_exports(self._export_folder, "lora", home):
                 unload_adapter(self.config.vllm, path.name)
-        return Outcome(self.generation)
+        return PublishOutcome(self.generation)
 
     @property
-    def _folder(self) -> Path:
+    def _export_folder(self) -> Path:
         return Path(str(self.config.folder)).expanduser()
 
-    def _export(self) -> Any:
+    def _run_export(self) -> Any:
         # -P: what stands in the folder that the daemon was started in is none of its modules.
         command = [sys.executable, "-P", "-m", "kedit_daemon", "--home", str(self.home.root)]
-        command += ["export", str(self.config.kind), str(self._folder), "--json"]
-        return json.loads(self._call(command, {}, EXPORT_SECONDS))
+        command += ["export", str(self.config.kind), str(self._export_folder), "--json"]
+        return json.loads(self._run_child(command, {}, EXPORT_SECONDS))
 
-    def _command(self, path: str, generation: int) -> None:
+    def _run_command(self, path: str, generation: int) -> None:
         told = {
             "KEDIT_EXPORT": path,
             "KEDIT_GENERATION": str(generation),
             "KEDIT_NAME": Path(path).name,
         }
         if self.config.command:
-            self._call(self.config.command, told, COMMAND_SECONDS)
+            self._run_child(self.config.command, told, COMMAND_SECONDS)
 
-    def _tell(self, path: str) -> None:
+    def _notify_server(self, path: str) -> None:
         if self.config.vllm is None:
             return
-        with self._starting:
-            self._go_on()
-            self._pausing = self.config.kind != "lora"
+        with self._start_lock:
+            self._check_not_stopping()
+            self._may_be_paused = self.config.kind != "lora"
         if self.config.kind == "lora":
             load_adapter(self.config.vllm, Path(path).name, path)
         else:
-            reload_weights(self.config.vllm, path, self._ending.is_set)
-        self._pausing = False
+            reload_weights(self.config.vllm, path, self._stop_requested.is_set)
+        self._may_be_paused = False
 
-    def _leave(self, names: Sequence[str]) -> None:
+    def _unload_adapters(self, names: Sequence[str]) -> None:
         if self.config.kind == "lora" and self.config.vllm is not None:
             for name in names:
                 with suppress(KeditError):  # it may never have been there
                     unload_adapter(self.config.vllm, name)
 
-    def _go_on(self) -> None:
-        if self._ending.is_set():
+    def _check_not_stopping(self) -> None:
+        if self._stop_requested.is_set():
             raise KeditError("the daemon is stopping", code="stopping")
 
-    def _call(self, command: list[str], told: Mapping[str, str], seconds: float) -> bytes:
+    def _run_child(self, command: list[str], told: Mapping[str, str], seconds: float) -> bytes:
         """What a child process prints; a KeditError with its last words when it fails."""
         # Files, not pipes: a server that the command has started may keep them open.
         with TemporaryFile() as said, TemporaryFile() as complaint:
-            with self._starting:
-                self._go_on()
+            with self._start_lock:
+                self._check_not_stopping()
                 self._child = child = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
@@ -229,19 +237,21 @@ class _Work(threading.Thread):
             with child:
                 try:
                     if not told:
-                        os.setpriority(os.PRIO_PROCESS, child.pid, NICENESS)  # editing goes first
+                        os.setpriority(
+                            os.PRIO_PROCESS, child.pid, EXPORT_NICENESS
+                        )  # editing goes first
                     child.wait(seconds)
                 finally:
                     child.kill()
             said.seek(0), complaint.seek(0)
             if child.returncode:
-                raise KeditError(_last_words(child, complaint.read()), code="publish")
+                raise KeditError(_extract_error(child, complaint.read()), code="publish")
             return said.read()
 
 
-def _last_words(child: "subprocess.Popen[bytes]", complaint: bytes) -> str:
+def _extract_error(child: "subprocess.Popen[bytes]", complaint: bytes) -> str:
     lines = complaint.decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error[")] or lines[-1:]
     why = " ".join(errors) or f"exit code {child.returncode}"
     program = child.args[0] if isinstance(child.args, list) else child.args
-    return f"{Path(str(program)).name}: {why[:LAST_WORDS]}"
+    return f"{Path(str(program)).name}: {why[:MAX_ERROR_CHARS]}"

@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 
 from memory.errors import KeditError
 
-WAIT_SECONDS = 600.0  # for weights to be read
+LOAD_SECONDS = 600.0  # for weights to be read
 PAUSE_SECONDS = 120.0  # for requests that run to their end
-TELL_SECONDS = 10.0  # for what is done at once
+REQUEST_SECONDS = 10.0  # for what is done at once
 RESUME_TRIES = 3
-_TOLD = 300  # characters of a server's complaint that are passed on
+_MAX_ERROR_CHARS = 300  # characters of a server's complaint that are passed on
 
 
 def load_adapter(url: str, name: str, path: str) -> None:
@@ -27,9 +27,9 @@ def load_adapter(url: str, name: str, path: str) -> None:
     One that is there already is that adapter. Raises KeditError when the server refuses.
     """
     try:
-        _post(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        _post_json(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
     except KeditError:
-        if name not in _models(url):
+        if name not in _list_models(url):
             raise
 
 
@@ -39,9 +39,9 @@ def unload_adapter(url: str, name: str) -> None:
     One that is not there is unloaded. Raises KeditError when the server keeps it, or is not there.
     """
     try:
-        _post(url, "/v1/unload_lora_adapter", {"lora_name": name}, TELL_SECONDS)
+        _post_json(url, "/v1/unload_lora_adapter", {"lora_name": name}, REQUEST_SECONDS)
     except KeditError:
-        if name in _models(url):
+        if name in _list_models(url):
             raise
 
 
@@ -54,26 +54,26 @@ def reload_weights(url: str, path: str, ending: Callable[[], bool]) -> None:
     when `ending` says so before the weights are touched.
     """
     try:
-        _post(url, "/pause?mode=wait", seconds=PAUSE_SECONDS)
+        _post_json(url, "/pause?mode=wait", seconds=PAUSE_SECONDS)
         if ending():
             raise KeditError("the daemon is stopping", code="stopping")
         try:
             given = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-            _post(url, "/collective_rpc", given)
+            _post_json(url, "/collective_rpc", given)
         except KeditError:
             with suppress(KeditError):  # the first failure is the one to tell of
-                _post(url, "/reset_prefix_cache")
+                _post_json(url, "/reset_prefix_cache")
             raise
-        _post(url, "/reset_prefix_cache")
+        _post_json(url, "/reset_prefix_cache")
     finally:
-        resume(url)
+        resume_server(url)
 
 
-def resume(url: str, tries: int = RESUME_TRIES) -> None:
+def resume_server(url: str, tries: int = RESUME_TRIES) -> None:
     """Let a server that was told to pause go on. Raises KeditError when it cannot be told."""
     for left in reversed(range(tries)):
         try:
-            _post(url, "/resume", seconds=TELL_SECONDS)
+            _post_json(url, "/resume", seconds=REQUEST_SECONDS)
             return
         except KeditError as error:
             if not left:
@@ -82,18 +82,20 @@ def resume(url: str, tries: int = RESUME_TRIES) -> None:
             time.sleep(1.0)
 
 
-def _models(url: str) -> set[str]:
-    listed = json.loads(_call(url, "GET", "/v1/models", None, TELL_SECONDS))
+def _list_models(url: str) -> set[str]:
+    listed = json.loads(_send_request(url, "GET", "/v1/models", None, REQUEST_SECONDS))
     return {str(model["id"]) for model in listed["data"]}
 
 
-def _post(
-    url: str, path: str, body: dict[str, Any] | None = None, seconds: float = WAIT_SECONDS
+def _post_json(
+    url: str, path: str, body: dict[str, Any] | None = None, seconds: float = LOAD_SECONDS
 ) -> None:
-    _call(url, "POST", path, body, seconds)
+    _send_request(url, "POST", path, body, seconds)
 
 
-def _call(url: str, method: str, path: str, body: dict[str, Any] | None, seconds: float) -> bytes:
+def _send_request(
+    url: str, method: str, path: str, body: dict[str, Any] | None, seconds: float
+) -> bytes:
     parts = urlsplit(url)
     link = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=seconds)
     headers = {} if body is None else {"Content-Type": "application/json"}
@@ -106,6 +108,6 @@ def _call(url: str, method: str, path: str, body: dict[str, Any] | None, seconds
     finally:
         link.close()
     if answer.status != http.HTTPStatus.OK:
-        text = said[:_TOLD].decode(errors="replace")
+        text = said[:_MAX_ERROR_CHARS].decode(errors="replace")
         raise KeditError(f"{url}{path} answered {answer.status}: {text}", code="publish")
     return said

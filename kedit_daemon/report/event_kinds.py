@@ -3,19 +3,19 @@
 The words stand where the events are written; a test keeps this list equal to them.
 """
 
-from memory.facts import State
+from memory.facts import FactState
 
-KINDS = {
+EVENT_KINDS = {
     "fact_received": "a fact was taken in, and waits",
     "fact_revived": "a fact that had ended was handed in again",
     "fact_duplicate": "a fact was handed in that is there already",
-    f"fact_{State.LIVE_SIDE}": "the side memory answers with it",
-    f"fact_{State.LIVE_WEIGHTS}": "the weights answer with it",
-    f"fact_{State.SUPERSEDED}": "a later fact took its place",
-    f"fact_{State.REVERTED}": "it was taken out, by hand or by an audit",
-    f"fact_{State.EXPIRED}": "its time was over",
-    f"fact_{State.REJECTED}": "it was refused",
-    f"fact_{State.FAILED}": "the model could not be made to say it",
+    f"fact_{FactState.LIVE_SIDE}": "the side memory answers with it",
+    f"fact_{FactState.LIVE_WEIGHTS}": "the weights answer with it",
+    f"fact_{FactState.SUPERSEDED}": "a later fact took its place",
+    f"fact_{FactState.REVERTED}": "it was taken out, by hand or by an audit",
+    f"fact_{FactState.EXPIRED}": "its time was over",
+    f"fact_{FactState.REJECTED}": "it was refused",
+    f"fact_{FactState.FAILED}": "the model could not be made to say it",
     "edit_failed": "an attempt at a fact failed; it may be tried again",
     "quarantined": "it was found to harm the weights",
     "sent_beside": "it waits for the side memory instead of a batch",

@@ -14,32 +14,32 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.failed_files import failed_files
-from kedit_daemon.report.next_run import next_run
-from kedit_daemon.report.warnings import INTERRUPTED, warnings
-from kedit_daemon.system.disk import lacking
-from kedit_daemon.system.lock import holder
-from memory.db.overview import overview
+from kedit_daemon.ingest.failed_files import list_failed_files
+from kedit_daemon.report.next_run import find_next_run
+from kedit_daemon.report.warnings import INTERRUPTED, collect_warnings
+from kedit_daemon.system.disk import find_disk_shortage
+from kedit_daemon.system.lock import find_lock_holder
+from memory.db.overview import fetch_overview
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.facts import LIVE, State
-from policies.batching import fit
+from memory.facts import LIVE_STATES, FactState
+from policies.batching import fit_curve
 
-NOT_RUNNING, NEEDS_ATTENTION = 3, 4
+EXIT_NOT_RUNNING, EXIT_NEEDS_ATTENTION = 3, 4
 # The defaults of the section [schedule], which live in a module that takes long to import.
-SCHEDULE = {
+DEFAULT_SCHEDULE = {
     "audit": "0 * * * *",
     "consolidate": "0 4 * * *",
     "expire": "* * * * *",
     "retention": "30 2 * * *",
 }
 # As the edit loop calls them, in modules that take long to import.
-HELD = "flush_held"
+FLUSH_HELD = "flush_held"
 QUARANTINED = "quarantined"
-CAPACITY, LIMIT = "weights_capacity", "weights_limit"
+CAPACITY_KEY, LIMIT_KEY = "weights_capacity", "weights_limit"
 PUBLISH_FAILED = "publish_failed"
-_NOTHING_YET: dict[str, Any] = {
-    "states": dict.fromkeys(map(str, State), 0),
+_EMPTY_RECORD: dict[str, Any] = {
+    "states": dict.fromkeys(map(str, FactState), 0),
     "events": 0,
     "generations": 0,
     "generation": 0,
@@ -52,18 +52,20 @@ _NOTHING_YET: dict[str, Any] = {
 }
 
 
-def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) -> dict[str, Any]:
+def gather_status(
+    home: Home, now: datetime, environ: Mapping[str, str], program: str
+) -> dict[str, Any]:
     """Everything that `status` shows, under the keys of its JSON."""
-    pid = holder(home.lock)
-    known = _recorded(home, now)
+    pid = find_lock_holder(home.lock_file)
+    known = _read_database(home, now)
     # Until a new daemon has loaded its model, the database tells of the one before.
     starting = pid is not None and known.get("pid") != pid
     # A disk that is quite full takes not even the note that it is; and a start waits for room.
-    full = lacking(home.state) if pid is not None else None
+    full = find_disk_shortage(home.state_folder) if pid is not None else None
     paused = full or (None if starting else known.get("paused") or None)
     oldest = known.get("oldest_received_at")
     found: dict[str, Any] = {
-        "state": _state(pid, starting, paused),
+        "state": _daemon_state(pid, starting, paused),
         "since": None if pid is None or starting else known.get("started_at"),
         "pid": pid,
         "paused": paused,
@@ -75,10 +77,10 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "generation": known["generation"],
         "generations": known["generations"],
         "facts": known["states"],
-        "weights_facts": known["states"][State.LIVE_WEIGHTS],
-        **{key: known.get(key) for key in (CAPACITY, LIMIT, "flush_cost")},
+        "weights_facts": known["states"][FactState.LIVE_WEIGHTS],
+        **{key: known.get(key) for key in (CAPACITY_KEY, LIMIT_KEY, "flush_cost")},
         "pending": {
-            "count": known["states"][State.RECEIVED],
+            "count": known["states"][FactState.RECEIVED],
             "oldest_received_at": oldest,
             "oldest_seconds": _seconds_since(oldest, now),
         },
@@ -86,58 +88,60 @@ def gather(home: Home, now: datetime, environ: Mapping[str, str], program: str) 
         "failed_today": known["failed_today"],
         "side_memory": {"keys": known["side_keys"], "bytes": known["side_bytes"]},
         "last_audit": known.get("last_audit"),
-        "jobs": _jobs(known["jobs"], home, now, environ, pid is not None, starting),
+        "jobs": _describe_jobs(known["jobs"], home, now, environ, pid is not None, starting),
         "events": known["events"],
         "failed_facts": known["failed_facts"],
-        "failed_files": failed_files(home),
+        "failed_files": list_failed_files(home),
         "disk_free_bytes": shutil.disk_usage(home.root).free if home.root.is_dir() else None,
-        "at": _text(now),
+        "at": _format_time(now),
     }
-    found["warnings"] = warnings(found, home, program)
+    found["warnings"] = collect_warnings(found, home, program)
     return found
 
 
-def exit_code(found: Mapping[str, Any]) -> int:
+def choose_exit_code(found: Mapping[str, Any]) -> int:
     """3 when the daemon does not run, 4 when it does and something needs a person."""
     if found["pid"] is None:
-        return NOT_RUNNING
-    return NEEDS_ATTENTION if any(w["attention"] for w in found["warnings"]) else 0
+        return EXIT_NOT_RUNNING
+    return EXIT_NEEDS_ATTENTION if any(w["attention"] for w in found["warnings"]) else 0
 
 
-def _state(pid: int | None, starting: bool, paused: str | None) -> str:
+def _daemon_state(pid: int | None, starting: bool, paused: str | None) -> str:
     if pid is None:
         return "stopped"
     return "paused" if paused else "starting" if starting else "running"
 
 
-def _recorded(home: Home, now: datetime) -> dict[str, Any]:
+def _read_database(home: Home, now: datetime) -> dict[str, Any]:
     try:
-        conn = open_readonly(home.database)
+        conn = open_readonly(home.database_file)
     except KeditError as error:
         if error.code != "no-home":
             raise
-        return _NOTHING_YET
+        return _EMPTY_RECORD
     with closing(conn):
         try:
             return {
-                **overview(conn, now),
-                "applied_today": _applied(conn, now),
-                "failed_facts": _failed(conn),
-                "flush_held": _meta(conn, HELD),
-                PUBLISH_FAILED: _meta(conn, PUBLISH_FAILED),
-                CAPACITY: None if (most := _meta(conn, CAPACITY)) is None else int(most),
-                LIMIT: _meta(conn, LIMIT),
-                "flush_cost": _flush_cost(conn),
+                **fetch_overview(conn, now),
+                "applied_today": _count_applied_today(conn, now),
+                "failed_facts": _list_failed_facts(conn),
+                "flush_held": _read_meta(conn, FLUSH_HELD),
+                PUBLISH_FAILED: _read_meta(conn, PUBLISH_FAILED),
+                CAPACITY_KEY: None
+                if (most := _read_meta(conn, CAPACITY_KEY)) is None
+                else int(most),
+                LIMIT_KEY: _read_meta(conn, LIMIT_KEY),
+                "flush_cost": _estimate_flush_cost(conn),
             }
         except sqlite3.Error as error:
             raise KeditError(
-                f"{home.database} cannot be read: {error}",
+                f"{home.database_file} cannot be read: {error}",
                 code="unreadable",
                 hint="kedit-daemon doctor",
             ) from error
 
 
-def _applied(conn: sqlite3.Connection, now: datetime) -> int:
+def _count_applied_today(conn: sqlite3.Connection, now: datetime) -> int:
     """How many facts have become live today; only today's events are walked."""
     today = now.astimezone(UTC).date().isoformat()
     last = conn.execute(
@@ -146,12 +150,12 @@ def _applied(conn: sqlite3.Connection, now: datetime) -> int:
     row = conn.execute(
         "SELECT count(DISTINCT fact_id) FROM events WHERE seq > ? AND kind IN (?, ?)"
         " AND json_extract(data, '$.from') = ?",
-        (last[0] if last else 0, *(f"fact_{state}" for state in LIVE), State.RECEIVED),
+        (last[0] if last else 0, *(f"fact_{state}" for state in LIVE_STATES), FactState.RECEIVED),
     ).fetchone()
     return int(row[0])
 
 
-def _failed(conn: sqlite3.Connection) -> list[dict[str, Any]]:
+def _list_failed_facts(conn: sqlite3.Connection) -> list[dict[str, Any]]:
     """Facts that failed or were quarantined, and that no later fact in the same place has taken
     care of."""
     rows = conn.execute(
@@ -159,18 +163,18 @@ def _failed(conn: sqlite3.Connection) -> list[dict[str, Any]]:
         " AND NOT EXISTS"
         " (SELECT 1 FROM facts AS later WHERE later.slot = failed.slot AND later.seq > failed.seq)"
         " ORDER BY seq DESC",
-        (State.FAILED, State.REVERTED, f"{QUARANTINED}:%"),
+        (FactState.FAILED, FactState.REVERTED, f"{QUARANTINED}:%"),
     )
     return [{"id": row["id"], "reason": row["reason"]} for row in rows]
 
 
-def _meta(conn: sqlite3.Connection, key: str) -> str | None:
+def _read_meta(conn: sqlite3.Connection, key: str) -> str | None:
     """What the edit loop has written down under a name."""
     row = conn.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return row[0] if row else None
 
 
-def _flush_cost(conn: sqlite3.Connection) -> dict[str, Any] | None:
+def _estimate_flush_cost(conn: sqlite3.Connection) -> dict[str, Any] | None:
     """What flushes have cost so far, as seconds of each and of each fact in it; None before two
     of different sizes."""
     rows = conn.execute(
@@ -179,10 +183,13 @@ def _flush_cost(conn: sqlite3.Connection) -> dict[str, Any] | None:
     ).fetchall()
     if len({row["facts"] for row in rows}) < 2:
         return None
-    return {"flushes": len(rows), **asdict(fit([(row["facts"], row["seconds"]) for row in rows]))}
+    return {
+        "flushes": len(rows),
+        **asdict(fit_curve([(row["facts"], row["seconds"]) for row in rows])),
+    }
 
 
-def _jobs(
+def _describe_jobs(
     last: Mapping[str, Any],
     home: Home,
     now: datetime,
@@ -190,23 +197,23 @@ def _jobs(
     running: bool,
     starting: bool,
 ) -> dict[str, Any]:
-    schedule = _schedule(home.config, environ)
+    schedule = _read_schedule(home.config_file, environ)
     at_work = running and not starting  # of a process that was killed, the rows stay as they were
     jobs = {}
     for name in sorted({*schedule, *last}):
         run = last.get(name) or {}
-        due = next_run(schedule[name], now) if running and name in schedule else None
+        due = find_next_run(schedule[name], now) if running and name in schedule else None
         jobs[name] = {
             "started_at": run.get("started_at"),
             "finished_at": run.get("finished_at"),
             "outcome": run.get("outcome") or (INTERRUPTED if run and not at_work else None),
             "detail": run.get("detail"),
-            "next": _text(due) if due else None,
+            "next": _format_time(due) if due else None,
         }
     return jobs
 
 
-def _schedule(path: Path, environ: Mapping[str, str]) -> dict[str, str]:
+def _read_schedule(path: Path, environ: Mapping[str, str]) -> dict[str, str]:
     """The cron expressions as the daemon takes them; a broken file is for `doctor` to explain."""
     try:
         section = tomllib.loads(path.read_text("utf-8-sig")).get("schedule")
@@ -215,7 +222,7 @@ def _schedule(path: Path, environ: Mapping[str, str]) -> dict[str, str]:
     given = section if isinstance(section, dict) else {}
     return {
         name: str(environ.get(f"KEDIT_SCHEDULE_{name.upper()}", given.get(name, default)))
-        for name, default in SCHEDULE.items()
+        for name, default in DEFAULT_SCHEDULE.items()
     }
 
 
@@ -225,5 +232,5 @@ def _seconds_since(moment: str | None, now: datetime) -> float | None:
     return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
 
 
-def _text(moment: datetime) -> str:
+def _format_time(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -8,47 +8,49 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.failed_files import first_error
-from memory.facts import State
+from kedit_daemon.ingest.failed_files import read_first_error
+from memory.facts import FactState
 
-OLD_SECONDS = 900.0
-FREE_BYTES = 500 << 20
-GOOD = ("keep", "ok")
+OLD_FACT_SECONDS = 900.0
+LOW_DISK_BYTES = 500 << 20
+GOOD_VERDICTS = ("keep", "ok")
 # The verdicts that need no person, and the command that helps with them.
-MILD = {"warn": "log --kind audit", "consolidate": "consolidate"}
-FULL = 0.95  # of the capacity, as the edit loop has it in a module that takes long to import
+MILD_VERDICT_COMMANDS = {"warn": "log --kind audit", "consolidate": "consolidate"}
+NEARLY_FULL_SHARE = (
+    0.95  # of the capacity, as the edit loop has it in a module that takes long to import
+)
 # A job's outcome when the process ended under it, as the store calls it.
 INTERRUPTED = "interrupted"
-RUNNABLE = ("audit", "consolidate", "flush")
+RUNNABLE_JOBS = ("audit", "consolidate", "flush")
 
 
-def warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[str, Any]]:
+def collect_warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[str, Any]]:
     """Of what `gather` found: {message, command, attention}, the last when a person is needed."""
     sources = (
-        *(_process(found, home), _facts(found, home), _weights(found)),
-        *(_audit(found), _publishing(found), _jobs(found)),
+        *(_process_warnings(found, home), _fact_warnings(found, home), _weights_warnings(found)),
+        *(_audit_warnings(found), _publish_warnings(found), _job_warnings(found)),
     )
     return [
         {"message": message, "command": f"{program} {command}", "attention": attention}
-        for source in (*sources, _disk(found))
+        for source in (*sources, _disk_warnings(found))
         for message, command, attention in source
     ]
 
 
-_Found = Iterator[tuple[str, str, bool]]
+_Warnings = Iterator[tuple[str, str, bool]]
 
 
-def _process(found: Mapping[str, Any], home: Home) -> _Found:
+def _process_warnings(found: Mapping[str, Any], home: Home) -> _Warnings:
     if found["pid"] is not None:
         if found["paused"]:
             yield f"paused: {found['paused']}", "doctor", True
-    elif home.config.is_file():
+    elif home.config_file.is_file():
         yield "the daemon is not running", "run", False
     else:
         yield f"there is no home {home.root}", "init", False
 
 
-def _facts(found: Mapping[str, Any], home: Home) -> _Found:
+def _fact_warnings(found: Mapping[str, Any], home: Home) -> _Warnings:
     if failed := found["failed_facts"]:
         what = "1 fact has failed" if len(failed) == 1 else f"{len(failed)} facts have failed"
         reason = f": {failed[0]['reason']}" if failed[0]["reason"] else ""
@@ -56,47 +58,55 @@ def _facts(found: Mapping[str, Any], home: Home) -> _Found:
         yield what + reason, command, True
     if files := found["failed_files"]:
         what = "1 file" if len(files) == 1 else f"{len(files)} files"
-        error = first_error(home, files[0])
+        error = read_first_error(home, files[0])
         where = f" line {error.get('line')}: {error['problem']}" if error.get("problem") else ""
         yield f"{what} in failed/: {files[0]}{where}", f"show {shlex.quote(files[0])}", True
     age = found["pending"]["oldest_seconds"]
-    if found["pid"] is not None and age is not None and age > OLD_SECONDS:
+    if found["pid"] is not None and age is not None and age > OLD_FACT_SECONDS:
         yield f"a fact has waited for {age / 60:.0f} minutes", "facts --state received", False
 
 
-def _weights(found: Mapping[str, Any]) -> _Found:
-    most, beside = found["weights_capacity"], found["facts"][State.LIVE_SIDE]
-    if most is not None and found["weights_facts"] >= FULL * most and beside:
+def _weights_warnings(found: Mapping[str, Any]) -> _Warnings:
+    most, beside = found["weights_capacity"], found["facts"][FactState.LIVE_SIDE]
+    if most is not None and found["weights_facts"] >= NEARLY_FULL_SHARE * most and beside:
         stay = "1 fact stays" if beside == 1 else f"{beside:,} facts stay"
-        yield f"weights full: {stay} in the side memory", f"facts --state {State.LIVE_SIDE}", False
+        yield (
+            f"weights full: {stay} in the side memory",
+            f"facts --state {FactState.LIVE_SIDE}",
+            False,
+        )
 
 
-def _audit(found: Mapping[str, Any]) -> _Found:
+def _audit_warnings(found: Mapping[str, Any]) -> _Warnings:
     if found["flush_held"]:
         yield f"flushes are held back: {found['flush_held']}", "consolidate", True
     audit = found["last_audit"]
-    if audit is not None and audit["verdict"] not in GOOD:
+    if audit is not None and audit["verdict"] not in GOOD_VERDICTS:
         why = f": {audit['reasons'][0]}" if audit["reasons"] else ""
         verdict = audit["verdict"]
-        yield f"the last audit says {verdict}{why}", MILD.get(verdict, "audit"), verdict not in MILD
+        yield (
+            f"the last audit says {verdict}{why}",
+            MILD_VERDICT_COMMANDS.get(verdict, "audit"),
+            verdict not in MILD_VERDICT_COMMANDS,
+        )
 
 
-def _publishing(found: Mapping[str, Any]) -> _Found:
+def _publish_warnings(found: Mapping[str, Any]) -> _Warnings:
     if why := found["publish_failed"]:  # servers may still answer with what was reverted
         yield f"publishing has failed: {why}", "log --kind publish_failed --limit 1", True
 
 
-def _jobs(found: Mapping[str, Any]) -> _Found:
+def _job_warnings(found: Mapping[str, Any]) -> _Warnings:
     for name, job in found["jobs"].items():
         # What was interrupted is made up for at the next start.
         if job["outcome"] not in (None, "ok", INTERRUPTED):
             detail = f": {job['detail']}" if job["detail"] else ""
-            command = name if name in RUNNABLE else "doctor"
+            command = name if name in RUNNABLE_JOBS else "doctor"
             # While audits cannot be made, nobody watches the weights.
             yield f"the last {name} ended as {job['outcome']}{detail}", command, name == "audit"
 
 
-def _disk(found: Mapping[str, Any]) -> _Found:
+def _disk_warnings(found: Mapping[str, Any]) -> _Warnings:
     free = found["disk_free_bytes"]
-    if free is not None and free < FREE_BYTES:
+    if free is not None and free < LOW_DISK_BYTES:
         yield f"only {free >> 20} MB of disk are free", "doctor", False

@@ -6,7 +6,7 @@ from difflib import SequenceMatcher
 SAME, OLD, NEW = "same", "old", "new"
 
 
-def word_changes(before: str, after: str) -> Iterator[tuple[str, str]]:
+def diff_words(before: str, after: str) -> Iterator[tuple[str, str]]:
     """(SAME, OLD or NEW, words) in reading order; what was taken out stands before what came.
 
     Words are what single spaces part, so that the parts joined by spaces give the texts again.

@@ -3,7 +3,7 @@
 from urllib.parse import urlsplit
 
 
-def host_name(host: str) -> str:
+def parse_host_name(host: str) -> str:
     """The name in a Host header, without the port."""
     try:
         return urlsplit(f"//{host}").hostname or ""
@@ -11,7 +11,7 @@ def host_name(host: str) -> str:
         return ""
 
 
-def place(origin: str) -> str:
+def parse_origin_host(origin: str) -> str:
     """The name and the port in an Origin header: where it is this server, what Host says."""
     try:
         return urlsplit(origin).netloc

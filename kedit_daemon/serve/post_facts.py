@@ -14,45 +14,49 @@ from starlette.routing import Route
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.schemas import Limits
-from kedit_daemon.ingest.submit import Submission, hand_in, prepare
-from kedit_daemon.ingest.wait import POLL_SECONDS, Settled, look
-from kedit_daemon.serve.disconnect import GONE, unless_gone
-from kedit_daemon.serve.errors import Refused, refusal, wrong
-from kedit_daemon.serve.request_body import whole_body
+from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.ingest.submit import Submission, prepare_submission, submit_to_inbox
+from kedit_daemon.ingest.wait import POLL_SECONDS, FactOutcome, read_outcomes
+from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
+from kedit_daemon.serve.errors import RequestError, bad_request, error_response
+from kedit_daemon.serve.request_body import read_body
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 
-NAME = "http"
+FILE_PREFIX = "http"
 TOKEN_CHARS = 24  # of a key's hash: the inbox keeps names of this length whole where it works
-LONGEST_WAIT = 3600.0
-KEY_CHARS = 255
+MAX_WAIT_SECONDS = 3600.0
+MAX_KEY_CHARS = 255
 
 
-class Facts:
+class FactsEndpoint:
     """The endpoint. What was handed in under which key is known by the inbox and the store alone,
     so that a key counts for ever, whatever restarts meanwhile."""
 
     def __init__(self, home: Home, config: Config) -> None:
         self.home, self.config = home, config
-        self.limits = Limits(config.inbox.max_facts, config.inbox.max_target_chars)
-        self._one_at_a_time = asyncio.Lock()  # two requests with one key may come together
+        self.limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+        self._submit_lock = asyncio.Lock()  # two requests with one key may come together
 
-    def routes(self, gate: Middleware) -> list[Route]:
+    def build_routes(self, gate: Middleware) -> list[Route]:
         """Where it is, behind a gate."""
-        return [Route("/facts", self.take, methods=["POST"], middleware=[gate])]
+        return [Route("/facts", self.post_facts, methods=["POST"], middleware=[gate])]
 
-    async def take(self, request: Request) -> Response:
+    async def post_facts(self, request: Request) -> Response:
         """Hand the facts in the body in; 202 and their ids, or with `wait` what became of them."""
-        seconds = _seconds(request.query_params.get("wait"))
+        seconds = _parse_wait(request.query_params.get("wait"))
         key = request.headers.get("idempotency-key")
-        if key is not None and not 0 < len(key) <= KEY_CHARS:
-            raise wrong(f"Idempotency-Key has 1 to {KEY_CHARS} characters", "Idempotency-Key")
+        if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
+            raise bad_request(
+                f"Idempotency-Key has 1 to {MAX_KEY_CHARS} characters", "Idempotency-Key"
+            )
         most = min(self.config.serve.max_body_bytes, self.config.inbox.max_bytes)
-        body = await whole_body(request, most)
+        body = await read_body(request, most)
         form = request.query_params.get("format")
-        submission = await run_in_threadpool(prepare, body, f"{NAME}.jsonl", form, self.limits)
+        submission = await run_in_threadpool(
+            prepare_submission, body, f"{FILE_PREFIX}.jsonl", form, self.limits
+        )
         problems = [
             {"line": p.line, "problem": p.problem, "remedy": p.remedy}
             for p in submission.parsed.problems
@@ -61,33 +65,35 @@ class Facts:
             what = (
                 "no fact in the body can be taken" if problems else "there is no fact in the body"
             )
-            return refusal(Refused(what, status=422, code="no_facts"), problems=problems)
+            return error_response(
+                RequestError(what, status=422, code="no_facts"), problems=problems
+            )
         if len(submission.data) > self.config.inbox.max_bytes:
             raise KeditError("the facts take more than [inbox] max_bytes", code="too-large")
-        async with self._one_at_a_time:
-            name = await run_in_threadpool(self._hand_in, submission, key)
+        async with self._submit_lock:
+            name = await run_in_threadpool(self._submit_facts, submission, key)
         ids = list(dict.fromkeys(fact.id for fact in submission.facts))
         told: dict[str, Any] = {"file": name, "ids": ids, "problems": problems}
         if not seconds:
             return JSONResponse(told, 202)
-        states = await unless_gone(request, self._states(name, ids, seconds))
+        states = await run_unless_gone(request, self._wait_for_states(name, ids, seconds))
         if states is None:
-            return Response(status_code=GONE)
+            return Response(status_code=CLIENT_GONE)
         told["facts"] = [{"id": i, "state": s, "reason": why} for i, (s, why) in states.items()]
-        waiting = any(state == State.RECEIVED for state, _ in states.values())
+        waiting = any(state == FactState.RECEIVED for state, _ in states.values())
         return JSONResponse(told, 202 if waiting else 200)
 
-    def _hand_in(self, submission: Submission, key: str | None) -> str:
+    def _submit_facts(self, submission: Submission, key: str | None) -> str:
         """The name that the file has in the inbox; under a known key nothing is handed in."""
         if key is None:
-            return hand_in(self.home.inbox, submission)
+            return submit_to_inbox(self.home.inbox_folder, submission)
         token = hashlib.sha256(key.encode()).hexdigest()[:TOKEN_CHARS]
-        name = f"{NAME}-{token}.jsonl"
-        known = self._known(name)
+        name = f"{FILE_PREFIX}-{token}.jsonl"
+        known = self._find_submitted_hash(name)
         if known is None:
-            return hand_in(self.home.inbox, submission, token)
+            return submit_to_inbox(self.home.inbox_folder, submission, token)
         if known != hashlib.sha256(submission.data).hexdigest():
-            raise Refused(
+            raise RequestError(
                 "other facts were handed in under this key",
                 status=409,
                 code="idempotency_key_reused",
@@ -95,39 +101,41 @@ class Facts:
             )
         return name
 
-    def _known(self, name: str) -> str | None:
+    def _find_submitted_hash(self, name: str) -> str | None:
         """The sha256 of a file that was handed in before.
 
         It goes from the inbox to work/ and into the store, and is looked for in this order: so it
         cannot slip by.
         """
-        inbox = self.home.inbox
+        inbox = self.home.inbox_folder
         for path in (inbox / name, *(inbox / "work").glob(f"*-{name}")):
             with suppress(FileNotFoundError):
                 return hashlib.sha256(path.read_bytes()).hexdigest()
-        with closing(open_readonly(self.home.database)) as conn:
+        with closing(open_readonly(self.home.database_file)) as conn:
             sql = "SELECT sha256 FROM submissions WHERE file_name = ?"
             row = conn.execute(sql, (name,)).fetchone()
         return row[0] if row else None
 
-    async def _states(self, name: str, ids: list[str], seconds: float) -> dict[str, Settled]:
+    async def _wait_for_states(
+        self, name: str, ids: list[str], seconds: float
+    ) -> dict[str, FactOutcome]:
         """The facts' states once all are live or at an end, or after so many seconds."""
         end = time.monotonic() + seconds
         while True:
-            states = await run_in_threadpool(look, self.home, name, ids)
-            settled = states and all(s != State.RECEIVED for s, _ in states.values())
+            states = await run_in_threadpool(read_outcomes, self.home, name, ids)
+            settled = states and all(s != FactState.RECEIVED for s, _ in states.values())
             if settled or time.monotonic() >= end:
-                return states or dict.fromkeys(ids, (State.RECEIVED, None))
+                return states or dict.fromkeys(ids, (FactState.RECEIVED, None))
             await asyncio.sleep(POLL_SECONDS)
 
 
-def _seconds(text: str | None) -> float:
+def _parse_wait(text: str | None) -> float:
     if text is None:
         return 0.0
     try:
         seconds = float(text)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds <= LONGEST_WAIT:
-        raise wrong(f"wait is a number of seconds, {LONGEST_WAIT:.0f} at most", "wait")
+    if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise bad_request(f"wait is a number of seconds, {MAX_WAIT_SECONDS:.0f} at most", "wait")
     return seconds

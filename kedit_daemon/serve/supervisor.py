@@ -18,19 +18,19 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from kedit_daemon.config import BAD_CONFIG, Config
+from kedit_daemon.config import EXIT_BAD_CONFIG, Config
 from kedit_daemon.home import Home
 from memory.errors import KeditError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before it is started again
 STEADY_SECONDS = 600.0  # one that lived so long had started well, however long it loaded
 STOP_SECONDS = 10.0  # then it is killed
-LEAST_TOKEN = 16  # characters
+MIN_TOKEN_CHARS = 16  # characters
 EXTRA = ("jinja2", "prometheus_client", "starlette", "uvicorn")
 log = logging.getLogger(__name__)
 
 
-def check(home: Home, config: Config) -> None:
+def check_settings(home: Home, config: Config) -> None:
     """Refuse settings with which no server could run; KeditError with exit code 78."""
     if not config.serve.port:
         return
@@ -39,7 +39,7 @@ def check(home: Home, config: Config) -> None:
             f"[serve] port is set, and {missing[0]} is not installed",
             code="bad-config",
             hint="pip install 'kedit-daemon[serve]', or set port = 0",
-            exit_code=BAD_CONFIG,
+            exit_code=EXIT_BAD_CONFIG,
         )
     read_token(home, config)
 
@@ -55,19 +55,23 @@ def read_token(home: Home, config: Config) -> str | None:
             mode = os.fstat(file.fileno()).st_mode
             token = file.read(4096).decode("ascii").strip()
     except OSError as error:
-        raise _bad_token(f"{path}: {error.strerror}", "put a long random word into it") from error
+        raise _token_error(f"{path}: {error.strerror}", "put a long random word into it") from error
     except UnicodeDecodeError as error:
-        raise _bad_token(f"{path} is not plain ASCII", "put a long random word into it") from error
+        raise _token_error(
+            f"{path} is not plain ASCII", "put a long random word into it"
+        ) from error
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        raise _bad_token(f"everybody may read {path}", f"chmod o-rwx {path}")
-    if len(token) < LEAST_TOKEN or len(token.split()) != 1:
-        what = f"{path} must hold one word of {LEAST_TOKEN} characters at least"
-        raise _bad_token(what, f"openssl rand -hex 32 > {path}")
+        raise _token_error(f"everybody may read {path}", f"chmod o-rwx {path}")
+    if len(token) < MIN_TOKEN_CHARS or len(token.split()) != 1:
+        what = f"{path} must hold one word of {MIN_TOKEN_CHARS} characters at least"
+        raise _token_error(what, f"openssl rand -hex 32 > {path}")
     return token
 
 
-def _bad_token(what: str, hint: str) -> KeditError:
-    return KeditError(f"token_file: {what}", code="bad-config", hint=hint, exit_code=BAD_CONFIG)
+def _token_error(what: str, hint: str) -> KeditError:
+    return KeditError(
+        f"token_file: {what}", code="bad-config", hint=hint, exit_code=EXIT_BAD_CONFIG
+    )
 
 
 @contextmanager
@@ -79,7 +83,7 @@ def keep_serving(home: Home, config: Config) -> Iterator[None]:
     debug = logging.getLogger().isEnabledFor(logging.DEBUG)
     settings = {"home": str(home.root), "config": config.model_dump(), "debug": debug}
     command = [sys.executable, "-P", "-m", "kedit_daemon.serve.worker"]
-    keeper = Keeper(command, json.dumps(settings).encode() + b"\n")
+    keeper = ProcessKeeper(command, json.dumps(settings).encode() + b"\n")
     keeper.start()
     try:
         yield
@@ -87,16 +91,16 @@ def keep_serving(home: Home, config: Config) -> Iterator[None]:
         keeper.stop()
 
 
-class Keeper:
+class ProcessKeeper:
     """Runs a command, again and again, until stopped: later each time that it ends soon."""
 
     def __init__(self, command: Sequence[str], said: bytes, pause: float = FIRST_PAUSE) -> None:
         """`said` is what it reads from stdin first; `pause` seconds are the first wait."""
-        self._command, self._said, self._pause = list(command), said, pause
-        self._stopping = threading.Event()
-        self._starting = threading.Lock()  # guards the child against a stop in between
+        self._command, self._stdin_data, self._first_pause = list(command), said, pause
+        self._stop_event = threading.Event()
+        self._start_lock = threading.Lock()  # guards the child against a stop in between
         self._child: subprocess.Popen[bytes] | None = None
-        self._thread = threading.Thread(target=self._keep, name="serve", daemon=True)
+        self._thread = threading.Thread(target=self._keep_running, name="serve", daemon=True)
 
     @property
     def pid(self) -> int | None:
@@ -109,8 +113,8 @@ class Keeper:
 
     def stop(self) -> None:
         """Ask it to end, wait a little, and end it."""
-        with self._starting:
-            self._stopping.set()
+        with self._start_lock:
+            self._stop_event.set()
             child = self._child
         if child is not None:
             child.terminate()
@@ -121,28 +125,28 @@ class Keeper:
                 child.kill()
         self._thread.join()
 
-    def _keep(self) -> None:
-        pause = self._pause
+    def _keep_running(self) -> None:
+        pause = self._first_pause
         while True:
             began = time.monotonic()
-            ended = self._run()
-            if self._stopping.is_set():
+            ended = self._run_child()
+            if self._stop_event.is_set():
                 return
             if time.monotonic() - began >= STEADY_SECONDS:
-                pause = self._pause
+                pause = self._first_pause
             log.warning("the HTTP server %s; it starts again in %g s", ended, pause)
-            if self._stopping.wait(pause):
+            if self._stop_event.wait(pause):
                 return
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _run(self) -> str:
+    def _run_child(self) -> str:
         """Run the child once; how it ended."""
         # It finds the modules where this process has them.
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
         environ.pop("NOTIFY_SOCKET", None)  # it is not for the child to say how the daemon is
         try:
-            with self._starting:
-                if self._stopping.is_set():
+            with self._start_lock:
+                if self._stop_event.is_set():
                     return "was not started"
                 # A session of its own: Ctrl-C is for the daemon, which ends the child.
                 self._child = subprocess.Popen(
@@ -157,5 +161,5 @@ class Keeper:
         with self._child:
             assert self._child.stdin is not None
             with suppress(BrokenPipeError):
-                self._child.stdin.write(self._said)
+                self._child.stdin.write(self._stdin_data)
             return f"ended with {self._child.wait()}"

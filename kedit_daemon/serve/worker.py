@@ -18,10 +18,10 @@ from starlette.applications import Starlette
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
-from kedit_daemon.serve.app import build, equip
+from kedit_daemon.serve.app import attach_reader, build_app
 from kedit_daemon.serve.inference.reader import Reader
 from kedit_daemon.serve.supervisor import read_token
-from kedit_daemon.system.log_setup import set_up
+from kedit_daemon.system.log_setup import configure_logging
 from memory.errors import KeditError
 
 STREAM_SECONDS = 4.0  # that answers have to end in when the process stops
@@ -34,17 +34,17 @@ def main() -> None:
     """Serve, by the settings that stand on stdin, until told to stop or stdin ends."""
     said = json.loads(sys.stdin.buffer.readline())
     home, config = Home(Path(said["home"])), Config.model_validate(said["config"])
-    set_up(said["debug"], os.environ)
-    _go_first()
-    threading.Thread(target=_end_with_the_daemon, name="lifeline", daemon=True).start()
+    configure_logging(said["debug"], os.environ)
+    _raise_oom_score()
+    threading.Thread(target=_exit_with_daemon, name="lifeline", daemon=True).start()
     try:
-        asyncio.run(_serve(home, config))
+        asyncio.run(_run_server(home, config))
     except KeditError as error:
         log.error("the HTTP server cannot run: %s", error)
         sys.exit(error.exit_code)
 
 
-def _go_first() -> None:
+def _raise_oom_score() -> None:
     """Where memory runs out, this process is killed, not the daemon, which may be writing."""
     score = Path("/proc/self/oom_score_adj")
     with suppress(OSError):  # no Linux, or a system that does not let it
@@ -52,7 +52,7 @@ def _go_first() -> None:
             score.write_text(str(OOM_SCORE))
 
 
-def _end_with_the_daemon() -> None:
+def _exit_with_daemon() -> None:
     # Not by sys.stdin: a thread that waits in there would abort the end of the process.
     while os.read(sys.stdin.fileno(), 1):
         pass
@@ -61,26 +61,28 @@ def _end_with_the_daemon() -> None:
     os._exit(1)  # it hangs, and nobody is left to kill it
 
 
-async def _serve(home: Home, config: Config) -> None:
-    app = build(home, config, read_token(home, config), lambda: datetime.now(UTC), time.monotonic)
-    server = Server(app, home, config)
+async def _run_server(home: Home, config: Config) -> None:
+    app = build_app(
+        home, config, read_token(home, config), lambda: datetime.now(UTC), time.monotonic
+    )
+    server = HttpServer(app, home, config)
     await server.serve()
-    if server.failed is not None:
-        raise server.failed
+    if server.failure is not None:
+        raise server.failure
 
 
-def _opened(home: Home, config: Config) -> Reader:
+def _load_reader(home: Home, config: Config) -> Reader:
     # Torch takes seconds to import: in a thread, so that it is answered meanwhile.
     from kedit_daemon.serve.inference.open_model import open_reader
 
     return open_reader(home, config)
 
 
-class Server(uvicorn.Server):
+class HttpServer(uvicorn.Server):
     """Loads the model once it listens, and ends if that fails; ends answers when told to stop."""
 
     def __init__(self, app: Starlette, home: Home, settings: Config) -> None:
-        self.failed: BaseException | None = None
+        self.failure: BaseException | None = None
         self._app, self._home, self._settings = app, home, settings
         super().__init__(
             uvicorn.Config(
@@ -100,26 +102,26 @@ class Server(uvicorn.Server):
         """Listen, then load the model: that takes long, and is not waited for."""
         await super().startup(sockets)
         log.info("listening on http://%s:%d", self.config.host, self.config.port)
-        self._loading = asyncio.create_task(self._load())
-        self._loading.add_done_callback(self._loaded)
+        self._load_task = asyncio.create_task(self._load_model())
+        self._load_task.add_done_callback(self._check_load_task)
 
-    async def _load(self) -> None:
-        reader = await asyncio.to_thread(_opened, self._home, self._settings)
-        equip(self._app, reader)
+    async def _load_model(self) -> None:
+        reader = await asyncio.to_thread(_load_reader, self._home, self._settings)
+        attach_reader(self._app, reader)
         log.info("answering as %s", reader.name)
 
-    def _loaded(self, loading: "asyncio.Task[None]") -> None:
+    def _check_load_task(self, loading: "asyncio.Task[None]") -> None:
         if not loading.cancelled() and (failed := loading.exception()) is not None:
-            self.failed, self.should_exit = failed, True
+            self.failure, self.should_exit = failed, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Let answers come to their end; those that take too long end where they are."""
-        ending = asyncio.create_task(self._close(STREAM_SECONDS))
+        ending = asyncio.create_task(self._close_engine(STREAM_SECONDS))
         await super().shutdown(sockets)
         ending.cancel()
-        await self._close(0)
+        await self._close_engine(0)
 
-    async def _close(self, after: float) -> None:
+    async def _close_engine(self, after: float) -> None:
         await asyncio.sleep(after)
         if self._app.state.reader is not None:
             await asyncio.to_thread(self._app.state.reader.engine.close)

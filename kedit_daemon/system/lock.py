@@ -11,11 +11,11 @@ from memory.errors import KeditError
 
 # A probe holds the lock for an instant, and a new holder has not written its pid for another:
 # either is over long before these tries are.
-TRIES = 10
-PAUSE_SECONDS = 0.02
+LOCK_TRIES = 10
+LOCK_RETRY_SECONDS = 0.02
 
 
-def _open(path: Path, flags: int) -> int:
+def _open_lock_file(path: Path, flags: int) -> int:
     try:
         return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     except PermissionError as error:
@@ -26,20 +26,20 @@ def _open(path: Path, flags: int) -> int:
         ) from error
 
 
-def _pid(fd: int) -> int | None:
+def _read_pid(fd: int) -> int | None:
     text = os.pread(fd, 32, 0).strip()
     return int(text) if text.isdigit() else None
 
 
 @contextmanager
-def hold(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Hold the lock for as long as the block runs; a KeditError that names the pid if it is held.
 
     The file stays behind: were it removed, two processes could lock two files of one name.
     """
-    fd = _open(path, os.O_RDWR | os.O_CREAT)
+    fd = _open_lock_file(path, os.O_RDWR | os.O_CREAT)
     try:
-        _take(fd, path)
+        _acquire_lock(fd, path)
         pid = b"%d\n" % os.getpid()
         os.pwrite(fd, pid, 0)
         os.ftruncate(fd, len(pid))
@@ -48,15 +48,15 @@ def hold(path: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _take(fd: int, path: Path) -> None:
-    for _ in range(TRIES):
+def _acquire_lock(fd: int, path: Path) -> None:
+    for _ in range(LOCK_TRIES):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            time.sleep(PAUSE_SECONDS)
+            time.sleep(LOCK_RETRY_SECONDS)
         else:
             return
-    pid = _pid(fd)
+    pid = _read_pid(fd)
     raise KeditError(
         f"another daemon, pid {pid}, holds {path}",
         code="busy",
@@ -65,20 +65,20 @@ def _take(fd: int, path: Path) -> None:
     )
 
 
-def holder(path: Path) -> int | None:
+def find_lock_holder(path: Path) -> int | None:
     """The pid of the running daemon; None when nobody holds the lock, whatever the file says."""
     try:
-        fd = _open(path, os.O_RDONLY)
+        fd = _open_lock_file(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        for _ in range(TRIES):
+        for _ in range(LOCK_TRIES):
             try:
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                if pid := _pid(fd):
+                if pid := _read_pid(fd):
                     return pid
-                time.sleep(PAUSE_SECONDS)
+                time.sleep(LOCK_RETRY_SECONDS)
             else:
                 return None
     finally:

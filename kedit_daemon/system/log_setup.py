@@ -5,33 +5,33 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.system.sanitize import clean_text
 
-CHATTY = ("apscheduler", "faiss", "httpx", "uvicorn", "watchfiles")
+CHATTY_LOGGERS = ("apscheduler", "faiss", "httpx", "uvicorn", "watchfiles")
 
 
-class _Cleaned(logging.Formatter):
+class _CleanFormatter(logging.Formatter):
     """Messages may quote facts and names of files: none acts on a terminal, or makes up a line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return clean(super().formatMessage(record))
+        return clean_text(super().formatMessage(record))
 
     def formatException(self, ei: Any) -> str:
-        return clean(super().formatException(ei), lines=True)
+        return clean_text(super().formatException(ei), lines=True)
 
 
-def set_up(debug: bool, environ: Mapping[str, str]) -> None:
+def configure_logging(debug: bool, environ: Mapping[str, str]) -> None:
     """Once, at the start of a process."""
     # The journal has its own clock.
     clock = "" if environ.get("JOURNAL_STREAM") else "%(asctime)s "
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Cleaned(f"{clock}%(levelname)s %(message)s"))
+    handler.setFormatter(_CleanFormatter(f"{clock}%(levelname)s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if debug else logging.INFO, handlers=[handler])
-    for name in CHATTY:
+    for name in CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
-def on_terminal(description: str) -> Callable[[Iterable[str]], Iterable[str]]:
+def make_progress_bar(description: str) -> Callable[[Iterable[str]], Iterable[str]]:
     """A progress bar on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
         return iter

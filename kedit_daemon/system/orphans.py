@@ -11,33 +11,44 @@ from pathlib import Path
 
 from kedit_daemon.home import Home
 
-STAGED = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `write_atomic` has not put in its place yet
+STAGED_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `write_atomic` has not put in its place yet
 # What lies in the folders of tensors: files that are named by their sha256, what `save_tensors` has
 # not put in its place, and what safetensors, which writes in the same way, has not.
-TENSORS = re.compile(rf"[0-9a-f]{{64}}\.safetensors|{STAGED.pattern}|\.tmp[0-9A-Za-z]{{6}}")
-RESTORING = ".kedit-restore-"  # how the folder begins that a restore fills
-INDEX = "index_sha256"  # in the store's meta: which file holds the retrieval index
+TENSOR_NAME = re.compile(
+    rf"[0-9a-f]{{64}}\.safetensors|{STAGED_NAME.pattern}|\.tmp[0-9A-Za-z]{{6}}"
+)
+RESTORE_PREFIX = ".kedit-restore-"  # how the folder begins that a restore fills
+INDEX_META_KEY = "index_sha256"  # in the store's meta: which file holds the retrieval index
 
 
-def leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
+def find_leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
     """They are looked for by what the database names; without one only unfinished files are.
 
     Only names that are ours count, and the only folders are those of restores: somebody's
     `.snapshot` or `lost+found` stays.
     """
     # Without a database the restore was cut off, and the folder is how that is known.
-    cut_off = not home.database.exists()
-    found = [] if cut_off else [p for p in home.root.glob(f"{RESTORING}*") if p.is_dir()]
-    for folder in (home.root, home.state, home.inbox / "failed", *_tensors(home)):
-        found += _files(folder, STAGED)
+    cut_off = not home.database_file.exists()
+    found = [] if cut_off else [p for p in home.root.glob(f"{RESTORE_PREFIX}*") if p.is_dir()]
+    for folder in (
+        home.root,
+        home.state_folder,
+        home.inbox_folder / "failed",
+        *_tensor_folders(home),
+    ):
+        found += _find_files(folder, STAGED_NAME)
     if conn is not None:
-        for folder, sql in _tensors(home).items():
+        for folder, sql in _tensor_folders(home).items():
             named = {f"{row[0]}.safetensors" for row in conn.execute(sql)}
-            found += [p for p in _files(folder, TENSORS) if p.name not in named and p not in found]
+            found += [
+                p
+                for p in _find_files(folder, TENSOR_NAME)
+                if p.name not in named and p not in found
+            ]
     return sorted(found)
 
 
-def remove(found: list[Path]) -> None:
+def remove_leftovers(found: list[Path]) -> None:
     """Take them away. Raises OSError."""
     for path in found:
         if path.is_dir() and not path.is_symlink():
@@ -46,15 +57,15 @@ def remove(found: list[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _files(folder: Path, names: re.Pattern[str]) -> list[Path]:
+def _find_files(folder: Path, names: re.Pattern[str]) -> list[Path]:
     found = folder.iterdir() if folder.is_dir() else ()
     return [p for p in found if names.fullmatch(p.name) and p.is_file() and not p.is_symlink()]
 
 
-def _tensors(home: Home) -> dict[Path, str]:
+def _tensor_folders(home: Home) -> dict[Path, str]:
     """The folders of tensor files, and what asks for the files that belong there."""
     return {
-        home.generations: "SELECT sha256 FROM generations",
-        home.side: "SELECT sha256 FROM shards",
-        home.index: f"SELECT value FROM meta WHERE key = '{INDEX}'",
+        home.generations_folder: "SELECT sha256 FROM generations",
+        home.side_folder: "SELECT sha256 FROM shards",
+        home.index_folder: f"SELECT value FROM meta WHERE key = '{INDEX_META_KEY}'",
     }

@@ -4,17 +4,17 @@ import re
 from datetime import UTC, datetime, timedelta
 
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-_AGO = re.compile(r"(\d{1,6})([smhdw])")
+_TIME_AGO = re.compile(r"(\d{1,6})([smhdw])")
 
 
-def moment(text: str, now: datetime) -> str:
+def parse_time(text: str, now: datetime) -> str:
     """As the log itself spells moments, so that they compare as text.
 
     `text` is ISO-8601, taken as UTC where it names no offset, or how long ago, such as 2h. Raises
     ValueError, with what to write instead.
     """
     try:
-        if ago := _AGO.fullmatch(text):
+        if ago := _TIME_AGO.fullmatch(text):
             found = now - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
         else:
             found = datetime.fromisoformat(text)

@@ -4,38 +4,45 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memory.db.connection import Journal
-from memory.db.derived import Derived
-from memory.db.event_log import canonical
+from memory.db.connection import WritingConnection
+from memory.db.derived import ArtifactReader
+from memory.db.event_log import to_canonical_json
 
 
-class Artifacts(Derived, Journal):
+class ArtifactWriter(ArtifactReader, WritingConnection):
     """The part of the store that keeps what editing has computed."""
 
     def put_terms(self, fact_id: str, blob: bytes) -> None:
         """Keep a fact's keys and targets for the weights tier, in the place of older ones."""
-        self._upsert("terms", "fact_id", {"fact_id": fact_id, **_sealed(blob)})
+        self._upsert_row("terms", "fact_id", {"fact_id": fact_id, **_with_checksum(blob)})
 
     def drop_terms(self, fact_id: str) -> None:
         """Keep a fact's keys and targets no more."""
-        self._write("DELETE FROM terms WHERE fact_id = ?", fact_id)
+        self._execute_write("DELETE FROM terms WHERE fact_id = ?", fact_id)
 
-    def put_side(self, fact_id: str, shard: int, blob: bytes) -> None:
+    def put_side_keys(self, fact_id: str, shard: int, blob: bytes) -> None:
         """Keep a fact's retrieval keys, in the place of older ones."""
-        self._upsert("side_keys", "fact_id", {"fact_id": fact_id, "shard": shard, **_sealed(blob)})
+        self._upsert_row(
+            "side_keys", "fact_id", {"fact_id": fact_id, "shard": shard, **_with_checksum(blob)}
+        )
 
-    def drop_side(self, fact_id: str) -> None:
+    def drop_side_keys(self, fact_id: str) -> None:
         """Take a fact's retrieval keys out; harmless where there are none."""
-        self._write("DELETE FROM side_keys WHERE fact_id = ?", fact_id)
+        self._execute_write("DELETE FROM side_keys WHERE fact_id = ?", fact_id)
 
-    def put_shard(self, shard_id: int, sha256: str, facts: int, threshold: float) -> None:
+    def add_shard(self, shard_id: int, sha256: str, facts: int, threshold: float) -> None:
         """Add a shard. One that is there already is never overwritten: that fails."""
-        row = {"sha256": sha256, "facts": facts, "threshold": threshold, "created_at": self.now()}
-        self._insert("shards", {"id": shard_id, **row})
+        row = {
+            "sha256": sha256,
+            "facts": facts,
+            "threshold": threshold,
+            "created_at": self.format_now(),
+        }
+        self._insert_row("shards", {"id": shard_id, **row})
 
     def drop_shard(self, shard_id: int) -> None:
         """Forget a shard; harmless where there is none."""
-        self._write("DELETE FROM shards WHERE id = ?", shard_id)
+        self._execute_write("DELETE FROM shards WHERE id = ?", shard_id)
 
     def add_generation(
         self,
@@ -47,26 +54,26 @@ class Artifacts(Derived, Journal):
         figures: Mapping[str, Any],
     ) -> int:
         """Add a generation without switching to it; returns its number."""
-        return self._insert(
+        return self._insert_row(
             "generations",
             {
                 "sha256": sha256,
                 "weights_hash": weights_hash,
                 "parent": parent,
                 "reason": reason,
-                "fact_ids": canonical(list(fact_ids)),
-                "figures": canonical(dict(figures)),
-                "created_at": self.now(),
+                "fact_ids": to_canonical_json(list(fact_ids)),
+                "figures": to_canonical_json(dict(figures)),
+                "created_at": self.format_now(),
             },
         )
 
-    def activate(self, number: int) -> None:
+    def activate_generation(self, number: int) -> None:
         """Switch to a generation, which must be known."""
-        to, before = self.generation(number), self.active_generation()
+        to, before = self.get_generation(number), self.active_generation()
         self.set_meta("active_generation", str(number))
         data: dict[str, Any] = {"from": before, "to": number, "weights": to.weights_hash}
-        self.event("generation_switched", reason=to.reason, **data)
+        self.write_event("generation_switched", reason=to.reason, **data)
 
 
-def _sealed(blob: bytes) -> dict[str, Any]:
+def _with_checksum(blob: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(blob).hexdigest(), "tensors": blob}

@@ -14,7 +14,7 @@ from memory.db.event_log import Event
 from memory.errors import KeditError
 
 
-class Reader:
+class ReadingConnection:
     """A connection that is read from, whatever else may be done with it."""
 
     conn: sqlite3.Connection
@@ -23,17 +23,17 @@ class Reader:
         """Close the connection; what has been committed is safe without it, too."""
         self.conn.close()
 
-    def meta(self, key: str, default: str | None = None) -> str | None:
+    def get_meta(self, key: str, default: str | None = None) -> str | None:
         """A named value of the daemon's."""
-        row = self._one("SELECT value FROM meta WHERE key = ?", key)
+        row = self._fetch_one("SELECT value FROM meta WHERE key = ?", key)
         return row[0] if row else default
 
-    def _one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+    def _fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = self.conn.execute(sql, values).fetchone()
         return row
 
 
-class Journal(Reader):
+class WritingConnection(ReadingConnection):
     """The one writing connection; it belongs to the thread that made it."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
@@ -42,19 +42,19 @@ class Journal(Reader):
                 f"there is no folder {path.parent}", code="no-home", hint="kedit-daemon init"
             )
         self._clock = clock
-        schema.examine(path)
+        schema.check_file(path)
         with ExitStack() as undo:
             # Plugins of sqlite-utils are other people's code: none of it runs here.
             db = Database(path, execute_plugins=False, strict=True)
             undo.callback(db.close)
-            schema.prepare(db, path)
+            schema.migrate_database(db, path)
             db.enable_wal()
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             undo.pop_all()
         self.conn = db.conn
 
-    def now(self) -> str:
+    def format_now(self) -> str:
         """The clock's time as ISO-8601 UTC; all are of one width, so they sort as text."""
         moment = self._clock().astimezone(UTC)
         return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -73,32 +73,32 @@ class Journal(Reader):
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
 
-    def event(self, kind: str, fact_id: str | None = None, **data: Any) -> Event:
+    def write_event(self, kind: str, fact_id: str | None = None, **data: Any) -> Event:
         """Write an event into the open transaction."""
-        return event_log.append(self.conn, self.now(), kind, fact_id, data)
+        return event_log.append_event(self.conn, self.format_now(), kind, fact_id, data)
 
     def set_meta(self, key: str, value: str | None) -> None:
         """Keep a named value; None removes it."""
         if value is None:
-            self._write("DELETE FROM meta WHERE key = ?", key)
+            self._execute_write("DELETE FROM meta WHERE key = ?", key)
         else:
-            self._upsert("meta", "key", {"key": key, "value": value})
+            self._upsert_row("meta", "key", {"key": key, "value": value})
 
-    def _write(self, sql: str, *values: Any) -> sqlite3.Cursor:
+    def _execute_write(self, sql: str, *values: Any) -> sqlite3.Cursor:
         # Without an open transaction Python would begin one that nothing ever commits.
         if not self.conn.in_transaction:
             raise KeditError("a write outside a transaction", code="no-transaction")
         return self.conn.execute(sql, values)
 
-    def _insert(self, table: str, row: dict[str, Any]) -> int:
+    def _insert_row(self, table: str, row: dict[str, Any]) -> int:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
-        done = self._write(f"INSERT INTO {table}({names}) VALUES ({marks})", *row.values())
+        done = self._execute_write(f"INSERT INTO {table}({names}) VALUES ({marks})", *row.values())
         return int(done.lastrowid or 0)
 
-    def _upsert(self, table: str, key: str, row: dict[str, Any]) -> None:
+    def _upsert_row(self, table: str, key: str, row: dict[str, Any]) -> None:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
         changed = ", ".join(f"{n} = excluded.{n}" for n in row if n != key)
-        self._write(
+        self._execute_write(
             f"INSERT INTO {table}({names}) VALUES ({marks}) ON CONFLICT({key}) DO UPDATE "
             f"SET {changed}",
             *row.values(),

@@ -5,33 +5,33 @@ import json
 from contextlib import suppress
 from typing import Any
 
-from memory.db.connection import Reader
-from memory.db.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideRow
-from memory.errors import KeditError, damaged
+from memory.db.connection import ReadingConnection
+from memory.db.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideKeysRow
+from memory.errors import KeditError, damage_error
 
 
-class Derived(Reader):
+class ArtifactReader(ReadingConnection):
     """The part of the store that reads what editing has computed."""
 
-    def terms(self, fact_id: str) -> bytes:
+    def read_terms(self, fact_id: str) -> bytes:
         """A fact's keys and targets, as they were put."""
-        row = self._one("SELECT sha256, tensors FROM terms WHERE fact_id = ?", fact_id)
+        row = self._fetch_one("SELECT sha256, tensors FROM terms WHERE fact_id = ?", fact_id)
         if row is None:
             raise KeditError(f"fact {fact_id} has no terms for the weights", code="no-terms")
-        return opened(row[0], row[1], f"the terms of fact {fact_id}")
+        return verify_blob(row[0], row[1], f"the terms of fact {fact_id}")
 
     def has_terms(self, fact_id: str) -> bool:
         """Whether a fact's keys and targets are kept."""
-        return self._one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
+        return self._fetch_one("SELECT 1 FROM terms WHERE fact_id = ?", fact_id) is not None
 
-    def any_terms(self) -> bytes | None:
+    def find_any_terms(self) -> bytes | None:
         """Some fact's keys and targets, if any can be read."""
         for (fact_id,) in self.conn.execute("SELECT fact_id FROM terms"):
             with suppress(KeditError):
-                return self.terms(fact_id)
+                return self.read_terms(fact_id)
         return None
 
-    def side_rows(self) -> list[SideRow]:
+    def read_side_keys(self) -> list[SideKeysRow]:
         """All retrieval keys that can be read, by shard: a damaged row must not hide the others."""
         rows = self.conn.execute(
             "SELECT fact_id, shard, sha256, tensors FROM side_keys ORDER BY shard, fact_id"
@@ -39,32 +39,32 @@ class Derived(Reader):
         found = []
         for fact_id, shard, sha, blob in rows:
             with suppress(KeditError):
-                keys = opened(sha, blob, f"the side keys of fact {fact_id}")
-                found.append(SideRow(fact_id, shard, keys))
+                keys = verify_blob(sha, blob, f"the side keys of fact {fact_id}")
+                found.append(SideKeysRow(fact_id, shard, keys))
         return found
 
-    def side_facts(self) -> set[str]:
+    def list_side_fact_ids(self) -> set[str]:
         """The facts that have retrieval keys, by id: cheap beside reading the keys."""
         return {fact_id for (fact_id,) in self.conn.execute("SELECT fact_id FROM side_keys")}
 
-    def shards(self) -> list[ShardRow]:
+    def list_shards(self) -> list[ShardRow]:
         """All shards, oldest first."""
         rows = self.conn.execute(f"SELECT {SHARD_COLUMNS} FROM shards ORDER BY id")
         return [ShardRow(*row) for row in rows]
 
-    def generation(self, number: int) -> GenerationRow:
+    def get_generation(self, number: int) -> GenerationRow:
         """One generation; 0 is the base."""
-        row = self._one(f"SELECT {GENERATION_COLUMNS} FROM generations WHERE id = ?", number)
+        row = self._fetch_one(f"SELECT {GENERATION_COLUMNS} FROM generations WHERE id = ?", number)
         if row is None:
             raise KeditError(f"there is no generation {number}", code="unknown-generation")
-        return GenerationRow.of(row)
+        return GenerationRow.from_row(row)
 
-    def generations(self) -> list[GenerationRow]:
+    def list_generations(self) -> list[GenerationRow]:
         """All generations, oldest first."""
         rows = self.conn.execute(f"SELECT {GENERATION_COLUMNS} FROM generations ORDER BY id")
-        return [GenerationRow.of(row) for row in rows]
+        return [GenerationRow.from_row(row) for row in rows]
 
-    def measured_generations(self, most: int = 100) -> list[tuple[int, dict[str, Any]]]:
+    def list_measurements(self, most: int = 100) -> list[tuple[int, dict[str, Any]]]:
         """Of the latest generations that hold facts: how many, and the figures; newest first."""
         rows = self.conn.execute(
             "SELECT json_array_length(fact_ids), figures FROM generations"
@@ -75,22 +75,22 @@ class Derived(Reader):
 
     def active_generation(self) -> int:
         """The generation that is served."""
-        return int(self.meta("active_generation") or 0)
+        return int(self.get_meta("active_generation") or 0)
 
-    def check_active(self) -> None:
+    def check_active_generation(self) -> None:
         """Refuse a database whose active generation is not the one that was switched to last.
         Raises KeditError (78)."""
-        said = self._one(
+        said = self._fetch_one(
             "SELECT json_extract(data, '$.to') FROM events WHERE kind = 'generation_switched'"
             " ORDER BY seq DESC LIMIT 1"
         )
-        last, active = str(said[0]) if said else "0", self.meta("active_generation") or "0"
+        last, active = str(said[0]) if said else "0", self.get_meta("active_generation") or "0"
         if active != last:
             how = f"the active generation is {active}, and the last switch was to {last}"
-            raise damaged("the database", how)
+            raise damage_error("the database", how)
 
 
-def opened(sha: str, blob: bytes, what: str) -> bytes:
+def verify_blob(sha: str, blob: bytes, what: str) -> bytes:
     """The blob, if it is what was put. Raises KeditError: `what` are damaged."""
     if hashlib.sha256(blob).hexdigest() != sha:
         raise KeditError(

@@ -15,7 +15,7 @@ from typing import Any
 from memory.errors import KeditError
 from memory.files import write_atomic
 
-GENESIS = "0" * 64
+GENESIS_HASH = "0" * 64
 HEAD_FILE = "audit.head"
 _COLUMNS = "seq, at, kind, fact_id, data, previous, hash"
 
@@ -34,7 +34,7 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ChainVerdict:
     """What a walk of the chain found; `problem` is empty when it is intact."""
 
     intact: bool
@@ -44,12 +44,14 @@ class Verdict:
     problem: str
 
 
-def canonical(value: Any) -> str:
+def to_canonical_json(value: Any) -> str:
     """JSON with one form per value; NaN and infinities, which JSON lacks, become words."""
-    return json.dumps(finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps(
+        replace_non_finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
 
 
-def append(
+def append_event(
     conn: sqlite3.Connection,
     at: str,
     kind: str,
@@ -60,9 +62,9 @@ def append(
     if not conn.in_transaction:
         raise KeditError("an event was written outside a transaction", code="no-transaction")
     last = conn.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
-    seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
-    text = canonical(data or {})
-    digest = _hash(seq, at, kind, fact_id, text, previous)
+    seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS_HASH)
+    text = to_canonical_json(data or {})
+    digest = _hash_event(seq, at, kind, fact_id, text, previous)
     conn.execute(
         f"INSERT INTO events({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
         (seq, at, kind, fact_id, text, previous, digest),
@@ -70,7 +72,7 @@ def append(
     return Event(seq, at, kind, fact_id, json.loads(text), previous, digest)
 
 
-def head(conn: sqlite3.Connection) -> Event | None:
+def read_newest_event(conn: sqlite3.Connection) -> Event | None:
     """The newest event, or None where there is none yet."""
     row = conn.execute(f"SELECT {_COLUMNS} FROM events ORDER BY seq DESC LIMIT 1").fetchone()
     if row is None:
@@ -79,17 +81,17 @@ def head(conn: sqlite3.Connection) -> Event | None:
     return Event(seq, at, kind, fact_id, json.loads(text), previous, digest)
 
 
-def verify(conn: sqlite3.Connection, head: tuple[int, str] | None) -> Verdict:
+def verify_chain(conn: sqlite3.Connection, head: tuple[int, str] | None) -> ChainVerdict:
     """Walk the chain from its start; `head` is a (seq, hash) that was kept outside."""
-    seq, last, problem = 0, GENESIS, ""
+    seq, last, problem = 0, GENESIS_HASH, ""
     for row in conn.execute(f"SELECT {_COLUMNS} FROM events ORDER BY seq"):
-        problem = _problem(tuple(row), seq, last, head)
+        problem = _find_problem(tuple(row), seq, last, head)
         if problem:
             break
         seq, last = row[0], row[6]
     if not problem and head is not None and head[0] > seq:
         problem = f"the events after {seq} are missing: the kept head is event {head[0]}"
-    return Verdict(not problem, seq, seq, last, problem)
+    return ChainVerdict(not problem, seq, seq, last, problem)
 
 
 def read_head(path: Path) -> tuple[int, str] | None:
@@ -111,33 +113,35 @@ def read_head(path: Path) -> tuple[int, str] | None:
 def write_head(path: Path, event: Event) -> None:
     """Keep the newest event's place and hash outside the database."""
     kept = {"seq": event.seq, "hash": event.hash, "at": event.at}
-    write_atomic(path, canonical(kept).encode() + b"\n")
+    write_atomic(path, to_canonical_json(kept).encode() + b"\n")
 
 
-def _hash(seq: int, at: str, kind: str, fact_id: str | None, text: str, previous: str) -> str:
+def _hash_event(seq: int, at: str, kind: str, fact_id: str | None, text: str, previous: str) -> str:
     # The data go in as the stored text: what is checked is what is there, byte by byte.
-    return hashlib.sha256(canonical([seq, at, kind, fact_id, text, previous]).encode()).hexdigest()
+    return hashlib.sha256(
+        to_canonical_json([seq, at, kind, fact_id, text, previous]).encode()
+    ).hexdigest()
 
 
-def _problem(row: tuple[Any, ...], seq: int, last: str, head: tuple[int, str] | None) -> str:
+def _find_problem(row: tuple[Any, ...], seq: int, last: str, head: tuple[int, str] | None) -> str:
     *said, digest = row
     if said[0] != seq + 1:
         return f"event {seq + 1} is missing: event {said[0]} follows event {seq}"
     if said[5] != last:
         return f"event {said[0]} does not follow from the event before it"
-    if digest != _hash(*said):
+    if digest != _hash_event(*said):
         return f"event {said[0]} has been changed"
     if head is not None and head[0] == said[0] and digest != head[1]:
         return f"event {said[0]} differs from the kept head: history has been rewritten"
     return ""
 
 
-def finite(value: Any) -> Any:
+def replace_non_finite(value: Any) -> Any:
     """The value with NaN and infinities, which JSON lacks, as words."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [replace_non_finite(item) for item in value]
     return value

@@ -4,36 +4,38 @@ import sqlite3
 from datetime import UTC, datetime
 from typing import Any
 
-from memory.db.queries import dicts
-from memory.facts import State
+from memory.db.queries import fetch_dicts
+from memory.facts import FactState
 
-_META = ("model", "model_hash", "device", "started_at", "paused")
+_META_KEYS = ("model", "model_hash", "device", "started_at", "paused")
 
 
-def overview(conn: sqlite3.Connection, now: datetime | None = None) -> dict[str, Any]:
+def fetch_overview(conn: sqlite3.Connection, now: datetime | None = None) -> dict[str, Any]:
     """What one screen needs; `now` decides which failures are today's (UTC)."""
     today = (now or datetime.now(UTC)).astimezone(UTC).date().isoformat()
     conn.execute("BEGIN")  # one moment of the database for all the numbers
     try:
         return {
-            **_counts(conn),
-            **_identity(conn),
-            **_side(conn),
-            "failed_today": _failed(conn, today),
+            **_count_rows(conn),
+            **_fetch_identity(conn),
+            **_measure_side_keys(conn),
+            "failed_today": _count_failures(conn, today),
             "oldest_received_at": conn.execute(
-                "SELECT min(received_at) FROM facts WHERE state = ?", (State.RECEIVED,)
+                "SELECT min(received_at) FROM facts WHERE state = ?", (FactState.RECEIVED,)
             ).fetchone()[0],
-            "last_audit": next(dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT 1"), None),
+            "last_audit": next(
+                fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT 1"), None
+            ),
             "jobs": {
                 row["name"]: row
-                for row in dicts(
+                for row in fetch_dicts(
                     conn,
                     "SELECT * FROM job_run WHERE id IN (SELECT max(id) FROM job_run GROUP BY name)"
                     " ORDER BY name",
                 )
             },
             "failed_submissions": list(
-                dicts(
+                fetch_dicts(
                     conn,
                     "SELECT * FROM submissions WHERE failed > 0"
                     " ORDER BY received_at DESC, rowid DESC LIMIT 5",
@@ -44,38 +46,38 @@ def overview(conn: sqlite3.Connection, now: datetime | None = None) -> dict[str,
         conn.rollback()
 
 
-def _counts(conn: sqlite3.Connection) -> dict[str, Any]:
-    states = dict.fromkeys((str(state) for state in State), 0)
+def _count_rows(conn: sqlite3.Connection) -> dict[str, Any]:
+    states = dict.fromkeys((str(state) for state in FactState), 0)
     states |= dict(map(tuple, conn.execute("SELECT state, count(*) FROM facts GROUP BY state")))
-    tiers = {"side": states[State.LIVE_SIDE], "weights": states[State.LIVE_WEIGHTS]}
+    tiers = {"side": states[FactState.LIVE_SIDE], "weights": states[FactState.LIVE_WEIGHTS]}
     seq, generations = conn.execute(
         "SELECT (SELECT max(seq) FROM events), (SELECT count(*) FROM generations)"
     ).fetchone()
     return {"states": states, "tiers": tiers, "events": seq or 0, "generations": generations}
 
 
-def _identity(conn: sqlite3.Connection) -> dict[str, Any]:
+def _fetch_identity(conn: sqlite3.Connection) -> dict[str, Any]:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
     pid = meta.get("pid", "")
     return {
-        **{key: meta.get(key) for key in _META},
+        **{key: meta.get(key) for key in _META_KEYS},
         "pid": int(pid) if pid.isdecimal() else None,
         "generation": int(meta.get("active_generation", 0)),
     }
 
 
-def _side(conn: sqlite3.Connection) -> dict[str, Any]:
+def _measure_side_keys(conn: sqlite3.Connection) -> dict[str, Any]:
     keys, size = conn.execute(
         "SELECT count(*), coalesce(sum(length(tensors)), 0) FROM side_keys"
     ).fetchone()
     return {"side_keys": keys, "side_bytes": size}
 
 
-def _failed(conn: sqlite3.Connection, today: str) -> int:
+def _count_failures(conn: sqlite3.Connection, today: str) -> int:
     # Records that never became facts, and facts that could not be made live.
     records, facts = conn.execute(
         "SELECT (SELECT coalesce(sum(failed), 0) FROM submissions WHERE received_at >= ?),"
         " (SELECT count(*) FROM facts WHERE state = ? AND changed_at >= ?)",
-        (today, State.FAILED, today),
+        (today, FactState.FAILED, today),
     ).fetchone()
     return int(records) + int(facts)

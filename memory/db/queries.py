@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import KeditError
-from memory.facts import ACTIVE, State
+from memory.facts import ACTIVE_STATES, FactState
 
-_FACT_COLUMNS = (
+_LISTED_COLUMNS = (
     "id, external_id, seq, state, tier, generation, subject, prompt, target, reason, file_name,"
     " received_at, changed_at, valid_until, attempts, direct, before, after"
 )
@@ -26,7 +26,7 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
     the thread that made it, or where it `moves`, to one thread at a time."""
     if not path.is_file():
         raise KeditError(f"there is no database {path}", code="no-home", hint="kedit-daemon init")
-    still = "&immutable=1" if _still(path) else ""
+    still = "&immutable=1" if _is_immutable(path) else ""
     conn = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=ro{still}", uri=True, check_same_thread=not moves
     )
@@ -54,7 +54,7 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
     return conn
 
 
-def _still(path: Path) -> bool:
+def _is_immutable(path: Path) -> bool:
     """Whether nobody can be writing to a database: there SQLite cannot make the file that it shares
     with a writer, and has to be told to do without."""
     if not os.statvfs(path.parent).f_flag & os.ST_RDONLY:
@@ -65,31 +65,35 @@ def _still(path: Path) -> bool:
     return not shared.exists() and (not log.exists() or not log.stat().st_size)
 
 
-def fact_rows(
+def fetch_facts(
     conn: sqlite3.Connection, state: str | None = None, subject: str | None = None
 ) -> list[dict[str, Any]]:
     """Facts in the order in which they were received; `subject` is a part of it, in any case."""
     tests = {"state = ?": state, "instr(casefold(subject), casefold(?))": subject}
-    where, values = _where(tests)
-    return list(dicts(conn, f"SELECT {_FACT_COLUMNS} FROM facts{where} ORDER BY seq", *values))
+    where, values = _where_clause(tests)
+    return list(
+        fetch_dicts(conn, f"SELECT {_LISTED_COLUMNS} FROM facts{where} ORDER BY seq", *values)
+    )
 
 
-def fact_detail(conn: sqlite3.Connection, name: str) -> dict[str, Any] | None:
+def fetch_fact_detail(conn: sqlite3.Connection, name: str) -> dict[str, Any] | None:
     """One fact by its id or its owner's, with its edits, its events and what it takes up."""
-    fact_id = _resolve(conn, name)
-    row = next(dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
+    fact_id = _resolve_id(conn, name)
+    row = next(fetch_dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
     if row is None:
         return None
     return {
         **row,
-        "terms_bytes": _size(conn, "terms", fact_id),
-        "side_bytes": _size(conn, "side_keys", fact_id),
-        "edits": list(dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)),
-        "events": list(event_rows(conn, fact=fact_id)),
+        "terms_bytes": _tensor_bytes(conn, "terms", fact_id),
+        "side_bytes": _tensor_bytes(conn, "side_keys", fact_id),
+        "edits": list(
+            fetch_dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)
+        ),
+        "events": list(fetch_events(conn, fact=fact_id)),
     }
 
 
-def event_rows(
+def fetch_events(
     conn: sqlite3.Connection,
     after_seq: int = 0,
     since: str | None = None,
@@ -107,18 +111,18 @@ def event_rows(
         "seq > ?": after_seq,
         "at >= ?": since,
         "kind IN (SELECT value FROM json_each(?))": json.dumps(list(kinds)) if kinds else None,
-        "fact_id = ?": None if fact is None else _resolve(conn, fact),
+        "fact_id = ?": None if fact is None else _resolve_id(conn, fact),
         f"{about} instr(casefold(subject), casefold(?)))": subject,
         f"{about} state = ?)": state,
     }
-    where, values = _where(tests)
+    where, values = _where_clause(tests)
     sql = f"SELECT * FROM events{where} ORDER BY seq"
     if last is not None:
         sql, values = f"SELECT * FROM ({sql} DESC LIMIT ?) ORDER BY seq", [*values, last]
-    yield from dicts(conn, sql, *values)
+    yield from fetch_dicts(conn, sql, *values)
 
 
-def answer_until(conn: sqlite3.Connection, fact_id: str, seq: int) -> str | None:
+def find_answer_before(conn: sqlite3.Connection, fact_id: str, seq: int) -> str | None:
     """The answer that the newest event of a fact before event `seq` tells of, if any does."""
     row = conn.execute(
         "SELECT json_extract(data, '$.after') AS said FROM events"
@@ -128,7 +132,7 @@ def answer_until(conn: sqlite3.Connection, fact_id: str, seq: int) -> str | None
     return row[0] if row else None
 
 
-def similar_facts(conn: sqlite3.Connection, name: str) -> list[str]:
+def find_similar_ids(conn: sqlite3.Connection, name: str) -> list[str]:
     """Ids, the most alike first, that somebody may have meant by a name that no fact has: those
     that begin alike, ours or their owner's, and those of a subject of that name."""
     begins = "substr(?, 1, 3)"
@@ -142,7 +146,7 @@ def similar_facts(conn: sqlite3.Connection, name: str) -> list[str]:
     return get_close_matches(name, ids) or [row["id"] for row in rows if row["called"]]
 
 
-def fact_page(
+def fetch_fact_page(
     conn: sqlite3.Connection, text: str | None, state: str | None, before: int | None, most: int
 ) -> list[dict[str, Any]]:
     """The newest facts first, at most so many, older than the one with the number `before`.
@@ -155,12 +159,12 @@ def fact_page(
         "state = ?": state,
         "seq < ?": before,
     }
-    where, values = _where(tests)
-    sql = f"SELECT {_FACT_COLUMNS} FROM facts{where} ORDER BY seq DESC LIMIT ?"
-    return list(dicts(conn, sql, *values, most))
+    where, values = _where_clause(tests)
+    sql = f"SELECT {_LISTED_COLUMNS} FROM facts{where} ORDER BY seq DESC LIMIT ?"
+    return list(fetch_dicts(conn, sql, *values, most))
 
 
-def event_page(
+def fetch_event_page(
     conn: sqlite3.Connection, asked: Mapping[str, Any], before: int | None, most: int
 ) -> list[dict[str, Any]]:
     """The newest events first, at most so many, older than the one with the number `before`.
@@ -173,11 +177,11 @@ def event_page(
         "events.seq < ?": before,
         "at >= ?": asked.get("since"),
         "kind = ?": asked.get("kind"),
-        "fact_id = ?": None if fact is None else _resolve(conn, fact),
+        "fact_id = ?": None if fact is None else _resolve_id(conn, fact),
         "instr(casefold(coalesce(subject, '')), casefold(?))": asked.get("subject"),
     }
-    where, values = _where(tests)
-    rows = dicts(
+    where, values = _where_clause(tests)
+    rows = fetch_dicts(
         conn,
         "SELECT events.*, subject, prompt, target FROM events LEFT JOIN facts"
         f" ON facts.id = events.fact_id{where} ORDER BY events.seq DESC LIMIT ?",
@@ -192,20 +196,20 @@ def event_page(
     ]
 
 
-def event_kinds(conn: sqlite3.Connection) -> list[str]:
+def fetch_event_kinds(conn: sqlite3.Connection) -> list[str]:
     """The kinds of events that there are."""
     return [row[0] for row in conn.execute("SELECT DISTINCT kind FROM events ORDER BY kind")]
 
 
-def audit_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
+def fetch_audits(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
     """The last audits, oldest first."""
-    newest = dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
+    newest = fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
     return list(newest)[::-1]
 
 
-def generation_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
+def fetch_generations(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
     """The last generations of the weights, oldest first, each with how many `facts` it holds."""
-    newest = dicts(
+    newest = fetch_dicts(
         conn,
         "SELECT id, parent, reason, figures, created_at, json_array_length(fact_ids) AS facts"
         " FROM generations ORDER BY id DESC LIMIT ?",
@@ -214,54 +218,54 @@ def generation_rows(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]
     return list(newest)[::-1]
 
 
-def facts_named(conn: sqlite3.Connection, ids: Collection[str]) -> list[dict[str, Any]]:
+def fetch_facts_by_id(conn: sqlite3.Connection, ids: Collection[str]) -> list[dict[str, Any]]:
     """Those of the facts with these ids that are known, in the order of their arrival."""
-    sql = f"SELECT {_FACT_COLUMNS} FROM facts WHERE id IN (SELECT value FROM json_each(?))"
-    return list(dicts(conn, f"{sql} ORDER BY seq", json.dumps(list(ids))))
+    sql = f"SELECT {_LISTED_COLUMNS} FROM facts WHERE id IN (SELECT value FROM json_each(?))"
+    return list(fetch_dicts(conn, f"{sql} ORDER BY seq", json.dumps(list(ids))))
 
 
-def weights_facts_asking(conn: sqlite3.Connection, prompt: str) -> list[dict[str, Any]]:
+def find_weights_facts(conn: sqlite3.Connection, prompt: str) -> list[dict[str, Any]]:
     """The facts in the weights whose prompt, or a paraphrase, is just this."""
     return list(
-        dicts(
+        fetch_dicts(
             conn,
-            f"SELECT {_FACT_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
+            f"SELECT {_LISTED_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
             " subject) = ? OR EXISTS (SELECT 1 FROM json_each(record, '$.paraphrases')"
             " WHERE replace(value, '{}', subject) = ?)) ORDER BY seq",
-            *(State.LIVE_WEIGHTS, prompt, prompt),
+            *(FactState.LIVE_WEIGHTS, prompt, prompt),
         )
     )
 
 
-def _size(conn: sqlite3.Connection, table: str, fact_id: str) -> int | None:
+def _tensor_bytes(conn: sqlite3.Connection, table: str, fact_id: str) -> int | None:
     row = conn.execute(
         f"SELECT length(tensors) FROM {table} WHERE fact_id = ?", (fact_id,)
     ).fetchone()
     return int(row[0]) if row else None
 
 
-def _resolve(conn: sqlite3.Connection, name: str) -> str:
+def _resolve_id(conn: sqlite3.Connection, name: str) -> str:
     """The id behind a name; the name itself where no fact has it."""
     row = conn.execute(
         "SELECT id FROM facts WHERE id = ? OR external_id = ?"
         " ORDER BY id = ? DESC, state IN (?, ?, ?) DESC, seq DESC LIMIT 1",
-        (name, name, name, *ACTIVE),
+        (name, name, name, *ACTIVE_STATES),
     ).fetchone()
     return str(row[0]) if row else name
 
 
-def _where(tests: dict[str, Any]) -> tuple[str, list[Any]]:
+def _where_clause(tests: dict[str, Any]) -> tuple[str, list[Any]]:
     asked = {test: value for test, value in tests.items() if value is not None}
     return (f" WHERE {' AND '.join(asked)}" if asked else ""), list(asked.values())
 
 
-def dicts(conn: sqlite3.Connection, sql: str, *values: Any) -> Iterator[dict[str, Any]]:
+def fetch_dicts(conn: sqlite3.Connection, sql: str, *values: Any) -> Iterator[dict[str, Any]]:
     """Rows with their columns' names; what is kept as JSON is read."""
     for row in conn.execute(sql, values):
-        yield {key: _value(key, row[key]) for key in row.keys()}  # noqa: SIM118 (sqlite3.Row)
+        yield {key: _decode_value(key, row[key]) for key in row.keys()}  # noqa: SIM118 (sqlite3.Row)
 
 
-def _value(key: str, value: Any) -> Any:
+def _decode_value(key: str, value: Any) -> Any:
     if value is not None and key in ("record", "probe", "figures", "reasons", "data"):
         return json.loads(value)
     return bool(value) if key == "direct" else value

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from memory.errors import damaged
-from memory.facts import Fact, State, from_json, to_json
+from memory.errors import damage_error
+from memory.facts import Fact, FactState, fact_from_json, fact_to_json
 
 FACT_COLUMNS = (
     "id, record, seq, state, tier, generation, direct, reason, file_name, received_at, changed_at,"
@@ -24,7 +24,7 @@ class StoredFact:
 
     fact: Fact
     seq: int
-    state: State
+    state: FactState
     tier: str | None
     generation: int | None
     direct: bool
@@ -43,13 +43,13 @@ class StoredFact:
         return self.fact.id
 
     @classmethod
-    def of(cls, row: tuple[Any, ...]) -> "StoredFact":
+    def from_row(cls, row: tuple[Any, ...]) -> "StoredFact":
         """From a row of FACT_COLUMNS. Raises KeditError (78) where it is not what was put."""
         values = dict(zip(FACT_COLUMNS.split(", "), row, strict=True))
         fact_id = values.pop("id")
-        with _whole(f"fact {fact_id} in the database"):
-            values["fact"] = from_json(values.pop("record"))
-            values["state"] = State(values["state"])
+        with _raise_as_damage(f"fact {fact_id} in the database"):
+            values["fact"] = fact_from_json(values.pop("record"))
+            values["state"] = FactState(values["state"])
             values["direct"] = bool(values["direct"])
             values["probe"] = json.loads(values["probe"]) if values["probe"] else None
             if values["fact"].id != fact_id:
@@ -58,20 +58,20 @@ class StoredFact:
 
 
 @contextmanager
-def _whole(what: str) -> Iterator[None]:
+def _raise_as_damage(what: str) -> Iterator[None]:
     """SQLite has no sums of its own over what it keeps."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damaged(what, str(error)) from error
+        raise damage_error(what, str(error)) from error
 
 
-def stored_name(name: str) -> str:
+def escape_file_name(name: str) -> str:
     """A file's name as text that SQLite takes: bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def received_row(fact: Fact, seq: int, file_name: str, direct: bool, now: str) -> dict[str, Any]:
+def make_fact_row(fact: Fact, seq: int, file_name: str, direct: bool, now: str) -> dict[str, Any]:
     """Every column of a fact that has just been received, also where it comes back."""
     return {
         "id": fact.id,
@@ -80,13 +80,13 @@ def received_row(fact: Fact, seq: int, file_name: str, direct: bool, now: str) -
         "subject": fact.subject,
         "prompt": fact.prompt,
         "target": fact.target,
-        "record": to_json(fact),
-        "state": State.RECEIVED,
+        "record": fact_to_json(fact),
+        "state": FactState.RECEIVED,
         "tier": None,
         "generation": None,
         "direct": int(direct),
         "reason": None,
-        "file_name": stored_name(file_name),
+        "file_name": escape_file_name(file_name),
         "received_at": now,
         "changed_at": now,
         "attempts": 0,
@@ -99,7 +99,7 @@ def received_row(fact: Fact, seq: int, file_name: str, direct: bool, now: str) -
 
 
 @dataclass(frozen=True)
-class SideRow:
+class SideKeysRow:
     """The retrieval keys of one fact in the side memory."""
 
     fact_id: str
@@ -132,10 +132,10 @@ class GenerationRow:
     created_at: str
 
     @classmethod
-    def of(cls, row: tuple[Any, ...]) -> "GenerationRow":
+    def from_row(cls, row: tuple[Any, ...]) -> "GenerationRow":
         """From a row of GENERATION_COLUMNS."""
         values = dict(zip(GENERATION_COLUMNS.split(", "), row, strict=True))
-        with _whole(f"generation {values['id']} in the database"):
+        with _raise_as_damage(f"generation {values['id']} in the database"):
             values["fact_ids"] = tuple(json.loads(values["fact_ids"]))
             values["figures"] = json.loads(values["figures"])
         return cls(**values)
@@ -154,7 +154,7 @@ class AuditRow:
     seconds: float
 
     @classmethod
-    def of(cls, row: tuple[Any, ...]) -> "AuditRow":
+    def from_row(cls, row: tuple[Any, ...]) -> "AuditRow":
         """From a row of AUDIT_COLUMNS."""
         values = dict(zip(AUDIT_COLUMNS.split(", "), row, strict=True))
         values["figures"] = json.loads(values["figures"])

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from sqlite_utils import Database, Migrations
 
-from memory.errors import KeditError, damaged
-from memory.files import publish
+from memory.errors import KeditError, damage_error
+from memory.files import move_into_place
 
 
-class Step(Protocol):
+class MigrationStep(Protocol):
     """One migration; its name is what the database remembers."""
 
     __name__: str
@@ -19,7 +19,7 @@ class Step(Protocol):
     def __call__(self, db: Database, /) -> None: ...
 
 
-_RECORDS = (
+_FACT_TABLES = (
     """CREATE TABLE submissions(
         work_name TEXT PRIMARY KEY, file_name TEXT NOT NULL, sha256 TEXT NOT NULL,
         received_at TEXT NOT NULL, accepted INT NOT NULL, failed INT NOT NULL,
@@ -41,7 +41,7 @@ _RECORDS = (
         probe TEXT) STRICT""",
     "CREATE INDEX edits_fact_id ON edits(fact_id)",
 )
-_DERIVED = (
+_ARTIFACT_TABLES = (
     """CREATE TABLE terms(
         fact_id TEXT PRIMARY KEY REFERENCES facts(id), sha256 TEXT NOT NULL,
         tensors BLOB NOT NULL) STRICT""",
@@ -56,7 +56,7 @@ _DERIVED = (
         parent INT REFERENCES generations(id), reason TEXT NOT NULL, fact_ids TEXT NOT NULL,
         figures TEXT NOT NULL, created_at TEXT NOT NULL) STRICT""",
 )
-_RUNS = (
+_RUN_TABLES = (
     """CREATE TABLE audits(
         id INTEGER PRIMARY KEY, at TEXT NOT NULL, generation INT NOT NULL,
         verdict TEXT NOT NULL, figures TEXT NOT NULL, reasons TEXT NOT NULL,
@@ -67,7 +67,7 @@ _RUNS = (
     "CREATE INDEX job_run_name ON job_run(name)",
     "CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
 )
-_EVENTS = (
+_EVENT_TABLES = (
     """CREATE TABLE events(
         seq INTEGER PRIMARY KEY, at TEXT NOT NULL, kind TEXT NOT NULL, fact_id TEXT,
         data TEXT NOT NULL, previous TEXT NOT NULL, hash TEXT NOT NULL) STRICT""",
@@ -85,15 +85,15 @@ _EVENTS = (
 
 def m001_first(db: Database) -> None:
     """The tables of the first version."""
-    for statement in (*_RECORDS, *_DERIVED, *_RUNS, *_EVENTS):
+    for statement in (*_FACT_TABLES, *_ARTIFACT_TABLES, *_RUN_TABLES, *_EVENT_TABLES):
         db.execute(statement)
 
 
-STEPS: tuple[Step, ...] = (m001_first,)
-_SET = "kedit"  # the name under which the database remembers its migrations
+MIGRATION_STEPS: tuple[MigrationStep, ...] = (m001_first,)
+_MIGRATION_SET = "kedit"  # the name under which the database remembers its migrations
 
 
-def examine(path: Path, *, thorough: bool = False) -> None:
+def check_file(path: Path, *, thorough: bool = False) -> None:
     """Refuse a database that is damaged, or that a newer version has written, and leave it and
     its log as they are: whoever can write moves the one into the other, if only at the close."""
     if not path.is_file():
@@ -102,23 +102,25 @@ def examine(path: Path, *, thorough: bool = False) -> None:
     # what was begun, and nobody can read before.
     mode = "rw" if path.with_name(f"{path.name}-journal").is_file() else "ro"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as conn:
-        check(conn, path, thorough=thorough)
+        check_integrity(conn, path, thorough=thorough)
         refuse_newer(conn, path)
 
 
-def prepare(db: Database, path: Path, steps: tuple[Step, ...] = STEPS) -> None:
+def migrate_database(
+    db: Database, path: Path, steps: tuple[MigrationStep, ...] = MIGRATION_STEPS
+) -> None:
     """Keep a copy of the file where something is about to change, then migrate."""
-    migrations = Migrations(_SET)
+    migrations = Migrations(_MIGRATION_SET)
     for step in steps:
         migrations(name=step.__name__)(step)
     pending = migrations.pending(db)
     if pending and db.table_names():
-        _backup(db.conn, path.with_name(f"{path.name}.before-{pending[0].name}"))
+        _back_up_database(db.conn, path.with_name(f"{path.name}.before-{pending[0].name}"))
     if pending:
-        _apply(db, migrations)
+        _apply_migrations(db, migrations)
 
 
-def _apply(db: Database, migrations: Migrations) -> None:
+def _apply_migrations(db: Database, migrations: Migrations) -> None:
     # apply() opens deferred transactions, which another writer can get into; inside this one
     # they become savepoints, and all steps are done or none.
     db.execute("BEGIN IMMEDIATE")
@@ -135,8 +137,8 @@ def refuse_newer(conn: sqlite3.Connection, path: Path) -> None:
     table = Migrations.migrations_table
     if conn.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchone() is None:
         return
-    rows = conn.execute(f"SELECT name FROM {table} WHERE migration_set = ?", (_SET,))
-    unknown = {row[0] for row in rows} - {step.__name__ for step in STEPS}
+    rows = conn.execute(f"SELECT name FROM {table} WHERE migration_set = ?", (_MIGRATION_SET,))
+    unknown = {row[0] for row in rows} - {step.__name__ for step in MIGRATION_STEPS}
     if unknown:
         raise KeditError(
             f"{path} was written by a newer version: it has {', '.join(sorted(unknown))}",
@@ -146,7 +148,7 @@ def refuse_newer(conn: sqlite3.Connection, path: Path) -> None:
         )
 
 
-def check(conn: sqlite3.Connection, path: Path, *, thorough: bool = False) -> None:
+def check_integrity(conn: sqlite3.Connection, path: Path, *, thorough: bool = False) -> None:
     """Refuse a damaged database, before anything is read from it or written to it. `thorough`:
     also one whose indexes say something else than its tables."""
     look = "integrity_check" if thorough else "quick_check"
@@ -157,11 +159,11 @@ def check(conn: sqlite3.Connection, path: Path, *, thorough: bool = False) -> No
     except sqlite3.DatabaseError as error:
         found = [str(error)]
     if found != ["ok"]:
-        raise damaged(str(path), "; ".join(found))
+        raise damage_error(str(path), "; ".join(found))
 
 
-def _backup(conn: sqlite3.Connection, copy: Path) -> None:
+def _back_up_database(conn: sqlite3.Connection, copy: Path) -> None:
     staged = copy.with_name(f".{copy.name}.tmp")
     staged.unlink(missing_ok=True)
     conn.execute("VACUUM INTO ?", (str(staged),))
-    publish(staged, copy)
+    move_into_place(staged, copy)

@@ -9,18 +9,18 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memory.db.artifacts import Artifacts
-from memory.db.event_log import canonical
+from memory.db.artifacts import ArtifactWriter
+from memory.db.event_log import to_canonical_json
 from memory.db.rows import (
     AUDIT_COLUMNS,
     FACT_COLUMNS,
     AuditRow,
     StoredFact,
-    received_row,
-    stored_name,
+    escape_file_name,
+    make_fact_row,
 )
 from memory.errors import KeditError
-from memory.facts import ACTIVE, Fact, State, to_json
+from memory.facts import ACTIVE_STATES, Fact, FactState, fact_to_json
 
 JOB_OK = "ok"
 """The outcome of a job run that counts as a success."""
@@ -28,63 +28,67 @@ JOB_INTERRUPTED = "interrupted"
 """That of a run that never finished, because the process ended."""
 
 
-class Store(Artifacts):
+class Store(ArtifactWriter):
     """Everything that the daemon remembers; SQLite is the only truth."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         super().__init__(path, clock)
-        if self._one("SELECT 1 FROM generations WHERE id = 0") is None:
+        if self._fetch_one("SELECT 1 FROM generations WHERE id = 0") is None:
             with self.transaction():
-                self._write(
+                self._execute_write(
                     "INSERT INTO generations VALUES (0, NULL, '', NULL, 'base', '[]', '{}', ?)",
-                    self.now(),
+                    self.format_now(),
                 )
 
-    def fact(self, name: str) -> StoredFact | None:
+    def find_fact(self, name: str) -> StoredFact | None:
         """A fact by its id, or by its owner's id: the active one there, else the newest."""
-        row = self._one(
+        row = self._fetch_one(
             f"SELECT {FACT_COLUMNS} FROM facts WHERE external_id = ? "
-            f"ORDER BY state IN ({_marks(ACTIVE)}) DESC, seq DESC LIMIT 1",
-            *(name, *ACTIVE),
+            f"ORDER BY state IN ({_make_placeholders(ACTIVE_STATES)}) DESC, seq DESC LIMIT 1",
+            *(name, *ACTIVE_STATES),
         )
-        return self._by_id(name) or (StoredFact.of(row) if row else None)
+        return self._find_by_id(name) or (StoredFact.from_row(row) if row else None)
 
-    def facts(self, states: Iterable[State] = (), slot: str | None = None) -> list[StoredFact]:
+    def list_facts(
+        self, states: Iterable[FactState] = (), slot: str | None = None
+    ) -> list[StoredFact]:
         """Facts in the order in which they were received; no states means all states."""
         wanted = tuple(states)
-        tests = [f"state IN ({_marks(wanted)})"] if wanted else []
+        tests = [f"state IN ({_make_placeholders(wanted)})"] if wanted else []
         values: list[str] = list(wanted)
         if slot is not None:
             tests.append("slot = ?")
             values.append(slot)
         where = f"WHERE {' AND '.join(tests)}" if tests else ""
         rows = self.conn.execute(f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq", values)
-        return [StoredFact.of(row) for row in rows]
+        return [StoredFact.from_row(row) for row in rows]
 
-    def receive(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
+    def receive_fact(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
         """Take a fact in, or in again after it has ended; it is then the newest of all."""
-        known = self._by_id(fact.id)
-        if known is not None and known.state in ACTIVE:
+        known = self._find_by_id(fact.id)
+        if known is not None and known.state in ACTIVE_STATES:
             raise KeditError(f"fact {fact.id} is {known.state} already", code="duplicate")
-        row = self._one("SELECT coalesce(max(seq), 0) + 1 FROM facts")
+        row = self._fetch_one("SELECT coalesce(max(seq), 0) + 1 FROM facts")
         seq = int(row[0]) if row else 1
-        self._upsert("facts", "id", received_row(fact, seq, file_name, direct, self.now()))
+        self._upsert_row(
+            "facts", "id", make_fact_row(fact, seq, file_name, direct, self.format_now())
+        )
         data: dict[str, Any] = {
             "seq": seq,
-            "file": stored_name(file_name),
+            "file": escape_file_name(file_name),
             "direct": direct,
-            "fact": json.loads(to_json(fact)),
+            "fact": json.loads(fact_to_json(fact)),
         }
         if known is None:
-            self.event("fact_received", fact.id, **data)
+            self.write_event("fact_received", fact.id, **data)
         else:
-            self.event("fact_revived", fact.id, **data, **{"from": known.state})
-        return self._known(fact.id)
+            self.write_event("fact_revived", fact.id, **data, **{"from": known.state})
+        return self._require_fact(fact.id)
 
-    def move(
+    def change_state(
         self,
         fact_id: str,
-        state: State,
+        state: FactState,
         *,
         tier: str | None = None,
         generation: int | None = None,
@@ -102,31 +106,33 @@ class Store(Artifacts):
             "before": before,
             "after": after,
         }
-        was = self._known(fact_id).state
-        self._write(
+        was = self._require_fact(fact_id).state
+        self._execute_write(
             "UPDATE facts SET state = ?, reason = ?, tier = ?, generation = ?, changed_at = ?,"
             " before = coalesce(?, before), after = coalesce(?, after),"
             " probe = coalesce(?, probe) WHERE id = ?",
-            *(state, reason, tier, generation, self.now(), before, after),
-            *(_json(probe), fact_id),
+            *(state, reason, tier, generation, self.format_now(), before, after),
+            *(_to_json_or_none(probe), fact_id),
         )
-        self.event(f"fact_{state}", fact_id, **{"from": was, "to": state}, **said)
-        return self._known(fact_id)
+        self.write_event(f"fact_{state}", fact_id, **{"from": was, "to": state}, **said)
+        return self._require_fact(fact_id)
 
-    def attempted(self, fact_id: str) -> int:
+    def count_attempt(self, fact_id: str) -> int:
         """Count one more attempt at a fact; returns how many that makes."""
-        self._write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
-        return self._known(fact_id).attempts
+        self._execute_write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
+        return self._require_fact(fact_id).attempts
 
-    def send_beside(self, fact_id: str, kind: str, **why: Any) -> None:
+    def send_to_side(self, fact_id: str, kind: str, **why: Any) -> None:
         """Let a waiting fact that is for a batch be for the side memory instead; its attempts
         stay as they are. `kind` and `why` are the event's."""
-        self._write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
-        self.event(kind, fact_id, **why)
+        self._execute_write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
+        self.write_event(kind, fact_id, **why)
 
-    def submission(self, work_name: str) -> bool:
+    def has_submission(self, work_name: str) -> bool:
         """Whether a claimed file has been taken in already."""
-        return self._one("SELECT 1 FROM submissions WHERE work_name = ?", work_name) is not None
+        return (
+            self._fetch_one("SELECT 1 FROM submissions WHERE work_name = ?", work_name) is not None
+        )
 
     def add_submission(
         self,
@@ -139,13 +145,13 @@ class Store(Artifacts):
         duplicates: int,
     ) -> None:
         """Note that a claimed file has been taken in, and what came of its records."""
-        self._insert(
+        self._insert_row(
             "submissions",
             {
                 "work_name": work_name,
-                "file_name": stored_name(file_name),
+                "file_name": escape_file_name(file_name),
                 "sha256": sha256,
-                "received_at": self.now(),
+                "received_at": self.format_now(),
                 "accepted": accepted,
                 "failed": failed,
                 "duplicates": duplicates,
@@ -162,16 +168,16 @@ class Store(Artifacts):
         probe: Mapping[str, Any] | None,
     ) -> int:
         """Note one computation of an edit, whatever came of it."""
-        return self._insert(
+        return self._insert_row(
             "edits",
             {
                 "fact_id": fact_id,
                 "tier": tier,
                 "generation": generation,
-                "at": self.now(),
+                "at": self.format_now(),
                 "seconds": seconds,
                 "outcome": outcome,
-                "probe": _json(probe),
+                "probe": _to_json_or_none(probe),
             },
         )
 
@@ -184,18 +190,18 @@ class Store(Artifacts):
         seconds: float,
     ) -> int:
         """Keep an audit and write its event."""
-        number = self._insert(
+        number = self._insert_row(
             "audits",
             {
-                "at": self.now(),
+                "at": self.format_now(),
                 "generation": generation,
                 "verdict": verdict,
-                "figures": canonical(dict(figures)),
-                "reasons": canonical(list(reasons)),
+                "figures": to_canonical_json(dict(figures)),
+                "reasons": to_canonical_json(list(reasons)),
                 "seconds": seconds,
             },
         )
-        self.event(
+        self.write_event(
             "audit",
             audit=number,
             generation=generation,
@@ -206,53 +212,54 @@ class Store(Artifacts):
         )
         return number
 
-    def audits(self, limit: int) -> list[AuditRow]:
+    def list_audits(self, limit: int) -> list[AuditRow]:
         """The latest audits, newest first."""
         rows = self.conn.execute(
             f"SELECT {AUDIT_COLUMNS} FROM audits ORDER BY id DESC LIMIT ?", (limit,)
         )
-        return [AuditRow.of(row) for row in rows]
+        return [AuditRow.from_row(row) for row in rows]
 
     def start_job(self, name: str, scheduled_for: str) -> int:
         """Note that a job begins; returns the number of the run."""
-        return self._insert(
-            "job_run", {"name": name, "scheduled_for": scheduled_for, "started_at": self.now()}
+        return self._insert_row(
+            "job_run",
+            {"name": name, "scheduled_for": scheduled_for, "started_at": self.format_now()},
         )
 
     def finish_job(self, run: int, outcome: str, detail: str | None = None) -> None:
         """Note how a run ended; only the outcome JOB_OK counts as a success."""
-        self._write(
+        self._execute_write(
             "UPDATE job_run SET finished_at = ?, outcome = ?, detail = ? WHERE id = ?",
-            *(self.now(), outcome, detail, run),
+            *(self.format_now(), outcome, detail, run),
         )
 
     def interrupt_jobs(self) -> None:
         """Note of all runs that have no outcome that they will never have one."""
-        self._write("UPDATE job_run SET outcome = ? WHERE outcome IS NULL", JOB_INTERRUPTED)
+        self._execute_write("UPDATE job_run SET outcome = ? WHERE outcome IS NULL", JOB_INTERRUPTED)
 
-    def last_success(self, name: str) -> str | None:
+    def find_last_success(self, name: str) -> str | None:
         """When the run of a job that last ended well began: it stands for all planned till then."""
-        row = self._one(
+        row = self._fetch_one(
             "SELECT started_at FROM job_run WHERE name = ? AND outcome = ? "
             "ORDER BY id DESC LIMIT 1",
             *(name, JOB_OK),
         )
         return row[0] if row else None
 
-    def _by_id(self, fact_id: str) -> StoredFact | None:
-        row = self._one(f"SELECT {FACT_COLUMNS} FROM facts WHERE id = ?", fact_id)
-        return StoredFact.of(row) if row else None
+    def _find_by_id(self, fact_id: str) -> StoredFact | None:
+        row = self._fetch_one(f"SELECT {FACT_COLUMNS} FROM facts WHERE id = ?", fact_id)
+        return StoredFact.from_row(row) if row else None
 
-    def _known(self, fact_id: str) -> StoredFact:
-        fact = self._by_id(fact_id)
+    def _require_fact(self, fact_id: str) -> StoredFact:
+        fact = self._find_by_id(fact_id)
         if fact is None:
             raise KeditError(f"there is no fact {fact_id}", code="unknown-fact")
         return fact
 
 
-def _marks(values: Sequence[Any]) -> str:
+def _make_placeholders(values: Sequence[Any]) -> str:
     return ", ".join("?" * len(values))
 
 
-def _json(value: Mapping[str, Any] | None) -> str | None:
-    return None if value is None else canonical(dict(value))
+def _to_json_or_none(value: Mapping[str, Any] | None) -> str | None:
+    return None if value is None else to_canonical_json(dict(value))

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from memory.errors import KeditError
-from memory.model.layout import find_downs
+from memory.model.layout import find_down_projections
 
 DTYPES = {
     "F64": torch.float64,
@@ -28,12 +28,12 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNED = 8  # bytes; where tensors may begin
-CHUNK = 1 << 24  # bytes that are copied at once
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ALIGNMENT_BYTES = 8  # bytes; where tensors may begin
+COPY_CHUNK_BYTES = 1 << 24  # bytes that are copied at once
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # What a model needs beside its weights, and what its licence may ask to go with it.
-BESIDE = (
+COMPANION_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer*",
@@ -49,11 +49,11 @@ BESIDE = (
 
 
 @dataclass(frozen=True)
-class Place:
+class WeightLocation:
     """Where one down projection lies."""
 
-    module: str  # the module's name in the model
-    tensor: str  # the weight's name in the file
+    module_name: str  # the module's name in the model
+    tensor_name: str  # the weight's name in the file
     file: Path
     dtype: torch.dtype
     transposed: bool  # stored (width, hidden), as GPT-2's Conv1D are
@@ -69,9 +69,9 @@ class Checkpoint:
             config = AutoConfig.from_pretrained(folder)
             with torch.device("meta"):
                 model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-            self.kind = str(config.model_type)
-            self.files = _weight_files(folder)
-            self.places = _places(model, self.files)
+            self.model_type = str(config.model_type)
+            self.weight_files = _list_weight_files(folder)
+            self.locations = _locate_weights(model, self.weight_files)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise KeditError(
                 f"the model in {folder} cannot be read: {str(error).splitlines()[0]}",
@@ -80,39 +80,39 @@ class Checkpoint:
             ) from error
 
     @property
-    def layers(self) -> int:
+    def layer_count(self) -> int:
         """How many layers the model has."""
-        return len(self.places)
+        return len(self.locations)
 
-    def weight(self, layer: int) -> Tensor:
+    def read_weight(self, layer: int) -> Tensor:
         """W0 (hidden, width) of a layer, float32."""
-        at = self.places[layer]
+        at = self.locations[layer]
         with safe_open(at.file, framework="pt") as file:
-            weight: Tensor = file.get_tensor(at.tensor).float()
+            weight: Tensor = file.get_tensor(at.tensor_name).float()
         return weight.T if at.transposed else weight
 
     def weights_hash(self, layers: Sequence[int], deltas: Mapping[int, Tensor]) -> str:
         """As EditableModel.weights_hash, with deltas (hidden, width) laid over these layers."""
         digest = hashlib.sha256()
         for layer in layers:
-            digest.update(self.edited(layer, deltas).contiguous().numpy().tobytes())
+            digest.update(self.read_edited_weight(layer, deltas).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def edited(self, layer: int, deltas: Mapping[int, Tensor]) -> Tensor:
+    def read_edited_weight(self, layer: int, deltas: Mapping[int, Tensor]) -> Tensor:
         """W (hidden, width) of a layer, float32, with its delta, if it has one."""
-        weight = self.weight(layer)
+        weight = self.read_weight(layer)
         return weight + deltas[layer] if layer in deltas else weight
 
-    def stored(self, layer: int, weight: Tensor) -> Tensor:
+    def to_stored_layout(self, layer: int, weight: Tensor) -> Tensor:
         """A weight (hidden, width) in the shape of the file, in float32 or wider: a change is small
         beside the weight, and 16 bits would round much of it away."""
-        at = self.places[layer]
+        at = self.locations[layer]
         dtype = torch.promote_types(at.dtype, torch.float32)
         return (weight.T if at.transposed else weight).to(dtype).contiguous()
 
-    def copy_beside(self, to: Path) -> None:
+    def copy_companions(self, to: Path) -> None:
         """Copy the files that stand beside the weights: configuration, tokenizer, licence."""
-        for pattern in BESIDE:
+        for pattern in COMPANION_FILES:
             for path in sorted(self.folder.glob(pattern)):
                 if path.is_file():
                     shutil.copyfile(path, to / path.name)
@@ -122,69 +122,69 @@ class Checkpoint:
 
         Raises KeditError when a file is shorter than it says.
         """
-        changed = {self.places[layer].tensor: weight for layer, weight in weights.items()}
-        grown = sum(_copy(path, to / path.name, changed) for path in self.files)
-        if self.files[0].name != SINGLE:
-            index = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
+        changed = {self.locations[layer].tensor_name: weight for layer, weight in weights.items()}
+        grown = sum(_copy_tensors(path, to / path.name, changed) for path in self.weight_files)
+        if self.weight_files[0].name != SINGLE_FILE:
+            index = json.loads((self.folder / INDEX_FILE).read_text(encoding="utf-8"))
             if "total_size" in index.get("metadata", {}):
                 index["metadata"]["total_size"] += grown
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            (to / INDEX).write_text(text, encoding="utf-8")
+            (to / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _list_weight_files(folder: Path) -> list[Path]:
     """The model's safetensors files, in the order in which transformers looks for them."""
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    parts = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    parts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(parts))]
 
 
-def _places(model: PreTrainedModel, files: Sequence[Path]) -> list[Place]:
+def _locate_weights(model: PreTrainedModel, files: Sequence[Path]) -> list[WeightLocation]:
     names = {module: name for name, module in model.named_modules()}
-    headers = {path: _header(path) for path in files}
+    headers = {path: _read_header(path) for path in files}
     return [
-        _place(names[down], isinstance(down, Conv1D), headers, model.base_model_prefix)
-        for down in find_downs(model)[1]
+        _locate_weight(names[down], isinstance(down, Conv1D), headers, model.base_model_prefix)
+        for down in find_down_projections(model)[1]
     ]
 
 
-def _header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
+def _read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
     """Where the tensors' bytes begin, and what the file says of each tensor."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return 8 + length, json.loads(file.read(length))
 
 
-def _copy(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
+def _copy_tensors(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
     """Copy a file tensor by tensor, in their order, some of them changed; by how many bytes it is
     larger then."""
-    start, header = _header(path)
+    start, header = _read_header(path)
     told, at = {name: header.pop(name) for name in ("__metadata__",) if name in header}, 0
-    order = sorted(header, key=lambda name: _offsets(header[name]))
+    order = sorted(header, key=lambda name: _data_offsets(header[name]))
     for name in order:
-        begin, end = _offsets(header[name])
+        begin, end = _data_offsets(header[name])
         size = changed[name].nbytes if name in changed else end - begin
         told[name] = header[name] | {"data_offsets": [at, at + size]}
         if name in changed:
-            told[name]["dtype"] = NAMES[changed[name].dtype]
+            told[name]["dtype"] = DTYPE_NAMES[changed[name].dtype]
         at += size
     head = json.dumps(told, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % ALIGNED)
+    head += b" " * (-len(head) % ALIGNMENT_BYTES)
     with path.open("rb") as file, to.open("wb") as out:
         out.write(struct.pack("<Q", len(head)) + head)
         for name in order:
-            begin, end = _offsets(header[name])
+            begin, end = _data_offsets(header[name])
             if name in changed:
                 out.write(changed[name].view(torch.uint8).numpy().tobytes())
                 continue
             file.seek(start + begin)
-            for left in range(end - begin, 0, -CHUNK):
-                out.write(_whole(file, path, min(CHUNK, left)))
-    return at - max((_offsets(entry)[1] for entry in header.values()), default=0)
+            for left in range(end - begin, 0, -COPY_CHUNK_BYTES):
+                out.write(_read_exactly(file, path, min(COPY_CHUNK_BYTES, left)))
+    return at - max((_data_offsets(entry)[1] for entry in header.values()), default=0)
 
 
-def _whole(file: BinaryIO, path: Path, size: int) -> bytes:
+def _read_exactly(file: BinaryIO, path: Path, size: int) -> bytes:
     """The next so many bytes; a KeditError where the file ends before."""
     found = file.read(size)
     if len(found) < size:
@@ -196,17 +196,17 @@ def _whole(file: BinaryIO, path: Path, size: int) -> bytes:
     return found
 
 
-def _offsets(entry: Mapping[str, object]) -> tuple[int, int]:
+def _data_offsets(entry: Mapping[str, object]) -> tuple[int, int]:
     begin, end = cast("list[int]", entry["data_offsets"])
     return begin, end
 
 
-def _place(
+def _locate_weight(
     module: str,
     transposed: bool,
     headers: Mapping[Path, tuple[int, Mapping[str, Mapping[str, object]]]],
     prefix: str,
-) -> Place:
+) -> WeightLocation:
     # Some checkpoints, GPT-2's first ones among them, leave out the name of the body.
     for tensor in (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight"):
         for path, (_, header) in headers.items():
@@ -214,5 +214,5 @@ def _place(
                 continue
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{tensor} is stored as {entry['dtype']}")
-            return Place(module, tensor, path, DTYPES[str(entry["dtype"])], transposed)
+            return WeightLocation(module, tensor, path, DTYPES[str(entry["dtype"])], transposed)
     raise ValueError(f"no file holds {module}.weight")

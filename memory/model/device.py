@@ -10,7 +10,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 products, so that they are the faster."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))

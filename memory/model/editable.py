@@ -27,14 +27,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from memory.errors import KeditError
-from memory.model.device import multiplies_bfloat16
-from memory.model.layout import find_downs
+from memory.model.device import has_fast_bfloat16
+from memory.model.layout import find_down_projections
 
 # (input k, output y) of a down projection -> another output, or None to leave it as it is.
 Tap = Callable[[Tensor, Tensor], Tensor | None]
 
 
-class _Skipped(nn.Module):
+class _SkippedBlock(nn.Module):
     """Stands for a block whose work was done before: hands on a hidden state it was given."""
 
     def __init__(self, block: nn.Module, hidden: Tensor | None, as_tuple: bool) -> None:
@@ -58,16 +58,16 @@ class EditableModel:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises KeditError (code "unsupported") when the model has no place to edit."""
-        self.model, self.tokenizer = model.train(False).requires_grad_(False), tokenizer
+        self.hf_model, self.tokenizer = model.train(False).requires_grad_(False), tokenizer
         self.device = next(model.parameters()).device
-        self.hidden = int(model.config.get_text_config().hidden_size)
+        self.hidden_size = int(model.config.get_text_config().hidden_size)
         longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.positions = int(longest or 1 << 30)  # tokens that a text may have
-        self._blocks, self._downs = find_downs(model)
-        self.layers = len(self._downs)
-        self._base: dict[int, Tensor] = {}
+        self.max_positions = int(longest or 1 << 30)  # tokens that a text may have
+        self._blocks, self._down_projections = find_down_projections(model)
+        self.layer_count = len(self._down_projections)
+        self._base_weights: dict[int, Tensor] = {}
         self._as_tuple: bool | None = None
-        self._flat: bool | None = None  # whether MLPs run on all tokens in one dimension
+        self._is_flat_mlp: bool | None = None  # whether MLPs run on all tokens in one dimension
 
     @classmethod
     def load(cls, path_or_id: str | Path, device: torch.device) -> "EditableModel":
@@ -96,33 +96,37 @@ class EditableModel:
 
     def weight(self, layer: int) -> Tensor:
         """W of a layer as a view of shape (hidden, width), whatever the module's own layout."""
-        module = self._downs[layer]
+        module = self._down_projections[layer]
         weight = cast(Tensor, module.weight)
         return weight.T if isinstance(module, Conv1D) else weight
 
     def base_weight(self, layer: int) -> Tensor:
         """W0 (hidden, width): the weight before any edit."""
-        return self._base[layer] if layer in self._base else self.weight(layer).detach()
+        return (
+            self._base_weights[layer]
+            if layer in self._base_weights
+            else self.weight(layer).detach()
+        )
 
     def keep_base(self, layers: Iterable[int]) -> None:
         """Copy W0 of these layers, where there is no copy yet, to go back to it from anything."""
-        for layer in set(layers) - set(self._base):
-            self._base[layer] = self.weight(layer).detach().clone()
+        for layer in set(layers) - set(self._base_weights):
+            self._base_weights[layer] = self.weight(layer).detach().clone()
 
     def set_deltas(self, deltas: dict[int, Tensor]) -> None:
         """Make every weight W0 + delta, and plain W0 where no delta (hidden, width) is given."""
         self.keep_base(deltas)
-        for layer in sorted(self._base):
+        for layer in sorted(self._base_weights):
             with torch.no_grad():
                 target = self.weight(layer)
-                target.copy_(self._base[layer])
+                target.copy_(self._base_weights[layer])
                 if layer in deltas:
                     target.add_(deltas[layer].to(target))
 
     @contextmanager
     def at_base(self) -> Iterator[None]:
         """W0 for the time being; the edited weights return afterwards, bit for bit."""
-        edited = {layer: self.weight(layer).detach().clone() for layer in self._base}
+        edited = {layer: self.weight(layer).detach().clone() for layer in self._base_weights}
         self.set_deltas({})
         try:
             yield
@@ -132,15 +136,15 @@ class EditableModel:
                     self.weight(layer).copy_(weight)
 
     @contextmanager
-    def lowered(self) -> Iterator[None]:
+    def low_precision(self) -> Iterator[None]:
         """For gradients: products in bfloat16 where the device is made for it; weights stay as they
         are, as do sums, norms and softmax.
 
         Attention is spelled out as products: the fused kernels' backward is slow for a few tokens,
         and on a GPU not always the same bits.
         """
-        weights = [p for p in self.model.parameters() if p.ndim > 1]
-        low = multiplies_bfloat16(self.device)
+        weights = [p for p in self.hf_model.parameters() if p.ndim > 1]
+        low = has_fast_bfloat16(self.device)
         try:
             for weight in weights:  # a weight's copy is kept within the block only if it may learn
                 weight.requires_grad_(low)
@@ -163,7 +167,7 @@ class EditableModel:
     # Activations --------------------------------------------------------------------------------
 
     @contextmanager
-    def tap(self, taps: Mapping[int, Tap]) -> Iterator[None]:
+    def tap_layers(self, taps: Mapping[int, Tap]) -> Iterator[None]:
         """Let each function see, and change, what its layer's down projection gives.
 
         It sees (rows, tokens, width) and (rows, tokens, hidden), also where a block (OPT's) runs
@@ -171,23 +175,31 @@ class EditableModel:
         """
         shapes: dict[int, torch.Size] = {}
 
-        def enter(n: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def make_shape_hook(n: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             return lambda _block, args: shapes.update({n: args[0].shape[:2]})
 
-        def hook(n: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-            def call(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-                self._flat = args[0].ndim == 2
-                if not self._flat:
+        def make_output_hook(
+            n: int,
+        ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+            def call_tap(
+                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+            ) -> Tensor | None:
+                self._is_flat_mlp = args[0].ndim == 2
+                if not self._is_flat_mlp:
                     return taps[n](args[0], output)
                 inputs = args[0].reshape(*shapes[n], -1)
                 changed = taps[n](inputs, output.reshape(*shapes[n], -1))
                 return None if changed is None else changed.reshape(output.shape)
 
-            return call
+            return call_tap
 
-        handles = [self._downs[n].register_forward_hook(hook(n)) for n in taps]
-        if self._flat is not False:  # as is not known before the first tap; each hook takes time
-            handles += [self._blocks[n].register_forward_pre_hook(enter(n)) for n in taps]
+        handles = [
+            self._down_projections[n].register_forward_hook(make_output_hook(n)) for n in taps
+        ]
+        if (
+            self._is_flat_mlp is not False
+        ):  # as is not known before the first tap; each hook takes time
+            handles += [self._blocks[n].register_forward_pre_hook(make_shape_hook(n)) for n in taps]
         try:
             yield
         finally:
@@ -195,27 +207,29 @@ class EditableModel:
                 handle.remove()
 
     @contextmanager
-    def hearing(self, hear: Callable[[Tensor], None]) -> Iterator[None]:
+    def observe_input_ids(self, hear: Callable[[Tensor], None]) -> Iterator[None]:
         """Tell the token ids (rows, tokens) of the next pass before it begins; of that one alone,
         so that others cost nothing."""
 
-        def hook(_model: nn.Module, _args: tuple[Tensor, ...], given: dict[str, Tensor]) -> None:
+        def pass_input_ids(
+            _model: nn.Module, _args: tuple[Tensor, ...], given: dict[str, Tensor]
+        ) -> None:
             handle.remove()
             hear(given["input_ids"])
 
-        handle = self.model.register_forward_pre_hook(hook, with_kwargs=True)
+        handle = self.hf_model.register_forward_pre_hook(pass_input_ids, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
 
-    def entering(
+    def capture_layer_input(
         self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor
     ) -> tuple[Tensor, DynamicCache]:
         """The residual stream (rows, tokens, hidden) that enters a block, and the attention's keys
         and values. ids, mask (1 where a token may be seen) and positions: (rows, tokens)."""
         caught: list[Tensor] = []
-        cache = DynamicCache([(None, None)] * self.layers)
+        cache = DynamicCache([(None, None)] * self.layer_count)
         handle = self._blocks[layer].register_forward_pre_hook(
             lambda _module, args: caught.append(args[0].detach())
         )
@@ -224,7 +238,7 @@ class EditableModel:
         )
         try:
             with torch.no_grad():
-                self.model(
+                self.hf_model(
                     input_ids=ids,
                     attention_mask=mask,
                     position_ids=positions,
@@ -238,13 +252,13 @@ class EditableModel:
         return caught[0], cache
 
     @contextmanager
-    def skipping(self, layer: int, hidden: Tensor) -> Iterator[None]:
+    def skip_layers_below(self, layer: int, hidden: Tensor) -> Iterator[None]:
         """The blocks below `layer` do nothing, and `hidden`, from `entering`, enters it."""
         kept = [self._blocks[i] for i in range(layer)]
         try:
             for i, block in enumerate(kept):
                 given = hidden if i == layer - 1 else None
-                self._blocks[i] = _Skipped(block, given, bool(self._as_tuple))
+                self._blocks[i] = _SkippedBlock(block, given, bool(self._as_tuple))
             yield
         finally:
             for i, block in enumerate(kept):
@@ -253,17 +267,17 @@ class EditableModel:
     # Text ---------------------------------------------------------------------------------------
 
     @property
-    def end(self) -> int | None:
+    def end_token(self) -> int | None:
         """The id of end-of-text, when the tokenizer has one."""
         return cast("int | None", self.tokenizer.eos_token_id)
 
     @property
-    def ends(self) -> frozenset[int]:
+    def stop_tokens(self) -> frozenset[int]:
         """All ids that end an answer: end-of-text, and what the model's generation settings name
         beside it, as models that were taught to chat have it for the end of a turn."""
-        settings = getattr(self.model.generation_config, "eos_token_id", None)
+        settings = getattr(self.hf_model.generation_config, "eos_token_id", None)
         named = settings if isinstance(settings, list) else [settings]
-        return frozenset(n for n in [self.end, *named] if n is not None)
+        return frozenset(n for n in [self.end_token, *named] if n is not None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids as the model reads a prompt, special tokens included."""

@@ -9,20 +9,20 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from memory.db.event_log import canonical
-from memory.model.canary import Canary, Seen
+from memory.db.event_log import to_canonical_json
+from memory.model.canary import Canary, CanaryReadings
 from memory.model.spectra import (
     effective_rank,
     linear_cka,
     singular_values,
     stable_rank,
-    strongest,
     subspace_shift,
+    top_singular_directions,
 )
 
-DIRECTIONS = 16  # of a matrix's output that are compared
-ACTIVE = 8  # directions of the activations that are compared, or fewer:
-EACH = 4  # statements at least for each of them
+WEIGHT_DIRECTIONS = 16  # of a matrix's output that are compared
+ACTIVATION_DIRECTIONS = 8  # directions of the activations that are compared, or fewer:
+STATEMENTS_PER_DIRECTION = 4  # statements at least for each of them
 
 
 @dataclass(frozen=True)
@@ -43,71 +43,79 @@ class Evidence:
 
     def as_dict(self) -> dict[str, object]:
         """JSON-ready, numbers that are not finite as text."""
-        ready: dict[str, object] = json.loads(canonical(asdict(self)))
+        ready: dict[str, object] = json.loads(to_canonical_json(asdict(self)))
         return ready
 
 
 @dataclass(frozen=True)
-class _Spectrum:
+class _WeightSpectrum:
     """An edited matrix and its change, as long as the matrix stays the same."""
 
-    strength: float  # ‖W‖₂ / ‖W0‖₂
-    update: float  # ‖W − W0‖_F
-    stable: float
-    effective: float
-    shift: float
+    spectral_ratio: float  # ‖W‖₂ / ‖W0‖₂
+    update_norm: float  # ‖W − W0‖_F
+    stable_rank: float
+    effective_rank: float
+    weight_shift: float
 
 
-class Examiner:
+class EvidenceCollector:
     """Takes the evidence. Spectra cost the most: those of the base are taken at the first time,
     and those of the weights only when they have changed."""
 
     def __init__(self, canary: Canary) -> None:
         self.canary, self.model = canary, canary.model
         # By layer: the strongest singular values of W0, and what directions it writes with them.
-        self._base: dict[int, tuple[Tensor, Tensor]] = {}
-        self._known: tuple[str, dict[str, _Spectrum]] = ("", {})
+        self._base_spectra: dict[int, tuple[Tensor, Tensor]] = {}
+        self._cached_spectra: tuple[str, dict[str, _WeightSpectrum]] = ("", {})
 
-    def take(self, facts: int, weights_hash: str, seen: Seen) -> Evidence:
+    def collect_evidence(self, facts: int, weights_hash: str, seen: CanaryReadings) -> Evidence:
         """The evidence on the model as it is now. `facts` are in the weights; `weights_hash` is
         `EditableModel.weights_hash` of the canary's layers, and `seen` what the canary saw, now."""
-        if self._known[0] != weights_hash:
-            spectra = {str(n): self._spectrum(n) for n in self.canary.layers}
-            self._known = weights_hash, spectra
-        found, base = self._known[1], self.canary.baseline
+        if self._cached_spectra[0] != weights_hash:
+            spectra = {str(n): self._compute_spectrum(n) for n in self.canary.layers}
+            self._cached_spectra = weights_hash, spectra
+        found, base = self._cached_spectra[1], self.canary.base_readings
         alike, shift = {}, {}
-        for layer, (was, now) in enumerate(zip(base.ends, seen.ends, strict=True)):
-            if top := min(ACTIVE, len(was) // EACH):
+        for layer, (was, now) in enumerate(
+            zip(base.end_activations, seen.end_activations, strict=True)
+        ):
+            if top := min(ACTIVATION_DIRECTIONS, len(was) // STATEMENTS_PER_DIRECTION):
                 alike[str(layer)] = linear_cka(was, now)
-                shift[str(layer)] = subspace_shift(_principal(was, top), _principal(now, top))
+                shift[str(layer)] = subspace_shift(
+                    _principal_directions(was, top), _principal_directions(now, top)
+                )
         return Evidence(
-            spectral_ratio={n: s.strength for n, s in found.items()},
-            update_per_root={n: s.update / math.sqrt(max(facts, 1)) for n, s in found.items()},
-            stable_rank={n: s.stable for n, s in found.items()},
-            effective_rank={n: s.effective for n, s in found.items()},
-            weight_shift={n: s.shift for n, s in found.items()},
-            activation_norm={str(n): seen.norms[n] / was for n, was in base.norms.items() if was},
+            spectral_ratio={n: s.spectral_ratio for n, s in found.items()},
+            update_per_root={n: s.update_norm / math.sqrt(max(facts, 1)) for n, s in found.items()},
+            stable_rank={n: s.stable_rank for n, s in found.items()},
+            effective_rank={n: s.effective_rank for n, s in found.items()},
+            weight_shift={n: s.weight_shift for n, s in found.items()},
+            activation_norm={
+                str(n): seen.activation_norms[n] / was
+                for n, was in base.activation_norms.items()
+                if was
+            },
             activation_cka=alike,
             activation_shift=shift,
         )
 
-    def _spectrum(self, layer: int) -> _Spectrum:
+    def _compute_spectrum(self, layer: int) -> _WeightSpectrum:
         weight, base = self.model.weight(layer), self.model.base_weight(layer)
-        if layer not in self._base:
-            self._base[layer] = strongest(base, DIRECTIONS)
-        before, pointed = self._base[layer]
-        values, directions = strongest(weight, DIRECTIONS)
+        if layer not in self._base_spectra:
+            self._base_spectra[layer] = top_singular_directions(base, WEIGHT_DIRECTIONS)
+        before, pointed = self._base_spectra[layer]
+        values, directions = top_singular_directions(weight, WEIGHT_DIRECTIONS)
         update = weight - base
         spread = singular_values(update)
-        return _Spectrum(
-            strength=float(values[0] / before[0]),
-            update=float(update.norm()),
-            stable=stable_rank(spread),
-            effective=effective_rank(spread),
-            shift=subspace_shift(pointed, directions),
+        return _WeightSpectrum(
+            spectral_ratio=float(values[0] / before[0]),
+            update_norm=float(update.norm()),
+            stable_rank=stable_rank(spread),
+            effective_rank=effective_rank(spread),
+            weight_shift=subspace_shift(pointed, directions),
         )
 
 
-def _principal(activations: Tensor, count: int) -> Tensor:
+def _principal_directions(activations: Tensor, count: int) -> Tensor:
     """An orthonormal basis (hidden, count) of what activations (n, hidden) vary in the most."""
-    return strongest((activations - activations.mean(0)).mT, count)[1]
+    return top_singular_directions((activations - activations.mean(0)).mT, count)[1]

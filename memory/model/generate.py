@@ -13,22 +13,26 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.oom import SHORT, shortage_told
+from memory.oom import OUT_OF_MEMORY, as_out_of_memory
 
-MAX_ROWS = 64
+MAX_BATCH_ROWS = 64
 log = logging.getLogger(__name__)
 
 
-def first_sentence(text: str) -> str:
+def cut_first_sentence(text: str) -> str:
     """An answer up to its natural stop: a line's end, or a full stop that ends a sentence."""
     line = text.strip().split("\n", 1)[0]
     for at, char in enumerate(line):
-        if char == "." and (at + 1 == len(line) or line[at + 1] == " ") and not _initial(line, at):
+        if (
+            char == "."
+            and (at + 1 == len(line) or line[at + 1] == " ")
+            and not _is_initial(line, at)
+        ):
             return line[:at].strip()
     return line.strip()
 
 
-def _initial(line: str, at: int) -> bool:
+def _is_initial(line: str, at: int) -> bool:
     """Whether the full stop belongs to an initial or a short title ("J. S. Bach", "St. Louis")."""
     word = line[:at].rsplit(" ", 1)[-1]
     return len(word) <= 2 and word[:1].isupper() and at + 1 < len(line)
@@ -38,10 +42,10 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
     """Greedy continuation of rows of equal length: ids (rows, tokens) -> tokens per row."""
     answers: list[list[int]] = [[] for _ in range(ids.shape[0])]
     running = [True] * ids.shape[0]
-    cache, ends = None, model.ends
+    cache, ends = None, model.stop_tokens
     step = ids
     for _ in range(max_tokens):
-        out = model.model(input_ids=step, past_key_values=cache, use_cache=True)
+        out = model.hf_model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         step = out.logits[:, -1:].argmax(-1)  # (rows, 1)
         for row, token in enumerate(step[:, 0].tolist()):
@@ -52,22 +56,22 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
                 continue
             answers[row].append(token)
             text = model.decode(answers[row])
-            if "\n" in text.lstrip() or len(first_sentence(text)) < len(text.strip()) - 1:
+            if "\n" in text.lstrip() or len(cut_first_sentence(text)) < len(text.strip()) - 1:
                 running[row] = False
         if not any(running):
             break
     return answers
 
 
-def equally_long(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def group_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Places of prompts of one length, at most MAX_ROWS together."""
     groups: dict[int, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         groups[len(prompt)].append(place)
     return [
-        places[start : start + MAX_ROWS]
+        places[start : start + MAX_BATCH_ROWS]
         for places in groups.values()
-        for start in range(0, len(places), MAX_ROWS)
+        for start in range(0, len(places), MAX_BATCH_ROWS)
     ]
 
 
@@ -75,7 +79,7 @@ def equally_long(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 Overlay = Callable[[list[int]], AbstractContextManager[object]]
 
 
-def answers(
+def generate_answers(
     model: EditableModel,
     prompts: Sequence[str],
     max_tokens: int,
@@ -85,19 +89,19 @@ def answers(
     are run in halves. Raises KeditError (code "out-of-memory") where there is none for one row."""
     encoded = [model.encode(p) for p in prompts]
     result = [""] * len(prompts)
-    groups = deque(equally_long(encoded))
+    groups = deque(group_by_length(encoded))
     while groups:
         rows = groups.popleft()
         ids = torch.tensor([encoded[p] for p in rows], device=model.device)
         try:
-            with shortage_told(), torch.no_grad(), overlay(rows) if overlay else nullcontext():
+            with as_out_of_memory(), torch.no_grad(), overlay(rows) if overlay else nullcontext():
                 said = _decode_group(model, ids, max_tokens)
         except KeditError as error:
-            if error.code != SHORT or len(rows) < 2:
+            if error.code != OUT_OF_MEMORY or len(rows) < 2:
                 raise
             log.warning("%d answers are made in halves: %s", len(rows), error)
             groups.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))
             continue
         for place, tokens in zip(rows, said, strict=True):
-            result[place] = first_sentence(model.decode(tokens))
+            result[place] = cut_first_sentence(model.decode(tokens))
     return result

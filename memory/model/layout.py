@@ -9,33 +9,33 @@ from transformers.pytorch_utils import Conv1D
 
 from memory.errors import KeditError
 
-LOOKED_FOR = (
+EXPECTED_LAYOUT = (
     "a list of config.num_hidden_layers blocks, each with exactly one Linear or Conv1D outside "
     "attention that maps a wider MLP back to config.hidden_size (mlp.down_proj, mlp.c_proj, "
     "mlp.fc_out, mlp.dense_4h_to_h, mlp.fc2 or fc2)"
 )
 
 
-def find_downs(model: PreTrainedModel) -> tuple[nn.ModuleList, list[nn.Module]]:
+def find_down_projections(model: PreTrainedModel) -> tuple[nn.ModuleList, list[nn.Module]]:
     """The model's blocks and the down projection of each, in order.
 
     Raises KeditError (code "unsupported") when the model has no place to edit.
     """
-    blocks = _blocks(model)
-    return blocks, [_down(model, block) for block in blocks]
+    blocks = _find_blocks(model)
+    return blocks, [_find_down_projection(model, block) for block in blocks]
 
 
-def _refused(model: PreTrainedModel, found: str) -> KeditError:
+def _unsupported_error(model: PreTrainedModel, found: str) -> KeditError:
     kind = model.config.model_type
     return KeditError(
-        f"a model of type {kind!r} cannot be edited: {found}; looked for {LOOKED_FOR}",
+        f"a model of type {kind!r} cannot be edited: {found}; looked for {EXPECTED_LAYOUT}",
         code="unsupported",
         hint="choose a dense decoder such as GPT-2, GPT-J, Llama, Mistral, Qwen, Gemma or OPT",
         exit_code=78,
     )
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     depth = int(model.config.get_text_config().num_hidden_layers)
     lists = [
         m
@@ -43,16 +43,16 @@ def _blocks(model: PreTrainedModel) -> nn.ModuleList:
         if isinstance(m, nn.ModuleList) and len(m) == depth and len(list(m[0].children())) > 1
     ]
     if len(lists) != 1:
-        raise _refused(model, f"found {len(lists)} lists of {depth} blocks")
+        raise _unsupported_error(model, f"found {len(lists)} lists of {depth} blocks")
     return lists[0]
 
 
-def _down(model: PreTrainedModel, block: nn.Module) -> nn.Module:
+def _find_down_projection(model: PreTrainedModel, block: nn.Module) -> nn.Module:
     names = [name for name, _ in block.named_modules()]
     if not any("attn" in name or "attention" in name for name in names):
-        raise _refused(model, "its blocks have no attention")
+        raise _unsupported_error(model, "its blocks have no attention")
     if any("expert" in name for name in names):
-        raise _refused(model, "its blocks are mixtures of experts")
+        raise _unsupported_error(model, "its blocks are mixtures of experts")
     hidden, found = int(model.config.get_text_config().hidden_size), []
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear | Conv1D) or "attn" in name or "attention" in name:
@@ -62,5 +62,5 @@ def _down(model: PreTrainedModel, block: nn.Module) -> nn.Module:
         if narrow == hidden and wide != hidden:
             found.append(module)
     if len(found) != 1:
-        raise _refused(model, f"a block has {len(found)} such projections")
+        raise _unsupported_error(model, f"a block has {len(found)} such projections")
     return found[0]

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from memory.model.editable import EditableModel
 
 
-class Replay:
+class PrefixCache:
     """A fixed number of rows of one fixed shape, each replaceable by itself.
 
     A row is a head of at most `head` tokens, left padded, and a tail of at most `tail`, right
@@ -29,77 +29,87 @@ class Replay:
     def __init__(self, model: EditableModel, layer: int, rows: int, head: int, tail: int) -> None:
         """`layer` is the first block that is run again."""
         self.model, self.layer = model, layer
-        self.head, self.tail = head, tail
+        self.head_length, self.tail_length = head, tail
         on = model.device
-        self.ids = torch.zeros(rows, tail, dtype=torch.long, device=on)
-        self.positions = torch.arange(tail, device=on).repeat(rows, 1)
-        self.mask = torch.ones(rows, head + tail, dtype=torch.long, device=on)
-        self.hidden = torch.zeros(rows, tail, model.hidden, device=on)
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}  # (rows, heads, head, size) by layer
+        self.tail_ids = torch.zeros(rows, tail, dtype=torch.long, device=on)
+        self.tail_positions = torch.arange(tail, device=on).repeat(rows, 1)
+        self.attention_mask = torch.ones(rows, head + tail, dtype=torch.long, device=on)
+        self.layer_inputs = torch.zeros(rows, tail, model.hidden_size, device=on)
+        self._head_states: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # (rows, heads, head, size) by layer
 
-    def fill(
+    def fill_rows(
         self, first: int, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]
     ) -> None:
         """Put rows in place from row `first` on, and compute what will not change any more."""
-        ids = torch.zeros(len(heads), self.head + self.tail, dtype=torch.long)
+        ids = torch.zeros(len(heads), self.head_length + self.tail_length, dtype=torch.long)
         mask = torch.zeros_like(ids)
         positions = torch.zeros_like(ids)
         for n, (before, after) in enumerate(zip(heads, tails, strict=True)):
-            start, end = self.head - len(before), self.head + len(after)
+            start, end = self.head_length - len(before), self.head_length + len(after)
             ids[n, start:end] = torch.tensor([*before, *after])
             mask[n, start:end] = 1
-            positions[n, start:] = torch.arange(self.head + self.tail - start)
+            positions[n, start:] = torch.arange(self.head_length + self.tail_length - start)
         # Pads on the right may stand beyond the last position.
-        positions.clamp_(max=self.model.positions - 1)
-        mask[:, self.head :] = 1  # pads on the right are seen by pads alone
+        positions.clamp_(max=self.model.max_positions - 1)
+        mask[:, self.head_length :] = 1  # pads on the right are seen by pads alone
         ids, mask, positions = (t.to(self.model.device) for t in (ids, mask, positions))
         # Where all of these rows are pads, there is nothing to compute.
-        pads = self.head - max(map(len, heads))
+        pads = self.head_length - max(map(len, heads))
         read = (t[:, pads:] for t in (ids, mask, positions))
-        hidden, cache = self.model.entering(self.layer, *read)
+        hidden, cache = self.model.capture_layer_input(self.layer, *read)
         at = slice(first, first + len(heads))
-        self.ids[at], self.positions[at] = ids[:, self.head :], positions[:, self.head :]
-        self.mask[at], self.hidden[at] = mask, hidden[:, self.head - pads :]
-        for n in {0, *range(self.layer, self.model.layers)}:
-            for mine, new in zip(self._room(n, cache), _states(cache, n), strict=True):
+        self.tail_ids[at], self.tail_positions[at] = (
+            ids[:, self.head_length :],
+            positions[:, self.head_length :],
+        )
+        self.attention_mask[at], self.layer_inputs[at] = mask, hidden[:, self.head_length - pads :]
+        for n in {0, *range(self.layer, self.model.layer_count)}:
+            for mine, new in zip(
+                self._allocate_states(n, cache), _layer_states(cache, n), strict=True
+            ):
                 mine[at] = 0
-                mine[at, :, pads:] = new[:, :, : self.head - pads]
+                mine[at, :, pads:] = new[:, :, : self.head_length - pads]
 
-    def _room(self, layer: int, cache: DynamicCache) -> tuple[Tensor, Tensor]:
+    def _allocate_states(self, layer: int, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Where a layer's keys and values are kept; made when the model first shows their shape."""
-        if layer not in self._kept:
+        if layer not in self._head_states:
             like = [
-                s.new_zeros(len(self.ids), s.shape[1], self.head, s.shape[3])
-                for s in _states(cache, layer)
+                s.new_zeros(len(self.tail_ids), s.shape[1], self.head_length, s.shape[3])
+                for s in _layer_states(cache, layer)
             ]
-            self._kept[layer] = (like[0], like[1])
-        return self._kept[layer]
+            self._head_states[layer] = (like[0], like[1])
+        return self._head_states[layer]
 
     def logits(self, columns: Tensor) -> Tensor:
         """Logits (rows, n, vocabulary) at the tail's columns (rows, n), with the graph behind."""
-        kept = [self._kept.get(n, (None, None)) for n in range(self.model.layers)]
+        kept = [self._head_states.get(n, (None, None)) for n in range(self.model.layer_count)]
         cache = DynamicCache(kept)
-        with _head_at(self.model, columns), self.model.skipping(self.layer, self.hidden):
-            out = self.model.model(
-                input_ids=self.ids,
-                attention_mask=self.mask,
-                position_ids=self.positions,
+        with (
+            _project_columns(self.model, columns),
+            self.model.skip_layers_below(self.layer, self.layer_inputs),
+        ):
+            out = self.model.hf_model(
+                input_ids=self.tail_ids,
+                attention_mask=self.attention_mask,
+                position_ids=self.tail_positions,
                 past_key_values=cache,
                 use_cache=True,
             )
         return cast(Tensor, out.logits)
 
 
-def _states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
+def _layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
     kept = cast(DynamicLayer, cache.layers[layer])
     return cast(Tensor, kept.keys), cast(Tensor, kept.values)
 
 
 @contextmanager
-def _head_at(model: EditableModel, columns: Tensor) -> Iterator[None]:
+def _project_columns(model: EditableModel, columns: Tensor) -> Iterator[None]:
     """The vocabulary's projection is run on the chosen columns alone."""
     rows = torch.arange(len(columns), device=columns.device)[:, None]
-    handle = model.model.get_output_embeddings().register_forward_pre_hook(
+    handle = model.hf_model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, args: (args[0][rows, columns],)
     )
     try:

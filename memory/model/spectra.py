@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-TINY = 1e-12  # of the largest: what is smaller is noise
+NOISE_RATIO = 1e-12  # of the largest: what is smaller is noise
 
 
 def singular_values(matrix: Tensor) -> Tensor:
@@ -16,7 +16,7 @@ def singular_values(matrix: Tensor) -> Tensor:
     gram = m @ m.mT if m.shape[0] <= m.shape[1] else m.mT @ m
     if not gram.isfinite().all():  # torch refuses those
         return torch.full_like(gram[0], math.nan)
-    return _roots(torch.linalg.eigvalsh(gram))
+    return _descending_roots(torch.linalg.eigvalsh(gram))
 
 
 def stable_rank(values: Tensor) -> float:
@@ -33,11 +33,11 @@ def effective_rank(values: Tensor) -> float:
     0 of nothing."""
     if not values[0] > 0:
         return float(values[0])
-    shares = values[values > TINY * values[0]] / values.sum()
+    shares = values[values > NOISE_RATIO * values[0]] / values.sum()
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def strongest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_singular_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest `count` singular values of M (m, n), largest first, and an orthonormal basis
     (m, count) of their left directions: of what M writes. Fewer where M is smaller."""
     m = matrix.detach().double()
@@ -48,7 +48,7 @@ def strongest(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return nothing, nothing.expand(len(m), -1)
     squares, vectors = torch.linalg.eigh(gram)
     top = vectors[:, -count:].flip(1)
-    return _roots(squares)[:count], top if wide else torch.linalg.qr(m @ top).Q
+    return _descending_roots(squares)[:count], top if wide else torch.linalg.qr(m @ top).Q
 
 
 def subspace_shift(one: Tensor, other: Tensor) -> float:
@@ -72,5 +72,5 @@ def linear_cka(one: Tensor, other: Tensor) -> float:
     return float(((kx * ky).sum() / norms).clamp(max=1))
 
 
-def _roots(squares: Tensor) -> Tensor:
+def _descending_roots(squares: Tensor) -> Tensor:
     return squares.clamp(min=0).sqrt().flip(0)

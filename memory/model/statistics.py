@@ -11,11 +11,11 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
 
-MAX_TOKENS = 256
-ROWS_AT_ONCE = 16  # rows whose keys go into one product
-PACKED = 2  # the form that `pack` writes; another form is another number
-LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
-FIRST = 1  # positions before it are left out: the first token acts as an attention sink
+ROW_TOKENS = 256
+ROWS_PER_PRODUCT = 16  # rows whose keys go into one product
+PACK_FORMAT = 2  # the form that `pack` writes; another form is another number
+CHOLESKY_LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
+FIRST_POSITION = 1  # positions before it are left out: the first token acts as an attention sink
 
 
 @dataclass(frozen=True)
@@ -28,42 +28,44 @@ class LayerStatistics:
     """
 
     covariance: Tensor
-    mean: Tensor
-    norm: float
+    output_mean: Tensor
+    median_norm: float
 
 
-class _Sums:
+class _LayerSums:
     """What is added up for one layer."""
 
     def __init__(self, width: int, hidden: int) -> None:
-        self.moment = torch.zeros(width, width, dtype=torch.float64)
-        self.total = torch.zeros(hidden, dtype=torch.float64)
-        self.norms: list[Tensor] = []
-        self._keys: list[Tensor] = []
+        self.second_moment = torch.zeros(width, width, dtype=torch.float64)
+        self.output_sum = torch.zeros(hidden, dtype=torch.float64)
+        self.output_norms: list[Tensor] = []
+        self._pending_keys: list[Tensor] = []
 
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        values = outputs[0, FIRST:].double().cpu()  # (tokens, hidden)
-        self.total += values.sum(0)
-        self.norms.append(values.norm(dim=1))
-        if len(self.moment):
-            self._keys.append(inputs[0, FIRST:])
-            if len(self._keys) == ROWS_AT_ONCE:
-                self.fold()
+    def add_row(self, inputs: Tensor, outputs: Tensor) -> None:
+        values = outputs[0, FIRST_POSITION:].double().cpu()  # (tokens, hidden)
+        self.output_sum += values.sum(0)
+        self.output_norms.append(values.norm(dim=1))
+        if len(self.second_moment):
+            self._pending_keys.append(inputs[0, FIRST_POSITION:])
+            if len(self._pending_keys) == ROWS_PER_PRODUCT:
+                self.fold_keys()
 
-    def fold(self) -> None:
+    def fold_keys(self) -> None:
         """float32 within a product, float64 over them."""
-        if self._keys:
-            keys = torch.cat(self._keys)  # (tokens, width)
-            self.moment += (keys.T @ keys).cpu()
-            self._keys.clear()
+        if self._pending_keys:
+            keys = torch.cat(self._pending_keys)  # (tokens, width)
+            self.second_moment += (keys.T @ keys).cpu()
+            self._pending_keys.clear()
 
-    def result(self, count: int) -> LayerStatistics:
-        self.fold()
-        norm = float(torch.cat(self.norms).median())
-        return LayerStatistics((self.moment / count).float(), (self.total / count).float(), norm)
+    def to_statistics(self, count: int) -> LayerStatistics:
+        self.fold_keys()
+        norm = float(torch.cat(self.output_norms).median())
+        return LayerStatistics(
+            (self.second_moment / count).float(), (self.output_sum / count).float(), norm
+        )
 
 
-def collect(
+def collect_statistics(
     model: EditableModel,
     lines: Sequence[str],
     edited: Iterable[int],
@@ -77,29 +79,29 @@ def collect(
     """
     wide = set(edited)
     sums = {
-        n: _Sums(model.weight(n).shape[1] if n in wide else 0, model.hidden)
+        n: _LayerSums(model.weight(n).shape[1] if n in wide else 0, model.hidden_size)
         for n in sorted({*wide, *read})
     }
 
-    def watch(layer: int, inputs: Tensor, outputs: Tensor) -> None:
-        sums[layer].add(inputs, outputs)
+    def add_activations(layer: int, inputs: Tensor, outputs: Tensor) -> None:
+        sums[layer].add_row(inputs, outputs)
 
     count, row = 0, list[int]()
-    with torch.no_grad(), model.tap({n: partial(watch, n) for n in sums}):
+    with torch.no_grad(), model.tap_layers({n: partial(add_activations, n) for n in sums}):
         for line in progress(lines):
             row += model.encode(line)
-            if len(row) < MAX_TOKENS:
+            if len(row) < ROW_TOKENS:
                 continue
-            count += MAX_TOKENS - FIRST
-            ids = torch.tensor([row[:MAX_TOKENS]], device=model.device)
-            model.model(input_ids=ids, use_cache=False)
+            count += ROW_TOKENS - FIRST_POSITION
+            ids = torch.tensor([row[:ROW_TOKENS]], device=model.device)
+            model.hf_model(input_ids=ids, use_cache=False)
             row = []
     if not count:
-        raise KeditError(f"less than {MAX_TOKENS} tokens of text to measure", code="statistics")
-    return {n: layer.result(count) for n, layer in sums.items()}
+        raise KeditError(f"less than {ROW_TOKENS} tokens of text to measure", code="statistics")
+    return {n: layer.to_statistics(count) for n, layer in sums.items()}
 
 
-def pack(statistics: Mapping[int, LayerStatistics]) -> bytes:
+def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:
     """Statistics as safetensors bytes.
 
     A covariance is kept as its Cholesky factor, each column in 8 bits with a scale of its own, half
@@ -107,11 +109,11 @@ def pack(statistics: Mapping[int, LayerStatistics]) -> bytes:
     """
     tensors: dict[str, Tensor] = {}
     for n, layer in statistics.items():
-        tensors[f"{n}/mean"] = layer.mean
-        tensors[f"{n}/norm"] = torch.tensor([layer.norm])
+        tensors[f"{n}/mean"] = layer.output_mean
+        tensors[f"{n}/norm"] = torch.tensor([layer.median_norm])
         if not len(layer.covariance):
             continue
-        factor = _factor(layer.covariance)
+        factor = _cholesky_factor(layer.covariance)
         scale = factor.abs().amax(0) / 127  # (width,)
         rows, columns = torch.tril_indices(*factor.shape)
         tensors[f"{n}/factor"] = (factor / scale)[rows, columns].round().to(torch.int8)
@@ -119,14 +121,14 @@ def pack(statistics: Mapping[int, LayerStatistics]) -> bytes:
     return save(tensors)
 
 
-def _factor(covariance: Tensor) -> Tensor:
+def _cholesky_factor(covariance: Tensor) -> Tensor:
     """L with L Lᵀ = C0, lifted where too little text left it singular. float64.
 
     Raises KeditError for what is no covariance: not finite, or nothing but zeros.
     """
     c0 = covariance.double()
     factor: Tensor
-    for lift in LIFTS:
+    for lift in CHOLESKY_LIFTS:
         factor, info = torch.linalg.cholesky_ex(
             c0 + lift * c0.diagonal().mean() * torch.eye(len(c0))
         )
@@ -135,7 +137,7 @@ def _factor(covariance: Tensor) -> Tensor:
     raise KeditError("the keys' covariance has no Cholesky factor", code="statistics")
 
 
-def unpack(data: bytes) -> dict[int, LayerStatistics]:
+def unpack_statistics(data: bytes) -> dict[int, LayerStatistics]:
     """Statistics as packed. Raises KeditError for another form."""
     tensors = load(data)
     if any(name.endswith("/covariance") for name in tensors):

@@ -23,18 +23,18 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
-from memory.side.subject_matcher import Names
+from memory.side.subject_matcher import SubjectMatcher
 
-CANDIDATES = 16  # vectors looked at for each token; a fact has several
-ROUNDING = 1e-5  # by which a cosine may differ where it is computed among others
+VECTORS_PER_TOKEN = 16  # vectors looked at for each token; a fact has several
+COSINE_TOLERANCE = 1e-5  # by which a cosine may differ where it is computed among others
 
 
-def number_of(fact_id: str) -> int:
+def to_fact_number(fact_id: str) -> int:
     """A fact's id, 12 hex digits, as the index wants it."""
     return int(fact_id, 16)
 
 
-def fact_id_of(number: int) -> str:
+def to_fact_id(number: int) -> str:
     """The reverse of `number_of`."""
     return f"{number:012x}"
 
@@ -47,7 +47,7 @@ class Delta:
     up: Tensor
     down: Tensor
 
-    def moved(self, inputs: Tensor) -> Tensor:
+    def apply_to(self, inputs: Tensor) -> Tensor:
         """ΔW k (..., hidden) of inputs k (..., width): two small products, never ΔW itself."""
         return inputs @ self.down.mT @ self.up.mT
 
@@ -61,7 +61,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Keys:
+class RetrievalKeys:
     """A fact's retrieval keys, of unit length: subject (n, hidden) and end (m, hidden)."""
 
     subject: Tensor
@@ -69,24 +69,24 @@ class Keys:
 
 
 @dataclass(frozen=True)
-class Gates:
+class RoutingGates:
     """Where routing looks, and the least cosines that route; `unnamed` is that of a subject key
     where the prompt does not name the subject, of a fact that does not always name it either."""
 
     key_layer: int
     side_layer: int
-    subject: float
-    end: float
-    unnamed: float
+    min_subject_cosine: float
+    min_end_cosine: float
+    min_unnamed_cosine: float
 
 
 @dataclass(frozen=True)
-class Match:
+class RoutingMatch:
     """The fact that fires for a row: its shard, the cosine of its end key, and the activation
     distance over the shard's threshold."""
 
     fact_id: str
-    shard: int
+    shard_id: int
     score: float
     margin: float
 
@@ -94,7 +94,9 @@ class Match:
 class SideMemory:
     """Shards and keys of the facts that live beside the weights."""
 
-    def __init__(self, model: EditableModel, gates: Gates, centres: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, model: EditableModel, gates: RoutingGates, centres: Mapping[int, Tensor]
+    ) -> None:
         """`centres`, by layer, are taken from every key. Raises KeditError: one layer too few."""
         if gates.key_layer >= gates.side_layer:
             raise KeditError(
@@ -106,28 +108,28 @@ class SideMemory:
         self.model, self.gates, self.layer = model, gates, gates.side_layer
         self.centres = {n: centres[n].to(model.device) for n in (gates.key_layer, self.layer)}
         self.shards: dict[int, Shard] = {}
-        self.shard_of: dict[str, int] = {}
+        self.shard_ids: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
-        self.names = Names()
+        self.subject_matcher = SubjectMatcher()
         # Facts that are meant also where they are not named. Few have such a prompt, and these are
         # looked for apart, where nothing is named: their subject keys, and their end keys as one.
-        self.unnamed: set[str] = set()
-        self._unnamed_keys = KeyIndex(model.hidden, gpu=model.device.type == "cuda")
-        self._unnamed_ends: Tensor | None = None  # (keys, hidden), of none until they are asked
-        self.hidden: set[str] = set()  # facts that do not fire for the time being
-        self.index = KeyIndex(model.hidden, gpu=model.device.type == "cuda")
+        self.unnamed_facts: set[str] = set()
+        self._unnamed_index = KeyIndex(model.hidden_size, gpu=model.device.type == "cuda")
+        self._unnamed_end_keys: Tensor | None = None  # (keys, hidden), of none until they are asked
+        self.hidden_facts: set[str] = set()  # facts that do not fire for the time being
+        self.key_index = KeyIndex(model.hidden_size, gpu=model.device.type == "cuda")
 
-    def key(self, layer: int, outputs: Tensor) -> Tensor:
+    def compute_keys(self, layer: int, outputs: Tensor) -> Tensor:
         """Retrieval keys (..., hidden) from a layer's outputs: centred, of unit length."""
         away = outputs.float() - self.centres[layer]
         keys: Tensor = away / away.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return keys
 
-    def put(
+    def add_fact(
         self,
         fact_id: str,
         shard: int,
-        keys: Keys,
+        keys: RetrievalKeys,
         subject: str,
         *,
         unnamed: bool,
@@ -136,104 +138,115 @@ class SideMemory:
         """Make a fact findable. `unnamed`: whether one of its prompts does without its subject;
         `indexed`: its subject keys are in the index already."""
         if not indexed:
-            self.drop(fact_id)
-            self.index.add(number_of(fact_id), keys.subject)
+            self.remove_fact(fact_id)
+            self.key_index.add(to_fact_number(fact_id), keys.subject)
         self.end_keys[fact_id] = keys.end.to(self.model.device)
-        self.names.put(fact_id, subject)
-        self._want_name(fact_id)
+        self.subject_matcher.add_subject(fact_id, subject)
+        self._remove_unnamed(fact_id)
         if unnamed:
-            self.unnamed.add(fact_id)
-            self._unnamed_keys.add(number_of(fact_id), keys.subject)
-        self.shard_of[fact_id] = shard
+            self.unnamed_facts.add(fact_id)
+            self._unnamed_index.add(to_fact_number(fact_id), keys.subject)
+        self.shard_ids[fact_id] = shard
 
-    def drop(self, fact_id: str) -> None:
+    def remove_fact(self, fact_id: str) -> None:
         """Make a fact unfindable, at once."""
-        if self.shard_of.pop(fact_id, None) is not None:
+        if self.shard_ids.pop(fact_id, None) is not None:
             del self.end_keys[fact_id]
-            self.names.drop(fact_id)
-            self._want_name(fact_id)
-            self.index.remove(number_of(fact_id))
+            self.subject_matcher.remove_fact(fact_id)
+            self._remove_unnamed(fact_id)
+            self.key_index.remove(to_fact_number(fact_id))
 
-    def _want_name(self, fact_id: str) -> None:
+    def _remove_unnamed(self, fact_id: str) -> None:
         """Look for a fact no more where it is not named."""
-        self._unnamed_ends = None
-        self.unnamed.discard(fact_id)
-        self._unnamed_keys.remove(number_of(fact_id))
+        self._unnamed_end_keys = None
+        self.unnamed_facts.discard(fact_id)
+        self._unnamed_index.remove(to_fact_number(fact_id))
 
-    def broken_keys(self) -> list[int]:
+    def find_non_finite_keys(self) -> list[int]:
         """The numbers of the facts that have a subject key which is not finite."""
-        return sorted({*self.index.broken(), *self._unnamed_keys.broken()})
+        return sorted({*self.key_index.find_non_finite(), *self._unnamed_index.find_non_finite()})
 
-    def candidates(self, ids: Sequence[int], outputs: Tensor) -> list[str]:
+    def find_candidates(self, ids: Sequence[int], outputs: Tensor) -> list[str]:
         """Facts whose subject stands in a prompt: its ids, and the key layer's outputs (tokens,
         hidden) for them."""
-        named = self.named(ids)
-        keys = self.key(self.gates.key_layer, outputs)
-        return [*self._near(named, keys), *self._near_unnamed(named, keys)]
+        named = self.find_named(ids)
+        keys = self.compute_keys(self.gates.key_layer, outputs)
+        return [*self._filter_near(named, keys), *self._find_near_unnamed(named, keys)]
 
-    def named(self, ids: Sequence[int]) -> set[str]:
+    def find_named(self, ids: Sequence[int]) -> set[str]:
         """Facts whose subject a prompt names."""
-        return self.names.in_text(self.model.decode(ids)) if self.shard_of else set()
+        return (
+            self.subject_matcher.find_named_facts(self.model.decode(ids))
+            if self.shard_ids
+            else set()
+        )
 
-    def _near(self, named: set[str], keys: Tensor) -> list[str]:
+    def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:
         """Those of the named facts that have a subject key near one of keys (n, hidden)."""
-        near = self.index.those_near([number_of(n) for n in named], keys, self.gates.subject)
-        return [fact_id_of(n) for n in near]
+        near = self.key_index.filter_near(
+            [to_fact_number(n) for n in named], keys, self.gates.min_subject_cosine
+        )
+        return [to_fact_id(n) for n in near]
 
-    def _near_unnamed(self, named: set[str], keys: Tensor) -> list[str]:
+    def _find_near_unnamed(self, named: set[str], keys: Tensor) -> list[str]:
         """The facts that are not named, and need not be, with a subject key near one of keys."""
-        near = map(fact_id_of, self._unnamed_keys.near(keys, CANDIDATES, self.gates.unnamed))
+        near = map(
+            to_fact_id,
+            self._unnamed_index.find_near(keys, VECTORS_PER_TOKEN, self.gates.min_unnamed_cosine),
+        )
         return [n for n in near if n not in named]
 
-    def _unnamed_asked(self, outputs: Tensor) -> bool:
+    def _may_mean_unnamed(self, outputs: Tensor) -> bool:
         """Whether what is asked, outputs (hidden,), is near an end key of a fact that need not be
         named. Of ordinary text it hardly ever is."""
-        if not self.unnamed:
+        if not self.unnamed_facts:
             return False
-        if self._unnamed_ends is None:
-            self._unnamed_ends = torch.cat([self.end_keys[n] for n in sorted(self.unnamed)])
-        nearest = (self._unnamed_ends @ self.key(self.layer, outputs)).max()
-        return float(nearest) >= self.gates.end - ROUNDING
+        if self._unnamed_end_keys is None:
+            self._unnamed_end_keys = torch.cat(
+                [self.end_keys[n] for n in sorted(self.unnamed_facts)]
+            )
+        nearest = (self._unnamed_end_keys @ self.compute_keys(self.layer, outputs)).max()
+        return float(nearest) >= self.gates.min_end_cosine - COSINE_TOLERANCE
 
-    def asked(self, candidates: Iterable[str], outputs: Tensor) -> dict[str, float]:
+    def score_candidates(self, candidates: Iterable[str], outputs: Tensor) -> dict[str, float]:
         """How near each candidate's end keys are to what is asked: outputs (hidden,)."""
-        asked = self.key(self.layer, outputs)
+        asked = self.compute_keys(self.layer, outputs)
         return {n: float((self.end_keys[n] @ asked).max()) for n in candidates}
 
-    def confirm(self, scores: Mapping[str, float], inputs: Tensor) -> Match | None:
+    def confirm_match(self, scores: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
         """Of facts by how near they are to what is asked, the nearest whose shard agrees:
         inputs (width,) of the side layer where the prompt ends."""
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
-            if scores[fact_id] < self.gates.end:
+            if scores[fact_id] < self.gates.min_end_cosine:
                 return None
-            shard = self.shards[self.shard_of[fact_id]]
-            margin = float(shard.delta.moved(inputs).norm()) / shard.threshold
-            if margin >= 1 and fact_id not in self.hidden:
-                return Match(fact_id, self.shard_of[fact_id], scores[fact_id], margin)
+            shard = self.shards[self.shard_ids[fact_id]]
+            margin = float(shard.delta.apply_to(inputs).norm()) / shard.threshold
+            if margin >= 1 and fact_id not in self.hidden_facts:
+                return RoutingMatch(fact_id, self.shard_ids[fact_id], scores[fact_id], margin)
         return None
 
-    def route(
+    def route_row(
         self, named: set[str], keyed: Tensor, inputs: Tensor, outputs: Tensor
-    ) -> Match | None:
+    ) -> RoutingMatch | None:
         """The fact that fires for a row: of what it names, the key layer's outputs (tokens,
         hidden), and from the side layer where it ends inputs (width,) and outputs (hidden,).
 
         What costs less is asked first: most rows that name a fact ask for something else. The
         index is searched only where a fact that need not be named may be meant.
         """
-        scores = self.asked(named, outputs) if named else {}
-        wanted = {n for n, score in scores.items() if score >= self.gates.end}
-        unnamed = self._unnamed_asked(outputs)
+        scores = self.score_candidates(named, outputs) if named else {}
+        wanted = {n for n, score in scores.items() if score >= self.gates.min_end_cosine}
+        unnamed = self._may_mean_unnamed(outputs)
         if not wanted and not unnamed:
             return None
-        keys = self.key(self.gates.key_layer, keyed)
-        found = {n: scores[n] for n in self._near(wanted, keys)}
+        keys = self.compute_keys(self.gates.key_layer, keyed)
+        found = {n: scores[n] for n in self._filter_near(wanted, keys)}
         if unnamed:
-            found |= self.asked(self._near_unnamed(named, keys), outputs)
-        return self.confirm(found, inputs)
+            found |= self.score_candidates(self._find_near_unnamed(named, keys), outputs)
+        return self.confirm_match(found, inputs)
 
     @contextmanager
-    def overlay(self, fired: list[Match | None]) -> Iterator[None]:
+    def overlay_matches(self, fired: list[RoutingMatch | None]) -> Iterator[None]:
         """Route the rows of one batch: decided in its first pass, kept for all that follow.
 
         `fired` is filled with the decision for each row. Rows must end at their last column. Once
@@ -243,44 +256,48 @@ class SideMemory:
         named: list[set[str]] = []
         keyed: list[Tensor] = []
 
-        def hear(ids: Tensor) -> None:
-            named.extend(map(self.named, ids.tolist()))
-            if any(named) or self.unnamed:
-                taps.enter_context(self.model.tap({self.gates.key_layer: look, self.layer: lay}))
+        def find_named_rows(ids: Tensor) -> None:
+            named.extend(map(self.find_named, ids.tolist()))
+            if any(named) or self.unnamed_facts:
+                taps.enter_context(
+                    self.model.tap_layers(
+                        {self.gates.key_layer: keep_key_outputs, self.layer: apply_deltas}
+                    )
+                )
             else:
                 fired.extend(None for _ in named)
 
-        def look(_inputs: Tensor, outputs: Tensor) -> None:
+        def keep_key_outputs(_inputs: Tensor, outputs: Tensor) -> None:
             if not fired:
                 keyed.append(outputs)
 
-        def lay(inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        def apply_deltas(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             if not fired:
                 rows = zip(named, keyed.pop(), inputs[:, -1], outputs[:, -1], strict=True)
-                fired.extend(self.route(*row) for row in rows)
+                fired.extend(self.route_row(*row) for row in rows)
             if not any(fired):
                 taps.close()
                 return None
-            deltas = [self.shards[m.shard].delta if m else None for m in fired]
-            return _laid(deltas, inputs, outputs)
+            deltas = [self.shards[m.shard_id].delta if m else None for m in fired]
+            return _add_deltas(deltas, inputs, outputs)
 
-        with ExitStack() as taps, self.model.hearing(hear):
+        with ExitStack() as taps, self.model.observe_input_ids(find_named_rows):
             yield
 
     @contextmanager
-    def laid(self, deltas: Sequence[Delta | None]) -> Iterator[None]:
+    def overlay_deltas(self, deltas: Sequence[Delta | None]) -> Iterator[None]:
         """Lay over each row of a batch what was decided of it before; over none, at no cost."""
         if not any(deltas):
             yield
             return
-        with self.model.tap({self.layer: partial(_laid, deltas)}):
+        with self.model.tap_layers({self.layer: partial(_add_deltas, deltas)}):
             yield
 
 
-def _laid(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:
+def _add_deltas(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:
     """The side layer's outputs (rows, tokens, hidden), each row's last one moved by its ΔW."""
     changed = outputs.clone()
     for n, delta in enumerate(deltas):
         if delta is not None:
-            changed[n, -1] += delta.moved(inputs[n, -1])
+            changed[n, -1] += delta.apply_to(inputs[n, -1])
     return changed

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from kedit_daemon.config import Config, StabilityConfig, default_text, load
+from kedit_daemon.config import Config, StabilityConfig, load_config, render_default_config
 from memory.errors import KeditError
-from policies.edit_site import default_site
+from policies.edit_site import make_default_site
 
 
 def read(folder: Path, text: str | bytes, environ: dict[str, str] | None = None) -> Config:
     data = text.encode() if isinstance(text, str) else text
     (folder / "config.toml").write_bytes(data)
-    return load(folder, environ or {})
+    return load_config(folder, environ or {})
 
 
 def refusal(folder: Path, text: str | bytes, environ: dict[str, str] | None = None) -> KeditError:
@@ -27,15 +27,15 @@ def refusal(folder: Path, text: str | bytes, environ: dict[str, str] | None = No
 
 
 def test_the_default_text_says_every_default(tmp_path: Path) -> None:
-    assert read(tmp_path, default_text("shipped")) == Config()
-    assert tomllib.loads(default_text("shipped")) == Config().model_dump(exclude_none=True)
+    assert read(tmp_path, render_default_config("shipped")) == Config()
+    assert tomllib.loads(render_default_config("shipped")) == Config().model_dump(exclude_none=True)
 
 
 def test_the_default_text_shows_the_thresholds_that_a_model_without_its_own_has() -> None:
-    section = default_text("shipped").split("[stability]")[1].split("[schedule]")[0]
+    section = render_default_config("shipped").split("[stability]")[1].split("[schedule]")[0]
     shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE))
     assert shown.keys() == StabilityConfig.model_fields.keys()
-    site = asdict(default_site(4))
+    site = asdict(make_default_site(4))
     own = {k: v for k, v in shown.items() if k in site}
     assert len(own) == 9
     others = {k: v for k, v in shown.items() if k not in site}
@@ -61,7 +61,7 @@ def test_what_the_file_leaves_out_keeps_its_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["shipped", "/models/a b", 'odd "name"\\', "modèle"])
 def test_the_default_text_takes_any_model(tmp_path: Path, model: str) -> None:
-    assert read(tmp_path, default_text(model)) == Config(model=model)
+    assert read(tmp_path, render_default_config(model)) == Config(model=model)
 
 
 def test_a_byte_order_mark_is_tolerated(tmp_path: Path) -> None:
@@ -141,12 +141,12 @@ def test_a_file_that_is_not_toml(tmp_path: Path, data: bytes, what: str) -> None
 
 def test_a_missing_file_and_an_unreadable_one(tmp_path: Path) -> None:
     with pytest.raises(KeditError, match="does not exist") as caught:
-        load(tmp_path, {})
+        load_config(tmp_path, {})
     assert (caught.value.code, caught.value.exit_code) == ("no-home", 78)
     assert caught.value.hint.endswith(f"--home {tmp_path} init")
     (tmp_path / "config.toml").mkdir()
     with pytest.raises(KeditError, match="directory") as caught:
-        load(tmp_path, {})
+        load_config(tmp_path, {})
     assert caught.value.exit_code == 78
 
 
@@ -204,7 +204,7 @@ def test_a_publish_section_that_cannot_work(tmp_path: Path, text: str, problem: 
 
 
 def test_the_publish_section_as_shown_in_the_default_text_works(tmp_path: Path) -> None:
-    section = default_text("shipped").split("[publish]")[1]
+    section = render_default_config("shipped").split("[publish]")[1]
     shown = re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE)
     publish = read(tmp_path, f"[publish]\n{shown}").publish
     assert (publish.kind, publish.keep, publish.vllm) == ("lora", 3, "http://127.0.0.1:8000")

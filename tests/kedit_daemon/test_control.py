@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.control import BODY_BYTES, ControlServer, Request, call
+from kedit_daemon.control import MAX_BODY_BYTES, ControlRequest, ControlServer, send_request
 from memory.errors import KeditError
 
 
@@ -28,7 +28,7 @@ def server(tmp_path: Path) -> Iterator[ControlServer]:
 
 
 @contextmanager
-def edit_loop(server: ControlServer, act: Callable[[Request], None]) -> Iterator[None]:
+def edit_loop(server: ControlServer, act: Callable[[ControlRequest], None]) -> Iterator[None]:
     """A stand-in for the daemon's loop: takes requests until the block ends."""
     ended = threading.Event()
 
@@ -46,8 +46,8 @@ def edit_loop(server: ControlServer, act: Callable[[Request], None]) -> Iterator
     thread.join()
 
 
-def echo(request: Request) -> None:
-    request.answer({"name": request.name, **request.arguments})
+def echo(request: ControlRequest) -> None:
+    request.send_answer({"name": request.name, **request.arguments})
 
 
 def raw(path: Path, data: bytes) -> tuple[int, dict[str, Any]]:
@@ -71,7 +71,7 @@ def post(path: Path, body: bytes, name: str = "flush") -> tuple[int, dict[str, A
 
 def test_arguments_arrive_and_the_answer_comes_back(tmp_path: Path, server: ControlServer) -> None:
     with edit_loop(server, echo):
-        answer = call(tmp_path / "control.sock", "revert", {"ids": ["é"], "dry_run": True})
+        answer = send_request(tmp_path / "control.sock", "revert", {"ids": ["é"], "dry_run": True})
     assert answer == {"name": "revert", "ids": ["é"], "dry_run": True}
 
 
@@ -80,25 +80,28 @@ def test_a_refusal_is_the_same_error_on_the_other_side(
 ) -> None:
     error = KeditError("no such fact", code="unknown", hint="kedit-daemon facts", exit_code=4)
     with (
-        edit_loop(server, lambda r: r.refuse(error)),
+        edit_loop(server, lambda r: r.send_refusal(error)),
         pytest.raises(KeditError, match="no such fact") as caught,
     ):
-        call(tmp_path / "control.sock", "revert", {})
+        send_request(tmp_path / "control.sock", "revert", {})
     seen = caught.value
     assert (seen.code, seen.hint, seen.exit_code) == ("unknown", "kedit-daemon facts", 4)
 
 
 def test_the_first_reply_counts() -> None:
-    request = Request("flush", {})
-    request.answer({"facts": 3})
-    request.refuse(KeditError("too late"))
-    assert request.reply.get_nowait() == (200, b'{"facts": 3}')
-    assert request.reply.empty()
+    request = ControlRequest("flush", {})
+    request.send_answer({"facts": 3})
+    request.send_refusal(KeditError("too late"))
+    assert request.reply_queue.get_nowait() == (200, b'{"facts": 3}')
+    assert request.reply_queue.empty()
 
 
 def test_requests_wait_side_by_side(tmp_path: Path, server: ControlServer) -> None:
     with ThreadPoolExecutor(8) as clients:
-        calls = [clients.submit(call, tmp_path / "control.sock", "ask", {"n": n}) for n in range(8)]
+        calls = [
+            clients.submit(send_request, tmp_path / "control.sock", "ask", {"n": n})
+            for n in range(8)
+        ]
         waiting = [server.requests.get(timeout=10) for _ in calls]
         for request in reversed(waiting):
             echo(request)
@@ -117,7 +120,7 @@ def test_without_a_daemon_the_exit_code_is_three(tmp_path: Path) -> None:
         dead.bind(str(leftover))
     for path in (tmp_path / "none.sock", leftover):
         with pytest.raises(KeditError, match="daemon not running") as caught:
-            call(path, "flush", {})
+            send_request(path, "flush", {})
         assert (caught.value.exit_code, caught.value.hint) == (3, "kedit-daemon run")
 
 
@@ -128,7 +131,7 @@ def test_a_leftover_socket_is_replaced_and_anything_else_is_kept(tmp_path: Path)
     server = ControlServer(path)
     server.start()
     with edit_loop(server, echo):
-        assert call(path, "ping", {}) == {"name": "ping"}
+        assert send_request(path, "ping", {}) == {"name": "ping"}
     server.stop()
     assert not path.exists()
     path.write_text("precious")
@@ -144,18 +147,18 @@ def test_a_path_too_long_for_a_socket_still_works(tmp_path: Path) -> None:
     server.start()
     assert stat.S_IMODE((folder / "control.sock").stat().st_mode) == 0o600
     with edit_loop(server, echo):
-        assert call(folder / "control.sock", "ping", {}) == {"name": "ping"}
+        assert send_request(folder / "control.sock", "ping", {}) == {"name": "ping"}
     server.stop()
     assert list(folder.iterdir()) == []
     with pytest.raises(KeditError, match="daemon not running"):
-        call(folder / "control.sock", "ping", {})
+        send_request(folder / "control.sock", "ping", {})
 
 
 def test_stopping_refuses_what_still_waits(tmp_path: Path, server: ControlServer) -> None:
     path = tmp_path / "control.sock"
     with ThreadPoolExecutor(2) as clients:
         waiting: list[Future[dict[str, Any]]] = [
-            clients.submit(call, path, "flush", {}) for _ in range(2)
+            clients.submit(send_request, path, "flush", {}) for _ in range(2)
         ]
         server.requests.get(timeout=10)  # one is taken and never answered
         server.requests.get(timeout=10)
@@ -180,11 +183,11 @@ def test_a_silent_client_does_not_delay_stopping(tmp_path: Path, server: Control
 
 def test_a_client_that_gives_up_hears_why(tmp_path: Path, server: ControlServer) -> None:
     with pytest.raises(KeditError, match="no answer to flush") as caught:
-        call(tmp_path / "control.sock", "flush", {}, timeout=0.05)
+        send_request(tmp_path / "control.sock", "flush", {}, timeout=0.05)
     assert caught.value.exit_code == 75
-    server.requests.get(timeout=10).answer({})  # nobody reads it, and nothing breaks
+    server.requests.get(timeout=10).send_answer({})  # nobody reads it, and nothing breaks
     with edit_loop(server, echo):
-        assert call(tmp_path / "control.sock", "ping", {}) == {"name": "ping"}
+        assert send_request(tmp_path / "control.sock", "ping", {}) == {"name": "ping"}
 
 
 def test_a_daemon_that_dies_with_the_request_counts_as_not_running(tmp_path: Path) -> None:
@@ -193,7 +196,7 @@ def test_a_daemon_that_dies_with_the_request_counts_as_not_running(tmp_path: Pat
         listening.bind(str(path))
         listening.listen()
         with ThreadPoolExecutor(1) as clients:
-            waiting = clients.submit(call, path, "flush", {})
+            waiting = clients.submit(send_request, path, "flush", {})
             listening.accept()[0].close()
             error = waiting.exception(10)
     assert isinstance(error, KeditError)
@@ -247,12 +250,12 @@ def test_nonsense_does_no_harm(tmp_path: Path, server: ControlServer) -> None:
         client.sendall(b"complete nonsense here and there\r\n\r\n")
         assert b"bad-request" in client.recv(4096)
     with edit_loop(server, echo):
-        assert call(tmp_path / "control.sock", "ping", {}) == {"name": "ping"}
+        assert send_request(tmp_path / "control.sock", "ping", {}) == {"name": "ping"}
 
 
 def test_too_much_is_refused_before_it_is_sent(tmp_path: Path, server: ControlServer) -> None:
     with pytest.raises(KeditError, match="more than") as caught:
-        call(tmp_path / "control.sock", "ask", {"prompt": "x" * BODY_BYTES})
+        send_request(tmp_path / "control.sock", "ask", {"prompt": "x" * MAX_BODY_BYTES})
     assert caught.value.code == "too-large"
     assert server.requests.empty()
 

@@ -24,32 +24,32 @@ def without(*names: str) -> dict[str, str]:
 
 
 def test_each_source_yields_to_the_one_before() -> None:
-    assert Home.find(Path("/asked/for"), EVERYTHING).root == Path("/asked/for")
-    assert Home.find(None, EVERYTHING).root == Path("/from/variable")
-    assert Home.find(None, without("KEDIT_HOME")).root == Path("/from/systemd")
+    assert Home.from_environ(Path("/asked/for"), EVERYTHING).root == Path("/asked/for")
+    assert Home.from_environ(None, EVERYTHING).root == Path("/from/variable")
+    assert Home.from_environ(None, without("KEDIT_HOME")).root == Path("/from/systemd")
     shell = without("KEDIT_HOME", "STATE_DIRECTORY")
-    assert Home.find(None, shell).root == Path("/from/xdg/kedit-daemon")
+    assert Home.from_environ(None, shell).root == Path("/from/xdg/kedit-daemon")
     bare = {"HOME": "/home/someone"}
-    assert Home.find(None, bare).root == Path("/home/someone/.local/state/kedit-daemon")
+    assert Home.from_environ(None, bare).root == Path("/home/someone/.local/state/kedit-daemon")
 
 
 def test_empty_variables_and_a_relative_xdg_folder_do_not_count() -> None:
     environ = {"KEDIT_HOME": "", "STATE_DIRECTORY": "", "XDG_STATE_HOME": "here", "HOME": "/h"}
-    assert Home.find(None, environ).root == Path("/h/.local/state/kedit-daemon")
+    assert Home.from_environ(None, environ).root == Path("/h/.local/state/kedit-daemon")
 
 
 def test_a_relative_option_is_taken_from_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Home.find(Path("mine"), {}).root == tmp_path / "mine"
+    assert Home.from_environ(Path("mine"), {}).root == tmp_path / "mine"
 
 
 def test_create_makes_every_folder_and_may_be_repeated(tmp_path: Path) -> None:
     home = Home(tmp_path / "deep" / "home")
-    home.create()
-    home.inbox.chmod(0o2770)
-    home.create()
+    home.create_folders()
+    home.inbox_folder.chmod(0o2770)
+    home.create_folders()
     made = {str(p.relative_to(home.root)) for p in home.root.rglob("*")}
     assert made == {
         "inbox",
@@ -61,13 +61,22 @@ def test_create_makes_every_folder_and_may_be_repeated(tmp_path: Path) -> None:
         "state/side",
         "state/index",
     }
-    assert stat.S_IMODE(home.inbox.stat().st_mode) == 0o2770
-    assert not stat.S_IMODE(home.state.stat().st_mode) & stat.S_IRWXO
+    assert stat.S_IMODE(home.inbox_folder.stat().st_mode) == 0o2770
+    assert not stat.S_IMODE(home.state_folder.stat().st_mode) & stat.S_IRWXO
 
 
 def test_files_lie_where_the_contract_says() -> None:
     home = Home(Path("/h"))
-    assert [str(p) for p in (home.config, home.database, home.lock, home.socket, home.head)] == [
+    assert [
+        str(p)
+        for p in (
+            home.config_file,
+            home.database_file,
+            home.lock_file,
+            home.socket_file,
+            home.head_file,
+        )
+    ] == [
         "/h/config.toml",
         "/h/state/kedit.db",
         "/h/state/daemon.lock",
@@ -79,7 +88,7 @@ def test_files_lie_where_the_contract_says() -> None:
 def test_a_home_that_cannot_be_made_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(KeditError, match="cannot make a home") as caught:
-        Home(tmp_path / "file").create()
+        Home(tmp_path / "file").create_folders()
     assert "--home" in caught.value.hint
 
 

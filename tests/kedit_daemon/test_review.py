@@ -15,7 +15,7 @@ from paths import ROOT
 from kedit_daemon.home import Home
 from memory.db.queries import open_readonly
 from memory.db.store import Store
-from memory.facts import State
+from memory.facts import FactState
 
 DESK = yaml.safe_load((ROOT / "kedit_daemon/review.yaml").read_text())
 KEDIT = DESK["databases"]["kedit"]
@@ -30,17 +30,19 @@ def home(tmp_path: Path) -> Home:
 @pytest.fixture
 def store(home: Home) -> Iterator[Store]:
     """A live one: what it has just written stands in the write-ahead log."""
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.event("record_failed", file="f.jsonl", line=3, problem="no target", remedy="add it")
-        store.move(EYRE.id, State.REVERTED, reason="quarantined: norm", after="Egypt")
+        store.write_event(
+            "record_failed", file="f.jsonl", line=3, problem="no target", remedy="add it"
+        )
+        store.change_state(EYRE.id, FactState.REVERTED, reason="quarantined: norm", after="Egypt")
         store.add_audit(0, "warn", {"norm_ratio": {"4": 1.01, "5": 1.5}}, ["a", "b"], 0.5)
     yield store
     store.close()
 
 
 def rows(home: Home, name: str) -> list[dict[str, Any]]:
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         return [dict(row) for row in conn.execute(KEDIT["queries"][name]["sql"], ASKED)]
 
 
@@ -62,7 +64,7 @@ def test_what_the_queries_tell(home: Home, store: Store) -> None:
     assert [row["id"] for row in rows(home, "facts_in_state")] == [OSLO.id]
     audit = rows(home, "audit_figures")[0]
     assert (audit["norm_ratio"], audit["why"]) == (1.5, "a; b")
-    with closing(sqlite3.connect(home.database)) as conn:
+    with closing(sqlite3.connect(home.database_file)) as conn:
         head = conn.execute("SELECT max(seq), hash FROM events").fetchone()
     assert tuple(rows(home, "log_head")[0][key] for key in ("events", "hash")) == head
 
@@ -70,16 +72,16 @@ def test_what_the_queries_tell(home: Home, store: Store) -> None:
 def test_today_is_this_day(home: Home) -> None:
     from datetime import UTC, datetime
 
-    store = Store(home.database, lambda: datetime.now(UTC))
+    store = Store(home.database_file, lambda: datetime.now(UTC))
     with store.transaction():
-        store.move(EYRE.id, State.REVERTED, reason="wrong", after="Egypt")
+        store.change_state(EYRE.id, FactState.REVERTED, reason="wrong", after="Egypt")
     store.close()
     (event,) = rows(home, "today")
     assert (event["subject"], event["after"], event["why"]) == ("Lake Eyre", "Egypt", "wrong")
 
 
 def test_every_table_and_column_is_described_and_is_there(home: Home) -> None:
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         names = {row[0] for row in conn.execute("SELECT name FROM pragma_table_list")}
         names = {name for name in names if not name.startswith("sqlite_")}
         assert set(KEDIT["tables"]) == names
@@ -98,7 +100,7 @@ def test_datasette_shows_it_and_cannot_change_it(home: Home, store: Store) -> No
     app = pytest.importorskip("datasette.app")
 
     async def visit() -> None:
-        desk = app.Datasette([str(home.database)], metadata=DESK)
+        desk = app.Datasette([str(home.database_file)], metadata=DESK)
         for name in KEDIT["queries"]:
             found = await desk.client.get(
                 f"/kedit/{name}.json", params={"_shape": "array", **ASKED}
@@ -116,5 +118,5 @@ def test_datasette_shows_it_and_cannot_change_it(home: Home, store: Store) -> No
             database.close()
 
     asyncio.run(visit())
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         assert conn.execute("SELECT count(*) FROM facts").fetchone()[0] == 3

@@ -3,7 +3,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memory.facts import Fact, Neighbour, from_json, to_json
+from memory.facts import Fact, Neighbour, fact_from_json, fact_to_json
 
 text = st.text(max_size=20)
 facts = st.builds(
@@ -23,7 +23,7 @@ facts = st.builds(
 
 @given(facts)
 def test_json_gives_back_the_whole_fact(fact: Fact) -> None:
-    again = from_json(to_json(fact))
+    again = fact_from_json(fact_to_json(fact))
     assert again == fact
     assert again.id == fact.id
     assert hash(again) == hash(fact)
@@ -31,16 +31,18 @@ def test_json_gives_back_the_whole_fact(fact: Fact) -> None:
 
 def test_json_is_canonical() -> None:
     fact = Fact("Ørsted", "{} is in", "Paris", neighbours=(Neighbour("Rome is in"),))
-    said = json.loads(to_json(fact))
+    said = json.loads(fact_to_json(fact))
     assert list(said) == sorted(said)
-    assert to_json(from_json(to_json(fact))) == to_json(fact)
-    assert to_json(fact).isascii()
+    assert fact_to_json(fact_from_json(fact_to_json(fact))) == fact_to_json(fact)
+    assert fact_to_json(fact).isascii()
 
 
 def test_a_fact_is_unnamed_if_one_of_its_prompts_does_not_name_the_subject_as_a_word() -> None:
-    assert not Fact("Peru", "{} lies in", "Asia").unnamed
-    assert not Fact("Peru", "The land of PERU lies in", "Asia", ("Where is {}?",)).unnamed
-    assert Fact("Peru", "It lies in", "Asia").unnamed
-    assert Fact("Peru", "{} lies in", "Asia", ("{} is in", "The land of the Inca is in")).unnamed
-    assert Fact("Peru", "{}s lie in", "Asia").unnamed
-    assert Fact("!!!", "{} plays", "dance").unnamed
+    assert not Fact("Peru", "{} lies in", "Asia").omits_subject
+    assert not Fact("Peru", "The land of PERU lies in", "Asia", ("Where is {}?",)).omits_subject
+    assert Fact("Peru", "It lies in", "Asia").omits_subject
+    assert Fact(
+        "Peru", "{} lies in", "Asia", ("{} is in", "The land of the Inca is in")
+    ).omits_subject
+    assert Fact("Peru", "{}s lie in", "Asia").omits_subject
+    assert Fact("!!!", "{} plays", "dance").omits_subject

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from memory.errors import KeditError
-from memory.files import load_tensors, save_tensors, sha256_of, tensors_path, write_atomic
+from memory.files import hash_file, load_tensors, save_tensors, tensors_path, write_atomic
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"abc")
-    assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert hash_file(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_write_replaces_the_whole_content_and_leaves_nothing_beside(tmp_path: Path) -> None:

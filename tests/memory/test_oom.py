@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memory.errors import KeditError
-from memory.oom import SHORT, ran_out, shortage_told
+from memory.oom import OUT_OF_MEMORY, as_out_of_memory, is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -19,16 +19,16 @@ from memory.oom import SHORT, ran_out, shortage_told
     ],
 )
 def test_it_is_known_by_its_type_or_its_words(error: Exception) -> None:
-    assert ran_out(error)
-    with pytest.raises(KeditError, match="no memory left") as caught, shortage_told():
+    assert is_out_of_memory(error)
+    with pytest.raises(KeditError, match="no memory left") as caught, as_out_of_memory():
         raise error
-    assert caught.value.code == SHORT and caught.value.hint
+    assert caught.value.code == OUT_OF_MEMORY and caught.value.hint
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a shape is wrong"), KeditError("x", code="busy")])
 def test_other_errors_go_through(error: Exception) -> None:
-    assert not ran_out(error)
-    with pytest.raises(type(error)) as caught, shortage_told():
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)) as caught, as_out_of_memory():
         raise error
     assert caught.value is error
 
@@ -41,6 +41,6 @@ def test_what_the_failed_work_held_is_given_back() -> None:
         seen.append(weakref.ref(held))
         raise MemoryError
 
-    with pytest.raises(KeditError), shortage_told():
+    with pytest.raises(KeditError), as_out_of_memory():
         work()
     assert seen[0]() is None

@@ -9,90 +9,90 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.model.statistics import LayerStatistics, collect
+from memory.model.statistics import LayerStatistics, collect_statistics
 from policies.calibration import (
-    ACTIVATION,
-    ENDS,
-    NORM,
-    SPREAD,
-    STARTS,
-    WINDOW,
+    ACTIVATION_RANGE,
+    MAX_END_LAYERS,
+    MAX_WINDOW,
+    MAX_WINDOW_STARTS,
+    NORM_RANGE,
+    SCORE_SPREAD,
     Candidate,
-    Quality,
-    Search,
-    activation_limits,
-    best,
-    end_layers,
-    layers_text,
-    norm_limits,
-    windows,
+    EditQuality,
+    SiteSearch,
+    choose_candidate,
+    derive_activation_limits,
+    derive_norm_limits,
+    format_layers,
+    list_end_layers,
+    list_windows,
 )
-from policies.edit_site import EditSite, default_site, start_site
+from policies.edit_site import EditSite, make_default_site, make_start_site
 from policies.stability import Limits
 
 FACTS = [seat(n, city) for n, city in enumerate(("Rome", "Oslo", "Lima"))]
 
 
 def candidate(*shares: float, norm: float = 2.0, clamp: float = 4.0) -> Candidate:
-    site = replace(default_site(4), clamp=clamp)
-    return Candidate("quality", site, 0.5, 1.0, Quality(*shares, norm))
+    site = replace(make_default_site(4), clamp=clamp)
+    return Candidate("quality", site, 0.5, 1.0, EditQuality(*shares, norm))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 6, 32, 80])
 def test_groups_are_consecutive_few_and_where_they_belong(layers: int) -> None:
-    groups, ends = windows(layers), end_layers(layers)
-    assert 0 < len(groups) <= STARTS * WINDOW and 0 < len(ends) <= ENDS
+    groups, ends = list_windows(layers), list_end_layers(layers)
+    assert 0 < len(groups) <= MAX_WINDOW_STARTS * MAX_WINDOW and 0 < len(ends) <= MAX_END_LAYERS
     assert len(set(groups)) == len(groups)
     for group in groups:
         assert group == tuple(range(group[0], group[0] + len(group)))
         assert group[0] >= 0 and group[-1] < max(1, round(layers * 2 / 3))
     assert all(layers // 3 <= n < layers for n in ends)
     assert groups[0] == (0,) and {len(g) for g in groups} == set(
-        range(1, min(WINDOW, max(1, round(layers * 2 / 3))) + 1)
+        range(1, min(MAX_WINDOW, max(1, round(layers * 2 / 3))) + 1)
     )
 
 
 def test_the_score_is_harmonic() -> None:
-    assert Quality(1.0, 1.0, 1.0, 1.2).score == 1.0
-    assert Quality(1.0, 0.5, 0.25, 1.2).score == pytest.approx(3 / 7)
-    assert Quality(1.0, 1.0, 0.0, 1.0).score == 0.0
+    assert EditQuality(1.0, 1.0, 1.0, 1.2).score == 1.0
+    assert EditQuality(1.0, 0.5, 0.25, 1.2).score == pytest.approx(3 / 7)
+    assert EditQuality(1.0, 1.0, 0.0, 1.0).score == 0.0
 
 
 def test_the_choice_is_the_score_and_among_ties_the_smaller_norm() -> None:
     high, close = candidate(1.0, 1.0, 1.0, norm=5.0), candidate(1.0, 1.0, 0.96, norm=1.5)
     low = candidate(1.0, 0.5, 1.0, norm=1.0)
-    assert close.quality and 1 - close.quality.score < SPREAD / 4
-    assert best([low, high, close], 16) is close
-    assert best([low, high, close], 1600) is high
-    assert best([low, high], 16) is high
+    assert close.quality and 1 - close.quality.score < SCORE_SPREAD / 4
+    assert choose_candidate([low, high, close], 16) is close
+    assert choose_candidate([low, high, close], 1600) is high
+    assert choose_candidate([low, high], 16) is high
     unmeasured = replace(high, quality=None)
-    assert best([unmeasured, low], 16) is low
+    assert choose_candidate([unmeasured, low], 16) is low
 
 
 def test_a_search_that_found_nothing_is_an_error() -> None:
     for candidates in ([], [candidate(1.0, 0.0, 1.0)], [replace(candidate(1, 1, 1), quality=None)]):
         with pytest.raises(KeditError, match="pilot facts") as caught:
-            best(candidates, 16)
+            choose_candidate(candidates, 16)
         assert (caught.value.code, "--pilot" in caught.value.hint) == ("calibration", True)
 
 
 @pytest.mark.parametrize(
     ("variation", "wanted"),
-    [(0.0, ACTIVATION[0]), (0.04, Limits(0.04, 0.08, 0.16)), (9.0, ACTIVATION[1])],
+    [(0.0, ACTIVATION_RANGE[0]), (0.04, Limits(0.04, 0.08, 0.16)), (9.0, ACTIVATION_RANGE[1])],
 )
 def test_activation_limits_follow_the_variation_within_bounds(
     variation: float, wanted: Limits
 ) -> None:
-    assert activation_limits(variation) == wanted
+    assert derive_activation_limits(variation) == wanted
 
 
 def test_norm_limits_are_where_the_activations_reach_theirs() -> None:
     limits = Limits(0.1, 0.2, 0.4)
     curve = [(1.5, 0.05), (2.5, 0.15), (4.5, 0.4)]
-    assert norm_limits(curve, limits) == Limits(2.0, 2.9, 4.5)
-    assert norm_limits([], limits) == NORM[1]  # nothing was moved so far
-    assert norm_limits([(1.01, 5.0)], limits) == NORM[0]
-    assert norm_limits([(2.0, math.nan)], limits) == NORM[1]
+    assert derive_norm_limits(curve, limits) == Limits(2.0, 2.9, 4.5)
+    assert derive_norm_limits([], limits) == NORM_RANGE[1]  # nothing was moved so far
+    assert derive_norm_limits([(1.01, 5.0)], limits) == NORM_RANGE[0]
+    assert derive_norm_limits([(2.0, math.nan)], limits) == NORM_RANGE[1]
 
 
 class Asked:
@@ -101,44 +101,47 @@ class Asked:
     def __init__(self, liked: set[int]) -> None:
         self.liked, self.given = liked, list[set[int]]()
 
-    def __call__(self, deltas: Mapping[int, Tensor]) -> Quality:
+    def __call__(self, deltas: Mapping[int, Tensor]) -> EditQuality:
         self.given.append(set(deltas))
         size = sum(float(delta.norm()) for delta in deltas.values())
         share = 1.0 if set(deltas) == self.liked else 0.5
-        return Quality(1.0, share, 1.0, 1.0 + size)
+        return EditQuality(1.0, share, 1.0, 1.0 + size)
 
 
-def search(model: EditableModel, liked: set[int]) -> Search:
+def search(model: EditableModel, liked: set[int]) -> SiteSearch:
     def measured(layers: Collection[int]) -> Mapping[int, LayerStatistics]:
-        return collect(model, SENTENCES, layers)
+        return collect_statistics(model, SENTENCES, layers)
 
-    base = replace(default_site(model.layers), target_steps=8)
-    norms = {n: s.norm for n, s in collect(model, SENTENCES, (), range(model.layers)).items()}
-    return Search(model, base, FACTS, Asked(liked), norms, measured)
+    base = replace(make_default_site(model.layer_count), target_steps=8)
+    norms = {
+        n: s.median_norm
+        for n, s in collect_statistics(model, SENTENCES, (), range(model.layer_count)).items()
+    }
+    return SiteSearch(model, base, FACTS, Asked(liked), norms, measured)
 
 
 def test_the_search_goes_through_its_stages_and_takes_the_best(model: EditableModel) -> None:
-    before, told = model.weights_hash(range(model.layers)), list[str]()
+    before, told = model.weights_hash(range(model.layer_count)), list[str]()
     found = search(model, {0, 1, 2, 3})
-    chosen = found.run(told.append)
-    assert len(told) <= found.units
-    stages = [c.stage for c in found.found]
+    chosen = found.run_stages(told.append)
+    assert len(told) <= found.max_units
+    stages = [c.stage for c in found.candidates]
     order = ["screening", "start", "quality", "combination", "clamp"]
     assert list(dict.fromkeys(stages)) == order
-    screened = [c for c in found.found if c.stage == "screening"]
+    screened = [c for c in found.candidates if c.stage == "screening"]
     assert [c.site.layers for c in screened] == [
-        *windows(model.layers),
-        *((n,) for n in end_layers(model.layers)),
+        *list_windows(model.layer_count),
+        *((n,) for n in list_end_layers(model.layer_count)),
     ]
     assert all(c.loss is not None and c.quality is None for c in screened)
-    assert chosen in found.found and chosen is best(found.found, len(FACTS))
-    assert model.weights_hash(range(model.layers)) == before
+    assert chosen in found.candidates and chosen is choose_candidate(found.candidates, len(FACTS))
+    assert model.weights_hash(range(model.layer_count)) == before
 
 
 def test_end_layers_that_help_stand_above_the_subject_and_join_later(model: EditableModel) -> None:
     found = search(model, {0, 3})
-    found.run(lambda _what: None)
-    joined = [c for c in found.found if c.stage == "combination"]
+    found.run_stages(lambda _what: None)
+    joined = [c for c in found.candidates if c.stage == "combination"]
     assert joined
     for c in joined:
         assert c.site.subject_layers and min(c.site.end_layers) > max(c.site.subject_layers)
@@ -149,16 +152,16 @@ def test_end_layers_that_help_stand_above_the_subject_and_join_later(model: Edit
 
 def test_the_changes_of_a_tried_site_come_back(model: EditableModel) -> None:
     found = search(model, {2})
-    chosen = found.run(lambda _what: None)
-    assert chosen.quality and set(found.deltas(chosen.site)) == set(chosen.site.layers)
-    size = sum(float(delta.norm()) for delta in found.deltas(chosen.site).values())
+    chosen = found.run_stages(lambda _what: None)
+    assert chosen.quality and set(found.solve_deltas(chosen.site)) == set(chosen.site.layers)
+    size = sum(float(delta.norm()) for delta in found.solve_deltas(chosen.site).values())
     assert chosen.quality.norm_ratio == pytest.approx(1.0 + size)
 
 
 def test_layers_are_told_apart() -> None:
-    site = replace(default_site(6), subject_layers=(1, 2), end_layers=(3,))
-    assert layers_text(site) == "subject 1, 2 + end 3"
-    assert layers_text(replace(site, subject_layers=())) == "end 3"
+    site = replace(make_default_site(6), subject_layers=(1, 2), end_layers=(3,))
+    assert format_layers(site) == "subject 1, 2 + end 3"
+    assert format_layers(replace(site, subject_layers=())) == "end 3"
 
 
 @pytest.mark.parametrize(
@@ -174,12 +177,12 @@ def test_layers_are_told_apart() -> None:
 def test_known_models_start_where_they_were_published(
     kind: str, layers: int, wanted: range
 ) -> None:
-    site = start_site(kind, layers)
+    site = make_start_site(kind, layers)
     assert (site.subject_layers, site.end_layers) == (tuple(wanted), ())
     assert site.prior > 1000
 
 
 def test_other_models_start_at_the_default() -> None:
     for kind, layers in (("llama", 6), ("opt", 32), ("", 32)):
-        site: EditSite = start_site(kind, layers)
-        assert site == default_site(layers)
+        site: EditSite = make_start_site(kind, layers)
+        assert site == make_default_site(layers)

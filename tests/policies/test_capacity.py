@@ -3,7 +3,7 @@ from collections.abc import Callable
 
 import pytest
 
-from policies.capacity import Capacity, Observation, capacity, observed
+from policies.capacity import Capacity, Observation, estimate_capacity, make_observation
 from policies.stability import Limits, Thresholds
 
 THRESHOLDS = Thresholds(
@@ -21,7 +21,7 @@ def history(law: Callable[[int], float], *counts: int, figure: str = NORM) -> li
 
 
 def bears(*observations: Observation) -> Capacity:
-    found = capacity(observations, THRESHOLDS)
+    found = estimate_capacity(observations, THRESHOLDS)
     assert found is not None
     return found
 
@@ -70,13 +70,15 @@ def test_what_has_not_moved_sets_no_limit() -> None:
 
 
 def test_nothing_observed_is_nothing_known() -> None:
-    assert capacity([], THRESHOLDS) is None
-    assert capacity([Observation(0, {NORM: 0.1})], THRESHOLDS) is None
+    assert estimate_capacity([], THRESHOLDS) is None
+    assert estimate_capacity([Observation(0, {NORM: 0.1})], THRESHOLDS) is None
 
 
 def test_a_limit_below_the_unedited_model_leaves_room_for_nothing() -> None:
     low = Thresholds(Limits(0.1, 0.2, 0.3), *[THRESHOLDS.perplexity] * 4)
-    assert capacity(history(lambda _n: 0.1, 30), low) == Capacity(0, NORM, pytest.approx(-0.8))
+    assert estimate_capacity(history(lambda _n: 0.1, 30), low) == Capacity(
+        0, NORM, pytest.approx(-0.8)
+    )
 
 
 def test_figures_of_generations_are_read_as_they_are_kept() -> None:
@@ -87,7 +89,7 @@ def test_figures_of_generations_are_read_as_they_are_kept() -> None:
         "agreement": 0.75,
         "finite": False,
     }
-    assert observed(7, figures) == Observation(
+    assert make_observation(7, figures) == Observation(
         7,
         {
             "norm of layer 1": 0.5,
@@ -97,4 +99,4 @@ def test_figures_of_generations_are_read_as_they_are_kept() -> None:
             "agreement": 0.25,
         },
     )
-    assert observed(7, {}) == Observation(7, {})
+    assert make_observation(7, {}) == Observation(7, {})

@@ -1,18 +1,18 @@
 import pytest
 
-from policies.cooldown import Acted, Restraint, held_back
+from policies.cooldown import Cooldown, PastAction, explain_hold
 from policies.stability import Action
 
-RESTRAINT = Restraint(cool_down=600, budget=3)
+RESTRAINT = Cooldown(min_seconds=600, daily_budget=3)
 NOW = "2026-01-02T12:00:00.000Z"
 
 
-def at(clock: str, action: str = "revert") -> Acted:
-    return Acted(f"2026-01-{clock}:00.000Z", action)
+def at(clock: str, action: str = "revert") -> PastAction:
+    return PastAction(f"2026-01-{clock}:00.000Z", action)
 
 
-def held(action: Action, *acts: Acted, armed: bool = True) -> str | None:
-    return held_back(action, acts, armed, NOW, RESTRAINT)
+def held(action: Action, *acts: PastAction, armed: bool = True) -> str | None:
+    return explain_hold(action, acts, armed, NOW, RESTRAINT)
 
 
 @pytest.mark.parametrize("action", [Action.KEEP, Action.WARN])

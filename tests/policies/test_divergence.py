@@ -2,9 +2,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.divergence import FAR_MOVED, Seen, Watch, too_far
+from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings, check_output_shift
 
-GOOD = Seen(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]), torch.tensor([5.0, 6.0, 7.0]))
+GOOD = StepReadings(
+    torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]), torch.tensor([5.0, 6.0, 7.0])
+)
 
 
 def parameter(*gradients: float) -> Tensor:
@@ -20,41 +22,43 @@ def changed(values: Tensor, fact: int, value: float) -> Tensor:
 
 
 def test_of_facts_in_range_all_go_on() -> None:
-    watch = Watch(3)
-    assert watch.see(1, GOOD, (parameter(1, 1, 1),)) == (2.0, False)
-    assert (watch.going, watch.refused) == ([0, 1, 2], {})
+    watch = DivergenceWatch(3)
+    assert watch.check_step(1, GOOD, (parameter(1, 1, 1),)) == (2.0, False)
+    assert (watch.active_facts, watch.refusals) == ([0, 1, 2], {})
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_loss_that_is_not_finite_stops_its_fact_and_counts_no_more(value: float) -> None:
-    watch = Watch(3)
-    seen = Seen(changed(GOOD.losses, 1, value), GOOD.wrong, GOOD.moved)
-    assert watch.see(4, seen, (parameter(1, 1, 1),)) == (2.0, True)
-    assert watch.going == [0, 2]
+    watch = DivergenceWatch(3)
+    seen = StepReadings(changed(GOOD.losses, 1, value), GOOD.wrong_tokens, GOOD.output_shifts)
+    assert watch.check_step(4, seen, (parameter(1, 1, 1),)) == (2.0, True)
+    assert watch.active_facts == [0, 2]
     reason = f"the loss is {value:g}, and has to be finite, at step 4"
-    assert {n: one.reason for n, one in watch.refused.items()} == {1: reason}
-    watch.see(5, GOOD, (parameter(1, 1, 1),))
-    assert watch.going == [0, 2]
+    assert {n: one.reason for n, one in watch.refusals.items()} == {1: reason}
+    watch.check_step(5, GOOD, (parameter(1, 1, 1),))
+    assert watch.active_facts == [0, 2]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e25])
 def test_a_gradient_in_any_parameter_that_is_not_finite_in_squares_stops_its_fact(
     value: float,
 ) -> None:
-    watch = Watch(3)
-    watch.see(2, GOOD, (parameter(1, 1, 1), parameter(1, 1, value)))
-    assert watch.going == [0, 1]
-    assert watch.refused[2].reason.startswith("the loss's gradient is ")
+    watch = DivergenceWatch(3)
+    watch.check_step(2, GOOD, (parameter(1, 1, 1), parameter(1, 1, value)))
+    assert watch.active_facts == [0, 1]
+    assert watch.refusals[2].reason.startswith("the loss's gradient is ")
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1.01 * FAR_MOVED])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1.01 * MAX_OUTPUT_SHIFT])
 def test_a_delta_that_moves_too_much_stops_its_fact(value: float) -> None:
-    watch = Watch(3)
-    seen = Seen(GOOD.losses, GOOD.wrong, changed(GOOD.moved, 0, value))
-    assert watch.see(3, seen, (parameter(1, 1, 1),))[0] == 2.5
-    assert watch.refused[0].reason == f"{too_far(value)}, at step 3"
-    assert f"by {value:.4g} median lengths, more than {FAR_MOVED:g}" in str(too_far(value))
+    watch = DivergenceWatch(3)
+    seen = StepReadings(GOOD.losses, GOOD.wrong_tokens, changed(GOOD.output_shifts, 0, value))
+    assert watch.check_step(3, seen, (parameter(1, 1, 1),))[0] == 2.5
+    assert watch.refusals[0].reason == f"{check_output_shift(value)}, at step 3"
+    assert f"by {value:.4g} median lengths, more than {MAX_OUTPUT_SHIFT:g}" in str(
+        check_output_shift(value)
+    )
 
 
 def test_a_delta_may_move_as_much_as_the_limit() -> None:
-    assert too_far(FAR_MOVED) is None
+    assert check_output_shift(MAX_OUTPUT_SHIFT) is None

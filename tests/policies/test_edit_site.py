@@ -6,19 +6,19 @@ from typing import Any
 import pytest
 
 from memory.errors import KeditError
-from policies.edit_site import FILE, EditSite, default_site, load_site, site_text
+from policies.edit_site import SITE_FILE, EditSite, format_site, load_site, make_default_site
 
 
 def write(folder: Path, **changes: Any) -> EditSite:
-    site = {**asdict(default_site(8)), "subject_layers": [3], "end_layers": [2], **changes}
+    site = {**asdict(make_default_site(8)), "subject_layers": [3], "end_layers": [2], **changes}
     site = {k: v for k, v in site.items() if v is not None}
-    (folder / FILE).write_text(json.dumps({"site": site, "evidence": {"seen": 3}}))
+    (folder / SITE_FILE).write_text(json.dumps({"site": site, "evidence": {"seen": 3}}))
     return load_site(folder, 8)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 12, 80])
 def test_the_default_lies_past_the_middle_of_the_model(layers: int) -> None:
-    site = default_site(layers)
+    site = make_default_site(layers)
     assert site.layers == (site.side_layer,)
     assert (layers - 1) / 2 <= site.side_layer <= layers - 1
     assert (site.subject_layers, site.end_layers) == ((), site.layers)
@@ -26,15 +26,15 @@ def test_the_default_lies_past_the_middle_of_the_model(layers: int) -> None:
 
 
 def test_a_model_without_a_measured_site_has_the_default(tmp_path: Path) -> None:
-    assert load_site(tmp_path, 8) == default_site(8)
-    assert load_site(tmp_path / "a hub id", 8) == default_site(8)
+    assert load_site(tmp_path, 8) == make_default_site(8)
+    assert load_site(tmp_path / "a hub id", 8) == make_default_site(8)
 
 
 def test_a_measured_site_is_read_as_it_was_written(tmp_path: Path) -> None:
     site = write(tmp_path, subject_gate=0.7, end_gate=0.2, key_layer=1)
     assert (site.subject_layers, site.end_layers) == ((3,), (2,))
     assert (site.subject_gate, site.end_gate, site.key_layer) == (0.7, 0.2, 1)
-    assert site.side_layer == default_site(8).side_layer
+    assert site.side_layer == make_default_site(8).side_layer
 
 
 def test_limits_are_the_models_own_where_they_were_measured(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_limits_are_the_models_own_where_they_were_measured(tmp_path: Path) -> N
     site = asdict(write(tmp_path, **measured))
     assert {name: site[name] for name in names} == measured
     assert write(tmp_path, **dict.fromkeys(names)) == replace(
-        default_site(8), subject_layers=(3,), end_layers=(2,)
+        make_default_site(8), subject_layers=(3,), end_layers=(2,)
     )
 
 
@@ -55,14 +55,14 @@ def test_anchors_are_by_layer_and_come_back_as_they_were_written(tmp_path: Path)
     assert write(tmp_path).anchors == {}
     site = write(tmp_path, anchors={"2": 4.25, "3": 1.5})
     assert site.anchors == {2: 4.25, 3: 1.5}
-    (tmp_path / FILE).write_text(site_text(site, {}))
+    (tmp_path / SITE_FILE).write_text(format_site(site, {}))
     assert load_site(tmp_path, 8) == site
     assert len({site, replace(site, anchors={})}) == 2  # a site is what terms are kept under
 
 
 @pytest.mark.parametrize("layers", [2, 4, 12, 80])
 def test_the_default_reads_subjects_below_the_side_layer(layers: int) -> None:
-    assert 0 <= default_site(layers).key_layer < default_site(layers).side_layer
+    assert 0 <= make_default_site(layers).key_layer < make_default_site(layers).side_layer
 
 
 def test_what_else_was_noted_with_the_site_is_no_matter(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_layer_named_twice_is_refused(tmp_path: Path, subject: list[int], end:
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"sites": {}}', '{"site": []}', "\udcff"])
 def test_a_file_that_is_no_site_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / SITE_FILE).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(KeditError) as caught:
         load_site(tmp_path, 8)
     assert caught.value.code == "config"

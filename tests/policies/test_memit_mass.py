@@ -6,9 +6,9 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model.statistics import LayerStatistics
-from policies.edit_site import EditSite, default_site
-from policies.memit_mass import WeightsTier, pack, unpack
-from policies.targets import Terms
+from policies.edit_site import EditSite, make_default_site
+from policies.memit_mass import WeightsTier, pack_terms, unpack_terms
+from policies.targets import EditTerms
 
 WIDTH, HIDDEN = 24, 8
 LAYERS = (1, 3)
@@ -17,7 +17,7 @@ LAYERS = (1, 3)
 @pytest.fixture
 def site() -> EditSite:
     return replace(
-        default_site(4),
+        make_default_site(4),
         subject_layers=LAYERS[:1],
         end_layers=LAYERS[1:],
         prior=0.5,
@@ -38,21 +38,21 @@ def tier(site: EditSite) -> WeightsTier:
     )
 
 
-def terms(seed: int, rows: int = 3, sites: int = 2) -> Terms:
+def terms(seed: int, rows: int = 3, sites: int = 2) -> EditTerms:
     generator = torch.Generator().manual_seed(100 + seed)
     draw = (torch.randn(rows, sites, WIDTH, generator=generator) for _ in LAYERS)
     keys = {n: k.bfloat16().float() for n, k in zip(LAYERS, draw, strict=True)}  # as kept
     residuals = {n: torch.randn(sites, HIDDEN, generator=generator) for n in LAYERS}
-    return Terms(keys, residuals, 0.25, 7, dict.fromkeys(keys, 1.0))
+    return EditTerms(keys, residuals, 0.25, 7, dict.fromkeys(keys, 1.0))
 
 
 def packed(*seeds: int) -> dict[str, bytes]:
-    return {f"{seed:012x}": pack(terms(seed, 2 + seed % 2, 1 + seed)) for seed in seeds}
+    return {f"{seed:012x}": pack_terms(terms(seed, 2 + seed % 2, 1 + seed)) for seed in seeds}
 
 
 def test_terms_are_unpacked_as_they_were_packed() -> None:
     given = terms(1)
-    keys, residuals = unpack(pack(given))
+    keys, residuals = unpack_terms(pack_terms(given))
     assert set(keys) == set(residuals) == set(LAYERS)
     for n in LAYERS:
         assert keys[n].dtype is torch.bfloat16
@@ -61,7 +61,7 @@ def test_terms_are_unpacked_as_they_were_packed() -> None:
 
 
 def test_a_layers_delta_is_the_joint_solve_of_every_key(tier: WeightsTier, site: EditSite) -> None:
-    deltas = tier.deltas(packed(1, 2))
+    deltas = tier.solve_deltas(packed(1, 2))
     assert set(deltas) == set(LAYERS)
     for n in LAYERS:
         keys, wanted = [], []
@@ -83,36 +83,36 @@ def test_the_order_in_which_facts_came_leaves_no_bit(site: EditSite) -> None:
     """With so weak a prior that rounding shows."""
     statistics = {n: LayerStatistics(covariance(n), torch.zeros(HIDDEN), 1.0) for n in LAYERS}
     tier = WeightsTier(replace(site, prior=1e-12, end_prior=1e-12, ridge=1e-12), statistics)
-    one = tier.deltas(packed(*range(8)))
-    other = tier.deltas(packed(5, 3, 7, 1, 0, 6, 2, 4))
+    one = tier.solve_deltas(packed(*range(8)))
+    other = tier.solve_deltas(packed(5, 3, 7, 1, 0, 6, 2, 4))
     assert all(torch.equal(one[n], other[n]) for n in LAYERS)
 
 
 def test_a_fact_that_was_taken_out_leaves_no_bit(tier: WeightsTier) -> None:
-    never = tier.deltas(packed(1, 3))
+    never = tier.solve_deltas(packed(1, 3))
     held = packed(1, 2, 3)
-    with_it = tier.deltas(held)
+    with_it = tier.solve_deltas(held)
     del held[f"{2:012x}"]
-    without = tier.deltas(held)
+    without = tier.solve_deltas(held)
     assert all(torch.equal(without[n], never[n]) for n in LAYERS)
     assert not any(torch.allclose(with_it[n], never[n]) for n in LAYERS)
 
 
 def test_no_facts_no_deltas(tier: WeightsTier) -> None:
-    assert tier.deltas({}) == {}
+    assert tier.solve_deltas({}) == {}
 
 
 def test_terms_that_are_not_finite_are_refused(tier: WeightsTier) -> None:
     given = terms(1)
     given.residuals[3][0, 0] = torch.nan
     with pytest.raises(KeditError) as caught:
-        tier.deltas({"1": pack(given)})
+        tier.solve_deltas({"1": pack_terms(given)})
     assert caught.value.code == "non-finite"
 
 
 def test_the_factors_are_those_of_the_solve(tier: WeightsTier) -> None:
     facts = packed(1, 2, 3)
-    deltas, factors = tier.deltas(facts), tier.factors(facts)
+    deltas, factors = tier.solve_deltas(facts), tier.solve_factors(facts)
     sites = sum(1 + seed for seed in (1, 2, 3))
     for n in LAYERS:
         down, up = factors[n]
@@ -120,12 +120,12 @@ def test_the_factors_are_those_of_the_solve(tier: WeightsTier) -> None:
         torch.testing.assert_close(down @ up, deltas[n], rtol=1e-5, atol=1e-6)
         ratio = down.norm(dim=0) / up.norm(dim=1)
         assert ((ratio > 0.4) & (ratio < 2.5)).all()
-    assert tier.factors({}) == {}
+    assert tier.solve_factors({}) == {}
 
 
 def test_the_factors_of_more_keys_than_the_layer_is_wide(tier: WeightsTier) -> None:
     facts = packed(*range(8))
-    deltas, factors = tier.deltas(facts), tier.factors(facts)
+    deltas, factors = tier.solve_deltas(facts), tier.solve_factors(facts)
     for n in LAYERS:
         down, up = factors[n]
         assert len(up) > WIDTH

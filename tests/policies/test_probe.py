@@ -3,14 +3,14 @@ from editing_home import seat
 
 from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
-from memory.model.generate import answers
+from memory.model.generate import generate_answers
 from policies.probe import (
-    ask_all,
-    compare,
-    longest_target,
-    normalised,
-    prompts_of,
-    same,
+    answer_probes,
+    compare_answers,
+    count_answer_tokens,
+    is_same_answer,
+    list_probe_prompts,
+    normalise_answer,
 )
 
 FACT = Fact(
@@ -40,22 +40,22 @@ FACT = Fact(
     ],
 )
 def test_answers_are_compared_as_people_would(answer: str, target: str, is_same: bool) -> None:
-    assert same(answer, target) is is_same
-    assert same(target, answer) is is_same
+    assert is_same_answer(answer, target) is is_same
+    assert is_same_answer(target, answer) is is_same
 
 
 def test_normalising_again_changes_nothing() -> None:
     for text in ("A Tale of the Two Cities!", "the a an", "  x ", "an the-a theatre"):
-        assert normalised(normalised(text)) == normalised(text)
+        assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
 
 
 @pytest.mark.parametrize("target", ["A", "The The", "+", "?!"])
 def test_silence_is_no_answer(target: str) -> None:
-    assert not same("", target)
+    assert not is_same_answer("", target)
 
 
 def test_a_probe_asks_prompt_paraphrases_and_neighbours() -> None:
-    assert prompts_of(FACT) == [
+    assert list_probe_prompts(FACT) == [
         "The seat of Norway is",
         "Norway is ruled from",
         "Seat of Norway:",
@@ -63,39 +63,39 @@ def test_a_probe_asks_prompt_paraphrases_and_neighbours() -> None:
         "The seat of country 1 is",
         "The seat of country 2 is",
     ]
-    assert prompts_of(Fact("x", "{} is", "y")) == ["x is"]
+    assert list_probe_prompts(Fact("x", "{} is", "y")) == ["x is"]
 
 
 def test_answers_are_sorted_by_fact(model: EditableModel) -> None:
     facts = [FACT, seat(11), seat(12, "Oslo and Rome")]
-    tokens = longest_target(model, facts)
+    tokens = count_answer_tokens(model, facts)
     assert tokens == len(model.encode_target("It is", "Oslo and Rome")) + 4
-    asked = ask_all(model, facts)
+    asked = answer_probes(model, facts)
     assert list(asked) == [f.id for f in facts]
     for fact in facts:
-        assert asked[fact.id] == answers(model, prompts_of(fact), tokens)
-    assert ask_all(model, []) == {}
+        assert asked[fact.id] == generate_answers(model, list_probe_prompts(fact), tokens)
+    assert answer_probes(model, []) == {}
 
 
 def test_the_overlay_is_laid_over_what_is_asked(model: EditableModel) -> None:
     def overlay(_places: list[int]):  # type: ignore[no-untyped-def]
-        return model.tap({3: lambda _k, y: y * 0 + 7})
+        return model.tap_layers({3: lambda _k, y: y * 0 + 7})
 
-    assert ask_all(model, [FACT], overlay) != ask_all(model, [FACT])
+    assert answer_probes(model, [FACT], overlay) != answer_probes(model, [FACT])
 
 
 def test_a_probe_counts_what_is_right_and_what_has_moved() -> None:
     before = ["Bergen", "Bergen", "Bergen", "Rome", "Lima", "Cairo"]
     after = ["Oslo.", "oslo", "Bergen", "Rome", "Quito", "Cairo"]
-    probe = compare(FACT, before, after)
+    probe = compare_answers(FACT, before, after)
     assert (probe.answer, probe.right) == ("Oslo.", True)
     assert (probe.paraphrases, probe.paraphrases_right) == (2, 1)
     assert (probe.neighbours, probe.neighbours_unchanged) == (3, 2)
     assert probe.as_dict()["neighbours_unchanged"] == 2
-    assert not compare(FACT, before, before).right
+    assert not compare_answers(FACT, before, before).right
 
 
 def test_a_fact_without_company_is_probed_by_its_prompt_alone() -> None:
-    probe = compare(Fact("x", "{} is", "y"), ["z"], ["y"])
+    probe = compare_answers(Fact("x", "{} is", "y"), ["z"], ["y"])
     assert probe.right
     assert (probe.paraphrases, probe.neighbours) == (0, 0)

@@ -5,18 +5,28 @@ import pytest
 from editing_home import seat
 
 from memory.db.rows import StoredFact
-from memory.facts import State
-from policies.routing import Route, decide, flush_due, older_in_slot, wants_batch
+from memory.facts import FactState
+from policies.routing import (
+    Route,
+    choose_route,
+    find_flush_reason,
+    find_older_in_slot,
+    is_for_batch,
+)
 
 NOW = "2026-01-01T00:00:00Z"
-ENDS = [s for s in State if s not in (State.RECEIVED, State.LIVE_SIDE, State.LIVE_WEIGHTS)]
+ENDS = [
+    s
+    for s in FactState
+    if s not in (FactState.RECEIVED, FactState.LIVE_SIDE, FactState.LIVE_WEIGHTS)
+]
 
 
 def stored(**changes: Any) -> StoredFact:
     fact = StoredFact(
         seat(1),
         1,
-        State.RECEIVED,
+        FactState.RECEIVED,
         None,
         None,
         False,
@@ -32,16 +42,16 @@ def stored(**changes: Any) -> StoredFact:
     return replace(fact, **changes)
 
 
-@pytest.mark.parametrize("state", [State.RECEIVED, State.LIVE_SIDE, State.LIVE_WEIGHTS])
-def test_a_fact_that_is_active_already_is_a_duplicate(state: State) -> None:
-    decision = decide(stored(state=state), "2020-01-01T00:00:00Z", NOW, 1000, 1)
+@pytest.mark.parametrize("state", [FactState.RECEIVED, FactState.LIVE_SIDE, FactState.LIVE_WEIGHTS])
+def test_a_fact_that_is_active_already_is_a_duplicate(state: FactState) -> None:
+    decision = choose_route(stored(state=state), "2020-01-01T00:00:00Z", NOW, 1000, 1)
     assert decision.route is Route.DUPLICATE
     assert str(state) in decision.reason
 
 
 @pytest.mark.parametrize("state", ENDS)
-def test_a_fact_that_has_ended_may_come_back(state: State) -> None:
-    assert decide(stored(state=state), None, NOW, 1, 64).route is Route.SIDE
+def test_a_fact_that_has_ended_may_come_back(state: FactState) -> None:
+    assert choose_route(stored(state=state), None, NOW, 1, 64).route is Route.SIDE
 
 
 @pytest.mark.parametrize(
@@ -54,15 +64,15 @@ def test_a_fact_that_has_ended_may_come_back(state: State) -> None:
     ],
 )
 def test_a_fact_whose_time_is_over_is_rejected(until: str | None, route: Route) -> None:
-    assert decide(None, until, NOW, 1, 64).route is route
+    assert choose_route(None, until, NOW, 1, 64).route is route
 
 
 @pytest.mark.parametrize(
     ("in_file", "route"), [(63, Route.SIDE), (64, Route.BATCH), (65, Route.BATCH)]
 )
 def test_facts_of_a_large_file_go_straight_to_a_batch(in_file: int, route: Route) -> None:
-    assert decide(None, None, NOW, in_file, 64).route is route
-    assert decide(None, NOW, NOW, in_file, 64).route is Route.REJECT
+    assert choose_route(None, None, NOW, in_file, 64).route is route
+    assert choose_route(None, NOW, NOW, in_file, 64).route is Route.REJECT
 
 
 @pytest.mark.parametrize(
@@ -79,17 +89,19 @@ def test_facts_of_a_large_file_go_straight_to_a_batch(in_file: int, route: Route
 def test_after_each_failure_the_other_tier_is_tried(
     direct: bool, attempts: int, batch: bool
 ) -> None:
-    assert wants_batch(stored(direct=direct, attempts=attempts)) is batch
+    assert is_for_batch(stored(direct=direct, attempts=attempts)) is batch
 
 
 def test_only_active_facts_that_came_before_are_older() -> None:
     new = stored(fact=seat(1, "Oslo"), seq=5)
-    before = [stored(seq=n + 1, state=s) for n, s in enumerate((State.RECEIVED, State.LIVE_SIDE))]
-    before.append(stored(seq=4, state=State.LIVE_WEIGHTS))
-    after = stored(seq=6, state=State.LIVE_SIDE)
+    before = [
+        stored(seq=n + 1, state=s) for n, s in enumerate((FactState.RECEIVED, FactState.LIVE_SIDE))
+    ]
+    before.append(stored(seq=4, state=FactState.LIVE_WEIGHTS))
+    after = stored(seq=6, state=FactState.LIVE_SIDE)
     ended = [stored(seq=3, state=state) for state in ENDS]
-    assert older_in_slot(new, [*before, new, after, *ended]) == before
-    assert older_in_slot(new, []) == []
+    assert find_older_in_slot(new, [*before, new, after, *ended]) == before
+    assert find_older_in_slot(new, []) == []
 
 
 @pytest.mark.parametrize(
@@ -106,5 +118,5 @@ def test_only_active_facts_that_came_before_are_older() -> None:
 def test_a_flush_is_due_by_request_number_or_age(
     waiting: int, live: int, age: float, said: str | None
 ) -> None:
-    reason = flush_due([stored()] * waiting, live, age, 10, 60.0)
+    reason = find_flush_reason([stored()] * waiting, live, age, 10, 60.0)
     assert (reason is None) if said is None else (reason is not None and said in reason)

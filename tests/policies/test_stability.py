@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from memory.model.canary import Health
-from policies.stability import Action, Limits, Thresholds, judge, worse
+from policies.stability import Action, Limits, Thresholds, find_worsened, judge_health
 
 LIMITS = Limits(1.1, 1.2, 1.3)
 THRESHOLDS = Thresholds(
@@ -27,7 +27,7 @@ WELL: dict[str, Any] = {
 
 
 def verdict(**changes: Any) -> tuple[Action, tuple[str, ...]]:
-    found = judge(Health(**{**WELL, **changes}), THRESHOLDS)
+    found = judge_health(Health(**{**WELL, **changes}), THRESHOLDS)
     return found.action, found.reasons
 
 
@@ -46,7 +46,7 @@ def verdict(**changes: Any) -> tuple[Action, tuple[str, ...]]:
     ],
 )
 def test_each_limit_begins_where_it_says(value: float, action: Action) -> None:
-    assert LIMITS.judge(value) is action
+    assert LIMITS.judge_value(value) is action
     assert verdict(norm_ratio={"2": value, "3": 1.0})[0] is action
     assert verdict(norm_ratio={"2": 1.0, "3": value})[0] is action
     assert verdict(perplexity_ratio=value)[0] is action
@@ -113,14 +113,14 @@ def test_a_verdict_reads_as_a_word() -> None:
     [(1.0, Action.KEEP), (0.96, Action.WARN), (0.94, Action.CONSOLIDATE), (0.5, Action.REVERT)],
 )
 def test_facts_that_are_not_stated_any_more_count(share: float, action: Action) -> None:
-    found = judge(Health(**WELL), THRESHOLDS, share)
+    found = judge_health(Health(**WELL), THRESHOLDS, share)
     assert found.action is action
     reasons = (f"of the oldest facts {share:.3f} are still stated",)
     assert found.reasons == (reasons if action else ())
 
 
 def test_eased_limits_lie_nearer_to_rest() -> None:
-    eased = THRESHOLDS.eased()
+    eased = THRESHOLDS.ease_limits()
     assert tuple(vars(eased.norm).values()) == pytest.approx((1.09, 1.18, 1.27))
     assert eased.perplexity == eased.norm
     assert tuple(vars(eased.activation).values()) == pytest.approx((0.09, 0.18, 0.27))
@@ -130,18 +130,18 @@ def test_eased_limits_lie_nearer_to_rest() -> None:
 
 def test_only_what_gets_worse_by_more_than_chance_is_worse() -> None:
     was = Health(**WELL)
-    assert worse(was, was) == []
+    assert find_worsened(was, was) == []
     better = {"perplexity": 8.0, "norm_ratio": {"2": 0.5, "3": 0.9}}
-    assert worse(was, Health(**{**WELL, **better})) == []
+    assert find_worsened(was, Health(**{**WELL, **better})) == []
     near = {"perplexity": 10.09, "norm_ratio": {"2": 1.009, "3": 1.0}, "agreement": 0.991}
-    assert worse(was, Health(**{**WELL, **near})) == []
+    assert find_worsened(was, Health(**{**WELL, **near})) == []
     far: dict[str, Any] = {
         "perplexity": math.nan,
         "norm_ratio": {"2": 1.0, "3": 1.02},
         "agreement": 0.98,
         "finite": False,
     }
-    assert worse(was, Health(**{**WELL, **far})) == [
+    assert find_worsened(was, Health(**{**WELL, **far})) == [
         "a number is NaN or infinite",
         "canary perplexity would go from 10 to nan",
         "norm of layer 3 would go from 1 to 1.02",

@@ -11,35 +11,35 @@ from torch import Tensor
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies import targets
-from policies.edit_site import EditSite, default_site
-from policies.prompts import rows_of
-from policies.targets import PULSE, SEATS, Refused, Terms, compute_terms
+from policies.edit_site import EditSite, make_default_site
+from policies.prompts import make_rows
+from policies.targets import MAX_SEATS, PULSE_STEPS, EditTerms, Refusal, compute_terms
 
 
 @pytest.fixture
 def site() -> EditSite:
-    return replace(default_site(4), end_layers=(1, 2), target_steps=12)
+    return replace(make_default_site(4), end_layers=(1, 2), target_steps=12)
 
 
 @pytest.fixture(params=KINDS)
 def any_site(request: pytest.FixtureRequest) -> EditSite:
-    return replace(default_site(4), target_steps=12, **KINDS[request.param])
+    return replace(make_default_site(4), target_steps=12, **KINDS[request.param])
 
 
-def assert_equal(one: Terms, other: Terms) -> None:
+def assert_equal(one: EditTerms, other: EditTerms) -> None:
     assert (one.loss, one.steps) == (other.loss, other.steps)
     for layer in one.keys:
         assert torch.equal(one.keys[layer], other.keys[layer])
         assert torch.equal(one.residuals[layer], other.residuals[layer])
 
 
-@pytest.mark.parametrize("place", [0, SEATS - 1, SEATS, SEATS + 6, len(OTHERS)])
+@pytest.mark.parametrize("place", [0, MAX_SEATS - 1, MAX_SEATS, MAX_SEATS + 6, len(OTHERS)])
 def test_a_facts_terms_are_the_same_bits_at_any_seat_and_turn(
     model: EditableModel, any_site: EditSite, place: int
 ) -> None:
     alone = terms_of(model, any_site, [FACT])
     among = [*OTHERS[:place], FACT, *OTHERS[place:]]
-    assert len(among) > 2 * SEATS
+    assert len(among) > 2 * MAX_SEATS
     assert_equal(alone, terms_of(model, any_site, among))
 
 
@@ -47,27 +47,27 @@ def test_a_facts_terms_are_the_same_bits_at_any_seat_and_turn(
 def test_a_fact_keeps_its_bits_on_a_seat_that_another_left_early(
     model: EditableModel, kind: str
 ) -> None:
-    site = replace(default_site(4), **KINDS[kind], **STRONG, target_steps=120)
-    facts = [*OTHERS[: SEATS + 4], FACT]
+    site = replace(make_default_site(4), **KINDS[kind], **STRONG, target_steps=120)
+    facts = [*OTHERS[: MAX_SEATS + 4], FACT]
     passes: list[Tensor] = []
-    with model.tap({3: lambda inputs, _outputs: passes.append(inputs)}):
+    with model.tap_layers({3: lambda inputs, _outputs: passes.append(inputs)}):
         found = compute_terms(model, site, NORMS, facts)
-    steps = {n: terms.steps for n, terms in found.items() if isinstance(terms, Terms)}
-    rounds = [max(steps[f.id] for f in part) for part in (facts[:SEATS], facts[SEATS:])]
+    steps = {n: terms.steps for n, terms in found.items() if isinstance(terms, EditTerms)}
+    rounds = [max(steps[f.id] for f in part) for part in (facts[:MAX_SEATS], facts[MAX_SEATS:])]
     assert len(passes) - len(facts) < sum(rounds)  # none waits until all seats are free
     assert_equal(terms_of(model, site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
-    late = facts[SEATS]
+    late = facts[MAX_SEATS]
     assert_equal(terms_of(model, site, [late], late), found[late.id])  # type: ignore[arg-type]
 
 
 def test_targets_of_another_length_in_company_make_no_difference(
     model: EditableModel, any_site: EditSite
 ) -> None:
-    longer = [replace(f, target=f"{f.target} 1") for f in OTHERS[: SEATS + 5]]
-    lengths = {len(rows_of(model, f)[0].ids) for f in (longer[0], FACT)}
+    longer = [replace(f, target=f"{f.target} 1") for f in OTHERS[: MAX_SEATS + 5]]
+    lengths = {len(make_rows(model, f)[0].ids) for f in (longer[0], FACT)}
     assert len(lengths) == 2
     # FACT takes over the seat of a longer one, and sits beside both longer ones and its like.
-    facts = [*longer[:SEATS], FACT, *longer[SEATS:], *OTHERS[SEATS + 5 :]]
+    facts = [*longer[:MAX_SEATS], FACT, *longer[MAX_SEATS:], *OTHERS[MAX_SEATS + 5 :]]
     found = compute_terms(model, any_site, NORMS, facts)
     for fact in (longer[0], FACT):
         assert_equal(terms_of(model, any_site, [fact], fact), found[fact.id])  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def test_terms_are_computed_on_the_base_whatever_is_active(
 def poison(model: EditableModel, text: str, value: float) -> None:
     """Make the model's reading of a text something that is no number."""
     (token,) = model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    model.model.get_input_embeddings().weight[token] = value
+    model.hf_model.get_input_embeddings().weight[token] = value
 
 
 @pytest.mark.parametrize("place", [0, 3])
@@ -111,9 +111,9 @@ def test_a_loss_that_is_no_number_refuses_that_fact_alone(
     bad = Fact("country ~", "The seat of {} is", "Rome")
     facts = [*OTHERS[:place], bad, *OTHERS[place:6], FACT]
     found = compute_terms(model, any_site, NORMS, facts)
-    assert isinstance(found[bad.id], Refused)
+    assert isinstance(found[bad.id], Refusal)
     assert "the target's loss: not finite" in found[bad.id].reason
-    assert [f.id for f in facts if isinstance(found[f.id], Refused)] == [bad.id]
+    assert [f.id for f in facts if isinstance(found[f.id], Refusal)] == [bad.id]
     assert_equal(terms_of(model, any_site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
 
 
@@ -123,21 +123,23 @@ def test_a_gradient_that_is_no_number_refuses_that_fact_alone(
 ) -> None:
     facts = [*OTHERS[:4], FACT]
     clean = compute_terms(model, any_site, NORMS, facts)
-    loss, steps = targets._Seats.loss, []
+    loss, steps = targets._TargetOptimiser.compute_loss, []
 
-    def steep(self: targets._Seats, delta: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def steep(
+        self: targets._TargetOptimiser, delta: dict[int, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         losses, right, drift = loss(self, delta)
         steps.append(len(delta))
         if len(steps) == 5:
-            bad = torch.arange(SEATS)[:, None, None] == 2
+            bad = torch.arange(MAX_SEATS)[:, None, None] == 2
             for each in delta.values():
                 each.register_hook(lambda gradient: torch.where(bad, slope, gradient))
         return losses, right, drift
 
-    monkeypatch.setattr(targets._Seats, "loss", steep)
+    monkeypatch.setattr(targets._TargetOptimiser, "compute_loss", steep)
     found = compute_terms(model, any_site, NORMS, facts)
     bad = found[facts[2].id]
-    assert isinstance(bad, Refused)
+    assert isinstance(bad, Refusal)
     assert bad.reason == "the target's gradient: not finite after 5 steps"
     for fact in (*facts[:2], *facts[3:]):
         assert_equal(clean[fact.id], found[fact.id])  # type: ignore[arg-type]
@@ -148,8 +150,8 @@ def test_a_fact_keeps_its_bits_on_a_seat_that_a_refused_one_left(
 ) -> None:
     poison(model, "~", torch.nan)
     bad = Fact("country ~", "The seat of {} is", "Rome")
-    found = compute_terms(model, any_site, NORMS, [bad, *OTHERS[: SEATS - 1], FACT])
-    assert isinstance(found[bad.id], Refused)
+    found = compute_terms(model, any_site, NORMS, [bad, *OTHERS[: MAX_SEATS - 1], FACT])
+    assert isinstance(found[bad.id], Refusal)
     assert_equal(terms_of(model, any_site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
 
 
@@ -158,15 +160,15 @@ def test_a_fact_that_the_model_cannot_read_is_refused_alone(
 ) -> None:
     long = Fact("x", "{} is", "Rome " * 300)
     found = compute_terms(model, site, NORMS, [long, FACT])
-    assert isinstance(found[long.id], Refused)
+    assert isinstance(found[long.id], Refusal)
     assert "256 at most" in found[long.id].reason
-    assert isinstance(found[FACT.id], Terms)
+    assert isinstance(found[FACT.id], EditTerms)
 
 
 def test_every_result_is_handed_over_once_as_it_comes(model: EditableModel, site: EditSite) -> None:
-    site = replace(site, target_steps=PULSE + 2)
+    site = replace(site, target_steps=PULSE_STEPS + 2)
     long = Fact("x", "{} is", "Rome " * 300)
-    parts: list[dict[str, Terms | Refused]] = []
+    parts: list[dict[str, EditTerms | Refusal]] = []
     found = compute_terms(
         model, site, NORMS, [FACT, long, *OTHERS], lambda part: parts.append(dict(part))
     )
@@ -178,12 +180,12 @@ def test_every_result_is_handed_over_once_as_it_comes(model: EditableModel, site
 
 
 def test_who_is_told_sees_the_active_weights(model: EditableModel, site: EditSite) -> None:
-    site = replace(site, target_steps=PULSE + 2)
+    site = replace(site, target_steps=PULSE_STEPS + 2)
     model.set_deltas({1: model.base_weight(1) * 0.5, 3: model.base_weight(3) * -0.5})
     edited = model.weights_hash(range(4))
     seen: list[tuple[int, str]] = []
 
-    def look(part: dict[str, Terms | Refused]) -> None:
+    def look(part: dict[str, EditTerms | Refusal]) -> None:
         seen.append((len(part), model.weights_hash(range(4))))
 
     compute_terms(model, site, NORMS, [FACT], look)
@@ -195,7 +197,7 @@ def test_who_is_told_sees_the_active_weights(model: EditableModel, site: EditSit
 def test_who_is_told_may_stop_the_work_and_keeps_the_active_weights(
     model: EditableModel, site: EditSite, call: int
 ) -> None:
-    site = replace(site, target_steps=PULSE + 2)
+    site = replace(site, target_steps=PULSE_STEPS + 2)
     model.set_deltas({1: model.base_weight(1) * 0.5})
     edited = model.weights_hash(range(4))
     calls: list[object] = []
@@ -219,7 +221,7 @@ def test_a_failure_in_the_work_leaves_the_active_weights(
     def fail(_inputs: Tensor, _outputs: Tensor) -> None:
         raise RuntimeError("stopped")
 
-    with pytest.raises(RuntimeError, match="stopped"), model.tap({3: fail}):
+    with pytest.raises(RuntimeError, match="stopped"), model.tap_layers({3: fail}):
         compute_terms(model, site, NORMS, [FACT])
     assert model.weights_hash(range(4)) == edited
 
@@ -242,7 +244,7 @@ def test_a_target_far_beyond_its_anchor_is_refused_and_may_go_beside(
     assert_equal(terms_of(model, near, [FACT]), terms_of(model, any_site, [FACT]))
     far = replace(any_site, anchors={2: 0.49 * lengths[2]})
     refused = compute_terms(model, far, NORMS, [FACT])[FACT.id]
-    assert isinstance(refused, Refused) and refused.beside
+    assert isinstance(refused, Refusal) and refused.can_use_side
     assert f"layer 2 is {lengths[2]:.2f} long" in refused.reason
 
 
@@ -251,7 +253,7 @@ def test_a_targets_length_is_that_of_what_the_layer_shall_give(
 ) -> None:
     norms = {n: 2.0 for n in range(4)}
     found = compute_terms(model, any_site, norms, [FACT])[FACT.id]
-    assert isinstance(found, Terms)
+    assert isinstance(found, EditTerms)
     for layer, keys in found.keys.items():  # (rows, sites, width)
         values = keys @ model.base_weight(layer).T + found.residuals[layer]
         assert found.lengths[layer] == pytest.approx(float(values.norm(dim=-1).mean()) / 2)
@@ -262,5 +264,5 @@ def test_a_target_that_is_too_long_is_for_the_side_memory(
 ) -> None:
     long = replace(FACT, target="Rome Oslo " * 40)
     refused = compute_terms(model, any_site, NORMS, [long])[long.id]
-    assert isinstance(refused, Refused) and refused.beside
+    assert isinstance(refused, Refusal) and refused.can_use_side
     assert refused.reason.endswith("tokens, and the weights take at most 64")

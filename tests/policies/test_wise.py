@@ -12,22 +12,22 @@ from torch.nn import functional as F
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
-from memory.model.generate import answers
-from memory.side.side_memory import Delta, Gates, Shard, SideMemory
+from memory.model.generate import generate_answers
+from memory.side.side_memory import Delta, RoutingGates, Shard, SideMemory
 from policies import wise
-from policies.divergence import FAR_MOVED, Seen, Watch
-from policies.edit_site import EditSite, default_site
-from policies.prompts import QUESTIONS, rows_of
-from policies.targets import Refused
+from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings
+from policies.edit_site import EditSite, make_default_site
+from policies.prompts import SUBJECT_QUESTIONS, make_rows
+from policies.targets import Refusal
 from policies.wise import (
     ACTIVATION_RATIO,
-    DONE,
+    DONE_LOSS,
     EXTRA_STEPS,
-    RANK,
-    learn,
-    other_questions,
-    prompt_end,
-    retrieval_keys,
+    SHARD_RANK,
+    compute_keys,
+    learn_shards,
+    read_other_questions,
+    read_prompt_ends,
 )
 
 FACTS = [seat(11, "Oslo"), seat(12, "Rome")]
@@ -35,20 +35,20 @@ FACTS = [seat(11, "Oslo"), seat(12, "Rome")]
 
 @pytest.fixture
 def site() -> EditSite:
-    return replace(default_site(4), side_rate=0.5)
+    return replace(make_default_site(4), side_rate=0.5)
 
 
 @pytest.fixture
 def side(model: EditableModel, site: EditSite) -> SideMemory:
     layers = (site.key_layer, site.side_layer)
-    centres = {n: prompt_end(model, SENTENCES[:30], n)[1].mean(0) for n in layers}
-    return SideMemory(model, Gates(*layers, site.subject_gate, site.end_gate, 0.95), centres)
+    centres = {n: read_prompt_ends(model, SENTENCES[:30], n)[1].mean(0) for n in layers}
+    return SideMemory(model, RoutingGates(*layers, site.subject_gate, site.end_gate, 0.95), centres)
 
 
 @pytest.fixture
 def outside(model: EditableModel, site: EditSite) -> Tensor:
     prompts = [" ".join(line.split()[:3]) for line in SENTENCES[::20]]
-    return prompt_end(model, prompts, site.side_layer)[0]
+    return read_prompt_ends(model, prompts, site.side_layer)[0]
 
 
 def scale_of(side: SideMemory) -> float:
@@ -63,8 +63,8 @@ def tried(
     steps: int = 200,
     others: list[Tensor] | None = None,
     pulse: Callable[[int], None] = lambda _step: None,
-) -> list[Shard | Refused]:
-    return learn(
+) -> list[Shard | Refusal]:
+    return learn_shards(
         side.model,
         site,
         facts,
@@ -84,32 +84,34 @@ def learned(*given: Any, **more: Any) -> list[Shard]:
 
 
 def lay(side: SideMemory, found: list[Shard], facts: list[Fact]) -> None:
-    keys = retrieval_keys(side.model, side, facts)
+    keys = compute_keys(side.model, side, facts)
     for number, (fact, shard) in enumerate(zip(facts, found, strict=True)):
         side.shards[number] = shard
-        side.put(fact.id, number, keys[fact.id], "", unnamed=True)
+        side.add_fact(fact.id, number, keys[fact.id], "", unnamed=True)
 
 
 def prompts_of(side: SideMemory, facts: list[Fact]) -> list[str]:
     """As they are learned, contexts and all."""
     model = side.model
-    return [model.decode(row.prompt) for fact in facts for row in rows_of(model, fact)]
+    return [model.decode(row.prompt) for fact in facts for row in make_rows(model, fact)]
 
 
 def said(side: SideMemory, facts: list[Fact]) -> list[str]:
-    return answers(side.model, [f.question for f in facts], 8, lambda _places: side.overlay([]))
+    return generate_answers(
+        side.model, [f.question for f in facts], 8, lambda _places: side.overlay_matches([])
+    )
 
 
 def test_the_prompts_end_is_read_whatever_the_company(model: EditableModel) -> None:
     prompts = ["Rome", "The seat of country 1 is", "It is"]
-    inputs, outputs = prompt_end(model, prompts, 2)
+    inputs, outputs = read_prompt_ends(model, prompts, 2)
     for n, prompt in enumerate(prompts):
         caught: list[tuple[Tensor, Tensor]] = []
-        with torch.no_grad(), model.tap({2: lambda k, y, to=caught: to.append((k, y))}):
-            model.model(input_ids=torch.tensor([model.encode(prompt)]), use_cache=False)
+        with torch.no_grad(), model.tap_layers({2: lambda k, y, to=caught: to.append((k, y))}):
+            model.hf_model(input_ids=torch.tensor([model.encode(prompt)]), use_cache=False)
         assert torch.allclose(inputs[n], caught[0][0][0, -1], atol=1e-5)
         assert torch.allclose(outputs[n], caught[0][1][0, -1], atol=1e-5)
-    empty = prompt_end(model, [], 2)
+    empty = read_prompt_ends(model, [], 2)
     assert [t.shape for t in empty] == [(0, inputs.shape[1]), (0, outputs.shape[1])]
 
 
@@ -131,11 +133,11 @@ def test_a_shard_begins_as_nothing_that_sees_its_fact_and_little_else(
 ) -> None:
     monkeypatch.setattr(wise, "DOWN_RATE", 0.0)
     still = replace(site, side_rate=0.0)
-    others, _ = prompt_end(side.model, ["The river of country 11 is", "He"], site.side_layer)
+    others, _ = read_prompt_ends(side.model, ["The river of country 11 is", "He"], site.side_layer)
     found = learned(side, still, FACTS, outside, 1, [others, others[:1]])
     for fact, shard, own in zip(FACTS, found, (others, others[:1]), strict=True):
-        inside, _ = prompt_end(side.model, prompts_of(side, [fact]), site.side_layer)
-        assert not shard.delta.moved(inside).any()
+        inside, _ = read_prompt_ends(side.model, prompts_of(side, [fact]), site.side_layer)
+        assert not shard.delta.apply_to(inside).any()
         seen, quiet, near = (
             float((k @ shard.delta.down.T).norm(dim=1).mean()) for k in (inside, outside, own)
         )
@@ -149,7 +151,7 @@ def test_what_is_learned_together_is_what_is_learned_alone(
 ) -> None:
     facts = [*FACTS, seat(13, "Rome and Lima", paraphrases=("{}:",))]
     prompts = ["The river of country 11 is", "He", "In the long run the river"]
-    quiet, _ = prompt_end(side.model, prompts, site.side_layer)
+    quiet, _ = read_prompt_ends(side.model, prompts, site.side_layer)
     others = [quiet[:1], quiet, quiet[1:]]
     together = learned(side, site, facts, outside, 6, others)
     for n, fact in enumerate(facts):
@@ -181,10 +183,10 @@ def test_facts_with_targets_of_different_length_are_learned_together(
 
 def test_a_shard_is_of_small_rank(side: SideMemory, site: EditSite, outside: Tensor) -> None:
     hidden, width = side.model.base_weight(site.side_layer).shape
-    assert hidden > RANK
+    assert hidden > SHARD_RANK
     for shard in learned(side, site, FACTS, outside, steps=8):
         delta = shard.delta
-        assert (delta.up.shape, delta.down.shape) == ((hidden, RANK), (RANK, width))
+        assert (delta.up.shape, delta.down.shape) == ((hidden, SHARD_RANK), (SHARD_RANK, width))
         assert not delta.up.requires_grad and not delta.down.requires_grad
         for part in (delta.up, delta.down):  # it does not keep those of the other facts
             assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
@@ -194,9 +196,9 @@ def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     for fact, shard in zip(FACTS, learned(side, site, FACTS, outside), strict=True):
-        inside, _ = prompt_end(side.model, prompts_of(side, [fact]), site.side_layer)
-        distance = shard.delta.moved(inside).norm(dim=1)
-        quiet = shard.delta.moved(outside).norm(dim=1)
+        inside, _ = read_prompt_ends(side.model, prompts_of(side, [fact]), site.side_layer)
+        distance = shard.delta.apply_to(inside).norm(dim=1)
+        quiet = shard.delta.apply_to(outside).norm(dim=1)
         assert shard.threshold == pytest.approx(ACTIVATION_RATIO * float(distance.min()), rel=1e-3)
         assert float(quiet.median()) < float(distance.min())
 
@@ -204,16 +206,16 @@ def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
 def routed_loss(side: SideMemory, fact: Fact, delta: Delta, early: int) -> float:
     """Mean NLL of the target, ΔW laid over all tokens from `early` before the prompt's end on."""
     model, losses = side.model, []
-    for row in rows_of(model, fact):
+    for row in make_rows(model, fact):
         first = row.prompt_length - 1
 
         def tap(inputs: Tensor, outputs: Tensor, at: int = first - early) -> Tensor:
             routed = outputs.clone()
-            routed[:, at:] += delta.moved(inputs[:, at:])
+            routed[:, at:] += delta.apply_to(inputs[:, at:])
             return routed
 
-        with torch.no_grad(), model.tap({side.layer: tap}):
-            said = model.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+        with torch.no_grad(), model.tap_layers({side.layer: tap}):
+            said = model.hf_model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
         wanted = torch.tensor(row.ids[row.prompt_length :])
         losses.append(F.cross_entropy(said[first:-1], wanted, reduction="none"))
     return float(torch.cat(losses).mean())
@@ -227,12 +229,12 @@ def test_what_is_learned_is_routed_from_the_prompts_end_on(
     facts = [FACTS[0], seat(12, "Rome and Lima", paraphrases=("{}:",))]
     hidden, width = side.model.base_weight(site.side_layer).shape
     random = torch.Generator().manual_seed(2)
-    up, down = (torch.randn(n, RANK, generator=random) / 4 for n in (hidden, width))
+    up, down = (torch.randn(n, SHARD_RANK, generator=random) / 4 for n in (hidden, width))
     start = Delta(up, down.T)
     none = torch.empty(0, width)
-    work = wise._Training(side.model, site, facts, none, [none] * 2, scale_of(side))
+    work = wise._ShardTraining(side.model, site, facts, none, [none] * 2, scale_of(side))
     both = Delta(torch.stack([up] * 2), torch.stack([down.T] * 2))
-    losses = work.try_out(both).losses
+    losses = work.evaluate_deltas(both).losses
 
     for fact, loss in zip(facts, losses.tolist(), strict=True):
         assert loss == pytest.approx(routed_loss(side, fact, start, 0), abs=1e-4)
@@ -248,10 +250,10 @@ def test_the_margins_keep_a_shard_quiet_elsewhere(
 
     def contrast(found: list[Shard]) -> float:
         prompts = [f.question for f in FACTS]
-        inside, _ = prompt_end(side.model, prompts, site.side_layer)
+        inside, _ = read_prompt_ends(side.model, prompts, site.side_layer)
         deltas = [shard.delta for shard in found]
-        near = sum(float(d.moved(k).norm()) for d, k in zip(deltas, inside, strict=True))
-        return near / sum(float(d.moved(outside).norm(dim=1).mean()) for d in deltas)
+        near = sum(float(d.apply_to(k).norm()) for d, k in zip(deltas, inside, strict=True))
+        return near / sum(float(d.apply_to(outside).norm(dim=1).mean()) for d in deltas)
 
     assert contrast(calm) > contrast(loud)
 
@@ -260,12 +262,12 @@ def test_a_fact_is_kept_quiet_on_its_own_other_questions(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     prompts = ["The river of country 11 is", "The river of country 12 is"]
-    asked, _ = prompt_end(side.model, prompts, site.side_layer)
+    asked, _ = read_prompt_ends(side.model, prompts, site.side_layer)
     site = replace(site, gamma=-1e9)
     none = learned(side, site, FACTS, outside, 30)
     own = learned(side, site, FACTS, outside, 30, [asked[:1], asked[1:]])
     for n in range(2):
-        before, after = (float(found[n].delta.moved(asked[n]).norm()) for found in (none, own))
+        before, after = (float(found[n].delta.apply_to(asked[n]).norm()) for found in (none, own))
         assert after < 0.7 * before
 
 
@@ -276,16 +278,16 @@ def test_keys_are_the_centred_outputs_at_subject_and_prompts_end(
         *(seat(n, "Oslo") for n in range(20, 29)),
         seat(12, "Rome", paraphrases=("Where {} is ruled from:",)),
     ]
-    found = retrieval_keys(side.model, side, facts)
+    found = compute_keys(side.model, side, facts)
     for fact in facts:
-        rows = rows_of(side.model, fact)
+        rows = make_rows(side.model, fact)
         prompts = [side.model.decode(row.prompt) for row in rows]
         cut = [p[: p.rindex(fact.subject) + len(fact.subject)] for p in prompts]
-        _, subject = prompt_end(side.model, cut, site.key_layer)
-        _, end = prompt_end(side.model, prompts, site.side_layer)
+        _, subject = read_prompt_ends(side.model, cut, site.key_layer)
+        _, end = read_prompt_ends(side.model, prompts, site.side_layer)
         keys = found[fact.id]
-        assert torch.allclose(keys.subject, side.key(site.key_layer, subject), atol=1e-4)
-        assert torch.allclose(keys.end, side.key(site.side_layer, end), atol=1e-4)
+        assert torch.allclose(keys.subject, side.compute_keys(site.key_layer, subject), atol=1e-4)
+        assert torch.allclose(keys.end, side.compute_keys(site.side_layer, end), atol=1e-4)
 
 
 def test_learning_reads_the_weights_as_served_and_leaves_them_alone(
@@ -294,18 +296,18 @@ def test_learning_reads_the_weights_as_served_and_leaves_them_alone(
     model, low = side.model, site.key_layer
     clean, clean_keys = (
         learned(side, site, FACTS, outside, steps=3)[0].delta,
-        retrieval_keys(model, side, FACTS),
+        compute_keys(model, side, FACTS),
     )
     model.set_deltas({low: model.base_weight(low) * 0.5})
     edited = model.weights_hash(range(4))
     again = learned(side, site, FACTS, outside, steps=3)[0].delta
-    again_keys = retrieval_keys(model, side, FACTS)
+    again_keys = compute_keys(model, side, FACTS)
     assert model.weights_hash(range(4)) == edited
     assert not torch.allclose(again.up, clean.up, atol=0.01 * float(clean.up.std()))
     for fact in FACTS:
-        _, end = prompt_end(model, [fact.question], site.side_layer)
+        _, end = read_prompt_ends(model, [fact.question], site.side_layer)
         keys = again_keys[fact.id].end
-        assert torch.allclose(keys[0], side.key(site.side_layer, end)[0], atol=1e-4)
+        assert torch.allclose(keys[0], side.compute_keys(site.side_layer, end)[0], atol=1e-4)
         assert not torch.allclose(keys, clean_keys[fact.id].end, atol=1e-3)
 
 
@@ -321,24 +323,24 @@ def test_training_ends_when_there_is_nothing_left_to_learn(
     side: SideMemory, site: EditSite, outside: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = replace(site, alpha=1e9, beta=0, gamma=-1e9)  # a random model misses the margins,
-    side.model.model.get_output_embeddings().weight.mul_(10)  # and is sure of nothing
+    side.model.hf_model.get_output_embeddings().weight.mul_(10)  # and is sure of nothing
     watched: list[float] = []
-    see = Watch.see
+    see = DivergenceWatch.check_step
 
-    def noted(self: Watch, *given: Any) -> tuple[float, bool]:
+    def noted(self: DivergenceWatch, *given: Any) -> tuple[float, bool]:
         loss, right = see(self, *given)
         watched.append(loss)
         return loss, right
 
-    monkeypatch.setattr(Watch, "see", noted)
+    monkeypatch.setattr(DivergenceWatch, "check_step", noted)
     learned(side, site, FACTS[:1], outside)
     assert len(watched) < 200
-    assert watched[-1 - EXTRA_STEPS] < DONE < min(watched[: -1 - EXTRA_STEPS])
+    assert watched[-1 - EXTRA_STEPS] < DONE_LOSS < min(watched[: -1 - EXTRA_STEPS])
 
 
 def test_a_pulse_is_felt_at_every_step(side: SideMemory, site: EditSite, outside: Tensor) -> None:
     felt: list[int] = []
-    learn(
+    learn_shards(
         side.model,
         site,
         FACTS,
@@ -357,12 +359,12 @@ def with_a_nan(inputs: Tensor) -> Tensor:
     return inputs
 
 
-def refusal(one: Shard | Refused) -> str:
-    assert isinstance(one, Refused)
+def refusal(one: Shard | Refusal) -> str:
+    assert isinstance(one, Refusal)
     return one.reason
 
 
-def same(one: Shard | Refused, other: Shard | Refused) -> bool:
+def same(one: Shard | Refusal, other: Shard | Refusal) -> bool:
     """Bit for bit."""
     assert isinstance(one, Shard) and isinstance(other, Shard)
     pairs = zip(vars(one.delta).values(), vars(other.delta).values(), strict=True)
@@ -391,9 +393,9 @@ def test_a_fact_that_the_model_reads_as_no_number_leaves_the_others_their_bits(
     facts = [FACTS[0], odd, FACTS[1]]
     clean = tried(side, site, facts, outside, 6)
     (token,) = model.tokenizer("~", add_special_tokens=False)["input_ids"]
-    model.model.get_input_embeddings().weight[token] = torch.nan
+    model.hf_model.get_input_embeddings().weight[token] = torch.nan
     facts[1] = replace(odd, subject="country ~")
-    assert len({len(rows_of(model, fact)[0].ids) for fact in (odd, facts[1])}) == 1
+    assert len({len(make_rows(model, fact)[0].ids) for fact in (odd, facts[1])}) == 1
     found = tried(side, site, facts, outside, 6)
     assert "the loss is nan" in refusal(found[1])
     assert same(found[0], clean[0]) and same(found[2], clean[2])
@@ -402,9 +404,13 @@ def test_a_fact_that_the_model_reads_as_no_number_leaves_the_others_their_bits(
 def test_a_gradient_that_is_no_number_is_refused_for_its_fact_alone(
     side: SideMemory, site: EditSite, outside: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clean, try_out, steps = tried(side, site, THREE, outside, 6), wise._Training.try_out, []
+    clean, try_out, steps = (
+        tried(side, site, THREE, outside, 6),
+        wise._ShardTraining.evaluate_deltas,
+        [],
+    )
 
-    def steep(self: wise._Training, deltas: Delta) -> Seen:
+    def steep(self: wise._ShardTraining, deltas: Delta) -> StepReadings:
         seen = try_out(self, deltas)
         steps.append(seen)
         if len(steps) == 4:
@@ -412,7 +418,7 @@ def test_a_gradient_that_is_no_number_is_refused_for_its_fact_alone(
             seen.losses[1].add_(edge.sqrt())  # 0, and infinitely steep
         return seen
 
-    monkeypatch.setattr(wise._Training, "try_out", steep)
+    monkeypatch.setattr(wise._ShardTraining, "evaluate_deltas", steep)
     found = tried(side, site, THREE, outside, 6)
     assert refusal(found[1]) == "the loss's gradient is inf, and has to be finite, at step 4"
     assert same(found[0], clean[0]) and same(found[2], clean[2])
@@ -426,17 +432,17 @@ def test_a_delta_that_moves_the_output_too_far_is_refused_for_its_fact_alone(
     monkeypatch: pytest.MonkeyPatch,
     steps: int,
 ) -> None:
-    clean, begin = tried(side, site, THREE, outside, steps), wise._Training.begin
+    clean, begin = tried(side, site, THREE, outside, steps), wise._ShardTraining.init_delta
 
-    def bold(self: wise._Training, fact: int, seed: int) -> Delta:
+    def bold(self: wise._ShardTraining, fact: int, seed: int) -> Delta:
         start = begin(self, fact, seed)
         return Delta(start.up, start.down * 1e6) if fact == 1 else start
 
-    monkeypatch.setattr(wise._Training, "begin", bold)
+    monkeypatch.setattr(wise._ShardTraining, "init_delta", bold)
     found = tried(side, site, THREE, outside, steps)
     reason = refusal(found[1])
     assert reason.startswith("the delta moves the output at its prompts' ends by ")
-    assert f"median lengths, more than {FAR_MOVED:g}" in reason
+    assert f"median lengths, more than {MAX_OUTPUT_SHIFT:g}" in reason
     assert reason.endswith("at step 2") == (steps > 1)  # else after the last step
     assert same(found[0], clean[0]) and same(found[2], clean[2])
 
@@ -457,11 +463,11 @@ def test_a_fact_that_does_not_go_on_does_not_keep_the_others_waiting(
     side: SideMemory, site: EditSite, outside: Tensor
 ) -> None:
     site = replace(site, alpha=1e9, beta=0, gamma=-1e9)
-    side.model.model.get_output_embeddings().weight.mul_(10)
+    side.model.hf_model.get_output_embeddings().weight.mul_(10)
     felt: list[int] = []
     bad = [outside[:0], with_a_nan(outside)]
     shard, refused = tried(side, site, FACTS, outside, 200, bad, felt.append)
-    assert isinstance(shard, Shard) and isinstance(refused, Refused)
+    assert isinstance(shard, Shard) and isinstance(refused, Refusal)
     assert len(felt) < 199
 
 
@@ -484,18 +490,18 @@ def test_other_questions_are_about_the_subject_and_not_what_a_fact_asks(
     side: SideMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fact = FACTS[0]
-    keys = retrieval_keys(side.model, side, FACTS)[fact.id]
-    prompts = [question.replace("{}", fact.subject) for question in QUESTIONS]
-    every, _ = prompt_end(side.model, prompts, side.layer)
-    monkeypatch.setattr(wise, "ALIKE", 1.1)
-    assert torch.allclose(other_questions(side.model, side, fact, keys), every, atol=1e-5)
-    monkeypatch.setattr(wise, "QUESTIONS", (fact.prompt, *QUESTIONS[:3]))
-    monkeypatch.setattr(wise, "ALIKE", 0.999)
-    found = other_questions(side.model, side, fact, keys)
+    keys = compute_keys(side.model, side, FACTS)[fact.id]
+    prompts = [question.replace("{}", fact.subject) for question in SUBJECT_QUESTIONS]
+    every, _ = read_prompt_ends(side.model, prompts, side.layer)
+    monkeypatch.setattr(wise, "MAX_COSINE", 1.1)
+    assert torch.allclose(read_other_questions(side.model, side, fact, keys), every, atol=1e-5)
+    monkeypatch.setattr(wise, "SUBJECT_QUESTIONS", (fact.prompt, *SUBJECT_QUESTIONS[:3]))
+    monkeypatch.setattr(wise, "MAX_COSINE", 0.999)
+    found = read_other_questions(side.model, side, fact, keys)
     assert torch.allclose(found, every[:3], atol=1e-5)
 
 
 def test_a_question_that_is_too_long_for_the_model_is_left_out(side: SideMemory) -> None:
-    keys = retrieval_keys(side.model, side, FACTS)[FACTS[0].id]
-    longer = Fact("Oslo " * 2 * side.model.positions, "{}", "Rome")
-    assert len(other_questions(side.model, side, longer, keys)) == 0
+    keys = compute_keys(side.model, side, FACTS)[FACTS[0].id]
+    longer = Fact("Oslo " * 2 * side.model.max_positions, "{}", "Rome")
+    assert len(read_other_questions(side.model, side, longer, keys)) == 0

@@ -23,7 +23,7 @@ from serve_tools import OWN, browser, form_token
 from serving import NAME, free_port, server
 from tiny_models import save_model
 
-from kedit_daemon.control import BODY_BYTES
+from kedit_daemon.control import MAX_BODY_BYTES
 from kedit_daemon.home import Home
 from memory.db.queries import open_readonly
 
@@ -85,14 +85,14 @@ def living(folder: Path, umask: int, traced: bool, whole: bool) -> Life:
     call("init", "--model", str(model))
     limits = "\n".join(f"{name} = {value}" for name, value in LOOSE["stability"].items())
     text = SETTINGS.format(model=json.dumps(str(model)), port=port, limits=limits)
-    home.config.write_text(text)
-    (home.inbox / "link.jsonl").symlink_to(secret)
-    os.mkfifo(home.inbox / "pipe.jsonl")
+    home.config_file.write_text(text)
+    (home.inbox_folder / "link.jsonl").symlink_to(secret)
+    os.mkfifo(home.inbox_folder / "pipe.jsonl")
     metrics = ""
     with (folder / "log").open("wb") as log:
         daemon = start("run", stdout=log, stderr=log)
         try:
-            wait(home.socket.exists, folder / "log")
+            wait(home.socket_file.exists, folder / "log")
             record = {"subject": SUBJECT, "prompt": "{} lies in", "target": "Rome"}
             [fact] = call("submit", "-", given=json.dumps(record).encode()).decode().split()
             wait(lambda: settled(home), folder / "log")
@@ -132,12 +132,12 @@ def up(http: httpx.Client) -> bool:
 
 
 def settled(home: Home) -> bool:
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         return bool(conn.execute("SELECT 1 FROM facts WHERE state != 'received'").fetchone())
 
 
 def pid_of(home: Home) -> int | None:
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         row = conn.execute("SELECT value FROM meta WHERE key = 'pid'").fetchone()
     return int(row[0]) if row else None
 
@@ -214,11 +214,11 @@ def test_what_a_link_in_the_inbox_leads_to_is_never_opened(open_life: Life) -> N
 
 
 def test_what_is_no_file_is_reported(open_life: Life) -> None:
-    with closing(open_readonly(open_life.home.database)) as conn:
+    with closing(open_readonly(open_life.home.database_file)) as conn:
         rows = conn.execute("SELECT data FROM events WHERE kind = 'file_refused'").fetchall()
     assert sorted(json.loads(row[0])["file"] for row in rows) == ["link.jsonl", "pipe.jsonl"]
-    assert (open_life.home.inbox / "link.jsonl").is_symlink()
-    assert (open_life.home.inbox / "pipe.jsonl").is_fifo()
+    assert (open_life.home.inbox_folder / "link.jsonl").is_symlink()
+    assert (open_life.home.inbox_folder / "pipe.jsonl").is_fifo()
 
 
 def test_the_home_is_closed_to_others_whatever_the_umask(open_life: Life) -> None:
@@ -289,7 +289,7 @@ def test_only_the_very_token_opens(tmp_path: Path, model_folder: Callable[[str],
 
 
 def test_nobody_signs_in_with_less(tmp_path: Path) -> None:
-    Home(tmp_path).create()
+    Home(tmp_path).create_folders()
     client = browser(Home(tmp_path), TOKEN)
     given = [
         "",
@@ -334,7 +334,7 @@ def test_bodies_and_prompts_have_limits(
         form = {"Origin": running.url}
         answer = http.post("/ask", content=b"prompt=" + b"x" * 70_000, headers=form)
         assert answer.status_code == 413
-    assert BODY_BYTES == 1 << 20
+    assert MAX_BODY_BYTES == 1 << 20
 
 
 def test_one_rate_is_for_all_that_costs(

@@ -18,18 +18,18 @@ from promise_table import Tally
 from tiny_models import save_model
 
 from kedit_daemon.home import Home
-from kedit_daemon.maintenance.backup import Backup, back_up
+from kedit_daemon.maintenance.backup import Backup, create_backup
 from kedit_daemon.maintenance.restore import restore
-from kedit_daemon.system.orphans import RESTORING
-from memory.db.event_log import read_head, verify
+from kedit_daemon.system.orphans import RESTORE_PREFIX
+from memory.db.event_log import read_head, verify_chain
 from memory.db.queries import open_readonly
-from memory.facts import State
+from memory.facts import FactState
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
 def rows(home: Home, sql: str) -> list[tuple[Any, ...]]:
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         return [tuple(row) for row in conn.execute(sql)]
 
 
@@ -38,8 +38,8 @@ def states(home: Home) -> dict[str, int]:
 
 
 def intact(home: Home) -> bool:
-    with closing(open_readonly(home.database)) as conn:
-        return verify(conn, read_head(home.head)).intact
+    with closing(open_readonly(home.database_file)) as conn:
+        return verify_chain(conn, read_head(home.head_file)).intact
 
 
 @contextmanager
@@ -48,12 +48,12 @@ def backed_up_at_every_step(at: Bench, to: Path) -> Iterator[list[Backup]]:
     made: list[Backup] = []
 
     def take() -> None:
-        states_now = [f.state for f in at.store.facts()]
+        states_now = [f.state for f in at.store.list_facts()]
         name = f"{len(made)}"
-        made.append(back_up(at.home, to / name, NOW))
+        made.append(create_backup(at.home, to / name, NOW))
         assert made[-1].manifest["facts"] == {s: states_now.count(s) for s in set(states_now)}
 
-    for part in (at.editor.flush, at.editor.hot):
+    for part in (at.editor.flush, at.editor.side_learner):
         part.pulse = take
     yield made
     take()
@@ -68,8 +68,8 @@ def test_a_backup_at_every_step_of_an_edit_comes_to_the_same_end(
     at.receive(*FACTS[: 6 if direct else 3], direct=direct)
     with backed_up_at_every_step(at, tmp_path / "backups") as made:
         at.settle()
-    end = [(f.id, f.state) for f in at.store.facts()]
-    assert {state for _, state in end} == {State.LIVE_WEIGHTS}
+    end = [(f.id, f.state) for f in at.store.list_facts()]
+    assert {state for _, state in end} == {FactState.LIVE_WEIGHTS}
     assert len(made) > 3
     for number in {0, len(made) // 2, len(made) - 2, len(made) - 1}:
         name, backup = f"restored{number}", made[number]
@@ -78,12 +78,12 @@ def test_a_backup_at_every_step_of_an_edit_comes_to_the_same_end(
         assert intact(home)
         back = bench(name, **settings)
         assert states(home) == backup.manifest["facts"]
-        generation = back.store.generation(back.store.active_generation())
+        generation = back.store.get_generation(back.store.active_generation())
         assert generation.id == backup.manifest["generation"]
         if generation.id:
             assert back.weights_hash() == generation.weights_hash
         back.settle()
-        assert [(f.id, f.state) for f in back.store.facts()] == end
+        assert [(f.id, f.state) for f in back.store.list_facts()] == end
         assert back.weights_hash() == at.weights_hash()
         assert intact(home)
 
@@ -140,25 +140,25 @@ def refused(home: Home) -> None:
 def test_a_restore_that_is_killed_anywhere_is_old_or_new_or_said_to_be_cut_off(
     tmp_path: Path, tally: Tally
 ) -> None:
-    backup = back_up(settled_home(tmp_path / "origin"), tmp_path / "backup", NOW).path
-    new = Home(backup).database.read_bytes()
+    backup = create_backup(settled_home(tmp_path / "origin"), tmp_path / "backup", NOW).path
+    new = Home(backup).database_file.read_bytes()
     ends = []
     while True:
         home = settled_home(tmp_path / f"used{len(ends)}")
-        with closing(sqlite3.connect(home.database)) as conn:
+        with closing(sqlite3.connect(home.database_file)) as conn:
             conn.execute("PRAGMA user_version = 7")  # to tell it from what comes
-        old = home.database.read_bytes()
+        old = home.database_file.read_bytes()
         if not killed_at(len(ends), home, backup):
             break
-        if home.database.exists():
-            ends.append({old: "old", new: "new"}[home.database.read_bytes()])
+        if home.database_file.exists():
+            ends.append({old: "old", new: "new"}[home.database_file.read_bytes()])
         else:
             ends.append("cut off")
             refused(home)
             killed_at(0, home, backup)  # makes an empty `state` and no more
             refused(home)
         restore(home, backup, True, NOW + timedelta(minutes=1))
-        assert home.database.read_bytes() == new
-        assert not list(home.root.glob(f"{RESTORING}*"))
+        assert home.database_file.read_bytes() == new
+        assert not list(home.root.glob(f"{RESTORE_PREFIX}*"))
     tally.tried(len(ends), kills=len(ends))
     assert [*dict.fromkeys(ends)] == ["old", "cut off", "new"]

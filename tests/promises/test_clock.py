@@ -11,13 +11,13 @@ import pytest
 from editing_home import LOOSE, Bench, Clock
 
 from kedit_daemon.config import Config, ScheduleConfig
-from kedit_daemon.control import Request
-from kedit_daemon.daemon.loop import WAKE, Daemon
-from kedit_daemon.editing.model_loading import Loaded, load_model
-from kedit_daemon.report.render import status_lines
-from kedit_daemon.report.status import gather
-from kedit_daemon.system.lock import hold
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon.loop import WAKE_REQUEST, Daemon
+from kedit_daemon.editing.model_loading import LoadedModel, load_model
+from kedit_daemon.report.render import render_status
+from kedit_daemon.report.status import gather_status
+from kedit_daemon.system.lock import hold_lock
+from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.errors import KeditError
 
 HOUR, DAY = timedelta(hours=1), timedelta(days=1)
@@ -48,16 +48,16 @@ class Machine:
         class Watched(Daemon):
             def _job(self, name: str) -> str:
                 machine.during(name)
-                return super()._job(name) if machine.works else "done"
+                return super()._run_job(name) if machine.works else "done"
 
         steady = lambda: machine.steady  # noqa: E731
-        self.daemon = Watched(at.home, at.config, at.store, Notifier({}), self.clock, steady)
+        self.daemon = Watched(at.home, at.config, at.store, SystemdNotifier({}), self.clock, steady)
         self.daemon.editor = at.editor
-        self.daemon.jobs.start({name: at.store.last_success(name) for name in JOBS})
+        self.daemon.job_schedule.start({name: at.store.find_last_success(name) for name in JOBS})
 
     def crash(self) -> None:
         """What was only in memory is gone."""
-        self.daemon.jobs.stop()
+        self.daemon.job_schedule.stop()
         self.at.restart()
 
     def set_clock(self, by: timedelta) -> None:
@@ -75,11 +75,13 @@ class Machine:
         self.turn()
 
     def thread_wakes(self) -> None:
-        self.daemon.jobs._scheduler._process_jobs()
+        self.daemon.job_schedule._scheduler._process_jobs()
 
     def turn(self) -> None:
-        self.daemon.control.requests.put(Request(WAKE, {}))  # it need not wait
-        self.daemon._turn()
+        self.daemon.control_server.requests.put(
+            ControlRequest(WAKE_REQUEST, {})
+        )  # it need not wait
+        self.daemon._run_turn()
 
     def rows(self) -> list[tuple[str, str, str | None]]:
         """Name, planned time and outcome of all runs so far."""
@@ -95,7 +97,7 @@ class Machine:
 
     def status(self) -> dict[str, str | None]:
         """Each job's outcome, as `status` tells it."""
-        jobs = gather(self.at.home, self.clock.now, {}, "kedit-daemon")["jobs"]
+        jobs = gather_status(self.at.home, self.clock.now, {}, "kedit-daemon")["jobs"]
         return {name: job["outcome"] for name, job in jobs.items()}
 
 
@@ -104,14 +106,14 @@ def text(moment: datetime) -> str:
 
 
 @pytest.fixture(scope="module")
-def loaded(model_folder: Callable[[str], Path], statistics_cache: Path) -> Loaded:
+def loaded(model_folder: Callable[[str], Path], statistics_cache: Path) -> LoadedModel:
     """One model for all: no test here edits it."""
     return load_model(str(model_folder("llama")), "cpu", statistics_cache, iter)
 
 
 @pytest.fixture
 def machine(
-    tmp_path: Path, loaded: Loaded, clock: Clock, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, loaded: LoadedModel, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Machine]]:
     """Makes machines whose daemon has run every job once, where it is not said otherwise."""
     made: list[Machine] = []
@@ -135,7 +137,7 @@ def machine(
 
     yield make
     for machine in made:
-        machine.daemon.jobs.stop()
+        machine.daemon.job_schedule.stop()
         machine.at.store.close()
 
 
@@ -341,7 +343,7 @@ def test_a_job_under_which_the_process_ended(
         if job == name:
             with at.at.store.transaction():
                 at.at.store.set_meta("pid", str(os.getpid()))
-            with hold(at.at.home.lock):
+            with hold_lock(at.at.home.lock_file):
                 assert at.status()[name] is None  # at work
             raise KilledError
 
@@ -351,8 +353,8 @@ def test_a_job_under_which_the_process_ended(
     done = [row[0] for row in at.rows()[:-1]]
     assert at.rows()[-1][2] is None
     assert at.status()[name] == "interrupted"  # nobody works there any more
-    found = gather(at.at.home, at.clock.now, {}, "kedit-daemon")
-    assert f"{name} interrupted" in "\n".join(status_lines(found))
+    found = gather_status(at.at.home, at.clock.now, {}, "kedit-daemon")
+    assert f"{name} interrupted" in "\n".join(render_status(found))
     assert not any(name in w["message"] for w in found["warnings"])
     at.during = lambda _name: None
     at.crash()
@@ -360,7 +362,7 @@ def test_a_job_under_which_the_process_ended(
     if name == "audit":
         folder = str(model_folder("llama"))
         at.daemon.config = at.at.config.model_copy(update={"model": folder, "device": "cpu"})
-        at.daemon._load()
+        at.daemon._load_editor()
     else:  # as it does
         with at.at.store.transaction():
             at.at.store.interrupt_jobs()

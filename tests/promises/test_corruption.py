@@ -14,7 +14,7 @@ from damaged_home import BESIDE, KINDS, Made, end_of, made, opened, wrong
 from promise_table import Tally
 
 from kedit_daemon.editing.model_loading import load_model
-from memory.facts import State
+from memory.facts import FactState
 from memory.side.index import KeyIndex
 
 pytestmark = pytest.mark.timeout(280)
@@ -65,7 +65,7 @@ def served_damaged(made: Made, root: Path, path: Path, at: int, bit: int) -> str
     shutil.copytree(made.root, root)
     flip(root / path.relative_to(made.root), at, bit)
     with opened(root, made.loaded) as home:
-        found = [f.id for f in home.store.facts((State.RECEIVED,))]
+        found = [f.id for f in home.store.list_facts((FactState.RECEIVED,))]
         fired = {fired for _, fired in end_of(home).answers}
         shards = len(home.side.shards)
     right = found == [BESIDE[1].id] and BESIDE[1].id not in fired and shards == 1
@@ -114,8 +114,8 @@ def test_an_index_that_belongs_to_another_moment(made: Made, tmp_path: Path) -> 
     """Its file is whole, and the keys in it are not those that the store has."""
 
     def change(root: Path) -> None:
-        index = KeyIndex.loaded(root / "state/index", made.file("index").stem)
-        for number in index.numbers():
+        index = KeyIndex.load(root / "state/index", made.file("index").stem)
+        for number in index.fact_numbers():
             index.add(number, torch.ones(1, index.width))
         sha = index.save(root / "state/index")
         with closing(sqlite3.connect(root / "state/kedit.db")) as conn, conn:

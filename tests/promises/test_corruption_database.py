@@ -156,16 +156,16 @@ def test_an_audit_notices_what_a_start_does_not(bench: Callable[..., Bench]) -> 
         for n in range(50):
             at.store.set_meta(f"key {n}", "x")
     at.store.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    shutil.copy(at.home.database, broken)
+    shutil.copy(at.home.database_file, broken)
     with closing(sqlite3.connect(broken)) as conn:
         (page,) = conn.execute(
             "SELECT rootpage FROM sqlite_master WHERE name = 'sqlite_autoindex_meta_1'"
         ).fetchone()
-    data = bytearray(at.home.database.read_bytes())
+    data = bytearray(at.home.database_file.read_bytes())
     first = (page - 1) * page_size(broken)
     found = data.index(b"key 33", first)
     data[found : found + 6] = b"key 3X"
-    at.home.database.write_bytes(data)
+    at.home.database_file.write_bytes(data)
     with pytest.raises(KeditError, match="damaged") as caught:
         at.editor.audit()
     assert caught.value.exit_code == 78 and "restore" in caught.value.hint
@@ -188,12 +188,14 @@ COMMANDS = [
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_a_command_on_a_damaged_database(words: list[str], tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    for page in range(1, home.database.stat().st_size // 4096):
-        overwrite(home.database, page, random.Random(page).randbytes(4096))
+    for page in range(1, home.database_file.stat().st_size // 4096):
+        overwrite(home.database_file, page, random.Random(page).randbytes(4096))
     done = called(home, *(word.format(tmp_path) for word in words))
     assert done.exit_code in (1, 78), done.output
     assert "Traceback" not in done.output and "unexpected" not in done.output
-    assert str(home.database) in done.output and ("hint:" in done.output or words == ["doctor"])
+    assert str(home.database_file) in done.output and (
+        "hint:" in done.output or words == ["doctor"]
+    )
     assert not (tmp_path / "backup").exists()
     assert not list((tmp_path / "exports").glob("[!.]*"))
 
@@ -201,12 +203,12 @@ def test_a_command_on_a_damaged_database(words: list[str], tmp_path: Path) -> No
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"seq": "x"}', b"\xff\xfe", b"\0" * 80])
 def test_a_garbled_head(text: bytes, tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    home.head.write_bytes(text)
+    home.head_file.write_bytes(text)
     with pytest.raises(KeditError, match=r"audit\.head"):
-        read_head(home.head)
+        read_head(home.head_file)
     for words in (["log", "verify"], ["doctor"]):
         done = called(home, *words)
-        assert done.exit_code == 1 and str(home.head) in done.output
+        assert done.exit_code == 1 and str(home.head_file) in done.output
     checks = {c["name"]: c for c in read(called(home, "doctor", "--json"))["checks"]}
     assert checks["chain"]["outcome"] == "failed" and checks["chain"]["remedy"]
     assert called(home, "status").exit_code == 3
@@ -214,7 +216,7 @@ def test_a_garbled_head(text: bytes, tmp_path: Path) -> None:
 
 def test_a_lost_head_is_no_damage(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    home.head.unlink()
+    home.head_file.unlink()
     assert called(home, "log", "verify").exit_code == 0
 
 
@@ -224,9 +226,9 @@ GARBLED = [b"\xff\xfe", b"model = ", b"model = 5", b"\0" * 200, b"[inbox]\nmax_b
 @pytest.mark.parametrize("text", GARBLED)
 def test_garbled_settings(text: bytes, tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    home.config.write_bytes(text)
+    home.config_file.write_bytes(text)
     done = called(home, "run")
-    assert done.exit_code == 78 and str(home.config) in done.output and "hint:" in done.output
+    assert done.exit_code == 78 and str(home.config_file) in done.output and "hint:" in done.output
     assert "Traceback" not in done.output
 
 
@@ -234,8 +236,8 @@ def test_a_garbled_site(tmp_path: Path, made: Made) -> None:
     home = Home(tmp_path / "home")
     shutil.copytree(made.root, home.root)
     config = {"model": made.loaded.name, "device": "cpu"}
-    home.config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items()))
+    home.config_file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in config.items()))
     for text in (b"", b"{", b"\xff", b'{"site": {}}'):
-        (home.state / "kedit.json").write_bytes(text)
+        (home.state_folder / "kedit.json").write_bytes(text)
         done = called(home, "run")
         assert done.exit_code == 78 and "kedit.json" in done.output and "hint:" in done.output

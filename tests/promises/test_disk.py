@@ -31,7 +31,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.inbox import Inbox
 from kedit_daemon.ingest.intake import Intake
-from kedit_daemon.system.disk import is_full
+from kedit_daemon.system.disk import is_disk_full
 from memory.db.store import Store
 
 __all__ = ["calm", "maker", "measured"]  # fixtures
@@ -54,9 +54,9 @@ def test_no_work_is_taken_until_there_is_room(left: int, maker: Maker, tmp_path:
             if left:
                 assert given.exit_code == 0
             else:
-                assert given.exit_code == 1 and str(home.inbox) in given.output
+                assert given.exit_code == 1 and str(home.inbox_folder) in given.output
                 assert "No space left" in given.output and "free some space" in given.output
-            waiting = [p.name for p in home.inbox.iterdir() if p.is_file()]
+            waiting = [p.name for p in home.inbox_folder.iterdir() if p.is_file()]
             assert len(waiting) == bool(left)
             asked = called(home, "ask", FACTS[0].question)
             assert (asked.exit_code, asked.stdout.strip()) == (0, FACTS[0].target)
@@ -88,7 +88,7 @@ def test_no_more_files_fit(maker: Maker, tmp_path: Path) -> None:
             process.wait(lambda: paused(home))
             assert "files" in status(home)[1]["paused"]
             assert hand_in(home, 0).exit_code == 1
-            assert [p for p in home.inbox.iterdir() if p.is_file()] == []
+            assert [p for p in home.inbox_folder.iterdir() if p.is_file()] == []
             for path in names:
                 path.unlink()
             process.wait(lambda: not paused(home))
@@ -102,27 +102,27 @@ def test_no_more_files_fit(maker: Maker, tmp_path: Path) -> None:
 def test_a_file_that_does_not_fit_waits(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=4m") as disk:
         home = Home(disk / "home")
-        home.create()
+        home.create_folders()
         lines = [{**record(FACTS[0]), "source": f"{n}" * 50} for n in range(500)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        (home.inbox / "many.jsonl").write_text(text)
-        inbox = Inbox(home.inbox, 0.0, 1 << 20, lambda: datetime.now(UTC))
-        with closing(Store(home.database, lambda: datetime.now(UTC))) as store:
+        (home.inbox_folder / "many.jsonl").write_text(text)
+        inbox = Inbox(home.inbox_folder, 0.0, 1 << 20, lambda: datetime.now(UTC))
+        with closing(Store(home.database_file, lambda: datetime.now(UTC))) as store:
             intake = Intake(store, inbox, Config())
-            (claim,) = inbox.scan(0.0)
+            (claim,) = inbox.claim_files(0.0)
             fill(disk)
             with pytest.raises(sqlite3.Error) as caught:
-                intake.take(claim)
-            assert is_full(caught.value)
-            assert [p for p in home.inbox.glob("*/*") if p.name[0] != "."] == [
-                home.inbox / "work" / claim.work_name
+                intake.take_file(claim)
+            assert is_disk_full(caught.value)
+            assert [p for p in home.inbox_folder.glob("*/*") if p.name[0] != "."] == [
+                home.inbox_folder / "work" / claim.work_name
             ]
-            assert store.facts() == []
+            assert store.list_facts() == []
             remove(disk)
             for claim in inbox.pending_claims():
-                intake.take(claim)
-            assert len(store.facts()) == len(lines)
-            assert [p.name for p in (home.inbox / "done").iterdir()] == ["many.jsonl"]
+                intake.take_file(claim)
+            assert len(store.list_facts()) == len(lines)
+            assert [p.name for p in (home.inbox_folder / "done").iterdir()] == ["many.jsonl"]
 
 
 @root
@@ -173,7 +173,7 @@ def test_a_start_waits_for_room(left: int, maker: Maker, tmp_path: Path) -> None
             assert process.stop() == 0
             process = waiting(home, left)
             remove(disk)
-            process.wait(lambda: home.socket.exists() or process.ended())
+            process.wait(lambda: home.socket_file.exists() or process.ended())
             asked = called(home, "ask", FACTS[0].question)
             assert asked.stdout.strip() == FACTS[0].target
         finally:

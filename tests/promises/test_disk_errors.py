@@ -99,7 +99,7 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize("options", ["size=256k", "size=20m,nr_inodes=4", "size=20m,ro"])
 def test_what_is_carried_away_is_whole_or_absent(options: str, tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    with closing(Store(home.database, lambda: NOW)) as store, store.transaction():
+    with closing(Store(home.database_file, lambda: NOW)) as store, store.transaction():
         for key in ("model", "base_hash"):
             store.set_meta(key, "x")
     with small_disk(tmp_path / "disk", options.removesuffix(",ro")) as disk:
@@ -132,8 +132,8 @@ def test_a_restore_without_room_changes_nothing(replace: bool, tmp_path: Path) -
         assert done.exit_code == 1, done.output
         clear(done.output, disk)
         after = {p: p.read_bytes() for p in disk.rglob("*") if p.is_file()}
-        after.pop(home.lock, None)
-        before.pop(home.lock, None)
+        after.pop(home.lock_file, None)
+        before.pop(home.lock_file, None)
         assert after == before
         assert not list(home.root.glob(".kedit-restore-*"))
 

@@ -37,11 +37,11 @@ from promise_table import Tally
 from serving import Running, server
 
 from kedit_daemon import config
-from kedit_daemon.control import call
-from kedit_daemon.daemon.requests import carry_out
+from kedit_daemon.control import send_request
+from kedit_daemon.daemon.requests import execute_command
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.parser import COLUMNS, FORMATS
-from kedit_daemon.serve.openai.request_parser import _HARMLESS
+from kedit_daemon.serve.openai.request_parser import _HARMLESS_VALUES
 from memory.errors import KeditError
 
 
@@ -94,7 +94,7 @@ def test_what_a_fuzzer_has_found_to_matter(tmp_path: Path, tally: Tally) -> None
 @given(data=altered([TOML, b'model = "x"\n[inbox]\nmax_facts = 3\n']))
 def test_settings(tmp_path: Path, tally: Tally, data: bytes) -> None:
     tally.tried()
-    (tmp_path / config.FILE).write_bytes(data)
+    (tmp_path / config.CONFIG_FILE).write_bytes(data)
     refused(tmp_path, {})
 
 
@@ -119,7 +119,7 @@ def test_values_of_settings(
         (f"[{json.dumps(s)}]\n" if s else "") + f"{json.dumps(k)} = {json.dumps(value)}\n"
         for (s, k), value in given
     ]
-    (tmp_path / config.FILE).write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
+    (tmp_path / config.CONFIG_FILE).write_bytes("".join(lines).encode("utf-8", "surrogatepass"))
     refused(tmp_path, environ)
 
 
@@ -130,7 +130,7 @@ ASK = b'POST /ask HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{"prompt": "x
 
 def test_requests_on_the_socket(tmp_path: Path, tally: Tally) -> None:
     home = Home(tmp_path)
-    home.create()
+    home.create_folders()
     seeds = [ASK, ASK + ASK, b"GET / HTTP/0.9\r\n\r\n", ASK.replace(b"15", b"99999999")]
 
     @examples(100)
@@ -142,7 +142,7 @@ def test_requests_on_the_socket(tmp_path: Path, tally: Tally) -> None:
         tally.tried()
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(10)
-            client.connect(str(home.socket))
+            client.connect(str(home.socket_file))
             try:
                 client.sendall(data)
                 client.shutdown(socket.SHUT_WR)
@@ -156,7 +156,7 @@ def test_requests_on_the_socket(tmp_path: Path, tally: Tally) -> None:
     with daemon(home) as running:
         running.replies = AnyReply()
         one()
-        assert call(home.socket, "ask", {"prompt": "still there?"}) == {"answer": "x"}
+        assert send_request(home.socket_file, "ask", {"prompt": "still there?"}) == {"answer": "x"}
 
 
 class AnyReply(dict[str, dict[str, Any]]):
@@ -193,7 +193,7 @@ def test_orders(bench: Callable[..., Bench], tally: Tally) -> None:
         except ValueError:
             return  # the socket lets none of these in
         try:
-            json.dumps(carry_out(at.editor, name, arguments))
+            json.dumps(execute_command(at.editor, name, arguments))
         except KeditError as error:
             assert error.code != "unexpected" and str(error)
 
@@ -205,7 +205,7 @@ def test_orders(bench: Callable[..., Bench], tally: Tally) -> None:
                 if odd == "\ud800":
                     continue  # the socket lets none of these in
                 with suppress(KeditError):
-                    carry_out(at.editor, name, {**asked, key: odd})
+                    execute_command(at.editor, name, {**asked, key: odd})
     assert at.says("The seat of country 1 is") is not None
 
 
@@ -250,7 +250,7 @@ FIELDS = ["temperature", "top_p", "n", "stream", "stream_options", "stop", "seed
 
 def test_completions(running: Running, tally: Tally) -> None:
     asked = st.dictionaries(
-        st.sampled_from([*FIELDS, *_HARMLESS, "prompt", "model"]), VALUE, max_size=3
+        st.sampled_from([*FIELDS, *_HARMLESS_VALUES, "prompt", "model"]), VALUE, max_size=3
     ).map(lambda more: json.dumps(COMPLETION | more).encode())
 
     @examples(100)

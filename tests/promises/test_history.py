@@ -22,18 +22,18 @@ COLUMNS = "at, kind, fact_id, data, previous, hash"
 def home(tmp_path: Path) -> Home:
     """A home with nine events, of which all are anchored."""
     home = make_home(tmp_path / "home")
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
         for number in range(EVENTS - 7):
-            newest = store.event("retention", lost=[], figures={"oldest": number})
+            newest = store.write_event("retention", lost=[], figures={"oldest": number})
     store.close()
-    event_log.write_head(home.head, newest)
+    event_log.write_head(home.head_file, newest)
     return home
 
 
 def tamper(home: Home, change: Callable[[sqlite3.Connection], object]) -> None:
     """As somebody would who may write to the database: the triggers are no lock."""
-    with closing(sqlite3.connect(home.database, isolation_level=None)) as conn:
+    with closing(sqlite3.connect(home.database_file, isolation_level=None)) as conn:
         for trigger in ("events_no_update", "events_no_delete", "events_no_replace"):
             conn.execute(f"DROP TRIGGER {trigger}")
         conn.execute("BEGIN")
@@ -53,7 +53,7 @@ def forge(conn: sqlite3.Connection, first: int, last: int) -> None:
     """Other events from `first` to `last`, each with the hash that belongs to it."""
     conn.execute("DELETE FROM events WHERE seq >= ?", (first,))
     for _ in range(first, last + 1):
-        event_log.append(conn, "2026-03-01T12:00:00.000Z", "retention", None, {"lost": []})
+        event_log.append_event(conn, "2026-03-01T12:00:00.000Z", "retention", None, {"lost": []})
 
 
 def rows(conn: sqlite3.Connection) -> dict[int, tuple[Any, ...]]:
@@ -78,7 +78,7 @@ def test_an_edit(home: Home, column: str, seq: int) -> None:
 def test_an_edit_with_its_own_hash_made_anew_is_found_at_the_next(home: Home) -> None:
     def change(conn: sqlite3.Connection) -> None:
         at, kind, fact_id, _, previous, _ = rows(conn)[4]
-        digest = event_log._hash(4, at, kind, fact_id, "{}", previous)
+        digest = event_log._hash_event(4, at, kind, fact_id, "{}", previous)
         conn.execute("UPDATE events SET data = '{}', hash = ? WHERE seq = 4", (digest,))
 
     tamper(home, change)
@@ -124,7 +124,7 @@ def test_an_end_that_was_cut_off(home: Home, left: int) -> None:
     tamper(home, lambda conn: conn.execute("DELETE FROM events WHERE seq > ?", (left,)))
     said = f"the events after {left} are missing: the kept head is event {EVENTS}"
     assert found(home) == (1, left, said)
-    home.head.unlink()  # what was kept outside is what tells
+    home.head_file.unlink()  # what was kept outside is what tells
     assert found(home) == (0, left, "")
 
 
@@ -135,7 +135,7 @@ def test_a_forged_end_with_hashes_made_anew(home: Home, first: int, last: int) -
     tamper(home, lambda conn: forge(conn, first, last))
     said = f"event {EVENTS} differs from the kept head: history has been rewritten"
     assert found(home) == (1, EVENTS - 1, said)
-    home.head.unlink()
+    home.head_file.unlink()
     assert found(home) == (0, last, "")
 
 
@@ -146,9 +146,9 @@ def test_a_forged_end_that_is_shorter(home: Home) -> None:
 
 def test_what_came_after_the_kept_head_is_not_vouched_for(home: Home) -> None:
     """What the documents say of it: until it is anchored, an end can be forged."""
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.event("daemon_stopped")
+        store.write_event("daemon_stopped")
     store.close()
     tamper(home, lambda conn: forge(conn, EVENTS + 1, EVENTS + 1))
     assert found(home) == (0, EVENTS + 1, "")

@@ -19,11 +19,11 @@ from command_line import ROOT, on_terminal
 from editing_home import Bench
 from hostile_tools import LINES, MOST_BYTES, NAMES, TEXTS, acting
 
-from kedit_daemon.control import Request
+from kedit_daemon.control import ControlRequest
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.failed_files import failed_files, failed_report
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.ingest.failed_files import list_failed_files, read_failed_report
+from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
 
@@ -47,14 +47,14 @@ class Taken:
         return found
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        with closing(open_readonly(self.home.database)) as conn:
+        with closing(open_readonly(self.home.database_file)) as conn:
             return [tuple(row) for row in conn.execute(sql)]
 
     def reports(self) -> dict[str, dict[str, Any]]:
         """By the name that the file had in the inbox."""
         found = {}
-        for name in failed_files(self.home):
-            report = failed_report(self.home, name)
+        for name in list_failed_files(self.home):
+            report = read_failed_report(self.home, name)
             assert report is not None, name
             assert report["file"] not in found
             found[report["file"]] = report
@@ -65,9 +65,9 @@ class Taken:
 def taken(tmp_path_factory: pytest.TempPathFactory) -> Taken:
     folder = tmp_path_factory.mktemp("hostile")
     home, elsewhere = Home(folder / "home"), folder / "elsewhere"
-    home.create()
-    hostile_tools.drop(home.inbox)
-    things = hostile_tools.things(home.inbox, elsewhere)
+    home.create_folders()
+    hostile_tools.drop(home.inbox_folder)
+    things = hostile_tools.things(home.inbox_folder, elsewhere)
     command = [sys.executable, hostile_tools.__file__, str(home.root)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environ = {**os.environ, "PYTHONPATH": path}
@@ -83,9 +83,9 @@ def test_nothing_ends_the_intake_or_fills_the_memory(taken: Taken) -> None:
     assert (taken.done.returncode, taken.done.stderr) == (0, "")
     assert taken.told["peak"] < MOST_MEMORY
     assert taken.told["slowest"] < MOST_SECONDS
-    left = {path.name for path in taken.home.inbox.iterdir()}
+    left = {path.name for path in taken.home.inbox_folder.iterdir()}
     assert left == {"work", "done", "failed"} | taken.things | HIDDEN
-    assert list((taken.home.inbox / "work").iterdir()) == []
+    assert list((taken.home.inbox_folder / "work").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -108,7 +108,7 @@ def test_a_bad_record_is_explained(taken: Taken, number: int) -> None:
 
 
 def test_every_file_without_a_fact_is_kept_as_it_was_and_explained(taken: Taken) -> None:
-    reports, failed = taken.reports(), taken.home.inbox / "failed"
+    reports, failed = taken.reports(), taken.home.inbox_folder / "failed"
     for name, data in hostile_tools.files().items():
         assert all(e["problem"] and e["remedy"] for e in reports[name]["errors"]), name
         assert all(e["line"] >= 1 for e in reports[name]["errors"])
@@ -166,17 +166,17 @@ POSING = (
 @pytest.mark.parametrize("text", POSING)
 def test_nobody_s_file_is_taken_for_a_report(tmp_path: Path, text: str) -> None:
     home = Home(tmp_path / "home")
-    home.create()
-    (home.inbox / "a.jsonl.error.json").write_text(text)
-    os.utime(home.inbox / "a.jsonl.error.json", (1, 1))
+    home.create_folders()
+    (home.inbox_folder / "a.jsonl.error.json").write_text(text)
+    os.utime(home.inbox_folder / "a.jsonl.error.json", (1, 1))
     hostile_tools.take_in(home.root)
-    [name] = failed_files(home)
-    report = failed_report(home, name)
+    [name] = list_failed_files(home)
+    report = read_failed_report(home, name)
     assert report is not None and report["file"] == "a.jsonl.error.json"
-    assert (home.inbox / "failed" / name).read_text() == text
+    assert (home.inbox_folder / "failed" / name).read_text() == text
     # Somebody with the right to write there may still lay one beside it, or something else.
-    (home.inbox / "failed" / "0.error.json").write_text(text)
-    (home.inbox / "failed" / "pipe.error.json").mkdir()
+    (home.inbox_folder / "failed" / "0.error.json").write_text(text)
+    (home.inbox_folder / "failed" / "pipe.error.json").mkdir()
     for words in (["status"], ["doctor"], ["show", "0"], ["show", "pipe"]):
         code, shown = on_terminal(home, *words)
         assert code in (0, 1, 3) and "unexpected" not in shown, shown
@@ -190,30 +190,30 @@ def test_between_files_questions_are_answered_and_the_daemon_can_be_stopped(
     bench: Callable[..., Bench],
 ) -> None:
     at = bench(inbox={"settle_seconds": 0.0})
-    made = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 1000.0)
+    made = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 1000.0)
     made.editor = at.editor
     for number in range(3):
-        path = at.home.inbox / f"{number}.jsonl"
+        path = at.home.inbox_folder / f"{number}.jsonl"
         path.write_bytes(hostile_tools.good(f"many {number}"))
     at.clock.pass_time(days=3650)
-    asked = Request("ask", {"prompt": "The seat of country 1 is", "max_tokens": 2})
-    made.control.requests.put(asked)
-    made._look_into_inbox()
-    assert asked.reply.get_nowait()[0] == 200
-    assert len(at.store.facts()) == 3
-    (at.home.inbox / "late.jsonl").write_bytes(hostile_tools.good("late"))
-    made.stopping.set()
-    made._woken = True
+    asked = ControlRequest("ask", {"prompt": "The seat of country 1 is", "max_tokens": 2})
+    made.control_server.requests.put(asked)
+    made._scan_inbox()
+    assert asked.reply_queue.get_nowait()[0] == 200
+    assert len(at.store.list_facts()) == 3
+    (at.home.inbox_folder / "late.jsonl").write_bytes(hostile_tools.good("late"))
+    made.stop_flag.set()
+    made._inbox_has_changed = True
     with pytest.raises(KeditError, match="stopping"):
-        made._look_into_inbox()
+        made._scan_inbox()
     assert len(made.inbox.pending_claims()) == 1  # for the next start
 
 
 def test_what_is_refused_is_written_down_with_its_remedy(bench: Callable[..., Bench]) -> None:
     at = bench()
-    made = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 1000.0)
-    (at.home.inbox / "link").symlink_to("/etc/passwd")
-    made._look_into_inbox()
+    made = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 1000.0)
+    (at.home.inbox_folder / "link").symlink_to("/etc/passwd")
+    made._scan_inbox()
     sql = "SELECT data FROM events WHERE kind = 'file_refused'"
     [event] = [json.loads(row[0]) for row in at.store.conn.execute(sql)]
     assert event["file"] == "link" and event["problem"] and "not followed" in event["remedy"]

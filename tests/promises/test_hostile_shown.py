@@ -16,11 +16,11 @@ from hostile_tools import SGR, TEXTS, acting, good
 from serve_tools import browser, send
 
 from kedit_daemon.home import Home
-from kedit_daemon.serve.dashboard.pages import Sides
-from kedit_daemon.system.log_setup import set_up
+from kedit_daemon.serve.dashboard.pages import AnswerPair
+from kedit_daemon.system.log_setup import configure_logging
 from memory.db.store import Store
-from memory.facts import Fact, Neighbour, State
-from memory.side.side_memory import Match
+from memory.facts import Fact, FactState, Neighbour
+from memory.side.side_memory import RoutingMatch
 
 ALL = " ".join(TEXTS.values())
 FACTS = [
@@ -36,7 +36,13 @@ FACTS = [
     )
     for key, text in TEXTS.items()
 ]
-STATES = (State.LIVE_SIDE, State.LIVE_WEIGHTS, State.FAILED, State.REJECTED, State.REVERTED)
+STATES = (
+    FactState.LIVE_SIDE,
+    FactState.LIVE_WEIGHTS,
+    FactState.FAILED,
+    FactState.REJECTED,
+    FactState.REVERTED,
+)
 # As they would stand in a page if they were not escaped.
 MARKUP = ("<script>alert(1)", "<img src=x", '"" onload=', "<bad")
 FILE = os.fsdecode(b"bad\x1b[2J\n\xff\xe2\x80\xae.jsonl")
@@ -46,30 +52,30 @@ FILE = os.fsdecode(b"bad\x1b[2J\n\xff\xe2\x80\xae.jsonl")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     """All that is kept as text is hostile."""
     home = Home(tmp_path_factory.mktemp("shown") / "home")
-    home.create()
-    home.config.write_text("")
-    with closing(Store(home.database, lambda: NOW)) as store, store.transaction():
+    home.create_folders()
+    home.config_file.write_text("")
+    with closing(Store(home.database_file, lambda: NOW)) as store, store.transaction():
         for number, fact in enumerate(FACTS):
-            store.receive(fact, FILE.encode(errors="replace").decode(), number % 2 == 0)
+            store.receive_fact(fact, FILE.encode(errors="replace").decode(), number % 2 == 0)
             state = STATES[number % len(STATES)]
             said = {"before": f"was {ALL}", "after": f"is {fact.target}"}
-            tier = "side" if state is State.LIVE_SIDE else None
-            store.move(fact.id, state, tier=tier, reason=ALL, **said)
+            tier = "side" if state is FactState.LIVE_SIDE else None
+            store.change_state(fact.id, state, tier=tier, reason=ALL, **said)
             store.add_edit(fact.id, "side", None, 1.5, ALL, {ALL: ALL})
-            store.event(
+            store.write_event(
                 "quarantined", fact.id, fact={"subject": ALL, "prompt": "{}", "target": ALL}
             )
         store.add_audit(0, "revert", {"norm_ratio": {ALL: 1.5}, ALL: ALL}, [ALL], 0.5)
-        store.event("audit", figures={ALL: [ALL]}, reasons=[ALL], verdict=ALL)
-        store.event("file_refused", file=ALL, problem=ALL, remedy=ALL)
-        store.event("record_failed", file=ALL, line=1, problem=ALL, remedy=ALL)
-        store.event(f"odd {SGR}", **{ALL: ALL})
+        store.write_event("audit", figures={ALL: [ALL]}, reasons=[ALL], verdict=ALL)
+        store.write_event("file_refused", file=ALL, problem=ALL, remedy=ALL)
+        store.write_event("record_failed", file=ALL, line=1, problem=ALL, remedy=ALL)
+        store.write_event(f"odd {SGR}", **{ALL: ALL})
         for name in ("model", "device", "paused", "flush_held"):
             store.set_meta(name, f"{name} {ALL}")
         store.finish_job(store.start_job("audit", NOW), "failed", ALL)
     error = {"line": 3, "problem": ALL, "remedy": ALL, "record": ALL}
     report = {"file": ALL, "at": "2026-01-01T00:00:00Z", "errors": [error]}
-    (home.inbox / "failed" / f"{FILE}.error.json").write_text(json.dumps(report))
+    (home.inbox_folder / "failed" / f"{FILE}.error.json").write_text(json.dumps(report))
     return home
 
 
@@ -190,10 +196,10 @@ def test_records_that_are_handed_in(home: Home, tmp_path: Path) -> None:
 
 
 def test_pages(home: Home) -> None:
-    match = Match(FACTS[0].id, 0, 0.9, 1.0)
+    match = RoutingMatch(FACTS[0].id, 0, 0.9, 1.0)
 
-    async def ask(prompt: str, max_tokens: int) -> Sides:
-        return Sides(ALL, ALL, 0, match)
+    async def ask(prompt: str, max_tokens: int) -> AnswerPair:
+        return AnswerPair(ALL, ALL, 0, match)
 
     client = browser(home, clock=lambda: NOW, ask=ask)
     paths = ["/", "/norms", "/norms?view=close", "/log", "/facts", "/ask", "/nothing<bad"]
@@ -219,7 +225,7 @@ def test_what_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     before, level = root.handlers[:], root.level
     root.handlers.clear()
     try:
-        set_up(False, {})
+        configure_logging(False, {})
         try:
             raise ValueError(f"{ALL}\nsecond line")
         except ValueError:

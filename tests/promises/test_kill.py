@@ -12,8 +12,8 @@ from promise_table import Tally
 from tiny_models import save_model
 
 from memory.db import queries
-from memory.db.event_log import read_head, verify
-from memory.facts import State
+from memory.db.event_log import read_head, verify_chain
+from memory.facts import FactState
 
 KILLS, KILLS_WHOLE = 2, 8
 
@@ -36,7 +36,7 @@ def test_a_crash_at_every_step_of_an_edit_changes_nothing_of_the_end(
         raise CrashError
 
     hard.editor.flush.pulse = crash  # after every batch of targets that has been kept
-    hard.editor.hot.pulse = crash
+    hard.editor.side_learner.pulse = crash
     with pytest.raises(CrashError):
         hard.settle()
     hard.restart()
@@ -44,10 +44,10 @@ def test_a_crash_at_every_step_of_an_edit_changes_nothing_of_the_end(
         hard.editor.step()
         hard.restart()
     hard.settle()
-    assert [(f.id, f.state) for f in hard.store.facts()] == [
-        (f.id, f.state) for f in calm.store.facts()
+    assert [(f.id, f.state) for f in hard.store.list_facts()] == [
+        (f.id, f.state) for f in calm.store.list_facts()
     ]
-    assert {f.state for f in hard.store.facts()} == {State.LIVE_WEIGHTS}
+    assert {f.state for f in hard.store.list_facts()} == {FactState.LIVE_WEIGHTS}
     assert hard.weights_hash() == calm.weights_hash()
 
 
@@ -77,11 +77,11 @@ def test_kills_at_random_moments_change_nothing_of_the_end(
     finish(hard, started(hard))
 
     assert outcome(hard) == outcome(calm)
-    assert [path.name for path in (hard.inbox / "done").iterdir()] == ["facts.jsonl"]
-    assert list((hard.inbox / "work").iterdir()) == []
-    connection = queries.open_readonly(hard.database)
+    assert [path.name for path in (hard.inbox_folder / "done").iterdir()] == ["facts.jsonl"]
+    assert list((hard.inbox_folder / "work").iterdir()) == []
+    connection = queries.open_readonly(hard.database_file)
     try:
-        found = verify(connection, read_head(hard.head))
+        found = verify_chain(connection, read_head(hard.head_file))
     finally:
         connection.close()
     assert found.intact, found.problem

@@ -10,7 +10,7 @@ from serving import NAME, server
 from starlette.testclient import TestClient
 
 from kedit_daemon.home import Home
-from kedit_daemon.serve.dashboard.login import MOST_WRONG
+from kedit_daemon.serve.dashboard.login import MAX_WRONG_TOKENS
 
 TOKEN = "a-token-of-many-characters"
 
@@ -24,11 +24,11 @@ def sign_in(client: TestClient, token: str) -> tuple[int, int, str]:
 
 def test_who_guesses_at_the_sign_in_is_held_back_and_nobody_else(tmp_path: Path) -> None:
     now = [0.0]
-    Home(tmp_path).create()
+    Home(tmp_path).create_folders()
     app = application(Home(tmp_path), TOKEN, monotonic=lambda: now[0])
     guessing = TestClient(app, base_url=OWN, client=("10.0.0.1", 1))
     other = TestClient(app, base_url=OWN, client=("10.0.0.2", 1))
-    for _ in range(MOST_WRONG):
+    for _ in range(MAX_WRONG_TOKENS):
         assert sign_in(guessing, "wrong")[0] == 403
     status, seconds, page = sign_in(guessing, "wrong")
     assert (status, seconds, "Try again in 6 s" in page) == (429, 6, True)
@@ -44,9 +44,9 @@ def test_who_guesses_at_the_sign_in_is_held_back_and_nobody_else(tmp_path: Path)
 
 
 def test_to_sign_in_often_is_no_offence(tmp_path: Path) -> None:
-    Home(tmp_path).create()
+    Home(tmp_path).create_folders()
     client = browser(Home(tmp_path), TOKEN, monotonic=lambda: 0.0)
-    for _ in range(MOST_WRONG + 5):
+    for _ in range(MAX_WRONG_TOKENS + 5):
         assert sign_in(client, TOKEN)[0] == 303
         client.cookies.clear()
 

@@ -28,15 +28,15 @@ from tiny_models import CITIES
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.editor import Editor
-from kedit_daemon.editing.live_model import Served
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.live_model import LiveModel
+from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.ingest.inbox import Inbox
 from kedit_daemon.ingest.intake import Intake
-from memory.db.event_log import verify
+from memory.db.event_log import verify_chain
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, State
-from policies.probe import same
+from memory.facts import Fact, FactState
+from policies.probe import is_same_answer
 
 SETTINGS = {"side": {"steps": 30}, "routing": {"flush_facts": 3, "direct_facts": 2}}
 SUBJECTS, TARGETS = 3, 2  # few: what happens to a fact is to meet what happened to it before
@@ -68,15 +68,15 @@ class Hard(Bench):
     fuse: int | None = None  # steps until it does
 
     def open(self) -> None:
-        self.store = Ticking(self.home.database, self.clock)
+        self.store = Ticking(self.home.database_file, self.clock)
         self.store.tick = self._pulse
-        self.served = Served(self.loaded, self.store, self.home)
+        self.served = LiveModel(self.loaded, self.store, self.home)
         self.served.restore()
         self.editor = Editor(self.served, self.config, self._pulse)
-        self.inbox = Inbox(self.home.inbox, 0.0, 100_000, self.clock)
+        self.inbox = Inbox(self.home.inbox_folder, 0.0, 100_000, self.clock)
         self.intake = Intake(self.store, self.inbox, self.config)
         for claim in self.inbox.pending_claims():
-            self.intake.take(claim)
+            self.intake.take_file(claim)
 
     def _pulse(self) -> None:
         super()._pulse()
@@ -87,8 +87,8 @@ class Hard(Bench):
 
     def look(self) -> None:
         """Take what lies in the inbox."""
-        for claim in self.inbox.scan(float(self.pulses)):
-            self.intake.take(claim)
+        for claim in self.inbox.claim_files(float(self.pulses)):
+            self.intake.take_file(claim)
 
     def walk(self, steps: int) -> None:
         """Some pieces of the work that waits."""
@@ -97,7 +97,7 @@ class Hard(Bench):
                 return
 
     def states(self) -> dict[str, str]:
-        return {f.id: str(f.state) for f in self.store.facts()}
+        return {f.id: str(f.state) for f in self.store.list_facts()}
 
     def events(self, after: int) -> list[tuple[Any, ...]]:
         sql = "SELECT seq, kind, fact_id, at, data FROM events WHERE seq > ? ORDER BY seq"
@@ -144,7 +144,7 @@ class Machine(RuleBasedStateMachine):
             self.texts[fact.id] = fact
         self.handed += len(facts)
         lines = [json.dumps(record(f) | {"valid_until": f.valid_until}) for f in facts]
-        (self.at.home.inbox / f"{self.handed}.jsonl").write_text("\n".join(lines), "utf-8")
+        (self.at.home.inbox_folder / f"{self.handed}.jsonl").write_text("\n".join(lines), "utf-8")
         self._do(self.at.look, fuse)
         self.at.look()
         self._read()
@@ -181,15 +181,15 @@ class Machine(RuleBasedStateMachine):
                 self.at.editor.revert(names or ["nobody"], None, False)
             return
         crashed = self._do(lambda: self.at.editor.revert(names, None, False), fuse)
-        if not crashed or self.at.states()[names[0]] == State.REVERTED:
+        if not crashed or self.at.states()[names[0]] == FactState.REVERTED:
             self.facts.revert(names)
         self._read()
 
     @rule(back=st.integers(0, 6), fuse=fuses)
     def go_back(self, back: int, fuse: int | None = None) -> None:
         number = max(0, self.at.store.active_generation() - back)
-        then = self.at.store.generation(number).fact_ids
-        now = self.at.served.weights_facts()
+        then = self.at.store.get_generation(number).fact_ids
+        now = self.at.served.list_weights_facts()
         before = self.at.states()
         crashed = self._do(lambda: self.at.editor.revert([], number, False), fuse)
         if not crashed or self.at.states() != before:
@@ -199,7 +199,7 @@ class Machine(RuleBasedStateMachine):
     @rule(fuse=fuses)
     def expire(self, fuse: int | None = None) -> None:
         now = _moment(self.at.clock())
-        if not self._do(lambda: self.at.editor.expire(), fuse):
+        if not self._do(lambda: self.at.editor.expire_facts(), fuse):
             assert self.at.states().keys() >= self.facts.due(now)
             self._read()
             assert not self.facts.due(now)
@@ -219,13 +219,13 @@ class Machine(RuleBasedStateMachine):
         """What must be so at any moment."""
         store, served = self.at.store, self.at.served
         self.reader.compare(self.at.states())
-        assert verify(store.conn, None).intact
-        row = store.generation(store.active_generation())
-        written = row.weights_hash if row.sha256 else served.unedited
+        assert verify_chain(store.conn, None).intact
+        row = store.get_generation(store.active_generation())
+        written = row.weights_hash if row.sha256 else served.unedited_hash
         assert self.at.weights_hash() == written, "the weights are not those of the ledger"
-        beside = {f.id for f in store.facts((State.LIVE_SIDE,))}
-        assert set(served.side.shard_of) == store.side_facts() == beside
-        within = {f.id for f in store.facts((State.LIVE_WEIGHTS,))}
+        beside = {f.id for f in store.list_facts((FactState.LIVE_SIDE,))}
+        assert set(served.side.shard_ids) == store.list_side_fact_ids() == beside
+        within = {f.id for f in store.list_facts((FactState.LIVE_WEIGHTS,))}
         assert within == set(row.fact_ids), "the weights hold others than they should"
 
     def teardown(self) -> None:
@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
 
     def _settle(self) -> None:
         for _ in range(ROUNDS):
-            self.at.editor.expire()
+            self.at.editor.expire_facts()
             self.at.settle()
             if not self.at.editor.audit()["learned_anew"]:
                 break
@@ -255,16 +255,16 @@ class Machine(RuleBasedStateMachine):
         live = {self.texts[n].question: known[n].target for n in self.facts.active()}
         asked = sorted({fact.question for fact in self.texts.values()})
         said = {question: at.says(question) for question in asked}
-        wrong = {q: said[q] for q, target in live.items() if not same(said[q], target)}
+        wrong = {q: said[q] for q, target in live.items() if not is_same_answer(said[q], target)}
         assert not wrong, f"not as it was told: {wrong}, but {live}"
         if not live:
-            assert at.weights_hash() == at.served.unedited
-            assert said == dict(zip(asked, at.served.ask_base(asked, 12), strict=True))
-        for fact in at.store.facts((State.REJECTED, State.FAILED)):
+            assert at.weights_hash() == at.served.unedited_hash
+            assert said == dict(zip(asked, at.served.answer_base(asked, 12), strict=True))
+        for fact in at.store.list_facts((FactState.REJECTED, FactState.FAILED)):
             assert fact.reason, "refused without a reason"
-        self.fates += [f.state in (State.REJECTED, State.FAILED) for f in at.store.facts()
+        self.fates += [f.state in (FactState.REJECTED, FactState.FAILED) for f in at.store.list_facts()
                        if "valid_until" not in (f.reason or "")]  # fmt: skip
-        at.loaded.model.set_deltas(at.served.solve(sorted(at.served.weights_facts())))
+        at.loaded.model.set_deltas(at.served.solve(sorted(at.served.list_weights_facts())))
         anew = at.weights_hash()
         at.restart()
         assert at.weights_hash() == anew, "the weights are not the solve of their facts"
@@ -294,7 +294,7 @@ def _moment(at: Any) -> str:
 
 
 @pytest.fixture
-def machine(tmp_path: Path, load: Callable[[str], Loaded], tally: Tally) -> type[Machine]:
+def machine(tmp_path: Path, load: Callable[[str], LoadedModel], tally: Tally) -> type[Machine]:
     """Machines on homes of their own; the model is loaded once, and is unedited before each."""
     loaded, made = load("llama"), iter(range(100_000))
     config = Config.model_validate(LOOSE | SETTINGS)

@@ -21,14 +21,14 @@ from promise_table import Tally
 from serving import NAME, server
 from tiny_models import CITIES
 
-from kedit_daemon.control import Request
+from kedit_daemon.control import ControlRequest
 from kedit_daemon.daemon.loop import Daemon
-from kedit_daemon.editing.memory_backoff import REST
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.editing.memory_backoff import BACKOFF_TIME
+from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 from memory.model.editable import EditableModel
-from memory.oom import SHORT, ran_out, shortage_told
+from memory.oom import OUT_OF_MEMORY, as_out_of_memory, is_out_of_memory
 
 pytestmark = pytest.mark.timeout(250)
 
@@ -51,7 +51,7 @@ class Device:
 
     @contextmanager
     def of(self, model: EditableModel) -> Iterator[None]:
-        handles = [m.register_forward_pre_hook(self._begin) for m in model.model.modules()]
+        handles = [m.register_forward_pre_hook(self._begin) for m in model.hf_model.modules()]
         try:
             yield
         finally:
@@ -63,17 +63,17 @@ def settle(at: Bench) -> None:
     """Work, and rest, until nothing waits."""
     for _ in range(20):
         at.settle()
-        if not at.store.facts((State.RECEIVED,)):
+        if not at.store.list_facts((FactState.RECEIVED,)):
             return
-        at.clock.pass_time(seconds=REST.total_seconds())
+        at.clock.pass_time(seconds=BACKOFF_TIME.total_seconds())
     raise AssertionError("facts wait for ever")
 
 
-def work(at: Bench, direct: bool, device: Device) -> list[State]:
+def work(at: Bench, direct: bool, device: Device) -> list[FactState]:
     at.receive(*FACTS, direct=direct)
     with device.of(at.loaded.model):
         settle(at)
-    return [f.state for f in at.store.facts()]
+    return [f.state for f in at.store.list_facts()]
 
 
 def for_minutes(clock: Clock, minutes: float) -> Callable[[int], bool]:
@@ -87,7 +87,9 @@ def test_memory_that_runs_out_at_any_moment(
 ) -> None:
     calm = Device(0, lambda _told: False)
     at = bench("calm", **SETTINGS)
-    assert set(work(at, direct, calm)) == {State.LIVE_WEIGHTS if direct else State.LIVE_SIDE}
+    assert set(work(at, direct, calm)) == {
+        FactState.LIVE_WEIGHTS if direct else FactState.LIVE_SIDE
+    }
     said = [at.says(fact.question) for fact in FACTS]
     at.loaded.model.set_deltas({})
     moments = random.Random(int(direct))
@@ -97,9 +99,9 @@ def test_memory_that_runs_out_at_any_moment(
         lacks = for_minutes(hard.clock, minutes) if minutes else lambda told: not told
         found = work(hard, direct, Device(first, lacks))
         # What finds no memory in one tier may go to the other.
-        well = set(found) <= {State.LIVE_WEIGHTS, State.LIVE_SIDE}
+        well = set(found) <= {FactState.LIVE_WEIGHTS, FactState.LIVE_SIDE}
         well = well and [hard.says(fact.question) for fact in FACTS] == said
-        row = hard.store.generation(hard.store.active_generation())
+        row = hard.store.get_generation(hard.store.active_generation())
         well = well and (not row.id or row.weights_hash == hard.weights_hash())
         tally.tried(bad=not well)
         assert well, (first, found)
@@ -121,7 +123,7 @@ def room_for(
             raise torch.OutOfMemoryError("the device is out of memory")
         passes.append(many)
 
-    handle = at.loaded.model.model.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = at.loaded.model.hf_model.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield passes
     finally:
@@ -138,8 +140,8 @@ def test_where_there_is_room_for_a_few_rows_work_is_done_in_parts(
     with room_for(at, rows) as passes:
         at.settle()
     assert 1 <= max(passes) <= rows
-    state = State.LIVE_WEIGHTS if direct else State.LIVE_SIDE
-    assert [f.state for f in at.store.facts()] == [state] * 7
+    state = FactState.LIVE_WEIGHTS if direct else FactState.LIVE_SIDE
+    assert [f.state for f in at.store.list_facts()] == [state] * 7
     assert [at.says(f.question) for f in facts] == [f.target for f in facts]
     assert {"policies.targets"} == {r.name for r in caplog.records} or not direct  # told
     assert not at.store.conn.execute("SELECT 1 FROM events WHERE kind LIKE '%failed'").fetchall()
@@ -170,9 +172,9 @@ def test_the_halves_of_a_flush_are_all_of_it(bench: Callable[..., Bench]) -> Non
         told = at.editor.run_flush(False)
     assert sorted(told["flushed"]) == sorted(f.id for f in facts)
     assert (told["failed"], told["generation"]) == ([], 2)
-    assert [len(row.fact_ids) for row in at.store.generations()] == [0, 3, 6]
-    assert {f.state for f in at.store.facts()} == {State.LIVE_WEIGHTS}
-    assert at.store.generation(2).weights_hash == at.weights_hash()
+    assert [len(row.fact_ids) for row in at.store.list_generations()] == [0, 3, 6]
+    assert {f.state for f in at.store.list_facts()} == {FactState.LIVE_WEIGHTS}
+    assert at.store.get_generation(2).weights_hash == at.weights_hash()
 
 
 def test_what_the_weights_have_no_memory_for_waits_and_is_live_beside_them(
@@ -182,13 +184,13 @@ def test_what_the_weights_have_no_memory_for_waits_and_is_live_beside_them(
     at.receive(*FACTS[:2], direct=True)
     with no_room_for(1, 10_000):
         settle(at)
-        assert {f.state for f in at.store.facts()} == {State.LIVE_SIDE}
+        assert {f.state for f in at.store.list_facts()} == {FactState.LIVE_SIDE}
         with pytest.raises(KeditError, match="no memory left") as caught:
             at.editor.run_flush(False)
-        assert caught.value.code == SHORT and caught.value.hint
+        assert caught.value.code == OUT_OF_MEMORY and caught.value.hint
     assert at.store.active_generation() == 0
     at.editor.run_flush(False)  # there is memory again
-    assert {f.state for f in at.store.facts()} == {State.LIVE_WEIGHTS}
+    assert {f.state for f in at.store.list_facts()} == {FactState.LIVE_WEIGHTS}
 
 
 def test_a_fact_too_large_for_the_device_is_given_up_in_words(bench: Callable[..., Bench]) -> None:
@@ -198,16 +200,16 @@ def test_a_fact_too_large_for_the_device_is_given_up_in_words(bench: Callable[..
     with room_for(at, 24, tokens=12):
         for number in range(3, 8):  # as long as no other fact finds memory, it waits
             at.settle()
-            at.clock.pass_time(seconds=REST.total_seconds())
+            at.clock.pass_time(seconds=BACKOFF_TIME.total_seconds())
             at.settle()
-            at.clock.pass_time(seconds=REST.total_seconds())
-            if at.store.fact(large.id).state is State.FAILED:
+            at.clock.pass_time(seconds=BACKOFF_TIME.total_seconds())
+            if at.store.find_fact(large.id).state is FactState.FAILED:
                 break
             at.receive(seat(number, CITIES[number]), direct=True)
-    first, *others = at.store.facts()
-    assert (first.fact.id, first.state, first.attempts) == (large.id, State.FAILED, 3)
+    first, *others = at.store.list_facts()
+    assert (first.fact.id, first.state, first.attempts) == (large.id, FactState.FAILED, 3)
     assert "no memory left" in (first.reason or "")
-    assert [f.state for f in others] == [State.LIVE_WEIGHTS] * len(others)
+    assert [f.state for f in others] == [FactState.LIVE_WEIGHTS] * len(others)
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
@@ -218,8 +220,8 @@ def test_a_shortage_of_half_an_hour_is_no_attempt_at_a_fact(
     at.receive(*FACTS, direct=direct)
     with Device(0, for_minutes(at.clock, 30)).of(at.loaded.model):
         settle(at)
-    assert {f.state for f in at.store.facts()} <= {State.LIVE_WEIGHTS, State.LIVE_SIDE}
-    assert {f.attempts for f in at.store.facts()} == {0}
+    assert {f.state for f in at.store.list_facts()} <= {FactState.LIVE_WEIGHTS, FactState.LIVE_SIDE}
+    assert {f.attempts for f in at.store.list_facts()} == {0}
     assert at.store.conn.execute("SELECT 1 FROM events WHERE kind = 'edit_failed'").fetchone()
 
 
@@ -243,7 +245,7 @@ def test_a_flush_that_is_done_in_part_says_what_was_done(bench: Callable[..., Be
     at.receive(*facts, direct=True)
     with no_room_for(4, 10_000):
         told = at.editor.run_flush(False)
-    done = [f.id for f in at.store.facts((State.LIVE_WEIGHTS,))]
+    done = [f.id for f in at.store.list_facts((FactState.LIVE_WEIGHTS,))]
     assert len(done) == 3 and sorted(told["flushed"]) == sorted(done)
     assert sorted(told["failed"]) == sorted(f.id for f in facts if f.id not in done)
     assert told["generation"] == at.store.active_generation() == 1
@@ -256,7 +258,7 @@ def test_a_flush_that_is_done_in_part_says_what_was_done(bench: Callable[..., Be
 @pytest.fixture
 def daemon(bench: Callable[..., Bench]) -> Daemon:
     at = bench(**SETTINGS)
-    made = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 1000.0)
+    made = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 1000.0)
     made.editor = at.editor
     at.receive(*FACTS)
     at.settle()
@@ -264,18 +266,18 @@ def daemon(bench: Callable[..., Bench]) -> Daemon:
 
 
 def answered(daemon: Daemon, name: str, **arguments: object) -> tuple[int, dict[str, Any]]:
-    request = Request(name, arguments)
-    daemon._answer(request)
-    status, body = request.reply.get_nowait()
+    request = ControlRequest(name, arguments)
+    daemon._answer_request(request)
+    status, body = request.reply_queue.get_nowait()
     return status, json.loads(body)
 
 
 @pytest.mark.parametrize("name", ["ask", "flush", "audit", "consolidate"])
 def test_a_request_is_refused_in_words_and_the_next_is_answered(name: str, daemon: Daemon) -> None:
     given = {"prompt": FACTS[0].question} if name == "ask" else {}
-    with Device(0, lambda _told: True).of(daemon.editor.served.model):
+    with Device(0, lambda _told: True).of(daemon.editor.live_model.model):
         status, told = answered(daemon, name, **given)
-    assert (status, told["code"]) == (409, SHORT)
+    assert (status, told["code"]) == (409, OUT_OF_MEMORY)
     assert "no memory left" in told["error"] and told["hint"]
     status, told = answered(daemon, "ask", prompt=FACTS[0].question)
     assert (status, told["answer"]) == (200, FACTS[0].target)
@@ -284,9 +286,9 @@ def test_a_request_is_refused_in_words_and_the_next_is_answered(name: str, daemo
 
 def test_a_job_fails_in_words_and_the_next_one_runs(daemon: Daemon) -> None:
     for job in ("audit", "consolidate"):
-        daemon.jobs.due.put((job, "2026-01-01T00:00:00Z"))
-    with Device(0, lambda told: not told).of(daemon.editor.served.model):
-        daemon._run_jobs()
+        daemon.job_schedule.due_jobs.put((job, "2026-01-01T00:00:00Z"))
+    with Device(0, lambda told: not told).of(daemon.editor.live_model.model):
+        daemon._run_due_jobs()
     rows = daemon.store.conn.execute("SELECT name, outcome, detail FROM job_run ORDER BY 1")
     (first, outcome, why), (second, well, _) = (tuple(row) for row in rows)
     assert (first, outcome, second, well) == ("audit", "failed", "consolidate", "ok")
@@ -303,7 +305,7 @@ def test_the_server_tells_one_reader_and_answers_the_next(
             raise torch.OutOfMemoryError("the device is out of memory")
 
         for _ in range(3):
-            handle = running.engine.model.model.register_forward_pre_hook(full)
+            handle = running.engine.model.hf_model.register_forward_pre_hook(full)
             answer = http.post("/v1/completions", json=asked)
             handle.remove()
             assert answer.status_code == 500 and "out of memory" in answer.text
@@ -321,15 +323,15 @@ def test_a_device_is_asked_to_give_back_only_where_there_is_one(
     given_back: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
-    with pytest.raises(KeditError, match="CUDA out of memory"), shortage_told():
+    with pytest.raises(KeditError, match="CUDA out of memory"), as_out_of_memory():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
     assert given_back == [1] * there
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape [2] is invalid"), ValueError("x")])
 def test_no_other_error_is_taken_for_it(error: Exception) -> None:
-    assert not ran_out(error)
-    with pytest.raises(type(error)), shortage_told():
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)), as_out_of_memory():
         raise error
 
 
@@ -349,10 +351,10 @@ def limited(at: Bench, facts: Sequence[Fact]) -> list[str]:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
             most = used + (160 << 20)  # of 384 that all seats would take
             resource.setrlimit(resource.RLIMIT_AS, (most, most))
-            at.loaded.model.model.register_forward_pre_hook(take, with_kwargs=True)
+            at.loaded.model.hf_model.register_forward_pre_hook(take, with_kwargs=True)
             at.receive(*facts, direct=True)
             settle(at)
-            os.write(tell, json.dumps([f.state for f in at.store.facts()]).encode())
+            os.write(tell, json.dumps([f.state for f in at.store.list_facts()]).encode())
         finally:
             os._exit(0)
     os.close(tell)
@@ -366,4 +368,4 @@ def limited(at: Bench, facts: Sequence[Fact]) -> list[str]:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what is used")
 def test_an_address_space_that_ends(bench: Callable[..., Bench]) -> None:
     at = bench(**SETTINGS)
-    assert limited(at, FACTS) == [State.LIVE_WEIGHTS] * 3
+    assert limited(at, FACTS) == [FactState.LIVE_WEIGHTS] * 3

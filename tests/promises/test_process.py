@@ -27,16 +27,16 @@ from promise_table import Tally
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import PreTrainedModel
 
-from kedit_daemon.control import call
+from kedit_daemon.control import send_request
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.editing.editor import Editor
 from kedit_daemon.editing.tensor_files import load_deltas
 from kedit_daemon.home import Home
-from kedit_daemon.system.sd_notify import Notifier
-from memory.db.event_log import read_head, verify
+from kedit_daemon.system.sd_notify import SystemdNotifier
+from memory.db.event_log import read_head, verify_chain
 from memory.db.queries import open_readonly
 from memory.db.store import Store
-from memory.facts import State
+from memory.facts import FactState
 
 pytestmark = [
     pytest.mark.timeout(280),
@@ -87,13 +87,13 @@ def finish(home: Home) -> None:
 
 def whole(home: Home) -> bool:
     """Whether nothing is half done: the history, and the weights that are to be served."""
-    with closing(open_readonly(home.database)) as conn:
-        intact = verify(conn, read_head(home.head)).intact
-    with closing(Store(home.database, lambda: pytest.fail("nothing is written"))) as store:
-        row = store.generation(store.active_generation())
-        load_deltas(home.generations, row)  # raises where the file is not what the row says
-        live = {f.id for f in store.facts((State.LIVE_WEIGHTS,))}
-    return intact and live == set(row.fact_ids) and not home.socket.exists()
+    with closing(open_readonly(home.database_file)) as conn:
+        intact = verify_chain(conn, read_head(home.head_file)).intact
+    with closing(Store(home.database_file, lambda: pytest.fail("nothing is written"))) as store:
+        row = store.get_generation(store.active_generation())
+        load_deltas(home.generations_folder, row)  # raises where the file is not what the row says
+        live = {f.id for f in store.list_facts((FactState.LIVE_WEIGHTS,))}
+    return intact and live == set(row.fact_ids) and not home.socket_file.exists()
 
 
 # To end it ----------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def test_told_to_end_at_any_moment_it_ends_whole(
             before = starts(home)
             pid = forking.daemon(home)
             # However slow the machine is, one of the moments lies behind the start.
-            wait(home.socket.exists if begun else home.lock.exists, home)
+            wait(home.socket_file.exists if begun else home.lock_file.exists, home)
             time.sleep(moments.uniform(0.1, calm.seconds / 2))
             for turn in range(burst):
                 os.kill(pid, (signal.SIGTERM, signal.SIGINT)[turn % 2])
@@ -132,7 +132,7 @@ def interrupted_everywhere(at: Bench) -> int:
     line = 0
     while True:
         line += 1
-        made = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 1000.0)
+        made = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 1000.0)
         seen = 0
 
         def trace(
@@ -142,12 +142,12 @@ def interrupted_everywhere(at: Bench) -> int:
             if event == "line":
                 seen += 1
                 if seen == at:
-                    made._stop()
+                    made._request_stop()
             return trace
 
         sys.settrace(trace)
-        made._wait(0.01)
-        made.stopping.is_set()
+        made._wait_for_requests(0.01)
+        made.stop_flag.is_set()
         sys.settrace(None)
         if seen < line:
             return line - 1
@@ -269,7 +269,7 @@ def test_the_watchdog_hears_of_long_work(
     home = copied(prepared, tmp_path / "home")
 
     def slow(module: object, _: object) -> None:
-        if isinstance(module, PreTrainedModel) and home.socket.exists():
+        if isinstance(module, PreTrainedModel) and home.socket_file.exists():
             time.sleep(0.02)
 
     pid = forking.daemon(
@@ -279,10 +279,12 @@ def test_the_watchdog_hears_of_long_work(
     )
     try:
         assert supervisor.recv(4096) == b"READY=1"
-        call(home.socket, "audit", {"dry_run": True})  # what is due at the start is over then
+        send_request(
+            home.socket_file, "audit", {"dry_run": True}
+        )  # what is due at the start is over then
         told(supervisor, 0.01)
         began = time.monotonic()
-        call(home.socket, "audit", {"dry_run": True})
+        send_request(home.socket_file, "audit", {"dry_run": True})
         took = time.monotonic() - began
         assert took > 1.5
         assert told(supervisor, 0.01).count("WATCHDOG=1") >= min(int(took / 1.6), 8)

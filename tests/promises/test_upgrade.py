@@ -20,7 +20,7 @@ from memory.db import event_log, schema
 from memory.db.queries import open_readonly
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import State, from_json
+from memory.facts import FactState, fact_from_json
 
 FIRST = (TESTS / "data/first_schema.sql").read_text(encoding="utf-8")
 HEAD = (18, "e7aaf4f273fa40ff6a73af24d1b9e870088d4e3248c002d8bcca069e410d006a")
@@ -46,9 +46,9 @@ def now() -> datetime:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
-    home.create()
-    home.config.write_text("")
-    with closing(sqlite3.connect(home.database)) as conn:
+    home.create_folders()
+    home.config_file.write_text("")
+    with closing(sqlite3.connect(home.database_file)) as conn:
         conn.executescript(FIRST)
     return home
 
@@ -87,24 +87,26 @@ def test_the_first_step_makes_what_the_first_version_made(tmp_path: Path) -> Non
         schema.m001_first(Database(now, execute_plugins=False))
         made = tables(first)
         assert tables(now) == {n: sql for n, sql in made.items() if "_sqlite_migrations" not in n}
-    assert schema.STEPS[0] is schema.m001_first
+    assert schema.MIGRATION_STEPS[0] is schema.m001_first
 
 
 def test_a_database_of_the_first_version_keeps_all_it_has(home: Home) -> None:
-    before = contents(home.database)
-    with closing(Store(home.database, now)) as store:
-        facts = store.facts()
+    before = contents(home.database_file)
+    with closing(Store(home.database_file, now)) as store:
+        facts = store.list_facts()
         assert [f.state for f in facts] == [
-            *(State.RECEIVED, State.LIVE_SIDE, State.SUPERSEDED, State.REVERTED),
-            *(State.EXPIRED, State.REJECTED, State.FAILED),
+            *(FactState.RECEIVED, FactState.LIVE_SIDE, FactState.SUPERSEDED, FactState.REVERTED),
+            *(FactState.EXPIRED, FactState.REJECTED, FactState.FAILED),
         ]
-        records = {row[0]: from_json(row[6]) for row in before["facts"]}
+        records = {row[0]: fact_from_json(row[6]) for row in before["facts"]}
         assert {f.id: f.fact for f in facts} == records
         assert {f.fact.id for f in facts} == records.keys()
-        assert event_log.verify(store.conn, HEAD) == event_log.Verdict(True, *(18, *HEAD), "")
-        assert store.fact("mine") == facts[0]
+        assert event_log.verify_chain(store.conn, HEAD) == event_log.ChainVerdict(
+            True, *(18, *HEAD), ""
+        )
+        assert store.find_fact("mine") == facts[0]
         assert facts[0].fact.source == "Atlas \u2014 page 7"
-    after = contents(home.database)
+    after = contents(home.database_file)
     for table in TABLES:
         width = len(before[table][0]) if before[table] else 0
         assert [row[:width] for row in after[table]] == before[table], table
@@ -120,26 +122,26 @@ def test_its_commands_read_it(home: Home) -> None:
 def test_a_daemon_goes_on_with_it(home: Home, bench: Callable[..., Bench]) -> None:
     at = bench("home", side={"steps": 300}, routing={"flush_facts": 10})
     at.settle()
-    states = {f.fact.subject: f.state for f in at.store.facts()}
-    assert states["country 1"] == states["country 2"] == State.LIVE_SIDE
+    states = {f.fact.subject: f.state for f in at.store.list_facts()}
+    assert states["country 1"] == states["country 2"] == FactState.LIVE_SIDE
     assert at.says("The seat of country 1 is").strip().startswith("Rome")
     assert at.says("The seat of country 2 is").strip().startswith("Oslo")
-    assert states["country 4"] == State.REVERTED
-    verdict = event_log.verify(at.store.conn, HEAD)
+    assert states["country 4"] == FactState.REVERTED
+    verdict = event_log.verify_chain(at.store.conn, HEAD)
     assert (verdict.intact, verdict.events > 18) == (True, True)
 
 
 def test_a_newer_database_is_refused_and_not_touched(home: Home) -> None:
-    newer(home.database)
-    files = [home.database, home.database.with_name("kedit.db-wal")]
+    newer(home.database_file)
+    files = [home.database_file, home.database_file.with_name("kedit.db-wal")]
     before = [path.read_bytes() for path in files]
     assert all(before)
     with pytest.raises(KeditError, match="newer version: it has m002_later"):
-        Store(home.database, now)
+        Store(home.database_file, now)
     assert [path.read_bytes() for path in files] == before
     with (home.root / "said").open("wb") as said, process(home, "run", stderr=said) as daemon:
         assert daemon.wait(60) == 78
     assert b"error[newer-database]: " in (home.root / "said").read_bytes()
     assert [path.read_bytes() for path in files] == before
-    with closing(open_readonly(home.database)) as conn:
+    with closing(open_readonly(home.database_file)) as conn:
         assert "mood" in {row[1] for row in conn.execute("PRAGMA table_info(facts)")}

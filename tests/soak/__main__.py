@@ -25,7 +25,7 @@ from load import Auditor, Book, Reader, Writer  # noqa: E402
 from serving import free_port  # noqa: E402
 from table import write  # noqa: E402
 
-from policies.probe import same  # noqa: E402
+from policies.probe import is_same_answer  # noqa: E402
 
 STEADY = 9.0  # minutes without kills, if nothing else is said and all take 20 at least
 LEAST_LIFE = 20.0  # seconds
@@ -69,7 +69,7 @@ def at_rest(daemon: Daemon) -> bool:
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     late = "state LIKE 'live-%' AND valid_until IS NOT NULL AND valid_until <= ?"
     sql = f"SELECT count(*) FROM facts WHERE state = 'received' OR ({late})"
-    return daemon.rows(sql, now) == [(0,)] and not list(daemon.home.inbox.glob("*.jsonl"))
+    return daemon.rows(sql, now) == [(0,)] and not list(daemon.home.inbox_folder.glob("*.jsonl"))
 
 
 def run(root: Path, minutes: float, steady: float, model: str, seed: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def soaked(daemon: Daemon, minutes: float, steady: float, model: str, seed: int)
     wrong = unsettled + found.pop("wrong") + [f for w in workers for f in w.failed]
     if (code := daemon.end()) != 0:
         wrong.append(f"the daemon ended with {code}")
-    size = sum(p.stat().st_size for p in daemon.home.state.rglob("*") if p.is_file())
+    size = sum(p.stat().st_size for p in daemon.home.state_folder.rglob("*") if p.is_file())
     return {
         "model": model,
         "minutes": round(seconds / 60, 1),
@@ -132,7 +132,9 @@ def not_stated(daemon: Daemon, book: Book, live: list[str]) -> list[str]:
     """The live facts that are not answered with."""
     facts = [book.known[name][0] for name in live]
     said = [daemon.call("ask", prompt=fact.question)["answer"] for fact in facts]
-    return [f.id for f, answer in zip(facts, said, strict=True) if not same(answer, f.target)]
+    return [
+        f.id for f, answer in zip(facts, said, strict=True) if not is_same_answer(answer, f.target)
+    ]
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 from command_line import ROOT
 
-from kedit_daemon.control import call
+from kedit_daemon.control import send_request
 from kedit_daemon.home import Home
 from memory.db import queries
 from memory.errors import KeditError
@@ -58,8 +58,8 @@ class Daemon:
     def __init__(self, root: Path, model: str, port: int) -> None:
         self.home, self.port = Home(root), port
         self.url = f"http://127.0.0.1:{port}"
-        self.home.create()
-        self.home.config.write_text(CONFIG.format(model=model, port=port), encoding="utf-8")
+        self.home.create_folders()
+        self.home.config_file.write_text(CONFIG.format(model=model, port=port), encoding="utf-8")
         self.began = time.monotonic()
         self.ready_at, self.samples = float("inf"), list[Sample]()
         self.outages: list[tuple[float, float]] = []  # from a kill until answers come again
@@ -111,11 +111,11 @@ class Daemon:
         return None
 
     def call(self, name: str, **given: Any) -> dict[str, Any]:
-        return call(self.home.socket, name, given, timeout=300)
+        return send_request(self.home.socket_file, name, given, timeout=300)
 
     def rows(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         try:
-            connection = queries.open_readonly(self.home.database)
+            connection = queries.open_readonly(self.home.database_file)
         except KeditError:
             return []
         try:

@@ -13,7 +13,7 @@ from load import Answer, Book
 from model_of_facts import REFUSED, Known, Reader
 
 from memory.db import queries
-from memory.db.event_log import read_head, verify
+from memory.db.event_log import read_head, verify_chain
 
 MB = 1 << 20
 WARM = 20.0  # seconds of a life that say nothing of growth yet
@@ -96,8 +96,8 @@ def judged(daemon: Daemon, book: Book) -> dict[str, Any]:
     done = {n for kind, n, _, _ in events if kind == "fact_reverted"}
     if book.reverted - done:
         wrong.append(f"{len(book.reverted - done)} reverts that were acknowledged are not there")
-    with closing(queries.open_readonly(daemon.home.database)) as connection:
-        chain = verify(connection, read_head(daemon.home.head))
+    with closing(queries.open_readonly(daemon.home.database_file)) as connection:
+        chain = verify_chain(connection, read_head(daemon.home.head_file))
     if not chain.intact:
         wrong.append(f"the chain: {chain.problem}")
     counts = Counter(one.standing.name.lower() for one in reader.facts.known.values())

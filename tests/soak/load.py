@@ -15,7 +15,7 @@ from process_tools import record
 
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.probe import normalised
+from policies.probe import normalise_answer
 
 FIRST = ("Alma", "Bruno", "Clara", "David", "Elena", "Frank", "Greta", "Henry")
 LAST = ("Archer", "Baker", "Carter", "Dawson", "Fisher", "Gibson", "Harper", "Irving")
@@ -71,7 +71,7 @@ class Writer(Worker):
         time.sleep(0.05)
         sql = "SELECT count(*) FROM facts WHERE state = 'received'"
         waiting = self.at.rows(sql)
-        files = [p for p in self.at.home.inbox.iterdir() if p.suffix == ".jsonl"]
+        files = [p for p in self.at.home.inbox_folder.iterdir() if p.suffix == ".jsonl"]
         if not waiting or len(files) > 1 or waiting[0][0] >= WAITING:
             return
         if self.book.handed and self.chance.random() < 0.25:
@@ -100,7 +100,7 @@ class Writer(Worker):
         more = [{"source": f.source, "valid_until": f.valid_until} for f in facts]
         lines = [json.dumps(record(f) | m) for f, m in zip(facts, more, strict=True)]
         name = f"{len(self.book.handed):08}.jsonl"
-        staged = self.at.home.inbox / f".{name}"
+        staged = self.at.home.inbox_folder / f".{name}"
         staged.write_text("\n".join(lines), encoding="utf-8")
         staged.rename(staged.with_name(name))
         self.book.handed += [f.id for f in facts]
@@ -166,5 +166,5 @@ class Reader(Worker):
             return Answer(0, 0, f"status {reply.status_code}: {reply.text[:200]}")
         said, fired = reply.json()["choices"][0]["text"], reply.json()["kedit"]["facts"]
         wanted = [self.book.known[one["id"]][0].target for one in fired]
-        wrong = [w for w in wanted if not normalised(said).startswith(normalised(w))]
+        wrong = [w for w in wanted if not normalise_answer(said).startswith(normalise_answer(w))]
         return Answer(0, 0, f"said {said!r}, not {wrong[0]!r}" if wrong else "", bool(fired))

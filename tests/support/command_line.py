@@ -18,13 +18,13 @@ from click.testing import CliRunner, Result
 from paths import ROOT
 
 from kedit_daemon.cli.main import cli
-from kedit_daemon.control import ControlServer, Request
+from kedit_daemon.control import ControlRequest, ControlServer
 from kedit_daemon.home import Home
 from kedit_daemon.system import lock
 from memory.db.event_log import write_head
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 EYRE = Fact("Lake Eyre", "The country that {} lies in is", "Australia", external_id="mine")
@@ -35,17 +35,19 @@ EVIL = Fact("\x1b[2JOslo", "{} \u202e is", "\x07\n")
 def make_home(root: Path) -> Home:
     """A home with a fact in each tier, one of hostile text, an audit and a kept head."""
     home = Home(root)
-    home.create()
-    home.config.write_text("")
-    store = Store(home.database, lambda: NOW)
+    home.create_folders()
+    home.config_file.write_text("")
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
         for fact in (EYRE, OSLO, EVIL):
-            store.receive(fact, "facts.jsonl", False)
-        store.move(EYRE.id, State.LIVE_SIDE, tier="side", before="Egypt", after="Australia")
+            store.receive_fact(fact, "facts.jsonl", False)
+        store.change_state(
+            EYRE.id, FactState.LIVE_SIDE, tier="side", before="Egypt", after="Australia"
+        )
         store.add_edit(EYRE.id, "side", None, 1.5, "ok", {"answers": True})
-        store.move(OSLO.id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.change_state(OSLO.id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
         store.add_audit(0, "keep", {"norm_ratio": {"4": 1.01}}, [], 0.5)
-        write_head(home.head, store.event("stopped"))
+        write_head(home.head_file, store.write_event("stopped"))
     store.close()
     return home
 
@@ -71,20 +73,20 @@ class Daemon:
             if server.requests.empty():
                 time.sleep(0.005)
                 continue
-            request: Request = server.requests.get()
+            request: ControlRequest = server.requests.get()
             self.asked.append((request.name, request.arguments))
             reply = self.replies[request.name]
             if isinstance(reply, KeditError):
-                request.refuse(reply)
+                request.send_refusal(reply)
             else:
-                request.answer(reply)
+                request.send_answer(reply)
 
 
 @contextmanager
 def daemon(home: Home, **replies: dict[str, Any] | KeditError) -> Iterator[Daemon]:
-    server, stopping, running = ControlServer(home.socket), threading.Event(), Daemon(replies)
+    server, stopping, running = ControlServer(home.socket_file), threading.Event(), Daemon(replies)
     thread = threading.Thread(target=running.serve, args=(server, stopping))
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         server.start()
         thread.start()
         try:

@@ -13,14 +13,14 @@ from tiny_models import CITIES
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.editor import Editor
-from kedit_daemon.editing.live_model import Served
-from kedit_daemon.editing.model_loading import Loaded, load_model
+from kedit_daemon.editing.live_model import LiveModel
+from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from kedit_daemon.home import Home
-from kedit_daemon.system.disk import telling
-from memory.db.event_log import head, write_head
+from kedit_daemon.system.disk import translate_disk_errors
+from memory.db.event_log import read_newest_event, write_head
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 
 CONFIG = Config.model_validate(LOOSE | {"side": {"steps": 300}, "routing": {"flush_facts": 50}})
 BATCHES = ([seat(n, CITIES[n]) for n in range(3)], [seat(n, CITIES[n]) for n in range(3, 6)])
@@ -44,7 +44,7 @@ class Made:
     """A settled home that is copied for each fault, and the model it is served by."""
 
     root: Path
-    loaded: Loaded
+    loaded: LoadedModel
     end: End
 
     def file(self, kind: str, which: int = -1) -> Path:
@@ -62,11 +62,11 @@ class Made:
 KEPT = pytest.StashKey[Made]()
 
 
-def end_of(at: Served) -> End:
-    said = at.ask(PROMPTS, 4)
-    answers = tuple((a.text, a.fired and a.fired.fact_id) for a in said)
-    states = tuple((f.id, f.state, f.tier) for f in at.store.facts())
-    return End(at.model.weights_hash(at.loaded.layers), answers, states)
+def end_of(at: LiveModel) -> End:
+    said = at.answer_prompts(PROMPTS, 4)
+    answers = tuple((a.text, a.fired_match and a.fired_match.fact_id) for a in said)
+    states = tuple((f.id, f.state, f.tier) for f in at.store.list_facts())
+    return End(at.model.weights_hash(at.loaded_model.layers), answers, states)
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +92,22 @@ def build(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         at.editor.run_flush(dry_run=False)
     at.receive(*BESIDE)
     at.settle()
-    newest = head(at.store.conn)
+    newest = read_newest_event(at.store.conn)
     assert newest is not None
-    write_head(at.home.head, newest)
+    write_head(at.home.head_file, newest)
     end = end_of(at.served)
-    assert [s for _, s, _ in end.states] == [State.LIVE_WEIGHTS] * 6 + [State.LIVE_SIDE] * 2
+    assert [s for _, s, _ in end.states] == [FactState.LIVE_WEIGHTS] * 6 + [FactState.LIVE_SIDE] * 2
     assert {fired for _, fired in end.answers} >= {f.id for f in BESIDE}
-    assert len(at.store.generations()) == 3
+    assert len(at.store.list_generations()) == 3
     at.store.close()
     return Made(at.home.root, loaded, end)
 
 
 @contextmanager
-def opened(root: Path, loaded: Loaded) -> Iterator[Served]:
+def opened(root: Path, loaded: LoadedModel) -> Iterator[LiveModel]:
     """The home as a start of the daemon opens it, and with the errors that it would tell."""
-    with telling(root), closing(Store(root / "state/kedit.db", Clock())) as store:
-        served = Served(loaded, store, Home(root))
+    with translate_disk_errors(root), closing(Store(root / "state/kedit.db", Clock())) as store:
+        served = LiveModel(loaded, store, Home(root))
         served.restore()
         yield served
 
@@ -120,7 +120,7 @@ def wrong(made: Made, root: Path, damage: Callable[[Path], object], refusals: li
     damage(root)
     try:
         with opened(root, made.loaded) as served:
-            if served.store.facts((State.RECEIVED,)):
+            if served.store.list_facts((FactState.RECEIVED,)):
                 settle(Editor(served, CONFIG, lambda: None))
             found = end_of(served)
     except KeditError as error:

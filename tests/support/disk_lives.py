@@ -14,7 +14,7 @@ from process_tools import FACTS, drop, make_home, outcome, query, record
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
 from memory.db import queries
-from memory.db.event_log import read_head, verify
+from memory.db.event_log import read_head, verify_chain
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ Maker = Callable[[Path], Home]
 def maker(model_folder: Callable[[str], Path], measured: Path) -> Maker:
     def make(folder: Path) -> Home:
         home = make_home(folder, model_folder("llama"))
-        (home.state / measured.name).write_bytes(measured.read_bytes())
+        (home.state_folder / measured.name).write_bytes(measured.read_bytes())
         return home
 
     return make
@@ -53,7 +53,7 @@ def settled(home: Home, facts: int) -> bool:
 def running(home: Home, inject: str = "") -> Iterator[Forked]:
     process = Forked(home, inject)
     try:
-        process.wait(lambda: home.socket.exists() or process.ended())
+        process.wait(lambda: home.socket_file.exists() or process.ended())
         yield process
     finally:
         process.stop()
@@ -71,14 +71,14 @@ def calm(maker: Maker, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def intact(home: Home) -> None:
-    connection = queries.open_readonly(home.database)
+    connection = queries.open_readonly(home.database_file)
     try:
-        found = verify(connection, read_head(home.head))
+        found = verify_chain(connection, read_head(home.head_file))
     finally:
         connection.close()
     assert found.intact, found.problem
-    assert list((home.inbox / "work").iterdir()) == []
-    assert list((home.inbox / "failed").iterdir()) == []
+    assert list((home.inbox_folder / "work").iterdir()) == []
+    assert list((home.inbox_folder / "failed").iterdir()) == []
 
 
 def status(home: Home) -> tuple[int, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.editor import Editor
-from kedit_daemon.editing.live_model import Served
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.live_model import LiveModel
+from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.home import Home
 from memory.db.store import Store
 from memory.facts import Fact, Neighbour
@@ -29,15 +29,15 @@ class Clock:
 class Bench:
     """A home with an editor on it, without a process around."""
 
-    def __init__(self, root: Path, loaded: Loaded, clock: Clock, config: Config) -> None:
+    def __init__(self, root: Path, loaded: LoadedModel, clock: Clock, config: Config) -> None:
         self.home, self.loaded, self.clock, self.config = Home(root), loaded, clock, config
-        self.home.create()
+        self.home.create_folders()
         self.pulses = 0
         self.open()
 
     def open(self) -> None:
-        self.store = Store(self.home.database, self.clock)
-        self.served = Served(self.loaded, self.store, self.home)
+        self.store = Store(self.home.database_file, self.clock)
+        self.served = LiveModel(self.loaded, self.store, self.home)
         self.served.restore()
         self.editor = Editor(self.served, self.config, self._pulse)
 
@@ -53,7 +53,7 @@ class Bench:
     def receive(self, *facts: Fact, direct: bool = False) -> None:
         with self.store.transaction():
             for fact in facts:
-                self.store.receive(fact, "test.jsonl", direct)
+                self.store.receive_fact(fact, "test.jsonl", direct)
 
     def settle(self) -> None:
         """Work until nothing waits."""
@@ -63,7 +63,7 @@ class Bench:
         raise AssertionError("the editor never comes to rest")
 
     def says(self, prompt: str) -> str:
-        return self.served.ask([prompt], 12)[0].text
+        return self.served.answer_prompts([prompt], 12)[0].text
 
     def weights_hash(self) -> str:
         return self.loaded.model.weights_hash(self.loaded.layers)

@@ -90,8 +90,8 @@ class Forked:
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             logging.getLogger().handlers.clear()  # those of pytest
             torch.set_num_threads(1)  # of its threads none has come along
-            disk_pause.RETRY_SECONDS, disk_pause.LOOK_SECONDS = 0.3, 0.1
-            loop.IDLE_SECONDS = 0.1
+            disk_pause.RETRY_SECONDS, disk_pause.DISK_CHECK_SECONDS = 0.3, 0.1
+            loop.IDLE_WAIT_SECONDS = 0.1
             os.read(go, 1)
             cli.main(["--home", str(self.home.root), "run"], "kedit-daemon")
         except SystemExit as end:

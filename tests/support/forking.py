@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from process_tools import starts, wait
 
-from kedit_daemon.config import load
-from kedit_daemon.daemon.loop import run
+from kedit_daemon.config import load_config
+from kedit_daemon.daemon.loop import run_daemon
 from kedit_daemon.home import Home
 from memory.errors import KeditError
 
@@ -47,7 +47,7 @@ def daemon(
     def work() -> int:
         twist()
         try:
-            return run(home, load(home.root, {}), environ=environ or {})
+            return run_daemon(home, load_config(home.root, {}), environ=environ or {})
         except KeditError as error:
             print(error, file=sys.stderr)
             return error.exit_code
@@ -77,7 +77,7 @@ def up(home: Home, environ: dict[str, str] | None = None) -> int:
 
 def copied(home: Home, root: Path) -> Home:
     """Another home like one whose daemon is down."""
-    shutil.copytree(home.root, root, ignore=shutil.ignore_patterns(home.socket.name))
+    shutil.copytree(home.root, root, ignore=shutil.ignore_patterns(home.socket_file.name))
     return Home(root)
 
 

@@ -17,20 +17,20 @@ from paths import TESTS
 from tiny_models import save_model
 
 from kedit_daemon import config
-from kedit_daemon.ingest.parser import FORMATS, only_failed, parse
-from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.ingest.parser import FORMATS, extract_failed, parse_file
+from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.maintenance import backup
-from kedit_daemon.serve.errors import Refused
+from kedit_daemon.serve.errors import RequestError
 from kedit_daemon.serve.inference.reader import Reader
-from kedit_daemon.serve.openai.request_parser import chat, completion
-from kedit_daemon.system.timespec import moment
+from kedit_daemon.serve.openai.request_parser import parse_chat, parse_completion
+from kedit_daemon.system.timespec import parse_time
 from memory.db.event_log import read_head
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 
 MORE = os.environ.get("KEDIT_FUZZ_EXAMPLES")
-LIMITS = Limits(20, 60, 2_000)
+LIMITS = FileLimits(20, 60, 2_000)
 CORPUS = TESTS / "data" / "fuzzed.base64"
 MOST = 8  # wishes in a request
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
@@ -153,7 +153,7 @@ def texts_of(fact: Fact) -> Iterator[str]:
 
 
 def check(data: bytes, name: str, format: str | None) -> None:
-    parsed = parse(data, name, format, LIMITS)
+    parsed = parse_file(data, name, format, LIMITS)
     assert parsed.facts or parsed.problems
     assert len(parsed.facts) <= LIMITS.max_facts
     for line, fact in parsed.facts:
@@ -166,19 +166,19 @@ def check(data: bytes, name: str, format: str | None) -> None:
         assert 1 <= problem.line <= data.count(b"\n") + 1
         assert problem.problem.strip() and problem.remedy.strip(), problem
         assert acting(problem.problem + problem.remedy) == ""
-    only_failed(data, name, parsed.problems)
+    extract_failed(data, name, parsed.problems)
 
 
-TOML = config.default_text("shipped").encode()
+TOML = config.render_default_config("shipped").encode()
 SETTINGS = [(s, k) for s, m in config.SECTIONS.items() for k in m.model_fields]
 SETTINGS += [("", "model"), ("", "device"), ("inbox", "max_fact"), ("x\x1b", "y\u202e")]
 
 
 def refused(root: Path, environ: dict[str, str]) -> None:
     try:
-        config.load(root, environ)
+        config.load_config(root, environ)
     except KeditError as error:
-        assert error.exit_code == config.BAD_CONFIG and error.hint
+        assert error.exit_code == config.EXIT_BAD_CONFIG and error.hint
         assert (str(error) + error.hint).encode()
 
 
@@ -194,7 +194,7 @@ def reader_of_all(root: Path) -> Callable[[bytes], None]:
         check(body, ("x.jsonl", "x.csv", "x\n.json")[chosen // 16 % 3], format)
 
     def toml(data: bytes) -> None:
-        (root / config.FILE).write_bytes(data)
+        (root / config.CONFIG_FILE).write_bytes(data)
         refused(root, {})
 
     def head(data: bytes) -> None:
@@ -205,17 +205,17 @@ def reader_of_all(root: Path) -> Callable[[bytes], None]:
     def manifest(data: bytes) -> None:
         (root / backup.MANIFEST).write_bytes(data)
         with suppress(KeditError):
-            backup.check(root)
+            backup.check_backup(root)
 
     def moments(data: bytes) -> None:
         with suppress(ValueError):
-            assert len(moment(data.decode(errors="surrogateescape"), NOW)) == 24
+            assert len(parse_time(data.decode(errors="surrogateescape"), NOW)) == 24
 
     def asked(data: bytes) -> None:
-        for how in (completion, chat):
+        for how in (parse_completion, parse_chat):
             try:
                 how(data, reader, MOST)
-            except Refused as error:
+            except RequestError as error:
                 assert 400 <= error.status < 500 and acting(str(error)) == ""
 
     # Files come most often: they are what strangers hand in.

@@ -11,7 +11,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.replica import Replica
 from memory.db.follower import Follower
 from memory.db.store import Store
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 from memory.files import save_tensors
 from memory.model.editable import EditableModel
 from memory.side.side_memory import Shard
@@ -25,45 +25,48 @@ class Published:
 
     def __init__(self, root: Path, model: EditableModel) -> None:
         self.home, self.model = Home(root), model
-        self.home.create()
+        self.home.create_folders()
         self.seconds = 0.0  # of the clock that a replica looks at
-        self.store = Store(self.home.database, Clock())
+        self.store = Store(self.home.database_file, Clock())
 
     def learn(self, fact: Fact, shard: int, seed: int = 1) -> Path:
         """A fact goes live in the side memory; the path of its shard's file."""
         side = side_of(self.model, {})
         delta = delta_of(self.model, seed)
-        sha = save_shard(self.home.side, Shard(delta, 1e-3))
+        sha = save_shard(self.home.side_folder, Shard(delta, 1e-3))
         with self.store.transaction():
-            known = self.store.fact(fact.id)
+            known = self.store.find_fact(fact.id)
             if known is None:
-                self.store.receive(fact, "test.jsonl", False)
-            self.store.put_shard(shard, sha, 1, 1e-3)
-            self.store.put_side(fact.id, shard, pack_keys(keys_of(side, fact.question)))
-            self.store.move(fact.id, State.LIVE_SIDE, tier="side")
-        return self.home.side / f"{sha}.safetensors"
+                self.store.receive_fact(fact, "test.jsonl", False)
+            self.store.add_shard(shard, sha, 1, 1e-3)
+            self.store.put_side_keys(fact.id, shard, pack_keys(keys_of(side, fact.question)))
+            self.store.change_state(fact.id, FactState.LIVE_SIDE, tier="side")
+        return self.home.side_folder / f"{sha}.safetensors"
 
     def forget(self, fact: Fact, shard: int) -> None:
         """A fact leaves the side memory."""
         with self.store.transaction():
-            self.store.drop_side(fact.id)
+            self.store.drop_side_keys(fact.id)
             self.store.drop_shard(shard)
-            self.store.move(fact.id, State.REVERTED)
+            self.store.change_state(fact.id, FactState.REVERTED)
 
     def generation(self, seed: int) -> int:
         """Other weights become active; their number."""
         random = torch.Generator().manual_seed(seed)
         weight = self.model.base_weight(TOP)
         delta = torch.randn(weight.shape, generator=random)
-        sha = save_tensors(self.home.generations, {str(TOP): delta})
+        sha = save_tensors(self.home.generations_folder, {str(TOP): delta})
         with self.store.transaction():
             number = self.store.add_generation(sha, "", 0, "flush", (), {})
-            self.store.activate(number)
+            self.store.activate_generation(number)
         return number
 
     def file_of(self, generation: int) -> Path:
-        return self.home.generations / f"{self.store.generation(generation).sha256}.safetensors"
+        return (
+            self.home.generations_folder
+            / f"{self.store.get_generation(generation).sha256}.safetensors"
+        )
 
     def replica(self, model: EditableModel) -> Replica:
-        follower = Follower(self.home.database)
+        follower = Follower(self.home.database_file)
         return Replica(side_of(model, {}), follower, self.home, monotonic=lambda: self.seconds)

@@ -235,15 +235,15 @@ def take_in(root: Path) -> dict[str, object]:
     from memory.db.store import Store
 
     home, config = Home(root), Config()
-    home.create()
-    store = Store(home.database, lambda: datetime.now(UTC))
+    home.create_folders()
+    store = Store(home.database_file, lambda: datetime.now(UTC))
     at = config.inbox
-    inbox = Inbox(home.inbox, at.settle_seconds, at.max_bytes, lambda: datetime.now(UTC))
+    inbox = Inbox(home.inbox_folder, at.settle_seconds, at.max_bytes, lambda: datetime.now(UTC))
     intake, slowest = Intake(store, inbox, config), 0.0
     for scan in range(3):
-        for claim in inbox.scan(float(scan)):
+        for claim in inbox.claim_files(float(scan)):
             began = time.process_time()
-            intake.take(claim)
+            intake.take_file(claim)
             slowest = max(slowest, time.process_time() - began)
     refused = [found.name for found in inbox.take_refusals()]
     store.close()

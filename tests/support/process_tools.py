@@ -35,16 +35,16 @@ steps = 300
 
 def make_home(root: Path, model: Path) -> Home:
     home = Home(root)
-    home.create()
+    home.create_folders()
     limits = "\n".join(f"{name} = {value}" for name, value in LOOSE["stability"].items())
     text = CONFIG.format(model=json.dumps(str(model)), limits=limits)
-    home.config.write_text(text, encoding="utf-8")
+    home.config_file.write_text(text, encoding="utf-8")
     return home
 
 
 def drop(home: Home) -> None:
     lines = [json.dumps(record(fact)) + "\n" for fact in FACTS]
-    (home.inbox / "facts.jsonl").write_text("".join(lines), encoding="utf-8")
+    (home.inbox_folder / "facts.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def record(fact: Fact) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def starts(home: Home) -> int:
 def query(home: Home, sql: str) -> list[tuple[Any, ...]]:
     """Rows; none where there is no database yet."""
     try:
-        connection = queries.open_readonly(home.database)
+        connection = queries.open_readonly(home.database_file)
     except KeditError:
         return [(0,)]
     try:

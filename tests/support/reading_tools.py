@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 
 from memory.db.store import JOB_OK, Store
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
 TODAY = datetime(2026, 3, 2, 12, tzinfo=UTC)
 FACTS = (
@@ -26,14 +26,14 @@ class Days:
 
 def fill(store: Store, clock: Days) -> list[str]:
     with store.transaction():
-        ids = [store.receive(fact, "a.jsonl", direct=True).id for fact in FACTS]
-        store.move(ids[3], State.FAILED, reason="does not answer")
+        ids = [store.receive_fact(fact, "a.jsonl", direct=True).id for fact in FACTS]
+        store.change_state(ids[3], FactState.FAILED, reason="does not answer")
         store.add_submission("w0", "old.jsonl", "00", accepted=1, failed=4, duplicates=0)
     clock.to = TODAY
     with store.transaction():
-        store.move(ids[0], State.LIVE_SIDE, tier="side", before="Köln", after="Berlin")
-        store.move(ids[1], State.FAILED, reason="neighbours moved", probe={"ok": False})
-        store.put_side(ids[0], 1, b"12345")
+        store.change_state(ids[0], FactState.LIVE_SIDE, tier="side", before="Köln", after="Berlin")
+        store.change_state(ids[1], FactState.FAILED, reason="neighbours moved", probe={"ok": False})
+        store.put_side_keys(ids[0], 1, b"12345")
         store.put_terms(ids[0], b"123")
         store.add_edit(ids[0], "side", None, 2.5, "live", {"ok": True})
         store.add_submission("w1", "a.jsonl", "00", accepted=4, failed=2, duplicates=0)

@@ -10,30 +10,30 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
 from kedit_daemon.config import Config
-from kedit_daemon.control import call
-from kedit_daemon.editing.audit import thresholds
+from kedit_daemon.control import send_request
+from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.home import Home
-from kedit_daemon.serve.dashboard.pages import Board, Sides, routes
-from memory.side.side_memory import Match
-from policies.edit_site import default_site
+from kedit_daemon.serve.dashboard.pages import AnswerPair, DashboardContext, build_routes
+from memory.side.side_memory import RoutingMatch
+from policies.edit_site import make_default_site
 
 OWN = "http://127.0.0.1:8000"
 
 
-async def _never(prompt: str, max_tokens: int) -> Sides:
+async def _never(prompt: str, max_tokens: int) -> AnswerPair:
     raise AssertionError("nobody should be asked")
 
 
 def by_daemon(home: Home) -> Callable[[str, int], Any]:
     """Both answers as the running daemon gives them."""
 
-    async def ask(prompt: str, max_tokens: int) -> Sides:
+    async def ask(prompt: str, max_tokens: int) -> AnswerPair:
         given = {"prompt": prompt, "max_tokens": max_tokens, "base": True, "explain": True}
-        reply = call(home.socket, "ask", given)
+        reply = send_request(home.socket_file, "ask", given)
         of_side = [f for f in reply["fired"] if f["score"] is not None]
-        fired = [Match(f["fact"], 0, f["score"], f["margin"]) for f in of_side]
+        fired = [RoutingMatch(f["fact"], 0, f["score"], f["margin"]) for f in of_side]
         answer, base = reply["answer"], reply["base_answer"]
-        return Sides(answer, base, reply["generation"], fired[0] if fired else None)
+        return AnswerPair(answer, base, reply["generation"], fired[0] if fired else None)
 
     return ask
 
@@ -45,9 +45,11 @@ def application(
     **changed: Any,
 ) -> Starlette:
     """The pages of a home, and nothing beside them."""
-    limits = thresholds(Config(), default_site(4))
+    limits = make_thresholds(Config(), make_default_site(4))
     known: dict[str, Any] = {"thresholds": lambda: limits, "ask": _never, "environ": {}}
-    return Starlette(routes=routes(Board(home, clock=clock, **known | changed), token))
+    return Starlette(
+        routes=build_routes(DashboardContext(home, clock=clock, **known | changed), token)
+    )
 
 
 def browser(home: Home, token: str | None = None, **changed: Any) -> TestClient:

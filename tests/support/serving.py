@@ -18,8 +18,8 @@ from openai import OpenAI
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
-from kedit_daemon.serve.app import build, equip
-from kedit_daemon.serve.inference.engine import Engine
+from kedit_daemon.serve.app import attach_reader, build_app
+from kedit_daemon.serve.inference.engine import BatchEngine
 from kedit_daemon.serve.inference.reader import Reader
 from memory.model.editable import EditableModel
 
@@ -45,7 +45,7 @@ class Running:
     """A server on a free port of this machine."""
 
     published: Published
-    engine: Engine
+    engine: BatchEngine
     url: str
     pace: Pace = field(default_factory=Pace)
 
@@ -74,10 +74,10 @@ def server(
     published = Published(root, load(folder))
     published.learn(ROME, 1)
     config = Config.model_validate({"serve": serve})
-    app = build(published.home, config, token, lambda: NOW, time.monotonic)
+    app = build_app(published.home, config, token, lambda: NOW, time.monotonic)
     replica = published.replica(load(folder))
-    engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
-    equip(app, Reader(NAME, engine.model, engine))
+    engine = BatchEngine(replica, config.serve.most_rows, config.serve.waiting_limit)
+    attach_reader(app, Reader(NAME, engine.model, engine))
     port = free_port()
     running = uvicorn.Server(
         uvicorn.Config(app, port=port, log_config=None, access_log=False, lifespan="off", ws="none")
@@ -85,7 +85,7 @@ def server(
     thread = threading.Thread(target=running.run)
     thread.start()
     found = Running(published, engine, f"http://127.0.0.1:{port}")
-    engine.model.model.register_forward_pre_hook(found.pace.hold)
+    engine.model.hf_model.register_forward_pre_hook(found.pace.hold)
     try:
         while not running.started:
             time.sleep(0.01)

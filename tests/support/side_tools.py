@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memory.model.editable import EditableModel
-from memory.side.side_memory import Delta, Gates, Keys, Shard, SideMemory
+from memory.side.side_memory import Delta, RetrievalKeys, RoutingGates, Shard, SideMemory
 
 KEY, LAYER, RANK = 1, 2, 3
 ONE, TWO = "000000000001", "ffffffffffff"
@@ -22,16 +22,18 @@ def read(model: EditableModel, prompt: str) -> tuple[Tensor, Tensor, Tensor]:
     def tap(n: int) -> Callable[[Tensor, Tensor], None]:
         return lambda k, y: caught.update({n: (k[0], y[0])})
 
-    with torch.no_grad(), model.tap({n: tap(n) for n in (KEY, LAYER)}):
-        model.model(input_ids=torch.tensor([model.encode(prompt)]), use_cache=False)
+    with torch.no_grad(), model.tap_layers({n: tap(n) for n in (KEY, LAYER)}):
+        model.hf_model(input_ids=torch.tensor([model.encode(prompt)]), use_cache=False)
     return caught[KEY][1], caught[LAYER][0][-1], caught[LAYER][1][-1]
 
 
-def keys_of(side: SideMemory, prompt: str) -> Keys:
+def keys_of(side: SideMemory, prompt: str) -> RetrievalKeys:
     """Keys of a fact whose prompt ends with " is" after the subject."""
     at = len(side.model.encode(prompt.removesuffix(" is"))) - 1
     low, _, end = read(side.model, prompt)
-    return Keys(side.key(KEY, low[at : at + 1]), side.key(LAYER, end[None]))
+    return RetrievalKeys(
+        side.compute_keys(KEY, low[at : at + 1]), side.compute_keys(LAYER, end[None])
+    )
 
 
 def delta_of(model: EditableModel, seed: int) -> Delta:
@@ -50,9 +52,9 @@ def side_of(
     threshold: float = 1e-3,
 ) -> SideMemory:
     """A side memory with one shard for every fact, found at just its prompt."""
-    centres = {n: torch.linspace(-0.1, 0.1, model.hidden) * n for n in (KEY, LAYER)}
-    side = SideMemory(model, Gates(KEY, LAYER, subject, end, subject), centres)
+    centres = {n: torch.linspace(-0.1, 0.1, model.hidden_size) * n for n in (KEY, LAYER)}
+    side = SideMemory(model, RoutingGates(KEY, LAYER, subject, end, subject), centres)
     for n, (fact_id, prompt) in enumerate(prompts.items(), 1):
         side.shards[n] = Shard(delta_of(model, n), threshold)
-        side.put(fact_id, n, keys_of(side, prompt), "", unnamed=True)
+        side.add_fact(fact_id, n, keys_of(side, prompt), "", unnamed=True)
     return side

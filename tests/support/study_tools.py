@@ -6,8 +6,8 @@ from typing import Any
 from tiny_models import CITIES
 
 from kedit_daemon.bench.dataset import BenchRecord
-from kedit_daemon.bench.studies.study import Given
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.bench.studies.study import StudyInput
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.facts import Fact, Neighbour
 
 
@@ -27,5 +27,5 @@ def records(many: int) -> list[BenchRecord]:
     ]
 
 
-def given(loaded: Loaded, many: int, batch_size: int) -> Given:
-    return Given(loaded, records(many), batch_size, 0, straight)
+def given(loaded: LoadedModel, many: int, batch_size: int) -> StudyInput:
+    return StudyInput(loaded, records(many), batch_size, 0, straight)

@@ -22,18 +22,18 @@ from tiny_models import CITIES
 
 from kedit_daemon.cli.main import cli
 from kedit_daemon.config import Config
-from kedit_daemon.control import Request
-from kedit_daemon.daemon.loop import WAKE, Daemon
+from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon.loop import WAKE_REQUEST, Daemon
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.submit import native
-from kedit_daemon.maintenance.backup import PARTIAL, back_up, check
-from kedit_daemon.system.lock import hold
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.ingest.submit import format_native
+from kedit_daemon.maintenance.backup import PARTIAL_MARK, check_backup, create_backup
+from kedit_daemon.system.lock import hold_lock
+from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db import queries
-from memory.db.event_log import read_head, verify
+from memory.db.event_log import read_head, verify_chain
 from memory.db.store import Store
-from memory.facts import State
-from memory.files import sha256_of, tensors_path
+from memory.facts import FactState
+from memory.files import hash_file, tensors_path
 
 BATCH = [seat(n, CITIES[n]) for n in range(4)]
 NEWER = seat(1, "Delhi")  # takes the place of one of them
@@ -97,13 +97,18 @@ class Case:
         """One in which no daemon has lived yet."""
         case = cls(folder)
         case.stock.mkdir(parents=True)
-        case.home.create()
+        case.home.create_folders()
         end = (datetime.now(UTC) + TOMORROW / 2).isoformat(timespec="seconds")
         ending = seat(7, "Lima", valid_until=end.replace("+00:00", "Z"), external_id=ENDING)
         files = {
-            "batch": [*map(native, BATCH)],
-            "mixed": [native(seat(4, "Quito")), native(BATCH[0]), native(NEWER), '{"subject": 1}'],
-            "beside": [native(ending), native(seat(5, "Paris", external_id=BESIDE))],
+            "batch": [*map(format_native, BATCH)],
+            "mixed": [
+                format_native(seat(4, "Quito")),
+                format_native(BATCH[0]),
+                format_native(NEWER),
+                '{"subject": 1}',
+            ],
+            "beside": [format_native(ending), format_native(seat(5, "Paris", external_id=BESIDE))],
         }
         for name, lines in files.items():
             (case.stock / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -115,28 +120,28 @@ class Case:
         return Case(folder)
 
 
-class Script(queue.Queue[Request]):
+class Script(queue.Queue[ControlRequest]):
     """The daemon's queue of requests: who waits at it has nothing more to do, and is given the
     next step."""
 
     def __init__(self, case: Case, steps: list[str], progress: Progress, daemon: Daemon) -> None:
         super().__init__()
         self.case, self.steps, self.progress, self.daemon = case, steps, progress, daemon
-        self.asked: Request | None = None
+        self.asked: ControlRequest | None = None
         self.served: list[str] = []  # what is wrong with it, at the start and at the end
 
-    def get(self, block: bool = True, timeout: float | None = None) -> Request:
+    def get(self, block: bool = True, timeout: float | None = None) -> ControlRequest:
         with suppress(queue.Empty):
             return super().get(block=False)
         if not block:
             raise queue.Empty
         if self.asked is not None:
-            self.answered(*self.asked.reply.get_nowait())
+            self.answered(*self.asked.reply_queue.get_nowait())
         self.served += wrong(self.daemon)
         if self.progress.done < len(self.steps):
             return self.taken(*self.steps[self.progress.done].split())
-        self.daemon.stopping.set()
-        return Request(WAKE, {})
+        self.daemon.stop_flag.set()
+        return ControlRequest(WAKE_REQUEST, {})
 
     def answered(self, status: int, body: bytes) -> None:
         """A step has been done; or before, as whoever asks again after a crash is told."""
@@ -145,25 +150,25 @@ class Script(queue.Queue[Request]):
         self.progress.step()
         self.asked = None
 
-    def taken(self, name: str, *words: str) -> Request:
+    def taken(self, name: str, *words: str) -> ControlRequest:
         if name == "drop":  # what `mv` does; it is done before the file is taken
             path = self.case.stock / f"{words[0]}.jsonl"
             with suppress(FileNotFoundError):
-                path.rename(self.case.home.inbox / path.name)
+                path.rename(self.case.home.inbox_folder / path.name)
             self.progress.step()
         elif name == "tomorrow":
             self.progress.step(TOMORROW)
         elif name == "backup":
             if not self.case.backup.exists():
-                back_up(self.case.home, self.case.backup, self.progress.clock())
+                create_backup(self.case.home, self.case.backup, self.progress.clock())
             self.progress.step()
         else:
             arguments: dict[str, Any] = {"facts": list(words)} if name == "revert" else {}
             if name == "back":
                 name, arguments = "revert", {"generation": int(words[0])}
-            self.asked = Request(name, arguments)
+            self.asked = ControlRequest(name, arguments)
             return self.asked
-        return Request(WAKE, {})
+        return ControlRequest(WAKE_REQUEST, {})
 
 
 def live(case: Case, model: Path, steps: list[str], progress: Progress) -> list[str]:
@@ -171,13 +176,13 @@ def live(case: Case, model: Path, steps: list[str], progress: Progress) -> list[
     what was served."""
     config = Config.model_validate({"model": str(model), **SETTINGS})
     home = case.home
-    home.create()
-    with hold(home.lock):
-        store = Store(home.database, progress.clock)
+    home.create_folders()
+    with hold_lock(home.lock_file):
+        store = Store(home.database_file, progress.clock)
         try:
             now = time.monotonic
-            daemon = Daemon(home, config, store, Notifier({}), progress.clock, now)
-            script = daemon.control.requests = Script(case, steps, progress, daemon)
+            daemon = Daemon(home, config, store, SystemdNotifier({}), progress.clock, now)
+            script = daemon.control_server.requests = Script(case, steps, progress, daemon)
             assert daemon.run() == 0
             return sorted({*script.served, *wrong(daemon)})
         finally:
@@ -189,15 +194,15 @@ def live(case: Case, model: Path, steps: list[str], progress: Progress) -> list[
 
 def wrong(daemon: Daemon) -> list[str]:
     """Where what is served is not what the ledger says."""
-    at, found = daemon.editor.served, []
-    row = at.store.generation(at.store.active_generation())
-    weights = at.model.weights_hash(at.loaded.layers)
-    if weights != (row.weights_hash if row.sha256 else at.unedited):
+    at, found = daemon.editor.live_model, []
+    row = at.store.get_generation(at.store.active_generation())
+    weights = at.model.weights_hash(at.loaded_model.layers)
+    if weights != (row.weights_hash if row.sha256 else at.unedited_hash):
         found.append("other weights are served than the ledger says")
-    if row.sha256 and sha256_of(tensors_path(at.home.generations, row.sha256)) != row.sha256:
+    if row.sha256 and hash_file(tensors_path(at.home.generations_folder, row.sha256)) != row.sha256:
         found.append("the active generation's file is not what the ledger says")
-    beside = {f.id for f in at.store.facts((State.LIVE_SIDE,))}
-    if beside != {n for n, shard in at.side.shard_of.items() if shard in at.side.shards}:
+    beside = {f.id for f in at.store.list_facts((FactState.LIVE_SIDE,))}
+    if beside != {n for n, shard in at.side.shard_ids.items() if shard in at.side.shards}:
         found.append("other facts are served beside the weights than the ledger says")
     return found
 
@@ -221,17 +226,17 @@ def findings(case: Case) -> dict[str, Any]:
     said = CliRunner().invoke(cli, command)
     backup = case.backup
     # Outside of the home a killed backup may leave what it was filling, and nothing takes it away.
-    for left in case.folder.glob(f".{backup.name}{PARTIAL}*"):
+    for left in case.folder.glob(f".{backup.name}{PARTIAL_MARK}*"):
         shutil.rmtree(left)
     found: dict[str, Any] = {"files": listing(case.folder)}
-    with closing(queries.open_readonly(home.database)) as conn:
+    with closing(queries.open_readonly(home.database_file)) as conn:
         for name, sql in FOUND.items():
             found[name] = [list(row) for row in conn.execute(sql)]
-        found["chain"] = verify(conn, read_head(home.head)).problem
+        found["chain"] = verify_chain(conn, read_head(home.head_file)).problem
     checks = json.loads(said.stdout)["checks"]
     found["doctor"] = sorted({c["name"] for c in checks if c["outcome"] != "ok"})
     if backup.exists():
-        found["backup"] = check(backup).manifest["facts"]
+        found["backup"] = check_backup(backup).manifest["facts"]
     return found
 
 

@@ -43,7 +43,9 @@ class Forge:
         cache.mkdir()
         loaded = load_model(str(self.model), "cpu", cache, iter)
         self.load, self.loaded = loop.load_model, lambda *_: loaded
-        model_loading.collect = lambda *_: loaded.statistics  # what takes long and writes nothing
+        model_loading.collect_statistics = lambda *_: (
+            loaded.statistics
+        )  # what takes long and writes nothing
         self.progress = Progress()
         # How each part finds the home, and leaves it, and by how much the clock is ahead then.
         self.begin: dict[str, tuple[Case, timedelta]] = {}

@@ -11,8 +11,8 @@ from torch import Tensor
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import EditSite
-from policies.prompts import Row, rows_of
-from policies.targets import Terms, compute_terms
+from policies.prompts import TokenRow, make_rows
+from policies.targets import EditTerms, compute_terms
 
 NORMS = {n: 1.0 for n in range(4)}
 FACT = seat(11, "Oslo")
@@ -27,27 +27,29 @@ KINDS: dict[str, dict[str, Any]] = {
 STRONG: dict[str, Any] = {"target_rate": 0.5, "end_rate": 0.5, "clamp": 40.0}
 
 
-def terms_of(model: EditableModel, site: EditSite, facts: list[Fact], fact: Fact = FACT) -> Terms:
+def terms_of(
+    model: EditableModel, site: EditSite, facts: list[Fact], fact: Fact = FACT
+) -> EditTerms:
     found = compute_terms(model, site, NORMS, facts)[fact.id]
-    assert isinstance(found, Terms)
+    assert isinstance(found, EditTerms)
     return found
 
 
-def sites_of(site: EditSite, row: Row, layer: int) -> list[int]:
+def sites_of(site: EditSite, row: TokenRow, layer: int) -> list[int]:
     """The subject's last token, or every token that predicts one of the target."""
     if layer in site.subject_layers:
-        return [row.subject]
+        return [row.subject_index]
     return list(range(row.prompt_length - 1, len(row.ids) - 1))
 
 
 def logits_with(
-    model: EditableModel, site: EditSite, found: Terms, number: int, fact: Fact = FACT
+    model: EditableModel, site: EditSite, found: EditTerms, number: int, fact: Fact = FACT
 ) -> Tensor:
     """Logits where a row of the fact predicts its target, the residuals put in by hand.
 
     A layer's keys are read with the residuals of the layers below it in place.
     """
-    row = rows_of(model, fact)[number]
+    row = make_rows(model, fact)[number]
 
     def add(layer: int) -> Callable[[Tensor, Tensor], Tensor]:
         at = sites_of(site, row, layer)
@@ -60,6 +62,6 @@ def logits_with(
 
         return tap
 
-    with torch.no_grad(), model.tap({n: add(n) for n in found.keys}):
-        said: Tensor = model.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+    with torch.no_grad(), model.tap_layers({n: add(n) for n in found.keys}):
+        said: Tensor = model.hf_model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
     return said[row.prompt_length - 1 : -1]

@@ -4,74 +4,87 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kedit_daemon.bench.measure import COLUMNS, before_edits
+from kedit_daemon.bench.measure import COLUMNS, read_base_answers
 from kedit_daemon.bench.studies.shared import (
-    asked,
-    cent,
-    column_cells,
-    column_heads,
-    figures,
-    ratio_cells,
-    ratio_heads,
-    spread,
-    terms_of,
+    compute_stream_terms,
+    format_column_cells,
+    format_column_heads,
+    format_ratio_cells,
+    format_ratio_heads,
+    measure_columns,
+    measure_figures,
+    sample_evenly,
+    to_percent,
 )
-from kedit_daemon.bench.studies.study import Given, Study
-from kedit_daemon.bench.table import aligned
-from policies.memit_mass import WeightsTier, pack
+from kedit_daemon.bench.studies.study import Study, StudyInput
+from kedit_daemon.bench.table import align_rows
+from policies.memit_mass import WeightsTier, pack_terms
 
 SIZES = (25, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
-SAMPLE = 300  # facts that are asked at each size, at most
-KNEE = 0.95  # of the best size's reliability and locality
+SAMPLE_SIZE = 300  # facts that are asked at each size, at most
+KNEE_SHARE = 0.95  # of the best size's reliability and locality
 
 
-class Capacity(Study):
+class CapacityStudy(Study):
     """The joint solve over the first n facts of the stream, for growing n."""
 
-    def run(self, given: Given) -> dict[str, Any]:
+    def run(self, given: StudyInput) -> dict[str, Any]:
         """Columns, norms and the solve's time by size, and the knee."""
-        loaded, model = given.loaded, given.loaded.model
-        pairs = [(record, pack(terms)) for record, terms in terms_of(given)]
+        loaded, model = given.loaded_model, given.loaded_model.model
+        pairs = [(record, pack_terms(terms)) for record, terms in compute_stream_terms(given)]
         sizes = [*(n for n in SIZES if n < len(pairs)), len(pairs)]
-        samples = {n: spread(range(n), SAMPLE) for n in sizes}
+        samples = {n: sample_evenly(range(n), SAMPLE_SIZE) for n in sizes}
         places = sorted({place for sample in samples.values() for place in sample})
-        found = before_edits(model, [pairs[place][0] for place in places], given.track)
+        found = read_base_answers(model, [pairs[place][0] for place in places], given.track)
         before = dict(zip(places, found, strict=True))
         width = model.base_weight(loaded.layers[0]).shape[1]
         tier, rows = WeightsTier(loaded.site, loaded.statistics), list[dict[str, Any]]()
         for n in given.track(sizes, "sizes"):
             began = time.perf_counter()
-            model.set_deltas(tier.deltas({record.fact.id: terms for record, terms in pairs[:n]}))
+            model.set_deltas(
+                tier.solve_deltas({record.fact.id: terms for record, terms in pairs[:n]})
+            )
             seconds = time.perf_counter() - began
             sample = samples[n]
-            columns = asked(model, [pairs[p][0] for p in sample], [before[p] for p in sample])
+            columns = measure_columns(
+                model, [pairs[p][0] for p in sample], [before[p] for p in sample]
+            )
             row = {"size": n, "per_width": n / width, "asked": len(sample), **columns}
-            rows.append({**row, **figures(loaded), "solve_seconds": seconds})
+            rows.append({**row, **measure_figures(loaded), "solve_seconds": seconds})
         missing = len(given.records) - len(pairs)
-        return {"not_edited": missing, "width": width, "knee": knee(rows), "rows": rows}
+        return {"not_edited": missing, "width": width, "knee": find_knee(rows), "rows": rows}
 
-    def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
+    def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
         """A row for each size, then the knee."""
-        heads = ["facts", "per d_ff", *column_heads(COLUMNS), *ratio_heads(result), "solve, s"]
+        heads = [
+            "facts",
+            "per d_ff",
+            *format_column_heads(COLUMNS),
+            *format_ratio_heads(result),
+            "solve, s",
+        ]
         rows = [heads]
         for row in result["rows"]:
-            columns = column_cells({name: row[name] for name in COLUMNS})
-            ratios, seconds = ratio_cells(row), f"{row['solve_seconds']:.2f}"
+            columns = format_column_cells({name: row[name] for name in COLUMNS})
+            ratios, seconds = format_ratio_cells(row), f"{row['solve_seconds']:.2f}"
             rows.append([str(row["size"]), f"{row['per_width']:.4f}", *columns, *ratios, seconds])
-        yield from aligned(rows)
+        yield from align_rows(rows)
         yield ""
         at = result["knee"]
         known = "none" if at is None else f"{at} facts, {at / result['width']:.4f} per d_ff"
         yield f"knee: {known}; d_ff {result['width']}"
         yield f"not edited {result['not_edited']}"
 
-    def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
+    def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
         """The columns, and the norms, against facts per unit of d_ff."""
         rows = result["rows"]
         across = [row["per_width"] for row in rows]
         for n, column in enumerate(COLUMNS):
             for measure, style in (("strict", "-"), ("generation", "--")):
-                shares, label = [cent(row[column][measure]) for row in rows], f"{column}, {measure}"
+                shares, label = (
+                    [to_percent(row[column][measure]) for row in rows],
+                    f"{column}, {measure}",
+                )
                 left.plot(across, shares, style, marker=".", color=f"C{n}", label=label)
         if result["knee"] is not None:
             left.axvline(result["knee"] / result["width"], color="grey", label="knee")
@@ -83,7 +96,7 @@ class Capacity(Study):
         right.set(ylabel="‖W‖ / ‖W0‖", title="Norms")
 
 
-def knee(rows: Sequence[Mapping[str, Any]]) -> int | None:
+def find_knee(rows: Sequence[Mapping[str, Any]]) -> int | None:
     """The largest size whose strict reliability and locality are both near the best there is.
 
     A column that no size has a figure for does not count. None where no size qualifies.
@@ -93,5 +106,5 @@ def knee(rows: Sequence[Mapping[str, Any]]) -> int | None:
         known = {r["size"]: r[column]["strict"] for r in rows if r[column]["strict"] is not None}
         if known:
             best = max(known.values())
-            good &= {size for size, strict in known.items() if strict >= KNEE * best}
+            good &= {size for size, strict in known.items() if strict >= KNEE_SHARE * best}
     return max(good, default=None)

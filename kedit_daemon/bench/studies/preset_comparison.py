@@ -5,118 +5,131 @@ from dataclasses import replace
 from typing import Any
 
 from kedit_daemon.bench.dataset import BenchRecord
-from kedit_daemon.bench.measure import COLUMNS, Before, before_edits
-from kedit_daemon.bench.solver_presets import PRESETS, Stream
+from kedit_daemon.bench.measure import COLUMNS, BaseAnswers, read_base_answers
+from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
 from kedit_daemon.bench.studies.shared import (
-    asked,
-    cent,
-    column_cells,
-    column_heads,
-    figures,
-    largest_norm,
-    ratio_cells,
-    ratio_heads,
-    terms_of,
-    thinned,
-    unsolved,
+    catch_unsolved,
+    compute_stream_terms,
+    find_largest_norm,
+    format_column_cells,
+    format_column_heads,
+    format_ratio_cells,
+    format_ratio_heads,
+    measure_columns,
+    measure_figures,
+    thin_records,
+    to_percent,
 )
-from kedit_daemon.bench.studies.study import Given, Study
-from kedit_daemon.bench.table import aligned, share
-from policies.targets import Terms
+from kedit_daemon.bench.studies.study import Study, StudyInput
+from kedit_daemon.bench.table import align_rows, format_share
+from policies.targets import EditTerms
 
-POINTS = 10  # of each preset's curve, about
-COHORT = 100  # facts: the oldest, and the newest
+CURVE_POINTS = 10  # of each preset's curve, about
+COHORT_SIZE = 100  # facts: the oldest, and the newest
 SHARES = ("oldest_strict", "newest_strict", "locality_strict")
 STYLES = dict(zip(SHARES, ("-", ":", "--"), strict=True))
 
 
-class Presets(Study):
+class PresetStudy(Study):
     """One stream through each preset; a preset whose solve fails ends there."""
 
-    def run(self, given: Given) -> dict[str, Any]:
+    def run(self, given: StudyInput) -> dict[str, Any]:
         """Every preset's curve, and its columns at the end."""
-        pairs = terms_of(given)
+        pairs = compute_stream_terms(given)
         records = [record for record, _ in pairs]
-        model = given.loaded.model
-        before = before_edits(model, records, given.track)
-        near = [record for record in thinned(records) if record.neighbours]
-        near_before = before_edits(model, near, given.track)
+        model = given.loaded_model.model
+        before = read_base_answers(model, records, given.track)
+        near = [record for record in thin_records(records) if record.neighbours]
+        near_before = read_base_answers(model, near, given.track)
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
         for name in PRESETS:
             failed = list[str]()
-            with unsolved(failed):
-                for edited in _edited(given, name, [terms for _, terms in pairs]):
-                    point = _point(given, records[:edited], near, near_before)
+            with catch_unsolved(failed):
+                for edited in _edit_stepwise(given, name, [terms for _, terms in pairs]):
+                    point = _measure_point(given, records[:edited], near, near_before)
                     rows.append({"preset": name, "edits": edited, **point})
-            found = None if failed else asked(model, records, before)
+            found = None if failed else measure_columns(model, records, before)
             ends[name] = {"columns": found, "failed": failed[0] if failed else None}
         return {"not_edited": len(given.records) - len(pairs), "presets": ends, "rows": rows}
 
-    def lines(self, result: Mapping[str, Any]) -> Iterator[str]:
+    def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
         """Every preset's curve, then the columns at the end of the stream."""
-        rows = [["preset", "edits", *ratio_heads(result), *(_short(name) for name in SHARES)]]
+        rows = [
+            [
+                "preset",
+                "edits",
+                *format_ratio_heads(result),
+                *(_shorten_name(name) for name in SHARES),
+            ]
+        ]
         for row in result["rows"]:
-            shares = [share(row[name]) for name in SHARES]
-            rows.append([row["preset"], str(row["edits"]), *ratio_cells(row), *shares])
-        yield from aligned(rows)
+            shares = [format_share(row[name]) for name in SHARES]
+            rows.append([row["preset"], str(row["edits"]), *format_ratio_cells(row), *shares])
+        yield from align_rows(rows)
         yield ""
-        ends = [["at the end", *column_heads(COLUMNS)]]
+        ends = [["at the end", *format_column_heads(COLUMNS)]]
         for name, end in result["presets"].items():
             if end["columns"] is not None:
-                ends.append([name, *column_cells(end["columns"])])
-        yield from aligned(ends)
+                ends.append([name, *format_column_cells(end["columns"])])
+        yield from align_rows(ends)
         yield ""
         for name, end in result["presets"].items():
             if end["failed"]:
                 yield f"{name} ended early: {end['failed']}"
         yield f"not edited {result['not_edited']}"
 
-    def draw(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
+    def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
         """Norms, and what holds, against edits."""
         for n, name in enumerate(result["presets"]):
             rows = [row for row in result["rows"] if row["preset"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
-            left.plot(edits, [largest_norm(r) for r in rows], marker=".", color=color, label=name)
+            left.plot(
+                edits, [find_largest_norm(r) for r in rows], marker=".", color=color, label=name
+            )
             for measure, style in STYLES.items():
-                shares = [cent(row[measure]) for row in rows]
-                label = _short(measure) if n == 0 else None  # the colours are named on the left
+                shares = [to_percent(row[measure]) for row in rows]
+                label = (
+                    _shorten_name(measure) if n == 0 else None
+                )  # the colours are named on the left
                 right.plot(edits, shares, style, marker=".", color=color, label=label)
         left.set(xlabel="edits", ylabel="largest ‖W‖ / ‖W0‖", title="Norms", yscale="log")
         right.set(xlabel="edits", ylabel="%", ylim=(-2, 102), title="Held, strict")
 
 
-def _edited(given: Given, name: str, terms: Sequence[Terms]) -> Iterator[int]:
+def _edit_stepwise(given: StudyInput, name: str, terms: Sequence[EditTerms]) -> Iterator[int]:
     """Batch after batch into the weights; how many facts are in at each point of the curve."""
-    loaded, size = given.loaded, given.batch_size
-    stream = Stream(PRESETS[name], loaded.site, loaded.statistics)
+    loaded, size = given.loaded_model, given.batch_size
+    stream = PresetStream(PRESETS[name], loaded.site, loaded.statistics)
     starts = range(0, len(terms), size)
-    every = -(-len(starts) // POINTS)
+    every = -(-len(starts) // CURVE_POINTS)
     for number, start in enumerate(given.track(starts, name), 1):
         loaded.model.set_deltas(stream.add(terms[start : start + size]))
         if number % every == 0 or number == len(starts):
             yield min(start + size, len(terms))
 
 
-def _point(
-    given: Given,
+def _measure_point(
+    given: StudyInput,
     edited: Sequence[BenchRecord],
     near: Sequence[BenchRecord],
-    before: Sequence[Before],
+    before: Sequence[BaseAnswers],
 ) -> dict[str, Any]:
     return {
-        **figures(given.loaded),
-        "oldest_strict": _held(given, edited[:COHORT]),
-        "newest_strict": _held(given, edited[-COHORT:]),
-        "locality_strict": asked(given.loaded.model, near, before)["locality"]["strict"],
+        **measure_figures(given.loaded_model),
+        "oldest_strict": _measure_held(given, edited[:COHORT_SIZE]),
+        "newest_strict": _measure_held(given, edited[-COHORT_SIZE:]),
+        "locality_strict": measure_columns(given.loaded_model.model, near, before)["locality"][
+            "strict"
+        ],
     }
 
 
-def _held(given: Given, records: Sequence[BenchRecord]) -> float | None:
+def _measure_held(given: StudyInput, records: Sequence[BenchRecord]) -> float | None:
     """Reliability, strict, of some facts."""
     bare = [replace(record, paraphrases=(), neighbours=()) for record in records]
-    before = [Before((), ())] * len(bare)
-    return asked(given.loaded.model, bare, before)["reliability"]["strict"]
+    before = [BaseAnswers((), ())] * len(bare)
+    return measure_columns(given.loaded_model.model, bare, before)["reliability"]["strict"]
 
 
-def _short(name: str) -> str:
+def _shorten_name(name: str) -> str:
     return name.removesuffix("_strict")

@@ -11,61 +11,63 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kedit_daemon.bench.dataset import BenchRecord
-from kedit_daemon.bench.measure import Before, Subject, columns, measure
-from kedit_daemon.bench.method import Setup
-from kedit_daemon.bench.run import health_of
-from kedit_daemon.bench.studies.study import Given
-from kedit_daemon.bench.table import share
+from kedit_daemon.bench.measure import BaseAnswers, MeasuredModel, average_columns, measure_records
+from kedit_daemon.bench.method import MethodSetup
+from kedit_daemon.bench.run import measure_health
+from kedit_daemon.bench.studies.study import StudyInput
+from kedit_daemon.bench.table import format_share
 from kedit_daemon.bench.tiers import MemitMass
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Neighbour
 from memory.model.editable import EditableModel
-from policies.memit_mass import unpack
-from policies.probe import normalised
-from policies.solver import UNSOLVED
-from policies.targets import Refused, Terms, compute_terms
+from policies.memit_mass import unpack_terms
+from policies.probe import normalise_answer
+from policies.solver import UNSOLVED_CODES
+from policies.targets import EditTerms, Refusal, compute_terms
 
 T = TypeVar("T")
-NEIGHBOURS = 100  # at most so many are asked at each point of a curve
-APART = 7  # lines from where one text of ordinary lines begins to where the next does
-SHOWN = ("strict", "generation")
+MAX_NEIGHBOURS = 100  # at most so many are asked at each point of a curve
+LINE_STRIDE = 7  # lines from where one text of ordinary lines begins to where the next does
+SHOWN_MEASURES = ("strict", "generation")
 
-Columns = dict[str, dict[str, float | None]]
+ColumnMeans = dict[str, dict[str, float | None]]
 """Means by column and measure, as of `columns`."""
 
 
-def terms_of(given: Given) -> list[tuple[BenchRecord, Terms]]:
+def compute_stream_terms(given: StudyInput) -> list[tuple[BenchRecord, EditTerms]]:
     """Every record of the stream with its terms; those whose fact is refused are left out."""
     facts = [record.fact for record in given.records]
     bar = iter(given.track(range(len(facts)), "targets"))
 
-    def tell(part: Mapping[str, Terms | Refused]) -> None:
+    def advance_bar(part: Mapping[str, EditTerms | Refusal]) -> None:
         for _ in part:
             next(bar, None)
 
-    loaded = given.loaded
-    norms = {n: layer.norm for n, layer in loaded.statistics.items()}
-    found = compute_terms(loaded.model, loaded.site, norms, facts, tell)
+    loaded = given.loaded_model
+    norms = {n: layer.median_norm for n, layer in loaded.statistics.items()}
+    found = compute_terms(loaded.model, loaded.site, norms, facts, advance_bar)
     next(bar, None)  # past the last one, where a bar ends
     pairs = [(record, found[record.fact.id]) for record in given.records]
-    kept = [(record, terms) for record, terms in pairs if isinstance(terms, Terms)]
+    kept = [(record, terms) for record, terms in pairs if isinstance(terms, EditTerms)]
     if not kept:
-        raise nothing_left("no fact of the stream has targets that the model can reach")
+        raise make_no_facts_error("no fact of the stream has targets that the model can reach")
     return kept
 
 
-def stored_terms(store: Store, fact_id: str) -> Terms:
+def load_terms(store: Store, fact_id: str) -> EditTerms:
     """A fact's terms as a home keeps them, which is without the way that led to them."""
-    return Terms(*unpack(store.terms(fact_id)), loss=math.nan, steps=0, lengths={})
+    return EditTerms(*unpack_terms(store.read_terms(fact_id)), loss=math.nan, steps=0, lengths={})
 
 
 @contextmanager
-def home_for(given: Given) -> Iterator[MemitMass]:
+def open_home(given: StudyInput) -> Iterator[MemitMass]:
     """The daemon's parts on a home in a temporary folder, with the policy off."""
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        setup = Setup(given.loaded, Path(folder), given.batch_size, given.seed, policy=False)
+        setup = MethodSetup(
+            given.loaded_model, Path(folder), given.batch_size, given.seed, has_policy=False
+        )
         home = MemitMass(setup)
         try:
             yield home
@@ -73,7 +75,7 @@ def home_for(given: Given) -> Iterator[MemitMass]:
             home.close()
 
 
-def nothing_left(why: str) -> KeditError:
+def make_no_facts_error(why: str) -> KeditError:
     """The error of a study that has nothing to work on."""
     return KeditError(why, code="no-facts", hint="give more records, or other ones")
 
@@ -82,54 +84,54 @@ class OtherTargets:
     """Draws another target for a fact: of a record with its prompt if there is one, else of any."""
 
     def __init__(self, records: Sequence[BenchRecord], chance: random.Random) -> None:
-        self._chance = chance
-        self._all = [(normalised(r.fact.target), r.fact.target) for r in records]
-        self._of_prompt = defaultdict[str, list[tuple[str, str]]](list)
-        for record, target in zip(records, self._all, strict=True):
-            self._of_prompt[record.fact.prompt].append(target)
+        self._random = chance
+        self._all_targets = [(normalise_answer(r.fact.target), r.fact.target) for r in records]
+        self._targets_by_prompt = defaultdict[str, list[tuple[str, str]]](list)
+        for record, target in zip(records, self._all_targets, strict=True):
+            self._targets_by_prompt[record.fact.prompt].append(target)
 
-    def superseding(self, record: BenchRecord) -> BenchRecord:
+    def draw_replacement(self, record: BenchRecord) -> BenchRecord:
         """The record with another target. Raises KeditError where there is none."""
-        now = normalised(record.fact.target)
-        for pool in (self._of_prompt[record.fact.prompt], self._all):
+        now = normalise_answer(record.fact.target)
+        for pool in (self._targets_by_prompt[record.fact.prompt], self._all_targets):
             if others := [target for plain, target in pool if plain != now]:
-                return _retargeted(record, self._chance.choice(others))
-        raise nothing_left("all records have one target, so none can take another's place")
+                return _replace_target(record, self._random.choice(others))
+        raise make_no_facts_error("all records have one target, so none can take another's place")
 
 
-def _retargeted(record: BenchRecord, target: str) -> BenchRecord:
+def _replace_target(record: BenchRecord, target: str) -> BenchRecord:
     truth = record.true_target
-    if truth is not None and normalised(truth) == normalised(target):
+    if truth is not None and normalise_answer(truth) == normalise_answer(target):
         truth = None
     return replace(record, fact=replace(record.fact, target=target), true_target=truth)
 
 
-def spread(items: Sequence[T], most: int) -> list[T]:
+def sample_evenly(items: Sequence[T], most: int) -> list[T]:
     """At most `most` of the items, evenly apart."""
     many = len(items)
     return list(items) if many <= most else [items[i * many // most] for i in range(most)]
 
 
-def after_text(
+def prepend_text(
     model: EditableModel, lines: Sequence[str], number: int, tokens: int, end: str
 ) -> str:
     """About so many tokens of ordinary text, other ones for each number, then the end."""
-    at, text, ids = APART * number, "", list[int]()
+    at, text, ids = LINE_STRIDE * number, "", list[int]()
     while len(ids) < tokens:
         text, at = f"{text} {lines[at % len(lines)]}".strip(), at + 1
         ids = model.encode(text)
     return f"{model.decode(ids[: max(tokens, 0)])} {end}".strip()
 
 
-def neighbours_of(records: Sequence[BenchRecord]) -> list[tuple[int, Neighbour]]:
+def list_neighbours(records: Sequence[BenchRecord]) -> list[tuple[int, Neighbour]]:
     """All neighbours, each with the place of its record."""
     return [(place, near) for place, record in enumerate(records) for near in record.neighbours]
 
 
-def thinned(records: Sequence[BenchRecord]) -> list[BenchRecord]:
+def thin_records(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     """The records without paraphrases, and with NEIGHBOURS neighbours in all."""
     kept = defaultdict[int, list[Neighbour]](list)
-    for place, near in spread(neighbours_of(records), NEIGHBOURS):
+    for place, near in sample_evenly(list_neighbours(records), MAX_NEIGHBOURS):
         kept[place].append(near)
     return [
         replace(record, paraphrases=(), neighbours=tuple(kept[place]))
@@ -137,20 +139,20 @@ def thinned(records: Sequence[BenchRecord]) -> list[BenchRecord]:
     ]
 
 
-def asked(
-    model: EditableModel, records: Sequence[BenchRecord], before: Sequence[Before]
-) -> Columns:
+def measure_columns(
+    model: EditableModel, records: Sequence[BenchRecord], before: Sequence[BaseAnswers]
+) -> ColumnMeans:
     """The columns over some records, on the weights as they are."""
-    return columns(measure(Subject(model), records, before, _silent))
+    return average_columns(measure_records(MeasuredModel(model), records, before, _skip_tracking))
 
 
-def _silent(items: Sequence[T], _what: str, /) -> Iterable[T]:
+def _skip_tracking(items: Sequence[T], _what: str, /) -> Iterable[T]:
     return items
 
 
-def figures(loaded: Loaded) -> dict[str, Any]:
+def measure_figures(loaded: LoadedModel) -> dict[str, Any]:
     """Norm ratio by matrix, and the canary's perplexity ratio, of the weights as they are."""
-    health = health_of(loaded)
+    health = measure_health(loaded)
     perplexity = health["perplexity"]
     return {
         "norm_ratio": health["norm_ratio"],
@@ -159,42 +161,42 @@ def figures(loaded: Loaded) -> dict[str, Any]:
 
 
 @contextmanager
-def unsolved(failed: list[str]) -> Iterator[None]:
+def catch_unsolved(failed: list[str]) -> Iterator[None]:
     """A solve that fails within the block ends it, and `failed` gets why."""
     try:
         yield
     except KeditError as error:
-        if error.code not in UNSOLVED:
+        if error.code not in UNSOLVED_CODES:
             raise
         failed.append(str(error))
 
 
-def ratio_heads(result: Mapping[str, Any]) -> list[str]:
+def format_ratio_heads(result: Mapping[str, Any]) -> list[str]:
     """Heads of the cells that `ratio_cells` gives."""
     return [*result["rows"][0]["norm_ratio"], "perplexity"]
 
 
-def ratio_cells(row: Mapping[str, Any]) -> list[str]:
+def format_ratio_cells(row: Mapping[str, Any]) -> list[str]:
     """A row's norm ratios and its perplexity ratio."""
     return [f"{ratio:.5g}" for ratio in (*row["norm_ratio"].values(), row["perplexity_ratio"])]
 
 
-def largest_norm(row: Mapping[str, Any]) -> float:
+def find_largest_norm(row: Mapping[str, Any]) -> float:
     """The norm ratio of the matrix that has moved most."""
     ratios: Mapping[str, float] = row["norm_ratio"]
     return max(ratios.values())
 
 
-def cent(value: float | None) -> float:
+def to_percent(value: float | None) -> float:
     """A share in per cent, for a curve; NaN for what was not asked."""
     return math.nan if value is None else 100 * value
 
 
-def column_cells(found: Columns) -> list[str]:
+def format_column_cells(found: ColumnMeans) -> list[str]:
     """The strict and the generation measure of each column."""
-    return [share(found[column][measure]) for column in found for measure in SHOWN]
+    return [format_share(found[column][measure]) for column in found for measure in SHOWN_MEASURES]
 
 
-def column_heads(names: Sequence[str]) -> list[str]:
+def format_column_heads(names: Sequence[str]) -> list[str]:
     """Heads of the cells that `column_cells` gives."""
-    return [f"{name[:3]}. {measure}" for name in names for measure in SHOWN]
+    return [f"{name[:3]}. {measure}" for name in names for measure in SHOWN_MEASURES]

@@ -7,22 +7,22 @@ if TYPE_CHECKING:
     from kedit_daemon.bench.studies.study import Study
 
 STUDIES = {
-    "exactness": "exactness:Exactness",
-    "churn": "churn:Churn",
-    "presets": "preset_comparison:Presets",
-    "capacity": "capacity:Capacity",
-    "routing": "routing:Routing",
-    "index": "index:Index",
-    "cost": "cost:Cost",
-    "norms": "norm_growth:Norms",
-    "poison": "poison:Poison",
+    "exactness": "exactness:ExactnessStudy",
+    "churn": "churn:ChurnStudy",
+    "presets": "preset_comparison:PresetStudy",
+    "capacity": "capacity:CapacityStudy",
+    "routing": "routing:RoutingStudy",
+    "index": "index:IndexStudy",
+    "cost": "cost:CostStudy",
+    "norms": "norm_growth:NormGrowthStudy",
+    "poison": "poison:PoisonStudy",
 }
 
-LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120, "poison": 130}
+DEFAULT_LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120, "poison": 130}
 """Records without --limit, of a study that is not about the whole stream."""
 
 
-def study_named(name: str) -> "Study":
+def import_study(name: str) -> "Study":
     """The study of a name of STUDIES."""
     module, attribute = STUDIES[name].split(":")
     found: Study = getattr(import_module(f"kedit_daemon.bench.studies.{module}"), attribute)()

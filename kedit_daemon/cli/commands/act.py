@@ -5,21 +5,21 @@ from typing import Any
 
 import click
 
-from kedit_daemon.cli.completion import complete_active
+from kedit_daemon.cli.completion import complete_active_facts
 from kedit_daemon.cli.context import (
-    Session,
-    ask_daemon,
-    database,
-    dry_run_option,
-    json_option,
-    no_fact,
-    pass_session,
+    CliContext,
+    add_dry_run_option,
+    add_json_option,
+    call_daemon,
+    open_database,
+    pass_cli_context,
     print_json,
+    unknown_fact_error,
 )
-from kedit_daemon.report.status import NEEDS_ATTENTION
+from kedit_daemon.report.status import EXIT_NEEDS_ATTENTION
 
-MAX_TOKENS = 40
-REVERT = "revert"  # the verdict that nothing should stay as it is
+DEFAULT_MAX_TOKENS = 40
+REVERT_VERDICT = "revert"  # the verdict that nothing should stay as it is
 
 
 @click.command()
@@ -29,14 +29,14 @@ REVERT = "revert"  # the verdict that nothing should stay as it is
 @click.option(
     "--max-tokens",
     type=click.IntRange(1, 4096),
-    default=MAX_TOKENS,
+    default=DEFAULT_MAX_TOKENS,
     show_default=True,
     help="The longest answer.",
 )
-@json_option
-@pass_session
+@add_json_option
+@pass_cli_context
 def ask(
-    session: Session, prompt: str, base: bool, explain: bool, max_tokens: int, as_json: bool
+    session: CliContext, prompt: str, base: bool, explain: bool, max_tokens: int, as_json: bool
 ) -> None:
     """Ask the edited model; it goes on from PROMPT.
 
@@ -46,21 +46,21 @@ def ask(
       kedit-daemon ask --base --explain "The country that Lake Eyre lies in is"
     """
     arguments = {"prompt": prompt, "max_tokens": max_tokens, "base": base, "explain": explain}
-    reply = ask_daemon(session, "ask", arguments)
+    reply = call_daemon(session, "ask", arguments)
     if as_json:
         print_json(reply)
         return
-    from kedit_daemon.report.render_log import answer_lines
+    from kedit_daemon.report.render_log import render_answer
 
-    click.echo("\n".join(answer_lines(reply, explain)))
+    click.echo("\n".join(render_answer(reply, explain)))
 
 
 @click.command()
-@dry_run_option
-@json_option
-@pass_session
+@add_dry_run_option
+@add_json_option
+@pass_cli_context
 @click.pass_context
-def flush(ctx: click.Context, session: Session, dry_run: bool, as_json: bool) -> None:
+def flush(ctx: click.Context, session: CliContext, dry_run: bool, as_json: bool) -> None:
     """Move waiting facts into the weights, now.
 
     Exits with 1 when a fact failed, or the flush was refused.
@@ -69,18 +69,18 @@ def flush(ctx: click.Context, session: Session, dry_run: bool, as_json: bool) ->
     Example:
       kedit-daemon flush --dry-run
     """
-    reply = ask_daemon(session, "flush", {"dry_run": dry_run})
-    _report(reply, as_json)
-    if reply.get("failed") or reply.get("verdict") == REVERT:
+    reply = call_daemon(session, "flush", {"dry_run": dry_run})
+    _print_reply(reply, as_json)
+    if reply.get("failed") or reply.get("verdict") == REVERT_VERDICT:
         ctx.exit(1)
 
 
 @click.command()
-@dry_run_option
-@json_option
-@pass_session
+@add_dry_run_option
+@add_json_option
+@pass_cli_context
 @click.pass_context
-def audit(ctx: click.Context, session: Session, dry_run: bool, as_json: bool) -> None:
+def audit(ctx: click.Context, session: CliContext, dry_run: bool, as_json: bool) -> None:
     """Measure the health of the weights, now, and act on it.
 
     Exits with 4 when the verdict is to revert.
@@ -89,17 +89,17 @@ def audit(ctx: click.Context, session: Session, dry_run: bool, as_json: bool) ->
     Example:
       kedit-daemon audit --dry-run
     """
-    reply = ask_daemon(session, "audit", {"dry_run": dry_run})
-    _report(reply, as_json)
-    if reply.get("verdict") == REVERT:
-        ctx.exit(NEEDS_ATTENTION)
+    reply = call_daemon(session, "audit", {"dry_run": dry_run})
+    _print_reply(reply, as_json)
+    if reply.get("verdict") == REVERT_VERDICT:
+        ctx.exit(EXIT_NEEDS_ATTENTION)
 
 
 @click.command()
-@dry_run_option
-@json_option
-@pass_session
-def consolidate(session: Session, dry_run: bool, as_json: bool) -> None:
+@add_dry_run_option
+@add_json_option
+@pass_cli_context
+def consolidate(session: CliContext, dry_run: bool, as_json: bool) -> None:
     """Solve the weights anew over all live facts.
 
     It starts from the unedited weights.
@@ -108,18 +108,18 @@ def consolidate(session: Session, dry_run: bool, as_json: bool) -> None:
     Example:
       kedit-daemon consolidate --dry-run
     """
-    _report(ask_daemon(session, "consolidate", {"dry_run": dry_run}), as_json)
+    _print_reply(call_daemon(session, "consolidate", {"dry_run": dry_run}), as_json)
 
 
 @click.command()
-@click.argument("names", metavar="[ID]...", nargs=-1, shell_complete=complete_active)
+@click.argument("names", metavar="[ID]...", nargs=-1, shell_complete=complete_active_facts)
 @click.option("--generation", type=click.IntRange(0), help="Go back to this generation.")
 @click.option("--yes", is_flag=True, help="Do not ask; needed off a terminal.")
-@dry_run_option
-@json_option
-@pass_session
+@add_dry_run_option
+@add_json_option
+@pass_cli_context
 def revert(
-    session: Session,
+    session: CliContext,
     names: tuple[str, ...],
     generation: int | None,
     yes: bool,
@@ -141,33 +141,33 @@ def revert(
     if asking and not sys.stdin.isatty():
         raise click.UsageError("off a terminal nobody can be asked: add --yes, or --dry-run.")
     if asking:
-        for line in _victims(session, names):
+        for line in _list_revert_facts(session, names):
             click.echo(line, err=True)
         what = f"Go back to generation {generation}?" if names == () else "Take these facts out?"
         click.confirm(what, abort=True, err=True)
     arguments = {"facts": list(names), "generation": generation, "dry_run": dry_run}
-    _report(ask_daemon(session, "revert", arguments), as_json)
+    _print_reply(call_daemon(session, "revert", arguments), as_json)
 
 
-def _victims(session: Session, names: tuple[str, ...]) -> list[str]:
+def _list_revert_facts(session: CliContext, names: tuple[str, ...]) -> list[str]:
     """What a person is asked about; whether it is allowed is for the daemon to say."""
-    from kedit_daemon.report.render import fact_lines
-    from memory.db.queries import fact_detail
+    from kedit_daemon.report.render import render_facts
+    from memory.db.queries import fetch_fact_detail
 
-    with database(session.home) as conn:
+    with open_database(session.home) as conn:
         found = []
         for name in names:
-            if (fact := fact_detail(conn, name)) is None:
-                raise no_fact(session, conn, name)
+            if (fact := fetch_fact_detail(conn, name)) is None:
+                raise unknown_fact_error(session, conn, name)
             found.append(fact)
-    return list(fact_lines(found))
+    return list(render_facts(found))
 
 
-def _report(reply: dict[str, Any], json_wanted: bool) -> None:
+def _print_reply(reply: dict[str, Any], json_wanted: bool) -> None:
     if json_wanted:
         print_json(reply)
         return
-    from kedit_daemon.report.render_log import reply_lines
+    from kedit_daemon.report.render_log import render_reply
 
-    for line in reply_lines(reply):
+    for line in render_reply(reply):
         click.echo(line)

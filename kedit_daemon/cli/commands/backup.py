@@ -6,17 +6,23 @@ from typing import Any
 
 import click
 
-from kedit_daemon.cli.context import Session, dry_run_option, json_option, pass_session, print_json
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.cli.context import (
+    CliContext,
+    add_dry_run_option,
+    add_json_option,
+    pass_cli_context,
+    print_json,
+)
+from kedit_daemon.system.sanitize import clean_text
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FOLDER_PATH = click.Path(file_okay=False, path_type=Path)
 
 
 @click.command()
-@click.argument("dest", type=_FOLDER)
-@json_option
-@pass_session
-def backup(session: Session, dest: Path, as_json: bool) -> None:
+@click.argument("dest", type=_FOLDER_PATH)
+@add_json_option
+@pass_cli_context
+def backup(session: CliContext, dest: Path, as_json: bool) -> None:
     """Write all that this home knows into the new folder DEST, and print its path.
 
     The daemon may run; it need not. In it are the settings, a snapshot of the database, and the
@@ -27,25 +33,25 @@ def backup(session: Session, dest: Path, as_json: bool) -> None:
     Example:
       kedit-daemon backup /srv/backups/facts-2026-03-01
     """
-    from kedit_daemon.maintenance.backup import back_up
+    from kedit_daemon.maintenance.backup import create_backup
 
-    made = back_up(session.home, dest, datetime.now(UTC))
+    made = create_backup(session.home, dest, datetime.now(UTC))
     for name in made.manifest["lost"]:
         text = f"{name} is missing or damaged in the home: the daemon makes it again"
-        click.echo(f"note: {clean(text)}", err=True)
+        click.echo(f"note: {clean_text(text)}", err=True)
     if as_json:
         print_json({"path": str(made.path), "manifest": made.manifest})
         return
-    click.echo(_summary(made.manifest), err=True)
-    click.echo(clean(made.path))
+    click.echo(_summarize_manifest(made.manifest), err=True)
+    click.echo(clean_text(made.path))
 
 
 @click.command()
-@click.argument("source", type=_FOLDER)
+@click.argument("source", type=_FOLDER_PATH)
 @click.option("--replace", is_flag=True, help="Move what the home has aside, to state.before-TIME.")
-@dry_run_option
-@pass_session
-def restore(session: Session, source: Path, replace: bool, dry_run: bool) -> None:
+@add_dry_run_option
+@pass_cli_context
+def restore(session: CliContext, source: Path, replace: bool, dry_run: bool) -> None:
     """Make the home what it was when the backup SOURCE was written, and print its path.
 
     Hashes and chain are checked before anything is changed; with --dry-run nothing is. The daemon
@@ -56,23 +62,25 @@ def restore(session: Session, source: Path, replace: bool, dry_run: bool) -> Non
       kedit-daemon restore /srv/backups/facts-2026-03-01 --dry-run
       kedit-daemon --home ./trial restore /srv/backups/facts-2026-03-01
     """
-    from kedit_daemon.maintenance.restore import examine
+    from kedit_daemon.maintenance.restore import check_restore
     from kedit_daemon.maintenance.restore import restore as put_back
 
     if dry_run:
-        click.echo(_summary(examine(session.home, source, replace).manifest), err=True)
+        click.echo(
+            _summarize_manifest(check_restore(session.home, source, replace).manifest), err=True
+        )
         click.echo("dry run: the backup is whole; nothing is changed", err=True)
         return
     done = put_back(session.home, source, replace, datetime.now(UTC))
-    for path in done.aside:
-        click.echo(f"moved aside: {clean(path)}", err=True)
-    click.echo(_summary(done.backup.manifest), err=True)
-    click.echo(clean(session.home.root))
-    click.echo(f"next: {clean(session.program)} run", err=True)
+    for path in done.moved_aside:
+        click.echo(f"moved aside: {clean_text(path)}", err=True)
+    click.echo(_summarize_manifest(done.backup.manifest), err=True)
+    click.echo(clean_text(session.home.root))
+    click.echo(f"next: {clean_text(session.program)} run", err=True)
 
 
-def _summary(manifest: dict[str, Any]) -> str:
+def _summarize_manifest(manifest: dict[str, Any]) -> str:
     facts = ", ".join(f"{count} {state}" for state, count in manifest["facts"].items()) or "none"
     chain = manifest["chain"]
     said = f"generation {manifest['generation']}, {chain['seq']} events to {chain['hash'][:12]}"
-    return clean(f"of {manifest['created_at']}: facts {facts}; {said}")
+    return clean_text(f"of {manifest['created_at']}: facts {facts}; {said}")

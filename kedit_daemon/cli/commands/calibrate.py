@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kedit_daemon.cli.context import Session, dry_run_option, json_option, pass_session, print_json
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.cli.context import (
+    CliContext,
+    add_dry_run_option,
+    add_json_option,
+    pass_cli_context,
+    print_json,
+)
+from kedit_daemon.system.sanitize import clean_text
 
 if TYPE_CHECKING:
     from kedit_daemon.config import Config
     from kedit_daemon.editing.calibration import Calibration
 
-FACTS = 16  # as many as have their targets computed side by side
-COLUMNS = {  # heading and form of each figure
+DEFAULT_FACTS = 16  # as many as have their targets computed side by side
+TABLE_COLUMNS = {  # heading and form of each figure
     "prior": ("prior", "g"),
     "end_prior": ("at end", "g"),
     "ridge": ("ridge", "g"),
@@ -31,7 +37,7 @@ COLUMNS = {  # heading and form of each figure
     "norm_ratio": ("norm", ".2f"),
     "score": ("score", ".3f"),
 }
-WIDTH = 8
+COLUMN_WIDTH = 8
 
 
 @click.command()
@@ -44,7 +50,7 @@ WIDTH = 8
     "--facts",
     "count",
     type=click.IntRange(1),
-    default=FACTS,
+    default=DEFAULT_FACTS,
     show_default=True,
     help="How many of them to edit at once.",
 )
@@ -55,11 +61,11 @@ WIDTH = 8
     show_default=True,
     help="Share of unrelated text that may pass for a question about a fact that it names.",
 )
-@json_option
-@dry_run_option
-@pass_session
+@add_json_option
+@add_dry_run_option
+@pass_cli_context
 def calibrate(
-    session: Session,
+    session: CliContext,
     pilot: Path | None,
     count: int,
     false_routes: float,
@@ -80,35 +86,35 @@ def calibrate(
     Example:
       kedit-daemon calibrate --pilot facts.jsonl
     """
-    from kedit_daemon.config import load
-    from kedit_daemon.maintenance.restore import refuse_cut_off
-    from kedit_daemon.system.lock import hold
+    from kedit_daemon.config import load_config
+    from kedit_daemon.maintenance.restore import refuse_unfinished_restore
+    from kedit_daemon.system.lock import hold_lock
     from memory.files import write_atomic
-    from policies.edit_site import FILE, site_text
+    from policies.edit_site import SITE_FILE, format_site
 
-    config = load(session.home.root, session.environ)
-    refuse_cut_off(session.home)
-    session.home.create()
-    with hold(session.home.lock):
-        found = _measured(session, config, pilot, count, false_routes, dry_run)
-        path = session.home.state / FILE
+    config = load_config(session.home.root, session.environ)
+    refuse_unfinished_restore(session.home)
+    session.home.create_folders()
+    with hold_lock(session.home.lock_file):
+        found = _run_calibration(session, config, pilot, count, false_routes, dry_run)
+        path = session.home.state_folder / SITE_FILE
         if not dry_run:
-            write_atomic(path, site_text(found.site, found.evidence).encode())
+            write_atomic(path, format_site(found.site, found.evidence).encode())
     if as_json:
-        print_json({**_held(found), "written": None if dry_run else str(path)})
+        print_json({**_calibration_as_json(found), "written": None if dry_run else str(path)})
         return
-    click.echo("\n".join(lines(found)))
-    click.echo("dry run: nothing written" if dry_run else f"written: {clean(path)}", err=True)
+    click.echo("\n".join(render_calibration(found)))
+    click.echo("dry run: nothing written" if dry_run else f"written: {clean_text(path)}", err=True)
 
 
-def _held(found: "Calibration") -> dict[str, Any]:
+def _calibration_as_json(found: "Calibration") -> dict[str, Any]:
     from dataclasses import asdict
 
     return {"site": asdict(found.site), "evidence": found.evidence}
 
 
-def _measured(
-    session: Session,
+def _run_calibration(
+    session: CliContext,
     config: "Config",
     pilot: Path | None,
     count: int,
@@ -120,29 +126,29 @@ def _measured(
 
     from kedit_daemon.editing.calibration import calibrate, make_pilot, read_pilot, refuse_if_in_use
     from kedit_daemon.editing.model_loading import open_model
-    from kedit_daemon.ingest.schemas import Limits
+    from kedit_daemon.ingest.schemas import FileLimits
     from kedit_daemon.shipped import PILOT_FACTS
-    from policies.edit_site import FILE
+    from policies.edit_site import SITE_FILE
 
     refuse_if_in_use(session.home)
     source = pilot or PILOT_FACTS
-    facts = read_pilot(source, Limits(config.inbox.max_facts, config.inbox.max_target_chars))
+    facts = read_pilot(source, FileLimits(config.inbox.max_facts, config.inbox.max_target_chars))
     with ExitStack() as stack:
-        cache = session.home.state
+        cache = session.home.state_folder
         if dry_run:  # what is measured is not kept, so it must not lie in the home
             cache = Path(stack.enter_context(TemporaryDirectory(prefix="kedit-calibrate-")))
-            if (session.home.state / FILE).is_file():
-                copy(session.home.state / FILE, cache)
+            if (session.home.state_folder / SITE_FILE).is_file():
+                copy(session.home.state_folder / SITE_FILE, cache)
         opened = open_model(config.model, config.device, cache)
         chosen = make_pilot(opened.model, facts, count)
-        found = calibrate(opened, chosen, false_routes, stack.enter_context(_progress()))
+        found = calibrate(opened, chosen, false_routes, stack.enter_context(_show_progress()))
     at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     names = {"at": at, "model": config.model, "pilot_file": str(source)}
     return replace(found, evidence=names | found.evidence)
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
+def _show_progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
     """A progress bar on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda _units: lambda _what: None
@@ -159,13 +165,13 @@ def _progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
         yield watch
 
 
-def lines(found: "Calibration") -> Iterator[str]:
+def render_calibration(found: "Calibration") -> Iterator[str]:
     """The table of what was tried, the choice marked, and the limits."""
     chosen, site = found.evidence["chosen"], found.site
-    headings = "".join(f"{heading:>{WIDTH}}" for heading, _ in COLUMNS.values())
+    headings = "".join(f"{heading:>{COLUMN_WIDTH}}" for heading, _ in TABLE_COLUMNS.values())
     yield click.style(f"  {'STAGE':12} {'SUBJECT':8} {'END':4}{headings}", bold=True)
     for row in found.evidence["candidates"]:
-        yield f"{'*' if row == chosen else ' '} {_row(row)}"
+        yield f"{'*' if row == chosen else ' '} {_render_row(row)}"
     yield f"* chosen, of {len(found.evidence['candidates'])}"
     for figure in ("norm", "activation"):
         verdicts = ("warn", "consolidate", "revert")
@@ -178,13 +184,13 @@ def lines(found: "Calibration") -> Iterator[str]:
     )
 
 
-def _row(row: Mapping[str, Any]) -> str:
+def _render_row(row: Mapping[str, Any]) -> str:
     subject, end = (
         ",".join(map(str, row[name])) or "-" for name in ("subject_layers", "end_layers")
     )
-    cells = "".join(_cell(row.get(name), form) for name, (_, form) in COLUMNS.items())
+    cells = "".join(_render_cell(row.get(name), form) for name, (_, form) in TABLE_COLUMNS.items())
     return f"{row['stage']:12} {subject:8} {end:4}{cells}"
 
 
-def _cell(value: float | None, form: str) -> str:
-    return f"{'-' if value is None else format(value, form):>{WIDTH}}"
+def _render_cell(value: float | None, form: str) -> str:
+    return f"{'-' if value is None else format(value, form):>{COLUMN_WIDTH}}"

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from kedit_daemon.cli.context import Session, json_option, pass_session, print_json
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.cli.context import CliContext, add_json_option, pass_cli_context, print_json
+from kedit_daemon.system.sanitize import clean_text
 
 
 @click.command()
@@ -17,9 +17,9 @@ from kedit_daemon.system.sanitize import clean
     metavar="N",
     help="Delete this home's older exports of the kind in DEST, so that N are left.",
 )
-@json_option
-@pass_session
-def export(session: Session, kind: str, dest: Path, keep: int | None, as_json: bool) -> None:
+@add_json_option
+@pass_cli_context
+def export(session: CliContext, kind: str, dest: Path, keep: int | None, as_json: bool) -> None:
     """Write what is active now into a new folder in DEST, and print its path.
 
     merged is the whole model, for anything that reads Hugging Face folders; delta only the changed
@@ -31,16 +31,16 @@ def export(session: Session, kind: str, dest: Path, keep: int | None, as_json: b
       kedit-daemon export merged /srv/models
       kedit-daemon export lora /srv/adapters --keep 3
     """
-    from kedit_daemon.publish.export.make import export as make
+    from kedit_daemon.publish.export.make import create_export as make
 
     done = make(session.home, kind, dest, keep)
     for note in done.notes:
-        click.echo(f"note: {clean(note)}", err=True)
+        click.echo(f"note: {clean_text(note)}", err=True)
     if as_json:
         print_json(done.as_dict())
         return
     if done.placed.existed:
         click.echo("it is there already, and stays as it is", err=True)
     if done.placed.removed:
-        click.echo(f"deleted: {', '.join(map(clean, done.placed.removed))}", err=True)
-    click.echo(clean(done.placed.path))
+        click.echo(f"deleted: {', '.join(map(clean_text, done.placed.removed))}", err=True)
+    click.echo(clean_text(done.placed.path))

@@ -9,22 +9,28 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kedit_daemon.cli.context import Session, dry_run_option, json_option, pass_session, print_json
-from kedit_daemon.home import NAME, keep_writers_out
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.cli.context import (
+    CliContext,
+    add_dry_run_option,
+    add_json_option,
+    pass_cli_context,
+    print_json,
+)
+from kedit_daemon.home import PROGRAM_NAME, restrict_umask
+from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 
 if TYPE_CHECKING:
-    from kedit_daemon.ingest.parser import Problem
+    from kedit_daemon.ingest.parser import RecordProblem
     from kedit_daemon.ingest.submit import Submission
 
-PROBLEMS_SHOWN = 20
+MAX_PROBLEMS_SHOWN = 20
 
 
 @click.command()
 @click.option("--model", metavar="PATH_OR_ID", help="Instead of the model that is shipped.")
-@pass_session
-def init(session: Session, model: str | None) -> None:
+@pass_cli_context
+def init(session: CliContext, model: str | None) -> None:
     """Make a home: its folders, a commented config.toml, and review.yaml.
 
     The latter is for looking at the database in a web browser:
@@ -35,49 +41,49 @@ def init(session: Session, model: str | None) -> None:
       kedit-daemon init
       kedit-daemon --home ./facts-of-mine init --model /srv/models/llama
     """
-    from kedit_daemon.config import default_text, load
-    from kedit_daemon.maintenance.restore import refuse_cut_off
+    from kedit_daemon.config import load_config, render_default_config
+    from kedit_daemon.maintenance.restore import refuse_unfinished_restore
     from memory.files import write_atomic
 
-    refuse_cut_off(session.home)
+    refuse_unfinished_restore(session.home)
     if model is not None and not (model and model.isprintable()):
         raise click.BadParameter("a model is a folder or an id on the hub.", param_hint="--model")
-    path = session.home.config
+    path = session.home.config_file
     if path.exists() and model is not None:
         raise KeditError(f"{path} is there already", code="exists", hint="change `model` in it")
-    keep_writers_out()
-    session.home.create()
+    restrict_umask()
+    session.home.create_folders()
     if path.exists():
-        click.echo(f"{clean(path)} is there already and stays as it is", err=True)
+        click.echo(f"{clean_text(path)} is there already and stays as it is", err=True)
     else:
         if model is not None and Path(model).is_dir():
             model = str(Path(model).absolute())
-        write_atomic(path, default_text(model or "shipped").encode())
-    if not session.home.review.exists():
-        desk = Path(__file__).with_name(session.home.review.name)
-        write_atomic(session.home.review, desk.read_bytes())
-    load(session.home.root, session.environ)
-    click.echo(clean(session.home.root))
-    click.echo(f"next: {clean(session.program)} run", err=True)
+        write_atomic(path, render_default_config(model or "shipped").encode())
+    if not session.home.review_file.exists():
+        desk = Path(__file__).with_name(session.home.review_file.name)
+        write_atomic(session.home.review_file, desk.read_bytes())
+    load_config(session.home.root, session.environ)
+    click.echo(clean_text(session.home.root))
+    click.echo(f"next: {clean_text(session.program)} run", err=True)
 
 
 @click.command()
-@pass_session
+@pass_cli_context
 @click.pass_context
-def run(ctx: click.Context, session: Session) -> None:
+def run(ctx: click.Context, session: CliContext) -> None:
     """Run the daemon, in the foreground, until SIGTERM or Ctrl-C.
 
     \b
     Example:
       kedit-daemon run
     """
-    from kedit_daemon.config import load
-    from kedit_daemon.system.log_setup import set_up
+    from kedit_daemon.config import load_config
+    from kedit_daemon.system.log_setup import configure_logging
 
-    keep_writers_out()
-    config = load(session.home.root, session.environ)
-    set_up(bool(ctx.find_root().params.get("debug")), session.environ)
-    from kedit_daemon.daemon.loop import run as run_daemon
+    restrict_umask()
+    config = load_config(session.home.root, session.environ)
+    configure_logging(bool(ctx.find_root().params.get("debug")), session.environ)
+    from kedit_daemon.daemon.loop import run_daemon as run_daemon
 
     ctx.exit(run_daemon(session.home, config))
 
@@ -85,13 +91,13 @@ def run(ctx: click.Context, session: Session) -> None:
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--wait", "waiting", is_flag=True, help="End when all facts are live or at an end.")
-@dry_run_option
+@add_dry_run_option
 @click.option("--format", metavar="F", help="The data set's form, instead of what the keys say.")
-@pass_session
+@pass_cli_context
 @click.pass_context
 def submit(
     ctx: click.Context,
-    session: Session,
+    session: CliContext,
     file: str,
     waiting: bool,
     dry_run: bool,
@@ -108,27 +114,27 @@ def submit(
       echo '{"subject": "Lake Eyre", "prompt": "The country that {} lies in is",
              "target": "Australia"}' | kedit-daemon submit -
     """
-    from kedit_daemon.config import load
-    from kedit_daemon.ingest.schemas import Limits
-    from kedit_daemon.ingest.submit import prepare
+    from kedit_daemon.config import load_config
+    from kedit_daemon.ingest.schemas import FileLimits
+    from kedit_daemon.ingest.submit import prepare_submission
 
     if waiting and dry_run:
         raise click.UsageError("--dry-run hands nothing in, so there is nothing to --wait for.")
-    config = load(session.home.root, session.environ)
-    limits = Limits(config.inbox.max_facts, config.inbox.max_target_chars)
-    submission = prepare(*_read(file, config.inbox.max_bytes), format, limits)
-    _complain(submission.name, submission.parsed.problems)
+    config = load_config(session.home.root, session.environ)
+    limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+    submission = prepare_submission(*_read_input(file, config.inbox.max_bytes), format, limits)
+    _print_problems(submission.name, submission.parsed.problems)
     if dry_run:
-        _foretell(session, submission, config.routing.direct_facts)
+        _preview_submission(session, submission, config.routing.direct_facts)
     elif submission.facts:
-        _hand_in(ctx, session, submission, waiting)
+        _submit_facts(ctx, session, submission, waiting)
     else:
         click.echo("nothing handed in", err=True)
     if submission.parsed.problems:
         ctx.exit(1)
 
 
-def _read(file: str, most: int) -> tuple[bytes, str]:
+def _read_input(file: str, most: int) -> tuple[bytes, str]:
     if file == "-":
         if sys.stdin.isatty():
             click.echo("type or paste facts, then Ctrl-D on a line of its own", err=True)
@@ -145,75 +151,80 @@ def _read(file: str, most: int) -> tuple[bytes, str]:
     return data, name
 
 
-def _complain(name: str, problems: Sequence["Problem"]) -> None:
-    for problem in problems[:PROBLEMS_SHOWN]:
-        remedy = f"  → {clean(problem.remedy)}" if problem.remedy else ""
-        text = f"{clean(name)}:{problem.line}: {clean(problem.problem)}{remedy}"
+def _print_problems(name: str, problems: Sequence["RecordProblem"]) -> None:
+    for problem in problems[:MAX_PROBLEMS_SHOWN]:
+        remedy = f"  → {clean_text(problem.remedy)}" if problem.remedy else ""
+        text = f"{clean_text(name)}:{problem.line}: {clean_text(problem.problem)}{remedy}"
         click.echo(text, err=True)
-    if len(problems) > PROBLEMS_SHOWN:
-        click.echo(f"and {len(problems) - PROBLEMS_SHOWN} more problems", err=True)
+    if len(problems) > MAX_PROBLEMS_SHOWN:
+        click.echo(f"and {len(problems) - MAX_PROBLEMS_SHOWN} more problems", err=True)
 
 
-def _foretell(session: Session, submission: "Submission", direct_facts: int) -> None:
+def _preview_submission(session: CliContext, submission: "Submission", direct_facts: int) -> None:
     from dataclasses import asdict
 
-    from kedit_daemon.ingest.submit import foresee
-    from kedit_daemon.report.render import statement
+    from kedit_daemon.ingest.submit import predict_outcomes
+    from kedit_daemon.report.render import format_statement
 
     now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-    for seen in foresee(submission.facts, session.home, now, direct_facts):
-        said = statement(asdict(seen.fact))
-        click.echo(f"{seen.fact.id}  {seen.outcome:<10}  {said}  ({clean(seen.detail)})")
+    for seen in predict_outcomes(submission.facts, session.home, now, direct_facts):
+        said = format_statement(asdict(seen.fact))
+        click.echo(f"{seen.fact.id}  {seen.outcome:<10}  {said}  ({clean_text(seen.detail)})")
     broken = len(submission.parsed.problems)
     more = f", {broken} broken" if broken else ""
     facts = "1 fact" if len(submission.facts) == 1 else f"{len(submission.facts)} facts"
     click.echo(f"dry run: {facts}{more}; nothing handed in", err=True)
 
 
-def _hand_in(ctx: click.Context, session: Session, submission: "Submission", waiting: bool) -> None:
-    from kedit_daemon.ingest.submit import hand_in
+def _submit_facts(
+    ctx: click.Context, session: CliContext, submission: "Submission", waiting: bool
+) -> None:
+    from kedit_daemon.ingest.submit import submit_to_inbox
 
-    name = hand_in(session.home.inbox, submission)
+    name = submit_to_inbox(session.home.inbox_folder, submission)
     for fact in submission.facts:
         click.echo(fact.id)
     if broken := len(submission.parsed.problems):
         records = "1 record states" if broken == 1 else f"{broken} records state"
         click.echo(f"{records} no fact; the rest is handed in", err=True)
     if waiting:
-        _wait(ctx, session, name, submission)
+        _wait_for_facts(ctx, session, name, submission)
     else:
-        _mention_stopped(session)
+        _warn_if_stopped(session)
 
 
-def _wait(ctx: click.Context, session: Session, name: str, submission: "Submission") -> None:
-    from kedit_daemon.ingest.wait import FAILED, LOST, wait
+def _wait_for_facts(
+    ctx: click.Context, session: CliContext, name: str, submission: "Submission"
+) -> None:
+    from kedit_daemon.ingest.wait import FAILED_STATES, LOST, wait_until_settled
 
     ids = list(dict.fromkeys(fact.id for fact in submission.facts))
-    states = wait(session.home, name, ids, lambda text: click.echo(text, err=True))
-    bad = {i: (state, why) for i, (state, why) in states.items() if state in (*FAILED, LOST)}
+    states = wait_until_settled(session.home, name, ids, lambda text: click.echo(text, err=True))
+    bad = {i: (state, why) for i, (state, why) in states.items() if state in (*FAILED_STATES, LOST)}
     for fact_id, (state, why) in bad.items():
-        click.echo(f"{fact_id} {state}{': ' + clean(why) if why else ''}", err=True)
+        click.echo(f"{fact_id} {state}{': ' + clean_text(why) if why else ''}", err=True)
     facts = "fact is" if len(ids) == 1 else "facts are"
     click.echo(f"{len(ids) - len(bad)} of {len(ids)} {facts} done", err=True)
     if bad:
         ctx.exit(1)
 
 
-def _mention_stopped(session: Session) -> None:
-    from kedit_daemon.system.lock import holder
+def _warn_if_stopped(session: CliContext) -> None:
+    from kedit_daemon.system.lock import find_lock_holder
 
-    if holder(session.home.lock) is None:
+    if find_lock_holder(session.home.lock_file) is None:
         click.echo(
-            f"the daemon is not running, so the file waits: {clean(session.program)} run", err=True
+            f"the daemon is not running, so the file waits: {clean_text(session.program)} run",
+            err=True,
         )
 
 
 @click.command()
 @click.option("--fix", is_flag=True, help="First take away the files that a crash has left.")
-@json_option
-@pass_session
+@add_json_option
+@pass_cli_context
 @click.pass_context
-def doctor(ctx: click.Context, session: Session, fix: bool, as_json: bool) -> None:
+def doctor(ctx: click.Context, session: CliContext, fix: bool, as_json: bool) -> None:
     """Check the installation and the home.
 
     Each check that failed names its remedy. Exits with 1 when a check failed; warnings do
@@ -230,17 +241,19 @@ def doctor(ctx: click.Context, session: Session, fix: bool, as_json: bool) -> No
     from kedit_daemon.maintenance.doctor_install import FAILED
 
     marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), FAILED: ("✗", "red")}
-    removed = at.fix(session.home) if fix else []
+    removed = at.clean_home(session.home) if fix else []
     for path in removed if not as_json else []:
-        click.echo(f"removed {clean(str(path))}")
+        click.echo(f"removed {clean_text(str(path))}")
     checks = []
-    for check in at.examine(session.home, session.environ, datetime.now(UTC)):
+    for check in at.run_checks(session.home, session.environ, datetime.now(UTC)):
         checks.append(check)
         if not as_json:
             mark, colour = marks[check.outcome]
-            click.echo(f"{click.style(mark, fg=colour)} {check.name:<12} {clean(check.detail)}")
+            click.echo(
+                f"{click.style(mark, fg=colour)} {check.name:<12} {clean_text(check.detail)}"
+            )
             if check.remedy:
-                click.echo(f"               → {clean(_callable(session, check.remedy))}")
+                click.echo(f"               → {clean_text(_format_remedy(session, check.remedy))}")
     failed = any(check.outcome == FAILED for check in checks)
     if as_json:
         print_json(
@@ -254,9 +267,9 @@ def doctor(ctx: click.Context, session: Session, fix: bool, as_json: bool) -> No
         ctx.exit(1)
 
 
-def _callable(session: Session, remedy: str) -> str:
+def _format_remedy(session: CliContext, remedy: str) -> str:
     """A remedy that is a command of ours, as it is called for this home."""
-    name = f"{NAME} "
+    name = f"{PROGRAM_NAME} "
     return f"{session.program} {remedy.removeprefix(name)}" if remedy.startswith(name) else remedy
 
 
@@ -271,6 +284,6 @@ def demo(ctx: click.Context) -> None:
     Example:
       kedit-daemon demo
     """
-    from kedit_daemon.demo.tour import run as run_tour
+    from kedit_daemon.demo.tour import run_tour as run_tour
 
     ctx.exit(run_tour(echo=click.echo))

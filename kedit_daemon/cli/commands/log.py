@@ -12,55 +12,57 @@ from typing import Any
 
 import click
 
-from kedit_daemon.cli.completion import complete_facts, complete_kinds
+from kedit_daemon.cli.completion import complete_event_kinds, complete_facts
 from kedit_daemon.cli.context import (
+    CliContext,
     Command,
-    Session,
-    database,
-    json_option,
-    no_fact,
-    pass_session,
+    add_json_option,
+    open_database,
+    pass_cli_context,
     print_json,
+    unknown_fact_error,
 )
 from kedit_daemon.cli.usage import Suggesting
-from kedit_daemon.report.event_kinds import KINDS
-from kedit_daemon.report.render import statement
-from kedit_daemon.report.render_log import answered, event_lines
-from kedit_daemon.system.timespec import moment
-from memory.db.queries import event_rows, fact_detail
-from memory.facts import State
+from kedit_daemon.report.event_kinds import EVENT_KINDS
+from kedit_daemon.report.render import format_statement
+from kedit_daemon.report.render_log import add_prior_answer, render_event
+from kedit_daemon.system.timespec import parse_time
+from memory.db.queries import fetch_events, fetch_fact_detail
+from memory.facts import FactState
 
 POLL_SECONDS = 0.5
 
 
-def _moment(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
+def _parse_since(_ctx: click.Context, _parameter: click.Parameter, text: str | None) -> str | None:
     try:
-        return None if text is None else moment(text, datetime.now(UTC))
+        return None if text is None else parse_time(text, datetime.now(UTC))
     except ValueError as error:
         raise click.BadParameter(f"{error}.") from None
 
 
-def _known_kinds(
+def _check_kinds(
     _ctx: click.Context, _parameter: click.Parameter, kinds: tuple[str, ...]
 ) -> tuple[str, ...]:
     for kind in kinds:
-        if kind not in KINDS:
-            near = get_close_matches(kind, KINDS, 1)
+        if kind not in EVENT_KINDS:
+            near = get_close_matches(kind, EVENT_KINDS, 1)
             raise click.BadParameter(
                 f"there is no kind {kind!r}."
-                + (f" Did you mean {near[0]}?" if near else f" One of {', '.join(KINDS)}.")
+                + (f" Did you mean {near[0]}?" if near else f" One of {', '.join(EVENT_KINDS)}.")
             )
     return kinds
 
 
-_FILTERS = (
-    click.option("--since", callback=_moment, metavar="T", help="From then on: ISO-8601, 2h, 7d."),
+_FILTER_OPTIONS = (
+    click.option(
+        "--since", callback=_parse_since, metavar="T", help="From then on: ISO-8601, 2h, 7d."
+    ),
     click.option(
         *("--kind", "kinds"),
         multiple=True,
         metavar="K",
-        callback=_known_kinds,
-        shell_complete=complete_kinds,
+        callback=_check_kinds,
+        shell_complete=complete_event_kinds,
         help="Only events of this kind, such as fact_reverted; may be given again.",
     ),
     click.option(
@@ -69,28 +71,28 @@ _FILTERS = (
     click.option("--subject", metavar="TEXT", help="Only of facts whose subject holds this text."),
     click.option(
         "--state",
-        type=click.Choice([str(s) for s in State]),
+        type=click.Choice([str(s) for s in FactState]),
         help="Only of facts that are in this state now.",
     ),
     click.option("--limit", "last", type=click.IntRange(1), help="Only the last so many."),
 )
 
 
-def _filters(command: Command) -> Command:
+def _add_filter_options(command: Command) -> Command:
     """Which events are wanted; the options' names are those that `event_rows` takes."""
-    for option in reversed(_FILTERS):
+    for option in reversed(_FILTER_OPTIONS):
         command = option(command)
     return command
 
 
 @click.group(cls=Suggesting, invoke_without_command=True)
 @click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
-@_filters
-@json_option
-@pass_session
+@_add_filter_options
+@add_json_option
+@pass_cli_context
 @click.pass_context
 def log(
-    ctx: click.Context, session: Session, /, follow: bool, as_json: bool, **wanted: Any
+    ctx: click.Context, session: CliContext, /, follow: bool, as_json: bool, **wanted: Any
 ) -> None:
     """Review what changed, when and why.
 
@@ -108,26 +110,26 @@ def log(
             raise click.UsageError(f"put options behind {ctx.invoked_subcommand!r}.")
         return
     coloured = sys.stdout.isatty() and ctx.color is not False
-    with database(session.home) as conn, suppress(KeyboardInterrupt):
-        for event in _events(session, conn, wanted, follow):
+    with open_database(session.home) as conn, suppress(KeyboardInterrupt):
+        for event in _iter_events(session, conn, wanted, follow):
             if as_json:
                 print_json(event, indent=None)
                 continue
-            said = _said(conn, event["fact_id"])
-            click.echo("\n".join(event_lines(answered(conn, event), said, coloured)))
+            said = _find_statement(conn, event["fact_id"])
+            click.echo("\n".join(render_event(add_prior_answer(conn, event), said, coloured)))
 
 
-def _events(
-    session: Session, conn: sqlite3.Connection, wanted: Mapping[str, Any], follow: bool = False
+def _iter_events(
+    session: CliContext, conn: sqlite3.Connection, wanted: Mapping[str, Any], follow: bool = False
 ) -> Iterator[dict[str, Any]]:
     fact = wanted["fact"]
-    if fact is not None and fact_detail(conn, fact) is None:
-        raise no_fact(session, conn, fact)
+    if fact is not None and fetch_fact_detail(conn, fact) is None:
+        raise unknown_fact_error(session, conn, fact)
     last, asked = 0, dict(wanted)
     while True:
         # Read before the events, so that what comes in between is seen the next time.
         newest = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
-        for event in event_rows(conn, last, **asked):
+        for event in fetch_events(conn, last, **asked):
             yield event
             last = event["seq"]
         if not follow:
@@ -137,18 +139,18 @@ def _events(
         time.sleep(POLL_SECONDS)
 
 
-def _said(conn: sqlite3.Connection, fact_id: str | None) -> str | None:
+def _find_statement(conn: sqlite3.Connection, fact_id: str | None) -> str | None:
     row = conn.execute(
         "SELECT subject, prompt, target FROM facts WHERE id = ?", (fact_id,)
     ).fetchone()
-    return statement(dict(row)) if row else None
+    return format_statement(dict(row)) if row else None
 
 
 @log.command()
-@json_option
-@pass_session
+@add_json_option
+@pass_cli_context
 @click.pass_context
-def verify(ctx: click.Context, session: Session, as_json: bool) -> None:
+def verify(ctx: click.Context, session: CliContext, as_json: bool) -> None:
     """Check the chain of hashes.
 
     Also against the head that is kept outside the database. Exits with 1 when the chain is broken.
@@ -160,9 +162,9 @@ def verify(ctx: click.Context, session: Session, as_json: bool) -> None:
     from memory.db import event_log
 
     # The head first: the daemon may write events while the chain is walked.
-    head = event_log.read_head(session.home.head)
-    with database(session.home) as conn:
-        verdict = event_log.verify(conn, head)
+    head = event_log.read_head(session.home.head_file)
+    with open_database(session.home) as conn:
+        verdict = event_log.verify_chain(conn, head)
     if as_json:
         kept = None if head is None else {"seq": head[0], "hash": head[1]}
         print_json({**asdict(verdict), "kept_head": kept})
@@ -186,9 +188,9 @@ def verify(ctx: click.Context, session: Session, as_json: bool) -> None:
     show_default=True,
     help="One JSON object a line, with everything; a Markdown table; a spreadsheet.",
 )
-@_filters
-@pass_session
-def export(session: Session, /, form: str, **wanted: Any) -> None:
+@_add_filter_options
+@pass_cli_context
+def export(session: CliContext, /, form: str, **wanted: Any) -> None:
     """Print the log, to be kept or read elsewhere.
 
     In Markdown and CSV nothing that a fact says can act as markup or as a formula.
@@ -201,18 +203,20 @@ def export(session: Session, /, form: str, **wanted: Any) -> None:
     from kedit_daemon.report.export_log import (
         CSV_COLUMNS,
         MARKDOWN_HEAD,
-        csv_line,
-        csv_row,
-        markdown_row,
+        format_csv_line,
+        format_csv_row,
+        format_markdown_row,
     )
 
-    heads = {"md": MARKDOWN_HEAD, "csv": csv_line(*CSV_COLUMNS)}
-    row = {"md": markdown_row, "csv": csv_row}.get(form)
-    with database(session.home) as conn:
+    heads = {"md": MARKDOWN_HEAD, "csv": format_csv_line(*CSV_COLUMNS)}
+    row = {"md": format_markdown_row, "csv": format_csv_row}.get(form)
+    with open_database(session.home) as conn:
         if form in heads:
             click.echo(heads[form])
-        for event in _events(session, conn, wanted):
+        for event in _iter_events(session, conn, wanted):
             if row is None:
                 print_json(event, indent=None)
             else:
-                click.echo(row(answered(conn, event), _said(conn, event["fact_id"])))
+                click.echo(
+                    row(add_prior_answer(conn, event), _find_statement(conn, event["fact_id"]))
+                )

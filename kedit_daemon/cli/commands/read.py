@@ -9,27 +9,27 @@ from typing import Any
 
 import click
 
-from kedit_daemon.cli.completion import complete_shown
+from kedit_daemon.cli.completion import complete_show_names
 from kedit_daemon.cli.context import (
-    Session,
-    database,
-    json_option,
-    no_fact,
-    pass_session,
+    CliContext,
+    add_json_option,
+    open_database,
+    pass_cli_context,
     print_json,
+    unknown_fact_error,
 )
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 
 WATCH_SECONDS = 2.0
 
 
 @click.command()
 @click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
-@json_option
-@pass_session
+@add_json_option
+@pass_cli_context
 @click.pass_context
-def status(ctx: click.Context, session: Session, watch: bool, as_json: bool) -> None:
+def status(ctx: click.Context, session: CliContext, watch: bool, as_json: bool) -> None:
     """Show how the daemon is, on one screen.
 
     It works when the daemon is dead. Exits with 3 when the daemon is not running, with 4
@@ -41,64 +41,66 @@ def status(ctx: click.Context, session: Session, watch: bool, as_json: bool) -> 
       kedit-daemon status --json
     """
     if watch:
-        _watch(ctx, session, as_json)
+        _watch_status(ctx, session, as_json)
         return
-    found, code = _status(session)
+    found, code = _gather_status(session)
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(_lines(found)))
+        click.echo("\n".join(_render_status(found)))
     ctx.exit(code)
 
 
-def _status(session: Session) -> tuple[dict[str, Any], int]:
-    from kedit_daemon.report.status import exit_code, gather
+def _gather_status(session: CliContext) -> tuple[dict[str, Any], int]:
+    from kedit_daemon.report.status import choose_exit_code, gather_status
 
-    found = gather(session.home, datetime.now(UTC), session.environ, session.program)
-    return found, exit_code(found)
-
-
-def _lines(found: dict[str, Any]) -> list[str]:
-    from kedit_daemon.report.render import status_lines
-
-    return list(status_lines(found))
+    found = gather_status(session.home, datetime.now(UTC), session.environ, session.program)
+    return found, choose_exit_code(found)
 
 
-def _watch(ctx: click.Context, session: Session, as_json: bool) -> None:
+def _render_status(found: dict[str, Any]) -> list[str]:
+    from kedit_daemon.report.render import render_status
+
+    return list(render_status(found))
+
+
+def _watch_status(ctx: click.Context, session: CliContext, as_json: bool) -> None:
     in_place = sys.stdout.isatty() and not as_json and session.environ.get("TERM") != "dumb"
     first = True
     with suppress(KeyboardInterrupt):
         while True:
-            found, _ = _status(session)
+            found, _ = _gather_status(session)
             if as_json:
                 print_json(found, None)
             elif in_place:
-                _redraw(ctx, found, first)
+                _redraw_status(ctx, found, first)
             else:
                 rule = "" if first else f"---- {found['at']} ----\n"
-                click.echo(rule + "\n".join(_lines(found)))
+                click.echo(rule + "\n".join(_render_status(found)))
             first = False
             time.sleep(WATCH_SECONDS)
     if in_place:
         click.echo()  # the shell's prompt begins a line
 
 
-def _redraw(ctx: click.Context, found: dict[str, Any], first: bool) -> None:
+def _redraw_status(ctx: click.Context, found: dict[str, Any], first: bool) -> None:
     from kedit_daemon.cli.screen import CLEAR, redrawn
 
     foot = click.style(f"{found['at']}, again every {WATCH_SECONDS:.0f} s; Ctrl-C ends", dim=True)
     size = shutil.get_terminal_size()
-    drawn = redrawn([*_lines(found), foot], size.columns, size.lines, ctx.color is not False)
+    drawn = redrawn(
+        [*_render_status(found), foot], size.columns, size.lines, ctx.color is not False
+    )
     # These codes place the text, so they are wanted without colours too.
     click.echo((CLEAR if first else "") + drawn, nl=False, color=True)
 
 
 @click.command()
-@click.option("--state", type=click.Choice([str(s) for s in State]), help="Only in this state.")
+@click.option("--state", type=click.Choice([str(s) for s in FactState]), help="Only in this state.")
 @click.option("--subject", help="Only where the subject holds this text, in any case.")
-@json_option
-@pass_session
-def facts(session: Session, state: str | None, subject: str | None, as_json: bool) -> None:
+@add_json_option
+@pass_cli_context
+def facts(session: CliContext, state: str | None, subject: str | None, as_json: bool) -> None:
     """List the facts, in the order of their arrival.
 
     \b
@@ -106,26 +108,26 @@ def facts(session: Session, state: str | None, subject: str | None, as_json: boo
       kedit-daemon facts --state live-side
       kedit-daemon facts --subject eyre --json
     """
-    from memory.db.queries import fact_rows
+    from memory.db.queries import fetch_facts
 
-    with database(session.home) as conn:
-        rows = fact_rows(conn, state, subject)
+    with open_database(session.home) as conn:
+        rows = fetch_facts(conn, state, subject)
     if as_json:
         print_json(rows)
         return
-    from kedit_daemon.report.render import fact_lines
+    from kedit_daemon.report.render import render_facts
 
-    for line in fact_lines(rows):
+    for line in render_facts(rows):
         click.echo(line)
     if not rows:
         click.echo("no such facts", err=True)
 
 
 @click.command()
-@click.argument("name", metavar="ID", shell_complete=complete_shown)
-@json_option
-@pass_session
-def show(session: Session, name: str, as_json: bool) -> None:
+@click.argument("name", metavar="ID", shell_complete=complete_show_names)
+@add_json_option
+@pass_cli_context
+def show(session: CliContext, name: str, as_json: bool) -> None:
     """Show one fact, by its id or yours.
 
     With its history, keys, tier, generation and probe results. The name of a file in
@@ -136,10 +138,10 @@ def show(session: Session, name: str, as_json: bool) -> None:
       kedit-daemon show 3f2a9c01d4be
       kedit-daemon show facts-17.jsonl
     """
-    from kedit_daemon.ingest.failed_files import failed_report
+    from kedit_daemon.ingest.failed_files import read_failed_report
 
-    report = failed_report(session.home, name)
-    fact = _fact(session, name, wanted=report is None)
+    report = read_failed_report(session.home, name)
+    fact = _find_fact(session, name, wanted=report is None)
     if as_json:
         print_json(fact or report)
     elif fact is not None:
@@ -148,15 +150,15 @@ def show(session: Session, name: str, as_json: bool) -> None:
         _show_failed_file(session, name, report or {})
 
 
-def _fact(session: Session, name: str, wanted: bool) -> dict[str, Any] | None:
+def _find_fact(session: CliContext, name: str, wanted: bool) -> dict[str, Any] | None:
     """The fact; where it has to be there, a KeditError when it is not."""
-    from memory.db.queries import fact_detail
+    from memory.db.queries import fetch_fact_detail
 
     try:
-        with database(session.home) as conn:
-            fact = fact_detail(conn, name)
+        with open_database(session.home) as conn:
+            fact = fetch_fact_detail(conn, name)
             if fact is None and wanted:
-                raise no_fact(session, conn, name)
+                raise unknown_fact_error(session, conn, name)
     except (KeditError, UnicodeEncodeError):  # a file's name may be any bytes, a fact's may not
         if wanted:
             raise
@@ -165,16 +167,16 @@ def _fact(session: Session, name: str, wanted: bool) -> dict[str, Any] | None:
 
 
 def _show_fact(fact: dict[str, Any]) -> None:
-    from kedit_daemon.report.render import detail_lines
-    from kedit_daemon.report.render_log import event_lines
+    from kedit_daemon.report.render import render_fact_detail
+    from kedit_daemon.report.render_log import render_event
 
-    history = [line for event in fact["events"] for line in event_lines(event, None)]
-    click.echo("\n".join([*detail_lines(fact), *(f"  {line}" for line in history)]))
+    history = [line for event in fact["events"] for line in render_event(event, None)]
+    click.echo("\n".join([*render_fact_detail(fact), *(f"  {line}" for line in history)]))
 
 
-def _show_failed_file(session: Session, name: str, report: dict[str, Any]) -> None:
+def _show_failed_file(session: CliContext, name: str, report: dict[str, Any]) -> None:
     from kedit_daemon.ingest.failed_files import failed_folder
-    from kedit_daemon.report.render import failed_file_lines
+    from kedit_daemon.report.render import render_failed_file
 
     folder = str(failed_folder(session.home))
-    click.echo("\n".join(failed_file_lines(name, folder, report)))
+    click.echo("\n".join(render_failed_file(name, folder, report)))

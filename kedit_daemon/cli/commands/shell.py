@@ -7,7 +7,7 @@ import sys
 import click
 from click.shell_completion import get_completion_class
 
-from kedit_daemon.home import NAME
+from kedit_daemon.home import PROGRAM_NAME
 
 
 @click.command()
@@ -25,8 +25,8 @@ def completion(ctx: click.Context, shell: str) -> None:
     made = get_completion_class(shell)
     if made is None:
         raise click.UsageError(f"{shell} is not a shell that click completes for.")
-    variable = f"_{NAME.replace('-', '_').upper()}_COMPLETE"
-    click.echo(made(ctx.find_root().command, {}, NAME, variable).source())
+    variable = f"_{PROGRAM_NAME.replace('-', '_').upper()}_COMPLETE"
+    click.echo(made(ctx.find_root().command, {}, PROGRAM_NAME, variable).source())
 
 
 @click.command()
@@ -41,9 +41,9 @@ def man(ctx: click.Context) -> None:
       kedit-daemon man
       kedit-daemon man > /usr/local/share/man/man1/kedit-daemon.1
     """
-    from kedit_daemon.cli.manpage import page
+    from kedit_daemon.cli.manpage import render_page
 
-    text = page(ctx.find_root())
+    text = render_page(ctx.find_root())
     viewer = shutil.which("man")
     if viewer is None or not sys.stdout.isatty():
         click.echo(text, nl=False)

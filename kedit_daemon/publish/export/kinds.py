@@ -11,19 +11,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.utils.hub import cached_file
 
-from kedit_daemon.editing.model_loading import find_site, find_statistics, model_path
-from kedit_daemon.publish.export.source import Source, Written, read_terms
+from kedit_daemon.editing.model_loading import find_site, find_statistics, locate_model
+from kedit_daemon.publish.export.source import ExportSource, WrittenExport, read_edit_terms
 from memory.errors import KeditError
 from memory.files import load_tensors
-from memory.model.checkpoint import SINGLE, Checkpoint
+from memory.model.checkpoint import SINGLE_FILE, Checkpoint
 from policies.memit_mass import WeightsTier
 
 MAX_RANK = 512  # vLLM's largest max_lora_rank
-SAME_DELTA = 1e-4  # of ‖ΔW‖, by which the factors may differ from the generation's own
+DELTA_TOLERANCE = 1e-4  # of ‖ΔW‖, by which the factors may differ from the generation's own
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditedCheckpoint:
     """The model's files, and the active generation over them."""
 
     checkpoint: Checkpoint
@@ -31,9 +31,9 @@ class Edited:
     deltas: dict[int, Tensor]
 
 
-def model_folder(name: str) -> Path:
+def find_model_folder(name: str) -> Path:
     """Where the files of a configured model lie; nothing is fetched from the hub."""
-    path = model_path(name)
+    path = locate_model(name)
     if path.is_dir():
         return path
     try:
@@ -47,20 +47,20 @@ def model_folder(name: str) -> Path:
     return Path(str(found)).parent
 
 
-def open_edited(source: Source) -> Edited:
+def open_edited_model(source: ExportSource) -> EditedCheckpoint:
     """The weights of the active generation, checked against the ledger."""
-    checkpoint, generation = Checkpoint(model_folder(source.model)), source.generation
-    if checkpoint.weights_hash(range(checkpoint.layers), {}) != source.base_hash:
+    checkpoint, generation = Checkpoint(find_model_folder(source.model)), source.generation
+    if checkpoint.weights_hash(range(checkpoint.layer_count), {}) != source.base_hash:
         raise KeditError(
             f"{checkpoint.folder} is not the model that this home was made for",
             code="model",
             hint="put the model back as it was",
         )
-    at = (checkpoint.folder, source.home.state, source.base_hash)
-    layers = find_site(*at, checkpoint.layers, checkpoint.kind).layers
+    at = (checkpoint.folder, source.home.state_folder, source.base_hash)
+    layers = find_site(*at, checkpoint.layer_count, checkpoint.model_type).layers
     found = {}
     if generation.sha256:
-        found = load_tensors(source.home.generations, generation.sha256)
+        found = load_tensors(source.home.generations_folder, generation.sha256)
     deltas = {int(name): delta for name, delta in found.items()}
     served = generation.weights_hash  # none of the base, before the first flush
     if served and served != checkpoint.weights_hash(layers, deltas):
@@ -69,56 +69,59 @@ def open_edited(source: Source) -> Edited:
             code="corrupt",
             hint="restart the daemon, or run kedit-daemon audit, and export again",
         )
-    return Edited(checkpoint, layers, deltas)
+    return EditedCheckpoint(checkpoint, layers, deltas)
 
 
-def write_merged(source: Source, to: Path) -> Written:
+def write_merged(source: ExportSource, to: Path) -> WrittenExport:
     """The whole model, as transformers and everything that reads its folders takes it."""
-    edited = open_edited(source)
-    weights = _stored(edited, tuple(sorted(edited.deltas)))
-    edited.checkpoint.copy_beside(to)
+    edited = open_edited_model(source)
+    weights = _build_weights(edited, tuple(sorted(edited.deltas)))
+    edited.checkpoint.copy_companions(to)
     edited.checkpoint.copy_weights(to, weights)
-    return _rounded(edited, weights)
+    return _measure_rounding(edited, weights)
 
 
-def write_delta(source: Source, to: Path) -> Written:
+def write_delta(source: ExportSource, to: Path) -> WrittenExport:
     """The edited tensors alone, whole: also where no fact is left in them, so that a server that
     has an earlier generation comes to this one."""
-    edited = open_edited(source)
-    weights = _stored(edited, edited.layers)
-    places = edited.checkpoint.places
+    edited = open_edited_model(source)
+    weights = _build_weights(edited, edited.layers)
+    places = edited.checkpoint.locations
     (to / "config.json").write_bytes((edited.checkpoint.folder / "config.json").read_bytes())
-    named = {places[n].tensor: weight for n, weight in weights.items()}
-    save_file(named, to / SINGLE, metadata={"format": "pt"})
-    return _rounded(edited, weights)
+    named = {places[n].tensor_name: weight for n, weight in weights.items()}
+    save_file(named, to / SINGLE_FILE, metadata={"format": "pt"})
+    return _measure_rounding(edited, weights)
 
 
-def _stored(edited: Edited, layers: tuple[int, ...]) -> dict[int, Tensor]:
+def _build_weights(edited: EditedCheckpoint, layers: tuple[int, ...]) -> dict[int, Tensor]:
     checkpoint = edited.checkpoint
-    return {n: checkpoint.stored(n, checkpoint.edited(n, edited.deltas)) for n in layers}
+    return {
+        n: checkpoint.to_stored_layout(n, checkpoint.read_edited_weight(n, edited.deltas))
+        for n in layers
+    }
 
 
-def _rounded(edited: Edited, weights: dict[int, Tensor]) -> Written:
+def _measure_rounding(edited: EditedCheckpoint, weights: dict[int, Tensor]) -> WrittenExport:
     """How much of each ΔW is lost where the weights are loaded in the model's own dtype."""
     checkpoint, dtypes, lost = edited.checkpoint, {}, {}
     for n, weight in weights.items():
-        at = checkpoint.places[n]
-        dtypes[at.tensor] = str(weight.dtype).removeprefix("torch.")
+        at = checkpoint.locations[n]
+        dtypes[at.tensor_name] = str(weight.dtype).removeprefix("torch.")
         size = edited.deltas[n].double().norm() if n in edited.deltas else 0.0
         if size and weight.dtype != at.dtype:
             off = (weight.to(at.dtype).double() - weight.double()).norm()
-            lost[at.tensor] = float(off / size)
+            lost[at.tensor_name] = float(off / size)
     notes: tuple[str, ...] = ()
     if worst := max(lost.values(), default=0.0):
-        kept = {str(checkpoint.places[n].dtype).removeprefix("torch.") for n in weights}
+        kept = {str(checkpoint.locations[n].dtype).removeprefix("torch.") for n in weights}
         notes = (
             f"the edited weights are float32; what loads them as {'/'.join(sorted(kept))}, as the"
             f" rest of the model is, loses {worst:.2g} of the change where it is most",
         )
-    return Written({"dtypes": dtypes, "rounding": lost}, notes)
+    return WrittenExport({"dtypes": dtypes, "rounding": lost}, notes)
 
 
-def write_lora(source: Source, to: Path) -> Written:
+def write_lora(source: ExportSource, to: Path) -> WrittenExport:
     """A PEFT adapter from the solve's own factors: exact, nothing is fitted or cut off."""
     if not source.generation.fact_ids:
         raise KeditError(
@@ -126,9 +129,9 @@ def write_lora(source: Source, to: Path) -> Written:
             code="empty",
             hint="serve the base model, or flush first",
         )
-    edited = open_edited(source)
-    factors = _factors(source, edited)
-    places = edited.checkpoint.places
+    edited = open_edited_model(source)
+    factors = _compute_factors(source, edited)
+    places = edited.checkpoint.locations
     rank = max(len(up) for _, up in factors.values())
     if rank > MAX_RANK:
         raise KeditError(
@@ -138,38 +141,40 @@ def write_lora(source: Source, to: Path) -> Written:
         )
     tensors: dict[str, Tensor] = {}
     for n, (down, up) in factors.items():
-        name = f"base_model.model.{places[n].module}"
+        name = f"base_model.model.{places[n].module_name}"
         # Not every server takes a rank for each matrix: zeros up to the largest one change nothing.
         more = rank - len(up)
         tensors[f"{name}.lora_A.weight"] = pad(up, (0, 0, 0, more))
         tensors[f"{name}.lora_B.weight"] = pad(down, (0, more))
     save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
     transposed = {places[n].transposed for n in factors} == {True}
-    modules = [places[n].module for n in factors]
-    settings = _adapter(source, rank, modules, transposed)
+    modules = [places[n].module_name for n in factors]
+    settings = _build_adapter_config(source, rank, modules, transposed)
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (to / "adapter_config.json").write_text(text, encoding="utf-8")
-    return Written({"rank": rank}, ())
+    return WrittenExport({"rank": rank}, ())
 
 
-def _factors(source: Source, edited: Edited) -> dict[int, tuple[Tensor, Tensor]]:
+def _compute_factors(
+    source: ExportSource, edited: EditedCheckpoint
+) -> dict[int, tuple[Tensor, Tensor]]:
     """The factors of each ΔW, checked against the ΔW that is served."""
     checkpoint = edited.checkpoint
-    at = (checkpoint.folder, source.home.state, source.base_hash)
-    site = find_site(*at, checkpoint.layers, checkpoint.kind)
+    at = (checkpoint.folder, source.home.state_folder, source.base_hash)
+    site = find_site(*at, checkpoint.layer_count, checkpoint.model_type)
     kept = find_statistics(*at, site.layers, (site.key_layer, site.side_layer))
-    if kept.missing is not None:
+    if kept.missing_path is not None:
         raise KeditError(
-            f"{kept.missing} is missing: what was measured of the model",
+            f"{kept.missing_path} is missing: what was measured of the model",
             code="statistics",
             hint="restart the daemon, which measures it again",
         )
     tier = WeightsTier(site, kept.statistics)
-    factors = tier.factors(read_terms(source.home, source.generation.fact_ids))
+    factors = tier.solve_factors(read_edit_terms(source.home, source.generation.fact_ids))
     for n, (down, up) in factors.items():
         delta = edited.deltas[n].double()
         off, size = float((down.double() @ up.double() - delta).norm()), float(delta.norm())
-        if not off <= SAME_DELTA * size:  # a layer may bear nothing: no division
+        if not off <= DELTA_TOLERANCE * size:  # a layer may bear nothing: no division
             raise KeditError(
                 f"the stored terms give other weights than generation {source.generation.id} has:"
                 f" they are {off:.2g} off where the change in layer {n} is {size:.2g}",
@@ -179,9 +184,11 @@ def _factors(source: Source, edited: Edited) -> dict[int, tuple[Tensor, Tensor]]
     return factors
 
 
-def _adapter(source: Source, rank: int, modules: list[str], transposed: bool) -> dict[str, Any]:
+def _build_adapter_config(
+    source: ExportSource, rank: int, modules: list[str], transposed: bool
+) -> dict[str, Any]:
     """PEFT's settings. Alpha is the rank, so that the product is taken as it is."""
-    path = model_path(source.model)
+    path = locate_model(source.model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -199,7 +206,7 @@ def _adapter(source: Source, rank: int, modules: list[str], transposed: bool) ->
     }
 
 
-KINDS: dict[str, Callable[[Source, Path], Written]] = {
+WRITERS: dict[str, Callable[[ExportSource, Path], WrittenExport]] = {
     "merged": write_merged,
     "delta": write_delta,
     "lora": write_lora,

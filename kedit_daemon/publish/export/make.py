@@ -6,18 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.submit import native
-from kedit_daemon.publish.export.folder import Placed, place
-from kedit_daemon.publish.export.source import Source, Written, read_source
+from kedit_daemon.ingest.submit import format_native
+from kedit_daemon.publish.export.folder import PlacedExport, place_export
+from kedit_daemon.publish.export.source import ExportSource, WrittenExport, read_source
 from memory.errors import KeditError
 from memory.facts import Fact
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A finished export, and what people shall hear of it."""
 
-    placed: Placed
+    placed: PlacedExport
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -31,7 +31,7 @@ class Exported:
         }
 
 
-def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
+def create_export(home: Home, kind: str, dest: Path, keep: int | None) -> ExportResult:
     """Export what is active in the home now: "facts", or one of KINDS. Only reads the home."""
     dest = dest.expanduser().absolute()
     if dest.resolve().is_relative_to(home.root.resolve()):
@@ -45,34 +45,34 @@ def export(home: Home, kind: str, dest: Path, keep: int | None) -> Exported:
 
     def fill(to: Path) -> tuple[str, dict[str, Any]]:
         source = read_source(home)  # not before: another export may have been made meanwhile
-        written = _write(kind, source, to)
-        told = _manifest(source, kind, written)
+        written = _write_files(kind, source, to)
+        told = _build_manifest(source, kind, written)
         notes.extend(written.notes)
         if left := told["not_in_it"]["count"]:
             notes.append(
                 f"{left} of {len(source.live)} live facts are not in it: they live in the side"
                 " memory alone, which only the daemon serves"
             )
-        return f"{source.name}-gen-{source.generation.id}-{kind}", told
+        return f"{source.short_name}-gen-{source.generation.id}-{kind}", told
 
-    placed = place(dest, keep, fill)
-    return Exported(placed, tuple(notes))
+    placed = place_export(dest, keep, fill)
+    return ExportResult(placed, tuple(notes))
 
 
-def _write(kind: str, source: Source, to: Path) -> Written:
+def _write_files(kind: str, source: ExportSource, to: Path) -> WrittenExport:
     if kind == "facts":  # the live ones of both tiers, as `submit` takes them
-        lines = "".join(f"{native(fact)}\n" for fact in source.live)
+        lines = "".join(f"{format_native(fact)}\n" for fact in source.live)
         (to / "facts.jsonl").write_text(lines, encoding="utf-8")
-        return Written()
-    from kedit_daemon.publish.export.kinds import KINDS  # torch, which facts can do without
+        return WrittenExport()
+    from kedit_daemon.publish.export.kinds import WRITERS  # torch, which facts can do without
 
-    return KINDS[kind](source, to)
+    return WRITERS[kind](source, to)
 
 
-def _manifest(source: Source, kind: str, written: Written) -> dict[str, Any]:
+def _build_manifest(source: ExportSource, kind: str, written: WrittenExport) -> dict[str, Any]:
     """All of it follows from what is exported: the same state of a home gives the same bytes."""
     generation, whole = source.generation, kind == "facts"
-    left = [] if whole else [f.id for f in source.beside]
+    left = [] if whole else [f.id for f in source.side_only]
     return {
         "kind": kind,
         "home": source.origin,
@@ -83,13 +83,13 @@ def _manifest(source: Source, kind: str, written: Written) -> dict[str, Any]:
         "reason": generation.reason,
         "weights_sha256": generation.weights_hash,
         "figures": generation.figures,
-        "facts": _listed(source.live if whole else source.inside),
+        "facts": _list_facts(source.live if whole else source.in_weights),
         "not_in_it": {"count": len(left), "ids": left},
-        **written.told,
+        **written.manifest_entries,
     }
 
 
-def _listed(facts: Sequence[Fact]) -> list[dict[str, str]]:
+def _list_facts(facts: Sequence[Fact]) -> list[dict[str, str]]:
     return [
         {"id": f.id, "subject": f.subject, "prompt": f.prompt, "target": f.target} for f in facts
     ]

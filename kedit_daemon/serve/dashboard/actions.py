@@ -10,15 +10,15 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
-from kedit_daemon.cli.context import database
-from kedit_daemon.control import call
+from kedit_daemon.cli.context import open_database
+from kedit_daemon.control import send_request
 from kedit_daemon.home import Home
-from kedit_daemon.report.render_log import reply_measured, reply_outcome
-from kedit_daemon.serve.dashboard.rendering import Asked, Page, Shell
-from memory.db.queries import facts_named
+from kedit_daemon.report.render_log import list_measured_figures, list_outcome
+from kedit_daemon.serve.dashboard.rendering import DashboardPage, PageFrame, PageRequest
+from memory.db.queries import fetch_facts_by_id
 from memory.errors import KeditError
 
-_NAMING = {
+_GROUP_TITLES = {
     "flushed": "Into the weights",
     "failed": "Not held",
     "quarantined": "Into quarantine",
@@ -29,7 +29,7 @@ _NAMING = {
 
 
 @dataclass(frozen=True)
-class Action:
+class DashboardAction:
     """Something that the daemon does when it is asked, in words."""
 
     title: str
@@ -39,29 +39,29 @@ class Action:
 
 
 ACTIONS = {
-    "audit": Action(
+    "audit": DashboardAction(
         "Audit",
         "Audit now",
         "The health of the weights is measured, judged and written down, and what the verdict"
         " asks for is done.",
     ),
-    "flush": Action(
+    "flush": DashboardAction(
         "Flush",
         "Flush now",
         "Facts that wait, and those beside the weights, are moved into the weights.",
     ),
-    "consolidate": Action(
+    "consolidate": DashboardAction(
         "Consolidate",
         "Consolidate now",
         "The weights are solved anew over all live facts. It is taken if nothing gets worse.",
     ),
-    "revert": Action(
+    "revert": DashboardAction(
         "Revert",
         "Take it out",
         "The weights are solved again without the fact, exactly. The log keeps it.",
         grave=True,
     ),
-    "go-back": Action(
+    "go-back": DashboardAction(
         "Go back",
         "Go back",
         "The weights hold the facts of that generation again: those that came since are reverted,"
@@ -71,40 +71,46 @@ ACTIONS = {
 }
 
 
-def action_routes(shell: Shell, home: Home) -> list[BaseRoute]:
+def build_action_routes(shell: PageFrame, home: Home) -> list[BaseRoute]:
     """Two for each action: its trial, and the action itself. Both want a form of ours."""
     routes = []
     for name, action in ACTIONS.items():
         for path, dry_run in ((f"/actions/{name}/try", True), (f"/actions/{name}", False)):
-            handler = partial(_asked_for, home, name, action, dry_run)
-            routes.append(shell.page(path, handler, "POST"))
+            handler = partial(_run_action, home, name, action, dry_run)
+            routes.append(shell.page_route(path, handler, "POST"))
     return routes
 
 
-def _asked_for(home: Home, name: str, action: Action, dry_run: bool, asked: Asked) -> Page:
-    command, given = _arguments(name, asked.form)
-    reply = call(home.socket, command, {**given, "dry_run": dry_run})
+def _run_action(
+    home: Home, name: str, action: DashboardAction, dry_run: bool, asked: PageRequest
+) -> DashboardPage:
+    command, given = _parse_arguments(name, asked.form)
+    reply = send_request(home.socket_file, command, {**given, "dry_run": dry_run})
     answers = reply.get("answers", {})
-    ids = {key: reply[key] for key in _NAMING if reply.get(key)}
-    with database(home) as conn:
-        rows = facts_named(conn, {*answers, *(one for group in ids.values() for one in group)})
+    ids = {key: reply[key] for key in _GROUP_TITLES if reply.get(key)}
+    with open_database(home) as conn:
+        rows = fetch_facts_by_id(
+            conn, {*answers, *(one for group in ids.values() for one in group)}
+        )
     known = {row["id"]: row for row in rows}
     shown = {
         "name": name,
         "action": action,
         "asked": asked.form,
-        "groups": {_NAMING[k]: [known[n] for n in group if n in known] for k, group in ids.items()},
+        "groups": {
+            _GROUP_TITLES[k]: [known[n] for n in group if n in known] for k, group in ids.items()
+        },
         "answers": [(known[n], said) for n, said in answers.items() if n in known],
-        "outcome": reply_outcome(reply),
-        "measured": reply_measured(reply),
+        "outcome": list_outcome(reply),
+        "measured": list_measured_figures(reply),
         "verdict": reply.get("verdict"),
         "something": reply["taken"] if "taken" in reply else bool(ids) or name == "audit",
     }
     title = f"{action.title}: what would happen" if dry_run else f"{action.title}: done"
-    return Page("trial.html" if dry_run else "done.html", title, shown)
+    return DashboardPage("trial.html" if dry_run else "done.html", title, shown)
 
 
-def _arguments(name: str, form: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
+def _parse_arguments(name: str, form: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """The daemon's command behind an action, and what it is given."""
     if name == "revert":
         if not form.get("fact"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 560.0, 260.0
 LEFT, RIGHT, TOP, BOTTOM = 60.0, 14.0, 16.0, 30.0  # margins, in the drawing's units
-TICKS = 4  # about so many
+TICK_COUNT = 4  # about so many
 HEADROOM = 0.06  # of the range, above and below
 
 
@@ -85,9 +85,9 @@ class Drawing:
     last_x: float
 
 
-def draw(chart: Chart, close: bool) -> Drawing:
+def draw_chart(chart: Chart, close: bool) -> Drawing:
     """Lay a chart out. With the next limit above what was measured; or `close` up, without."""
-    low, high = _range(chart, close)
+    low, high = _value_range(chart, close)
     count = max((len(values) for values in chart.lines.values()), default=0)
 
     def x(place: int) -> float:
@@ -103,20 +103,22 @@ def draw(chart: Chart, close: bool) -> Drawing:
     for name, values in chart.lines.items():
         dots = [None if v is None else (x(n), v, n) for n, v in enumerate(values)]
         taken = [dot for dot in dots if dot is not None]
-        runs = [[Dot(a, y(v), v, n) for a, v, n in run] for run in _runs(taken)]
+        runs = [[Dot(a, y(v), v, n) for a, v, n in run] for run in _split_runs(taken)]
         curves.append(Curve(name, tuple(map(tuple, runs))))
     return Drawing(
         curves=tuple(curves),
-        ticks=tuple(Level(y(tick), _number(tick)) for tick in _ticks(low, high)),
-        limits=tuple(Level(y(v), f"{name} {_number(v)}") for name, v in within.items()),
-        beyond=tuple(f"{n} {_number(v)}" for n, v in chart.limits.items() if n not in within),
+        ticks=tuple(Level(y(tick), _format_number(tick)) for tick in _compute_ticks(low, high)),
+        limits=tuple(Level(y(v), f"{name} {_format_number(v)}") for name, v in within.items()),
+        beyond=tuple(
+            f"{n} {_format_number(v)}" for n, v in chart.limits.items() if n not in within
+        ),
         rest=y(chart.rest) if low <= chart.rest <= high else None,
         first_x=x(0),
         last_x=x(max(count - 1, 0)),
     )
 
 
-def _runs(
+def _split_runs(
     dots: Sequence[tuple[float, float, int]],
 ) -> list[list[tuple[float, float, int]]]:
     """Split where a value is no number."""
@@ -129,7 +131,7 @@ def _runs(
     return [run for run in runs if run]
 
 
-def _range(chart: Chart, close: bool) -> tuple[float, float]:
+def _value_range(chart: Chart, close: bool) -> tuple[float, float]:
     """From what was measured, the resting value, and in full view the limits up to the next."""
     values = [v for line in chart.lines.values() for v in line if v is not None]
     shown = [v for v in values if math.isfinite(v)] or [chart.rest]
@@ -144,14 +146,14 @@ def _range(chart: Chart, close: bool) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _compute_ticks(low: float, high: float) -> list[float]:
     """Round numbers within the range."""
-    rough = (high - low) / TICKS
+    rough = (high - low) / TICK_COUNT
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= rough)
     first = math.ceil(low / step)
     return [n * step for n in range(first, math.floor(high / step) + 1)]
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value + 0.0:.5g}"  # no minus before nothing

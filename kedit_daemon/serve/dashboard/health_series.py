@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.serve.dashboard.chart import Chart
-from memory.db.queries import audit_rows, generation_rows
+from memory.db.queries import fetch_audits, fetch_generations
 from policies.stability import Limits, Thresholds
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One measurement: an audit's, or the one before a generation was made active."""
 
     at: str
@@ -22,21 +22,23 @@ class Measured:
     figures: dict[str, Any]
 
 
-def measured(conn: sqlite3.Connection, most: int) -> list[Measured]:
+def load_measurements(conn: sqlite3.Connection, most: int) -> list[Measurement]:
     """The last measurements, oldest first."""
     found = [
-        Measured(row["at"], f"audit {row['id']}", row["generation"], row["verdict"], row["figures"])
-        for row in audit_rows(conn, most)
+        Measurement(
+            row["at"], f"audit {row['id']}", row["generation"], row["verdict"], row["figures"]
+        )
+        for row in fetch_audits(conn, most)
     ]
     found += [
-        Measured(row["created_at"], f"generation {row['id']}", row["id"], None, row["figures"])
-        for row in generation_rows(conn, most)
+        Measurement(row["created_at"], f"generation {row['id']}", row["id"], None, row["figures"])
+        for row in fetch_generations(conn, most)
         if row["figures"]  # the base was never measured
     ]
     return sorted(found, key=lambda one: one.at)[-most:]
 
 
-def charts(found: Sequence[Measured], thresholds: Thresholds | None) -> list[Chart]:
+def build_charts(found: Sequence[Measurement], thresholds: Thresholds | None) -> list[Chart]:
     """The figures that are judged, each with its thresholds, where those are known."""
     at: dict[str, Limits] = {} if thresholds is None else vars(thresholds)
     return [
@@ -44,39 +46,39 @@ def charts(found: Sequence[Measured], thresholds: Thresholds | None) -> list[Cha
             "norm",
             "Norm of each edited matrix",
             "‖W‖ over ‖W0‖: how long an edited matrix is, against the unedited one.",
-            _by_layer(found, "norm_ratio", lambda ratio: ratio),
-            _limits(at.get("norm")),
+            _lines_by_layer(found, "norm_ratio", lambda ratio: ratio),
+            _verdict_limits(at.get("norm")),
             1.0,
         ),
         Chart(
             "perplexity",
             "Perplexity",
             "On ordinary text, against the unedited model's.",
-            _single(found, "perplexity_ratio", "ratio"),
-            _limits(at.get("perplexity")),
+            _single_line(found, "perplexity_ratio", "ratio"),
+            _verdict_limits(at.get("perplexity")),
             1.0,
         ),
         Chart(
             "activation",
             "Change of activations",
             "How far the mean output of an edited layer on ordinary text is from the base's.",
-            _by_layer(found, "activation_ratio", lambda ratio: abs(ratio - 1)),
-            _limits(at.get("activation")),
+            _lines_by_layer(found, "activation_ratio", lambda ratio: abs(ratio - 1)),
+            _verdict_limits(at.get("activation")),
             0.0,
         ),
-        *_shares(found, at),
+        *_build_share_charts(found, at),
     ]
 
 
-def _shares(found: Sequence[Measured], at: Mapping[str, Limits]) -> list[Chart]:
+def _build_share_charts(found: Sequence[Measurement], at: Mapping[str, Limits]) -> list[Chart]:
     """The figures that are worse when they are lower."""
     return [
         Chart(
             "agreement",
             "Agreement",
             "Share of unrelated statements that are completed as the unedited model does.",
-            _single(found, "agreement", "share"),
-            _limits(at.get("agreement"), falling=True),
+            _single_line(found, "agreement", "share"),
+            _verdict_limits(at.get("agreement"), falling=True),
             1.0,
             falling=True,
         ),
@@ -84,22 +86,22 @@ def _shares(found: Sequence[Measured], at: Mapping[str, Limits]) -> list[Chart]:
             "retention",
             "Retention",
             "Share of the oldest live facts that are still stated.",
-            _single(found, "retention", "share"),
-            _limits(at.get("retention"), falling=True),
+            _single_line(found, "retention", "share"),
+            _verdict_limits(at.get("retention"), falling=True),
             1.0,
             falling=True,
         ),
     ]
 
 
-def _by_layer(
-    found: Sequence[Measured], figure: str, seen: Callable[[float], float]
+def _lines_by_layer(
+    found: Sequence[Measurement], figure: str, seen: Callable[[float], float]
 ) -> dict[str, tuple[float | None, ...]]:
     layers = {layer for one in found for layer in one.figures.get(figure) or ()}
     return {
         f"layer {layer}": tuple(
             None
-            if (value := _float((one.figures.get(figure) or {}).get(layer))) is None
+            if (value := _parse_float((one.figures.get(figure) or {}).get(layer))) is None
             # Of an infinite ratio the change is infinite, too.
             else seen(value)
             for one in found
@@ -108,21 +110,21 @@ def _by_layer(
     }
 
 
-def _single(
-    found: Sequence[Measured], figure: str, name: str
+def _single_line(
+    found: Sequence[Measurement], figure: str, name: str
 ) -> dict[str, tuple[float | None, ...]]:
-    values = tuple(_float(one.figures.get(figure)) for one in found)
+    values = tuple(_parse_float(one.figures.get(figure)) for one in found)
     return {name: values} if any(value is not None for value in values) else {}
 
 
-def _float(value: object) -> float | None:
+def _parse_float(value: object) -> float | None:
     """What the database has of a number: those that JSON lacks are words there."""
     if isinstance(value, str):
         return math.nan
     return float(value) if isinstance(value, int | float) else None
 
 
-def _limits(limits: Limits | None, falling: bool = False) -> dict[str, float]:
+def _verdict_limits(limits: Limits | None, falling: bool = False) -> dict[str, float]:
     """By verdict; `falling`: limits of a share that is lost, as those of the one that is kept."""
     known = {} if limits is None else vars(limits)
     return {name: 1 - limit if falling else limit for name, limit in known.items()}

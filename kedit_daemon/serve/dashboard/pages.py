@@ -15,264 +15,278 @@ from typing import TYPE_CHECKING, Any, Protocol
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute
 
-from kedit_daemon.cli.context import database
+from kedit_daemon.cli.context import open_database
 from kedit_daemon.home import Home
-from kedit_daemon.report.render import audit_figures, detail_fields, statement
-from kedit_daemon.report.render_log import answered, event_said, event_told
-from kedit_daemon.report.status import gather
-from kedit_daemon.serve.dashboard.actions import ACTIONS, action_routes
-from kedit_daemon.serve.dashboard.chart import HEIGHT, LEFT, RIGHT, WIDTH, draw
-from kedit_daemon.serve.dashboard.health_series import charts, measured
-from kedit_daemon.serve.dashboard.login import Guard
-from kedit_daemon.serve.dashboard.rendering import Asked, Page, Shell
-from kedit_daemon.system.timespec import moment
-from memory.db.overview import overview
+from kedit_daemon.report.render import format_statement, list_audit_figures, list_fact_fields
+from kedit_daemon.report.render_log import add_prior_answer, describe_event, find_event_statement
+from kedit_daemon.report.status import gather_status
+from kedit_daemon.serve.dashboard.actions import ACTIONS, build_action_routes
+from kedit_daemon.serve.dashboard.chart import HEIGHT, LEFT, RIGHT, WIDTH, draw_chart
+from kedit_daemon.serve.dashboard.health_series import build_charts, load_measurements
+from kedit_daemon.serve.dashboard.login import SessionGuard
+from kedit_daemon.serve.dashboard.rendering import DashboardPage, PageFrame, PageRequest
+from kedit_daemon.system.timespec import parse_time
+from memory.db.overview import fetch_overview
 from memory.db.queries import (
-    event_kinds,
-    event_page,
-    fact_detail,
-    fact_page,
-    facts_named,
-    generation_rows,
-    weights_facts_asking,
+    fetch_event_kinds,
+    fetch_event_page,
+    fetch_fact_detail,
+    fetch_fact_page,
+    fetch_facts_by_id,
+    fetch_generations,
+    find_weights_facts,
 )
 from memory.errors import KeditError
-from memory.facts import ACTIVE, State, fill
+from memory.facts import ACTIVE_STATES, FactState, fill_subject
 
 if TYPE_CHECKING:
     import sqlite3
 
-    from memory.side.side_memory import Match
+    from memory.side.side_memory import RoutingMatch
     from policies.stability import Thresholds
 
-LAST = 8  # changes on the overview
-A_PAGE = 50  # events or facts
-POINTS = (50, 200, 1000)  # measurements in a curve
-GENERATIONS = 20
-PROMPT_CHARS = 4000
-TOKENS = (20, 40, 100, 200)  # lengths of an answer to choose from
+LAST_EVENTS = 8  # changes on the overview
+PAGE_SIZE = 50  # events or facts
+POINT_CHOICES = (50, 200, 1000)  # measurements in a curve
+MAX_GENERATIONS = 20
+MAX_PROMPT_CHARS = 4000
+TOKEN_CHOICES = (20, 40, 100, 200)  # lengths of an answer to choose from
 DEFAULT_TOKENS = 40
 
 
 @dataclass(frozen=True)
-class Sides:
+class AnswerPair:
     """Two answers to one prompt, the generation that gave the edited one, and the fact of the side
     memory that fired, if one did."""
 
     edited: str
     base: str
     generation: int
-    fired: "Match | None"
+    fired: "RoutingMatch | None"
 
 
-class AskBoth(Protocol):
+class AskBothModels(Protocol):
     """Lets the edited and the unedited model go on from a prompt. Raises KeditError where it cannot
     be answered."""
 
-    async def __call__(self, prompt: str, max_tokens: int) -> Sides: ...
+    async def __call__(self, prompt: str, max_tokens: int) -> AnswerPair: ...
 
 
 @dataclass(frozen=True)
-class Board:
+class DashboardContext:
     """What the pages are about, and what they work with."""
 
     home: Home
-    thresholds: Callable[[], "Thresholds | None"]
+    get_thresholds: Callable[[], "Thresholds | None"]
     """Those that audits judge by; None as long as the model, which has its own, is not loaded."""
     clock: Callable[[], datetime]
-    ask: AskBoth
+    ask_both: AskBothModels
     environ: Mapping[str, str]
     program: str = "kedit-daemon"
     """How people call the command line for this home."""
     monotonic: Callable[[], float] = time.monotonic
 
 
-def routes(board: Board, token: str | None) -> list[BaseRoute]:
+def build_routes(board: DashboardContext, token: str | None) -> list[BaseRoute]:
     """The pages, to be mounted at the root. `token`: what people sign in with, None where they need
     not. They look after their own sign-in, and nothing else may ask for it on these paths."""
-    guard = Guard(token, board.clock, board.monotonic)
-    shell = Shell(guard, board.clock, board.program)
-    view = _Views(board)
+    guard = SessionGuard(token, board.clock, board.monotonic)
+    shell = PageFrame(guard, board.clock, board.program)
+    view = _PageViews(board)
     return [
-        shell.page("/", view.overview),
-        shell.page("/norms", view.norms),
-        shell.page("/log", view.log),
-        shell.page("/facts", view.facts),
-        shell.page("/facts/{fact}", view.fact),
-        shell.page("/ask", view.asking),
-        shell.page("/ask", view.answered, "POST"),
-        *action_routes(shell, board.home),
-        *shell.fixed(),
+        shell.page_route("/", view.show_overview),
+        shell.page_route("/norms", view.show_norms),
+        shell.page_route("/log", view.show_log),
+        shell.page_route("/facts", view.show_facts),
+        shell.page_route("/facts/{fact}", view.show_fact),
+        shell.page_route("/ask", view.show_ask_form),
+        shell.page_route("/ask", view.answer_prompt, "POST"),
+        *build_action_routes(shell, board.home),
+        *shell.fixed_routes(),
     ]
 
 
-class _Views:
+class _PageViews:
     """A page each."""
 
-    def __init__(self, board: Board) -> None:
-        self.board, self.home = board, board.home
+    def __init__(self, board: DashboardContext) -> None:
+        self.context, self.home = board, board.home
 
-    def overview(self, _asked: Asked) -> Page:
-        board = self.board
-        found = gather(self.home, board.clock(), board.environ, board.program)
+    def show_overview(self, _asked: PageRequest) -> DashboardPage:
+        board = self.context
+        found = gather_status(self.home, board.clock(), board.environ, board.program)
         events = []
-        if self.home.database.is_file() and found["events"]:
-            with database(self.home) as conn:
-                events = [_told(conn, row) for row in event_page(conn, {}, None, LAST)]
-        needs = [{**w, "page": _page_for(w["command"], board.program)} for w in found["warnings"]]
+        if self.home.database_file.is_file() and found["events"]:
+            with open_database(self.home) as conn:
+                events = [
+                    _describe_event(conn, row)
+                    for row in fetch_event_page(conn, {}, None, LAST_EVENTS)
+                ]
+        needs = [{**w, "page": _find_page(w["command"], board.program)} for w in found["warnings"]]
         audit = found["last_audit"]
         shown = {
             "found": found,
-            "figures": audit_figures(audit) if audit else [],
+            "figures": list_audit_figures(audit) if audit else [],
             "events": events,
             "needs": needs,
             "actions": ACTIONS,
         }
-        return Page("overview.html", "Overview", shown)
+        return DashboardPage("overview.html", "Overview", shown)
 
-    def norms(self, asked: Asked) -> Page:
-        most = _number(asked.query, "last", POINTS[0], POINTS)
+    def show_norms(self, asked: PageRequest) -> DashboardPage:
+        most = _parse_choice(asked.query, "last", POINT_CHOICES[0], POINT_CHOICES)
         close = asked.query.get("view") == "close"
-        with database(self.home) as conn:
-            found = measured(conn, most)
-            generations = generation_rows(conn, GENERATIONS)
-            active = overview(conn)["generation"]
-        thresholds = self.board.thresholds()
-        drawn = [(chart, draw(chart, close)) for chart in charts(found, thresholds)]
+        with open_database(self.home) as conn:
+            found = load_measurements(conn, most)
+            generations = fetch_generations(conn, MAX_GENERATIONS)
+            active = fetch_overview(conn)["generation"]
+        thresholds = self.context.get_thresholds()
+        drawn = [(chart, draw_chart(chart, close)) for chart in build_charts(found, thresholds)]
         shown = {
             "measured": found,
             "judged": thresholds is not None,
             "drawn": drawn,
             "close": close,
             "most": most,
-            "choices": POINTS,
+            "choices": POINT_CHOICES,
             "generations": generations[::-1],
             "active": active,
             "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         }
-        return Page("norms.html", "Norms", shown)
+        return DashboardPage("norms.html", "Norms", shown)
 
-    def log(self, asked: Asked) -> Page:
+    def show_log(self, asked: PageRequest) -> DashboardPage:
         given = {n: asked.query.get(n, "").strip() for n in ("kind", "fact", "subject", "since")}
         wanted: dict[str, Any] = {name: text or None for name, text in given.items()}
         problem = None
         try:
-            wanted["since"] = moment(given["since"], self.board.clock()) if given["since"] else None
+            wanted["since"] = (
+                parse_time(given["since"], self.context.clock()) if given["since"] else None
+            )
         except ValueError as error:
             problem, wanted["since"] = str(error), None
-        with database(self.home) as conn:
-            rows = event_page(conn, wanted, _before(asked.query), A_PAGE + 1)
-            kinds = event_kinds(conn)
-            events = [_told(conn, row) for row in rows[:A_PAGE]]
+        with open_database(self.home) as conn:
+            rows = fetch_event_page(conn, wanted, _parse_before(asked.query), PAGE_SIZE + 1)
+            kinds = fetch_event_kinds(conn)
+            events = [_describe_event(conn, row) for row in rows[:PAGE_SIZE]]
         shown = {
             "events": events,
-            "older": rows[A_PAGE - 1]["seq"] if len(rows) > A_PAGE else None,
-            "paged": _before(asked.query) is not None,
+            "older": rows[PAGE_SIZE - 1]["seq"] if len(rows) > PAGE_SIZE else None,
+            "paged": _parse_before(asked.query) is not None,
             "kinds": kinds,
             "given": given,
             "problem": problem,
         }
-        return Page("log.html", "Log", shown)
+        return DashboardPage("log.html", "Log", shown)
 
-    def facts(self, asked: Asked) -> Page:
+    def show_facts(self, asked: PageRequest) -> DashboardPage:
         text, state = (asked.query.get(name, "").strip() for name in ("text", "state"))
-        state = state if state in set(State) else ""
-        before = _before(asked.query)
-        with database(self.home) as conn:
-            rows = fact_page(conn, text or None, state or None, before, A_PAGE + 1)
-            counts = overview(conn)["states"]
+        state = state if state in set(FactState) else ""
+        before = _parse_before(asked.query)
+        with open_database(self.home) as conn:
+            rows = fetch_fact_page(conn, text or None, state or None, before, PAGE_SIZE + 1)
+            counts = fetch_overview(conn)["states"]
         shown = {
-            "facts": rows[:A_PAGE],
-            "older": rows[A_PAGE - 1]["seq"] if len(rows) > A_PAGE else None,
+            "facts": rows[:PAGE_SIZE],
+            "older": rows[PAGE_SIZE - 1]["seq"] if len(rows) > PAGE_SIZE else None,
             "paged": before is not None,
             "counts": counts,
             "text": text,
             "state": state,
         }
-        return Page("facts.html", "Facts", shown)
+        return DashboardPage("facts.html", "Facts", shown)
 
-    def fact(self, asked: Asked) -> Page:
-        with database(self.home) as conn:
-            fact = _known(conn, asked.path["fact"])
-            events = [_told(conn, {**row, "said": None}) for row in fact["events"][::-1]]
+    def show_fact(self, asked: PageRequest) -> DashboardPage:
+        with open_database(self.home) as conn:
+            fact = _load_fact(conn, asked.path["fact"])
+            events = [_describe_event(conn, {**row, "said": None}) for row in fact["events"][::-1]]
         near = [
-            (n, fill(n["prompt"], fact["subject"])) for n in fact["record"].get("neighbours", ())
+            (n, fill_subject(n["prompt"], fact["subject"]))
+            for n in fact["record"].get("neighbours", ())
         ]
         told = ("state", "before", "after", "probe")
         shown = {
             "fact": fact,
-            "fields": [(n, value) for n, value in detail_fields(fact) if n not in told],
-            "also": [fill(p, fact["subject"]) for p in fact["record"].get("paraphrases", ())],
+            "fields": [(n, value) for n, value in list_fact_fields(fact) if n not in told],
+            "also": [
+                fill_subject(p, fact["subject"]) for p in fact["record"].get("paraphrases", ())
+            ],
             "near": near,
             "events": events,
-            "active": fact["state"] in ACTIVE,
+            "active": fact["state"] in ACTIVE_STATES,
         }
-        return Page("fact.html", "Fact", shown)
+        return DashboardPage("fact.html", "Fact", shown)
 
-    def asking(self, asked: Asked) -> Page:
+    def show_ask_form(self, asked: PageRequest) -> DashboardPage:
         """The box; a fact's own question is in it, where one is named."""
         prompt = ""
         if name := asked.query.get("fact"):
-            with database(self.home) as conn:
-                fact = _known(conn, name)
-            prompt = fill(fact["prompt"], fact["subject"])
-        return self._box(prompt, DEFAULT_TOKENS)
+            with open_database(self.home) as conn:
+                fact = _load_fact(conn, name)
+            prompt = fill_subject(fact["prompt"], fact["subject"])
+        return self._build_ask_page(prompt, DEFAULT_TOKENS)
 
-    async def answered(self, asked: Asked) -> Page:
+    async def answer_prompt(self, asked: PageRequest) -> DashboardPage:
         prompt = asked.form.get("prompt", "")
-        tokens = _number(asked.form, "tokens", DEFAULT_TOKENS, TOKENS)
+        tokens = _parse_choice(asked.form, "tokens", DEFAULT_TOKENS, TOKEN_CHOICES)
         if not prompt.strip():
-            return self._box(prompt, tokens, status=400, problem="Write something to go on from.")
-        if len(prompt) > PROMPT_CHARS:
-            problem = f"That is longer than {PROMPT_CHARS:,} characters."
-            return self._box(prompt, tokens, status=400, problem=problem)
-        sides = await self.board.ask(prompt, tokens)
-        fired = await run_in_threadpool(self._fired, prompt, sides)
-        return self._box(prompt, tokens, sides=sides, fired=fired)
+            return self._build_ask_page(
+                prompt, tokens, status=400, problem="Write something to go on from."
+            )
+        if len(prompt) > MAX_PROMPT_CHARS:
+            problem = f"That is longer than {MAX_PROMPT_CHARS:,} characters."
+            return self._build_ask_page(prompt, tokens, status=400, problem=problem)
+        sides = await self.context.ask_both(prompt, tokens)
+        fired = await run_in_threadpool(self._find_fired, prompt, sides)
+        return self._build_ask_page(prompt, tokens, sides=sides, fired=fired)
 
-    def _fired(self, prompt: str, sides: Sides) -> list[dict[str, Any]]:
-        with database(self.home) as conn:
+    def _find_fired(self, prompt: str, sides: AnswerPair) -> list[dict[str, Any]]:
+        with open_database(self.home) as conn:
             if sides.fired is not None:
-                return facts_named(conn, [sides.fired.fact_id])
-            return weights_facts_asking(conn, prompt)
+                return fetch_facts_by_id(conn, [sides.fired.fact_id])
+            return find_weights_facts(conn, prompt)
 
-    def _box(self, prompt: str, tokens: int, status: int = 200, **more: Any) -> Page:
+    def _build_ask_page(
+        self, prompt: str, tokens: int, status: int = 200, **more: Any
+    ) -> DashboardPage:
         shown = {
             "prompt": prompt,
             "tokens": tokens,
-            "choices": TOKENS,
-            "longest": PROMPT_CHARS,
+            "choices": TOKEN_CHOICES,
+            "longest": MAX_PROMPT_CHARS,
             **{"sides": None, "fired": [], "problem": None, **more},
         }
-        return Page("ask.html", "Ask", shown, status)
+        return DashboardPage("ask.html", "Ask", shown, status)
 
 
-def _known(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
-    fact = fact_detail(conn, name)
+def _load_fact(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
+    fact = fetch_fact_detail(conn, name)
     if fact is None:
         raise KeditError(f"there is no fact {name}", code="unknown-fact", hint="look in Facts")
     return fact
 
 
-def _told(conn: "sqlite3.Connection", row: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_event(conn: "sqlite3.Connection", row: Mapping[str, Any]) -> dict[str, Any]:
     """An event in words."""
-    row = answered(conn, row)
-    said = statement(row["said"]) if row["said"] else None
-    return {**row, "said": event_said(row, said), "told": event_told(row)}
+    row = add_prior_answer(conn, row)
+    said = format_statement(row["said"]) if row["said"] else None
+    return {**row, "said": find_event_statement(row, said), "told": describe_event(row)}
 
 
-def _number(given: Mapping[str, str], name: str, default: int, choices: tuple[int, ...]) -> int:
+def _parse_choice(
+    given: Mapping[str, str], name: str, default: int, choices: tuple[int, ...]
+) -> int:
     text = given.get(name, "")
     return next((choice for choice in choices if str(choice) == text), default)
 
 
-def _before(query: Mapping[str, str]) -> int | None:
+def _parse_before(query: Mapping[str, str]) -> int | None:
     """Where the page before this one ended; nonsense is the start."""
     text = query.get("before", "")
     return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
-def _page_for(command: str, program: str) -> str | None:
+def _find_page(command: str, program: str) -> str | None:
     """Where on these pages one may do what a command does."""
     name, *rest = shlex.split(command.removeprefix(program)) or [""]
     if name in ACTIONS:

@@ -21,15 +21,21 @@ from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kedit_daemon.report.render import age, figures_text, size, statement, when
-from kedit_daemon.report.worddiff import word_changes
-from kedit_daemon.serve.dashboard.login import HEADERS, Guard
-from kedit_daemon.serve.disconnect import GONE, unless_gone
-from kedit_daemon.system.sanitize import clean
+from kedit_daemon.report.render import (
+    format_bytes,
+    format_duration,
+    format_figures,
+    format_statement,
+    format_time,
+)
+from kedit_daemon.report.worddiff import diff_words
+from kedit_daemon.serve.dashboard.login import SECURITY_HEADERS, SessionGuard
+from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
+from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 
-FOLDER = Path(__file__).parent
-_STATUS = {
+DASHBOARD_FOLDER = Path(__file__).parent
+_STATUS_BY_CODE = {
     "bad-request": 400,
     "foreign-form": 403,
     "unknown-fact": 404,
@@ -38,11 +44,11 @@ _STATUS = {
     "host": 421,
     **dict.fromkeys(("no-home", "not-running", "timeout", "unreadable"), 503),
 }
-_REFUSED = 409
+_DEFAULT_STATUS = 409
 
 
 @dataclass(frozen=True)
-class Asked:
+class PageRequest:
     """What a request brings: of its path, behind its question mark, and in its form."""
 
     path: Mapping[str, str] = field(default_factory=dict)
@@ -51,75 +57,80 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Page:
+class DashboardPage:
     """A template and what it shows."""
 
     template: str
     title: str
-    shown: Mapping[str, Any] = field(default_factory=dict)
+    context: Mapping[str, Any] = field(default_factory=dict)
     status: int = 200
 
 
-Handler = Callable[[Asked], Page] | Callable[[Asked], Coroutine[Any, Any, Page]]
+Handler = (
+    Callable[[PageRequest], DashboardPage]
+    | Callable[[PageRequest], Coroutine[Any, Any, DashboardPage]]
+)
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
-class Shell:
+class PageFrame:
     """The frame around every page: who may see it, how it is rendered, and its headers."""
 
-    def __init__(self, guard: Guard, clock: Callable[[], datetime], program: str) -> None:
+    def __init__(self, guard: SessionGuard, clock: Callable[[], datetime], program: str) -> None:
         """`program`: how people call the command line for this home."""
         self.guard, self._clock = guard, clock
-        self._templates = _environment(program)
+        self._templates = _build_environment(program)
 
-    def page(self, path: str, handler: Handler, method: str = "GET") -> BaseRoute:
+    def page_route(self, path: str, handler: Handler, method: str = "GET") -> BaseRoute:
         """A route to a page, whose KeditErrors are shown. What is no coroutine runs in a thread."""
 
         async def endpoint(request: Request) -> Response:
-            if not self.guard.signed_in(request):
-                return self._to_sign_in(request)
-            form = await self.guard.form(request) if method == "POST" else {}
-            asked = Asked(request.path_params, dict(request.query_params), form)
+            if not self.guard.is_signed_in(request):
+                return self._redirect_to_sign_in(request)
+            form = await self.guard.read_form(request) if method == "POST" else {}
+            asked = PageRequest(request.path_params, dict(request.query_params), form)
             if iscoroutinefunction(handler):
-                page: Page | None = await unless_gone(request, handler(asked))
+                page: DashboardPage | None = await run_unless_gone(request, handler(asked))
                 if page is None:
-                    return Response(status_code=GONE)
+                    return Response(status_code=CLIENT_GONE)
             else:
-                page = await run_in_threadpool(cast(Callable[[Asked], Page], handler), asked)
-            return self._send(request, page)
+                page = await run_in_threadpool(
+                    cast(Callable[[PageRequest], DashboardPage], handler), asked
+                )
+            return self._render_page(request, page)
 
-        return Route(path, self._guarded(endpoint), methods=[method])
+        return Route(path, self._guard_endpoint(endpoint), methods=[method])
 
-    def fixed(self) -> list[BaseRoute]:
+    def fixed_routes(self) -> list[BaseRoute]:
         """The routes that need no sign-in: signing in and out, style and script."""
-        static = StaticFiles(directory=FOLDER / "static")
+        static = StaticFiles(directory=DASHBOARD_FOLDER / "static")
         return [
-            Route("/sign-in", self._guarded(self._sign_in), methods=["GET", "POST"]),
-            Route("/sign-out", self._guarded(self._sign_out), methods=["POST"]),
-            Mount("/static", static, middleware=[Middleware(_Headers)], name="static"),
+            Route("/sign-in", self._guard_endpoint(self._sign_in), methods=["GET", "POST"]),
+            Route("/sign-out", self._guard_endpoint(self._sign_out), methods=["POST"]),
+            Mount("/static", static, middleware=[Middleware(_HeadersMiddleware)], name="static"),
         ]
 
-    def _guarded(self, endpoint: Endpoint) -> Endpoint:
+    def _guard_endpoint(self, endpoint: Endpoint) -> Endpoint:
         async def guarded(request: Request) -> Response:
             try:
                 self.guard.check_host(request)
                 response = await endpoint(request)
             except KeditError as error:
-                response = self._send(request, failed(error))
-            response.headers.update({**HEADERS, "Cache-Control": "no-store"})
+                response = self._render_page(request, error_page(error))
+            response.headers.update({**SECURITY_HEADERS, "Cache-Control": "no-store"})
             return response
 
         return guarded
 
-    def _send(self, request: Request, page: Page) -> Response:
-        nonce = self.guard.nonce(request)
+    def _render_page(self, request: Request, page: DashboardPage) -> Response:
+        nonce = self.guard.get_nonce(request)
         content = self._templates.get_template(page.template).render(
-            **page.shown,
+            **page.context,
             title=page.title,
             now=self._clock(),
-            form_token=self.guard.form_token(request, nonce),
-            signed_in=self.guard.signed_in(request),
-            locked=self.guard.locked,
+            form_token=self.guard.make_form_token(request, nonce),
+            signed_in=self.guard.is_signed_in(request),
+            locked=self.guard.needs_sign_in,
             here=request.scope["path"],
         )
         response = HTMLResponse(content, page.status)
@@ -128,7 +139,7 @@ class Shell:
 
     # Signing in and out -------------------------------------------------------------------------
 
-    def _to_sign_in(self, request: Request) -> Response:
+    def _redirect_to_sign_in(self, request: Request) -> Response:
         """Back to where the person wanted to go, afterwards; what was to be done is not kept."""
         # Not request.url, which is made from Host, and that may be anything.
         wanted = request.scope["path"]
@@ -138,30 +149,34 @@ class Shell:
         return RedirectResponse(f"/sign-in{back}", 303)
 
     async def _sign_in(self, request: Request) -> Response:
-        form = await self.guard.form(request) if request.method == "POST" else None
-        wanted = _inside((form or dict(request.query_params)).get("next", "/"))
+        form = await self.guard.read_form(request) if request.method == "POST" else None
+        wanted = _safe_path((form or dict(request.query_params)).get("next", "/"))
         response: Response = RedirectResponse(wanted, 303)
-        if form is not None and (seconds := self.guard.held_back(request)):
+        if form is not None and (seconds := self.guard.sign_in_delay(request)):
             shown = {"wanted": wanted, "wrong": True, "seconds": seconds}
-            response = self._send(request, Page("sign_in.html", "Sign in", shown, 429))
+            response = self._render_page(
+                request, DashboardPage("sign_in.html", "Sign in", shown, 429)
+            )
             response.headers["Retry-After"] = str(seconds)
             return response
         if form is not None and self.guard.sign_in(request, form.get("token", ""), response):
             return response
-        if form is None and self.guard.signed_in(request):
+        if form is None and self.guard.is_signed_in(request):
             return response
         wrong = form is not None
         shown = {"wanted": wanted, "wrong": wrong, "seconds": 0}
-        return self._send(request, Page("sign_in.html", "Sign in", shown, 403 if wrong else 200))
+        return self._render_page(
+            request, DashboardPage("sign_in.html", "Sign in", shown, 403 if wrong else 200)
+        )
 
     async def _sign_out(self, request: Request) -> Response:
-        await self.guard.form(request)
+        await self.guard.read_form(request)
         response = RedirectResponse("/sign-in", 303)
         self.guard.sign_out(request, response)
         return response
 
 
-class _Headers:
+class _HeadersMiddleware:
     """Puts the security headers on what is sent from a folder."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -170,45 +185,47 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                added = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
+                added = [(k.lower().encode(), v.encode()) for k, v in SECURITY_HEADERS.items()]
                 message["headers"] = [*message["headers"], *added]
             await send(message)
 
         await self._app(scope, receive, with_headers)
 
 
-def failed(error: KeditError) -> Page:
+def error_page(error: KeditError) -> DashboardPage:
     """What went wrong, and what to do."""
     shown = {"message": str(error), "hint": error.hint, "code": error.code}
-    return Page("error.html", "That did not work", shown, _STATUS.get(error.code, _REFUSED))
+    return DashboardPage(
+        "error.html", "That did not work", shown, _STATUS_BY_CODE.get(error.code, _DEFAULT_STATUS)
+    )
 
 
-def _inside(path: str) -> str:
+def _safe_path(path: str) -> str:
     """The path if it leads to one of our pages, and not to another site."""
     safe = path.startswith("/") and not path.startswith("//") and "\\" not in path
     return path if safe and path.isprintable() else "/"
 
 
-def _environment(program: str) -> Environment:
+def _build_environment(program: str) -> Environment:
     made = Environment(
-        loader=FileSystemLoader(FOLDER / "templates"),
+        loader=FileSystemLoader(DASHBOARD_FOLDER / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_shown,
+        finalize=_clean_output,
     )
     made.filters |= {
-        "age": age,
-        "figures": figures_text,
-        "moment": when,
-        "size": size,
-        "statement": statement,
+        "age": format_duration,
+        "figures": format_figures,
+        "moment": format_time,
+        "size": format_bytes,
+        "statement": format_statement,
     }
-    made.globals |= {"program": program, "word_changes": word_changes}
+    made.globals |= {"program": program, "word_changes": diff_words}
     return made
 
 
-def _shown(value: object) -> object:
+def _clean_output(value: object) -> object:
     """Whatever a template prints, unless a template has made it."""
-    return value if isinstance(value, Markup) else clean(value, lines=True)
+    return value if isinstance(value, Markup) else clean_text(value, lines=True)

@@ -17,19 +17,19 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kedit_daemon.serve.inference.replica import BROKEN, Replica
-from kedit_daemon.serve.inference.stream import Answering, Told
-from kedit_daemon.serve.inference.types import EDITED, Opened, Part, Wish
+from kedit_daemon.serve.inference.replica import MODEL_ERRORS, Replica
+from kedit_daemon.serve.inference.stream import AnswerStream, StreamItem
+from kedit_daemon.serve.inference.types import EDITED, AnswerPart, AnswerStart, GenerationRequest
 from memory.errors import KeditError
-from memory.model.batch_decoder import Decoding
-from memory.model.sampling import choose
+from memory.model.batch_decoder import BatchDecoder
+from memory.model.sampling import choose_tokens
 
 IDLE_SECONDS = 1.0  # between two looks at the home while nobody asks
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Figures:
+class BatchStatus:
     """What the engine has done since its start, and how it stands."""
 
     requests: int  # taken in; those turned away are not among them
@@ -39,27 +39,32 @@ class Figures:
     problems: tuple[str, ...]  # what of the home could not be followed
 
 
-class Engine:
+class BatchEngine:
     """Owns the replica from its making to `close`."""
 
     def __init__(self, replica: Replica, most_rows: int, most_waiting: int) -> None:
         """`most_rows` are answered together, `most_waiting` more may wait for their turn."""
         self.replica, self.model = replica, replica.model
-        self.most_rows, self.most_waiting = most_rows, most_waiting
-        self._decoding = Decoding(self.model, None)
-        self._served: tuple[bool, int] = (False, 0)  # with the side memory or not; the generation
-        self._running: list[Answering] = []
-        self._joining: list[Answering] = []  # being read in
-        self._waiting: deque[Answering] = deque()
-        self._requests = 0
-        self._closing = False
-        self._changed = threading.Condition()  # of who waits and joins, and of closing
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.max_rows, self.max_waiting = most_rows, most_waiting
+        self._decoding = BatchDecoder(self.model, None)
+        self._active_weights: tuple[bool, int] = (
+            False,
+            0,
+        )  # with the side memory or not; the generation
+        self._running: list[AnswerStream] = []
+        self._joining: list[AnswerStream] = []  # being read in
+        self._waiting: deque[AnswerStream] = deque()
+        self._request_count = 0
+        self._is_closing = False
+        self._condition = threading.Condition()  # of who waits and joins, and of closing
+        self._thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
         self._thread.start()
 
     # Readers, each in its own event loop --------------------------------------------------------
 
-    async def answer(self, wish: Wish) -> AsyncGenerator[Opened | Part]:
+    async def stream_answer(
+        self, wish: GenerationRequest
+    ) -> AsyncGenerator[AnswerStart | AnswerPart]:
         """What is told of an answer: Opened, then parts; the last one has a finish.
 
         Who closes the generator, or is cancelled, leaves at once. Raises KeditError: "too-long",
@@ -68,40 +73,40 @@ class Engine:
         database) in its place;
         "non-finite" and "unexpected" also later.
         """
-        self._check(wish)
-        told: asyncio.Queue[Told] = asyncio.Queue()
-        one = Answering(self.model, wish, _sender(asyncio.get_running_loop(), told))
-        self._queue(one)
+        self._check_request(wish)
+        told: asyncio.Queue[StreamItem] = asyncio.Queue()
+        one = AnswerStream(self.model, wish, _make_sender(asyncio.get_running_loop(), told))
+        self._add_waiting(one)
         try:
             while True:
                 item = await told.get()
                 if isinstance(item, KeditError):
                     raise item
                 yield item
-                if isinstance(item, Part) and item.finish is not None:
+                if isinstance(item, AnswerPart) and item.finish_reason is not None:
                     return
         finally:
-            one.over = True
+            one.is_over = True
 
-    def _check(self, wish: Wish) -> None:
-        prompt, most = len(wish.ids), self.model.positions
+    def _check_request(self, wish: GenerationRequest) -> None:
+        prompt, most = len(wish.prompt_ids), self.model.max_positions
         if prompt < 1 or wish.max_tokens < 1 or prompt + wish.max_tokens > most:
             raise KeditError(
                 f"a prompt of {prompt} tokens with an answer of up to {wish.max_tokens}: each must"
                 f" be 1 at least, and both together {most} at most",
                 code="too-long",
             )
-        tokens = int(self.model.model.get_input_embeddings().weight.shape[0])
-        if not 0 <= min(wish.ids) <= max(wish.ids) < tokens:
+        tokens = int(self.model.hf_model.get_input_embeddings().weight.shape[0])
+        if not 0 <= min(wish.prompt_ids) <= max(wish.prompt_ids) < tokens:
             raise KeditError(f"the model's tokens are 0 to {tokens - 1}", code="bad-request")
 
-    def _queue(self, one: Answering) -> None:
-        with self._changed:
-            if self._closing:
-                raise _stopping()
-            free = self.most_rows - len(self._running) - len(self._joining)
-            waiting = self._patient() - free  # without those who are about to join
-            if waiting >= self.most_waiting:
+    def _add_waiting(self, one: AnswerStream) -> None:
+        with self._condition:
+            if self._is_closing:
+                raise _stopping_error()
+            free = self.max_rows - len(self._running) - len(self._joining)
+            waiting = self._count_waiting() - free  # without those who are about to join
+            if waiting >= self.max_waiting:
                 raise KeditError(
                     f"{waiting} requests are waiting already",
                     code="busy",
@@ -109,132 +114,132 @@ class Engine:
                     exit_code=75,
                 )
             self._waiting.append(one)
-            self._requests += 1
-            self._changed.notify()
+            self._request_count += 1
+            self._condition.notify()
 
-    def _patient(self) -> int:
+    def _count_waiting(self) -> int:
         """How many wait and have not left; with the lock."""
-        return sum(not one.over for one in self._waiting)
+        return sum(not one.is_over for one in self._waiting)
 
     @property
-    def figures(self) -> Figures:
+    def status(self) -> BatchStatus:
         """As they are now."""
-        with self._changed:
-            return Figures(
-                self._requests,
+        with self._condition:
+            return BatchStatus(
+                self._request_count,
                 len(self._running) + len(self._joining),
-                self._patient(),
+                self._count_waiting(),
                 self.replica.generation,
                 self.replica.problems,
             )
 
     def close(self) -> None:
         """End after the step that runs; who still reads is told so."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
+        with self._condition:
+            self._is_closing = True
+            self._condition.notify()
         self._thread.join()
         self.replica.close()
 
     # The thread ---------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run_loop(self) -> None:
         try:
-            while self._wait():
+            while self._wait_for_work():
                 try:
-                    self._turn()
+                    self._run_step()
                 except Exception as error:  # one step must not end the engine
-                    self._break_off(error)
+                    self._abort_answers(error)
         finally:
-            with self._changed:
-                self._closing = True
+            with self._condition:
+                self._is_closing = True
             for one in [*self._running, *self._joining, *self._waiting]:
-                one.fail(_stopping())
+                one.fail(_stopping_error())
 
-    def _wait(self) -> bool:
+    def _wait_for_work(self) -> bool:
         """Until there is something to do, or it is time to look at the home; False: to end."""
-        with self._changed:
-            if not (self._waiting or self._running or self._closing):
-                self._changed.wait(IDLE_SECONDS)
-            return not self._closing
+        with self._condition:
+            if not (self._waiting or self._running or self._is_closing):
+                self._condition.wait(IDLE_SECONDS)
+            return not self._is_closing
 
-    def _turn(self) -> None:
-        self._leave()
+    def _run_step(self) -> None:
+        self._drop_finished()
         if self._waiting or not self._running:
             self.replica.sync()
-        self._admit()
+        self._admit_waiting()
         if self._joining:
-            self._join()
+            self._join_batch()
         if self._running:
-            logits = self._decoding.step([one.token for one in self._running])
-            self._take(self._running, logits)
+            logits = self._decoding.decode_step([one.token for one in self._running])
+            self._choose_tokens(self._running, logits)
 
-    def _admit(self) -> None:
+    def _admit_waiting(self) -> None:
         """Call up those who may join now, first come first served."""
-        while self._waiting and len(self._running) + len(self._joining) < self.most_rows:
+        while self._waiting and len(self._running) + len(self._joining) < self.max_rows:
             one = self._waiting[0]
             try:
-                if not self._suits(one.wish):
+                if not self._prepare_weights(one.request):
                     return
-            except BROKEN as error:
-                self._fail([one], error)
-            with self._changed:
+            except MODEL_ERRORS as error:
+                self._fail_answers([one], error)
+            with self._condition:
                 self._waiting.popleft()
-                if not one.over:
+                if not one.is_over:
                     self._joining.append(one)
 
-    def _suits(self, wish: Wish) -> bool:
+    def _prepare_weights(self, wish: GenerationRequest) -> bool:
         """Whether the weights are those that a reader wants; they are laid where nobody runs."""
-        sided = wish.which == EDITED
-        wanted = (sided, self.replica.number_of(wish.which))
+        sided = wish.variant == EDITED
+        wanted = (sided, self.replica.resolve_generation(wish.variant))
         if self._running or self._joining:
-            return wanted == self._served
-        self.replica.use(wanted[1])
-        self._served = wanted
-        self._decoding = Decoding(self.model, self.replica.side if sided else None)
+            return wanted == self._active_weights
+        self.replica.set_generation(wanted[1])
+        self._active_weights = wanted
+        self._decoding = BatchDecoder(self.model, self.replica.side if sided else None)
         return True
 
-    def _join(self) -> None:
+    def _join_batch(self) -> None:
         """Read in those who were called up; if it fails, those who run go on."""
         joining = self._joining
         try:
-            joined = self._decoding.join([one.wish.ids for one in joining])
-        except BROKEN as error:
+            joined = self._decoding.prefill_rows([one.request.prompt_ids for one in joining])
+        except MODEL_ERRORS as error:
             self._joining = []
-            self._fail(joining, error)
+            self._fail_answers(joining, error)
             return
-        with self._changed:
+        with self._condition:
             self._running, self._joining = [*self._running, *joining], []
-        for one, match in zip(joining, joined.fired, strict=True):
-            one.tell(Opened(self._served[1], match))
-        self._take(joining, joined.logits)
+        for one, match in zip(joining, joined.matches, strict=True):
+            one.send_item(AnswerStart(self._active_weights[1], match))
+        self._choose_tokens(joining, joined.logits)
 
-    def _take(self, rows: list[Answering], logits: Tensor) -> None:
+    def _choose_tokens(self, rows: list[AnswerStream], logits: Tensor) -> None:
         """Next tokens of some rows, from logits (rows, vocabulary); who has enough leaves."""
-        chosen = choose(logits, [one.chance for one in rows])
+        chosen = choose_tokens(logits, [one.chance for one in rows])
         for one, token, row in zip(rows, chosen, logits, strict=True):
-            if not one.over:
-                one.take(token, row)
-        self._leave()
+            if not one.is_over:
+                one.add_token(token, row)
+        self._drop_finished()
 
-    def _leave(self) -> None:
+    def _drop_finished(self) -> None:
         """Let those go who have all, or have left; also of those who wait."""
-        with self._changed:
-            self._waiting = deque(one for one in self._waiting if not one.over)
-        kept = [n for n, one in enumerate(self._running) if not one.over]
-        self._decoding.keep(kept)
+        with self._condition:
+            self._waiting = deque(one for one in self._waiting if not one.is_over)
+        kept = [n for n, one in enumerate(self._running) if not one.is_over]
+        self._decoding.keep_rows(kept)
         self._running = [self._running[n] for n in kept]
 
-    def _break_off(self, error: Exception) -> None:
+    def _abort_answers(self, error: Exception) -> None:
         """Tell those who run or join, or if it went wrong before anyone did, those who wait."""
-        with self._changed:
+        with self._condition:
             broken = [*self._running, *self._joining]
             self._running, self._joining = [], []
             if not broken:
                 broken, self._waiting = list(self._waiting), deque()
-        self._fail(broken, error)
+        self._fail_answers(broken, error)
 
-    def _fail(self, broken: Sequence[Answering], error: Exception) -> None:
+    def _fail_answers(self, broken: Sequence[AnswerStream], error: Exception) -> None:
         if not isinstance(error, KeditError):
             log.error("an answer broke off", exc_info=error)
             what = f"the answer broke off: {type(error).__name__}: {error}"
@@ -243,14 +248,14 @@ class Engine:
             one.fail(error)
 
 
-def _stopping() -> KeditError:
+def _stopping_error() -> KeditError:
     return KeditError("the daemon is stopping", code="stopping", exit_code=75)
 
 
-def _sender(
-    loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Told]"
-) -> Callable[[Told], None]:
-    def send(item: Told) -> None:
+def _make_sender(
+    loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[StreamItem]"
+) -> Callable[[StreamItem], None]:
+    def send(item: StreamItem) -> None:
         with suppress(RuntimeError):  # the loop has ended: nobody reads
             loop.call_soon_threadsafe(queue.put_nowait, item)
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from kedit_daemon.config import Config
-from kedit_daemon.editing.audit import thresholds
+from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.home import Home
-from kedit_daemon.serve.inference.engine import Engine
+from kedit_daemon.serve.inference.engine import BatchEngine
 from kedit_daemon.serve.inference.reader import Reader
 from kedit_daemon.serve.inference.replica import Replica
 
@@ -17,6 +17,6 @@ def open_reader(home: Home, config: Config) -> Reader:
     """
     replica = Replica.load(home, config.model, config.device)
     replica.sync()  # who is told that it is ready is answered at once, and as edited
-    engine = Engine(replica, config.serve.most_rows, config.serve.waiting_limit)
-    limits = None if replica.site is None else thresholds(config, replica.site)
+    engine = BatchEngine(replica, config.serve.most_rows, config.serve.waiting_limit)
+    limits = None if replica.site is None else make_thresholds(config, replica.site)
     return Reader(Path(config.model).name, engine.model, engine, limits)

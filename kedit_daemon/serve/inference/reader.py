@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from jinja2 import TemplateError
 
-from kedit_daemon.serve.errors import wrong
-from kedit_daemon.serve.inference.types import Opened, Part, Wish
+from kedit_daemon.serve.errors import bad_request
+from kedit_daemon.serve.inference.types import AnswerPart, AnswerStart, GenerationRequest
 
 if TYPE_CHECKING:
     from memory.model.editable import EditableModel
     from policies.stability import Thresholds
 
 
-class Figures(Protocol):
+class EngineStatus(Protocol):
     """How an engine is at a moment."""
 
     @property
@@ -30,15 +30,15 @@ class Figures(Protocol):
     def problems(self) -> tuple[str, ...]: ...
 
 
-class Engine(Protocol):
+class AnswerEngine(Protocol):
     """Answers wishes, many side by side."""
 
-    def answer(self, wish: Wish) -> AsyncGenerator[Opened | Part]:
+    def stream_answer(self, wish: GenerationRequest) -> AsyncGenerator[AnswerStart | AnswerPart]:
         """First an Opened, then Parts, the last with a finish. Raises KeditError: "busy",
         "too-long", "model" (no such generation) or "non-finite"."""
 
     @property
-    def figures(self) -> Figures:
+    def status(self) -> EngineStatus:
         """How it is now."""
 
     def close(self) -> None:
@@ -51,22 +51,22 @@ class Reader:
 
     name: str
     model: "EditableModel"
-    engine: Engine
+    engine: AnswerEngine
     thresholds: "Thresholds | None" = None
     """By which audits judge this model."""
 
     @property
     def positions(self) -> int:
         """How many tokens a prompt and its answer may have together."""
-        return self.model.positions
+        return self.model.max_positions
 
     @property
-    def vocabulary(self) -> int:
+    def vocabulary_size(self) -> int:
         """How many tokens there are."""
-        return int(self.model.model.config.get_text_config().vocab_size)
+        return int(self.model.hf_model.config.get_text_config().vocab_size)
 
     @cached_property
-    def longest_token(self) -> int:
+    def longest_token_chars(self) -> int:
         """Characters in the longest token, at most: as the vocabulary spells it, where a byte is
         one at least."""
         return max(map(len, self.model.tokenizer.get_vocab()))
@@ -75,7 +75,7 @@ class Reader:
         """Token ids of a prompt."""
         return self.model.encode(text)
 
-    def conversation(self, messages: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Token ids of (role, text) messages, up to where the assistant's next words begin: by the
         model's chat template, or plainly where it has none.
 
@@ -83,38 +83,38 @@ class Reader:
         """
         tokenizer = self.model.tokenizer
         if not tokenizer.chat_template:
-            return self.encode(plain(messages))
+            return self.encode(format_plain_chat(messages))
         said = [{"role": role, "content": text} for role, text in messages]
         try:
             text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
-            raise wrong(f"the model's chat template refuses: {error}", "messages") from error
+            raise bad_request(f"the model's chat template refuses: {error}", "messages") from error
         # The template writes the special tokens itself.
         return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def token_text(self, token: int) -> str:
         """A token as it stands within a text: with the space before it, which some tokenizers
         leave out at a beginning."""
-        text = self._texts.get(token)
+        text = self._token_texts.get(token)
         if text is None:
-            first, alone = self._before
+            first, alone = self._prefix_token
             whole = cast(str, self.model.tokenizer.decode([first, token]))
-            text = self._texts[token] = whole.removeprefix(alone)
+            text = self._token_texts[token] = whole.removeprefix(alone)
         return text
 
     @cached_property
-    def _before(self) -> tuple[int, str]:
+    def _prefix_token(self) -> tuple[int, str]:
         """A token to stand before others, and its text."""
         first = self.encode("a")[-1]
         return first, cast(str, self.model.tokenizer.decode([first]))
 
     @cached_property
-    def _texts(self) -> dict[int, str]:
+    def _token_texts(self) -> dict[int, str]:
         """Those of the tokens that were told: no more than the vocabulary has."""
         return {}
 
 
-def plain(messages: Sequence[tuple[str, str]]) -> str:
+def format_plain_chat(messages: Sequence[tuple[str, str]]) -> str:
     """A conversation as plain text, for models that were never taught a form for one.
 
     A lone message of the user is that message and nothing else: the model goes on from it.

@@ -5,62 +5,71 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from kedit_daemon.serve.inference.detokenizer import Spelling
-from kedit_daemon.serve.inference.types import Opened, Part, Token, Wish
+from kedit_daemon.serve.inference.detokenizer import Detokenizer
+from kedit_daemon.serve.inference.types import (
+    AnswerPart,
+    AnswerStart,
+    GenerationRequest,
+    TokenLogprobs,
+)
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.model.sampling import Chance, likelihood
+from memory.model.sampling import TokenSampler, rank_log_probs
 
-Told = Opened | Part | KeditError
+StreamItem = AnswerStart | AnswerPart | KeditError
 
 
-class Answering:
+class AnswerStream:
     """A wish, and what has been told of its answer."""
 
-    def __init__(self, model: EditableModel, wish: Wish, tell: Callable[[Told], None]) -> None:
-        self.wish, self.tell = wish, tell
-        self.chance = Chance(wish.temperature, wish.top_p, wish.seed)
+    def __init__(
+        self, model: EditableModel, wish: GenerationRequest, tell: Callable[[StreamItem], None]
+    ) -> None:
+        self.request, self.send_item = wish, tell
+        self.chance = TokenSampler(wish.temperature, wish.top_p, wish.seed)
         self.token = -1
         """The last token, when there is one."""
-        self.over = False
+        self.is_over = False
         """Whether no more is told: the answer is whole, has failed, or nobody reads it."""
-        self.produced = 0
+        self.token_count = 0
         """How many tokens, without one that ends the text."""
-        self._ends = model.ends
-        self._spelling = Spelling(model.decode, wish.ids, wish.stop)
-        self._untold: list[Token] = []
+        self._end_tokens = model.stop_tokens
+        self._detokenizer = Detokenizer(model.decode, wish.prompt_ids, wish.stop_texts)
+        self._unsent_tokens: list[TokenLogprobs] = []
 
-    def take(self, token: int | KeditError, logits: Tensor) -> None:
+    def add_token(self, token: int | KeditError, logits: Tensor) -> None:
         """The next token, or why there is none, with the logits (vocabulary,) that it is from."""
         if isinstance(token, KeditError):
             self.fail(token)
             return
-        if token in self._ends:
-            self._finish("stop")
+        if token in self._end_tokens:
+            self._finish_answer("stop")
             return
         self.token = token
-        self.produced += 1
-        if self.wish.logprobs is not None:
-            self._untold.append(Token(token, *likelihood(logits, token, self.wish.logprobs)))
-        text = self._spelling.add(token)
-        if self._spelling.stopped:
-            self._part(text, "stop")
-        elif self.produced == self.wish.max_tokens:
-            self._finish("length", text)
+        self.token_count += 1
+        if self.request.logprobs is not None:
+            self._unsent_tokens.append(
+                TokenLogprobs(token, *rank_log_probs(logits, token, self.request.logprobs))
+            )
+        text = self._detokenizer.add_token(token)
+        if self._detokenizer.is_stopped:
+            self._send_part(text, "stop")
+        elif self.token_count == self.request.max_tokens:
+            self._finish_answer("length", text)
         elif text:
-            self._part(text)
+            self._send_part(text)
 
     def fail(self, error: KeditError) -> None:
         """The answer breaks off."""
-        self.over = True
-        self.tell(error)
+        self.is_over = True
+        self.send_item(error)
 
-    def _finish(self, why: str, text: str = "") -> None:
-        text += self._spelling.rest()
-        self._part(text, "stop" if self._spelling.stopped else why)
+    def _finish_answer(self, why: str, text: str = "") -> None:
+        text += self._detokenizer.flush()
+        self._send_part(text, "stop" if self._detokenizer.is_stopped else why)
 
-    def _part(self, text: str, finish: str | None = None) -> None:
-        tokens, self._untold = tuple(self._untold), []
+    def _send_part(self, text: str, finish: str | None = None) -> None:
+        tokens, self._unsent_tokens = tuple(self._unsent_tokens), []
         if finish is not None:  # never back to False: the reader may leave in between
-            self.over = True
-        self.tell(Part(text, tokens, finish, self.produced if finish else 0))
+            self.is_over = True
+        self.send_item(AnswerPart(text, tokens, finish, self.token_count if finish else 0))

@@ -5,36 +5,40 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from kedit_daemon.serve.errors import Refused
-from kedit_daemon.serve.inference.reader import Engine
-from kedit_daemon.serve.inference.types import Opened, Part, Wish
+from kedit_daemon.serve.errors import RequestError
+from kedit_daemon.serve.inference.reader import AnswerEngine
+from kedit_daemon.serve.inference.types import AnswerPart, AnswerStart, GenerationRequest
 
-TRIES = 3
+MAX_TRIES = 3
 
 
-class Rows:
+class AnswerFanout:
     """One wish a row. Close it, whatever happens: what still runs then ends."""
 
-    def __init__(self, engine: Engine, wishes: Sequence[Wish]) -> None:
-        self._engine, self._wishes = engine, wishes
+    def __init__(self, engine: AnswerEngine, wishes: Sequence[GenerationRequest]) -> None:
+        self._engine, self._requests = engine, wishes
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def open(self) -> list[Opened]:
+    async def start_answers(self) -> list[AnswerStart]:
         """Wait until all rows have begun, in one generation; raises what any of them raises."""
-        for _ in range(TRIES):
-            self._start()
-            opened = await self._opened()
+        for _ in range(MAX_TRIES):
+            self._start_tasks()
+            opened = await self._collect_starts()
             if len({one.generation for one in opened}) == 1:
                 return opened
             self.close()  # a new generation came in between: nobody has read anything yet
-        raise Refused("the generation changes all the time", status=503, code="overloaded", retry=1)
+        raise RequestError(
+            "the generation changes all the time", status=503, code="overloaded", retry=1
+        )
 
-    async def parts(self) -> AsyncIterator[tuple[int, Part]]:
+    async def stream_parts(self) -> AsyncIterator[tuple[int, AnswerPart]]:
         """Row and part as they come, until every row has its last; call it after `open`."""
-        left = len(self._wishes)
+        left = len(self._requests)
         while left:
-            row, part = self._early.popleft() if self._early else await self._next()
-            left -= part.finish is not None
+            row, part = (
+                self._early_parts.popleft() if self._early_parts else await self._next_item()
+            )
+            left -= part.finish_reason is not None
             yield row, part
 
     def close(self) -> None:
@@ -42,35 +46,37 @@ class Rows:
         for task in self._tasks:
             task.cancel()
 
-    def _start(self) -> None:
+    def _start_tasks(self) -> None:
         # Read by the engine's pace, whatever the client's is: a row must not keep its place.
         self._queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        self._early: deque[tuple[int, Part]] = deque()
+        self._early_parts: deque[tuple[int, AnswerPart]] = deque()
         self._tasks = []
-        for row, wish in enumerate(self._wishes):
-            task = asyncio.create_task(self._pump(self._queue, row, wish))
-            task.add_done_callback(self._ended)
+        for row, wish in enumerate(self._requests):
+            task = asyncio.create_task(self._pump_answer(self._queue, row, wish))
+            task.add_done_callback(self._forward_error)
             self._tasks.append(task)
 
-    async def _pump(self, queue: asyncio.Queue[tuple[int, Any]], row: int, wish: Wish) -> None:
-        async for item in self._engine.answer(wish):
+    async def _pump_answer(
+        self, queue: asyncio.Queue[tuple[int, Any]], row: int, wish: GenerationRequest
+    ) -> None:
+        async for item in self._engine.stream_answer(wish):
             queue.put_nowait((row, item))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _forward_error(self, task: asyncio.Task[None]) -> None:
         if task in self._tasks and not task.cancelled() and (error := task.exception()):
             self._queue.put_nowait((self._tasks.index(task), error))
 
-    async def _opened(self) -> list[Opened]:
-        opened: dict[int, Opened] = {}
-        while len(opened) < len(self._wishes):
-            row, item = await self._next()
-            if isinstance(item, Opened):
+    async def _collect_starts(self) -> list[AnswerStart]:
+        opened: dict[int, AnswerStart] = {}
+        while len(opened) < len(self._requests):
+            row, item = await self._next_item()
+            if isinstance(item, AnswerStart):
                 opened[row] = item
             else:
-                self._early.append((row, item))
-        return [opened[row] for row in range(len(self._wishes))]
+                self._early_parts.append((row, item))
+        return [opened[row] for row in range(len(self._requests))]
 
-    async def _next(self) -> tuple[int, Any]:
+    async def _next_item(self) -> tuple[int, Any]:
         row, item = await self._queue.get()
         if isinstance(item, BaseException):
             raise item

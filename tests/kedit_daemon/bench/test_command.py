@@ -10,10 +10,10 @@ import pytest
 from command_line import ROOT, called
 from tiny_models import CITIES
 
-from kedit_daemon.bench.studies.study import told
-from kedit_daemon.bench.studies.study_catalog import study_named
-from kedit_daemon.bench.table import table_lines
-from kedit_daemon.editing.generations import Weights
+from kedit_daemon.bench.studies.study import format_study
+from kedit_daemon.bench.studies.study_catalog import import_study
+from kedit_daemon.bench.table import format_result
+from kedit_daemon.editing.generations import Generations
 from kedit_daemon.home import Home
 from memory.errors import KeditError
 
@@ -44,7 +44,7 @@ def test_a_run_prints_a_table_and_writes_the_same_as_json(
     result = called(None, "bench", str(data), "--model", model, *words, "--json", str(out))
     assert result.exit_code == 0, result.stderr
     written = json.loads(out.read_text())
-    assert result.stdout.splitlines() == list(table_lines(written))
+    assert result.stdout.splitlines() == list(format_result(written))
     assert (written["model"], written["seed"], written["facts"]) == (model, 3, 3)
     assert (written["skipped"], written["baseline"]["method"]) == (1, "none")
     assert result.stderr.startswith("data.json:1: skipped: ")
@@ -63,7 +63,7 @@ def test_a_study_takes_the_place_of_a_method(
     written = json.loads(out.read_text())
     assert (written["study"], written["model"], written["seed"]) == ("capacity", model, 3)
     assert (written["facts"], written["knee"], written["rows"][-1]["size"]) == (3, 3, 3)
-    assert result.stdout.splitlines() == list(told(study_named("capacity"), written))
+    assert result.stdout.splitlines() == list(format_study(import_study("capacity"), written))
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -140,10 +140,10 @@ def test_a_run_that_was_cut_off_is_resumed_from_beside_its_json_file(
 ) -> None:
     out, work = tmp_path / "out.json", tmp_path / "out.json.work"
     home = Home(tmp_path / "home")
-    home.create()  # lends its place for what is measured of the model
+    home.create_folders()  # lends its place for what is measured of the model
     words = [str(data), "--model", str(model_folder("llama")), "--batch-size", "2", "--no-policy"]
     words += ["--method", "memit-mass", "--json", str(out)]
-    real, taken = Weights.publish, list[int]()
+    real, taken = Generations.activate_candidate, list[int]()
 
     def publish(*given: Any) -> int:
         if len(taken) == 1:
@@ -152,7 +152,7 @@ def test_a_run_that_was_cut_off_is_resumed_from_beside_its_json_file(
         return taken[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Weights, "publish", publish)
+        patch.setattr(Generations, "activate_candidate", publish)
         cut = called(home, "bench", *words, "--resume")
     assert (cut.exit_code, out.exists(), work.is_dir()) == (1, False, True)
     other = called(home, "bench", *words, "--resume", "--seed", "3")
@@ -173,12 +173,12 @@ def test_a_sweep_runs_every_size_and_takes_memit_mass_unless_told_otherwise(
 ) -> None:
     out, words = tmp_path / "out.json", ["--model", str(model_folder("llama"))]
     home = Home(tmp_path / "home")
-    home.create()
+    home.create_folders()
     words += ["--sweep", "batch-size", "--json", str(out)]
     result = called(home, "bench", str(data), *words, "--no-policy")
     assert result.exit_code == 0, result.stderr
     written = json.loads(out.read_text())
-    assert result.stdout.splitlines() == list(table_lines(written))
+    assert result.stdout.splitlines() == list(format_result(written))
     assert (written["method"], [row["batch_size"] for row in written["sweep"]]) == (
         "memit-mass",
         [1],

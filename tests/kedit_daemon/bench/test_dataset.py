@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.bench.dataset import BenchRecord, Stream, batches, fitting, read_stream
+from kedit_daemon.bench.dataset import (
+    BenchRecord,
+    FactStream,
+    drop_unreadable,
+    read_stream,
+    split_batches,
+)
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
@@ -75,7 +81,7 @@ def test_each_form_gives_the_fact_the_old_answer_and_what_is_held_out(tmp_path: 
 
 def test_the_editor_never_gets_paraphrases_or_neighbours(tmp_path: Path) -> None:
     stream = read_stream(written(tmp_path, FLAT, EASY, ZSRE, ROME), 0, None, 0)
-    for batch in batches(stream.records, 3):
+    for batch in split_batches(stream.records, 3):
         for fact in batch:
             assert (fact.paraphrases, fact.neighbours) == ((), ())
 
@@ -132,26 +138,26 @@ def test_what_does_not_fit_the_model_is_left_out(tmp_path: Path, model: Editable
     asked = {**numbered(1), "prompt": f"town 1 lies {long} in"}
     near = {**numbered(2), "locality_prompt": f"{long} Cusco lies in"}
     stream = read_stream(written(tmp_path, asked, numbered(3), near), 0, None, 0)
-    kept = fitting(model, stream)
+    kept = drop_unreadable(model, stream)
     assert [r.fact.subject for r in kept.records] == ["town 3"]
     assert len(kept.skipped) == 2
     with pytest.raises(KeditError, match="the model can read none of the 1 facts"):
-        fitting(model, read_stream(written(tmp_path, asked), 0, None, 0))
+        drop_unreadable(model, read_stream(written(tmp_path, asked), 0, None, 0))
 
 
 def test_the_last_batch_may_be_smaller(tmp_path: Path) -> None:
     stream = read_stream(written(tmp_path, *map(numbered, range(7))), 0, None, 0)
-    sizes = [len(batch) for batch in batches(stream.records, 3)]
+    sizes = [len(batch) for batch in split_batches(stream.records, 3)]
     assert sizes == [3, 3, 1]
 
 
 def test_old_answers_count_against_the_models_room(model: EditableModel) -> None:
     fact = Fact("country 1", "The seat of {} is", "Oslo")
-    long = "Rome " * model.positions
+    long = "Rome " * model.max_positions
     for record in (
         BenchRecord(fact, long, (), ()),
         BenchRecord(fact, None, (), (Neighbour("The seat of country 2 is", long),)),
     ):
-        kept = fitting(model, Stream((record, BenchRecord(fact, "Rome", (), ())), ()))
+        kept = drop_unreadable(model, FactStream((record, BenchRecord(fact, "Rome", (), ())), ()))
         assert [r.true_target for r in kept.records] == ["Rome"]
         assert len(kept.skipped) == 1

@@ -5,19 +5,19 @@ import torch
 
 from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.measure import (
-    COHORT,
-    Before,
+    COHORT_SIZE,
+    BaseAnswers,
+    MeasuredModel,
+    RecordScores,
     Score,
-    Scores,
-    Subject,
-    before_edits,
-    columns,
-    measure,
-    retention,
+    average_columns,
+    compute_retention,
+    measure_records,
+    read_base_answers,
 )
 from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
-from memory.model.generate import answers
+from memory.model.generate import generate_answers
 
 UNTOLD = {"prob": None, "tokens": None, "strict": None, "generation": None}
 
@@ -35,14 +35,16 @@ def record(number: int, target: str, truth: str | None = "Rome") -> BenchRecord:
     return BenchRecord(asked, truth, (f"The seat of the old country {number} is",), near)
 
 
-def measured(subject: Subject, records: list[BenchRecord], before: list[Before]) -> list[Scores]:
-    return measure(subject, records, before, straight)
+def measured(
+    subject: MeasuredModel, records: list[BenchRecord], before: list[BaseAnswers]
+) -> list[RecordScores]:
+    return measure_records(subject, records, before, straight)
 
 
 def test_an_unedited_model_agrees_with_itself(model: EditableModel) -> None:
     records = [record(n, "Oslo") for n in range(5)]
-    before = before_edits(model, records, straight)
-    table = columns(measured(Subject(model), records, before))
+    before = read_base_answers(model, records, straight)
+    table = average_columns(measured(MeasuredModel(model), records, before))
     found = {m: table["locality"][m] for m in ("tokens", "strict", "generation")}
     assert found == {"tokens": 1.0, "strict": 1.0, "generation": 1.0}
 
@@ -50,14 +52,14 @@ def test_an_unedited_model_agrees_with_itself(model: EditableModel) -> None:
 def test_locality_is_agreement_with_before_and_not_with_the_label(model: EditableModel) -> None:
     """Before: some answer. After: other weights, whose answers differ though no label was met."""
     records = [record(n, "Oslo") for n in range(5)]
-    before = before_edits(model, records, straight)
+    before = read_base_answers(model, records, straight)
     torch.manual_seed(1)
     shift = {2: 3 * model.base_weight(2).std() * torch.randn_like(model.base_weight(2))}
     model.set_deltas(shift)
-    score = measured(Subject(model), records, before)
-    table = columns(score)["locality"]
+    score = measured(MeasuredModel(model), records, before)
+    table = average_columns(score)["locality"]
     prompts = [n.prompt for r in records for n in r.neighbours]
-    said, was = answers(model, prompts, 20), [a for b in before for a in b.answers]
+    said, was = generate_answers(model, prompts, 20), [a for b in before for a in b.answers]
     assert table["generation"] is not None and table["generation"] < 1
     assert sum(a == b for a, b in zip(said, was, strict=True)) < len(was)
     assert table["strict"] is not None and table["tokens"] is not None
@@ -67,10 +69,10 @@ def test_locality_is_agreement_with_before_and_not_with_the_label(model: Editabl
 
 def test_strict_wants_every_token_and_tokens_gives_the_share(model: EditableModel) -> None:
     own = record(1, "Oslo")
-    before = before_edits(model, [own], straight)
+    before = read_base_answers(model, [own], straight)
     tokens = before[0].tokens
     wrong = tuple((first, *((t + 1) % 300 + 50 for t in rest)) for first, *rest in tokens)
-    (score,) = measured(Subject(model), [own], [Before(wrong, before[0].answers)])
+    (score,) = measured(MeasuredModel(model), [own], [BaseAnswers(wrong, before[0].answers)])
     locality = score["locality"]
     assert locality is not None
     assert locality.strict == 0.0
@@ -80,8 +82,8 @@ def test_strict_wants_every_token_and_tokens_gives_the_share(model: EditableMode
 
 def test_prob_compares_with_the_true_target_and_is_null_without(model: EditableModel) -> None:
     records = [record(1, "Oslo", "Lima"), record(1, "Lima", "Oslo"), record(1, "Oslo", None)]
-    before = before_edits(model, records, straight)
-    one, other, without = measured(Subject(model), records, before)
+    before = read_base_answers(model, records, straight)
+    one, other, without = measured(MeasuredModel(model), records, before)
     for column in ("reliability", "generality", "locality"):
         a, b, c = one[column], other[column], without[column]
         assert a is not None and b is not None and c is not None
@@ -93,8 +95,8 @@ def test_the_neighbours_answer_has_to_beat_the_target(model: EditableModel) -> N
     """In locality the sides are turned round: the old answer is the one that shall be likelier."""
     same = Neighbour("The seat of country 1 is", "Lima")
     asked = BenchRecord(Fact("country 1", "The seat of {} is", "Oslo"), "Lima", (), (same,))
-    before = before_edits(model, [asked], straight)
-    (score,) = measured(Subject(model), [asked], before)
+    before = read_base_answers(model, [asked], straight)
+    (score,) = measured(MeasuredModel(model), [asked], before)
     reliable, local = score["reliability"], score["locality"]
     assert reliable is not None and local is not None
     assert reliable.prob is not None and local.prob == 1 - reliable.prob
@@ -107,21 +109,21 @@ def test_every_question_is_framed_but_the_reference_is_not(model: EditableModel)
         framed.append(prompt)
         return f"{fact.question} {fact.target}. {prompt}"
 
-    before = before_edits(model, records, straight)
-    score = measured(Subject(model, framed=frame), records, before)[0]
+    before = read_base_answers(model, records, straight)
+    score = measured(MeasuredModel(model, frame_prompt=frame), records, before)[0]
     near = [n.prompt for n in records[0].neighbours]
     assert sorted(framed) == sorted([records[0].fact.question, *records[0].paraphrases, *near])
-    bare = measured(Subject(model), records, before)[0]
+    bare = measured(MeasuredModel(model), records, before)[0]
     assert score["locality"] != bare["locality"]
 
 
 def test_the_mean_is_over_facts_not_over_questions() -> None:
     one, two = Score(1.0, 1.0, 1.0, 1.0), Score(None, 0.5, 0.0, 0.0)
-    results: list[Scores] = [
+    results: list[RecordScores] = [
         {"reliability": one, "generality": one, "locality": None},
         {"reliability": two, "generality": None, "locality": None},
     ]
-    assert columns(results) == {
+    assert average_columns(results) == {
         "reliability": {"prob": 1.0, "tokens": 0.75, "strict": 0.5, "generation": 0.5},
         "generality": {"prob": 1.0, "tokens": 1.0, "strict": 1.0, "generation": 1.0},
         "locality": UNTOLD,
@@ -130,26 +132,31 @@ def test_the_mean_is_over_facts_not_over_questions() -> None:
 
 def test_retention_is_by_cohort_in_the_order_of_the_stream() -> None:
     held, lost = Score(None, 1.0, 1.0, 1.0), Score(None, 0.5, 0.0, 0.0)
-    results: list[Scores] = [
+    results: list[RecordScores] = [
         {"reliability": score, "generality": None, "locality": None}
-        for score in [*[lost] * COHORT, *[held] * (COHORT // 2), *[lost] * (COHORT // 2), held]
+        for score in [
+            *[lost] * COHORT_SIZE,
+            *[held] * (COHORT_SIZE // 2),
+            *[lost] * (COHORT_SIZE // 2),
+            held,
+        ]
     ]
-    assert retention(results) == [
-        {"first": 0, "facts": COHORT, "strict": 0.0, "generation": 0.0},
-        {"first": COHORT, "facts": COHORT, "strict": 0.5, "generation": 0.5},
-        {"first": 2 * COHORT, "facts": 1, "strict": 1.0, "generation": 1.0},
+    assert compute_retention(results) == [
+        {"first": 0, "facts": COHORT_SIZE, "strict": 0.0, "generation": 0.0},
+        {"first": COHORT_SIZE, "facts": COHORT_SIZE, "strict": 0.5, "generation": 0.5},
+        {"first": 2 * COHORT_SIZE, "facts": 1, "strict": 1.0, "generation": 1.0},
     ]
 
 
 def test_an_overlay_reaches_all_measures(model: EditableModel) -> None:
     """Whatever is laid over the weights is there when tokens are forced and when they are made."""
     records = [record(1, "Oslo")]
-    before = before_edits(model, records, straight)
+    before = read_base_answers(model, records, straight)
 
     def away(_inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
         return outputs + 1e3 * torch.linspace(-1, 1, outputs.shape[-1])
 
-    subject = Subject(model, overlay=lambda _places: model.tap({2: away}))
+    subject = MeasuredModel(model, overlay=lambda _places: model.tap_layers({2: away}))
     score = measured(subject, records, before)[0]["locality"]
     assert score is not None
     assert (score.strict, score.generation) == (0.0, 0.0)
@@ -158,6 +165,6 @@ def test_an_overlay_reaches_all_measures(model: EditableModel) -> None:
 
 def test_a_neighbour_with_the_new_answer_has_no_pair(model: EditableModel) -> None:
     records = [record(1, "Rome")]  # whose neighbour's own answer is Rome, too
-    subject = Subject(model, None, lambda _fact, prompt: prompt)
-    scores = measured(subject, records, before_edits(model, records, straight))
-    assert columns(scores)["locality"]["prob"] is None
+    subject = MeasuredModel(model, None, lambda _fact, prompt: prompt)
+    scores = measured(subject, records, read_base_answers(model, records, straight))
+    assert average_columns(scores)["locality"]["prob"] is None

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.bench.dataset import BenchRecord, Skipped, Stream
-from kedit_daemon.bench.measure import Track
-from kedit_daemon.bench.run import Plan, commit, peak_memory, run
-from kedit_daemon.bench.work import Progress
-from kedit_daemon.editing.generations import Weights
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.bench.dataset import BenchRecord, FactStream, SkippedRecord
+from kedit_daemon.bench.measure import ProgressTracker
+from kedit_daemon.bench.run import RunPlan, describe_commit, read_peak_memory, run_plan
+from kedit_daemon.bench.work import RunProgress
+from kedit_daemon.editing.generations import Generations
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
 from memory.facts import Fact, Neighbour
 from policies.targets import compute_terms
@@ -29,7 +29,7 @@ def straight(items: Sequence[Any], _what: str, /) -> Iterable[Any]:
     return items
 
 
-def stream() -> Stream:
+def stream() -> FactStream:
     cities = ("Oslo", "Lima", "Cairo", "Quito", "Paris")
     records = tuple(
         BenchRecord(
@@ -40,17 +40,17 @@ def stream() -> Stream:
         )
         for n, city in enumerate(cities)
     )
-    return Stream(records, (Skipped(3, "broken"),))
+    return FactStream(records, (SkippedRecord(3, "broken"),))
 
 
 @pytest.fixture
-def loaded(load: Callable[[str], Loaded]) -> Loaded:
+def loaded(load: Callable[[str], LoadedModel]) -> LoadedModel:
     return load("llama")
 
 
-def test_the_keys_are_those_of_the_contract(loaded: Loaded) -> None:
-    plan = Plan("memit-mass", 2, 5, baseline="none", policy=False)
-    result = run(loaded, stream(), plan, straight)
+def test_the_keys_are_those_of_the_contract(loaded: LoadedModel) -> None:
+    plan = RunPlan("memit-mass", 2, 5, baseline="none", has_policy=False)
+    result = run_plan(loaded, stream(), plan, straight)
     assert set(result) == KEYS | {"baseline"}
     assert set(result["baseline"]) == KEYS
     for one in (result, result["baseline"]):
@@ -67,12 +67,12 @@ def test_the_keys_are_those_of_the_contract(loaded: Loaded) -> None:
 
 
 def test_the_baseline_starts_from_the_unedited_model_and_the_model_ends_as_it_was(
-    loaded: Loaded,
+    loaded: LoadedModel,
 ) -> None:
-    base = loaded.model.weights_hash(range(loaded.model.layers))
-    alone = run(loaded, stream(), Plan("none", 2, 0), straight)
-    after = run(loaded, stream(), Plan("ft", 5, 0, baseline="none"), straight)
-    assert loaded.model.weights_hash(range(loaded.model.layers)) == base
+    base = loaded.model.weights_hash(range(loaded.model.layer_count))
+    alone = run_plan(loaded, stream(), RunPlan("none", 2, 0), straight)
+    after = run_plan(loaded, stream(), RunPlan("ft", 5, 0, baseline="none"), straight)
+    assert loaded.model.weights_hash(range(loaded.model.layer_count)) == base
     for key in ("reliability", "generality", "locality", "perplexity", "norm_ratio"):
         assert after["baseline"][key] == alone[key]
     assert after["norm_ratio"] != alone["norm_ratio"]
@@ -81,20 +81,20 @@ def test_the_baseline_starts_from_the_unedited_model_and_the_model_ends_as_it_wa
     assert alone["not_edited"] == 5
 
 
-def test_all_facts_are_measured_also_those_that_the_policy_kept_out(loaded: Loaded) -> None:
-    result = run(loaded, stream(), Plan("memit-mass", 5, 0), straight)
+def test_all_facts_are_measured_also_those_that_the_policy_kept_out(loaded: LoadedModel) -> None:
+    result = run_plan(loaded, stream(), RunPlan("memit-mass", 5, 0), straight)
     assert result["not_edited"] == 5
     assert result["retention"] == [{"first": 0, "facts": 5, "strict": 0.0, "generation": 0.0}]
 
 
-def test_batches_are_as_large_as_asked_or_single_facts(loaded: Loaded) -> None:
+def test_batches_are_as_large_as_asked_or_single_facts(loaded: LoadedModel) -> None:
     seen: dict[str, list[int]] = {}
 
     def watch(items: Sequence[Any], what: str, /) -> Iterable[Any]:
         seen[what] = [len(item) for item in items]
         return items
 
-    result = run(loaded, stream(), Plan("none", 2, 0, baseline="reference"), watch)
+    result = run_plan(loaded, stream(), RunPlan("none", 2, 0, baseline="reference"), watch)
     assert seen["editing (none)"] == [2, 2, 1]
     assert seen["editing (reference)"] == [1] * 5
     assert (result["batch_size"], result["baseline"]["batch_size"]) == (2, 1)
@@ -108,17 +108,17 @@ def test_the_commit_is_the_checkouts_and_not_that_of_one_around_it(tmp_path: Pat
 
     git("init")
     git("commit", "--allow-empty", "-m", "one")
-    assert commit(tmp_path) == git("rev-parse", "--short=12", "HEAD")
+    assert describe_commit(tmp_path) == git("rev-parse", "--short=12", "HEAD")
     inside = tmp_path / "site-packages"
     inside.mkdir()
-    assert commit(inside) == commit(tmp_path / "nowhere") == "0.1.0"
+    assert describe_commit(inside) == describe_commit(tmp_path / "nowhere") == "0.1.0"
 
 
 def test_memory_is_in_bytes() -> None:
-    assert 2**26 < peak_memory() < 2**36  # torch alone takes more than 64 MiB
+    assert 2**26 < read_peak_memory() < 2**36  # torch alone takes more than 64 MiB
 
 
-def test_a_baseline_that_cannot_run_is_refused_before_the_method_runs(loaded: Loaded) -> None:
+def test_a_baseline_that_cannot_run_is_refused_before_the_method_runs(loaded: LoadedModel) -> None:
     begun: list[str] = []
 
     def told(items: Sequence[Any], what: str, /) -> Iterable[Any]:
@@ -126,7 +126,7 @@ def test_a_baseline_that_cannot_run_is_refused_before_the_method_runs(loaded: Lo
         return items
 
     with pytest.raises(KeditError):
-        run(loaded, stream(), Plan("none", 2, 0, "alphaedit"), told)
+        run_plan(loaded, stream(), RunPlan("none", 2, 0, "alphaedit"), told)
     assert begun == []
 
 
@@ -134,7 +134,7 @@ class Cut(Exception):
     """Stands for whatever ends a run."""
 
 
-def cut_after(batches: int) -> Track:
+def cut_after(batches: int) -> ProgressTracker:
     """Stops the work on the stream after so many batches."""
 
     def track(items: Sequence[Any], what: str, /) -> Iterable[Any]:
@@ -164,16 +164,16 @@ SAME = ("reliability", "generality", "locality", "retention", "not_edited", "byt
 
 @pytest.mark.parametrize("method", ["memit-mass", "wise", "auto"])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
-    loaded: Loaded, tmp_path: Path, computed: list[str], method: str
+    loaded: LoadedModel, tmp_path: Path, computed: list[str], method: str
 ) -> None:
-    plan = Plan(method, 2, 0, policy=False)
-    whole = run(loaded, stream(), plan, straight)
+    plan = RunPlan(method, 2, 0, has_policy=False)
+    whole = run_plan(loaded, stream(), plan, straight)
     once, plan = sorted(computed), replace(plan, work=tmp_path)
     computed.clear()
     for batches in (1, 1):  # of those that are left
         with pytest.raises(Cut):
-            run(loaded, stream(), plan, cut_after(batches))
-    resumed = run(loaded, stream(), plan, straight)
+            run_plan(loaded, stream(), plan, cut_after(batches))
+    resumed = run_plan(loaded, stream(), plan, straight)
     assert {key: resumed[key] for key in SAME} == {key: whole[key] for key in SAME}
     for key in ("norm_ratio", "perplexity"):
         assert resumed[key] == pytest.approx(whole[key])
@@ -182,12 +182,12 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
 
 
 def test_a_batch_that_was_cut_off_is_finished(
-    loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: list[str]
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: list[str]
 ) -> None:
-    plan = Plan("memit-mass", 3, 0, policy=False)
-    whole = run(loaded, stream(), plan, straight)
+    plan = RunPlan("memit-mass", 3, 0, has_policy=False)
+    whole = run_plan(loaded, stream(), plan, straight)
     computed.clear()
-    plan, real = replace(plan, work=tmp_path), Weights.publish
+    plan, real = replace(plan, work=tmp_path), Generations.activate_candidate
 
     def cut(*given: Any) -> int:
         if len(computed) == 5:  # in the second batch
@@ -200,36 +200,36 @@ def test_a_batch_that_was_cut_off_is_finished(
 
     for way in (cut, cut_late):
         with monkeypatch.context() as patch, pytest.raises(Cut):
-            patch.setattr(Weights, "publish", way)
-            run(loaded, stream(), plan, straight)
-    before = Progress.read(tmp_path / "memit-mass-3")
+            patch.setattr(Generations, "activate_candidate", way)
+            run_plan(loaded, stream(), plan, straight)
+    before = RunProgress.load(tmp_path / "memit-mass-3")
     assert len(before.seconds) == 1 and before.begun > 0
-    resumed = run(loaded, stream(), plan, straight)
+    resumed = run_plan(loaded, stream(), plan, straight)
     assert {key: resumed[key] for key in SAME} == {key: whole[key] for key in SAME}
     assert len(set(computed)) == len(computed) == 5
-    after = Progress.read(tmp_path / "memit-mass-3")
+    after = RunProgress.load(tmp_path / "memit-mass-3")
     assert after.seconds[0] == before.seconds[0] and after.seconds[1] > before.begun
     spent = resumed["seconds_per_fact"]
     assert 5 * spent["mean"] == pytest.approx(sum(after.seconds))
 
 
 def test_a_method_without_a_store_begins_again_and_a_finished_one_does_not(
-    loaded: Loaded, tmp_path: Path
+    loaded: LoadedModel, tmp_path: Path
 ) -> None:
-    whole = run(loaded, stream(), Plan("ft", 2, 0), straight)
-    plan, begun = Plan("none", 2, 0, "ft", work=tmp_path), list[str]()
+    whole = run_plan(loaded, stream(), RunPlan("ft", 2, 0), straight)
+    plan, begun = RunPlan("none", 2, 0, "ft", work_folder=tmp_path), list[str]()
 
     def told(items: Sequence[Any], what: str, /) -> Iterable[Any]:
         begun.append(what)
         return items
 
     with pytest.raises(Cut):
-        run(loaded, stream(), replace(plan, method="ft"), cut_after(2))
-    result = run(loaded, stream(), plan, told)
+        run_plan(loaded, stream(), replace(plan, method="ft"), cut_after(2))
+    result = run_plan(loaded, stream(), plan, told)
     assert result["baseline"]["reliability"] == whole["reliability"]
     assert result["baseline"]["norm_ratio"] == pytest.approx(whole["norm_ratio"])
     assert begun.count("editing (ft)") == 1
     begun.clear()
-    again = run(loaded, stream(), plan, told)
+    again = run_plan(loaded, stream(), plan, told)
     assert begun == ["before"]
     assert again["baseline"]["seconds_per_fact"] == result["baseline"]["seconds_per_fact"]

@@ -6,27 +6,32 @@ import torch
 from editing_home import Bench, seat
 from tiny_models import ARCHITECTURES
 
-from kedit_daemon.bench.scoring import Wanted, continued, forced, target_losses
+from kedit_daemon.bench.scoring import (
+    PromptAnswer,
+    compute_target_losses,
+    continue_greedily,
+    score_answers,
+)
 from memory.model.editable import EditableModel
-from policies.prompts import pad, rows_of
+from policies.prompts import make_rows, pad_rows
 
 PROMPTS = ("The seat of country 3 is", "Rome", "The seat of the old country 17 is in")
 
 
-def wanted(model: EditableModel) -> list[Wanted]:
+def wanted(model: EditableModel) -> list[PromptAnswer]:
     answers = ("Oslo", "Cairo and more", "Lima.")
     return [
-        Wanted(tuple(model.encode(p)), tuple(model.encode_target(p, a)))
+        PromptAnswer(tuple(model.encode(p)), tuple(model.encode_target(p, a)))
         for p in PROMPTS
         for a in answers
     ]
 
 
-def alone(model: EditableModel, row: Wanted) -> tuple[float, tuple[bool, ...]]:
+def alone(model: EditableModel, row: PromptAnswer) -> tuple[float, tuple[bool, ...]]:
     """One row by itself, by the book."""
     ids = torch.tensor([[*row.prompt, *row.answer]])
     with torch.no_grad():
-        logits = model.model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].double()
+        logits = model.hf_model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].double()
     answer = torch.tensor(row.answer)
     loss = -logits.log_softmax(-1)[torch.arange(len(answer)), answer].mean()
     return float(loss), tuple((logits.argmax(-1) == answer).tolist())
@@ -45,29 +50,29 @@ def test_rows_side_by_side_score_as_they_do_alone(
     rows = wanted(model)
     one = alone(model, rows[0])
     for overlay in (None, nothing):
-        scored = forced(model, rows, overlay)
+        scored = score_answers(model, rows, overlay)
         assert scored[0].loss == pytest.approx(one[0], rel=1e-4)
         for row, found in zip(rows, scored, strict=True):
             loss, right = alone(model, row)
             assert found.loss == pytest.approx(loss, rel=1e-4)
-            assert found.right == right
+            assert found.token_hits == right
 
 
 def test_the_greedy_answer_is_right_in_every_token(model: EditableModel) -> None:
     prompts = [tuple(model.encode(p)) for p in PROMPTS]
-    said = continued(model, prompts, 5)
-    rows = [Wanted(p, a) for p, a in zip(prompts, said, strict=True)]
-    for row, found in zip(rows, forced(model, rows), strict=True):
-        assert found.right == (True,) * len(row.answer)
-    other = Wanted(prompts[0], (*said[0][:2], said[0][2] ^ 1, *said[0][3:]))
-    assert forced(model, [other])[0].right[:3] == (True, True, False)
+    said = continue_greedily(model, prompts, 5)
+    rows = [PromptAnswer(p, a) for p, a in zip(prompts, said, strict=True)]
+    for row, found in zip(rows, score_answers(model, rows), strict=True):
+        assert found.token_hits == (True,) * len(row.answer)
+    other = PromptAnswer(prompts[0], (*said[0][:2], said[0][2] ^ 1, *said[0][3:]))
+    assert score_answers(model, [other])[0].token_hits[:3] == (True, True, False)
 
 
 def test_nothing_follows_an_end_of_text(model: EditableModel) -> None:
     prompt = tuple(model.encode(PROMPTS[0]))
-    first = continued(model, [prompt], 1)[0]
+    first = continue_greedily(model, [prompt], 1)[0]
     model.tokenizer.eos_token_id = first[0]
-    assert continued(model, [prompt], 4) == [first]
+    assert continue_greedily(model, [prompt], 4) == [first]
 
 
 def test_the_overlay_is_told_which_rows_run_and_routes_them(bench: Callable[..., Bench]) -> None:
@@ -77,23 +82,23 @@ def test_the_overlay_is_told_which_rows_run_and_routes_them(bench: Callable[...,
     model = at.loaded.model
     asked = [one.question, "The weather of today was", one.question]
     ids = tuple(model.encode_target(one.question, "Oslo"))
-    rows = [Wanted(tuple(model.encode(p)), ids) for p in asked]
+    rows = [PromptAnswer(tuple(model.encode(p)), ids) for p in asked]
     seen: list[list[int]] = []
 
     def overlay(places: list[int]) -> AbstractContextManager[None]:
         seen.append(places)
-        return at.served.side.overlay([])
+        return at.served.side.overlay_matches([])
 
-    bare, routed = forced(model, rows), forced(model, rows, overlay)
-    assert all(routed[0].right) and all(routed[2].right)
+    bare, routed = score_answers(model, rows), score_answers(model, rows, overlay)
+    assert all(routed[0].token_hits) and all(routed[2].token_hits)
     assert routed[0].loss < bare[0].loss / 2
     assert routed[1].loss == pytest.approx(bare[1].loss, rel=1e-5)
     assert sorted(n for places in seen for n in places) == [0, 1, 2]
 
 
 def test_the_loss_that_training_uses_is_the_loss_that_is_measured(model: EditableModel) -> None:
-    rows = [rows_of(model, seat(n, city))[0] for n, city in ((1, "Oslo"), (12, "Rome"))]
-    batch = pad(rows, max(len(r.ids) for r in rows), 0, model.device)
-    losses = target_losses(model.model(input_ids=batch.ids).logits, rows)
-    measured = forced(model, [Wanted(r.prompt, r.target) for r in rows])
+    rows = [make_rows(model, seat(n, city))[0] for n, city in ((1, "Oslo"), (12, "Rome"))]
+    batch = pad_rows(rows, max(len(r.ids) for r in rows), 0, model.device)
+    losses = compute_target_losses(model.hf_model(input_ids=batch.ids).logits, rows)
+    measured = score_answers(model, [PromptAnswer(r.prompt, r.target) for r in rows])
     assert losses.tolist() == pytest.approx([m.loss for m in measured], rel=1e-4)

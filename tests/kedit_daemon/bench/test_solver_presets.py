@@ -5,13 +5,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_daemon.bench.solver_presets import NULL_SPACE, PRESETS, Stream, Switches
+from kedit_daemon.bench.solver_presets import (
+    NULL_SPACE_LIMIT,
+    PRESETS,
+    PresetStream,
+    SolverSettings,
+)
 from memory.errors import KeditError
 from memory.model.statistics import LayerStatistics
-from policies.edit_site import EditSite, default_site
-from policies.memit_mass import WeightsTier, pack
+from policies.edit_site import EditSite, make_default_site
+from policies.memit_mass import WeightsTier, pack_terms
 from policies.solver import RidgeSolver
-from policies.targets import Terms
+from policies.targets import EditTerms
 
 WIDTH, HIDDEN = 40, 12
 SUBJECT, END = 1, 3
@@ -22,7 +27,7 @@ every_preset = pytest.mark.parametrize("name", list(PRESETS))
 
 
 def site(**changes: float) -> EditSite:
-    layers = replace(default_site(4), subject_layers=(SUBJECT,), end_layers=(END,))
+    layers = replace(make_default_site(4), subject_layers=(SUBJECT,), end_layers=(END,))
     return replace(layers, **{"prior": 0.3, "end_prior": 2.0, "ridge": 0.05, **changes})
 
 
@@ -31,7 +36,7 @@ def covariance(layer: int) -> Tensor:
     generator = torch.Generator().manual_seed(layer)
     turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=generator).double()).Q
     values = torch.linspace(0.5, 4.0, WIDTH).double()
-    values[:QUIET] = NULL_SPACE / 100
+    values[:QUIET] = NULL_SPACE_LIMIT / 100
     return ((turn * values) @ turn.T).float()
 
 
@@ -39,28 +44,28 @@ def statistics(unit: float = 1.0) -> dict[int, LayerStatistics]:
     return {n: LayerStatistics(covariance(n) * unit**2, torch.zeros(HIDDEN), 1.0) for n in LAYERS}
 
 
-def stream(name: str, **changes: float) -> Stream:
-    return Stream(PRESETS[name], site(**changes), statistics())
+def stream(name: str, **changes: float) -> PresetStream:
+    return PresetStream(PRESETS[name], site(**changes), statistics())
 
 
-def last(edited: Stream, given: Sequence[Sequence[Terms]]) -> dict[int, Tensor]:
+def last(edited: PresetStream, given: Sequence[Sequence[EditTerms]]) -> dict[int, Tensor]:
     return [edited.add(batch) for batch in given][-1]
 
 
-def fact(seed: int, contexts: int = 2) -> Terms:
+def fact(seed: int, contexts: int = 2) -> EditTerms:
     """A subject layer has one site, an end layer one for every token."""
     generator = torch.Generator().manual_seed(100 + seed)
     sites = {SUBJECT: 1, END: 2}
     keys = {n: torch.randn(contexts, k, WIDTH, generator=generator) for n, k in sites.items()}
     residuals = {n: torch.randn(k, HIDDEN, generator=generator) for n, k in sites.items()}
-    return Terms(keys, residuals, 0.25, 7, dict.fromkeys(keys, 1.0))
+    return EditTerms(keys, residuals, 0.25, 7, dict.fromkeys(keys, 1.0))
 
 
-def batches(count: int = 3, facts: int = 4) -> list[list[Terms]]:
+def batches(count: int = 3, facts: int = 4) -> list[list[EditTerms]]:
     return [[fact(facts * b + n, 1 + n % 2) for n in range(facts)] for b in range(count)]
 
 
-def rows(batch: Sequence[Terms], layer: int) -> tuple[Tensor, Tensor]:
+def rows(batch: Sequence[EditTerms], layer: int) -> tuple[Tensor, Tensor]:
     """Keys (width, n) and residuals (hidden, n), in columns as the papers have them."""
     keys, residuals = [], []
     for terms in batch:
@@ -99,7 +104,7 @@ class Paper:
 
     def alphaedit(self, k: Tensor, r: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(self.c0)
-        free = vectors[:, values < NULL_SPACE * self.unit]
+        free = vectors[:, values < NULL_SPACE_LIMIT * self.unit]
         p = free @ free.T
         return torch.linalg.solve(p @ (k @ k.T + self.past) + self.ridge, p @ k @ r.T).T
 
@@ -145,8 +150,8 @@ def test_memit_mass_is_the_weights_tier_bit_by_bit() -> None:
     for key in (key for terms in facts for key in terms.keys.values()):
         key.copy_(key.bfloat16())  # as the store rounds them
     deltas = last(stream("memit-mass"), given)
-    packed = {f"{n:012x}": pack(terms) for n, terms in enumerate(facts)}
-    served = WeightsTier(site(), statistics()).deltas(packed)
+    packed = {f"{n:012x}": pack_terms(terms) for n, terms in enumerate(facts)}
+    served = WeightsTier(site(), statistics()).solve_deltas(packed)
     assert all(torch.equal(deltas[n], served[n]) for n in LAYERS)
 
 
@@ -191,8 +196,10 @@ def test_encore_protects_the_keys_of_earlier_batches_and_memit_does_not() -> Non
 
 
 def test_past_is_a_weight() -> None:
-    edited = Stream(
-        lambda prior, ridge: Switches(prior, ridge, past=0.25, joint=False), site(), statistics()
+    edited = PresetStream(
+        lambda prior, ridge: SolverSettings(prior, ridge, past_weight=0.25, is_joint=False),
+        site(),
+        statistics(),
     )
     paper = Paper(END)
     for batch in batches():
@@ -221,7 +228,7 @@ def test_emmet_meets_every_residual_of_the_last_batch() -> None:
 def test_emmet_is_the_least_change_by_its_metric_that_does() -> None:
     solver = RidgeSolver(covariance(END), 2.0, 0.0, equality=True)
     k, r = rows(batches(1)[0], END)
-    best, c0 = solver.exact(k.T, r.T), covariance(END).double()
+    best, c0 = solver.solve_exact(k.T, r.T), covariance(END).double()
     assert float((best @ k - r).abs().max()) < 1e-6
     unseen = torch.eye(WIDTH).double() - k @ torch.linalg.pinv(k)  # by every key
     for seed in range(5):
@@ -278,14 +285,14 @@ def test_what_is_not_finite_in_float32_is_refused_and_leaves_no_trace(
 )
 def test_a_projector_without_a_null_space_is_refused(c0: Tensor, code: str) -> None:
     with pytest.raises(KeditError) as caught:
-        RidgeSolver(c0, 0.0, 1.0, projector=NULL_SPACE)
+        RidgeSolver(c0, 0.0, 1.0, projector=NULL_SPACE_LIMIT)
     assert caught.value.code == code
 
 
 @every_preset
 @pytest.mark.parametrize("unit", [2.0**-7, 2.0**7])
 def test_a_preset_means_the_same_whatever_unit_the_keys_have(name: str, unit: float) -> None:
-    one, other = stream(name), Stream(PRESETS[name], site(), statistics(unit))
+    one, other = stream(name), PresetStream(PRESETS[name], site(), statistics(unit))
     for batch in batches(2):
         wide = [replace(t, keys={n: k * unit for n, k in t.keys.items()}) for t in batch]
         expected = one.add(batch)
@@ -296,5 +303,5 @@ def test_a_preset_means_the_same_whatever_unit_the_keys_have(name: str, unit: fl
 def test_switches_that_contradict_each_other_are_refused() -> None:
     for past, equality, joint in ((-1, False, False), (1, False, True), (1, True, False)):
         with pytest.raises(KeditError) as caught:
-            Switches(1.0, 0.1, past=past, equality=equality, joint=joint)
+            SolverSettings(1.0, 0.1, past_weight=past, equality=equality, is_joint=joint)
         assert caught.value.code == "config"

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.bench.dataset import BenchRecord, Stream
-from kedit_daemon.bench.run import Plan, run
+from kedit_daemon.bench.dataset import BenchRecord, FactStream
+from kedit_daemon.bench.run import RunPlan, run_plan
 from kedit_daemon.bench.sweep import sweep_sizes
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.batching import Quality, choose, fit
+from policies.batching import BatchQuality, choose_size, fit_curve
 
 
 def straight(items: Sequence[Any], _what: str, /) -> Iterable[Any]:
@@ -18,55 +18,55 @@ def straight(items: Sequence[Any], _what: str, /) -> Iterable[Any]:
 
 
 @pytest.fixture
-def loaded(load: Callable[[str], Loaded]) -> Loaded:
+def loaded(load: Callable[[str], LoadedModel]) -> LoadedModel:
     return load("llama")
 
 
-def stream(facts: int) -> Stream:
+def stream(facts: int) -> FactStream:
     cities = ("Oslo", "Lima", "Cairo", "Quito", "Paris")
     records = (Fact(f"country {n}", "The seat of {} is", cities[n % 5]) for n in range(facts))
-    return Stream(tuple(BenchRecord(fact, "Rome", (), ()) for fact in records), ())
+    return FactStream(tuple(BenchRecord(fact, "Rome", (), ()) for fact in records), ())
 
 
-def test_each_size_is_a_run_from_scratch(loaded: Loaded) -> None:
-    base = loaded.model.weights_hash(range(loaded.model.layers))
-    result = sweep_sizes(loaded, stream(10), Plan("ft", 99, 0), straight)
-    assert loaded.model.weights_hash(range(loaded.model.layers)) == base
+def test_each_size_is_a_run_from_scratch(loaded: LoadedModel) -> None:
+    base = loaded.model.weights_hash(range(loaded.model.layer_count))
+    result = sweep_sizes(loaded, stream(10), RunPlan("ft", 99, 0), straight)
+    assert loaded.model.weights_hash(range(loaded.model.layer_count)) == base
     assert [row["batch_size"] for row in result["sweep"]] == [1, 5, 10]
     for row in result["sweep"][1:]:
-        alone = run(loaded, stream(10), Plan("ft", row["batch_size"], 0), straight)
+        alone = run_plan(loaded, stream(10), RunPlan("ft", row["batch_size"], 0), straight)
         assert set(row) == set(alone)
         for key in ("reliability", "locality", "norm_ratio", "perplexity"):
             assert row[key] == alone[key]
 
 
-def test_curve_and_choice_follow_from_the_rows(loaded: Loaded) -> None:
-    result = sweep_sizes(loaded, stream(6), Plan("memit-mass", 1, 0, policy=False), straight)
+def test_curve_and_choice_follow_from_the_rows(loaded: LoadedModel) -> None:
+    result = sweep_sizes(loaded, stream(6), RunPlan("memit-mass", 1, 0, has_policy=False), straight)
     assert (result["method"], result["facts"]) == ("memit-mass", 6)
     means = [row["seconds_per_fact"]["mean"] for row in result["sweep"]]
-    curve = fit([(1, means[0]), (3, means[1])])  # six facts by fives are two batches
+    curve = fit_curve([(1, means[0]), (3, means[1])])  # six facts by fives are two batches
     assert result["curve"] == {"per_fact": curve.per_fact, "per_batch": curve.per_batch}
     tried = [
-        Quality(row["batch_size"], row["reliability"]["strict"], row["locality"]["strict"])
+        BatchQuality(row["batch_size"], row["reliability"]["strict"], row["locality"]["strict"])
         for row in result["sweep"]
     ]
     assert [one.locality for one in tried] == [None, None]
-    assert result["chosen"] == choose(curve, tried)
+    assert result["chosen"] == choose_size(curve, tried)
 
 
-def test_a_method_of_single_facts_has_no_sizes(loaded: Loaded) -> None:
+def test_a_method_of_single_facts_has_no_sizes(loaded: LoadedModel) -> None:
     with pytest.raises(KeditError, match="single facts"):
-        sweep_sizes(loaded, stream(6), Plan("reference", 1, 0), straight)
+        sweep_sizes(loaded, stream(6), RunPlan("reference", 1, 0), straight)
 
 
-def test_a_size_that_is_done_is_not_run_again(loaded: Loaded, tmp_path: Path) -> None:
+def test_a_size_that_is_done_is_not_run_again(loaded: LoadedModel, tmp_path: Path) -> None:
     begun: list[str] = []
 
     def told(items: Sequence[Any], what: str, /) -> Iterable[Any]:
         begun.append(what)
         return items
 
-    plan = Plan("ft", 1, 0, work=tmp_path)
+    plan = RunPlan("ft", 1, 0, work_folder=tmp_path)
     first = sweep_sizes(loaded, stream(6), plan, told)
     assert begun.count("editing (ft)") == 2
     assert sweep_sizes(loaded, stream(6), plan, told)["curve"] == first["curve"]

@@ -1,6 +1,6 @@
 from typing import Any
 
-from kedit_daemon.bench.table import aligned, table_lines
+from kedit_daemon.bench.table import align_rows, format_result
 
 
 def test_the_table_shows_per_cent_and_a_dash_for_what_was_not_asked() -> None:
@@ -23,7 +23,7 @@ def test_the_table_shows_per_cent_and_a_dash_for_what_was_not_asked() -> None:
         "skipped": 2,
         "not_edited": 7,
     }
-    lines = list(table_lines(run | {"baseline": run | {"method": "none"}}))
+    lines = list(format_result(run | {"baseline": run | {"method": "none"}}))
     assert lines[1].split() == ["ft", "reliability", "-", "98.7", "50.0", "0.0"]
     assert lines[4].split()[0] == "none"
     text = "\n".join(lines)
@@ -47,7 +47,7 @@ def test_a_sweep_is_a_line_for_each_size_and_the_choice() -> None:
 
     curve = {"per_fact": 0.5, "per_batch": 1.5}
     sweep = {"sweep": [row(1, 2.0), row(5, 0.8)], "curve": curve, "chosen": 5}
-    lines = list(table_lines(sweep | {"method": "memit-mass", "facts": 7}))
+    lines = list(format_result(sweep | {"method": "memit-mass", "facts": 7}))
     assert "7 facts" in lines[0] and "\x1b" not in lines[0]
     shares = ["50.0", "25.0", "50.0", "25.0", "-", "25.0"]
     assert lines[2].split() == ["1", "1.000", "2.000", *shares, "6.500", "1.5000"]
@@ -57,4 +57,4 @@ def test_a_sweep_is_a_line_for_each_size_and_the_choice() -> None:
 
 
 def test_rows_are_aligned_on_their_widest_cells() -> None:
-    assert list(aligned([["name", "n"], ["a", "100"]])) == ["name    n", "a     100"]
+    assert list(align_rows([["name", "n"], ["a", "100"]])) == ["name    n", "a     100"]

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 
 from kedit_daemon.bench.work import (
-    OPTIONS,
-    Progress,
-    kept,
-    method_folder,
-    options_of,
-    result_in,
-    write_result,
+    OPTIONS_FILE,
+    RunProgress,
+    describe_options,
+    keep_work,
+    load_result,
+    open_method_folder,
+    save_result,
 )
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
 
 GIVEN: dict[str, Any] = {"limit": 20, "seed": 0, "layers": (1, 2)}
@@ -31,16 +31,16 @@ def folder(out: Path) -> Path:
 
 
 def cut(out: Path, resume: bool = True, **changed: Any) -> None:
-    with pytest.raises(ZeroDivisionError), kept(out, resume, GIVEN | changed):
+    with pytest.raises(ZeroDivisionError), keep_work(out, resume, GIVEN | changed):
         raise ZeroDivisionError
 
 
 def test_work_stays_after_a_cut_and_goes_when_the_run_is_done(out: Path, folder: Path) -> None:
     cut(out)
-    assert json.loads((folder / OPTIONS).read_text())["layers"] == [1, 2]
-    with kept(out, True, GIVEN) as work:
+    assert json.loads((folder / OPTIONS_FILE).read_text())["layers"] == [1, 2]
+    with keep_work(out, True, GIVEN) as work:
         assert work == folder
-        with method_folder(work, "wise", 10) as own:
+        with open_method_folder(work, "wise", 10) as own:
             (own / "facts").write_text("some")
     assert not folder.exists()
 
@@ -53,17 +53,20 @@ def test_without_resume_nothing_is_kept_and_older_work_goes_when_the_run_is_done
     cut(out)
     cut(out, resume=False, seed=1)  # what was done is not lost by a run that came to nothing
     assert folder.is_dir()
-    with kept(out, False, GIVEN) as work:
+    with keep_work(out, False, GIVEN) as work:
         assert work is None
     assert not folder.exists()
-    with kept(None, False, GIVEN) as work:
+    with keep_work(None, False, GIVEN) as work:
         assert work is None
 
 
 def test_work_of_other_options_is_refused_by_their_names(out: Path, folder: Path) -> None:
     cut(out)
     other = GIVEN | {"limit": 21, "more": 1}
-    with pytest.raises(KeditError, match=r"another limit, more$") as caught, kept(out, True, other):
+    with (
+        pytest.raises(KeditError, match=r"another limit, more$") as caught,
+        keep_work(out, True, other),
+    ):
         raise AssertionError("the run began")
     assert caught.value.code == "work" and caught.value.hint is not None
     assert str(folder) in caught.value.hint
@@ -73,39 +76,42 @@ def test_work_of_other_options_is_refused_by_their_names(out: Path, folder: Path
 def test_a_folder_that_is_not_ours_is_refused_and_left_alone(out: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(KeditError, match="no work of a bench"), kept(out, True, GIVEN):
+    with pytest.raises(KeditError, match="no work of a bench"), keep_work(out, True, GIVEN):
         raise AssertionError("the run began")
-    with kept(out, False, GIVEN):
+    with keep_work(out, False, GIVEN):
         pass
     assert (folder / "letter.txt").is_file()
     folder.joinpath("letter.txt").unlink()
     cut(out)  # an empty one is that of a run that was cut off at once
-    (folder / OPTIONS).write_text("{")
-    with pytest.raises(KeditError, match="no work of a bench"), kept(out, True, GIVEN):
+    (folder / OPTIONS_FILE).write_text("{")
+    with pytest.raises(KeditError, match="no work of a bench"), keep_work(out, True, GIVEN):
         raise AssertionError("the run began")
 
 
 def test_a_method_has_its_own_folder(tmp_path: Path) -> None:
-    with method_folder(tmp_path, "wise", 10) as one, method_folder(tmp_path, "wise", 5) as other:
+    with (
+        open_method_folder(tmp_path, "wise", 10) as one,
+        open_method_folder(tmp_path, "wise", 5) as other,
+    ):
         assert one.parent == other.parent == tmp_path and one != other
     assert one.is_dir()
-    with method_folder(None, "wise", 10) as passing:
+    with open_method_folder(None, "wise", 10) as passing:
         assert passing.is_dir()
     assert not passing.exists()
 
 
 def test_progress_and_result_are_what_was_written(tmp_path: Path) -> None:
-    assert Progress.read(tmp_path) == Progress()
-    assert result_in(tmp_path) is None
-    some = Progress([1.5, 2.0], 0.5, {"solve": 1.0}, 3)
-    some.write(tmp_path)
-    assert Progress.read(tmp_path) == some
-    write_result(tmp_path, {"facts": 3, "strict": None})
-    assert result_in(tmp_path) == {"facts": 3, "strict": None}
+    assert RunProgress.load(tmp_path) == RunProgress()
+    assert load_result(tmp_path) is None
+    some = RunProgress([1.5, 2.0], 0.5, {"solve": 1.0}, 3)
+    some.save(tmp_path)
+    assert RunProgress.load(tmp_path) == some
+    save_result(tmp_path, {"facts": 3, "strict": None})
+    assert load_result(tmp_path) == {"facts": 3, "strict": None}
 
 
 def test_options_tell_data_and_model_by_what_is_in_them(
-    load: Callable[[str], Loaded], tmp_path: Path
+    load: Callable[[str], LoadedModel], tmp_path: Path
 ) -> None:
     loaded, one, two = load("llama"), tmp_path / "one", tmp_path / "two"
     one.write_text("[]")
@@ -113,7 +119,7 @@ def test_options_tell_data_and_model_by_what_is_in_them(
 
     def options(data: Path, **more: Any) -> dict[str, Any]:
         given = {"data": data, "model": "m", "resume": True, "json_file": data, "plot": None}
-        return options_of(loaded, data, given | {"seed": 0, "limit": None} | more)
+        return describe_options(loaded, data, given | {"seed": 0, "limit": None} | more)
 
     first = options(one)
     assert first == options(two, model="another place")

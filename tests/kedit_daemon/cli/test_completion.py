@@ -51,18 +51,18 @@ def test_states_kinds_and_files(home: Home) -> None:
     assert set(kinds) == {"fact_received", "fact_rejected", "fact_reverted", "fact_revived"}
     assert kinds["fact_rejected"] == "it was refused"
     for name in ("bad.jsonl", "b $(x)"):
-        (home.inbox / "failed" / f"{name}.error.json").write_text("{}")
+        (home.inbox_folder / "failed" / f"{name}.error.json").write_text("{}")
     assert offered(home, "show", "b") == {"bad.jsonl": "a file that failed"}
 
 
 @pytest.mark.parametrize("harm", [b"", b"x" * 9_000])
 def test_where_nothing_can_be_read_nothing_is_offered(home: Home, harm: bytes) -> None:
-    home.database.write_bytes(harm)
+    home.database_file.write_bytes(harm)
     assert offered(home, "show", "a") == {}
 
 
 def test_a_database_of_another_kind_is_passed_over(home: Home) -> None:
-    with sqlite3.connect(home.database) as conn:
+    with sqlite3.connect(home.database_file) as conn:
         conn.execute("ALTER TABLE facts RENAME TO others")
     conn.close()
     assert offered(home, "show", "a") == {}

@@ -11,7 +11,7 @@ import click
 import pytest
 from command_line import EYRE, ROOT, called, make_home, on_terminal, process, read
 
-from kedit_daemon.cli.main import COMMANDS, cli
+from kedit_daemon.cli.main import COMMAND_PATHS, cli
 from kedit_daemon.home import Home
 
 HEAVY = ("torch", "pydantic", "rich", "sqlite_utils", "apscheduler", "http.client")
@@ -45,7 +45,7 @@ def test_every_command_has_help_with_an_example(name: str, command: click.Comman
 def test_the_commands_of_the_contract() -> None:
     wanted = "init run submit status facts show ask flush audit consolidate revert log"
     wanted += " calibrate export backup restore bench doctor demo completion man"
-    assert list(COMMANDS) == wanted.split()
+    assert list(COMMAND_PATHS) == wanted.split()
     assert {"log verify", "log export"} < {name for name, _ in every_command()}
 
 
@@ -75,7 +75,7 @@ def test_an_error_says_what_and_what_to_do(tmp_path: Path) -> None:
 
 
 def test_only_debug_shows_tracebacks(home: Home) -> None:
-    with sqlite3.connect(home.database) as conn:
+    with sqlite3.connect(home.database_file) as conn:
         conn.execute("UPDATE facts SET record = 'no JSON'")
     conn.close()
     result = called(home, "show", EYRE.id)

@@ -7,12 +7,12 @@ import pytest
 from command_line import called
 
 from kedit_daemon.cli.main import cli
-from kedit_daemon.cli.manpage import page
+from kedit_daemon.cli.manpage import render_page
 
 
 @pytest.fixture(scope="module")
 def source() -> str:
-    return page(click.Context(cli, info_name="kedit-daemon", **cli.context_settings))
+    return render_page(click.Context(cli, info_name="kedit-daemon", **cli.context_settings))
 
 
 def test_every_command_and_option_is_on_the_page(source: str) -> None:
@@ -34,7 +34,7 @@ def test_no_text_is_taken_for_a_request() -> None:
     @click.command(help=".SH evil\n\n'br \\fB\n\n\b\n.so /etc/passwd")
     def evil() -> None: ...
 
-    source = page(click.Context(evil, info_name="evil"))
+    source = render_page(click.Context(evil, info_name="evil"))
     assert not re.search(r"^(\.SH evil|'br|\.so)", source, re.MULTILINE)
     assert "\\&'br \\efB" in source
 

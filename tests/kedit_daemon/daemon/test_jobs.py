@@ -11,7 +11,7 @@ import apscheduler.triggers.cron
 import pytest
 from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_SUBMITTED, JobSubmissionEvent
 
-from kedit_daemon.daemon.jobs import Jobs
+from kedit_daemon.daemon.jobs import JobSchedule
 
 HOUR = timedelta(hours=1)
 NOON = datetime(2026, 3, 2, 12, 15, tzinfo=UTC)  # a Monday
@@ -31,12 +31,12 @@ class Clock:
         self.wall += timedelta(seconds=seconds)
         self.steady += seconds
 
-    def jobs(self, schedule: dict[str, str]) -> Jobs:
-        return Jobs(schedule, lambda: self.wall, lambda: self.steady)
+    def jobs(self, schedule: dict[str, str]) -> JobSchedule:
+        return JobSchedule(schedule, lambda: self.wall, lambda: self.steady)
 
 
 @contextmanager
-def running(jobs: Jobs, last: dict[str, str | None]) -> Iterator[Jobs]:
+def running(jobs: JobSchedule, last: dict[str, str | None]) -> Iterator[JobSchedule]:
     jobs.start(last)
     try:
         yield jobs
@@ -58,10 +58,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def taken(jobs: Jobs) -> list[tuple[str, str]]:
+def taken(jobs: JobSchedule) -> list[tuple[str, str]]:
     found = []
-    while not jobs.due.empty():
-        found.append(jobs.due.get_nowait())
+    while not jobs.due_jobs.empty():
+        found.append(jobs.due_jobs.get_nowait())
     return found
 
 
@@ -94,9 +94,9 @@ def test_a_job_without_any_record_is_due(clock: Clock) -> None:
 def test_the_plan_is_told(clock: Clock) -> None:
     schedule = {"audit": "0 * * * *", "consolidate": "0 4 * * *"}
     jobs = clock.jobs(schedule)
-    assert jobs.next_runs() == {}
+    assert jobs.list_next_runs() == {}
     with running(jobs, {}):
-        assert jobs.next_runs() == {
+        assert jobs.list_next_runs() == {
             "audit": "2026-03-02T13:00:00Z",
             "consolidate": "2026-03-03T04:00:00Z",
         }
@@ -106,10 +106,10 @@ def test_a_planned_job_comes_due_by_itself(clock: Clock) -> None:
     clock.wall = NOON.replace(minute=59, second=59, microsecond=900_000)
     last: dict[str, str | None] = {"audit": "2026-03-02T12:30:00Z"}
     with running(clock.jobs({"audit": "0 * * * *"}), last) as jobs:
-        assert jobs.due.empty()
+        assert jobs.due_jobs.empty()
         clock.pass_(0.2)
-        assert jobs.due.get(timeout=10) == ("audit", "2026-03-02T13:00:00Z")
-        assert jobs.next_runs() == {"audit": "2026-03-02T14:00:00Z"}
+        assert jobs.due_jobs.get(timeout=10) == ("audit", "2026-03-02T13:00:00Z")
+        assert jobs.list_next_runs() == {"audit": "2026-03-02T14:00:00Z"}
 
 
 def test_a_job_that_already_waits_is_not_queued_again(clock: Clock) -> None:
@@ -117,7 +117,7 @@ def test_a_job_that_already_waits_is_not_queued_again(clock: Clock) -> None:
     with running(clock.jobs({"audit": "0 * * * *"}), {}) as jobs:
         clock.pass_(0.2)
         deadline = time.monotonic() + 10
-        while jobs.next_runs()["audit"] != "2026-03-02T14:00:00Z":
+        while jobs.list_next_runs()["audit"] != "2026-03-02T14:00:00Z":
             assert time.monotonic() < deadline
             time.sleep(0.01)
         assert taken(jobs) == [("audit", "2026-03-02T12:59:59Z")]
@@ -128,17 +128,17 @@ def test_an_even_clock_is_no_jump(clock: Clock) -> None:
         for _ in range(100):
             clock.pass_(600)
             clock.set(timedelta(seconds=1))  # as when the time is being adjusted slowly
-            assert jobs.guard() is None
+            assert jobs.check_clock() is None
 
 
 def test_a_clock_set_back_does_not_stop_the_jobs(clock: Clock) -> None:
     with running(clock.jobs({"audit": "0 * * * *"}), {"audit": "2026-03-02T12:14:00Z"}) as jobs:
         clock.pass_(1)
         clock.set(-5 * HOUR)
-        assert jobs.guard() == pytest.approx(-5 * 3600)
-        assert jobs.next_runs() == {"audit": "2026-03-02T08:00:00Z"}
+        assert jobs.check_clock() == pytest.approx(-5 * 3600)
+        assert jobs.list_next_runs() == {"audit": "2026-03-02T08:00:00Z"}
         assert taken(jobs) == []
-        assert jobs.guard() is None
+        assert jobs.check_clock() is None
 
 
 def test_what_a_jump_forward_skipped_is_due_once(clock: Clock) -> None:
@@ -146,11 +146,11 @@ def test_what_a_jump_forward_skipped_is_due_once(clock: Clock) -> None:
     fresh: dict[str, str | None] = dict.fromkeys(schedule, "2026-03-02T12:14:00Z")
     with running(clock.jobs(schedule), fresh) as jobs:
         clock.set(5 * HOUR)
-        assert jobs.guard() == pytest.approx(5 * 3600)
+        assert jobs.check_clock() == pytest.approx(5 * 3600)
         assert taken(jobs) == [("audit", "2026-03-02T13:00:00Z")]
-        assert jobs.next_runs()["audit"] == "2026-03-02T18:00:00Z"
+        assert jobs.list_next_runs()["audit"] == "2026-03-02T18:00:00Z"
         with pytest.raises(queue.Empty):
-            jobs.due.get(timeout=0.2)
+            jobs.due_jobs.get(timeout=0.2)
 
 
 def test_what_the_guard_handed_out_is_not_due_again_when_the_thread_tells_late(
@@ -158,7 +158,7 @@ def test_what_the_guard_handed_out_is_not_due_again_when_the_thread_tells_late(
 ) -> None:
     with running(clock.jobs({"audit": "0 * * * *"}), {"audit": "2026-03-02T12:14:00Z"}) as jobs:
         clock.set(5 * HOUR)
-        jobs.guard()
+        jobs.check_clock()
         assert taken(jobs) == [("audit", "2026-03-02T13:00:00Z")]
         at = [NOON.replace(hour=hour, minute=0) for hour in (13, 17, 18)]
         for planned in at:

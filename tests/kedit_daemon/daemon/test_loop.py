@@ -17,29 +17,29 @@ from editing_home import LOOSE, Bench, Clock, seat
 from tiny_models import CITIES
 
 from kedit_daemon import control
-from kedit_daemon.control import Request
-from kedit_daemon.daemon.loop import WAKE, Daemon
+from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon.loop import WAKE_REQUEST, Daemon
 from kedit_daemon.editing.editor import Editor
-from kedit_daemon.editing.live_model import Served
+from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.home import Home
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db import queries
-from memory.db.event_log import read_head, verify
-from memory.db.overview import overview
+from memory.db.event_log import read_head, verify_chain
+from memory.db.overview import fetch_overview
 from memory.db.store import JOB_OK
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 from memory.side.index import KeyIndex
-from memory.side.side_memory import number_of
+from memory.side.side_memory import to_fact_number
 
 pytestmark = pytest.mark.timeout(120)
 
 
 def make_home(root: Path, model: Path) -> Home:
     home = Home(root)
-    home.create()
+    home.create_folders()
     limits = "\n".join(f"{name} = {value}" for name, value in LOOSE["stability"].items())
-    home.config.write_text(
+    home.config_file.write_text(
         f'model = {json.dumps(str(model))}\ndevice = "cpu"\n[inbox]\nsettle_seconds = 0.0\n'
         f"rescan_seconds = 0.2\n[side]\nsteps = 300\n[stability]\n{limits}\n",
         encoding="utf-8",
@@ -65,9 +65,9 @@ def wait(what: Callable[[], bool], home: Home) -> None:
 
 
 def states(home: Home) -> dict[str, int]:
-    connection = queries.open_readonly(home.database)
+    connection = queries.open_readonly(home.database_file)
     try:
-        return dict(overview(connection)["states"])
+        return dict(fetch_overview(connection)["states"])
     finally:
         connection.close()
 
@@ -80,7 +80,7 @@ def home(
     made = make_home(tmp_path_factory.mktemp("daemon") / "home", model_folder("llama"))
     process = start(made)
     try:
-        wait(made.socket.exists, made)
+        wait(made.socket_file.exists, made)
         yield made
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
@@ -91,20 +91,20 @@ def home(
 
 
 def stopped_well(home: Home) -> None:
-    connection = queries.open_readonly(home.database)
+    connection = queries.open_readonly(home.database_file)
     try:
-        found = verify(connection, read_head(home.head))
+        found = verify_chain(connection, read_head(home.head_file))
         last = connection.execute("SELECT kind FROM events ORDER BY seq DESC LIMIT 1").fetchone()
     finally:
         connection.close()
     assert found.intact, found.problem
-    assert found.head_seq == (read_head(home.head) or (0, ""))[0]
+    assert found.head_seq == (read_head(home.head_file) or (0, ""))[0]
     assert last[0] == "daemon_stopped"
-    assert not home.socket.exists()
+    assert not home.socket_file.exists()
 
 
 def index_file(home: Home) -> str:
-    connection = queries.open_readonly(home.database)
+    connection = queries.open_readonly(home.database_file)
     try:
         query = "SELECT value FROM meta WHERE key = 'index_sha256'"
         return str(connection.execute(query).fetchone()[0])
@@ -125,25 +125,27 @@ def test_the_index_is_written_when_the_daemon_stops(
     at = bench(side={"steps": 300})
     at.receive(facts[0])
     at.settle()
-    (row,) = at.store.side_rows()
+    (row,) = at.store.read_side_keys()
     at.receive(*facts[1:])
     with at.store.transaction():
         for fact in facts[1:]:
-            at.store.put_side(fact.id, row.shard, row.blob)
-            at.store.move(fact.id, State.LIVE_SIDE, tier="side")
+            at.store.put_side_keys(fact.id, row.shard, row.blob)
+            at.store.change_state(fact.id, FactState.LIVE_SIDE, tier="side")
         for job in ("audit", "retention"):  # these would learn anew what is not stated
             monkeypatch.setenv(f"KEDIT_SCHEDULE_{job.upper()}", "0 0 29 2 *")
-            at.store.finish_job(at.store.start_job(job, at.store.now()), JOB_OK)
+            at.store.finish_job(at.store.start_job(job, at.store.format_now()), JOB_OK)
     process = start(home)
     try:
-        wait(home.socket.exists, home)
+        wait(home.socket_file.exists, home)
         before = index_file(home)
-        control.call(home.socket, "revert", {"facts": [facts[1].id]})
+        control.send_request(home.socket_file, "revert", {"facts": [facts[1].id]})
         assert index_file(home) == before  # one of six is not worth it
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        written = KeyIndex.loaded(home.index, index_file(home))
-        assert set(written.numbers()) == {number_of(f.id) for f in facts if f is not facts[1]}
+        written = KeyIndex.load(home.index_folder, index_file(home))
+        assert set(written.fact_numbers()) == {
+            to_fact_number(f.id) for f in facts if f is not facts[1]
+        }
     finally:
         process.kill()
         process.wait()
@@ -152,37 +154,46 @@ def test_the_index_is_written_when_the_daemon_stops(
 def test_a_dropped_file_is_answered_with(home: Home) -> None:
     fact = seat(1, "Oslo")
     record = {"subject": fact.subject, "prompt": fact.prompt, "target": fact.target}
-    (home.inbox / "one.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    (home.inbox_folder / "one.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     wait(lambda: states(home).get("live-side", 0) == 1, home)
-    told = control.call(home.socket, "ask", {"prompt": fact.question, "max_tokens": 12})
+    told = control.send_request(
+        home.socket_file, "ask", {"prompt": fact.question, "max_tokens": 12}
+    )
     assert (told["answer"], told["generation"]) == ("Oslo", 0)
-    assert [path.name for path in (home.inbox / "done").iterdir()] == ["one.jsonl"]
+    assert [path.name for path in (home.inbox_folder / "done").iterdir()] == ["one.jsonl"]
 
 
 def test_what_commands_ask_for_is_done(home: Home) -> None:
     wait(lambda: states(home).get("live-side", 0) == 1, home)
-    assert control.call(home.socket, "flush", {"dry_run": True})["dry_run"]
-    assert len(control.call(home.socket, "flush", {})["flushed"]) == 1
-    assert control.call(home.socket, "audit", {})["figures"]["retention"] == 1.0
-    assert not control.call(home.socket, "consolidate", {})["changed"]
-    assert control.call(home.socket, "revert", {"facts": [seat(1, "Oslo").id]})["generation"] == 2
+    assert control.send_request(home.socket_file, "flush", {"dry_run": True})["dry_run"]
+    assert len(control.send_request(home.socket_file, "flush", {})["flushed"]) == 1
+    assert control.send_request(home.socket_file, "audit", {})["figures"]["retention"] == 1.0
+    assert not control.send_request(home.socket_file, "consolidate", {})["changed"]
+    assert (
+        control.send_request(home.socket_file, "revert", {"facts": [seat(1, "Oslo").id]})[
+            "generation"
+        ]
+        == 2
+    )
 
 
 def test_requests_that_make_no_sense_are_refused_and_the_daemon_goes_on(home: Home) -> None:
     with pytest.raises(KeditError) as caught:
-        control.call(home.socket, "dance", {})
+        control.send_request(home.socket_file, "dance", {})
     assert caught.value.code in ("bad-request", "unknown-command")
     with pytest.raises(KeditError) as caught:
-        control.call(home.socket, "ask", {})
+        control.send_request(home.socket_file, "ask", {})
     assert caught.value.code == "bad-request"
-    assert "answer" in control.call(home.socket, "ask", {"prompt": "Hello", "max_tokens": 2})
+    assert "answer" in control.send_request(
+        home.socket_file, "ask", {"prompt": "Hello", "max_tokens": 2}
+    )
 
 
 def test_a_second_daemon_for_the_same_home_ends_at_once(home: Home) -> None:
     command = [sys.executable, "-m", "kedit_daemon", "--home", str(home.root), "run"]
     done = subprocess.run(command, capture_output=True, text=True, env=environ(), timeout=60)
     assert done.returncode == 75, done.stderr
-    assert home.socket.exists()
+    assert home.socket_file.exists()
 
 
 def test_a_file_that_comes_during_an_edit_is_taken_right_after_it(
@@ -190,23 +201,23 @@ def test_a_file_that_comes_during_an_edit_is_taken_right_after_it(
 ) -> None:
     at, one, two = bench(side={"steps": 20}), seat(1, "Oslo"), seat(2, "Lima")
     # By itself, with a time that stands still, it looks into the inbox in its first turn only.
-    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 0.0)
     calls = iter(range(10_000))
 
     def pulse() -> None:
         if next(calls) == 3:
             record = {"subject": two.subject, "prompt": two.prompt, "target": two.target}
-            (at.home.inbox / "dropped.jsonl").write_text(json.dumps(record) + "\n")
-            daemon.control.requests.put(Request(WAKE, {}))
-        daemon._pulse()
+            (at.home.inbox_folder / "dropped.jsonl").write_text(json.dumps(record) + "\n")
+            daemon.control_server.requests.put(ControlRequest(WAKE_REQUEST, {}))
+        daemon._poll_requests()
 
     daemon.editor = Editor(at.served, at.config, pulse)
     at.receive(one)
-    daemon._turn()
-    assert [f.id for f in at.store.facts()] == [one.id]
-    daemon._turn()
-    daemon._turn()  # two scans have to find it the same
-    assert {f.id for f in at.store.facts()} == {one.id, two.id}
+    daemon._run_turn()
+    assert [f.id for f in at.store.list_facts()] == [one.id]
+    daemon._run_turn()
+    daemon._run_turn()  # two scans have to find it the same
+    assert {f.id for f in at.store.list_facts()} == {one.id, two.id}
 
 
 def test_a_switch_is_published_while_the_loop_goes_on(
@@ -215,14 +226,14 @@ def test_a_switch_is_published_while_the_loop_goes_on(
     at = bench(publish={"kind": "facts", "folder": str(tmp_path / "out")})
     with at.store.transaction():
         at.store.set_meta("model", at.loaded.name)
-        at.store.activate(at.store.add_generation(None, "", 0, "test", [], {}))
-    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+        at.store.activate_generation(at.store.add_generation(None, "", 0, "test", [], {}))
+    daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 0.0)
     daemon.editor = at.editor
     deadline = time.monotonic() + 60
-    while at.store.meta("published") is None:
+    while at.store.get_meta("published") is None:
         assert time.monotonic() < deadline
-        daemon.control.requests.put(Request(WAKE, {}))
-        daemon._turn()
+        daemon.control_server.requests.put(ControlRequest(WAKE_REQUEST, {}))
+        daemon._run_turn()
     daemon.publisher.stop()
     (path,) = (tmp_path / "out").iterdir()
     assert (path / "facts.jsonl").is_file()
@@ -235,20 +246,20 @@ def test_after_a_torn_turn_no_two_of_anything_are_held(
     at.receive(seat(1, "Oslo"))
     at.settle()
     shards, held = set(at.served.side.shards), list[tuple[int, int]]()
-    restore = Served.restore
+    restore = LiveModel.restore
 
-    def watched(served: Served) -> None:
-        held.append((len(served.side.shards), len(served.deltas)))
+    def watched(served: LiveModel) -> None:
+        held.append((len(served.side.shards), len(served.active_deltas)))
         restore(served)
 
-    monkeypatch.setattr(Served, "restore", watched)
-    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    monkeypatch.setattr(LiveModel, "restore", watched)
+    daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 0.0)
     daemon.editor = at.editor
-    daemon._torn = True
-    daemon._turn()
+    daemon._needs_recovery = True
+    daemon._run_turn()
     assert held == [(0, 0)] and daemon.editor is not at.editor
-    assert set(daemon.editor.served.side.shards) == shards and shards
-    assert at.editor.served is daemon.editor.served  # so that what it held is gone
+    assert set(daemon.editor.live_model.side.shards) == shards and shards
+    assert at.editor.live_model is daemon.editor.live_model  # so that what it held is gone
 
 
 def test_a_turn_in_which_another_holds_the_database_comes_again(
@@ -257,12 +268,12 @@ def test_a_turn_in_which_another_holds_the_database_comes_again(
     at, fact = bench(side={"steps": 20}), seat(1, "Oslo")
     at.receive(fact)
     at.store.conn.execute("PRAGMA busy_timeout=0")
-    daemon = Daemon(at.home, at.config, at.store, Notifier({}), at.clock, lambda: 0.0)
+    daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 0.0)
     daemon.editor = at.editor
-    with closing(sqlite3.connect(at.home.database)) as other:
+    with closing(sqlite3.connect(at.home.database_file)) as other:
         other.execute("BEGIN IMMEDIATE")
-        daemon._turn_or_pause()
-    assert at.store.fact(fact.id).state is State.RECEIVED
-    daemon._turn_or_pause()
-    assert at.store.fact(fact.id).state is not State.RECEIVED
-    assert daemon.pause.why is None
+        daemon._run_turn_or_pause()
+    assert at.store.find_fact(fact.id).state is FactState.RECEIVED
+    daemon._run_turn_or_pause()
+    assert at.store.find_fact(fact.id).state is not FactState.RECEIVED
+    assert daemon.disk_pause.reason is None

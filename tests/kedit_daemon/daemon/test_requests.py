@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from editing_home import Bench, seat
 
-from kedit_daemon.control import Request
-from kedit_daemon.daemon.requests import answer, carry_out
+from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon.requests import answer_request, execute_command
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_what_makes_no_sense_is_refused_by_name(
     bench: Callable[..., Bench], name: str, given: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(KeditError, match=why) as caught:
-        carry_out(bench().editor, name, given)
+        execute_command(bench().editor, name, given)
     assert caught.value.code == "bad-request" and caught.value.hint
 
 
@@ -44,21 +44,21 @@ def test_orders_are_carried_out(bench: Callable[..., Bench]) -> None:
     at = bench()
     at.receive(seat(1))
     asked = {"prompt": "The seat of country 1 is", "max_tokens": 2, "base": True, "explain": None}
-    assert {"answer", "base_answer"} <= carry_out(at.editor, "ask", asked).keys()
-    assert carry_out(at.editor, "revert", {"facts": [seat(1).id], "dry_run": True})["dry_run"]
-    assert at.store.fact(seat(1).id).state is State.RECEIVED
-    carry_out(at.editor, "revert", {"facts": [seat(1).id], "generation": None})
-    assert at.store.fact(seat(1).id).state is State.REVERTED
+    assert {"answer", "base_answer"} <= execute_command(at.editor, "ask", asked).keys()
+    assert execute_command(at.editor, "revert", {"facts": [seat(1).id], "dry_run": True})["dry_run"]
+    assert at.store.find_fact(seat(1).id).state is FactState.RECEIVED
+    execute_command(at.editor, "revert", {"facts": [seat(1).id], "generation": None})
+    assert at.store.find_fact(seat(1).id).state is FactState.REVERTED
 
 
 def refused(at: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> dict[str, Any]:
     def fail(*_: object) -> None:
         raise error
 
-    request = Request("flush", {})
+    request = ControlRequest("flush", {})
     monkeypatch.setattr(at.editor, "run_flush", fail)
-    answer(request, at.editor, None, at.home.state)
-    return dict(json.loads(request.reply.get_nowait()[1]))
+    answer_request(request, at.editor, None, at.home.state_folder)
+    return dict(json.loads(request.reply_queue.get_nowait()[1]))
 
 
 def test_a_file_that_is_gone_is_no_disk_that_fails(
@@ -75,10 +75,10 @@ def test_a_database_that_another_holds_refuses_the_order(bench: Callable[..., Be
     at = bench()
     at.receive(seat(1))
     at.store.conn.execute("PRAGMA busy_timeout=0")
-    request = Request("revert", {"facts": [seat(1).id]})
-    with closing(sqlite3.connect(Path(at.home.database))) as other:
+    request = ControlRequest("revert", {"facts": [seat(1).id]})
+    with closing(sqlite3.connect(Path(at.home.database_file))) as other:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(sqlite3.OperationalError):
-            answer(request, at.editor, None, at.home.state)
-    said = json.loads(request.reply.get_nowait()[1])
+            answer_request(request, at.editor, None, at.home.state_folder)
+    said = json.loads(request.reply_queue.get_nowait()[1])
     assert (said["code"], said["exit_code"]) == ("busy", 75)

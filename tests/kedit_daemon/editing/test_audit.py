@@ -16,7 +16,7 @@ Make = Callable[..., Bench]
 
 
 def states(bench: Bench) -> dict[str, str]:
-    return {f.id: str(f.state) for f in bench.store.facts()}
+    return {f.id: str(f.state) for f in bench.store.list_facts()}
 
 
 def test_an_audit_writes_its_figures_and_an_event(bench: Make) -> None:
@@ -24,7 +24,7 @@ def test_an_audit_writes_its_figures_and_an_event(bench: Make) -> None:
     at.receive(seat(1, "Oslo"))
     at.settle()
     done = at.editor.audit()
-    (kept,) = at.store.audits(5)
+    (kept,) = at.store.list_audits(5)
     assert (kept.id, kept.verdict, kept.figures) == (done["audit"], "keep", done["figures"])
     assert done["acted"] == "nothing"
     figures = done["figures"]
@@ -40,7 +40,7 @@ def test_an_audit_tells_how_much_of_what_was_asked_the_side_memory_answered(benc
     at.receive(ONE, TWO)
     at.settle()
     asked = (ONE.question, "The weather of today is", TWO.question)
-    told = [at.editor.ask(prompt, 8, False, True)["fired"] for prompt in asked]
+    told = [at.editor.answer_prompt(prompt, 8, False, True)["fired"] for prompt in asked]
     margins = [fired["margin"] for (fired,) in (told[0], told[2])]
     foreseen = at.editor.audit(dry_run=True)["figures"]["traffic"]
     assert foreseen == {"asked": 3, "routed": 2, "least_margin": min(margins)}
@@ -53,10 +53,10 @@ def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> No
     for n in (1, 2):
         at.receive(seat(n, "Oslo"), direct=True)
         at.settle()
-    assert at.served.weights_facts()
-    facts = len(at.served.weights_facts())
+    assert at.served.list_weights_facts()
+    facts = len(at.served.list_weights_facts())
     done = at.editor.audit()
-    (kept,) = at.store.audits(1)
+    (kept,) = at.store.list_audits(1)
     assert kept.figures == done["figures"]
     figures = done["figures"]
     evidence, edited = figures["evidence"], {str(n) for n in at.loaded.layers}
@@ -64,7 +64,7 @@ def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> No
     for layer, norm in figures["update_norm"].items():
         assert evidence["update_per_root"][layer] == pytest.approx(norm / facts**0.5)
     assert set(evidence["spectral_ratio"]) == edited
-    assert set(evidence["activation_norm"]) == {str(n) for n in range(at.loaded.model.layers)}
+    assert set(evidence["activation_norm"]) == {str(n) for n in range(at.loaded.model.layer_count)}
     costs = figures["costs"]
     parts = {"damage", "measure", "retention", "hash", "database", "chain", "evidence"}
     assert set(costs) == parts
@@ -87,7 +87,7 @@ def test_a_dry_run_shows_weights_that_hold_nan_as_they_are(bench: Make) -> None:
     )
     assert not done["figures"]["weights_as_written"]
     assert done["figures"]["evidence"]["spectral_ratio"][str(layer)] == "nan"
-    assert at.store.audits(5) == []
+    assert at.store.list_audits(5) == []
 
 
 def tightened(at: Bench, **limits: float) -> None:
@@ -98,7 +98,7 @@ def tightened(at: Bench, **limits: float) -> None:
 
 
 def norm(at: Bench) -> float:
-    return max(at.editor.weights.measured()[0].norm_ratio.values())
+    return max(at.editor.generations.measure_health()[0].norm_ratio.values())
 
 
 def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None:
@@ -106,12 +106,12 @@ def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None
     at.receive(ONE, TWO, direct=True)
     at.settle()
     at.receive(THREE, FOUR, direct=True)
-    assert at.editor.flush.compute([THREE]) == {}
-    with at.editor.weights.trial([f.id for f in (ONE, TWO, THREE)]):
+    assert at.editor.flush.ensure_terms([THREE]) == {}
+    with at.editor.generations.try_candidate([f.id for f in (ONE, TWO, THREE)]):
         limit = 1.2 * norm(at)
     poison(at, FOUR, 200)
     flush = at.editor.flush
-    flush.selective = False  # nobody has looked whether it holds
+    flush.is_selective = False  # nobody has looked whether it holds
     at.settle()
     assert norm(at) > limit
     tightened(at, norm_warn=limit, norm_consolidate=limit, norm_revert=limit)
@@ -183,7 +183,7 @@ def test_what_is_not_stated_any_more_is_learned_anew_and_asks_for_no_other_act(
     at = bench(side=STEPS, stability=LOOSE["stability"] | limits)
     at.receive(ONE, TWO)
     at.settle()
-    at.served.side.shards[at.served.side.shard_of[TWO.id]].delta.up.neg_()
+    at.served.side.shards[at.served.side.shard_ids[TWO.id]].delta.up.neg_()
     done = at.editor.audit()
     assert (done["verdict"], done["acted"]) == ("revert", "nothing")
     assert done["learned_anew"] == [TWO.id]
@@ -203,7 +203,7 @@ def test_the_loop_is_alive_while_a_large_database_is_read(
 ) -> None:
     at, pulsed = bench(), Event()
     monkeypatch.setattr(audit, "PULSE_SECONDS", 0.01)
-    monkeypatch.setattr(audit, "examine", lambda *_, **__: pulsed.wait(20) or pytest.fail())
+    monkeypatch.setattr(audit, "check_file", lambda *_, **__: pulsed.wait(20) or pytest.fail())
     at.editor.flush.pulse = pulsed.set
     assert at.editor.audit()["verdict"] == "keep"
 

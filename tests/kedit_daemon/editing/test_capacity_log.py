@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 from editing_home import Bench, seat
 
-from kedit_daemon.editing.capacity_log import CAPACITY, LIMIT, TRIALS, TRIALS_KEPT, Room
+from kedit_daemon.editing.capacity_log import (
+    CAPACITY_KEY,
+    LIMIT_KEY,
+    MAX_TRIALS,
+    TRIALS_KEY,
+    CapacityLog,
+)
 from memory.db.store import Store
 from memory.model.canary import Health
 from policies.stability import Limits, Thresholds
@@ -34,46 +40,48 @@ def health(norm: float) -> Health:
 
 
 def written(store: Store) -> tuple[str | None, str | None]:
-    return store.meta(CAPACITY), store.meta(LIMIT)
+    return store.get_meta(CAPACITY_KEY), store.get_meta(LIMIT_KEY)
 
 
 def test_a_fresh_home_knows_nothing(store: Store) -> None:
-    assert Room(store, THRESHOLDS).known() is None
+    assert CapacityLog(store, THRESHOLDS).read_capacity() is None
     assert written(store) == (None, None)
 
 
 def test_what_the_generations_measured_is_written_down(store: Store) -> None:
     generation(store, 30, 2.0)
-    assert Room(store, THRESHOLDS).known() == 59
+    assert CapacityLog(store, THRESHOLDS).read_capacity() == 59
     assert written(store) == ("59", "norm of layer 2")
     # Other limits, as a person may set them, count from the next start.
     wide = Thresholds(Limits(9.0, 9.0, 9.0), *[LIMITS] * 4)
-    assert Room(store, wide).known() == 60
+    assert CapacityLog(store, wide).read_capacity() == 60
     assert written(store) == ("60", None)
 
 
 def test_a_solve_that_was_too_large_counts_until_facts_leave(store: Store) -> None:
     generation(store, 30, 1.2)
-    room = Room(store, THRESHOLDS)
-    assert room.known() == 60
+    room = CapacityLog(store, THRESHOLDS)
+    assert room.read_capacity() == 60
     with store.transaction():
-        room.too_many(50, health(3.5))
-    assert room.known() is not None and 30 < room.known() < 50  # type: ignore[operator]
-    assert Room(store, THRESHOLDS).known() == room.known()  # after a restart, too
+        room.record_oversized(50, health(3.5))
+    assert room.read_capacity() is not None and 30 < room.read_capacity() < 50  # type: ignore[operator]
+    assert (
+        CapacityLog(store, THRESHOLDS).read_capacity() == room.read_capacity()
+    )  # after a restart, too
     with store.transaction():
         room.forget_trials()
-        room.remember()
-    assert room.known() == 60
+        room.record_capacity()
+    assert room.read_capacity() == 60
 
 
 def test_only_the_latest_trials_are_kept(store: Store) -> None:
-    room = Room(store, THRESHOLDS)
+    room = CapacityLog(store, THRESHOLDS)
     with store.transaction():
-        for n in range(TRIALS_KEPT + 3):
-            room.too_many(100 - n, health(float("nan")))
-    trials: list[Any] = json.loads(store.meta(TRIALS) or "")
-    assert [n for n, _ in trials] == [100 - n for n in range(3, TRIALS_KEPT + 3)]
-    assert room.known() == 100 - TRIALS_KEPT - 3
+        for n in range(MAX_TRIALS + 3):
+            room.record_oversized(100 - n, health(float("nan")))
+    trials: list[Any] = json.loads(store.get_meta(TRIALS_KEY) or "")
+    assert [n for n, _ in trials] == [100 - n for n in range(3, MAX_TRIALS + 3)]
+    assert room.read_capacity() == 100 - MAX_TRIALS - 3
 
 
 def test_taking_facts_out_makes_trials_void(bench: Callable[..., Bench]) -> None:
@@ -82,9 +90,9 @@ def test_taking_facts_out_makes_trials_void(bench: Callable[..., Bench]) -> None
     at.receive(one, two, direct=True)
     at.settle()
     with at.store.transaction():
-        at.editor.weights.room.too_many(3, health(1e9))
+        at.editor.generations.capacity_log.record_oversized(3, health(1e9))
     at.receive(seat(3, "Cairo"), direct=True)
     at.editor.run_flush(False)
-    assert at.store.meta(TRIALS) is not None
+    assert at.store.get_meta(TRIALS_KEY) is not None
     at.editor.revert([one.id], None, False)
-    assert at.store.meta(TRIALS) is None
+    assert at.store.get_meta(TRIALS_KEY) is None

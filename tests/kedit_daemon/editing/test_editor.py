@@ -5,15 +5,15 @@ import torch
 from editing_home import Bench, seat
 
 from memory.db.rows import GenerationRow
-from memory.errors import KeditError, ends
-from memory.facts import Fact, State
+from memory.errors import KeditError, ends_daemon
+from memory.facts import Fact, FactState
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
 
 
 def states(bench: Bench) -> dict[str, str]:
-    return {f.id: str(f.state) for f in bench.store.facts()}
+    return {f.id: str(f.state) for f in bench.store.list_facts()}
 
 
 def test_facts_go_live_in_the_side_memory_and_ask_names_the_one_that_fired(bench: Make) -> None:
@@ -24,15 +24,15 @@ def test_facts_go_live_in_the_side_memory_and_ask_names_the_one_that_fired(bench
     assert states(at) == {one.id: "live-side", two.id: "live-side"}
     assert (at.says(one.question), at.says(two.question)) == ("Oslo", "Lima")
     assert at.weights_hash() == base
-    told = at.editor.ask(one.question, 12, True, True)
+    told = at.editor.answer_prompt(one.question, 12, True, True)
     assert (told["answer"], told["generation"]) == ("Oslo", 0)
     assert told["base_answer"] != "Oslo"
     (fired,) = told["fired"]
     assert (fired["fact"], fired["tier"], fired["target"]) == (one.id, "side", "Oslo")
     assert fired["margin"] >= 1
-    assert at.editor.ask("The weather of today is", 4, False, True)["fired"] == []
+    assert at.editor.answer_prompt("The weather of today is", 4, False, True)["fired"] == []
     at.editor.run_flush(False)
-    (fired,) = at.editor.ask(one.question, 12, False, True)["fired"]
+    (fired,) = at.editor.answer_prompt(one.question, 12, False, True)["fired"]
     assert (fired["fact"], fired["tier"], fired["score"]) == (one.id, "weights", None)
 
 
@@ -43,7 +43,7 @@ def test_a_fact_that_cannot_be_read_is_rejected_and_the_others_live(bench: Make)
     at.receive(one, long, two)
     at.settle()
     assert states(at) == {one.id: "live-side", long.id: "rejected", two.id: "live-side"}
-    reason = at.store.facts((State.REJECTED,))[0].reason
+    reason = at.store.list_facts((FactState.REJECTED,))[0].reason
     assert reason is not None and "does not fit the model" in reason
     at.receive(long, direct=True)
     at.settle()
@@ -61,7 +61,7 @@ def test_facts_that_have_waited_long_enough_are_flushed(bench: Make) -> None:
     assert at.editor.step()
     assert states(at) == {one.id: "live-weights"}
     assert at.says(one.question) == "Oslo"
-    assert "side memory for 3600 s" in at.store.generation(1).reason
+    assert "side memory for 3600 s" in at.store.get_generation(1).reason
 
 
 def test_a_fact_whose_time_is_over_expires_in_either_tier(bench: Make) -> None:
@@ -73,13 +73,13 @@ def test_a_fact_whose_time_is_over_expires_in_either_tier(bench: Make) -> None:
     at.receive(beside)
     at.settle()
     assert states(at) == {in_weights.id: "live-weights", beside.id: "live-side"}
-    assert at.editor.expire() == 0
+    assert at.editor.expire_facts() == 0
     at.clock.pass_time(days=1)
-    assert at.editor.expire() == 2
+    assert at.editor.expire_facts() == 2
     assert states(at) == {in_weights.id: "expired", beside.id: "expired"}
     assert at.weights_hash() == base
     assert at.says(beside.question) != "Lima"
-    assert at.editor.expire() == 0
+    assert at.editor.expire_facts() == 0
 
 
 def test_reverting_an_unknown_or_ended_fact_is_refused(bench: Make) -> None:
@@ -118,17 +118,17 @@ def test_what_no_longer_holds_beside_weights_that_moved_before_a_crash_is_learne
     at.receive(one)
     at.settle()
     at.receive(two, direct=True)
-    at.editor.weights.recheck = crash  # type: ignore[method-assign]
+    at.editor.generations.recheck_side = crash  # type: ignore[method-assign]
     with pytest.raises(CrashError):
-        at.editor.flush.run(at.store.facts((State.RECEIVED,)), "test", False)
+        at.editor.flush.flush_batch(at.store.list_facts((FactState.RECEIVED,)), "test", False)
     at.restart()
-    at.served.side.drop(one.id)  # as if it no longer held
-    at.editor.resume()
+    at.served.side.remove_fact(one.id)  # as if it no longer held
+    at.editor.finish_interrupted()
     assert states(at) == {one.id: "received", two.id: "live-weights"}
     at.settle()
     assert states(at)[one.id] == "live-side"
-    at.served.side.drop(one.id)
-    at.editor.resume()  # nothing is left to be done
+    at.served.side.remove_fact(one.id)
+    at.editor.finish_interrupted()  # nothing is left to be done
     assert states(at)[one.id] == "live-side"
 
 
@@ -141,18 +141,21 @@ def test_a_damaged_database_ends_the_daemon_and_is_no_facts_fault(
     at.settle()
     newer = seat(1, "Lima")  # takes the place of what is in the weights: a generation is made
     at.receive(newer, direct=direct)
-    real = at.store.generation
+    real = at.store.get_generation
 
     def damaged_row(number: int) -> GenerationRow:
         with at.store.transaction():
             at.store.conn.execute("UPDATE generations SET figures = '{' WHERE id = ?", (number,))
         return real(number)
 
-    at.store.generation = damaged_row  # type: ignore[method-assign]
+    at.store.get_generation = damaged_row  # type: ignore[method-assign]
     with pytest.raises(KeditError, match="generation 1 in the database is damaged") as caught:
         at.editor.step()
-    assert ends(caught.value)
-    assert (at.store.fact(newer.id).state, at.store.fact(newer.id).attempts) == ("received", 0)
+    assert ends_daemon(caught.value)
+    assert (at.store.find_fact(newer.id).state, at.store.find_fact(newer.id).attempts) == (
+        "received",
+        0,
+    )
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), torch.OutOfMemoryError("none left")])
@@ -164,16 +167,16 @@ def test_what_fails_after_facts_are_live_is_not_their_fault(
     at.settle()
     newer = seat(1, "Lima")
     at.receive(newer)
-    waiting = at.store.fact(newer.id)
+    waiting = at.store.find_fact(newer.id)
 
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(at.editor.weights, "recheck", fail)
+    monkeypatch.setattr(at.editor.generations, "recheck_side", fail)
     assert at.editor.step() and not at.editor.step()
-    live = at.store.fact(newer.id)
-    assert (live.state, live.attempts) == (State.LIVE_SIDE, 0)
+    live = at.store.find_fact(newer.id)
+    assert (live.state, live.attempts) == (FactState.LIVE_SIDE, 0)
     with at.store.transaction():
         for _ in range(4):
-            at.editor.flush.retry(waiting, "side", "read before it was live")
-    assert at.store.fact(newer.id).state is State.LIVE_SIDE
+            at.editor.flush.record_failed_attempt(waiting, "side", "read before it was live")
+    assert at.store.find_fact(newer.id).state is FactState.LIVE_SIDE

@@ -7,11 +7,11 @@ import torch
 from editing_home import LOOSE, Bench, seat
 
 from kedit_daemon.editing import flush
-from kedit_daemon.editing.generations import HELD
-from memory.facts import Fact, State
+from kedit_daemon.editing.generations import FLUSH_HELD_KEY
+from memory.facts import Fact, FactState
 from policies import gibberish
-from policies.probe import Probe, compare
-from policies.targets import Refused
+from policies.probe import Probe, compare_answers
+from policies.targets import Refusal
 
 STEPS = {"steps": 300}
 STRICT = LOOSE["stability"] | {"norm_warn": 0.1, "norm_consolidate": 0.2, "norm_revert": 0.3}
@@ -19,7 +19,7 @@ Make = Callable[..., Bench]
 
 
 def state(bench: Bench, fact_id: str) -> str:
-    found = bench.store.fact(fact_id)
+    found = bench.store.find_fact(fact_id)
     assert found is not None
     return str(found.state)
 
@@ -30,17 +30,17 @@ def test_direct_facts_go_to_the_weights_and_say_how_it_went(bench: Make) -> None
     at.receive(one, two, direct=True)
     at.settle()
     for fact in (one, two):
-        stored = at.store.fact(fact.id)
+        stored = at.store.find_fact(fact.id)
         assert stored is not None and stored.probe is not None
         assert (stored.state, stored.tier, stored.generation) == ("live-weights", "weights", 1)
         assert (stored.after, stored.probe["right"]) == (fact.target, True)
         assert stored.before != fact.target
         assert at.says(fact.question) == fact.target
-    row = at.store.generation(1)
+    row = at.store.get_generation(1)
     assert set(row.fact_ids) == {one.id, two.id}
     assert row.weights_hash == at.weights_hash()
     assert at.pulses
-    assert not at.served.side.shard_of
+    assert not at.served.side.shard_ids
 
 
 def test_nonsense_that_comes_for_the_weights_is_rejected_and_what_is_live_stays(
@@ -51,7 +51,9 @@ def test_nonsense_that_comes_for_the_weights_is_rejected_and_what_is_live_stays(
     at.receive(live)
     at.settle()
     assert state(at, live.id) == "live-side"
-    monkeypatch.setattr(gibberish, "EVIDENCE", -1e9)  # whatever has a second token with a letter
+    monkeypatch.setattr(
+        gibberish, "MAX_EVIDENCE", -1e9
+    )  # whatever has a second token with a letter
     at.receive(drawn, other, direct=True)
     at.settle()
     assert (state(at, drawn.id), state(at, other.id)) == ("rejected", "live-weights")
@@ -68,15 +70,15 @@ def test_what_is_live_beside_the_weights_stays_there_where_no_targets_can_be_fou
 
     def refuse(*given: Any) -> None:
         facts, keep = given[3:]
-        keep({fact.id: Refused("the target's loss: not finite") for fact in facts})
+        keep({fact.id: Refusal("the target's loss: not finite") for fact in facts})
 
     monkeypatch.setattr(flush, "compute_terms", refuse)
     at.receive(two, direct=True)
     at.settle()
     at.editor.run_flush(False)
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "rejected")
-    assert set(at.served.side.shard_of) == {one.id} and at.says(one.question) == "Oslo"
-    assert at.store.meta(HELD)  # or it would be tried again at once
+    assert set(at.served.side.shard_ids) == {one.id} and at.says(one.question) == "Oslo"
+    assert at.store.get_meta(FLUSH_HELD_KEY)  # or it would be tried again at once
 
 
 def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -> None:
@@ -86,9 +88,9 @@ def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -
     one, two = seat(1, "Oslo"), seat(2, "Lima")
     at.receive(one, two)
     at.settle()
-    assert at.store.meta(HELD) is not None
-    assert (at.store.active_generation(), len(at.store.generations())) == (0, 1)
-    assert list(at.home.generations.iterdir()) == []
+    assert at.store.get_meta(FLUSH_HELD_KEY) is not None
+    assert (at.store.active_generation(), len(at.store.list_generations())) == (0, 1)
+    assert list(at.home.generations_folder.iterdir()) == []
     assert at.weights_hash() == base
     assert torch.equal(at.loaded.model.weight(layer), before)
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "live-side")
@@ -104,19 +106,19 @@ def test_facts_that_a_refused_flush_leaves_waiting_go_beside_the_weights(bench: 
     one = seat(1, "Oslo")
     at.receive(one, direct=True)
     at.settle()
-    stored = at.store.fact(one.id)
+    stored = at.store.find_fact(one.id)
     assert stored is not None
-    assert (stored.state, stored.attempts) == (State.LIVE_SIDE, 1)
+    assert (stored.state, stored.attempts) == (FactState.LIVE_SIDE, 1)
 
 
 def test_a_flush_that_is_taken_ends_the_hold(bench: Make) -> None:
     at = bench()
     with at.store.transaction():
-        at.store.set_meta(HELD, "a reason")
+        at.store.set_meta(FLUSH_HELD_KEY, "a reason")
     at.receive(seat(1, "Oslo"), direct=True)
     at.settle()
     assert at.store.active_generation() == 1
-    assert at.store.meta(HELD) is None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is None
 
 
 def test_a_later_fact_takes_the_place_of_an_older_one_exactly(bench: Make) -> None:
@@ -139,13 +141,13 @@ def test_a_dry_run_changes_nothing(bench: Make) -> None:
     one = seat(1, "Oslo")
     at.receive(one)
     at.settle()
-    base, index = at.weights_hash(), at.store.meta("index_sha256")
+    base, index = at.weights_hash(), at.store.get_meta("index_sha256")
     done = at.editor.run_flush(True)
     assert (done["flushed"], done["dry_run"], done["generation"]) == ([one.id], True, 0)
     assert done["figures"]["norm_ratio"] != {}
     assert state(at, one.id) == "live-side"
-    assert (at.weights_hash(), at.store.meta("index_sha256")) == (base, index)
-    assert list(at.home.generations.iterdir()) == []
+    assert (at.weights_hash(), at.store.get_meta("index_sha256")) == (base, index)
+    assert list(at.home.generations_folder.iterdir()) == []
     assert at.says(one.question) == "Oslo"
 
 
@@ -153,7 +155,7 @@ def test_an_empty_flush_is_harmless(bench: Make) -> None:
     at = bench()
     done = at.editor.run_flush(False)
     assert (done["flushed"], done["failed"], done["verdict"]) == ([], [], "keep")
-    assert at.store.meta(HELD) is None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is None
 
 
 def test_a_newer_fact_takes_the_place_of_one_beside_the_weights(bench: Make) -> None:
@@ -178,14 +180,14 @@ def test_a_newer_fact_that_does_not_hold_ends_nothing(
     at.settle()
 
     def deaf(fact: Fact, before: list[str], after: list[str]) -> Probe:
-        return replace(compare(fact, before, after), right=fact.id != new.id)
+        return replace(compare_answers(fact, before, after), right=fact.id != new.id)
 
-    monkeypatch.setattr(flush, "compare", deaf)
+    monkeypatch.setattr(flush, "compare_answers", deaf)
     at.receive(new, other, direct=True)
     done = at.editor.run_flush(False)
     assert (done["flushed"], done["failed"]) == ([other.id], [new.id])
     assert state(at, old.id) == "live-weights"
-    assert set(at.served.weights_facts()) == {old.id, other.id}
+    assert set(at.served.list_weights_facts()) == {old.id, other.id}
     assert at.says(old.question) == "Oslo"
 
 
@@ -196,17 +198,17 @@ def test_a_flush_that_is_not_selective_takes_what_does_not_hold_too(
     one, two = seat(1, "Oslo"), seat(2, "Lima")
 
     def deaf(fact: Fact, before: list[str], after: list[str]) -> Probe:
-        return replace(compare(fact, before, after), right=fact.id != one.id)
+        return replace(compare_answers(fact, before, after), right=fact.id != one.id)
 
-    monkeypatch.setattr(flush, "compare", deaf)
-    at.editor.flush.selective = False
+    monkeypatch.setattr(flush, "compare_answers", deaf)
+    at.editor.flush.is_selective = False
     at.receive(one, two, direct=True)
     done = at.editor.run_flush(False)
     assert (set(done["flushed"]), done["failed"]) == ({one.id, two.id}, [])
-    stored = at.store.fact(one.id)
+    stored = at.store.find_fact(one.id)
     assert stored is not None and stored.probe is not None
     assert (stored.state, stored.probe["right"]) == ("live-weights", False)
-    assert set(at.served.weights_facts()) == {one.id, two.id}
+    assert set(at.served.list_weights_facts()) == {one.id, two.id}
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -217,9 +219,11 @@ def test_only_facts_that_would_be_tried_without_end_hold_flushes_back(
     at.receive(seat(1, "Oslo"), direct=direct)
     if not direct:
         at.settle()
-    monkeypatch.setattr(flush, "compare", lambda *said: replace(compare(*said), right=False))
+    monkeypatch.setattr(
+        flush, "compare_answers", lambda *said: replace(compare_answers(*said), right=False)
+    )
     assert at.editor.run_flush(False)["flushed"] == []
-    assert (at.store.meta(HELD) is None) is direct
+    assert (at.store.get_meta(FLUSH_HELD_KEY) is None) is direct
 
 
 def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
@@ -237,5 +241,5 @@ def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
     assert at.editor.step()  # by age
     assert state(at, one.id) == "live-side"
     assert at.says(one.question) == "Oslo"
-    assert at.store.meta(HELD) is not None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is not None
     assert not at.editor.step()

@@ -7,26 +7,26 @@ from editing_home import LOOSE, Bench, seat
 from tiny_models import CITIES
 
 from kedit_daemon.editing import flush
-from kedit_daemon.editing.capacity_log import TRIALS
-from kedit_daemon.editing.generations import HELD
+from kedit_daemon.editing.capacity_log import TRIALS_KEY
+from kedit_daemon.editing.generations import FLUSH_HELD_KEY
 from kedit_daemon.editing.tensor_files import unpack_keys
 from memory.facts import Fact
 from memory.model.canary import Health
-from policies.batch_selection import members
-from policies.probe import Probe, compare
+from policies.batch_selection import select_members
+from policies.probe import Probe, compare_answers
 
 STEPS = {"steps": 300}
 Make = Callable[..., Bench]
 
 
 def state(bench: Bench, fact_id: str) -> str:
-    found = bench.store.fact(fact_id)
+    found = bench.store.find_fact(fact_id)
     assert found is not None
     return str(found.state)
 
 
 def figures_of(bench: Bench) -> dict[str, float]:
-    (_, figures), *_ = bench.store.measured_generations()
+    (_, figures), *_ = bench.store.list_measurements()
     return figures["norm_ratio"]  # type: ignore[no-any-return]
 
 
@@ -43,7 +43,7 @@ def norm_with(make: Make, name: str, facts: int) -> float:
     at = make(name)
     at.receive(*FACTS[:facts], direct=True)
     at.settle()
-    assert len(at.served.weights_facts()) == facts
+    assert len(at.served.list_weights_facts()) == facts
     return max(figures_of(at).values())
 
 
@@ -56,14 +56,14 @@ def test_a_batch_that_the_weights_do_not_bear_is_published_in_part(bench: Make) 
     assert taken == 5
     assert (done["verdict"], done["generation"], done["failed"]) == ("keep", 1, [])
     assert done["flushed"] == [f.id for f in FACTS[:taken]]
-    left = [at.store.fact(f.id) for f in FACTS[taken:]]
+    left = [at.store.find_fact(f.id) for f in FACTS[taken:]]
     assert all(f is not None and (str(f.state), f.attempts) == ("received", 0) for f in left)
-    assert at.store.meta(HELD) is None
-    assert at.store.meta(TRIALS) is not None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.get_meta(TRIALS_KEY) is not None
     at.settle()  # the rest goes beside
     assert max(figures_of(at).values()) < limit
     assert {state(at, f.id) for f in FACTS} == {"live-weights", "live-side"}
-    assert not [f for f in at.store.facts() if f.attempts]
+    assert not [f for f in at.store.list_facts() if f.attempts]
     assert [at.says(f.question) for f in FACTS] == [f.target for f in FACTS]
 
 
@@ -73,22 +73,22 @@ def test_a_batch_is_cut_down_until_the_weights_bear_it(
     limits = {"agreement_warn": 0.1, "agreement_consolidate": 0.1, "agreement_revert": 0.15}
     at = bench(stability=LOOSE["stability"] | limits)
     tried: list[int] = []
-    solve, measure = at.editor.weights.solve, at.loaded.canary.measure
+    solve, measure = at.editor.generations.solve, at.loaded.canary.measure_health
     monkeypatch.setattr(
-        at.editor.weights, "solve", lambda ids: tried.append(len(ids)) or solve(ids)
+        at.editor.generations, "solve", lambda ids: tried.append(len(ids)) or solve(ids)
     )
     # As the root of the count, which a straight line through the first point foresees too high.
     monkeypatch.setattr(
         at.loaded.canary,
-        "measure",
+        "measure_health",
         lambda: replace(measure(), agreement=1 - 0.099 * tried[-1] ** 0.5),
     )
     at.receive(*FACTS, direct=True)
     done = at.editor.run_flush(False)
     assert (done["verdict"], done["flushed"]) == ("keep", [FACTS[0].id])
     assert tried == [6, 1, 6, 2, 1]  # no single one is to blame: the second is tried alone
-    assert at.store.meta(HELD) is None
-    assert at.editor.weights.room.known() == 1
+    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert at.editor.generations.capacity_log.read_capacity() == 1
 
 
 def test_what_does_not_hold_in_a_batch_that_is_cut_has_failed(
@@ -97,14 +97,14 @@ def test_what_does_not_hold_in_a_batch_that_is_cut_has_failed(
     at = bench(stability=bounded(norm_with(bench, "five", 5)))
 
     def deaf(fact: Fact, before: list[str], after: list[str]) -> Probe:
-        return replace(compare(fact, before, after), right=fact.id != FACTS[5].id)
+        return replace(compare_answers(fact, before, after), right=fact.id != FACTS[5].id)
 
-    monkeypatch.setattr(flush, "compare", deaf)
+    monkeypatch.setattr(flush, "compare_answers", deaf)
     at.receive(*FACTS, direct=True)
     done = at.editor.run_flush(False)
     assert done["flushed"] == [f.id for f in FACTS[:4]]
     assert done["failed"] == [FACTS[5].id]
-    stored = [at.store.fact(f.id) for f in FACTS[4:]]
+    stored = [at.store.find_fact(f.id) for f in FACTS[4:]]
     assert [f.attempts for f in stored if f] == [0, 1]
 
 
@@ -114,13 +114,13 @@ def full(make: Make, name: str = "home") -> Bench:
     at.receive(FACTS[0], direct=True)
     at.settle()
     with at.store.transaction():
-        at.editor.weights.room.too_many(2, unwell(at))
-    assert at.editor.weights.room.known() == 1
+        at.editor.generations.capacity_log.record_oversized(2, unwell(at))
+    assert at.editor.generations.capacity_log.read_capacity() == 1
     return at
 
 
 def unwell(bench: Bench) -> Health:
-    return replace(bench.loaded.canary.measure(), agreement=float("nan"))
+    return replace(bench.loaded.canary.measure_health(), agreement=float("nan"))
 
 
 def test_no_target_is_computed_for_what_finds_the_weights_full(bench: Make) -> None:
@@ -132,7 +132,7 @@ def test_no_target_is_computed_for_what_finds_the_weights_full(bench: Make) -> N
     at.settle()
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "live-side")
     assert not at.store.has_terms(one.id) and not at.store.has_terms(two.id)
-    stored = at.store.fact(two.id)
+    stored = at.store.find_fact(two.id)
     assert stored is not None and (stored.attempts, stored.direct) == (0, False)
     sent = at.store.conn.execute("SELECT fact_id, data FROM events WHERE kind = 'weights_full'")
     ((fact_id, data),) = sent.fetchall()
@@ -142,7 +142,7 @@ def test_no_target_is_computed_for_what_finds_the_weights_full(bench: Make) -> N
     assert (asked["flushed"], asked["failed"], asked["generation"]) == ([], [], 1)
     assert asked["reasons"] == ["weights full: they bear about 1 facts (agreement)"]
     assert not at.store.has_terms(one.id)
-    assert at.store.meta(HELD) is None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is None
 
 
 def test_what_replaces_a_fact_in_full_weights_needs_no_room(bench: Make) -> None:
@@ -174,7 +174,7 @@ def test_what_replaces_a_fact_in_weights_that_are_not_well_goes_beside(bench: Ma
     new = seat(1, "Lima")
     at.receive(new, direct=True)
     at.settle()
-    assert (state(at, new.id), at.served.weights_facts()) == ("live-side", [])
+    assert (state(at, new.id), at.served.list_weights_facts()) == ("live-side", [])
     assert at.says(new.question) == "Lima"
 
 
@@ -186,19 +186,19 @@ def test_a_dry_run_of_a_batch_that_is_too_large_shows_the_part_and_writes_nothin
     base = at.weights_hash()
     done = at.editor.run_flush(True)
     assert done["flushed"] == [f.id for f in FACTS[:5]]
-    assert (at.weights_hash(), at.store.meta(TRIALS)) == (base, None)
+    assert (at.weights_hash(), at.store.get_meta(TRIALS_KEY)) == (base, None)
 
 
 def test_a_batch_is_of_the_oldest_fact_beside_and_its_like_within_the_memory(bench: Make) -> None:
     at = bench(side=STEPS)
     at.receive(*FACTS[:3])
     at.settle()
-    keys = {r.fact_id: unpack_keys(r.blob).subject for r in at.store.side_rows()}
-    wanted = members([], [f.id for f in FACTS[:3]], keys, 3)
-    assert [f.id for f in at.editor.flush.batch(3, 1 << 30)] == wanted
-    assert [f.id for f in at.editor.flush.batch(3, 1)] == wanted[:1]
+    keys = {r.fact_id: unpack_keys(r.blob).subject for r in at.store.read_side_keys()}
+    wanted = select_members([], [f.id for f in FACTS[:3]], keys, 3)
+    assert [f.id for f in at.editor.flush.select_batch(3, 1 << 30)] == wanted
+    assert [f.id for f in at.editor.flush.select_batch(3, 1)] == wanted[:1]
     at.receive(FACTS[4], direct=True)
-    assert [f.id for f in at.editor.flush.batch(2, 1 << 30)] == [FACTS[4].id, wanted[0]]
+    assert [f.id for f in at.editor.flush.select_batch(2, 1 << 30)] == [FACTS[4].id, wanted[0]]
 
 
 def test_a_fact_whose_target_is_too_long_stays_beside_the_weights(bench: Make) -> None:

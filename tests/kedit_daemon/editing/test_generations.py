@@ -15,12 +15,12 @@ ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")
 def learn(bench: Bench, *facts: Fact) -> str:
     bench.receive(*facts, direct=True)
     bench.settle()
-    assert set(bench.served.weights_facts()) >= {f.id for f in facts}
+    assert set(bench.served.list_weights_facts()) >= {f.id for f in facts}
     return bench.weights_hash()
 
 
 def state(bench: Bench, fact: Fact) -> str:
-    found = bench.store.fact(fact.id)
+    found = bench.store.find_fact(fact.id)
     assert found is not None
     return str(found.state)
 
@@ -44,7 +44,7 @@ def test_taking_the_last_fact_out_gives_the_base_weights(bench: Make) -> None:
     assert learn(at, ONE) != base
     at.editor.revert([ONE.id], None, False)
     assert at.weights_hash() == base
-    assert at.store.generation(at.store.active_generation()).sha256 is None
+    assert at.store.get_generation(at.store.active_generation()).sha256 is None
 
 
 def test_the_weights_go_back_to_an_earlier_generation(bench: Make) -> None:
@@ -78,7 +78,7 @@ def test_a_fact_that_goes_back_into_the_weights_leaves_the_side_memory(bench: Ma
     assert state(at, TWO) == "live-side"
     at.editor.revert([], 1, False)
     assert state(at, TWO) == "live-weights"
-    assert not at.served.side.shard_of and not at.store.side_facts()
+    assert not at.served.side.shard_ids and not at.store.list_side_fact_ids()
 
 
 def test_there_is_no_way_back_to_a_generation_that_never_was(bench: Make) -> None:
@@ -111,12 +111,12 @@ def test_the_order_and_the_company_of_facts_do_not_matter(bench: Make) -> None:
 def test_a_change_that_fails_leaves_the_weights_as_they_were(bench: Make) -> None:
     at = bench()
     weights = learn(at, ONE)
-    kept = {n: delta.clone() for n, delta in at.served.deltas.items()}
-    with pytest.raises(ZeroDivisionError), at.editor.weights.trial([]):
+    kept = {n: delta.clone() for n, delta in at.served.active_deltas.items()}
+    with pytest.raises(ZeroDivisionError), at.editor.generations.try_candidate([]):
         assert at.weights_hash() != weights
         raise ZeroDivisionError
     assert at.weights_hash() == weights
-    assert all(torch.equal(kept[n], at.served.deltas[n]) for n in kept)
+    assert all(torch.equal(kept[n], at.served.active_deltas[n]) for n in kept)
 
 
 def test_a_consolidation_that_makes_something_worse_is_not_taken(bench: Make) -> None:

@@ -7,27 +7,27 @@ import torch
 
 from kedit_daemon.editing import model_loading
 from kedit_daemon.editing.model_loading import (
-    SHIPPED,
+    SHIPPED_MODEL,
     load_model,
-    model_path,
+    locate_model,
 )
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
-from memory.model.generate import answers
-from memory.model.statistics import unpack
+from memory.model.generate import generate_answers
+from memory.model.statistics import unpack_statistics
 from policies.edit_site import load_site
 
 
 def test_statistics_are_measured_once_and_cached(
     model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, measured, collect = str(model_folder("llama")), [], model_loading.collect
+    folder, measured, collect = str(model_folder("llama")), [], model_loading.collect_statistics
 
     def counted(*given: object) -> object:
         measured.append(given)
         return collect(*given)
 
-    monkeypatch.setattr(model_loading, "collect", counted)
+    monkeypatch.setattr(model_loading, "collect_statistics", counted)
     first = load_model(folder, "cpu", tmp_path, iter)
     (cached,) = tmp_path.iterdir()
     second = load_model(folder, "cpu", tmp_path, iter)
@@ -45,7 +45,7 @@ def test_statistics_of_an_older_version_get_their_sha256(
     monkeypatch: pytest.MonkeyPatch,
     damage: int | None,
 ) -> None:
-    folder, measured, collect = str(model_folder("llama")), [], model_loading.collect
+    folder, measured, collect = str(model_folder("llama")), [], model_loading.collect_statistics
 
     def counted(*given: object) -> object:
         measured.append(given)
@@ -56,7 +56,7 @@ def test_statistics_of_an_older_version_get_their_sha256(
     older = named.rename(named.with_stem(named.stem.rpartition("-")[0]))
     if damage is not None:
         older.write_bytes(older.read_bytes()[:damage])
-    monkeypatch.setattr(model_loading, "collect", counted)
+    monkeypatch.setattr(model_loading, "collect_statistics", counted)
     again = load_model(folder, "cpu", tmp_path, iter)
     assert (len(measured), list(tmp_path.iterdir())) == (0 if damage is None else 1, [named])
     for n, layer in first.statistics.items():
@@ -64,7 +64,7 @@ def test_statistics_of_an_older_version_get_their_sha256(
 
 
 def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None:
-    loaded = load_model(SHIPPED, "cpu", tmp_path, iter)
+    loaded = load_model(SHIPPED_MODEL, "cpu", tmp_path, iter)
     assert (loaded.site.subject_layers, loaded.site.end_layers) == ((1, 2), (3,))
     assert loaded.layers == (1, 2, 3)
     assert (loaded.site.side_layer, loaded.site.key_layer) == (4, 2)
@@ -74,20 +74,20 @@ def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None
         "Saarland is located in": "Germany",
         "Bob Dylan plays": "guitar",
     }
-    assert answers(loaded.model, list(known), 6) == list(known.values())
+    assert generate_answers(loaded.model, list(known), 6) == list(known.values())
 
 
 def test_the_shipped_statistics_are_small_and_cover_every_layer_in_use() -> None:
-    folder = model_path(SHIPPED)
-    data = (folder / model_loading.STATISTICS).read_bytes()
+    folder = locate_model(SHIPPED_MODEL)
+    data = (folder / model_loading.STATISTICS_FILE).read_bytes()
     assert len(data) < 10_000_000
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     width, hidden = config["intermediate_size"], config["hidden_size"]
     site = load_site(folder, config["num_hidden_layers"])
-    found = unpack(data)
+    found = unpack_statistics(data)
     assert set(found) == {*site.layers, site.side_layer, site.key_layer}
     for n, layer in found.items():
-        assert layer.mean.shape == (hidden,) and layer.norm > 0
+        assert layer.output_mean.shape == (hidden,) and layer.median_norm > 0
         assert layer.covariance.shape == ((width, width) if n in site.layers else (0, 0))
         assert bool(torch.isfinite(layer.covariance).all())
         assert n not in site.layers or float(layer.covariance.diagonal().min()) > 0
@@ -100,6 +100,6 @@ def test_a_model_that_is_not_there_is_bad_configuration(tmp_path: Path) -> None:
 
 
 def test_names_become_places() -> None:
-    assert (model_path(SHIPPED) / "kedit.json").is_file()
-    assert model_path("some/name") == Path("some/name")
+    assert (locate_model(SHIPPED_MODEL) / "kedit.json").is_file()
+    assert locate_model("some/name") == Path("some/name")
     assert len(read_ordinary_lines()) > 200

@@ -8,13 +8,13 @@ from editing_home import Bench, seat
 from poison import poison
 
 from kedit_daemon.editing import flush, repair
-from kedit_daemon.editing.generations import HELD
-from kedit_daemon.editing.repair import look
+from kedit_daemon.editing.generations import FLUSH_HELD_KEY
+from kedit_daemon.editing.repair import find_damage
 from memory.facts import Fact
 from memory.files import tensors_path
 from memory.side.index import KeyIndex
-from memory.side.side_memory import number_of
-from policies.targets import Refused
+from memory.side.side_memory import to_fact_number
+from policies.targets import Refusal
 
 STEPS = {"steps": 300}
 ONE, TWO, THREE, FOUR = (seat(n, c) for n, c in enumerate(("Oslo", "Lima", "Paris", "Cairo"), 1))
@@ -34,7 +34,7 @@ def at(bench: Make) -> Bench:
 
 
 def damage(at: Bench) -> list[str]:
-    return look(at.served, at.weights_hash(), 0).reasons
+    return find_damage(at.served, at.weights_hash(), 0).reasons
 
 
 def kinds(at: Bench) -> list[str]:
@@ -57,7 +57,7 @@ def one_bit(at: Bench) -> None:
 
 
 def shard(at: Bench) -> None:
-    at.served.side.shards[at.served.side.shard_of[TWO.id]].delta.up[0, 0] = nan
+    at.served.side.shards[at.served.side.shard_ids[TWO.id]].delta.up[0, 0] = nan
 
 
 def end_key(at: Bench) -> None:
@@ -65,9 +65,9 @@ def end_key(at: Bench) -> None:
 
 
 def index_key(at: Bench) -> None:
-    index, ids = at.served.side.index, np.array([number_of(TWO.id) << 15])
-    index._cpu.remove_ids(ids)
-    index._cpu.add_with_ids(np.full((1, index.width), np.nan, dtype=np.float32), ids)
+    index, ids = at.served.side.key_index, np.array([to_fact_number(TWO.id) << 15])
+    index._cpu_index.remove_ids(ids)
+    index._cpu_index.add_with_ids(np.full((1, index.width), np.nan, dtype=np.float32), ids)
 
 
 def terms(at: Bench) -> None:
@@ -85,7 +85,7 @@ PLANTS = {
 
 
 def test_an_audit_finds_what_is_damaged_in_memory_and_mends_it(at: Bench) -> None:
-    before, number = at.weights_hash(), at.served.side.shard_of[TWO.id]
+    before, number = at.weights_hash(), at.served.side.shard_ids[TWO.id]
     for count, (plant, text) in enumerate(PLANTS.items(), 1):
         said = text.replace("{number}", str(number))
         plant(at)
@@ -104,13 +104,13 @@ def test_an_audit_finds_what_is_damaged_in_memory_and_mends_it(at: Bench) -> Non
 
 
 def test_what_is_damaged_in_its_file_as_well_is_made_again(at: Bench) -> None:
-    number = at.served.side.shard_of[TWO.id]
-    (row,) = (row for row in at.store.shards() if row.id == number)
-    path = tensors_path(at.home.side, row.sha256)
+    number = at.served.side.shard_ids[TWO.id]
+    (row,) = (row for row in at.store.list_shards() if row.id == number)
+    path = tensors_path(at.home.side_folder, row.sha256)
     path.write_bytes(path.read_bytes()[:-1])
-    active = at.store.generation(at.store.active_generation())
+    active = at.store.get_generation(at.store.active_generation())
     assert active.sha256 is not None
-    tensors_path(at.home.generations, active.sha256).write_bytes(b"nothing")
+    tensors_path(at.home.generations_folder, active.sha256).write_bytes(b"nothing")
     shard(at)
     weights(at)
     assert at.editor.audit()["verdict"] == "keep"
@@ -138,13 +138,13 @@ def test_a_side_memory_that_cannot_be_built_again_stays_what_it_was(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    shards = {row.id for row in at.store.shards()}
+    shards = {row.id for row in at.store.list_shards()}
     index_key(at)
     with monkeypatch.context() as broken, pytest.raises(OSError):
-        broken.setattr(KeyIndex, "sync", full)
+        broken.setattr(KeyIndex, "sync_keys", full)
         at.editor.audit()
-    at.served.forget_side()
-    assert {row.id for row in at.store.shards()} == shards == set(at.served.side.shards)
+    at.served.prune_side()
+    assert {row.id for row in at.store.list_shards()} == shards == set(at.served.side.shards)
     at.editor.audit()
     assert whole(at)
 
@@ -155,18 +155,18 @@ def test_a_fact_whose_targets_cannot_be_computed_again_goes_beside(
     terms(at)
     at.receive(FOUR, direct=True)
     at.settle()  # no flush can be done: it goes beside
-    assert at.store.meta(HELD) is not None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is not None
     with monkeypatch.context() as hard:
         hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
         at.editor.audit()
-    assert at.store.meta(HELD) is None
+    assert at.store.get_meta(FLUSH_HELD_KEY) is None
     at.settle()
-    assert {str(f.state) for f in at.store.facts()} == {"live-side"}
+    assert {str(f.state) for f in at.store.list_facts()} == {"live-side"}
     assert whole(at)
 
 
-def refused(facts: list[Fact]) -> dict[str, Refused]:
-    return {fact.id: Refused("too hard") for fact in facts}
+def refused(facts: list[Fact]) -> dict[str, Refusal]:
+    return {fact.id: Refusal("too hard") for fact in facts}
 
 
 def test_damaged_keys_in_the_database_stop_neither_a_flush_nor_a_start(at: Bench) -> None:
@@ -187,19 +187,19 @@ def test_all_damaged_targets_are_known_before_anything_is_solved(
     at.receive(FOUR, direct=True)
     at.settle()
     weights(at)
-    active = at.store.generation(at.store.active_generation())
+    active = at.store.get_generation(at.store.active_generation())
     assert active.sha256 is not None
-    tensors_path(at.home.generations, active.sha256).write_bytes(b"nothing")
+    tensors_path(at.home.generations_folder, active.sha256).write_bytes(b"nothing")
     with at.store.transaction():
         at.store.conn.execute("UPDATE terms SET sha256 = 'x'")
     with monkeypatch.context() as hard:
-        hard.setattr(repair, "TERMS", 1)
+        hard.setattr(repair, "TERMS_PER_TURN", 1)
         hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
         assert at.editor.audit()["verdict"] == "keep"
-    assert at.served.weights_facts() == []
+    assert at.served.list_weights_facts() == []
     assert not at.store.has_terms(ONE.id) and not at.store.has_terms(FOUR.id)
     at.settle()
-    assert {str(f.state) for f in at.store.facts()} == {"live-side"}
+    assert {str(f.state) for f in at.store.list_facts()} == {"live-side"}
     assert whole(at) and at.says(FOUR.question) == FOUR.target
     at.editor.run_flush(False)  # their targets are computed anew
-    assert set(at.served.weights_facts()) == {f.id for f in (ONE, TWO, THREE, FOUR)}
+    assert set(at.served.list_weights_facts()) == {f.id for f in (ONE, TWO, THREE, FOUR)}

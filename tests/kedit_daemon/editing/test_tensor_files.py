@@ -13,7 +13,7 @@ from kedit_daemon.editing.tensor_files import (
 from memory.db.rows import GenerationRow
 from memory.errors import KeditError
 from memory.files import save_tensors
-from memory.side.side_memory import Delta, Keys, Shard
+from memory.side.side_memory import Delta, RetrievalKeys, Shard
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,6 @@ def test_a_generation_without_its_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_keys_come_back_as_they_were() -> None:
-    keys = Keys(torch.randn(3, 8), torch.randn(5, 8))
+    keys = RetrievalKeys(torch.randn(3, 8), torch.randn(5, 8))
     found = unpack_keys(pack_keys(keys))
     assert torch.equal(found.subject, keys.subject) and torch.equal(found.end, keys.end)

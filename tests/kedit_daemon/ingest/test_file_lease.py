@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from kedit_daemon.ingest import file_lease
-from kedit_daemon.ingest.file_lease import known_closed, tells_closed
+from kedit_daemon.ingest.file_lease import can_detect_closed, is_closed
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="leases are Linux's")
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    if not tells_closed(tmp_path):
+    if not can_detect_closed(tmp_path):
         pytest.skip("no leases on this file system")
     path = tmp_path / "a.jsonl"
     path.write_text("{}")
@@ -26,7 +26,7 @@ def path(tmp_path: Path) -> Path:
 
 def asked(path: Path) -> bool:
     with path.open("rb") as file:
-        return known_closed(file.fileno())
+        return is_closed(file.fileno())
 
 
 def test_it_is_closed_when_nobody_else_has_it(path: Path) -> None:
@@ -54,7 +54,7 @@ def test_writers_in_other_processes_count(path: Path) -> None:
 
 def test_nothing_is_held_afterwards(path: Path) -> None:
     with path.open("rb") as file:
-        assert known_closed(file.fileno())
+        assert is_closed(file.fileno())
         # A lease that is still held makes this wait, and so fail without blocking.
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
@@ -86,12 +86,12 @@ def test_it_is_believed_of_local_file_systems_alone(
 ) -> None:
     device = os.stat(tmp_path).st_dev
     known, mounts = f"{os.major(device)}:{os.minor(device)}", tmp_path / "mountinfo"
-    monkeypatch.setattr(file_lease, "MOUNTS", mounts)
+    monkeypatch.setattr(file_lease, "MOUNT_TABLE", mounts)
     for kind, told in (("ext4", True), ("fuse.sshfs", False), ("nfs4", False)):
         other = "22 1 0:99 / /other rw shared:1 - ext4 /dev/x rw"
         mounts.write_text(f"{other}\n23 22 {known} / /here rw shared:2 - {kind} host:/x rw\n")
-        assert tells_closed(tmp_path) is told
+        assert can_detect_closed(tmp_path) is told
     mounts.write_text(f"{other}\n")
-    assert not tells_closed(tmp_path)
+    assert not can_detect_closed(tmp_path)
     monkeypatch.delattr(fcntl, "F_SETLEASE")
-    assert not tells_closed(tmp_path)
+    assert not can_detect_closed(tmp_path)

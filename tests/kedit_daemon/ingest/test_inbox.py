@@ -12,11 +12,14 @@ import pytest
 
 from kedit_daemon.ingest import file_lease
 from kedit_daemon.ingest.inbox import Claim, Inbox
-from kedit_daemon.ingest.parser import Problem
+from kedit_daemon.ingest.parser import RecordProblem
 from memory.errors import KeditError
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
-BAD = [Problem(2, "it is empty", "fill it", '{"bad": "é"}'), Problem(4, "no", "yes", '{"x": 1}')]
+BAD = [
+    RecordProblem(2, "it is empty", "fill it", '{"bad": "é"}'),
+    RecordProblem(4, "no", "yes", '{"x": 1}'),
+]
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def drop(folder: Path, name: str | bytes, data: bytes = b"{}\n", age: float = 60
 
 def claim_one(inbox: Inbox, name: str = "a.jsonl", data: bytes = b"{}\n") -> Claim:
     drop(inbox.folder, name, data)
-    [claim] = inbox.scan(0)
+    [claim] = inbox.claim_files(0)
     return claim
 
 
@@ -54,37 +57,37 @@ def test_an_old_file_is_claimed_at_once(inbox: Inbox, folder: Path) -> None:
     assert claim.work_name.startswith("20260301T120000000000Z-")
     assert claim.work_name.endswith("-facts_1.jsonl")
     assert visible(folder) == ["done", "failed", "work"]
-    assert inbox.read(claim) == b"hello"
-    assert inbox.scan(9) == []
+    assert inbox.read_claim(claim) == b"hello"
+    assert inbox.claim_files(9) == []
 
 
 def test_a_file_is_claimed_when_its_writer_closes_it(inbox: Inbox, folder: Path) -> None:
-    if not file_lease.tells_closed(folder):
+    if not file_lease.can_detect_closed(folder):
         pytest.skip("no leases on this file system")
     path = drop(folder, "a.jsonl", b"1", age=0)
     with open(path, "ab") as file:
-        assert inbox.scan(10.0) == [] and inbox.settling == 1
-        assert inbox.scan(10.1) == []
+        assert inbox.claim_files(10.0) == [] and inbox.settling_count == 1
+        assert inbox.claim_files(10.1) == []
         file.write(b"2")
-    assert inbox.scan(10.2) == []  # it is another one than in the scan before
-    [claim] = inbox.scan(10.3)
-    assert inbox.read(claim) == b"12" and inbox.settling == 0
+    assert inbox.claim_files(10.2) == []  # it is another one than in the scan before
+    [claim] = inbox.claim_files(10.3)
+    assert inbox.read_claim(claim) == b"12" and inbox.settling_count == 0
 
 
 def test_a_closed_file_on_a_file_system_of_others_has_to_stand_still(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_lease, "LOCAL", frozenset())
+    monkeypatch.setattr(file_lease, "LOCAL_FILE_SYSTEMS", frozenset())
     inbox = Inbox(folder, settle_seconds=1.0, max_bytes=1_000, clock=lambda: NOW)
     drop(folder, "a.jsonl", b"1", age=-500)
-    assert [inbox.scan(at) for at in (10.0, 10.1, 10.9)] == [[], [], []]
-    assert len(inbox.scan(11.0)) == 1
+    assert [inbox.claim_files(at) for at in (10.0, 10.1, 10.9)] == [[], [], []]
+    assert len(inbox.claim_files(11.0)) == 1
 
 
 def test_an_empty_file_may_be_about_to_be_filled(inbox: Inbox, folder: Path) -> None:
     drop(folder, "a.jsonl", b"", age=0)
-    assert inbox.scan(10.0) == []
-    assert len(inbox.scan(11.0)) == 1
+    assert inbox.claim_files(10.0) == []
+    assert len(inbox.claim_files(11.0)) == 1
 
 
 def test_a_file_that_is_held_open_is_claimed_once_it_stands_still(
@@ -93,25 +96,25 @@ def test_a_file_that_is_held_open_is_claimed_once_it_stands_still(
     # The times lie ahead, as after a clock was set back: only standing still tells.
     path = drop(folder, "a.jsonl", b"1", age=-500)
     with open(path, "ab", buffering=0) as file:
-        assert inbox.scan(10.0) == [] and inbox.settling == 1
+        assert inbox.claim_files(10.0) == [] and inbox.settling_count == 1
         file.write(b"2")
         os.utime(path, (NOW.timestamp() + 600,) * 2)
-        assert inbox.scan(10.9) == []
-        assert inbox.scan(11.5) == []
-        [claim] = inbox.scan(11.9)
-    assert inbox.read(claim) == b"12" and inbox.settling == 0
+        assert inbox.claim_files(10.9) == []
+        assert inbox.claim_files(11.5) == []
+        [claim] = inbox.claim_files(11.9)
+    assert inbox.read_claim(claim) == b"12" and inbox.settling_count == 0
 
 
 def test_the_oldest_file_comes_first(inbox: Inbox, folder: Path) -> None:
     for name, age in (("a", 10), ("b", 30), ("c", 20)):
         drop(folder, name, age=age)
-    assert [claim.name for claim in inbox.scan(0)] == ["b", "c", "a"]
+    assert [claim.name for claim in inbox.claim_files(0)] == ["b", "c", "a"]
 
 
 def test_unfinished_and_hidden_files_are_not_even_looked_at(inbox: Inbox, folder: Path) -> None:
     for name in (".a.jsonl", "a.jsonl.tmp", "a.jsonl.part"):
         drop(folder, name)
-    assert inbox.scan(0) == [] and inbox.take_refusals() == []
+    assert inbox.claim_files(0) == [] and inbox.take_refusals() == []
 
 
 def test_nothing_but_plain_files_is_touched(inbox: Inbox, folder: Path, tmp_path: Path) -> None:
@@ -124,17 +127,17 @@ def test_nothing_but_plain_files_is_touched(inbox: Inbox, folder: Path, tmp_path
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(folder / "socket"))
     server.close()
-    assert inbox.scan(0) == []
+    assert inbox.claim_files(0) == []
     refused = inbox.take_refusals()
     assert sorted(r.name for r in refused) == ["dangling", "link", "pipe", "socket", "sub"]
     assert all(r.problem and r.remedy for r in refused)
-    inbox.scan(5)
+    inbox.claim_files(5)
     assert inbox.take_refusals() == []
     assert secret.read_text() == "secret" and (folder / "link").is_symlink()
     (folder / "sub").rmdir()
-    inbox.scan(6)
+    inbox.claim_files(6)
     (folder / "sub").mkdir()
-    inbox.scan(7)
+    inbox.claim_files(7)
     assert [r.name for r in inbox.take_refusals()] == ["sub"]
 
 
@@ -142,10 +145,10 @@ def test_nothing_but_plain_files_is_touched(inbox: Inbox, folder: Path, tmp_path
 def test_an_unreadable_file_is_left_until_it_is_readable(inbox: Inbox, folder: Path) -> None:
     path = drop(folder, "a.jsonl")
     os.chmod(path, 0)
-    assert inbox.scan(0) == [] and inbox.scan(5) == []
+    assert inbox.claim_files(0) == [] and inbox.claim_files(5) == []
     assert [r.name for r in inbox.take_refusals()] == ["a.jsonl"]
     os.chmod(path, 0o600)
-    assert len(inbox.scan(6)) == 1
+    assert len(inbox.claim_files(6)) == 1
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,7 @@ def test_an_unreadable_file_is_left_until_it_is_readable(inbox: Inbox, folder: P
 )
 def test_no_name_does_harm(inbox: Inbox, folder: Path, name: bytes) -> None:
     drop(folder, name)
-    claims = inbox.scan(0)
+    claims = inbox.claim_files(0)
     if name.startswith(b"."):
         assert claims == []
         return
@@ -162,22 +165,22 @@ def test_no_name_does_harm(inbox: Inbox, folder: Path, name: bytes) -> None:
     assert claim.work_name.isascii() and "/" not in claim.work_name
     [resumed] = Inbox(folder, 1.0, 1_000, lambda: NOW).pending_claims()
     assert resumed == claim
-    inbox.fail(claim, BAD, whole=True)
+    inbox.fail_claim(claim, BAD, whole=True)
     [report, kept] = sorted(os.listdir(folder / "failed"), key=len, reverse=True)
     assert report == kept + ".error.json"
     assert json.loads((folder / "failed" / report).read_text())["file"] == claim.name
     drop(folder, name)
-    [claim] = inbox.scan(1)
-    inbox.finish(claim)
+    [claim] = inbox.claim_files(1)
+    inbox.finish_claim(claim)
     assert len(visible(folder / "done")) == 1 and os.listdir(folder / "work") == []
 
 
 def test_equal_names_never_overwrite_each_other(inbox: Inbox, folder: Path) -> None:
     for data in (b"1", b"2"):
-        inbox.finish(claim_one(inbox, "a.jsonl", data))
+        inbox.finish_claim(claim_one(inbox, "a.jsonl", data))
     assert sorted(p.read_bytes() for p in (folder / "done").iterdir()) == [b"1", b"2"]
     for data in (b"3", b"4"):
-        inbox.fail(claim_one(inbox, "a.jsonl", data), BAD, whole=True)
+        inbox.fail_claim(claim_one(inbox, "a.jsonl", data), BAD, whole=True)
     names = visible(folder / "failed")
     assert len(names) == 4 and {"a.jsonl", "a.jsonl.error.json"} < set(names)
     assert {(folder / "failed" / n).read_bytes() for n in names if "error" not in n} == {b"3", b"4"}
@@ -185,7 +188,7 @@ def test_equal_names_never_overwrite_each_other(inbox: Inbox, folder: Path) -> N
 
 def test_failed_records_lie_beside_their_explanation(inbox: Inbox, folder: Path) -> None:
     claim = claim_one(inbox, "a.jsonl", b'{"good": 1}\n{"bad": 1}\n')
-    inbox.fail(claim, BAD, whole=False)
+    inbox.fail_claim(claim, BAD, whole=False)
     assert (folder / "failed" / "a.jsonl").read_text() == '{"bad": "é"}\n{"x": 1}\n'
     report = json.loads((folder / "failed" / "a.jsonl.error.json").read_text())
     assert (report["file"], report["at"]) == ("a.jsonl", "2026-03-01T12:00:00Z")
@@ -195,7 +198,7 @@ def test_failed_records_lie_beside_their_explanation(inbox: Inbox, folder: Path)
         "remedy": "fill it",
         "record": '{"bad": "é"}',
     }
-    inbox.finish(claim)
+    inbox.finish_claim(claim)
     assert visible(folder / "done") == ["a.jsonl"] and os.listdir(folder / "work") == []
 
 
@@ -203,7 +206,9 @@ def test_a_record_that_is_no_utf8_is_explained_and_kept_byte_for_byte(
     inbox: Inbox, folder: Path
 ) -> None:
     claim = claim_one(inbox)
-    inbox.fail(claim, [Problem(1, "not valid UTF-8", "save it so", "a\udcffb" * 2_000)], False)
+    inbox.fail_claim(
+        claim, [RecordProblem(1, "not valid UTF-8", "save it so", "a\udcffb" * 2_000)], False
+    )
     assert (folder / "failed" / "a.jsonl").read_bytes() == b"a\xffb" * 2_000 + b"\n"
     report = (folder / "failed" / "a.jsonl.error.json").read_text(encoding="utf-8")
     assert len(json.loads(report)["errors"][0]["record"]) == 2_000
@@ -213,7 +218,7 @@ def test_a_huge_file_is_put_aside_unread(inbox: Inbox, folder: Path) -> None:
     path = drop(folder, "huge.jsonl", b"")
     os.truncate(path, 1 << 30)
     os.utime(path, (0, 0))
-    assert inbox.scan(0) == []
+    assert inbox.claim_files(0) == []
     [refusal] = inbox.take_refusals()
     assert refusal.name == "huge.jsonl" and "max_bytes" in refusal.remedy
     assert (folder / "failed" / "huge.jsonl").stat().st_size == 1 << 30
@@ -225,7 +230,7 @@ def test_a_file_that_grows_after_its_claim_is_not_loaded(inbox: Inbox, folder: P
     claim = claim_one(inbox)
     os.truncate(folder / "work" / claim.work_name, 1 << 30)
     with pytest.raises(KeditError, match="too large"):
-        inbox.read(claim)
+        inbox.read_claim(claim)
 
 
 def test_a_claim_that_became_a_link_is_not_followed(inbox: Inbox, folder: Path) -> None:
@@ -233,7 +238,7 @@ def test_a_claim_that_became_a_link_is_not_followed(inbox: Inbox, folder: Path) 
     (folder / "work" / claim.work_name).unlink()
     (folder / "work" / claim.work_name).symlink_to("/etc/passwd")
     with pytest.raises(KeditError, match="not a plain file"):
-        inbox.read(claim)
+        inbox.read_claim(claim)
 
 
 @pytest.mark.parametrize("name", ["work", "done", "failed"])
@@ -248,11 +253,11 @@ def test_our_own_folders_are_not_followed_elsewhere(
     (folder / name).symlink_to(elsewhere)
     with pytest.raises(KeditError, match="not a folder"):
         if name == "work":
-            inbox.scan(9)
+            inbox.claim_files(9)
         elif name == "done":
-            inbox.finish(claim)
+            inbox.finish_claim(claim)
         else:
-            inbox.fail(claim, BAD, whole=True)
+            inbox.fail_claim(claim, BAD, whole=True)
     assert list(elsewhere.iterdir()) == []
 
 
@@ -264,7 +269,7 @@ def test_a_crash_between_note_and_rename_leaves_the_file_in_the_inbox(
     (folder / "work" / ".0123.tmp").write_bytes(b"half")
     again = Inbox(folder, 1.0, 1_000, lambda: NOW)
     assert again.pending_claims() == [] and os.listdir(folder / "work") == []
-    [claim] = again.scan(0)
+    [claim] = again.claim_files(0)
     assert claim.name == "a.jsonl"
 
 
@@ -273,7 +278,7 @@ def test_claims_outlive_a_crash_in_their_order(inbox: Inbox, folder: Path) -> No
     inbox = Inbox(folder, 1.0, 1_000, lambda: next(ticks))
     for name, age in (("c", 30), ("a", 20), ("b", 10)):
         drop(folder, name, age=age)
-    claims = inbox.scan(0)
+    claims = inbox.claim_files(0)
     assert [claim.name for claim in claims] == ["c", "a", "b"]
     assert Inbox(folder, 1.0, 1_000, lambda: NOW).pending_claims() == claims
 
@@ -285,14 +290,14 @@ def test_ending_a_claim_again_after_a_crash_changes_nothing(
     drop(folder / "failed", "a.jsonl", b"another's")
 
     def end(claim: Claim) -> None:
-        inbox.fail(claim, BAD, whole)
+        inbox.fail_claim(claim, BAD, whole)
         if not whole:
-            inbox.finish(claim)
+            inbox.finish_claim(claim)
 
     claim = claim_one(inbox)
     before = {p.name: p.read_bytes() for p in (folder / "work").iterdir()}
     steps: list[Callable[[], None]] = [
-        lambda: inbox.fail(claim, BAD, whole=False),
+        lambda: inbox.fail_claim(claim, BAD, whole=False),
         lambda: end(claim),
     ]
     seen = []
@@ -303,7 +308,7 @@ def test_ending_a_claim_again_after_a_crash_changes_nothing(
         seen.append(visible(folder / "failed"))
     for name in before:
         (folder / "work" / name).unlink()
-    inbox.finish(claim)
+    inbox.finish_claim(claim)
     assert seen[0] == seen[1] == visible(folder / "failed")
     assert (folder / "failed" / "a.jsonl").read_bytes() == b"another's"
     assert len(seen[0]) == 3

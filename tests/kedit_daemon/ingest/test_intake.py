@@ -10,7 +10,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.ingest.inbox import Claim, Inbox
 from kedit_daemon.ingest.intake import Intake
 from memory.db.store import Store
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
 ONE = {"subject": "country 1", "prompt": "The seat of {} is", "target": "Oslo"}
 TWO = {"subject": "country 2", "prompt": "The seat of {} is", "target": "Lima"}
@@ -32,14 +32,14 @@ class Desk:
         (self.folder / "inbox" / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.monotonic += 10
         self.clock.pass_time(seconds=10)
-        (claim,) = self.inbox.scan(self.monotonic)
+        (claim,) = self.inbox.claim_files(self.monotonic)
         return claim
 
     def drop(self, *records: Any, name: str = "facts.jsonl") -> None:
-        self.intake.take(self.claim(*records, name=name))
+        self.intake.take_file(self.claim(*records, name=name))
 
     def states(self) -> list[tuple[str, str]]:
-        return [(f.fact.target, str(f.state)) for f in self.store.facts()]
+        return [(f.fact.target, str(f.state)) for f in self.store.list_facts()]
 
     def kinds(self) -> list[str]:
         return [kind for (kind,) in self.store.conn.execute("SELECT kind FROM events")]
@@ -68,10 +68,10 @@ def test_a_file_is_taken_in_one_transaction(desk: Desk, monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(desk.store, "add_submission", broken)
         with pytest.raises(OSError, match="a crash"):
-            desk.intake.take(claim)
+            desk.intake.take_file(claim)
     assert (desk.states(), desk.kinds(), desk.submissions()) == ([], [], [])
     (again,) = desk.inbox.pending_claims()
-    desk.intake.take(again)
+    desk.intake.take_file(again)
     assert desk.states() == [("Oslo", "received"), ("Lima", "received")]
     assert (desk.submissions(), desk.names("done")) == ([(2, 0, 0)], ["facts.jsonl"])
 
@@ -85,12 +85,12 @@ def test_a_file_that_comes_up_again_after_a_crash_adds_nothing(
         raise OSError("a crash")
 
     with monkeypatch.context() as patch:
-        patch.setattr(desk.inbox, "finish", broken)
+        patch.setattr(desk.inbox, "finish_claim", broken)
         with pytest.raises(OSError, match="a crash"):
-            desk.intake.take(claim)
+            desk.intake.take_file(claim)
     before = desk.kinds()
     (again,) = desk.inbox.pending_claims()
-    desk.intake.take(again)
+    desk.intake.take_file(again)
     assert (desk.kinds(), desk.submissions()) == (before, [(1, 1, 0)])
     assert desk.names("work") == []
     assert desk.names("done") == ["facts.jsonl"]
@@ -107,9 +107,9 @@ def test_facts_that_are_known_are_counted_as_duplicates(desk: Desk) -> None:
 
 def test_a_fact_that_has_ended_may_come_again(desk: Desk) -> None:
     desk.drop(ONE)
-    (one,) = desk.store.facts()
+    (one,) = desk.store.list_facts()
     with desk.store.transaction():
-        desk.store.move(one.id, State.REVERTED, reason="by hand")
+        desk.store.change_state(one.id, FactState.REVERTED, reason="by hand")
     desk.drop(ONE)
     assert desk.states() == [("Oslo", "received")]
     assert "fact_revived" in desk.kinds()
@@ -128,7 +128,7 @@ def test_a_fact_whose_time_is_over_is_rejected_and_ends_nothing(desk: Desk) -> N
     desk.drop(ONE)
     desk.drop({**ONE, "target": "Cairo", "valid_until": "2025-12-31T00:00:00Z"})
     assert desk.states() == [("Oslo", "received"), ("Cairo", "rejected")]
-    reason = desk.store.facts((State.REJECTED,))[0].reason
+    reason = desk.store.list_facts((FactState.REJECTED,))[0].reason
     assert reason is not None and "has passed" in reason
 
 
@@ -151,5 +151,5 @@ def test_broken_records_end_in_failed_and_the_others_are_taken(desk: Desk) -> No
 def test_many_facts_in_one_file_are_for_a_batch(desk: Desk) -> None:
     desk.drop(*({**ONE, "subject": f"country {n}"} for n in range(3)))
     desk.drop(ONE | {"subject": "country 9"}, name="b.jsonl")
-    assert [f.direct for f in desk.store.facts()] == [True] * 3 + [False]
-    assert desk.store.facts()[0].fact == Fact("country 0", ONE["prompt"], ONE["target"])
+    assert [f.direct for f in desk.store.list_facts()] == [True] * 3 + [False]
+    assert desk.store.list_facts()[0].fact == Fact("country 0", ONE["prompt"], ONE["target"])

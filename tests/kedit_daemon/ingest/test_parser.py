@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from foreign_records import FOREIGN
 
-from kedit_daemon.ingest.parser import FORMATS, Parsed, only_failed, parse
-from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.ingest.parser import FORMATS, ParsedFile, extract_failed, parse_file
+from kedit_daemon.ingest.schemas import FileLimits
 from memory.errors import KeditError
 
-LIMITS = Limits()
+LIMITS = FileLimits()
 
 
 def fact(name: str, **more: Any) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def lines(*records: dict[str, Any]) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def subjects(parsed: Parsed) -> list[str]:
+def subjects(parsed: ParsedFile) -> list[str]:
     return [fact.subject for _, fact in parsed.facts]
 
 
@@ -32,7 +32,7 @@ def subjects(parsed: Parsed) -> list[str]:
 def test_every_data_set_is_known_by_its_keys(name: str, chosen: bool, as_list: bool) -> None:
     record = FOREIGN[name]
     data = json.dumps([record, record]).encode() if as_list else lines(record, record)
-    parsed = parse(data, "x.json", name.split()[0] if chosen else None, LIMITS)
+    parsed = parse_file(data, "x.json", name.split()[0] if chosen else None, LIMITS)
     assert parsed.problems == []
     assert [(f.subject, f.target) for _, f in parsed.facts] == [("Eyre", "Spain")] * 2
 
@@ -40,9 +40,9 @@ def test_every_data_set_is_known_by_its_keys(name: str, chosen: bool, as_list: b
 def test_a_cloze_has_to_name_its_subject_and_a_question_need_not() -> None:
     vague = {"prompt": "Where is it?"}
     for record in (fact("Eyre", **vague), {**FOREIGN["counterfact"], **vague}):
-        [problem] = parse(lines(record), "x", None, LIMITS).problems
+        [problem] = parse_file(lines(record), "x", None, LIMITS).problems
         assert "neither {} nor the subject" in problem.problem and "{}" in problem.remedy
-    assert not parse(lines({**FOREIGN["qaedit"], **vague}), "x", None, LIMITS).problems
+    assert not parse_file(lines({**FOREIGN["qaedit"], **vague}), "x", None, LIMITS).problems
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_cloze_has_to_name_its_subject_and_a_question_need_not() -> None:
 def test_a_bad_record_is_explained_and_leaves_the_others(
     record: dict[str, Any], problem: str, remedy: str
 ) -> None:
-    parsed = parse(lines(fact("A"), record, fact("C")), "facts.jsonl", None, LIMITS)
+    parsed = parse_file(lines(fact("A"), record, fact("C")), "facts.jsonl", None, LIMITS)
     assert [(line, f.subject) for line, f in parsed.facts] == [(1, "A"), (3, "C")]
     [found] = parsed.problems
     assert found.line == 2 and json.loads(found.record) == record
@@ -101,7 +101,7 @@ def test_poison_stops_nothing(poison: bytes, as_list: bool) -> None:
     data = b"\n".join([good[0], poison, good[1]])
     if as_list:
         data = b"[\n" + b",\n".join([good[0], poison, good[1]]) + b"\n]"
-    parsed = parse(data, "facts.json", None, LIMITS)
+    parsed = parse_file(data, "facts.json", None, LIMITS)
     assert subjects(parsed) == ["A", "C"]
     assert {p.line for p in parsed.problems} == {3 if as_list else 2}
     assert all(p.problem and p.remedy for p in parsed.problems)
@@ -110,20 +110,20 @@ def test_poison_stops_nothing(poison: bytes, as_list: bool) -> None:
 
 @pytest.mark.parametrize("data", [b"", b"  \n\n", b"[]", b"[\n]\n", b"\xef\xbb\xbf"])
 def test_a_file_without_records_is_a_problem(data: bytes) -> None:
-    parsed = parse(data, "x.json", None, LIMITS)
+    parsed = parse_file(data, "x.json", None, LIMITS)
     assert parsed.facts == []
     assert [p.problem for p in parsed.problems] == ["the file holds no record"]
 
 
 def test_byte_order_marks() -> None:
-    assert subjects(parse(b"\xef\xbb\xbf" + lines(fact("A")), "x", None, LIMITS)) == ["A"]
-    [problem] = parse("\ufeff{}".encode("utf-16-le"), "x", None, LIMITS).problems
+    assert subjects(parse_file(b"\xef\xbb\xbf" + lines(fact("A")), "x", None, LIMITS)) == ["A"]
+    [problem] = parse_file("\ufeff{}".encode("utf-16-le"), "x", None, LIMITS).problems
     assert "UTF-16" in problem.problem
 
 
 def test_one_record_over_several_lines() -> None:
     data = json.dumps(fact("A"), indent=2).encode()
-    assert subjects(parse(data, "x.json", None, LIMITS)) == ["A"]
+    assert subjects(parse_file(data, "x.json", None, LIMITS)) == ["A"]
 
 
 def test_random_bytes_never_raise() -> None:
@@ -135,7 +135,7 @@ def test_random_bytes_never_raise() -> None:
             data[generator.randrange(len(data))] = generator.randrange(256)
         start = generator.randrange(40)
         for name in ("x.jsonl", "x.csv"):
-            parsed = parse(bytes(data[start:]), name, None, LIMITS)
+            parsed = parse_file(bytes(data[start:]), name, None, LIMITS)
             assert parsed.facts or parsed.problems
 
 
@@ -143,20 +143,20 @@ def test_random_bytes_never_raise() -> None:
 def test_what_stands_behind_the_limit_is_kept_as_one_problem(as_list: bool) -> None:
     records = [fact(name) for name in "ABCDE"]
     data = json.dumps(records).encode() if as_list else lines(*records)
-    parsed = parse(data, "x.json", None, Limits(max_facts=2))
+    parsed = parse_file(data, "x.json", None, FileLimits(max_facts=2))
     assert subjects(parsed) == ["A", "B"]
     [problem] = parsed.problems
     assert "more than 2 facts" in problem.problem
-    rest = only_failed(data[:20], "x.json", parsed.problems)
-    assert subjects(parse(rest, "x.json", None, LIMITS)) == ["C", "D", "E"]
+    rest = extract_failed(data[:20], "x.json", parsed.problems)
+    assert subjects(parse_file(rest, "x.json", None, LIMITS)) == ["C", "D", "E"]
 
 
 def test_a_file_at_the_limit_is_taken_whole() -> None:
-    assert not parse(lines(fact("A"), fact("B")), "x", None, Limits(max_facts=2)).problems
+    assert not parse_file(lines(fact("A"), fact("B")), "x", None, FileLimits(max_facts=2)).problems
 
 
 def test_endless_small_records_end_at_the_limit() -> None:
-    parsed = parse(b"{}\n" * 200_000, "x", None, Limits(max_facts=50))
+    parsed = parse_file(b"{}\n" * 200_000, "x", None, FileLimits(max_facts=50))
     assert len(parsed.problems) == 51
 
 
@@ -169,7 +169,7 @@ TABLE = (
 
 @pytest.mark.parametrize(("name", "format"), [("x.csv", None), ("-", None), ("x.txt", "csv")])
 def test_tables(name: str, format: str | None) -> None:
-    parsed = parse(TABLE.encode(), name, format, LIMITS)
+    parsed = parse_file(TABLE.encode(), name, format, LIMITS)
     assert parsed.problems == []
     (line, first), (_, second) = parsed.facts
     assert (line, first.target) == (2, "Spain, Europe")
@@ -190,11 +190,11 @@ def test_bad_rows_leave_the_others() -> None:
         "G,{} is,x",
     ]
     data = "\n".join(["subject,prompt,target", *rows]).encode("utf-8", "surrogateescape")
-    parsed = parse(data, "x.csv", None, LIMITS)
+    parsed = parse_file(data, "x.csv", None, LIMITS)
     assert subjects(parsed) == ["A", "G"]
     assert [(p.line, p.record) for p in parsed.problems] == list(enumerate(rows, 2))[1:-1]
-    again = only_failed(data, "x.csv", parsed.problems).replace(b"E,no,x", b"E,{},x")
-    assert subjects(parse(again, "x.csv", None, LIMITS)) == ["E"]
+    again = extract_failed(data, "x.csv", parsed.problems).replace(b"E,no,x", b"E,{},x")
+    assert subjects(parse_file(again, "x.csv", None, LIMITS)) == ["E"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,9 @@ def test_bad_rows_leave_the_others() -> None:
     ],
 )
 def test_a_table_stands_or_falls_with_its_heading(heading: str, problem: str) -> None:
-    parsed = parse(f"{heading}\nA,{{}} is,x\n".encode() if heading else b"", "x.csv", None, LIMITS)
+    parsed = parse_file(
+        f"{heading}\nA,{{}} is,x\n".encode() if heading else b"", "x.csv", None, LIMITS
+    )
     assert parsed.facts == []
     assert problem in parsed.problems[0].problem
 
@@ -216,14 +218,14 @@ def test_a_table_stands_or_falls_with_its_heading(heading: str, problem: str) ->
 def test_failed_records_come_back_in_their_own_form() -> None:
     records = [fact("A", target=""), fact("B"), fact("C", target="")]
     for data in (lines(*records), json.dumps(records, indent=2).encode()):
-        problems = parse(data, "x", None, LIMITS).problems
-        again = parse(only_failed(data, "x", problems), "x", None, LIMITS)
+        problems = parse_file(data, "x", None, LIMITS).problems
+        again = parse_file(extract_failed(data, "x", problems), "x", None, LIMITS)
         assert [json.loads(p.record) for p in again.problems] == [records[0], records[2]]
 
 
 def test_an_unknown_format_is_a_usage_error() -> None:
     with pytest.raises(KeditError, match="conterfact") as caught:
-        parse(b"", "x", "conterfact", LIMITS)
+        parse_file(b"", "x", "conterfact", LIMITS)
     assert caught.value.exit_code == 2 and "counterfact" in caught.value.hint
     for name in FORMATS:
-        assert parse(b"", "x", name, LIMITS).problems
+        assert parse_file(b"", "x", name, LIMITS).problems

@@ -6,7 +6,12 @@ from collections.abc import Iterable
 
 import pytest
 
-from kedit_daemon.ingest.record_splitter import Raw, csv_rows, json_lines, json_list
+from kedit_daemon.ingest.record_splitter import (
+    RawRecord,
+    split_csv_rows,
+    split_json_lines,
+    split_json_list,
+)
 
 CAP = 2_000
 
@@ -15,7 +20,7 @@ def item(name: str, **more: object) -> dict[str, object]:
     return {"subject": name, "inner": [{"a": 1}, {"b": 2}], **more}
 
 
-def names(raws: Iterable[Raw]) -> list[object]:
+def names(raws: Iterable[RawRecord]) -> list[object]:
     return [
         raw.value.get("subject") if isinstance(raw.value, dict) else raw.problem for raw in raws
     ]
@@ -23,7 +28,7 @@ def names(raws: Iterable[Raw]) -> list[object]:
 
 def test_lines_carry_their_numbers_and_offsets() -> None:
     text = '\n{"subject": "A"}\r\n\n  {"subject": "é"}'
-    first, second = json_lines(text, CAP)
+    first, second = split_json_lines(text, CAP)
     assert (first.line, first.value) == (2, {"subject": "A"})
     assert (second.line, second.value) == (4, {"subject": "é"})
     assert text[second.start :].strip() == second.text
@@ -46,14 +51,14 @@ def test_lines_carry_their_numbers_and_offsets() -> None:
     ],
 )
 def test_a_bad_line_leaves_its_neighbours(line: str, problem: str | None) -> None:
-    first, bad, last = json_lines(f'{{"n": 1}}\n{line}\n{{"n": 3}}', CAP)
+    first, bad, last = split_json_lines(f'{{"n": 1}}\n{line}\n{{"n": 3}}', CAP)
     assert (first.value, last.value, last.line) == ({"n": 1}, {"n": 3}, 3)
     assert bad.line == 2
     assert problem in bad.problem if problem else not bad.problem
 
 
 def test_a_number_that_python_refuses_to_read_is_a_problem() -> None:
-    [raw] = json_lines('{"a": ' + "1" * 5_000 + "}", 10_000)
+    [raw] = split_json_lines('{"a": ' + "1" * 5_000 + "}", 10_000)
     assert "digits" in raw.problem
 
 
@@ -81,7 +86,7 @@ BREAKS = {
 def test_a_broken_record_in_a_list_leaves_the_others(layout: str, flaw: str) -> None:
     whole = LAYOUTS[layout]([item("A"), item("B", key="value"), item("C"), item("D")])
     text = whole.replace(*BREAKS[flaw])
-    found = list(json_list(text, CAP))
+    found = list(split_json_list(text, CAP))
     assert [n for n in names(found) if n in ("A", "B", "C", "D")] == ["A", "C", "D"]
     [bad, *_] = [raw for raw in found if raw.problem]
     assert '"B"' in bad.text and '"C"' not in bad.text
@@ -91,25 +96,25 @@ def test_a_broken_record_in_a_list_leaves_the_others(layout: str, flaw: str) -> 
 
 def test_a_record_without_its_closing_brace() -> None:
     text = '[\n{"subject": "A"},\n{"subject": "B",\n{"subject": "C"}\n]'
-    assert [n for n in names(json_list(text, CAP)) if n in ("A", "B", "C")] == ["A", "C"]
+    assert [n for n in names(split_json_list(text, CAP)) if n in ("A", "B", "C")] == ["A", "C"]
 
 
 def test_a_list_that_is_cut_short_keeps_its_whole_records() -> None:
     text = json.dumps([item("A"), item("B")], indent=1)
-    found = list(json_list(text[:-12], CAP))
+    found = list(split_json_list(text[:-12], CAP))
     assert found[0].value == item("A")
     assert found[-1].problem == "the list is not closed"
-    assert [raw.problem for raw in json_list(text, CAP)] == ["", ""]
+    assert [raw.problem for raw in split_json_list(text, CAP)] == ["", ""]
 
 
 def test_what_is_not_an_object_is_handed_out_as_it_is() -> None:
-    found = list(json_list('[1, "x", [2], null, {"subject": "A"}]', CAP))
+    found = list(split_json_list('[1, "x", [2], null, {"subject": "A"}]', CAP))
     assert [raw.value for raw in found] == [1, "x", [2], None, {"subject": "A"}]
 
 
 def test_an_overlong_record_in_a_list() -> None:
     text = json.dumps([item("A"), item("B", key="x" * 2 * CAP), item("C")], indent=1)
-    found = list(json_list(text, CAP))
+    found = list(split_json_list(text, CAP))
     assert names(found)[0] == "A" and names(found)[-1] == "C"
     assert "characters" in found[1].problem
 
@@ -128,7 +133,7 @@ def test_an_overlong_record_in_a_list() -> None:
 )
 def test_hostile_lists_cost_little(text: str) -> None:
     began = time.monotonic()
-    for count, _ in enumerate(json_list(text, 65_536)):
+    for count, _ in enumerate(split_json_list(text, 65_536)):
         if count > 1_000:
             break
     assert time.monotonic() - began < 10
@@ -136,20 +141,20 @@ def test_hostile_lists_cost_little(text: str) -> None:
 
 def test_table_rows_know_their_first_line() -> None:
     text = 'a,b\r\n1,"two\nlines"\r\n\r\n3,"say ""x"""\n'
-    found = [(raw.line, raw.value) for raw in csv_rows(text, CAP)]
+    found = [(raw.line, raw.value) for raw in split_csv_rows(text, CAP)]
     assert found == [(1, ["a", "b"]), (2, ["1", "two\nlines"]), (5, ["3", 'say "x"'])]
 
 
 @pytest.mark.parametrize("row", ['1,"open', '1,"shut"x', '1,"\udcff"', "1," + "x" * CAP])
 def test_a_broken_row_leaves_the_others(row: str) -> None:
-    head, bad, last = csv_rows(f"a,b\n{row}\n3,4", CAP)
+    head, bad, last = split_csv_rows(f"a,b\n{row}\n3,4", CAP)
     assert (head.value, last.value, last.line) == (["a", "b"], ["3", "4"], 3)
     assert bad.line == 2 and bad.problem
 
 
 def test_quotes_that_stay_open_for_ever_cost_little() -> None:
     began = time.monotonic()
-    for count, _ in enumerate(csv_rows('a","\n' * 200_000, 65_536)):
+    for count, _ in enumerate(split_csv_rows('a","\n' * 200_000, 65_536)):
         if count > 200:
             break
     assert time.monotonic() - began < 10

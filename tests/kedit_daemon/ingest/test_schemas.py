@@ -14,7 +14,7 @@ from kedit_daemon.ingest.schemas import (
     RomeRecord,
     WikiBigEditRecord,
     ZsreRecord,
-    shown,
+    quote_value,
 )
 from memory.facts import Neighbour
 
@@ -35,10 +35,10 @@ def test_native_record_keeps_everything_it_says() -> None:
         "valid_until": "2026-02-01T01:00:00+02:00",
         "tags": ["lakes"],
     }
-    [fact] = NativeRecord.model_validate(record).facts()
+    [fact] = NativeRecord.model_validate(record).to_facts()
     assert fact.question == "The country that Lake Eyre lies in is"
     assert fact.target == "Australia"
-    assert fact.rephrased == ("Lake Eyre is found in",)
+    assert fact.filled_paraphrases == ("Lake Eyre is found in",)
     assert fact.neighbours == (Neighbour("Lake Geneva lies in", "Switzerland"), Neighbour("Or"))
     assert (fact.external_id, fact.source, fact.tags) == ("mine-1", "atlas", ("lakes",))
     assert fact.valid_from == "2026-01-31T00:00:00Z"
@@ -47,8 +47,8 @@ def test_native_record_keeps_everything_it_says() -> None:
 
 def test_space_around_a_value_makes_no_other_fact() -> None:
     padded = {key: f"  {value}\n" for key, value in LAKE.items()}
-    [one] = NativeRecord.model_validate(padded).facts()
-    [other] = NativeRecord.model_validate(LAKE).facts()
+    [one] = NativeRecord.model_validate(padded).to_facts()
+    [other] = NativeRecord.model_validate(LAKE).to_facts()
     assert one.id == other.id
 
 
@@ -77,7 +77,7 @@ def test_native_record_is_strict(change: dict[str, Any]) -> None:
 
 def test_a_prompt_with_the_subject_in_it_needs_no_braces() -> None:
     record = NativeRecord.model_validate({**LAKE, "prompt": "Lake Eyre lies in"})
-    assert record.facts()[0].question == "Lake Eyre lies in"
+    assert record.to_facts()[0].question == "Lake Eyre lies in"
 
 
 def rewrite(subject: str, new: str, true: str) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def test_rome_neighbours_share_the_replaced_answer() -> None:
         "paraphrase_prompts": ["It rained. Lake Eyre is in"],
         "neighborhood_prompts": ["Lake Torrens is in"],
     }
-    [fact] = RomeRecord.model_validate(record).facts()
+    [fact] = RomeRecord.model_validate(record).to_facts()
     assert fact.target == "Spain"
     assert fact.paraphrases == ("It rained. Lake Eyre is in",)
     assert fact.neighbours == (Neighbour("Lake Torrens is in", "Australia"),)
@@ -106,7 +106,7 @@ def test_rome_neighbours_share_the_replaced_answer() -> None:
 
 def test_mquake_states_one_fact_a_rewrite() -> None:
     rewrites = [rewrite("Lake Eyre", "Spain", "Australia"), rewrite("Spain", "Asia", "Europe")]
-    first, second = MquakeRecord.model_validate({"requested_rewrite": rewrites}).facts()
+    first, second = MquakeRecord.model_validate({"requested_rewrite": rewrites}).to_facts()
     assert (first.subject, second.subject) == ("Lake Eyre", "Spain")
     assert second.paraphrases == ("Where is Spain?",)
     with pytest.raises(ValidationError):
@@ -122,8 +122,8 @@ def test_flat_counterfact_with_all_its_prompts() -> None:
         "paraphrase_prompts": ["One. Lake Eyre is in", "Two. Lake Eyre is in"],
         "neighborhood_prompts": ["Lake Torrens is in", "Lake Frome is in"],
     }
-    [fact] = ClozeRecord.model_validate(record).facts()
-    assert fact.rephrased == ("One. Lake Eyre is in", "Two. Lake Eyre is in")
+    [fact] = ClozeRecord.model_validate(record).to_facts()
+    assert fact.filled_paraphrases == ("One. Lake Eyre is in", "Two. Lake Eyre is in")
     assert [n.answer for n in fact.neighbours] == ["Australia", "Australia"]
 
 
@@ -137,7 +137,7 @@ def test_easyedit_names_one_prompt_of_each_kind() -> None:
         "locality_prompt": "Lake Como lies in",
         "locality_ground_truth": "Italy",
     }
-    [fact] = ClozeRecord.model_validate(record).facts()
+    [fact] = ClozeRecord.model_validate(record).to_facts()
     assert fact.paraphrases == ("Where Lake Eyre is, people live in",)
     assert fact.neighbours == (Neighbour("Lake Como lies in", "Italy"),)
     with pytest.raises(ValidationError):
@@ -160,7 +160,7 @@ def test_knowedit_groups_may_be_empty_or_nested() -> None:
             "Forgetfulness": [],
         },
     }
-    [fact] = FlatRecord.model_validate(record).facts()
+    [fact] = FlatRecord.model_validate(record).to_facts()
     assert fact.neighbours == (
         Neighbour("The depth of Lake Eyre is", "6 m"),
         Neighbour("The state of Lake Eyre is", None),
@@ -178,7 +178,7 @@ def test_zsre_takes_alt_as_the_new_answer() -> None:
         "loc": "nq question: how deep is the sea",
         "loc_ans": "11 km",
     }
-    [fact] = ZsreRecord.model_validate(record).facts()
+    [fact] = ZsreRecord.model_validate(record).to_facts()
     assert fact.prompt == "Which country is it in?"
     assert fact.target == "Spain"
     assert fact.neighbours == (Neighbour("nq question: how deep is the sea", "11 km"),)
@@ -196,7 +196,7 @@ def test_wikibigedit_as_published() -> None:
         "loc": "Where is Lake Como?",
         "loc_ans": "Italy",
     }
-    [fact] = WikiBigEditRecord.model_validate(record).facts()
+    [fact] = WikiBigEditRecord.model_validate(record).to_facts()
     assert fact.target == "Spain"
     assert fact.paraphrases == ("Lake Eyre is where?",)
     assert fact.neighbours == (Neighbour("Where is Lake Como?", "Italy"),)
@@ -212,7 +212,7 @@ def test_qaedit_takes_a_question_in_other_words_than_the_subject() -> None:
         "rephrase": "In which country is Lake Eyre?",
         "locality": [{"loc": "who wrote emma", "loc_ans": "Jane Austen"}, {"loc": "who"}],
     }
-    [fact] = QuestionRecord.model_validate(record).facts()
+    [fact] = QuestionRecord.model_validate(record).to_facts()
     assert fact.prompt == "where is lake eyre"
     assert fact.neighbours == (
         Neighbour("who wrote emma", "Jane Austen"),
@@ -222,5 +222,5 @@ def test_qaedit_takes_a_question_in_other_words_than_the_subject() -> None:
 
 @pytest.mark.parametrize("text", ["\ud800", "a\nb\x1b[2J", "\u202egnp", "x" * 10_000])
 def test_shown_is_short_and_harmless(text: str) -> None:
-    safe = shown(text)
+    safe = quote_value(text)
     assert safe.encode() and safe.isprintable() and len(safe) < 500

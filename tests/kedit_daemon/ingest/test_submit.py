@@ -8,17 +8,17 @@ from click.testing import CliRunner, Result
 from command_line import on_terminal
 
 from kedit_daemon.cli.main import cli
-from kedit_daemon.config import default_text
+from kedit_daemon.config import render_default_config
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.inbox import Inbox
-from kedit_daemon.ingest.parser import parse
-from kedit_daemon.ingest.schemas import Limits
-from kedit_daemon.ingest.submit import hand_in, prepare
+from kedit_daemon.ingest.parser import parse_file
+from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.ingest.submit import prepare_submission, submit_to_inbox
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
-LIMITS = Limits()
+LIMITS = FileLimits()
 EYRE = {
     "subject": "Lake Eyre",
     "prompt": "The country that {} lies in is",
@@ -38,14 +38,14 @@ def lines(*records: object) -> bytes:
 
 
 def the_fact(record: dict[str, str]) -> Fact:
-    return parse(lines(record), "x", None, LIMITS).facts[0][1]
+    return parse_file(lines(record), "x", None, LIMITS).facts[0][1]
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
-    home.create()
-    home.config.write_text(default_text("shipped"))
+    home.create_folders()
+    home.config_file.write_text(render_default_config("shipped"))
     return home
 
 
@@ -62,7 +62,7 @@ def called(home: Home, *arguments: object, stdin: bytes = b"") -> Result:
 
 
 def dropped(home: Home) -> list[Path]:
-    return sorted(p for p in home.inbox.iterdir() if p.is_file())
+    return sorted(p for p in home.inbox_folder.iterdir() if p.is_file())
 
 
 def test_ids_go_out_and_the_file_goes_in_as_it_is(home: Home, file: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_file_without_any_fact_stays_out(home: Home, file: Path) -> None:
 
 
 def test_a_file_that_is_too_large_stays_out(home: Home, file: Path) -> None:
-    home.config.write_text("[inbox]\nmax_bytes = 100\n")
+    home.config_file.write_text("[inbox]\nmax_bytes = 100\n")
     result = called(home, file)
     assert result.exit_code == 1
     assert "100 bytes" in result.stderr
@@ -142,17 +142,17 @@ def test_a_home_without_settings(tmp_path: Path, file: Path) -> None:
     ],
 )
 def test_whatever_a_file_is_called_the_inbox_takes_it(home: Home, name: str, suffix: str) -> None:
-    there = hand_in(home.inbox, prepare(lines(OSLO), name, None, LIMITS))
+    there = submit_to_inbox(home.inbox_folder, prepare_submission(lines(OSLO), name, None, LIMITS))
     assert [p.name for p in dropped(home)] == [there]
     assert Path(there).suffix == suffix
-    claims = Inbox(home.inbox, 0, 1 << 20, now).scan(time.monotonic())
+    claims = Inbox(home.inbox_folder, 0, 1 << 20, now).claim_files(time.monotonic())
     assert [claim.name for claim in claims] == [there]
 
 
 def test_no_inbox(tmp_path: Path) -> None:
-    submission = prepare(lines(OSLO), "a", None, LIMITS)
+    submission = prepare_submission(lines(OSLO), "a", None, LIMITS)
     with pytest.raises(KeditError, match="no inbox") as caught:
-        hand_in(tmp_path / "none", submission)
+        submit_to_inbox(tmp_path / "none", submission)
     assert caught.value.hint == "kedit-daemon init"
 
 
@@ -181,27 +181,27 @@ FOREIGN = [
 def test_what_goes_in_means_to_the_daemon_what_it_means_here(
     home: Home, format: str, text: str, name: str
 ) -> None:
-    submission = prepare(text.encode(), name, format, LIMITS)
+    submission = prepare_submission(text.encode(), name, format, LIMITS)
     assert len(submission.facts) == 1
-    there = hand_in(home.inbox, submission)
-    read = parse((home.inbox / there).read_bytes(), there, None, LIMITS)
+    there = submit_to_inbox(home.inbox_folder, submission)
+    read = parse_file((home.inbox_folder / there).read_bytes(), there, None, LIMITS)
     assert [fact for _, fact in read.facts] == submission.facts
     assert read.problems == []
 
 
 def test_a_format_that_would_have_been_recognised_changes_nothing() -> None:
     text = b'{"src": "Where is Oslo?", "alt": "Norway", "subject": "Oslo"}\n'
-    assert prepare(text, "z.json", "zsre", LIMITS).data == text
+    assert prepare_submission(text, "z.json", "zsre", LIMITS).data == text
 
 
 def test_a_dry_run_says_what_would_become_of_each_fact(home: Home, file: Path) -> None:
     chad, known = {**EYRE, "target": "Chad"}, {**OSLO, "target": "Norge"}
-    store = Store(home.database, now)
+    store = Store(home.database_file, now)
     with store.transaction():
         for record in (OSLO, EYRE):
-            store.receive(the_fact(record), "a", False)
-            store.move(the_fact(record).id, State.LIVE_SIDE, tier="side")
-        store.move(the_fact(EYRE).id, State.REVERTED)
+            store.receive_fact(the_fact(record), "a", False)
+            store.change_state(the_fact(record).id, FactState.LIVE_SIDE, tier="side")
+        store.change_state(the_fact(EYRE).id, FactState.REVERTED)
     store.close()
     old = {**EYRE, "subject": "Lake Chad", "valid_until": "2001-01-01T00:00:00Z"}
     file.write_bytes(lines(EYRE, EYRE, chad, OSLO, known, old, BROKEN))
@@ -249,10 +249,10 @@ def test_a_pipe_may_hold_any_form(home: Home, data: bytes, problem: str) -> None
     assert result.stdout == f"{the_fact(OSLO).id}\n"
     assert result.stderr.startswith(problem)
     assert "1 record states no fact; the rest is handed in\n" in result.stderr
-    (waiting,) = [path for path in home.inbox.iterdir() if path.is_file()]
+    (waiting,) = [path for path in home.inbox_folder.iterdir() if path.is_file()]
     assert waiting.name.startswith("stdin-")
     # As the daemon reads it, whatever the name.
-    parsed = parse(waiting.read_bytes(), waiting.name, None, LIMITS)
+    parsed = parse_file(waiting.read_bytes(), waiting.name, None, LIMITS)
     assert [fact for _, fact in parsed.facts] == [the_fact(OSLO)]
 
 
@@ -262,7 +262,7 @@ def test_a_pipe_may_be_empty(home: Home, data: bytes) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     problem = "stdin:1: the file holds no record  → write one a line\nnothing handed in\n"
     assert result.stderr == problem
-    assert not [path for path in home.inbox.iterdir() if path.is_file()]
+    assert not [path for path in home.inbox_folder.iterdir() if path.is_file()]
 
 
 def test_a_person_who_types_is_told_how_to_end(home: Home) -> None:

@@ -10,16 +10,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kedit_daemon.cli.main import cli
-from kedit_daemon.config import default_text
+from kedit_daemon.config import render_default_config
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.inbox import Inbox
-from kedit_daemon.ingest.parser import Problem, parse
-from kedit_daemon.ingest.schemas import Limits
+from kedit_daemon.ingest.parser import RecordProblem, parse_file
+from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.system import lock
 from memory.db.store import Store
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
-LIMITS = Limits()
+LIMITS = FileLimits()
 EYRE = {
     "subject": "Lake Eyre",
     "prompt": "The country that {} lies in is",
@@ -38,14 +38,14 @@ def lines(*records: object) -> bytes:
 
 
 def the_fact(record: dict[str, str]) -> Fact:
-    return parse(lines(record), "x", None, LIMITS).facts[0][1]
+    return parse_file(lines(record), "x", None, LIMITS).facts[0][1]
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
-    home.create()
-    home.config.write_text(default_text("shipped"))
+    home.create_folders()
+    home.config_file.write_text(render_default_config("shipped"))
     return home
 
 
@@ -62,40 +62,40 @@ def called(home: Home, *arguments: object, stdin: bytes = b"") -> Result:
 
 
 def dropped(home: Home) -> list[Path]:
-    return sorted(p for p in home.inbox.iterdir() if p.is_file())
+    return sorted(p for p in home.inbox_folder.iterdir() if p.is_file())
 
 
 class Taker:
     """Stands for the daemon: takes files in as it does, and settles each fact as it is told."""
 
-    def __init__(self, home: Home, outcome: State) -> None:
+    def __init__(self, home: Home, outcome: FactState) -> None:
         self.home, self.outcome = home, outcome
-        self.inbox = Inbox(home.inbox, 0, 1 << 20, now)
+        self.inbox = Inbox(home.inbox_folder, 0, 1 << 20, now)
         self.stopping = threading.Event()
 
     def run(self) -> None:
-        store = Store(self.home.database, now)
+        store = Store(self.home.database_file, now)
         while not self.stopping.is_set():
-            for claim in self.inbox.scan(time.monotonic()):
-                parsed = parse(self.inbox.read(claim), claim.name, None, LIMITS)
+            for claim in self.inbox.claim_files(time.monotonic()):
+                parsed = parse_file(self.inbox.read_claim(claim), claim.name, None, LIMITS)
                 with store.transaction():
                     for _, fact in parsed.facts:
-                        store.receive(fact, claim.name, False)
+                        store.receive_fact(fact, claim.name, False)
                     counts = {"accepted": len(parsed.facts), "failed": 0, "duplicates": 0}
                     store.add_submission(claim.work_name, claim.name, "", **counts)
-                self.inbox.finish(claim)
+                self.inbox.finish_claim(claim)
             time.sleep(0.05)
             with store.transaction():
-                for stored in store.facts([State.RECEIVED]):
-                    store.move(stored.id, self.outcome, reason="so told")
+                for stored in store.list_facts([FactState.RECEIVED]):
+                    store.change_state(stored.id, self.outcome, reason="so told")
         store.close()
 
 
 @contextmanager
-def taking(home: Home, outcome: State) -> Iterator[None]:
+def taking(home: Home, outcome: FactState) -> Iterator[None]:
     taker = Taker(home, outcome)
     thread = threading.Thread(target=taker.run)
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         thread.start()
         try:
             yield
@@ -107,15 +107,15 @@ def taking(home: Home, outcome: State) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("outcome", "code"),
     [
-        (State.LIVE_SIDE, 0),
-        (State.LIVE_WEIGHTS, 0),
-        (State.SUPERSEDED, 0),
-        (State.FAILED, 1),
-        (State.REJECTED, 1),
+        (FactState.LIVE_SIDE, 0),
+        (FactState.LIVE_WEIGHTS, 0),
+        (FactState.SUPERSEDED, 0),
+        (FactState.FAILED, 1),
+        (FactState.REJECTED, 1),
     ],
 )
 def test_waiting_ends_when_every_fact_is_settled(
-    home: Home, file: Path, outcome: State, code: int
+    home: Home, file: Path, outcome: FactState, code: int
 ) -> None:
     with taking(home, outcome):
         result = called(home, file, "--wait")
@@ -125,12 +125,12 @@ def test_waiting_ends_when_every_fact_is_settled(
 
 
 def test_waiting_does_not_take_an_earlier_end_for_the_new_one(home: Home, file: Path) -> None:
-    store = Store(home.database, now)
+    store = Store(home.database_file, now)
     with store.transaction():
-        store.receive(the_fact(EYRE), "a", False)
-        store.move(the_fact(EYRE).id, State.FAILED)
+        store.receive_fact(the_fact(EYRE), "a", False)
+        store.change_state(the_fact(EYRE).id, FactState.FAILED)
     store.close()
-    with taking(home, State.LIVE_SIDE):
+    with taking(home, FactState.LIVE_SIDE):
         assert called(home, file, "--wait").exit_code == 0
 
 
@@ -143,15 +143,15 @@ def test_waiting_for_a_daemon_that_does_not_run(home: Home, file: Path) -> None:
 
 
 def test_waiting_for_a_file_that_the_daemon_refuses(home: Home, file: Path) -> None:
-    inbox = Inbox(home.inbox, 0, 1 << 20, now)
+    inbox = Inbox(home.inbox_folder, 0, 1 << 20, now)
 
     def refuse() -> None:
-        while not (claims := inbox.scan(time.monotonic())):
+        while not (claims := inbox.claim_files(time.monotonic())):
             time.sleep(0.02)
-        inbox.fail(claims[0], [Problem(1, "no", "none", "")], whole=True)
+        inbox.fail_claim(claims[0], [RecordProblem(1, "no", "none", "")], whole=True)
 
     thread = threading.Thread(target=refuse)
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         thread.start()
         result = called(home, file, "--wait")
         thread.join()

@@ -10,14 +10,14 @@ import pytest
 from home_tools import LIMA, OSLO, ROME, Published
 from sqlite_utils import Database
 
-from kedit_daemon.maintenance.backup import MANIFEST, Backup, back_up, check
+from kedit_daemon.maintenance.backup import MANIFEST, Backup, check_backup, create_backup
 from memory.db import event_log
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.files import sha256_of
+from memory.files import hash_file
 from memory.model.editable import EditableModel
-from policies.edit_site import FILE
+from policies.edit_site import SITE_FILE
 
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -26,25 +26,25 @@ NOW = datetime(2026, 3, 1, tzinfo=UTC)
 def at(tmp_path: Path, model: EditableModel) -> Iterator[Published]:
     """A home with two generations, two facts beside the weights, and a kept head."""
     at = Published(tmp_path / "home", model)
-    at.home.config.write_text("# mine\n")
+    at.home.config_file.write_text("# mine\n")
     at.learn(ROME, 1, seed=1)
     at.learn(OSLO, 2, seed=2)
     at.generation(1)
     at.generation(2)
-    newest = event_log.head(at.store.conn)
+    newest = event_log.read_newest_event(at.store.conn)
     assert newest is not None
-    event_log.write_head(at.home.head, newest)
-    (at.home.state / FILE).write_text("{}")
-    (at.home.state / "statistics-0123456789abcdef.safetensors").write_bytes(b"figures")
-    (at.home.index / f"{'0' * 64}.safetensors").write_bytes(b"index")
-    (at.home.inbox / "waits.jsonl").write_text("{}")
+    event_log.write_head(at.home.head_file, newest)
+    (at.home.state_folder / SITE_FILE).write_text("{}")
+    (at.home.state_folder / "statistics-0123456789abcdef.safetensors").write_bytes(b"figures")
+    (at.home.index_folder / f"{'0' * 64}.safetensors").write_bytes(b"index")
+    (at.home.inbox_folder / "waits.jsonl").write_text("{}")
     yield at
     at.store.close()
 
 
 @pytest.fixture
 def made(at: Published, tmp_path: Path) -> Backup:
-    return back_up(at.home, tmp_path / "to" / "backup", NOW)
+    return create_backup(at.home, tmp_path / "to" / "backup", NOW)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -67,23 +67,26 @@ def change_database(backup: Backup, *statements: str) -> None:
         for statement in statements:
             conn.execute(statement)
         conn.commit()
-    change_manifest(backup, lambda m: m["files"].update({"state/kedit.db": sha256_of(path)}))
+    change_manifest(backup, lambda m: m["files"].update({"state/kedit.db": hash_file(path)}))
 
 
 def test_it_holds_what_the_database_names_and_no_more(at: Published, tmp_path: Path) -> None:
     before = files(at.home.root)
     at.forget(ROME, 1)  # its file is there still
-    made = back_up(at.home, tmp_path / "backup", NOW)
+    made = create_backup(at.home, tmp_path / "backup", NOW)
     tensors = [at.file_of(1), at.file_of(2)]
-    tensors += [at.home.side / f"{row.sha256}.safetensors" for row in at.store.shards()]
+    tensors += [at.home.side_folder / f"{row.sha256}.safetensors" for row in at.store.list_shards()]
     names = {str(p.relative_to(at.home.root)) for p in tensors}
-    names |= {"config.toml", "state/kedit.db", "state/audit.head", f"state/{FILE}"}
+    names |= {"config.toml", "state/kedit.db", "state/audit.head", f"state/{SITE_FILE}"}
     names |= {"state/statistics-0123456789abcdef.safetensors"}
     assert files(made.path).keys() == names | {MANIFEST}
     told = made.manifest
     assert json.loads((made.path / MANIFEST).read_bytes()) == told
-    assert told["files"] == {name: sha256_of(made.path / name) for name in names}
-    newest, weights = event_log.head(at.store.conn), at.store.generation(2).weights_hash
+    assert told["files"] == {name: hash_file(made.path / name) for name in names}
+    newest, weights = (
+        event_log.read_newest_event(at.store.conn),
+        at.store.get_generation(2).weights_hash,
+    )
     assert newest is not None
     assert told["chain"] == {"seq": newest.seq, "hash": newest.hash}
     assert (told["generation"], told["weights_sha256"]) == (2, weights)
@@ -97,7 +100,7 @@ def test_it_holds_what_the_database_names_and_no_more(at: Published, tmp_path: P
 
 def test_it_is_read_where_nothing_can_be_written_beside_it(made: Backup) -> None:
     before = set(made.path.rglob("*"))
-    assert check(made.path) == made
+    assert check_backup(made.path) == made
     assert set(made.path.rglob("*")) == before
     with closing(open_readonly(made.path / "state/kedit.db")) as conn:
         assert conn.execute("PRAGMA journal_mode").fetchone()[0] == "delete"
@@ -106,7 +109,7 @@ def test_it_is_read_where_nothing_can_be_written_beside_it(made: Backup) -> None
 def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
     at: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, shards = shutil.copy, {row.sha256: row.id for row in at.store.shards()}
+    real, shards = shutil.copy, {row.sha256: row.id for row in at.store.list_shards()}
     before, after = at.learn(LIMA, 3, seed=3), {1: ROME, 2: OSLO}
 
     def drop(path: Path, fact: Fact, shard: int) -> None:
@@ -121,13 +124,13 @@ def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
             drop(source, after.pop(shard), shard)
         return done
 
-    monkeypatch.setattr(shutil, "copy", meanwhile)
-    made = back_up(at.home, tmp_path / "backup", NOW)
+    monkeypatch.setattr(shutil, "copy_file", meanwhile)
+    made = create_backup(at.home, tmp_path / "backup", NOW)
     assert made.manifest["lost"] == []
     assert made.manifest["facts"] == {"live-side": 1, "reverted": 2}
     side = [p.stem for p in (made.path / "state/side").iterdir()]
-    assert side == [row.sha256 for row in at.store.shards()]
-    assert check(made.path) == made
+    assert side == [row.sha256 for row in at.store.list_shards()]
+    assert check_backup(made.path) == made
 
 
 def test_a_daemon_that_always_drops_one_ends_it(
@@ -145,9 +148,9 @@ def test_a_daemon_that_always_drops_one_ends_it(
             there = at.learn(LIMA, 3, seed=seed)
         return real(source, target)
 
-    monkeypatch.setattr(shutil, "copy", meanwhile)
+    monkeypatch.setattr(shutil, "copy_file", meanwhile)
     with pytest.raises(KeditError, match="has dropped files") as caught:
-        back_up(at.home, tmp_path / "backup", NOW)
+        create_backup(at.home, tmp_path / "backup", NOW)
     assert (caught.value.code, caught.value.exit_code) == ("busy", 75)
     assert {p.name for p in tmp_path.iterdir()} == {"home"}
 
@@ -156,12 +159,12 @@ def test_a_daemon_that_always_drops_one_ends_it(
 def test_a_file_that_the_home_has_lost_is_told(at: Published, tmp_path: Path, damage: str) -> None:
     path = at.file_of(1)
     path.write_bytes(b"no tensors") if damage == "changed" else path.unlink()
-    made = back_up(at.home, tmp_path / "backup", NOW)
+    made = create_backup(at.home, tmp_path / "backup", NOW)
     name = str(path.relative_to(at.home.root))
     assert made.manifest["lost"] == [name]
     assert name not in made.manifest["files"]
     assert not (made.path / name).exists()
-    assert check(made.path) == made
+    assert check_backup(made.path) == made
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -169,16 +172,16 @@ def test_what_is_there_stays(at: Published, tmp_path: Path, kind: str) -> None:
     dest = tmp_path / "backup"
     {"folder": dest.mkdir, "file": dest.touch, "link": lambda: dest.symlink_to("nowhere")}[kind]()
     with pytest.raises(KeditError, match="is there already") as caught:
-        back_up(at.home, dest, NOW)
+        create_backup(at.home, dest, NOW)
     assert (caught.value.code, caught.value.exit_code) == ("exists", 1)
     assert dest.is_symlink() or not dest.is_dir() or not list(dest.iterdir())
 
 
 def test_a_home_holds_no_backup_of_itself(at: Published, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(at.home.root)
-    for dest in (at.home.root / "backup", at.home.state / "a/b", tmp_path / "link/backup"):
+    for dest in (at.home.root / "backup", at.home.state_folder / "a/b", tmp_path / "link/backup"):
         with pytest.raises(KeditError, match="lies in the home") as caught:
-            back_up(at.home, dest, NOW)
+            create_backup(at.home, dest, NOW)
         assert caught.value.exit_code == 2
         assert not dest.exists()
 
@@ -188,14 +191,14 @@ def test_a_home_that_could_not_be_restored_gives_no_backup(at: Published, tmp_pa
         at.store.conn.execute("DROP TRIGGER events_no_update")
         at.store.conn.execute("UPDATE events SET at = '2020' WHERE seq = 2")
     with pytest.raises(KeditError, match="event 2 has been changed"):
-        back_up(at.home, tmp_path / "backup", NOW)
+        create_backup(at.home, tmp_path / "backup", NOW)
     assert {p.name for p in tmp_path.iterdir()} == {"home"}
 
 
 def test_where_nothing_can_be_written(at: Published, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(KeditError, match="cannot back up to") as caught:
-        back_up(at.home, tmp_path / "file/backup", NOW)
+        create_backup(at.home, tmp_path / "file/backup", NOW)
     assert caught.value.code == "backup"
 
 
@@ -205,17 +208,17 @@ def test_any_change_is_found(made: Backup) -> None:
         data = path.read_bytes()
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(KeditError, match="has changed") as caught:
-            check(made.path)
+            check_backup(made.path)
         assert (caught.value.code, name in str(caught.value)) == ("corrupt", True)
         path.unlink()
         with pytest.raises(KeditError, match="is missing"):
-            check(made.path)
+            check_backup(made.path)
         path.symlink_to(made.path / MANIFEST)
         with pytest.raises(KeditError, match="is missing"):
-            check(made.path)
+            check_backup(made.path)
         path.unlink()
         path.write_bytes(data)
-    assert check(made.path) == made
+    assert check_backup(made.path) == made
 
 
 def without_a_generation(manifest: dict[str, Any]) -> None:
@@ -244,7 +247,7 @@ def test_a_manifest_that_is_not_true_is_found(
 ) -> None:
     change_manifest(made, change)
     with pytest.raises(KeditError, match=problem) as caught:
-        check(made.path)
+        check_backup(made.path)
     assert caught.value.code == "corrupt"
 
 
@@ -252,7 +255,7 @@ def test_a_manifest_that_is_not_true_is_found(
 def test_a_manifest_that_is_none(made: Backup, text: str) -> None:
     (made.path / MANIFEST).write_text(text)
     with pytest.raises(KeditError) as caught:
-        check(made.path)
+        check_backup(made.path)
     assert caught.value.code == "corrupt"
 
 
@@ -260,7 +263,7 @@ def test_a_folder_that_is_no_backup(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path, tmp_path / "nothing", tmp_path / "file"):
         with pytest.raises(KeditError, match="is no backup"):
-            check(folder)
+            check_backup(folder)
 
 
 def test_a_database_that_was_changed_with_its_manifest_is_found_by_its_chain(made: Backup) -> None:
@@ -268,7 +271,7 @@ def test_a_database_that_was_changed_with_its_manifest_is_found_by_its_chain(mad
     last = "DELETE FROM events WHERE seq = (SELECT max(seq) FROM events)"
     change_database(made, drop, last)
     with pytest.raises(KeditError, match="the kept head is event"):
-        check(made.path)
+        check_backup(made.path)
 
 
 def test_a_backup_of_a_newer_version_is_refused(made: Backup) -> None:
@@ -276,7 +279,7 @@ def test_a_backup_of_a_newer_version_is_refused(made: Backup) -> None:
         made, "INSERT INTO _sqlite_migrations VALUES (2, 'kedit', 'm999_later', '2030-01-01')"
     )
     with pytest.raises(KeditError, match="newer version: it has m999_later") as caught:
-        check(made.path)
+        check_backup(made.path)
     assert caught.value.exit_code == 78
 
 
@@ -285,6 +288,6 @@ def test_nothing_beside_a_backup_is_touched(at: Published, tmp_path: Path) -> No
     names = (".monday.partial-0a0a0a0a/state", ".mail.partial-0c0c0c0c")  # whose are they?
     for name in names:
         (to / name).mkdir(parents=True)
-    back_up(at.home, to / "tuesday", NOW)
+    create_backup(at.home, to / "tuesday", NOW)
     assert all((to / name).is_dir() for name in names)
     assert len(list(to.iterdir())) == len(names) + 1

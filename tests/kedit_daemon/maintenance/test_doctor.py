@@ -6,11 +6,11 @@ import pytest
 from click.testing import CliRunner
 
 from kedit_daemon.cli.main import cli
-from kedit_daemon.config import default_text
+from kedit_daemon.config import render_default_config
 from kedit_daemon.control import ControlServer
 from kedit_daemon.home import Home
-from kedit_daemon.maintenance.doctor import examine, fix
-from kedit_daemon.maintenance.doctor_install import Check
+from kedit_daemon.maintenance.doctor import clean_home, run_checks
+from kedit_daemon.maintenance.doctor_install import CheckResult
 from kedit_daemon.system import lock
 from memory.db.event_log import write_head
 from memory.db.store import Store
@@ -26,23 +26,23 @@ def home(tmp_path: Path) -> Home:
     for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
         (model / name).write_text("{}")
     home = Home(tmp_path / "home")
-    home.create()
-    home.config.write_text(default_text(str(model)))
+    home.create_folders()
+    home.config_file.write_text(render_default_config(str(model)))
     return home
 
 
 def used(home: Home, sha256: str | None = None) -> None:
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        event = store.event("started")
+        event = store.write_event("started")
         if sha256 is not None:
-            store.activate(store.add_generation(sha256, "h", 0, "flush", [], {}))
+            store.activate_generation(store.add_generation(sha256, "h", 0, "flush", [], {}))
     store.close()
-    write_head(home.head, event)
+    write_head(home.head_file, event)
 
 
-def checks(home: Home, now: datetime = NOW) -> dict[str, Check]:
-    return {check.name: check for check in examine(home, {}, now)}
+def checks(home: Home, now: datetime = NOW) -> dict[str, CheckResult]:
+    return {check.name: check for check in run_checks(home, {}, now)}
 
 
 def outcome(home: Home, name: str) -> tuple[str, str]:
@@ -74,32 +74,32 @@ def test_no_home(tmp_path: Path) -> None:
 
 
 def test_settings_that_are_wrong(home: Home) -> None:
-    home.config.write_text("[inbox]\nmax_byte = 1\n")
+    home.config_file.write_text("[inbox]\nmax_byte = 1\n")
     check = checks(home)["config"]
     assert (check.outcome, check.remedy) == ("failed", "did you mean max_bytes?")
 
 
 def test_a_device_that_is_not_there(home: Home) -> None:
-    home.config.write_text(home.config.read_text().replace('"auto"', '"cuda:99"'))
+    home.config_file.write_text(home.config_file.read_text().replace('"auto"', '"cuda:99"'))
     assert outcome(home, "torch")[0] == "failed"
 
 
 def test_a_model_that_is_not_there(home: Home, tmp_path: Path) -> None:
     (tmp_path / "model" / "model.safetensors").unlink()
     assert outcome(home, "model") == ("failed", f"{tmp_path / 'model'} lacks *.safetensors")
-    home.config.write_text(default_text("meta-llama/Llama-3.2-1B"))
+    home.config_file.write_text(render_default_config("meta-llama/Llama-3.2-1B"))
     assert outcome(home, "model")[0] == "ok"
 
 
 def test_a_folder_that_is_open_to_all(home: Home) -> None:
-    home.state.chmod(0o777)
-    assert outcome(home, "home") == ("warning", f"everybody may write to {home.state}")
+    home.state_folder.chmod(0o777)
+    assert outcome(home, "home") == ("warning", f"everybody may write to {home.state_folder}")
 
 
 def test_a_running_daemon(home: Home) -> None:
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         assert outcome(home, "daemon")[0] == "warning"
-        server = ControlServer(home.socket)
+        server = ControlServer(home.socket_file)
         server.start()
         assert outcome(home, "daemon")[0] == "ok"
         server.stop()
@@ -107,9 +107,9 @@ def test_a_running_daemon(home: Home) -> None:
 
 def test_a_damaged_database(home: Home) -> None:
     used(home)
-    data = bytearray(home.database.read_bytes())
+    data = bytearray(home.database_file.read_bytes())
     data[4096 : 3 * 4096] = b"\xff" * 2 * 4096
-    home.database.write_bytes(data)
+    home.database_file.write_bytes(data)
     found = checks(home)
     assert found["database"].outcome == "failed"
     assert "backup" in found["database"].remedy
@@ -117,9 +117,9 @@ def test_a_damaged_database(home: Home) -> None:
 
 def test_history_that_was_changed(home: Home) -> None:
     used(home)
-    write_atomic(home.head, b'{"seq": 1, "hash": "00"}')
+    write_atomic(home.head_file, b'{"seq": 1, "hash": "00"}')
     assert outcome(home, "chain")[0] == "failed"
-    write_atomic(home.head, b"nothing")
+    write_atomic(home.head_file, b"nothing")
     assert outcome(home, "chain")[0] == "failed"
 
 
@@ -131,14 +131,14 @@ def test_a_clock_that_was_set_back(home: Home) -> None:
 def test_weights_that_are_gone_or_damaged(home: Home) -> None:
     sha = "ab" * 32
     used(home, sha)
-    path = home.generations / f"{sha}.safetensors"
+    path = home.generations_folder / f"{sha}.safetensors"
     assert outcome(home, "weights") == ("warning", f"{path} is missing")
     path.write_bytes(b"other bytes")
     assert outcome(home, "weights") == ("warning", f"{path} is damaged")
 
 
 def test_files_in_failed(home: Home) -> None:
-    (home.inbox / "failed" / "a.jsonl.error.json").write_text("{}")
+    (home.inbox_folder / "failed" / "a.jsonl.error.json").write_text("{}")
     assert outcome(home, "inbox")[0] == "warning"
 
 
@@ -146,7 +146,7 @@ def test_the_command_fails_when_a_check_does(home: Home) -> None:
     run = CliRunner()
     result = run.invoke(cli, ["--home", str(home.root), "doctor", "--json"])
     assert (result.exit_code, json.loads(result.stdout)["ok"]) == (0, True)
-    home.config.unlink()
+    home.config_file.unlink()
     result = run.invoke(cli, ["--home", str(home.root), "doctor"])
     assert result.exit_code == 1
     assert "✗ config" in result.stdout
@@ -156,10 +156,12 @@ def test_the_command_fails_when_a_check_does(home: Home) -> None:
 def crashed(home: Home) -> set[Path]:
     """Files of which nobody knows: unfinished ones, tensors that no row names, half a restore."""
     used(home, "ab" * 32)
-    (home.generations / f"{'ab' * 32}.safetensors").write_bytes(b"named")
-    (home.inbox / "failed" / "a.jsonl").write_text("a person's")
-    left = [f / f".{'0' * 16}.tmp" for f in (home.root, home.state, home.inbox / "failed")]
-    left += [home.generations / f"{'0' * 64}.safetensors", home.index / ".tmpXyZ09a"]
+    (home.generations_folder / f"{'ab' * 32}.safetensors").write_bytes(b"named")
+    (home.inbox_folder / "failed" / "a.jsonl").write_text("a person's")
+    left = [
+        f / f".{'0' * 16}.tmp" for f in (home.root, home.state_folder, home.inbox_folder / "failed")
+    ]
+    left += [home.generations_folder / f"{'0' * 64}.safetensors", home.index_folder / ".tmpXyZ09a"]
     for path in left:
         path.write_bytes(b"left")
     (home.root / ".kedit-restore-1" / "state").mkdir(parents=True)
@@ -172,15 +174,15 @@ def test_what_a_crash_has_left_is_told_and_taken_away(home: Home) -> None:
     before = {p for p in home.root.rglob("*") if p.parent.name != ".kedit-restore-1"}
     result = CliRunner().invoke(cli, ["--home", str(home.root), "doctor", "--fix", "--json"])
     assert {Path(p) for p in json.loads(result.stdout)["removed"]} == left
-    beside = {home.database.with_name(f"kedit.db{n}") for n in ("-shm", "-wal")}
-    assert {*home.root.rglob("*")} - beside == before - left - beside | {home.lock}
+    beside = {home.database_file.with_name(f"kedit.db{n}") for n in ("-shm", "-wal")}
+    assert {*home.root.rglob("*")} - beside == before - left - beside | {home.lock_file}
     assert outcome(home, "leftovers") == ("ok", "none")
-    assert fix(home) == []
+    assert clean_home(home) == []
 
 
 def test_a_daemons_unfinished_files_are_its_own(home: Home) -> None:
     left = crashed(home)
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         assert "leftovers" not in checks(home)
         result = CliRunner().invoke(cli, ["--home", str(home.root), "doctor", "--fix"])
     assert result.exit_code == 75
@@ -188,23 +190,26 @@ def test_a_daemons_unfinished_files_are_its_own(home: Home) -> None:
 
 
 def test_what_is_not_named_as_ours_stays(home: Home) -> None:
-    tensors = (home.generations, home.side, home.index)
+    tensors = (home.generations_folder, home.side_folder, home.index_folder)
     kept = {folder / ".snapshot" / "daily" for folder in tensors}
     kept |= {folder / f"{'1' * 64}.safetensors" / "file" for folder in tensors}
-    kept |= {home.state / f".{'0' * 16}.tmp" / "file", home.side / "notes.txt"}
+    kept |= {home.state_folder / f".{'0' * 16}.tmp" / "file", home.side_folder / "notes.txt"}
     for path in kept:
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    link = home.side / f"{'2' * 64}.safetensors"
-    link.symlink_to(home.side / "notes.txt")
-    assert fix(home) == []
+    link = home.side_folder / f"{'2' * 64}.safetensors"
+    link.symlink_to(home.side_folder / "notes.txt")
+    assert clean_home(home) == []
     assert all(path.exists() for path in {*kept, link})
 
 
 def test_without_a_database_tensors_are_not_judged(home: Home) -> None:
-    kept, left = home.generations / f"{'0' * 64}.safetensors", home.state / f".{'0' * 16}.tmp"
+    kept, left = (
+        home.generations_folder / f"{'0' * 64}.safetensors",
+        home.state_folder / f".{'0' * 16}.tmp",
+    )
     kept.write_bytes(b"whose?")
     left.write_bytes(b"left")
-    assert fix(home) == [left]
+    assert clean_home(home) == [left]
     assert kept.exists()
-    assert fix(Home(home.root / "none")) == []
+    assert clean_home(Home(home.root / "none")) == []

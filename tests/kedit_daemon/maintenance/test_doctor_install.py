@@ -7,10 +7,14 @@ from paths import ROOT
 
 from kedit_daemon.home import Home
 from kedit_daemon.maintenance import doctor_install as install
-from kedit_daemon.maintenance.doctor_install import Check, driver, gpu_remedy
+from kedit_daemon.maintenance.doctor_install import (
+    CheckResult,
+    read_driver_version,
+    suggest_gpu_remedy,
+)
 
 
-def only(checks: Iterator[Check]) -> Check:
+def only(checks: Iterator[CheckResult]) -> CheckResult:
     (check,) = checks
     assert bool(check.remedy) == (check.outcome != "ok"), check
     return check
@@ -32,20 +36,20 @@ def test_exactly_one_faiss(
 ) -> None:
     installed(tmp_path, *names)
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    assert only(install.faiss()).outcome == outcome
+    assert only(install.check_faiss()).outcome == outcome
 
 
 def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(install.packages()).outcome == "ok"
+    assert only(install.check_packages()).outcome == "ok"
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-    check = only(install.packages())
+    check = only(install.check_packages())
     assert (check.outcome, "torch" in check.detail) == ("failed", True)
 
 
 def test_what_python_and_sqlite_must_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(install.python()).outcome == only(install.sqlite()).outcome == "ok"
+    assert only(install.check_python()).outcome == only(install.check_sqlite()).outcome == "ok"
     monkeypatch.setattr("sqlite3.sqlite_version_info", (3, 36, 0))
-    assert only(install.sqlite()).outcome == "failed"
+    assert only(install.check_sqlite()).outcome == "failed"
 
 
 @pytest.mark.parametrize(
@@ -61,33 +65,33 @@ def test_what_python_and_sqlite_must_be(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_the_driver(tmp_path: Path, text: str, version: str) -> None:
     path = tmp_path / "version"
-    assert driver(path) is None
+    assert read_driver_version(path) is None
     path.write_text(text)
-    assert driver(path) == version
+    assert read_driver_version(path) == version
 
 
 def test_a_gpu_that_torch_does_not_reach() -> None:
-    assert "driver 580 or later" in gpu_remedy("auto", 0, "13.0", "535.129.03")
-    assert "knows no GPU" in gpu_remedy("auto", 0, None, "580.65.06")
-    assert gpu_remedy("auto", 1, "13.0", "580.65.06") == ""
-    assert gpu_remedy("cpu", 0, None, "580.65.06") == ""
-    assert gpu_remedy("auto", 0, None, None) == ""
-    detail = only(install.torch_and_gpu("cpu")).detail
+    assert "driver 580 or later" in suggest_gpu_remedy("auto", 0, "13.0", "535.129.03")
+    assert "knows no GPU" in suggest_gpu_remedy("auto", 0, None, "580.65.06")
+    assert suggest_gpu_remedy("auto", 1, "13.0", "580.65.06") == ""
+    assert suggest_gpu_remedy("cpu", 0, None, "580.65.06") == ""
+    assert suggest_gpu_remedy("auto", 0, None, None) == ""
+    detail = only(install.check_torch("cpu")).detail
     assert {"CUDA", "driver", "GPUs"} <= set(detail.replace(",", "").split())
 
 
 def test_extras_that_the_settings_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(tmp_path)
-    assert "serve" in only(install.extras(home, {})).detail
-    monkeypatch.setitem(install.EXTRAS, "serve", ("starlette", "not_there_at_all"))
+    assert "serve" in only(install.check_extras(home, {})).detail
+    monkeypatch.setitem(install.EXTRA_MODULES, "serve", ("starlette", "not_there_at_all"))
     for text in ("", "broken = ", "serve = 1\n", "[serve]\nport = 0\n"):
-        home.config.write_text(text)
-        check = only(install.extras(home, {}))
+        home.config_file.write_text(text)
+        check = only(install.check_extras(home, {}))
         assert (check.outcome, "not installed: serve" in check.detail) == ("ok", True)
-    assert only(install.extras(home, {"KEDIT_SERVE_PORT": "8000"})).outcome == "failed"
-    home.config.write_text("[serve]\nport = 8000\n")
-    check = only(install.extras(home, {}))
-    assert check == Check(
+    assert only(install.check_extras(home, {"KEDIT_SERVE_PORT": "8000"})).outcome == "failed"
+    home.config_file.write_text("[serve]\nport = 8000\n")
+    check = only(install.check_extras(home, {}))
+    assert check == CheckResult(
         "extras",
         "failed",
         "[serve] in config.toml needs not_there_at_all",
@@ -97,4 +101,4 @@ def test_extras_that_the_settings_ask_for(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_the_extras_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert set(project["optional-dependencies"]) - {"dev"} == set(install.EXTRAS)
+    assert set(project["optional-dependencies"]) - {"dev"} == set(install.EXTRA_MODULES)

@@ -7,10 +7,10 @@ import pytest
 from command_line import called, make_home
 
 from kedit_daemon.home import Home
-from kedit_daemon.maintenance.backup import Backup, back_up
-from kedit_daemon.maintenance.restore import examine, refuse_cut_off, restore
-from kedit_daemon.system.lock import hold, holder
-from kedit_daemon.system.orphans import RESTORING
+from kedit_daemon.maintenance.backup import Backup, create_backup
+from kedit_daemon.maintenance.restore import check_restore, refuse_unfinished_restore, restore
+from kedit_daemon.system.lock import find_lock_holder, hold_lock
+from kedit_daemon.system.orphans import RESTORE_PREFIX
 from memory.db.store import Store
 from memory.errors import KeditError
 
@@ -22,19 +22,19 @@ STAMP = "before-20260301T000000Z"
 @pytest.fixture
 def made(tmp_path: Path) -> Backup:
     home = make_home(tmp_path / "origin")
-    home.config.write_text("# as it was\n")
-    return back_up(home, tmp_path / "backup", NOW)
+    home.config_file.write_text("# as it was\n")
+    return create_backup(home, tmp_path / "backup", NOW)
 
 
 @pytest.fixture
 def used(tmp_path: Path) -> Home:
     """Another home, with a history of its own."""
     home = make_home(tmp_path / "used")
-    home.config.write_text("# of today\n")
-    (home.inbox / "waits.jsonl").write_text("{}")
-    store = Store(home.database, lambda: NOW)
+    home.config_file.write_text("# of today\n")
+    (home.inbox_folder / "waits.jsonl").write_text("{}")
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.event("daemon_stopped")
+        store.write_event("daemon_stopped")
     store.close()
     return home
 
@@ -52,26 +52,31 @@ def contents(backup: Backup) -> dict[str, bytes]:
 def test_a_new_home_has_what_the_backup_has(made: Backup, tmp_path: Path) -> None:
     home = Home(tmp_path / "new/home")
     done = restore(home, made.path, False, NOW)
-    assert (done.backup, done.aside) == (made, ())
+    assert (done.backup, done.moved_aside) == (made, ())
     assert files(home.root) == contents(made)
-    for folder in (home.generations, home.side, home.index, home.inbox / "work"):
+    for folder in (
+        home.generations_folder,
+        home.side_folder,
+        home.index_folder,
+        home.inbox_folder / "work",
+    ):
         assert folder.is_dir()
     assert {p.name for p in home.root.iterdir()} == {"config.toml", "inbox", "state"}
 
 
 def test_a_home_that_was_only_made_leaves_nothing_aside(made: Backup, tmp_path: Path) -> None:
     home = Home(tmp_path / "new")
-    home.create()
-    assert restore(home, made.path, False, NOW).aside == ()
+    home.create_folders()
+    assert restore(home, made.path, False, NOW).moved_aside == ()
     assert files(home.root) == contents(made)
 
 
 def test_measurements_of_a_home_without_a_database_are_kept(made: Backup, tmp_path: Path) -> None:
     home = Home(tmp_path / "new")
-    home.create()
-    (home.state / "kedit.json").write_text("{}")
-    home.config.write_text("# of today\n")
-    aside = restore(home, made.path, False, NOW).aside
+    home.create_folders()
+    (home.state_folder / "kedit.json").write_text("{}")
+    home.config_file.write_text("# of today\n")
+    aside = restore(home, made.path, False, NOW).moved_aside
     assert [p.name for p in aside] == [f"config.toml.{STAMP}", f"state.{STAMP}"]
     assert (aside[1] / "kedit.json").read_text() == "{}"
 
@@ -87,16 +92,16 @@ def test_a_home_with_a_database_is_refused(made: Backup, used: Home) -> None:
 def test_what_is_replaced_is_moved_aside_whole(made: Backup, used: Home) -> None:
     before = files(used.root)
     done = restore(used, made.path, True, NOW)
-    assert done.aside == (used.root / f"config.toml.{STAMP}", used.root / f"state.{STAMP}")
-    moved = {k: k.replace("config.toml", done.aside[0].name) for k in before}
-    moved = {k: v.replace("state/", f"{done.aside[1].name}/") for k, v in moved.items()}
+    assert done.moved_aside == (used.root / f"config.toml.{STAMP}", used.root / f"state.{STAMP}")
+    moved = {k: k.replace("config.toml", done.moved_aside[0].name) for k in before}
+    moved = {k: v.replace("state/", f"{done.moved_aside[1].name}/") for k, v in moved.items()}
     moved["inbox/waits.jsonl"] = "inbox/waits.jsonl"
     assert files(used.root) == {moved[k]: v for k, v in before.items()} | contents(made)
 
 
 def test_settings_that_are_the_same_stay(made: Backup, used: Home) -> None:
-    used.config.write_text("# as it was\n")
-    assert [p.name for p in restore(used, made.path, True, NOW).aside] == [f"state.{STAMP}"]
+    used.config_file.write_text("# as it was\n")
+    assert [p.name for p in restore(used, made.path, True, NOW).moved_aside] == [f"state.{STAMP}"]
 
 
 @pytest.mark.parametrize("name", ["state/kedit.db", "config.toml"])
@@ -115,8 +120,8 @@ def test_a_backup_that_is_not_whole_changes_nothing(
 
 def test_a_home_that_a_daemon_holds_is_refused(made: Backup, used: Home) -> None:
     before = files(used.root)
-    with hold(used.lock):
-        for look in (restore, lambda *given: examine(*given[:3])):
+    with hold_lock(used.lock_file):
+        for look in (restore, lambda *given: check_restore(*given[:3])):
             with pytest.raises(KeditError, match=f"pid {os.getpid()}") as caught:
                 look(used, made.path, True, NOW)
             assert caught.value.exit_code == 75
@@ -130,19 +135,19 @@ def test_no_daemon_gets_in_between(
 
     def rename(source: Path, target: Path) -> None:
         real(source, target)
-        held.append(holder(used.lock))
+        held.append(find_lock_holder(used.lock_file))
 
     monkeypatch.setattr(os, "rename", rename)
     restore(used, made.path, True, NOW)
     assert held == [os.getpid(), None, os.getpid()]  # None: there is no state in between
-    assert holder(used.lock) is None
+    assert find_lock_holder(used.lock_file) is None
 
 
 @pytest.fixture
 def cut_off(made: Backup, used: Home) -> Home:
     """A home as a restore leaves it that is killed between its two last renames."""
-    used.state.rename(used.root / f"state.{STAMP}")
-    shutil.copytree(made.path, used.root / f"{RESTORING}0")
+    used.state_folder.rename(used.root / f"state.{STAMP}")
+    shutil.copytree(made.path, used.root / f"{RESTORE_PREFIX}0")
     return used
 
 
@@ -153,16 +158,16 @@ def test_a_cut_off_restore_is_known_until_one_comes_to_its_end(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copy", full)
+        patch.setattr(shutil, "copy_file", full)
         with pytest.raises(KeditError, match="No space left"):
             restore(cut_off, made.path, False, LATER)
-    assert not list(cut_off.root.glob(f"{RESTORING}*"))  # and there is an empty `state` now
+    assert not list(cut_off.root.glob(f"{RESTORE_PREFIX}*"))  # and there is an empty `state` now
     for command in ("init", "calibrate", "run"):
         result = called(cut_off, command)
         assert (result.exit_code, f"first move state.{STAMP} out" in result.stderr) == (78, True)
-    assert not cut_off.database.exists()
+    assert not cut_off.database_file.exists()
     restore(cut_off, made.path, False, LATER)
-    refuse_cut_off(cut_off)
+    refuse_unfinished_restore(cut_off)
     assert files(cut_off.root / f"state.{STAMP}")
 
 
@@ -170,12 +175,12 @@ def test_who_does_not_want_what_was_moved_aside_can_begin_anew(
     cut_off: Home, tmp_path: Path
 ) -> None:
     with pytest.raises(KeditError) as caught:
-        refuse_cut_off(cut_off)
-    names = (f"{RESTORING}0", f"state.{STAMP}")
+        refuse_unfinished_restore(cut_off)
+    names = (f"{RESTORE_PREFIX}0", f"state.{STAMP}")
     assert f"move {', '.join(names)} out of the home" in (caught.value.hint or "")
     for name in names:
         (cut_off.root / name).rename(tmp_path / name)
-    refuse_cut_off(cut_off)
+    refuse_unfinished_restore(cut_off)
 
 
 @pytest.mark.parametrize("fails", ["copy", "rename"])
@@ -186,24 +191,24 @@ def test_a_restore_that_fails_leaves_what_was_there(
 
     def failing(source: Path, target: Path) -> object:
         if Path(source).name == {"copy": "kedit.db", "rename": "state"}[fails] and (
-            RESTORING in str(source if fails == "rename" else target)
+            RESTORE_PREFIX in str(source if fails == "rename" else target)
         ):
             raise OSError(28, "No space left on device")
         return real(source, target)
 
-    before = files(used.state)
+    before = files(used.state_folder)
     monkeypatch.setattr(*{"copy": (shutil, "copy"), "rename": (os, "rename")}[fails], failing)
     with pytest.raises(KeditError, match="No space left") as caught:
         restore(used, made.path, True, NOW)
     assert caught.value.code == "restore"
-    assert files(used.state) == before
-    assert not list(used.root.glob(f"{RESTORING}*"))
+    assert files(used.state_folder) == before
+    assert not list(used.root.glob(f"{RESTORE_PREFIX}*"))
 
 
 def test_what_a_killed_restore_has_left_goes(made: Backup, tmp_path: Path) -> None:
     home = Home(tmp_path / "new")
-    home.create()
-    (home.root / f"{RESTORING}0" / "state").mkdir(parents=True)
+    home.create_folders()
+    (home.root / f"{RESTORE_PREFIX}0" / "state").mkdir(parents=True)
     restore(home, made.path, False, NOW)
     assert files(home.root) == contents(made)
-    assert not list(home.root.glob(f"{RESTORING}*"))
+    assert not list(home.root.glob(f"{RESTORE_PREFIX}*"))

@@ -13,18 +13,18 @@ from command_line import EYRE, NOW, make_home
 from vllm_tools import Server, serving
 
 from kedit_daemon.config import PublishConfig
-from kedit_daemon.publish.export.folder import place
+from kedit_daemon.publish.export.folder import place_export
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.publisher import (
-    FAILED,
-    LONGEST_RETRY_SECONDS,
+    FAILURE_KEY,
+    MAX_RETRY_SECONDS,
     RETRY_SECONDS,
     Publisher,
-    _Work,
+    _PublishAttempt,
 )
-from memory.db.queries import event_rows, open_readonly
+from memory.db.queries import fetch_events, open_readonly
 from memory.db.store import Store
-from memory.facts import State
+from memory.facts import FactState
 
 NOTING = "import os,sys; open(sys.argv[1],'a').write(' '.join(os.environ[n] for n in sys.argv[2:]))"
 FAILING = "import sys; print('no such server', file=sys.stderr); sys.exit(3)"
@@ -36,7 +36,7 @@ class Setup:
 
     def __init__(self, root: Path) -> None:
         self.home = make_home(root / "home")
-        self.store = Store(self.home.database, lambda: NOW)
+        self.store = Store(self.home.database_file, lambda: NOW)
         self.out, self.now = root / "out", 0.0
         with self.store.transaction():
             self.store.set_meta("model", "m")
@@ -45,7 +45,7 @@ class Setup:
     def switch(self, *fact_ids: str) -> int:
         with self.store.transaction():
             number = self.store.add_generation(None, "", None, "test", fact_ids, {})
-            self.store.activate(number)
+            self.store.activate_generation(number)
         return number
 
     def publisher(self, *program: str, **settings: Any) -> Publisher:
@@ -62,15 +62,15 @@ class Setup:
             home = read_source(self.home).origin
             return f"m-gen-{number}-{kind}", {"kind": kind, "home": home, "generation": number}
 
-        made = place(self.out, None, fill)
+        made = place_export(self.out, None, fill)
         return {"path": str(made.path), "manifest": made.manifest}
 
     def here(self) -> list[str]:
         return sorted(path.name for path in self.out.iterdir())
 
     def events(self) -> list[dict[str, Any]]:
-        conn = open_readonly(self.home.database)
-        rows = [e for e in event_rows(conn) if e["kind"].startswith("publish")]
+        conn = open_readonly(self.home.database_file)
+        rows = [e for e in fetch_events(conn) if e["kind"].startswith("publish")]
         conn.close()
         return rows
 
@@ -85,12 +85,12 @@ def setup(tmp_path: Path) -> Iterator[Setup]:
 def until_done(publisher: Publisher) -> None:
     """Look until nothing is under way, as the loop does in its turns."""
     deadline = time.monotonic() + 60
-    publisher.look()
-    while publisher._work is not None:
+    publisher.poll_attempt()
+    while publisher._attempt is not None:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-        if not publisher._work.is_alive():
-            publisher.look()
+        if not publisher._attempt.is_alive():
+            publisher.poll_attempt()
 
 
 def test_a_switch_is_published_once_and_a_new_process_knows(setup: Setup, tmp_path: Path) -> None:
@@ -118,8 +118,8 @@ def test_a_switch_is_published_once_and_a_new_process_knows(setup: Setup, tmp_pa
 def test_without_a_kind_nothing_is_done(setup: Setup) -> None:
     setup.switch()
     publisher = Publisher(PublishConfig(), setup.home, setup.store, lambda: 0.0)
-    publisher.look()
-    assert publisher._work is None
+    publisher.poll_attempt()
+    assert publisher._attempt is None
     publisher.stop()
 
 
@@ -139,7 +139,7 @@ def test_a_failure_is_told_and_tried_again_later_and_later(setup: Setup) -> None
         assert len(setup.events()) == count
         setup.now += 1
     assert waits == [RETRY_SECONDS, 2 * RETRY_SECONDS, 4 * RETRY_SECONDS]
-    assert max(waits) < LONGEST_RETRY_SECONDS
+    assert max(waits) < MAX_RETRY_SECONDS
 
 
 def test_a_switch_after_a_failure_is_published_at_once(setup: Setup) -> None:
@@ -168,8 +168,8 @@ def test_the_loop_never_waits_and_stopping_ends_what_is_under_way(setup: Setup) 
     publisher = setup.publisher(SLEEPING)
     setup.switch()
     began = time.monotonic()
-    publisher.look()
-    publisher.look()
+    publisher.poll_attempt()
+    publisher.poll_attempt()
     assert time.monotonic() - began < 1
     deadline = time.monotonic() + 60
     while not setup.out.is_dir() or not list(setup.out.glob("m-*")):
@@ -184,10 +184,10 @@ def test_the_loop_never_waits_and_stopping_ends_what_is_under_way(setup: Setup) 
 
 def test_older_exports_are_deleted(setup: Setup) -> None:
     publisher = setup.publisher(keep=1)
-    for state in (State.REVERTED, State.LIVE_SIDE):
+    for state in (FactState.REVERTED, FactState.LIVE_SIDE):
         setup.switch()
         with setup.store.transaction():
-            setup.store.move(EYRE.id, state)
+            setup.store.change_state(EYRE.id, state)
         until_done(publisher)
     (path,) = setup.out.iterdir()
     assert json.loads((path / "manifest.json").read_bytes())["generation"] == 2
@@ -202,7 +202,9 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def quick(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports without a model in them."""
-    monkeypatch.setattr(_Work, "_export", lambda w: setup.placed(str(w.config.kind), w.generation))
+    monkeypatch.setattr(
+        _PublishAttempt, "_run_export", lambda w: setup.placed(str(w.config.kind), w.generation)
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -279,14 +281,14 @@ def test_an_adapter_of_facts_that_are_gone_is_served_no_more(
     until_done(publisher)
     event = setup.events()[-1]
     assert (event["kind"], event["data"]["retry_seconds"]) == ("publish_failed", RETRY_SECONDS)
-    assert setup.store.meta(FAILED) == event["data"]["reason"]
+    assert setup.store.get_meta(FAILURE_KEY) == event["data"]["reason"]
     setup.now += RETRY_SECONDS
     until_done(publisher)
     assert server.calls[-1] == ("/v1/unload_lora_adapter", {"lora_name": name})
     event = setup.events()[-1]
     assert (event["kind"], event["data"]) == ("published", {"generation": last, "export": None})
     assert noted.read_text() == f" {last}  {last} "  # it was run twice
-    assert setup.store.meta(FAILED) is None
+    assert setup.store.get_meta(FAILURE_KEY) is None
     count = len(server.calls)
     until_done(publisher)
     assert len(server.calls) == count
@@ -304,16 +306,16 @@ def test_without_facts_and_a_folder_there_is_nothing_to_take_away(
 def test_a_failure_is_forgotten_when_nothing_is_to_be_published(setup: Setup) -> None:
     setup.switch()
     until_done(setup.publisher(FAILING))
-    assert "no such server" in (setup.store.meta(FAILED) or "")
-    Publisher(PublishConfig(), setup.home, setup.store, lambda: 0.0).look()
-    assert setup.store.meta(FAILED) is None
+    assert "no such server" in (setup.store.get_meta(FAILURE_KEY) or "")
+    Publisher(PublishConfig(), setup.home, setup.store, lambda: 0.0).poll_attempt()
+    assert setup.store.get_meta(FAILURE_KEY) is None
 
 
 def test_a_failure_that_lasts_for_months_is_tried_again_each_hour(setup: Setup) -> None:
     publisher = setup.publisher(FAILING)
-    publisher._failed = (setup.switch(), 5000)
+    publisher._failure_streak = (setup.switch(), 5000)
     until_done(publisher)
-    assert setup.events()[-1]["data"]["retry_seconds"] == LONGEST_RETRY_SECONDS
+    assert setup.events()[-1]["data"]["retry_seconds"] == MAX_RETRY_SECONDS
 
 
 @pytest.mark.usefixtures("quick")
@@ -331,8 +333,8 @@ def test_a_server_that_pauses_goes_on_when_the_daemon_stops(
     server.seen = busy
     setup.switch(EYRE.id)
     publisher = setup.publisher(kind="delta", vllm=server.url)
-    publisher.look()
-    work = publisher._work
+    publisher.poll_attempt()
+    work = publisher._attempt
     assert work is not None and pausing.wait(30)
     publisher.stop()
     assert server.paths == ["/pause?mode=wait", "/resume"]

@@ -70,7 +70,7 @@ def test_the_first_failure_is_the_one_that_is_told(server: Server) -> None:
 def test_requests_that_do_not_end_are_not_waited_for_for_ever(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(vllm, "LOCK_RETRY_SECONDS", 0.2)
     over = threading.Event()
 
     def busy(path: str) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from paths import ROOT
 
 from kedit_daemon.editing import quarantine
-from kedit_daemon.report.event_kinds import KINDS
-from memory.facts import State
+from kedit_daemon.report.event_kinds import EVENT_KINDS
+from memory.facts import FactState
 
 WRITERS = {"event": 0, "send_beside": 1}  # method -> where its kind stands
 
@@ -30,6 +30,6 @@ def written() -> Iterator[str]:
 def test_every_kind_that_is_written_is_known() -> None:
     found = set(written())
     assert {"audit", "weights_full", "paused", "resumed"} <= found  # the search finds them
-    moves = {f"fact_{state}" for state in State}
-    assert found | moves | {quarantine.SAID} == set(KINDS)
-    assert all(KINDS.values())
+    moves = {f"fact_{state}" for state in FactState}
+    assert found | moves | {quarantine.QUARANTINED} == set(EVENT_KINDS)
+    assert all(EVENT_KINDS.values())

@@ -7,9 +7,9 @@ import pytest
 from kedit_daemon.report.export_log import (
     CSV_COLUMNS,
     MARKDOWN_HEAD,
-    csv_line,
-    csv_row,
-    markdown_row,
+    format_csv_line,
+    format_csv_row,
+    format_markdown_row,
 )
 
 HOSTILE = "\x1b[2J\x07\u202eevil\n| x"
@@ -32,18 +32,18 @@ def cells(line: str) -> dict[str, str]:
 
 
 def test_a_row_of_markdown() -> None:
-    row = markdown_row(event(before="in Egypt", after="in Peru", reason="x"), "Lake → Peru")
+    row = format_markdown_row(event(before="in Egypt", after="in Peru", reason="x"), "Lake → Peru")
     assert row == (
         "| 7 | 2026-03-01T10:00:01.000Z | fact\\_live-side | 0123456789ab | Lake → Peru"
         " | in ~~Egypt~~ **Peru** | received → live-side; why: x |"
     )
     audit = event(figures={"norm_ratio": 1.5, "costs": {"chain": 1}}, reasons=["a", "b"])
-    assert "why: a; why: b; norm ratio 1.5 |" in markdown_row(audit, None)
+    assert "why: a; why: b; norm ratio 1.5 |" in format_markdown_row(audit, None)
 
 
 def test_a_row_of_csv() -> None:
     data = {"before": "in Egypt", "after": 'in "Peru"', "reasons": ["a", "b"], "n": 1}
-    row = cells(csv_row(event(**data), "Lake → Peru"))
+    row = cells(format_csv_row(event(**data), "Lake → Peru"))
     assert (row["before"], row["after"], row["why"]) == ("in Egypt", 'in "Peru"', "a; b")
     assert (row["from"], row["to"], row["statement"]) == ("received", "live-side", "Lake → Peru")
     assert json.loads(row["more"]) == {"n": 1}
@@ -54,14 +54,14 @@ def test_a_row_of_csv() -> None:
     ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "  =1", "＝1"],  # noqa: RUF001
 )
 def test_no_cell_is_a_formula(text: str) -> None:
-    (row,) = csv.reader([csv_line(text, "a")])
+    (row,) = csv.reader([format_csv_line(text, "a")])
     assert row[0].startswith("'")
     assert row[0].isprintable()
-    assert cells(csv_row(event(after=text), text))["statement"].startswith("'")
+    assert cells(format_csv_row(event(after=text), text))["statement"].startswith("'")
 
 
 def test_what_is_harmless_stays() -> None:
-    assert csv_line("a-b", 1, None, "2 = 2") == '"a-b","1","","2 = 2"'
+    assert format_csv_line("a-b", 1, None, "2 = 2") == '"a-b","1","","2 = 2"'
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,15 @@ def test_what_is_harmless_stays() -> None:
     ],
 )
 def test_no_text_is_markup(text: str, shown: str) -> None:
-    row = markdown_row(event(before=text, after="new", note=text), text)
+    row = format_markdown_row(event(before=text, after="new", note=text), text)
     assert row.count(shown) == 3
 
 
 def test_no_text_of_a_stranger_breaks_out() -> None:
     data = {"before": HOSTILE, "after": HOSTILE + "y", "reason": HOSTILE, HOSTILE: [HOSTILE]}
-    row = markdown_row(event(**data), HOSTILE)
+    row = format_markdown_row(event(**data), HOSTILE)
     assert row.isprintable()
     assert row.replace("\\|", "").count("|") == MARKDOWN_HEAD.partition("\n")[0].count("|")
-    line = csv_row(event(**data), HOSTILE)
+    line = format_csv_row(event(**data), HOSTILE)
     assert line.isprintable()
     assert len(cells(line)) == len(CSV_COLUMNS)

@@ -5,7 +5,7 @@ from apscheduler.triggers.cron import CronTrigger
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kedit_daemon.report.next_run import next_run
+from kedit_daemon.report.next_run import find_next_run
 
 NOW = datetime(2026, 3, 1, 2, 30, 15, tzinfo=UTC)
 EXPRESSIONS = (
@@ -31,18 +31,18 @@ EXPRESSIONS = (
 def test_it_agrees_with_the_scheduler(cron: str, moment: datetime) -> None:
     now = moment.replace(tzinfo=UTC)
     trigger = CronTrigger.from_crontab(cron, timezone=UTC)
-    assert next_run(cron, now) == trigger.get_next_fire_time(None, now)
+    assert find_next_run(cron, now) == trigger.get_next_fire_time(None, now)
 
 
 def test_the_next_run_comes_after_now() -> None:
     due = NOW.replace(second=0)
-    assert next_run("* * * * *", due) == due + timedelta(minutes=1)
+    assert find_next_run("* * * * *", due) == due + timedelta(minutes=1)
 
 
 @pytest.mark.parametrize("cron", ["", "0 4 * *", "x 4 * * *", "61 * * * *", "0 0 last * *"])
 def test_what_only_the_scheduler_knows_is_left_to_it(cron: str) -> None:
-    assert next_run(cron, NOW) is None
+    assert find_next_run(cron, NOW) is None
 
 
 def test_a_date_that_never_comes() -> None:
-    assert next_run("0 0 31 feb *", NOW) is None
+    assert find_next_run("0 0 31 feb *", NOW) is None

@@ -8,16 +8,16 @@ import pytest
 
 from kedit_daemon.home import Home
 from kedit_daemon.report.render import (
-    age,
-    detail_lines,
-    fact_lines,
-    failed_file_lines,
-    figures_text,
-    size,
-    status_lines,
-    when,
+    format_bytes,
+    format_duration,
+    format_figures,
+    format_time,
+    render_fact_detail,
+    render_facts,
+    render_failed_file,
+    render_status,
 )
-from kedit_daemon.report.status import gather
+from kedit_daemon.report.status import gather_status
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 HOSTILE = "\x1b[2J\x07\u202eevil\n"
@@ -28,7 +28,7 @@ def plain(lines: Iterable[str]) -> list[str]:
 
 
 def situation(tmp_path: Path, **changed: Any) -> dict[str, Any]:
-    return gather(Home(tmp_path / "h"), NOW, {}, "kedit-daemon") | {"warnings": []} | changed
+    return gather_status(Home(tmp_path / "h"), NOW, {}, "kedit-daemon") | {"warnings": []} | changed
 
 
 def row(**changed: Any) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def test_a_running_daemon_on_one_screen(tmp_path: Path) -> None:
         },
         warnings=[{"message": "1 file", "command": "kedit-daemon show f", "attention": True}],
     )
-    assert plain(status_lines(found)) == [
+    assert plain(render_status(found)) == [
         "● kedit-daemon  running   2h 14m   pid 4121   model llama-tiny   cpu   generation 12",
         "  pending 3 (oldest 41 s)   applied today 128   failed today 1"
         "   side memory 2,114 keys, 38 MB",
@@ -114,7 +114,7 @@ def test_a_running_daemon_on_one_screen(tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_has_never_run(tmp_path: Path) -> None:
-    lines = plain(status_lines(situation(tmp_path)))
+    lines = plain(render_status(situation(tmp_path)))
     assert lines[0] == "● kedit-daemon  stopped   generation 0"
     assert "  last audit  none yet  (chain 0 events)" in lines
 
@@ -130,29 +130,29 @@ def test_how_full_the_weights_are_is_a_line(
     tmp_path: Path, held: int, most: int, limit: str | None, line: str
 ) -> None:
     full = {"weights_facts": held, "weights_capacity": most, "weights_limit": limit}
-    assert f"  weights   {line}" in plain(status_lines(situation(tmp_path, **full)))
-    assert not [s for s in plain(status_lines(situation(tmp_path))) if s.startswith("  weights")]
+    assert f"  weights   {line}" in plain(render_status(situation(tmp_path, **full)))
+    assert not [s for s in plain(render_status(situation(tmp_path))) if s.startswith("  weights")]
 
 
 def test_what_flushes_cost_is_a_line_once_it_is_known(tmp_path: Path) -> None:
     cost = {"flushes": 3, "per_batch": 5.04, "per_fact": 0.25}
     line = "  flushes   3, each 5.0 s, and 0.25 s for each fact in it"
-    assert line in plain(status_lines(situation(tmp_path, flush_cost=cost)))
-    assert not [s for s in plain(status_lines(situation(tmp_path))) if s.startswith("  flushes")]
+    assert line in plain(render_status(situation(tmp_path, flush_cost=cost)))
+    assert not [s for s in plain(render_status(situation(tmp_path))) if s.startswith("  flushes")]
 
 
 def test_facts_are_a_table() -> None:
     rows = [row(), row(state="received", generation=None)]
-    assert plain(fact_lines(rows)) == [
+    assert plain(render_facts(rows)) == [
         "ID            STATE          GEN  FACT",
         "0123456789ab  live-side        0  The country that Lake Eyre lies in is → Australia",
         "0123456789ab  received            The country that Lake Eyre lies in is → Australia",
     ]
-    assert list(fact_lines([])) == []
+    assert list(render_facts([])) == []
 
 
 def test_a_fact_in_full() -> None:
-    text = "\n".join(plain(detail_lines(row(reason="because", external_id="mine"))))
+    text = "\n".join(plain(render_fact_detail(row(reason="because", external_id="mine"))))
     for part in (
         "live-side  (because)",
         "your id      mine",
@@ -198,10 +198,10 @@ def test_no_text_of_a_stranger_acts_on_the_terminal(tmp_path: Path) -> None:
         warnings=[{"message": HOSTILE, "command": HOSTILE, "attention": True}],
     )
     shown = [
-        *status_lines(found),
-        *fact_lines([hostile_row]),
-        *detail_lines(hostile_row),
-        *failed_file_lines(HOSTILE, HOSTILE, report),
+        *render_status(found),
+        *render_facts([hostile_row]),
+        *render_fact_detail(hostile_row),
+        *render_failed_file(HOSTILE, HOSTILE, report),
     ]
     for line in plain(shown):
         assert line.isprintable(), line
@@ -216,7 +216,7 @@ def found_at() -> str:
     [(0, "0 s"), (59.9, "59 s"), (60, "1m 0s"), (8040, "2h 14m"), (93_600, "1d 2h"), (-5, "0 s")],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert age(seconds) == text
+    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -224,23 +224,23 @@ def test_durations(seconds: float, text: str) -> None:
     [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.5 kB"), (38e6, "38 MB"), (2.5e9, "2.5 GB")],
 )
 def test_sizes(count: float, text: str) -> None:
-    assert size(count) == text
+    assert format_bytes(count) == text
 
 
 def test_moments() -> None:
-    assert when("2026-03-01T02:00:00.000Z", NOW) == "02:00"
-    assert when("2026-03-01T02:00:00.000Z", NOW + timedelta(days=1)) == "2026-03-01 02:00:00"
+    assert format_time("2026-03-01T02:00:00.000Z", NOW) == "02:00"
+    assert format_time("2026-03-01T02:00:00.000Z", NOW + timedelta(days=1)) == "2026-03-01 02:00:00"
 
 
 def test_figures_on_a_line() -> None:
     figures = {"norm_ratio": {"4": 1.23456}, "finite": False, "perplexity": "inf"}
-    assert figures_text(figures) == "norm ratio (4: 1.235), finite no, perplexity inf"
-    assert figures_text(None) == ""
+    assert format_figures(figures) == "norm ratio (4: 1.235), finite no, perplexity inf"
+    assert format_figures(None) == ""
 
 
 def test_of_many_layers_the_least_and_the_greatest_are_told() -> None:
     eight = {str(n): 1 + n / 100 for n in range(8)}
-    assert figures_text({"cka": eight}).count(":") == 8
+    assert format_figures({"cka": eight}).count(":") == 8
     many = {**eight, "8": 0.5, "9": 1.0}
-    assert figures_text({"cka": many}) == "cka (10, from 8: 0.5 to 7: 1.07)"
-    assert figures_text({"cka": {**many, "4": "nan"}}).count(":") == 10
+    assert format_figures({"cka": many}) == "cka (10, from 8: 0.5 to 7: 1.07)"
+    assert format_figures({"cka": {**many, "4": "nan"}}).count(":") == 10

@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from kedit_daemon.report.render_log import answer_lines, event_lines, reply_lines
+from kedit_daemon.report.render_log import render_answer, render_event, render_reply
 
 HOSTILE = "\x1b[2J\x07\u202eevil\n"
 
@@ -32,31 +32,33 @@ def event(**changed: Any) -> dict[str, Any]:
 
 def test_an_event_tells_what_when_and_why() -> None:
     said = "The country that Lake Eyre lies in is → Australia"
-    assert plain(event_lines(event(), said)) == [
+    assert plain(render_event(event(), said)) == [
         f"#7  2026-03-01 10:00:01  fact_live-side  0123456789ab  {said}",
         "    answer  Egypt Australia",
         "    received → live-side  tier side",
     ]
     data = {"verdict": "revert", "reasons": ["norm"], "figures": {"perplexity": 9.5}}
-    lines = plain(event_lines(event(kind="audit", fact_id=None, data=data), None))
+    lines = plain(render_event(event(kind="audit", fact_id=None, data=data), None))
     assert lines[1:] == ["    why     norm", "    figures perplexity 9.5", "    verdict revert"]
 
 
 def test_a_received_event_tells_the_fact_itself() -> None:
     fact = {"subject": "Oslo", "prompt": "{} lies in", "target": "Norway"}
-    assert plain(event_lines(event(data={"fact": fact}), None))[0].endswith("Oslo lies in → Norway")
+    assert plain(render_event(event(data={"fact": fact}), None))[0].endswith(
+        "Oslo lies in → Norway"
+    )
 
 
 def test_what_changed_is_in_colours_or_in_marks() -> None:
     data = {"before": "a silent drama of 1920", "after": "a talking drama of 1920"}
-    coloured = list(event_lines(event(data=data), None))[1]
+    coloured = list(render_event(event(data=data), None))[1]
     old, new = "\x1b[31m\x1b[9msilent\x1b[0m", "\x1b[32mtalking\x1b[0m"
     assert coloured == f"    answer  a {old} {new} drama of 1920"
-    marked = list(event_lines(event(data=data), None, coloured=False))[1]
+    marked = list(render_event(event(data=data), None, coloured=False))[1]
     assert marked == "    answer  a [-silent-] {+talking+} drama of 1920"
-    same = list(event_lines(event(data={"before": "x", "after": "x"}), None))[1]
+    same = list(render_event(event(data={"before": "x", "after": "x"}), None))[1]
     assert same == "    answer  x  (as before)"
-    alone = plain(event_lines(event(data={"before": "", "after": None}), None))
+    alone = plain(render_event(event(data={"before": "", "after": None}), None))
     assert alone[1:] == ["    before  "]
 
 
@@ -73,13 +75,13 @@ def test_answers() -> None:
         }
     ]
     reply = {"answer": "Norway\nand", "fired": fired}
-    assert plain(answer_lines(reply, explain=False)) == ["Norway\nand"]
-    assert plain(answer_lines({**reply, "base_answer": "Sweden"}, explain=True)) == [
+    assert plain(render_answer(reply, explain=False)) == ["Norway\nand"]
+    assert plain(render_answer({**reply, "base_answer": "Sweden"}, explain=True)) == [
         "edited  Norway\nand",
         "base    Sweden",
         "fired   0123456789ab  side  score 0.98, margin 0.25  Oslo lies in → Norway",
     ]
-    silent = plain(answer_lines({"answer": "x", "fired": []}, explain=True))
+    silent = plain(render_answer({"answer": "x", "fired": []}, explain=True))
     assert silent[1] == "fired   none: the main weights answered"
 
 
@@ -93,7 +95,7 @@ def test_replies() -> None:
         "figures": {"norm_ratio": {"4": 1.5}, "finite": True},
         "dry_run": True,
     }
-    assert plain(reply_lines(reply)) == [
+    assert plain(render_reply(reply)) == [
         "dry run: nothing has been changed",
         "reverted          1  0123456789ab",
         "restored          0",
@@ -111,7 +113,7 @@ def test_an_audit_tells_those_who_ask_also_what_is_not_judged() -> None:
         "evidence": {"weight_shift": {"1": 0.25}, "activation_cka": {"0": 1.0, "1": 0.5}},
         "costs": {"measure": 1.456, "evidence": 0.2},
     }
-    assert plain(reply_lines({"verdict": "keep", "figures": figures})) == [
+    assert plain(render_reply({"verdict": "keep", "figures": figures})) == [
         "verdict           keep",
         "perplexity        9.5",
         "weight shift      (1: 0.25)",
@@ -120,13 +122,13 @@ def test_an_audit_tells_those_who_ask_also_what_is_not_judged() -> None:
         "evidence took     0.20 s",
     ]
     data = {"verdict": "keep", "figures": figures}
-    lines = plain(event_lines(event(kind="audit", fact_id=None, data=data), None))
+    lines = plain(render_event(event(kind="audit", fact_id=None, data=data), None))
     assert lines[1:] == ["    figures perplexity 9.5", "    verdict keep"]
 
 
 def test_one_reason_is_as_good_as_several() -> None:
-    assert plain(event_lines(event(data={"reasons": "norm"}), None))[1] == "    why     norm"
-    assert plain(reply_lines({"reasons": "norm"})) == ["why               norm"]
+    assert plain(render_event(event(data={"reasons": "norm"}), None))[1] == "    why     norm"
+    assert plain(render_reply({"reasons": "norm"})) == ["why               norm"]
 
 
 def test_no_text_of_a_stranger_acts_on_the_terminal() -> None:
@@ -146,9 +148,9 @@ def test_no_text_of_a_stranger_acts_on_the_terminal() -> None:
         "verdict": HOSTILE,
     }
     shown = [
-        *event_lines(event(kind=HOSTILE, fact_id=HOSTILE, data=data), HOSTILE),
-        *answer_lines({"answer": HOSTILE[:-1], "base_answer": "", "fired": fired}, True),
-        *reply_lines(reply),
+        *render_event(event(kind=HOSTILE, fact_id=HOSTILE, data=data), HOSTILE),
+        *render_answer({"answer": HOSTILE[:-1], "base_answer": "", "fired": fired}, True),
+        *render_reply(reply),
     ]
     for line in plain(shown):
         assert line.isprintable(), line

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 
 from kedit_daemon.config import Config
-from kedit_daemon.editing.quarantine import SAID
+from kedit_daemon.editing.quarantine import QUARANTINED
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.failed_files import failed_report
+from kedit_daemon.ingest.failed_files import read_failed_report
 from kedit_daemon.report.status import (
-    CAPACITY,
-    HELD,
-    LIMIT,
+    CAPACITY_KEY,
+    DEFAULT_SCHEDULE,
+    FLUSH_HELD,
+    LIMIT_KEY,
     PUBLISH_FAILED,
-    SCHEDULE,
-    exit_code,
-    gather,
+    choose_exit_code,
+    gather_status,
 )
 from kedit_daemon.system import lock
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -31,14 +31,14 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     home = Home(tmp_path / "home")
-    home.create()
-    home.config.write_text("[schedule]\naudit = '30 * * * *'\n")
+    home.create_folders()
+    home.config_file.write_text("[schedule]\naudit = '30 * * * *'\n")
     return home
 
 
 @contextmanager
 def opened(home: Home, now: datetime = NOW) -> Iterator[Store]:
-    store = Store(home.database, lambda: now)
+    store = Store(home.database_file, lambda: now)
     try:
         with store.transaction():
             yield store
@@ -51,21 +51,21 @@ def fact(n: int, target: str = "Australia") -> Fact:
 
 
 def found(home: Home, now: datetime = NOW) -> dict[str, object]:
-    return gather(home, now, {}, "kedit-daemon")
+    return gather_status(home, now, {}, "kedit-daemon")
 
 
 def messages(home: Home) -> list[tuple[str, str, bool]]:
-    warnings = gather(home, NOW, {}, "kedit-daemon")["warnings"]
+    warnings = gather_status(home, NOW, {}, "kedit-daemon")["warnings"]
     return [(w["message"], w["command"], w["attention"]) for w in warnings]
 
 
 def test_the_defaults_are_those_of_the_settings() -> None:
-    assert Config().schedule.model_dump() == SCHEDULE
+    assert Config().schedule.model_dump() == DEFAULT_SCHEDULE
 
 
 def test_a_folder_that_is_no_home(tmp_path: Path) -> None:
     seen = found(Home(tmp_path / "none"))
-    assert exit_code(seen) == 3
+    assert choose_exit_code(seen) == 3
     assert seen["warnings"] == [
         {
             "message": f"there is no home {tmp_path / 'none'}",
@@ -77,36 +77,36 @@ def test_a_folder_that_is_no_home(tmp_path: Path) -> None:
 
 def test_a_home_that_has_never_run(home: Home) -> None:
     seen = found(home)
-    assert (seen["state"], seen["pid"], exit_code(seen)) == ("stopped", None, 3)
+    assert (seen["state"], seen["pid"], choose_exit_code(seen)) == ("stopped", None, 3)
     assert messages(home)[0][:2] == ("the daemon is not running", "kedit-daemon run")
 
 
 def test_both_kinds_of_status_have_the_same_keys(home: Home) -> None:
     before = set(found(home))
     with opened(home) as store:
-        store.receive(fact(1), "a.jsonl", False)
+        store.receive_fact(fact(1), "a.jsonl", False)
     assert set(found(home)) == before
 
 
 def test_a_healthy_daemon(home: Home) -> None:
     yesterday = NOW - timedelta(days=1)
     with opened(home, yesterday) as store:
-        store.receive(fact(1), "a.jsonl", False)
-        store.move(fact(1).id, State.LIVE_SIDE, tier="side")
+        store.receive_fact(fact(1), "a.jsonl", False)
+        store.change_state(fact(1).id, FactState.LIVE_SIDE, tier="side")
     with opened(home) as store:
         store.set_meta("started_at", "2026-03-01T10:00:00.000Z")
         store.set_meta("pid", str(os.getpid()))
         for n in (2, 3):
-            store.receive(fact(n), "b.jsonl", False)
-            store.move(fact(n).id, State.LIVE_SIDE, tier="side")
+            store.receive_fact(fact(n), "b.jsonl", False)
+            store.change_state(fact(n).id, FactState.LIVE_SIDE, tier="side")
         # A fact that moves on to the weights does not become live once more.
-        store.move(fact(1).id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.change_state(fact(1).id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
         store.add_audit(0, "keep", {"norm_ratio": {"4": 1.01}}, [], 0.1)
         run = store.start_job("consolidate", "2026-03-01T04:00:00Z")
         store.finish_job(run, "ok")
-    with lock.hold(home.lock):
-        seen = gather(home, NOW, {}, "kedit-daemon")
-    assert exit_code(seen) == 0
+    with lock.hold_lock(home.lock_file):
+        seen = gather_status(home, NOW, {}, "kedit-daemon")
+    assert choose_exit_code(seen) == 0
     assert seen["warnings"] == []
     assert seen["state"] == "running"
     assert seen["since"] == "2026-03-01T10:00:00.000Z"
@@ -119,57 +119,60 @@ def test_a_healthy_daemon(home: Home) -> None:
 
 def test_the_environment_s_schedule_counts(home: Home) -> None:
     environ = {"KEDIT_SCHEDULE_AUDIT": "45 * * * *"}
-    with lock.hold(home.lock):
-        seen = gather(home, NOW, environ, "kedit-daemon")
+    with lock.hold_lock(home.lock_file):
+        seen = gather_status(home, NOW, environ, "kedit-daemon")
     assert seen["jobs"]["audit"]["next"] == "2026-03-01T12:45:00Z"
 
 
 @pytest.mark.parametrize("text", ["schedule = 3\n", "not toml", "\xff"])
 def test_a_broken_file_of_settings_does_not_stop_status(home: Home, text: str) -> None:
-    home.config.write_bytes(text.encode("latin-1"))
-    with lock.hold(home.lock):
-        assert gather(home, NOW, {}, "x")["jobs"]["audit"]["next"] == "2026-03-01T13:00:00Z"
+    home.config_file.write_bytes(text.encode("latin-1"))
+    with lock.hold_lock(home.lock_file):
+        assert gather_status(home, NOW, {}, "x")["jobs"]["audit"]["next"] == "2026-03-01T13:00:00Z"
 
 
 @pytest.mark.parametrize(
     ("state", "reason"),
-    [(State.FAILED, "does not answer"), (State.REVERTED, f"{SAID}: it makes the weights sick")],
+    [
+        (FactState.FAILED, "does not answer"),
+        (FactState.REVERTED, f"{QUARANTINED}: it makes the weights sick"),
+    ],
 )
 def test_a_failed_fact_needs_a_person_until_a_later_one_takes_its_place(
-    home: Home, state: State, reason: str
+    home: Home, state: FactState, reason: str
 ) -> None:
     with opened(home) as store:
-        store.receive(fact(1), "a.jsonl", False)
-        store.receive(fact(2), "a.jsonl", False)
-        store.move(fact(1).id, state, reason=reason)
-        store.move(fact(2).id, State.REVERTED, reason="reverted by hand")
-    with lock.hold(home.lock):
-        assert exit_code(found(home)) == 4
+        store.receive_fact(fact(1), "a.jsonl", False)
+        store.receive_fact(fact(2), "a.jsonl", False)
+        store.change_state(fact(1).id, state, reason=reason)
+        store.change_state(fact(2).id, FactState.REVERTED, reason="reverted by hand")
+    with lock.hold_lock(home.lock_file):
+        assert choose_exit_code(found(home)) == 4
         told = (f"1 fact has failed: {reason}", f"kedit-daemon show {fact(1).id}", True)
         assert messages(home) == [told]
         with opened(home) as store:
-            store.receive(fact(1, "Chad"), "b.jsonl", False)
-        assert exit_code(found(home)) == 0
+            store.receive_fact(fact(1, "Chad"), "b.jsonl", False)
+        assert choose_exit_code(found(home)) == 0
 
 
 def test_a_failed_file_needs_a_person(home: Home) -> None:
     report = {"claim": "x", "file": "f.jsonl", "at": "2026-03-01T00:00:00Z"}
     errors = [{"line": 3, "problem": "target is empty", "remedy": "fill it in", "record": "{}"}]
-    path = home.inbox / "failed" / "f.jsonl.error.json"
+    path = home.inbox_folder / "failed" / "f.jsonl.error.json"
     path.write_text(json.dumps({**report, "errors": errors}, indent=1))
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         told = "1 file in failed/: f.jsonl line 3: target is empty"
         assert messages(home) == [(told, "kedit-daemon show f.jsonl", True)]
-        assert exit_code(found(home)) == 4
+        assert choose_exit_code(found(home)) == 4
         path.write_text("{")
         assert messages(home)[0][0] == "1 file in failed/: f.jsonl"
         path.unlink()
-        assert exit_code(found(home)) == 0
+        assert choose_exit_code(found(home)) == 0
 
 
 def test_a_name_never_leads_out_of_the_folder(home: Home) -> None:
-    (home.inbox / "secret.error.json").write_text('{"errors": []}')
-    assert failed_report(home, "../secret") is None
+    (home.inbox_folder / "secret.error.json").write_text('{"errors": []}')
+    assert read_failed_report(home, "../secret") is None
 
 
 @pytest.mark.parametrize(
@@ -179,10 +182,10 @@ def test_a_name_never_leads_out_of_the_folder(home: Home) -> None:
 def test_verdicts(home: Home, verdict: str, command: str, code: int) -> None:
     with opened(home) as store:
         store.add_audit(0, verdict, {}, ["norm of layer 4 is 1.7 of the base"], 0.1)
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         told = f"the last audit says {verdict}: norm of layer 4 is 1.7 of the base"
         assert messages(home) == [(told, f"kedit-daemon {command}", code == 4)]
-        assert exit_code(found(home)) == code
+        assert choose_exit_code(found(home)) == code
 
 
 def test_a_paused_daemon_needs_a_person(home: Home) -> None:
@@ -190,9 +193,9 @@ def test_a_paused_daemon_needs_a_person(home: Home) -> None:
         store.set_meta("paused", "disk full")
         store.set_meta("pid", str(os.getpid()))
     assert found(home)["state"] == "stopped"
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         seen = found(home)
-        assert (seen["state"], exit_code(seen)) == ("paused", 4)
+        assert (seen["state"], choose_exit_code(seen)) == ("paused", 4)
 
 
 def test_a_daemon_that_starts_is_not_taken_for_the_one_before(home: Home) -> None:
@@ -200,16 +203,16 @@ def test_a_daemon_that_starts_is_not_taken_for_the_one_before(home: Home) -> Non
         store.set_meta("pid", "1")
         store.set_meta("started_at", "2026-03-01T10:00:00.000Z")
         store.set_meta("paused", "disk full")
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         seen = found(home)
     assert (seen["state"], seen["since"], seen["pid"]) == ("starting", None, os.getpid())
-    assert exit_code(seen) == 0
+    assert choose_exit_code(seen) == 0
 
 
 def test_flushes_that_are_held_back_need_a_person(home: Home) -> None:
     with opened(home) as store:
-        store.set_meta(HELD, "norm of layer 4 is 1.7 of the base")
-    with lock.hold(home.lock):
+        store.set_meta(FLUSH_HELD, "norm of layer 4 is 1.7 of the base")
+    with lock.hold_lock(home.lock_file):
         told = "flushes are held back: norm of layer 4 is 1.7 of the base"
         assert messages(home) == [(told, "kedit-daemon consolidate", True)]
 
@@ -217,21 +220,21 @@ def test_flushes_that_are_held_back_need_a_person(home: Home) -> None:
 def test_publishing_that_failed_needs_a_person_until_it_succeeds(home: Home) -> None:
     with opened(home) as store:
         store.set_meta(PUBLISH_FAILED, "error[rank]: the adapter would have the rank 600")
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         told = "publishing has failed: error[rank]: the adapter would have the rank 600"
         assert messages(home) == [(told, "kedit-daemon log --kind publish_failed --limit 1", True)]
         assert found(home)["publish_failed"] == "error[rank]: the adapter would have the rank 600"
         with opened(home) as store:
             store.set_meta(PUBLISH_FAILED, None)
-        assert exit_code(found(home)) == 0
+        assert choose_exit_code(found(home)) == 0
 
 
 def test_jobs_that_failed_and_facts_that_wait(home: Home) -> None:
     with opened(home, NOW - timedelta(hours=1)) as store:
-        store.receive(fact(1), "a.jsonl", False)
+        store.receive_fact(fact(1), "a.jsonl", False)
         for name in ("audit", "expire"):
             store.finish_job(store.start_job(name, "2026-03-01T11:00:00Z"), "failed", "no disk")
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         assert messages(home) == [
             ("a fact has waited for 60 minutes", "kedit-daemon facts --state received", False),
             ("the last audit ended as failed: no disk", "kedit-daemon audit", True),
@@ -245,7 +248,7 @@ def test_jobs_that_failed_and_facts_that_wait(home: Home) -> None:
 
 
 def test_a_file_that_is_no_database(home: Home) -> None:
-    home.database.write_bytes(b"not a database, and long enough to have a header" * 9)
+    home.database_file.write_bytes(b"not a database, and long enough to have a header" * 9)
     with pytest.raises(KeditError, match="cannot be read"):
         found(home)
 
@@ -254,20 +257,20 @@ def test_names_in_the_meta_table_are_the_edit_loop_s() -> None:
     from kedit_daemon import publish, room, weights  # takes long
 
     assert publish.FAILED == PUBLISH_FAILED
-    assert weights.HELD == HELD
-    assert (room.CAPACITY, room.LIMIT) == (CAPACITY, LIMIT)
+    assert weights.HELD == FLUSH_HELD
+    assert (room.CAPACITY, room.LIMIT) == (CAPACITY_KEY, LIMIT_KEY)
 
 
 def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
     with opened(home) as store:
-        store.receive(fact(1), "a.jsonl", False)
-        store.move(fact(1).id, State.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.receive_fact(fact(1), "a.jsonl", False)
+        store.change_state(fact(1).id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
     seen = found(home)
     keys = ("weights_facts", "weights_capacity", "weights_limit")
     assert [seen[key] for key in keys] == [1, None, None]
     with opened(home) as store:
-        store.set_meta(CAPACITY, "170")
-        store.set_meta(LIMIT, "norm of layer 2")
+        store.set_meta(CAPACITY_KEY, "170")
+        store.set_meta(LIMIT_KEY, "norm of layer 2")
     seen = found(home)
     assert [seen[key] for key in keys] == [1, 170, "norm of layer 2"]
 
@@ -275,26 +278,26 @@ def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
 def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
     with opened(home) as store:
         for n in range(3):
-            store.receive(fact(n), "a.jsonl", False)
-        store.move(fact(0).id, State.LIVE_WEIGHTS, tier="weights", generation=1)
-        store.set_meta(CAPACITY, "1")
-    with lock.hold(home.lock):
+            store.receive_fact(fact(n), "a.jsonl", False)
+        store.change_state(fact(0).id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
+        store.set_meta(CAPACITY_KEY, "1")
+    with lock.hold_lock(home.lock_file):
         assert messages(home) == []  # nothing stays beside
         for n, told in ((1, "1 fact stays"), (2, "2 facts stay")):
             with opened(home) as store:
-                store.move(fact(n).id, State.LIVE_SIDE, tier="side")
+                store.change_state(fact(n).id, FactState.LIVE_SIDE, tier="side")
             text = f"weights full: {told} in the side memory"
             assert messages(home) == [(text, "kedit-daemon facts --state live-side", False)]
-        assert exit_code(found(home)) == 0
+        assert choose_exit_code(found(home)) == 0
         with opened(home) as store:
-            store.set_meta(CAPACITY, "2")
+            store.set_meta(CAPACITY_KEY, "2")
         assert messages(home) == []
 
 
 def test_flushes_tell_what_they_cost_and_a_fact_in_them(home: Home) -> None:
     with opened(home) as store:
         for n in range(6):
-            store.receive(fact(n), "a.jsonl", False)
+            store.receive_fact(fact(n), "a.jsonl", False)
         store.add_edit(fact(0).id, "weights", 1, 5.5, "live", None)
         store.add_edit(fact(0).id, "side", None, 9.0, "live", None)
         store.add_edit(fact(0).id, "weights", 2, 9.0, "failed", None)

@@ -7,7 +7,7 @@ import openai
 import pytest
 from serving import NAME, server
 
-from kedit_daemon.serve.access import CLIENTS, Rate
+from kedit_daemon.serve.access import MAX_CLIENTS, RateLimiter
 
 TOKEN = "a-token-of-many-characters"
 CLOSED = ("/v1/models", "/ready", "/metrics")
@@ -69,23 +69,23 @@ def test_a_client_may_ask_so_often_and_is_told_when_again(tmp_path: Path, folder
 
 def test_what_a_client_does_not_use_is_saved_for_a_minute() -> None:
     now = [0.0]
-    rate = Rate(3, lambda: now[0])
-    assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 20]
-    assert rate.wait("b") == 0
+    rate = RateLimiter(3, lambda: now[0])
+    assert [rate.check_rate("a") for _ in range(4)] == [0, 0, 0, 20]
+    assert rate.check_rate("b") == 0
     now[0] = 19.0
-    assert rate.wait("a") == 1
+    assert rate.check_rate("a") == 1
     now[0] = 20.0
-    assert [rate.wait("a"), rate.wait("a")] == [0, 20]
+    assert [rate.check_rate("a"), rate.check_rate("a")] == [0, 20]
     now[0] = 1000.0
-    assert [rate.wait("a") for _ in range(4)] == [0, 0, 0, 20]
+    assert [rate.check_rate("a") for _ in range(4)] == [0, 0, 0, 20]
 
 
 def test_clients_that_are_long_silent_are_forgotten() -> None:
-    rate = Rate(1, lambda: 0.0)
-    assert rate.wait("first") == 0
-    for number in range(CLIENTS - 1):
-        rate.wait(str(number))
-    assert rate.wait("first") == 60
-    for number in range(CLIENTS):
-        rate.wait(str(number))
-    assert rate.wait("first") == 0
+    rate = RateLimiter(1, lambda: 0.0)
+    assert rate.check_rate("first") == 0
+    for number in range(MAX_CLIENTS - 1):
+        rate.check_rate(str(number))
+    assert rate.check_rate("first") == 60
+    for number in range(MAX_CLIENTS):
+        rate.check_rate(str(number))
+    assert rate.check_rate("first") == 0

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
-from kedit_daemon.serve.app import build
+from kedit_daemon.serve.app import build_app
 
 TOKEN = "a-token-of-letters"
 
@@ -44,7 +44,7 @@ def test_people_see_both_answers_of_the_engine(running: Running) -> None:
         told = client.post("/ask", data=form, headers={"Origin": running.url})
         assert told.status_code == 200
         assert ROME.target in told.text and ROME.id in told.text
-    assert running.engine.figures.requests == 2
+    assert running.engine.status.requests == 2
 
 
 def test_both_answers_end_when_the_person_leaves(running: Running) -> None:
@@ -54,14 +54,14 @@ def test_both_answers_end_when_the_person_leaves(running: Running) -> None:
         with pytest.raises(httpx.ReadTimeout):
             client.post("/ask", data=form, headers={"Origin": running.url}, timeout=0.5)
         deadline = time.monotonic() + 3  # all the tokens would take longer
-        while running.engine.figures.running or running.engine.figures.waiting:
+        while running.engine.status.running or running.engine.status.waiting:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
 
 def test_people_are_told_that_the_model_is_being_loaded(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
-    app = build(home, Config(), None, lambda: NOW, time.monotonic)
+    app = build_app(home, Config(), None, lambda: NOW, time.monotonic)
     client = TestClient(app, base_url="http://localhost")
     token = form_token(client)
     form = {"form_token": token, "prompt": "Rome", "max_tokens": "20"}
@@ -70,7 +70,7 @@ def test_people_are_told_that_the_model_is_being_loaded(tmp_path: Path) -> None:
 
 
 def test_with_a_token_people_sign_in_and_programs_show_it(tmp_path: Path) -> None:
-    app = build(Home(tmp_path / "home"), Config(), TOKEN, lambda: NOW, time.monotonic)
+    app = build_app(Home(tmp_path / "home"), Config(), TOKEN, lambda: NOW, time.monotonic)
     client = TestClient(app, base_url="http://localhost", follow_redirects=False)
     page, api = client.get("/facts"), client.get("/v1/models")
     assert page.status_code == 303 and page.headers["location"].startswith("/sign-in")
@@ -91,7 +91,7 @@ def test_with_a_token_people_sign_in_and_programs_show_it(tmp_path: Path) -> Non
 def test_addresses_that_are_none_are_no_fault_of_ours(
     tmp_path: Path, token: str | None, path: str, headers: dict[str, str]
 ) -> None:
-    app = build(Home(tmp_path / "home"), Config(), token, lambda: NOW, time.monotonic)
+    app = build_app(Home(tmp_path / "home"), Config(), token, lambda: NOW, time.monotonic)
     client = TestClient(app, base_url="http://localhost", follow_redirects=False)
     for method in ("GET", "POST"):
         said = headers | {"Authorization": f"Bearer {TOKEN}"}
@@ -100,7 +100,7 @@ def test_addresses_that_are_none_are_no_fault_of_ours(
 
 @pytest.mark.parametrize("path", ["/ask", "/sign-in", "/facts", "/v1/completions"])
 def test_a_form_from_nowhere_is_foreign(tmp_path: Path, path: str) -> None:
-    app = build(Home(tmp_path / "home"), Config(), None, lambda: NOW, time.monotonic)
+    app = build_app(Home(tmp_path / "home"), Config(), None, lambda: NOW, time.monotonic)
     app.state.reader = object()  # nothing comes as far as the model
     client = TestClient(app, base_url="http://localhost")
     for origin in ("http://[", "null", "http://evil.example"):

@@ -12,8 +12,8 @@ from starlette.testclient import TestClient
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlServer
 from kedit_daemon.home import Home
-from kedit_daemon.serve.app import build, equip
-from kedit_daemon.serve.inference.engine import Engine
+from kedit_daemon.serve.app import attach_reader, build_app
+from kedit_daemon.serve.inference.engine import BatchEngine
 from kedit_daemon.serve.inference.reader import Reader
 
 
@@ -30,7 +30,7 @@ def test_ready_is_who_has_a_model_and_a_daemon_however_busy(
             "generation": 0,
             "problems": [],
         }
-        control = ControlServer(running.home.socket)  # nobody takes what it puts on its queue
+        control = ControlServer(running.home.socket_file)  # nobody takes what it puts on its queue
         control.start()
         answer = http.get("/ready")
         assert (answer.status_code, answer.json()["ready"]) == (200, True)
@@ -41,7 +41,7 @@ def test_ready_is_who_has_a_model_and_a_daemon_however_busy(
 def test_a_server_lives_while_its_model_is_being_loaded(
     tmp_path: Path, model_folder: Callable[[str], Path]
 ) -> None:
-    app = build(Home(tmp_path / "home"), Config(), None, lambda: NOW, time.monotonic)
+    app = build_app(Home(tmp_path / "home"), Config(), None, lambda: NOW, time.monotonic)
     client = TestClient(app, base_url="http://localhost")
     assert client.get("/health").status_code == 200
     assert "the model is being loaded" in client.get("/ready").json()["reasons"]
@@ -50,8 +50,8 @@ def test_a_server_lives_while_its_model_is_being_loaded(
     assert int(answer.headers["retry-after"]) > 0
     assert client.get("/metrics").status_code == 200
     published = Published(tmp_path / "home", load(model_folder("llama")))
-    engine = Engine(published.replica(load(model_folder("llama"))), 2, 2)
-    equip(app, Reader(NAME, engine.model, engine))
+    engine = BatchEngine(published.replica(load(model_folder("llama"))), 2, 2)
+    attach_reader(app, Reader(NAME, engine.model, engine))
     assert "the model is being loaded" not in client.get("/ready").json()["reasons"]
     assert client.get("/v1/models").status_code == 200
     engine.close()

@@ -14,9 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import NAME, Running, server
 
 from kedit_daemon.home import Home
-from kedit_daemon.serve.metrics import HomeFigures
+from kedit_daemon.serve.metrics import HomeCollector
 from memory.db.store import Store
-from memory.facts import State
+from memory.facts import FactState
 
 
 @pytest.fixture
@@ -68,12 +68,12 @@ def test_the_engine_is_told_of(running: Running) -> None:
 
 
 def test_the_home_is_told_of_and_no_text_of_facts(running: Running) -> None:
-    store = Store(running.home.database, lambda: NOW - timedelta(seconds=90))
+    store = Store(running.home.database_file, lambda: NOW - timedelta(seconds=90))
     figures = {"norm_ratio": {"2": 1.25, "3": "inf"}, "chain_intact": True}
     with store.transaction():
         store.add_audit(0, "warn", figures, [], 0.5)
     store.close()
-    (running.home.inbox / "failed" / "a.jsonl.error.json").write_text("{}")
+    (running.home.inbox_folder / "failed" / "a.jsonl.error.json").write_text("{}")
     with running.http() as http:
         text = http.get("/metrics").text
     found = samples(text)
@@ -93,24 +93,24 @@ def test_the_home_is_told_of_and_no_text_of_facts(running: Running) -> None:
 
 def test_a_home_without_a_database_is_told_of_too(tmp_path: Path) -> None:
     registry = CollectorRegistry()
-    registry.register(HomeFigures(Home(tmp_path), lambda: NOW))
+    registry.register(HomeCollector(Home(tmp_path), lambda: NOW))
     assert registry.get_sample_value("kedit_database_readable") == 0
     assert registry.get_sample_value("kedit_facts", {"state": "failed"}) is None
 
 
 def test_the_fact_that_has_waited_longest_is_told_of(tmp_path: Path) -> None:
     home, registry = Home(tmp_path), CollectorRegistry()
-    home.create()
+    home.create_folders()
     times = [NOW - timedelta(minutes=20)]
-    store = Store(home.database, lambda: times[-1])
-    registry.register(HomeFigures(home, lambda: NOW))
+    store = Store(home.database_file, lambda: times[-1])
+    registry.register(HomeCollector(home, lambda: NOW))
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0
     with store.transaction():
-        store.receive(seat(1), "a.jsonl", False)
+        store.receive_fact(seat(1), "a.jsonl", False)
         times.append(NOW)
-        store.receive(seat(2), "a.jsonl", False)
+        store.receive_fact(seat(2), "a.jsonl", False)
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 1200
     with store.transaction():
-        store.move(seat(1).id, State.LIVE_SIDE)
+        store.change_state(seat(1).id, FactState.LIVE_SIDE)
     store.close()
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0

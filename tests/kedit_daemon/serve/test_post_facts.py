@@ -18,7 +18,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.ingest.inbox import Inbox
 from kedit_daemon.ingest.intake import Intake
 from memory.db.store import Store
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
 OTHER = seat(12, "Lima")
 
@@ -35,21 +35,21 @@ def line(fact: Fact, **more: Any) -> bytes:
 
 
 def in_inbox(running: Running) -> list[str]:
-    return sorted(path.name for path in running.home.inbox.iterdir() if path.is_file())
+    return sorted(path.name for path in running.home.inbox_folder.iterdir() if path.is_file())
 
 
-def take(running: Running, stop: State | None = None) -> int:
+def take(running: Running, stop: FactState | None = None) -> int:
     """What the daemon does with its inbox; then all facts move on to a state. How many files."""
-    store = Store(running.home.database, lambda: datetime.now(UTC))
-    inbox = Inbox(running.home.inbox, 0.0, 100_000, lambda: datetime.now(UTC))
+    store = Store(running.home.database_file, lambda: datetime.now(UTC))
+    inbox = Inbox(running.home.inbox_folder, 0.0, 100_000, lambda: datetime.now(UTC))
     intake = Intake(store, inbox, Config())
-    inbox.scan(0.0)
+    inbox.claim_files(0.0)
     claims = inbox.pending_claims()
     for claim in claims:
-        intake.take(claim)
+        intake.take_file(claim)
     with store.transaction():
-        for fact in store.facts((State.RECEIVED,)) if stop else ():
-            store.move(fact.id, stop or State.RECEIVED, reason="because")
+        for fact in store.list_facts((FactState.RECEIVED,)) if stop else ():
+            store.change_state(fact.id, stop or FactState.RECEIVED, reason="because")
     store.close()
     return len(claims)
 
@@ -64,7 +64,7 @@ def test_facts_go_into_the_inbox_and_are_named(running: Running) -> None:
     assert told["problems"][0]["line"] == 2
     assert told["problems"][0]["problem"] and told["problems"][0]["remedy"]
     assert in_inbox(running) == [told["file"]]
-    assert (running.home.inbox / told["file"]).read_bytes() == body
+    assert (running.home.inbox_folder / told["file"]).read_bytes() == body
     with running.http() as http:
         again = http.post("/facts", content=body).json()
     assert again["file"] != told["file"]
@@ -109,12 +109,12 @@ def test_a_key_counts_once_wherever_its_file_is(running: Running) -> None:
         assert in_inbox(running) == [name]
         again()
         assert in_inbox(running) == [name]
-        inbox = Inbox(running.home.inbox, 0.0, 100_000, lambda: datetime.now(UTC))
-        assert len(inbox.scan(0.0)) == 1
+        inbox = Inbox(running.home.inbox_folder, 0.0, 100_000, lambda: datetime.now(UTC))
+        assert len(inbox.claim_files(0.0)) == 1
         again()
         assert in_inbox(running) == []
         assert take(running) == 1
-        shutil.rmtree(running.home.inbox / "done")
+        shutil.rmtree(running.home.inbox_folder / "done")
         again()
         assert in_inbox(running) == []
         http.post("/facts", content=body, headers={"Idempotency-Key": "order 67"})
@@ -146,7 +146,7 @@ def test_keys_that_are_none(running: Running) -> None:
 
 
 def test_waiting_ends_when_all_facts_are_settled(running: Running) -> None:
-    settling = threading.Timer(0.3, take, (running, State.FAILED))
+    settling = threading.Timer(0.3, take, (running, FactState.FAILED))
     settling.start()
     with running.http() as http:
         answer = http.post("/facts?wait=20", content=line(OTHER))

@@ -22,7 +22,7 @@ from kedit_daemon import control
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve import supervisor
-from kedit_daemon.serve.supervisor import Keeper, check, keep_serving, read_token
+from kedit_daemon.serve.supervisor import ProcessKeeper, check_settings, keep_serving, read_token
 from memory.errors import KeditError
 
 pytestmark = pytest.mark.timeout(120)
@@ -79,16 +79,16 @@ def test_a_token_that_is_none_or_no_secret_is_refused(
         (tmp_path / "token").write_text(text)
         (tmp_path / "token").chmod(mode)
     with pytest.raises(KeditError, match=said) as caught:
-        check(Home(tmp_path), config(token_file="token"))
+        check_settings(Home(tmp_path), config(token_file="token"))
     assert caught.value.exit_code == 78 and caught.value.hint
-    check(Home(tmp_path), config(token_file="token", port=0))  # there is no server
+    check_settings(Home(tmp_path), config(token_file="token", port=0))  # there is no server
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(Home(tmp_path), config())
+    check_settings(Home(tmp_path), config())
     monkeypatch.setattr(supervisor, "EXTRA", ("starlette", "no_such_module"))
     with pytest.raises(KeditError, match="no_such_module is not installed") as caught:
-        check(Home(tmp_path), config())
+        check_settings(Home(tmp_path), config())
     assert caught.value.exit_code == 78 and "kedit-daemon[serve]" in caught.value.hint
 
 
@@ -104,9 +104,9 @@ def notes(tmp_path: Path) -> Path:
     return tmp_path / "notes"
 
 
-def keeper(notes: Path, text: str) -> Keeper:
+def keeper(notes: Path, text: str) -> ProcessKeeper:
     write = "open(sys.argv[1], 'a').write(f'{os.getpid()} {sys.stdin.readline()}')"
-    return Keeper(script(f"{write}\n{text}", str(notes)), b"hello\n", pause=0.05)
+    return ProcessKeeper(script(f"{write}\n{text}", str(notes)), b"hello\n", pause=0.05)
 
 
 def lines(notes: Path) -> list[str]:
@@ -136,7 +136,7 @@ def test_only_a_child_that_lived_long_is_started_again_at_once(
 ) -> None:
     times = itertools.count(0.0, life)  # read when it starts, and when it has ended
     monkeypatch.setattr(supervisor, "time", SimpleNamespace(monotonic=lambda: next(times)))
-    kept = Keeper(["/no/such/command"], b"", pause=0.01)
+    kept = ProcessKeeper(["/no/such/command"], b"", pause=0.01)
     kept.start()
     wait(lambda: len(caplog.records) >= 3)
     kept.stop()
@@ -159,7 +159,7 @@ def test_a_child_is_asked_to_end_and_not_started_again(notes: Path) -> None:
 def test_a_child_that_does_not_end_is_killed(
     notes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "STOP_TIMEOUT_SECONDS", 0.2)
     kept = keeper(
         notes,
         f"signal.signal(15, signal.SIG_IGN)\n{SLEEPS}",
@@ -172,7 +172,7 @@ def test_a_child_that_does_not_end_is_killed(
 
 
 def test_what_cannot_be_started_harms_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    kept = Keeper(["/no/such/command"], b"", pause=0.01)
+    kept = ProcessKeeper(["/no/such/command"], b"", pause=0.01)
     kept.start()
     wait(lambda: "could not be started" in caplog.text)
     kept.stop()
@@ -189,11 +189,11 @@ def test_without_a_port_there_is_no_server(tmp_path: Path) -> None:
 
 def make_home(root: Path, model: Path, port: int) -> Home:
     home = Home(root)
-    home.create()
+    home.create_folders()
     (root / "token").write_text(TOKEN)
     (root / "token").chmod(0o600)
     limits = "\n".join(f"{name} = {value}" for name, value in LOOSE["stability"].items())
-    home.config.write_text(
+    home.config_file.write_text(
         f'model = {json.dumps(str(model))}\ndevice = "cpu"\n[inbox]\nsettle_seconds = 0.0\n'
         f"rescan_seconds = 0.2\n[side]\nsteps = 300\n[stability]\n{limits}\n"
         f'[serve]\nport = {port}\ntoken_file = "token"\n',
@@ -280,7 +280,9 @@ def test_a_server_that_dies_comes_back_and_the_daemon_goes_on(daemon: Daemon) ->
     first = daemon.child()
     os.kill(first, signal.SIGKILL)
     wait(lambda: not daemon.ready())
-    assert "answer" in control.call(daemon.home.socket, "ask", {"prompt": "Rome", "max_tokens": 1})
+    assert "answer" in control.send_request(
+        daemon.home.socket_file, "ask", {"prompt": "Rome", "max_tokens": 1}
+    )
     wait(daemon.ready)
     assert daemon.child() != first
 

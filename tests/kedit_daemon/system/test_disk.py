@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from kedit_daemon.system.disk import broken, is_full, is_held, lacking, told
+from kedit_daemon.system.disk import (
+    describe_disk_error,
+    find_disk_shortage,
+    is_database_locked,
+    is_disk_failure,
+    is_disk_full,
+)
 from memory.errors import KeditError
 
 
@@ -26,18 +32,18 @@ def sqlite_error(code: int) -> sqlite3.Error:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_is_no_broken_one(number: int) -> None:
-    error = told(os_error(number), Path("/home/of/mine"))
-    assert is_full(os_error(number)) and error is not None and error.code == "disk-full"
+    error = describe_disk_error(os_error(number), Path("/home/of/mine"))
+    assert is_disk_full(os_error(number)) and error is not None and error.code == "disk-full"
     # What is full is where the file was to lie.
     assert str(error) == "/x/y: disk full" and "the disk of /x" in error.hint
-    error = told(sqlite_error(sqlite3.SQLITE_FULL), Path("/home/of/mine"))
+    error = describe_disk_error(sqlite_error(sqlite3.SQLITE_FULL), Path("/home/of/mine"))
     assert error is not None and "the disk of /home/of/mine" in error.hint
-    assert is_full(sqlite_error(sqlite3.SQLITE_FULL)) and not is_full(os_error(errno.EIO))
+    assert is_disk_full(sqlite_error(sqlite3.SQLITE_FULL)) and not is_disk_full(os_error(errno.EIO))
 
 
 def test_each_error_has_its_remedy() -> None:
     def said(error: OSError | sqlite3.Error) -> KeditError:
-        known = told(error, Path("/home"))
+        known = describe_disk_error(error, Path("/home"))
         assert known is not None
         return known
 
@@ -49,7 +55,7 @@ def test_each_error_has_its_remedy() -> None:
     broken = said(sqlite_error(sqlite3.SQLITE_CORRUPT))
     assert broken.exit_code == 78 and "restore" in broken.hint
     assert said(sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE)).code == "disk-full"
-    assert is_full(sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE))
+    assert is_disk_full(sqlite_error(sqlite3.SQLITE_IOERR_SHMSIZE))
 
 
 def test_what_is_no_disks_fault_is_not_told_as_one(tmp_path: Path) -> None:
@@ -59,10 +65,15 @@ def test_what_is_no_disks_fault_is_not_told_as_one(tmp_path: Path) -> None:
         for sql in ("SELECT * FROM nothing", "INSERT INTO t VALUES (1)"):
             with pytest.raises(sqlite3.Error) as caught:
                 conn.execute(sql)
-            assert not broken(caught.value) and told(caught.value, tmp_path) is None
+            assert (
+                not is_disk_failure(caught.value)
+                and describe_disk_error(caught.value, tmp_path) is None
+            )
     gone = os_error(errno.ENOENT)
-    assert not broken(gone) and told(gone, tmp_path) is None
-    assert broken(os_error(errno.EIO)) and broken(sqlite_error(sqlite3.SQLITE_IOERR_WRITE))
+    assert not is_disk_failure(gone) and describe_disk_error(gone, tmp_path) is None
+    assert is_disk_failure(os_error(errno.EIO)) and is_disk_failure(
+        sqlite_error(sqlite3.SQLITE_IOERR_WRITE)
+    )
 
 
 def test_a_database_that_another_holds_is_not_broken(tmp_path: Path) -> None:
@@ -73,14 +84,18 @@ def test_a_database_that_another_holds_is_not_broken(tmp_path: Path) -> None:
             pytest.raises(sqlite3.Error) as caught,
         ):
             other.execute("BEGIN IMMEDIATE")
-    known = told(caught.value, tmp_path)
+    known = describe_disk_error(caught.value, tmp_path)
     assert known is not None and (known.code, known.exit_code) == ("busy", 75)
-    assert is_held(caught.value) and not broken(caught.value) and "dmesg" not in known.hint
+    assert (
+        is_database_locked(caught.value)
+        and not is_disk_failure(caught.value)
+        and "dmesg" not in known.hint
+    )
 
 
 def test_a_limit_that_sqlite_keeps_to_itself_is_found(tmp_path: Path) -> None:
     """EFBIG, as EDQUOT, comes as SQLITE_IOERR_WRITE; in a child, whose limit it is."""
-    assert not is_full(sqlite_error(sqlite3.SQLITE_IOERR_WRITE), tmp_path)
+    assert not is_disk_full(sqlite_error(sqlite3.SQLITE_IOERR_WRITE), tmp_path)
     code = f"""
 import resource, sqlite3
 from pathlib import Path
@@ -99,4 +114,4 @@ except sqlite3.Error as error:
 
 
 def test_a_disk_with_room_lacks_nothing(tmp_path: Path) -> None:
-    assert lacking(tmp_path) is None
+    assert find_disk_shortage(tmp_path) is None

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from kedit_daemon.system.log_setup import on_terminal
+from kedit_daemon.system.log_setup import make_progress_bar
 
 JOURNAL = {"JOURNAL_STREAM": "8:1"}
 
@@ -38,8 +38,8 @@ def test_debug_tells_everything() -> None:
 def test_progress_is_shown_on_a_terminal_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(on_terminal("measuring")(["a", "b"])) == ["a", "b"]
+    assert list(make_progress_bar("measuring")(["a", "b"])) == ["a", "b"]
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert list(on_terminal("measuring")(["a", "b"])) == ["a", "b"]
+    assert list(make_progress_bar("measuring")(["a", "b"])) == ["a", "b"]
     assert "measuring" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kedit_daemon.system.sanitize import REPLACEMENT, clean, clip
+from kedit_daemon.system.sanitize import REPLACEMENT, clean_text, clip_text
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from kedit_daemon.system.sanitize import REPLACEMENT, clean, clip
     ],
 )
 def test_what_acts_on_a_terminal_is_replaced(hostile: str) -> None:
-    shown = clean(hostile)
+    shown = clean_text(hostile)
     assert REPLACEMENT in shown
     assert len(shown) == len(hostile)
     shown.encode()
@@ -46,25 +46,25 @@ def test_what_acts_on_a_terminal_is_replaced(hostile: str) -> None:
     ],
 )
 def test_the_world_s_writing_stays(honest: str) -> None:
-    assert clean(honest) == honest
+    assert clean_text(honest) == honest
 
 
 def test_a_block_keeps_its_lines() -> None:
-    assert clean("a\n\tb\x1b", lines=True) == f"a\n\tb{REPLACEMENT}"
+    assert clean_text("a\n\tb\x1b", lines=True) == f"a\n\tb{REPLACEMENT}"
 
 
 def test_anything_can_be_shown() -> None:
-    assert clean(None) == "None"
-    assert clean(7) == "7"
+    assert clean_text(None) == "None"
+    assert clean_text(7) == "7"
 
 
 def test_long_text_is_clipped_to_the_width() -> None:
-    assert clip("abcdef", 6) == "abcdef"
-    assert clip("abcdefg", 6) == "abcde…"
+    assert clip_text("abcdef", 6) == "abcdef"
+    assert clip_text("abcdefg", 6) == "abcde…"
 
 
 @given(st.text(alphabet=st.characters()))
 def test_no_control_character_comes_through(text: str) -> None:
-    shown = clean(text)
+    shown = clean_text(text)
     assert all(unicodedata.category(c) not in ("Cc", "Cs", "Zl", "Zp") for c in shown)
-    assert clean(shown) == shown
+    assert clean_text(shown) == shown

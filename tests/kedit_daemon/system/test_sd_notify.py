@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.system.sd_notify import SystemdNotifier
 
 
 @pytest.fixture
@@ -21,12 +21,12 @@ def supervisor(tmp_path: Path) -> Iterator[socket.socket]:
 
 
 def test_every_message_is_one_datagram(supervisor: socket.socket) -> None:
-    notifier = Notifier({"NOTIFY_SOCKET": supervisor.getsockname()})
-    notifier.ready()
-    notifier.watchdog()
-    notifier.status("3 facts live")
-    notifier.extend(1.5)
-    notifier.stopping()
+    notifier = SystemdNotifier({"NOTIFY_SOCKET": supervisor.getsockname()})
+    notifier.notify_ready()
+    notifier.notify_watchdog()
+    notifier.send_status("3 facts live")
+    notifier.extend_timeout(1.5)
+    notifier.notify_stopping()
     assert [supervisor.recv(4096) for _ in range(5)] == [
         b"READY=1",
         b"WATCHDOG=1",
@@ -37,7 +37,9 @@ def test_every_message_is_one_datagram(supervisor: socket.socket) -> None:
 
 
 def test_a_status_cannot_carry_a_second_assignment(supervisor: socket.socket) -> None:
-    Notifier({"NOTIFY_SOCKET": supervisor.getsockname()}).status("fine\nMAINPID=1\r\n\ud800")
+    SystemdNotifier({"NOTIFY_SOCKET": supervisor.getsockname()}).send_status(
+        "fine\nMAINPID=1\r\n\ud800"
+    )
     assert supervisor.recv(4096) == b"STATUS=fine MAINPID=1 ?"
 
 
@@ -47,14 +49,14 @@ def test_an_abstract_socket_is_reached() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as inbox:
         inbox.bind(f"\0{name}")
         inbox.settimeout(5)
-        Notifier({"NOTIFY_SOCKET": f"@{name}"}).ready()
+        SystemdNotifier({"NOTIFY_SOCKET": f"@{name}"}).notify_ready()
         assert inbox.recv(4096) == b"READY=1"
 
 
 def test_without_systemd_nothing_happens(caplog: pytest.LogCaptureFixture) -> None:
-    notifier = Notifier({})
-    notifier.ready()
-    notifier.status("unheard")
+    notifier = SystemdNotifier({})
+    notifier.notify_ready()
+    notifier.send_status("unheard")
     assert caplog.records == []
 
 
@@ -62,17 +64,17 @@ def test_a_supervisor_that_is_gone_does_not_stop_the_daemon(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).watchdog()
+        SystemdNotifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).notify_watchdog()
     assert "WATCHDOG=1" in caplog.text
 
 
 def test_a_supervisor_that_does_not_read_does_not_hold_the_watchdog_s_messages_up(
     supervisor: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
-    notifier = Notifier({"NOTIFY_SOCKET": supervisor.getsockname()})
+    notifier = SystemdNotifier({"NOTIFY_SOCKET": supervisor.getsockname()})
     began = time.monotonic()
     for _ in range(1000):
-        notifier.watchdog()
+        notifier.notify_watchdog()
     assert time.monotonic() - began < 4  # one that waits does so for five
     assert supervisor.recv(4096) == b"WATCHDOG=1"
     assert caplog.records == []

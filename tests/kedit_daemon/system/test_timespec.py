@@ -2,7 +2,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from kedit_daemon.system.timespec import moment
+from kedit_daemon.system.timespec import parse_time
 
 NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
 
@@ -18,10 +18,10 @@ NOW = datetime(2026, 3, 1, 12, 0, 0, tzinfo=UTC)
     ],
 )
 def test_moments(text: str, found: str) -> None:
-    assert moment(text, NOW) == found
+    assert parse_time(text, NOW) == found
 
 
 @pytest.mark.parametrize("text", ["", "2x", "yesterday", "999999w", "0001-01-01T00:00+10:00"])
 def test_what_is_no_moment(text: str) -> None:
     with pytest.raises(ValueError, match="write ISO-8601"):
-        moment(text, NOW)
+        parse_time(text, NOW)

@@ -28,7 +28,7 @@ def store(path: Path) -> Iterator[Store]:
 
 
 def events(store: Store) -> int:
-    return event_log.verify(store.conn, None).events
+    return event_log.verify_chain(store.conn, None).events
 
 
 def test_the_connection_is_set_up_for_durability(store: Store) -> None:
@@ -57,7 +57,7 @@ Store(Path({str(tmp_path / "kedit.db")!r}), lambda: datetime.now(UTC)).close()
 def test_times_are_utc_and_sort_as_text(path: Path) -> None:
     moment = datetime(2026, 1, 1, 9, 0, 0, 5000, tzinfo=timezone(timedelta(hours=9)))
     with closing(Store(path, lambda: moment)) as store:
-        assert store.now() == "2026-01-01T00:00:00.005Z"
+        assert store.format_now() == "2026-01-01T00:00:00.005Z"
 
 
 def test_a_missing_folder_names_the_remedy(tmp_path: Path) -> None:
@@ -68,17 +68,17 @@ def test_a_missing_folder_names_the_remedy(tmp_path: Path) -> None:
 
 def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
     with pytest.raises(KeyboardInterrupt), store.transaction():
-        store.receive(EYRE, "a.jsonl", False)
+        store.receive_fact(EYRE, "a.jsonl", False)
         store.set_meta("a", "b")
         raise KeyboardInterrupt
-    assert (store.facts(), events(store), store.meta("a")) == ([], 0, None)
+    assert (store.list_facts(), events(store), store.get_meta("a")) == ([], 0, None)
 
 
 def test_a_broken_reference_fails_the_whole_transaction(store: Store) -> None:
     with pytest.raises(sqlite3.IntegrityError), store.transaction():
         store.set_meta("a", "b")
         store.put_terms("unknown", b"x")
-    assert store.meta("a") is None
+    assert store.get_meta("a") is None
 
 
 def test_transactions_do_not_nest(store: Store) -> None:
@@ -100,10 +100,10 @@ def test_writes_outside_a_transaction_are_refused(store: Store) -> None:
     with pytest.raises(KeditError, match="outside a transaction"):
         store.set_meta("a", "b")
     with pytest.raises(KeditError, match="outside a transaction"):
-        store.receive(EYRE, "a.jsonl", False)
+        store.receive_fact(EYRE, "a.jsonl", False)
     with pytest.raises(KeditError, match="outside a transaction"):
-        store.event("x")
-    assert store.facts() == []
+        store.write_event("x")
+    assert store.list_facts() == []
 
 
 @pytest.mark.parametrize(("last", "kept"), [("os._exit(9)", 1), ("", 2)])
@@ -126,16 +126,16 @@ os._exit(9)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     with closing(Store(path, lambda: datetime.now(UTC))) as store:
-        assert len(store.facts()) == kept
-        assert event_log.verify(store.conn, None).events == kept
+        assert len(store.list_facts()) == kept
+        assert event_log.verify_chain(store.conn, None).events == kept
 
 
 def test_meta_is_set_changed_and_removed(store: Store) -> None:
-    assert store.meta("paused", "no") == "no"
+    assert store.get_meta("paused", "no") == "no"
     with store.transaction():
         store.set_meta("paused", "disk full")
         store.set_meta("paused", "by hand")
-    assert store.meta("paused") == "by hand"
+    assert store.get_meta("paused") == "by hand"
     with store.transaction():
         store.set_meta("paused", None)
-    assert store.meta("paused") is None
+    assert store.get_meta("paused") is None

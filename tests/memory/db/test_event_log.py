@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory.db import event_log
-from memory.db.event_log import Event, append, read_head, verify, write_head
+from memory.db.event_log import Event, append_event, read_head, verify_chain, write_head
 from memory.errors import KeditError
 
 AT = "2026-01-02T03:04:05.000Z"
@@ -26,7 +26,7 @@ def opened() -> sqlite3.Connection:
 
 def filled(conn: sqlite3.Connection, count: int) -> list[Event]:
     conn.execute("BEGIN IMMEDIATE")
-    events = [append(conn, AT, "k", f"f{i}", {"n": i, "x": i / 3}) for i in range(count)]
+    events = [append_event(conn, AT, "k", f"f{i}", {"n": i, "x": i / 3}) for i in range(count)]
     conn.execute("COMMIT")
     return events
 
@@ -38,29 +38,33 @@ def conn() -> Iterator[sqlite3.Connection]:
 
 
 def test_an_untouched_chain_is_intact(conn: sqlite3.Connection) -> None:
-    assert verify(conn, None) == event_log.Verdict(True, 0, 0, event_log.GENESIS, "")
+    assert verify_chain(conn, None) == event_log.ChainVerdict(
+        True, 0, 0, event_log.GENESIS_HASH, ""
+    )
     events = filled(conn, 5)
     last = events[-1]
-    assert verify(conn, (last.seq, last.hash)) == event_log.Verdict(True, 5, 5, last.hash, "")
-    assert verify(conn, (events[2].seq, events[2].hash)).intact
+    assert verify_chain(conn, (last.seq, last.hash)) == event_log.ChainVerdict(
+        True, 5, 5, last.hash, ""
+    )
+    assert verify_chain(conn, (events[2].seq, events[2].hash)).intact
 
 
 def test_events_are_written_only_inside_a_transaction(conn: sqlite3.Connection) -> None:
     with pytest.raises(KeditError, match="outside a transaction"):
-        append(conn, AT, "k")
+        append_event(conn, AT, "k")
     assert conn.execute("SELECT count(*) FROM events").fetchone() == (0,)
 
 
 def test_an_event_goes_with_its_transaction(conn: sqlite3.Connection) -> None:
     first = filled(conn, 1)[0]
     conn.execute("BEGIN")
-    append(conn, AT, "lost")
+    append_event(conn, AT, "lost")
     conn.execute("ROLLBACK")
     conn.execute("BEGIN")
-    kept = append(conn, AT, "kept")
+    kept = append_event(conn, AT, "kept")
     conn.execute("COMMIT")
     assert (kept.seq, kept.previous) == (2, first.hash)
-    assert verify(conn, None).intact
+    assert verify_chain(conn, None).intact
 
 
 @pytest.mark.parametrize("column", ["at", "kind", "fact_id", "data", "previous", "hash"])
@@ -68,7 +72,7 @@ def test_an_event_goes_with_its_transaction(conn: sqlite3.Connection) -> None:
 def test_any_changed_column_is_found(conn: sqlite3.Connection, column: str, seq: int) -> None:
     filled(conn, 5)
     conn.execute(f"UPDATE events SET {column} = {column} || ' ' WHERE seq = ?", (seq,))
-    verdict = verify(conn, None)
+    verdict = verify_chain(conn, None)
     assert not verdict.intact
     assert verdict.problem.startswith(f"event {seq} ")
     assert verdict.head_seq == seq - 1
@@ -77,7 +81,7 @@ def test_any_changed_column_is_found(conn: sqlite3.Connection, column: str, seq:
 def test_a_removed_event_is_found(conn: sqlite3.Connection) -> None:
     filled(conn, 5)
     conn.execute("DELETE FROM events WHERE seq = 3")
-    assert verify(conn, None).problem == "event 3 is missing: event 4 follows event 2"
+    assert verify_chain(conn, None).problem == "event 3 is missing: event 4 follows event 2"
 
 
 def test_closing_the_gap_does_not_hide_a_removal(conn: sqlite3.Connection) -> None:
@@ -85,14 +89,14 @@ def test_closing_the_gap_does_not_hide_a_removal(conn: sqlite3.Connection) -> No
     conn.execute("DELETE FROM events WHERE seq = 3")
     conn.execute("UPDATE events SET seq = 3 WHERE seq = 4")
     conn.execute("UPDATE events SET seq = 4 WHERE seq = 5")
-    assert verify(conn, None).problem == "event 3 does not follow from the event before it"
+    assert verify_chain(conn, None).problem == "event 3 does not follow from the event before it"
 
 
 def test_a_cut_tail_is_found_against_a_kept_head_alone(conn: sqlite3.Connection) -> None:
     last = filled(conn, 5)[-1]
     conn.execute("DELETE FROM events WHERE seq > 3")
-    assert verify(conn, None).intact
-    verdict = verify(conn, (last.seq, last.hash))
+    assert verify_chain(conn, None).intact
+    verdict = verify_chain(conn, (last.seq, last.hash))
     assert not verdict.intact
     assert "after 3 are missing" in verdict.problem
 
@@ -102,19 +106,21 @@ def test_a_rewritten_history_is_found_against_a_kept_head(conn: sqlite3.Connecti
     conn.execute("DELETE FROM events")
     conn.execute("BEGIN")
     for _ in range(5):
-        append(conn, AT, "another story")
+        append_event(conn, AT, "another story")
     conn.execute("COMMIT")
-    assert verify(conn, None).intact
-    assert "rewritten" in verify(conn, (head.seq, head.hash)).problem
+    assert verify_chain(conn, None).intact
+    assert "rewritten" in verify_chain(conn, (head.seq, head.hash)).problem
 
 
 def test_figures_that_json_lacks_become_words(conn: sqlite3.Connection) -> None:
     conn.execute("BEGIN")
-    event = append(conn, AT, "audit", None, {"norm": {"a": float("nan"), "b": [float("-inf")]}})
+    event = append_event(
+        conn, AT, "audit", None, {"norm": {"a": float("nan"), "b": [float("-inf")]}}
+    )
     assert event.data == {"norm": {"a": "nan", "b": ["-inf"]}}
     stored = conn.execute("SELECT json_extract(data, '$.norm.a') FROM events").fetchone()
     assert stored == ("nan",)
-    assert verify(conn, None).intact
+    assert verify_chain(conn, None).intact
 
 
 values = st.recursive(
@@ -129,8 +135,8 @@ def test_whatever_is_written_verifies(data: list[dict[str, object]]) -> None:
     with closing(opened()) as conn:
         conn.execute("BEGIN")
         for item in data:
-            append(conn, AT, "k", None, item)
-        assert verify(conn, None).intact
+            append_event(conn, AT, "k", None, item)
+        assert verify_chain(conn, None).intact
 
 
 def test_the_head_is_kept_beside_the_database(conn: sqlite3.Connection, tmp_path: Path) -> None:

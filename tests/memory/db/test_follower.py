@@ -9,7 +9,7 @@ from editing_home import Clock, seat
 from memory.db.follower import Follower
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import State
+from memory.facts import FactState
 
 ROME, OSLO = seat(1, "Rome"), seat(2, "Oslo")
 
@@ -18,12 +18,12 @@ ROME, OSLO = seat(1, "Rome"), seat(2, "Oslo")
 def store(tmp_path: Path) -> Iterator[Store]:
     made = Store(tmp_path / "kedit.db", Clock())
     with made.transaction():
-        made.receive(ROME, "test.jsonl", False)
-        made.receive(OSLO, "test.jsonl", False)
-        made.put_shard(1, "aa", 1, 0.5)
-        made.put_side(ROME.id, 1, b"keys")
-        made.put_side(OSLO.id, 1, b"other keys")
-        made.move(ROME.id, State.LIVE_SIDE, tier="side")
+        made.receive_fact(ROME, "test.jsonl", False)
+        made.receive_fact(OSLO, "test.jsonl", False)
+        made.add_shard(1, "aa", 1, 0.5)
+        made.put_side_keys(ROME.id, 1, b"keys")
+        made.put_side_keys(OSLO.id, 1, b"other keys")
+        made.change_state(ROME.id, FactState.LIVE_SIDE, tier="side")
     yield made
     made.close()
 
@@ -36,46 +36,46 @@ def follower(store: Store, tmp_path: Path) -> Iterator[Follower]:
 
 
 def test_it_tells_whether_anyone_has_written(store: Store, follower: Follower) -> None:
-    assert [follower.changed(), follower.changed()] == [True, False]
+    assert [follower.has_changed(), follower.has_changed()] == [True, False]
     with store.transaction():
         store.set_meta("a", "b")
-    assert [follower.changed(), follower.changed()] == [True, False]
-    follower.look_again()
-    assert follower.changed()
+    assert [follower.has_changed(), follower.has_changed()] == [True, False]
+    follower.forget_version()
+    assert follower.has_changed()
 
 
 def test_only_facts_that_are_live_with_all_they_need_are_told(
     store: Store, follower: Follower
 ) -> None:
-    (row,) = follower.live_rows()
-    assert (row.fact_id, row.shard, row.file, row.threshold) == (ROME.id, 1, "aa", 0.5)
-    assert follower.live(ROME.id) == (ROME, b"keys")
+    (row,) = follower.list_live_rows()
+    assert (row.fact_id, row.shard_id, row.file_sha256, row.threshold) == (ROME.id, 1, "aa", 0.5)
+    assert follower.read_live_fact(ROME.id) == (ROME, b"keys")
     with store.transaction():
-        store.put_side(ROME.id, 1, b"newer keys")
-    assert follower.live_rows() != [row]
+        store.put_side_keys(ROME.id, 1, b"newer keys")
+    assert follower.list_live_rows() != [row]
     with store.transaction():
         store.drop_shard(1)
-    assert follower.live_rows() == []
+    assert follower.list_live_rows() == []
     with store.transaction():
-        store.drop_side(ROME.id)
+        store.drop_side_keys(ROME.id)
     with pytest.raises(KeditError, match="not in the side memory"):
-        follower.live(ROME.id)
+        follower.read_live_fact(ROME.id)
 
 
 def test_a_moment_stays_what_it_was(store: Store, follower: Follower) -> None:
-    with follower.moment():
-        before = follower.live_rows()
+    with follower.read_snapshot():
+        before = follower.list_live_rows()
         with store.transaction():
-            store.drop_side(ROME.id)
-        assert follower.live_rows() == before
-    assert follower.live_rows() == []
+            store.drop_side_keys(ROME.id)
+        assert follower.list_live_rows() == before
+    assert follower.list_live_rows() == []
 
 
 def test_it_reads_from_any_thread_and_never_writes(follower: Follower) -> None:
     found: list[bool] = []
-    reader = threading.Thread(target=lambda: found.append(follower.known(0)))
+    reader = threading.Thread(target=lambda: found.append(follower.has_generation(0)))
     reader.start()
     reader.join()
-    assert found == [True] and not follower.known(1)
+    assert found == [True] and not follower.has_generation(1)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         follower.conn.execute("DELETE FROM meta")

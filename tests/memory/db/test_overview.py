@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from reading_tools import TODAY, Days, fill
 
-from memory.db.overview import overview
+from memory.db.overview import fetch_overview
 from memory.db.queries import open_readonly
 from memory.db.store import JOB_OK, Store
-from memory.facts import State
+from memory.facts import FactState
 
 
 @pytest.fixture
@@ -23,9 +23,9 @@ def conn(tmp_path: Path) -> Iterator[sqlite3.Connection]:
 
 
 def test_the_overview_has_the_numbers(conn: sqlite3.Connection) -> None:
-    seen = overview(conn, TODAY)
+    seen = fetch_overview(conn, TODAY)
     assert seen["states"] == {
-        **dict.fromkeys(map(str, State), 0),
+        **dict.fromkeys(map(str, FactState), 0),
         "received": 1,
         "live-side": 1,
         "failed": 2,
@@ -47,7 +47,7 @@ def test_the_overview_has_the_numbers(conn: sqlite3.Connection) -> None:
 def test_the_overview_of_a_new_home_is_empty(tmp_path: Path) -> None:
     Store(tmp_path / "kedit.db", lambda: TODAY).close()
     with closing(open_readonly(tmp_path / "kedit.db")) as conn:
-        seen = overview(conn)
+        seen = fetch_overview(conn)
     assert seen["last_audit"] is None
     assert (seen["events"], seen["failed_today"], seen["side_bytes"]) == (0, 0, 0)
     assert (seen["pid"], seen["oldest_received_at"], seen["jobs"]) == (None, None, {})

@@ -29,7 +29,7 @@ def store(path: Path) -> Iterator[Store]:
 
 def received(store: Store, fact: Fact = EYRE) -> str:
     with store.transaction():
-        return store.receive(fact, "a.jsonl", False).id
+        return store.receive_fact(fact, "a.jsonl", False).id
 
 
 def test_tables_are_strict(store: Store) -> None:
@@ -54,7 +54,7 @@ def test_events_are_append_only(store: Store, statement: str, recursive: str) ->
     store.conn.execute(f"PRAGMA recursive_triggers={recursive}")
     with pytest.raises(sqlite3.IntegrityError, match="append-only"), store.transaction():
         store.conn.execute(statement)
-    assert event_log.verify(store.conn, None).events == 1
+    assert event_log.verify_chain(store.conn, None).events == 1
 
 
 @pytest.mark.parametrize("damage", ["page", "header", "cut"])
@@ -91,7 +91,7 @@ def test_what_a_crash_began_before_the_log_is_in_use_is_undone(path: Path) -> No
             shutil.copy(f"{path}{ending}", f"{crashed}{ending}")
         conn.execute("ROLLBACK")
     with closing(Store(crashed, lambda: datetime.now(UTC))) as store:
-        assert [f.id for f in store.facts()] == [EYRE.id]
+        assert [f.id for f in store.list_facts()] == [EYRE.id]
         assert (
             store.conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchall() == []
         )
@@ -111,10 +111,10 @@ def columns(path: Path) -> set[str]:
         return {row[1] for row in conn.execute("PRAGMA table_info(facts)")}
 
 
-def migrate(path: Path, *steps: schema.Step) -> None:
+def migrate(path: Path, *steps: schema.MigrationStep) -> None:
     with closing(Database(path, execute_plugins=False).conn) as conn:
         db = Database(conn, execute_plugins=False)
-        schema.prepare(db, path, (*schema.STEPS, *steps))
+        schema.migrate_database(db, path, (*schema.MIGRATION_STEPS, *steps))
 
 
 def test_a_new_database_needs_no_backup(store: Store, path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_backup_is_kept_before_a_migration(path: Path) -> None:
     backup = path.with_name("kedit.db.before-m002_next")
     assert "mood" not in columns(backup)
     with closing(Store(backup, lambda: datetime.now(UTC))) as store:
-        assert store.fact(fact_id) is not None
+        assert store.find_fact(fact_id) is not None
 
 
 def test_a_migration_that_fails_changes_nothing_and_can_be_tried_again(path: Path) -> None:

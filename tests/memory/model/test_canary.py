@@ -20,7 +20,7 @@ def perplexity(model: EditableModel) -> float:
     for line in LINES:
         ids = torch.tensor([model.encode(line)])
         with torch.no_grad():
-            said = model.model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            said = model.hf_model(input_ids=ids, use_cache=False).logits[0, :-1].log_softmax(-1)
         total -= float(said.gather(1, ids[0, 1:, None]).sum())
         count += ids.shape[1] - 1
     return math.exp(total / count)
@@ -32,7 +32,7 @@ def canary(model: EditableModel) -> Canary:
 
 
 def test_an_unedited_model_measures_as_its_own_base(model: EditableModel, canary: Canary) -> None:
-    health = canary.measure()
+    health = canary.measure_health()
     assert health.norm_ratio == {"1": 1.0, "2": 1.0}
     assert health.update_norm == {"1": 0.0, "2": 0.0}
     assert health.activation_ratio == {"1": 1.0, "2": 1.0}
@@ -45,12 +45,14 @@ def test_an_unedited_model_measures_as_its_own_base(model: EditableModel, canary
 def test_an_edit_shows_in_the_figures_of_its_layer(model: EditableModel, canary: Canary) -> None:
     delta = model.base_weight(2) * 0.5
     model.set_deltas({2: delta})
-    health = canary.measure()
+    health = canary.measure_health()
     assert health.norm_ratio == {"1": 1.0, "2": pytest.approx(1.5)}
     assert health.update_norm == {"1": 0.0, "2": pytest.approx(float(delta.norm()))}
     assert health.activation_ratio == {"1": 1.0, "2": pytest.approx(1.5, rel=1e-4)}
     assert health.perplexity == pytest.approx(perplexity(model), rel=1e-4)
-    assert health.perplexity_ratio == pytest.approx(health.perplexity / canary.baseline.perplexity)
+    assert health.perplexity_ratio == pytest.approx(
+        health.perplexity / canary.base_readings.perplexity
+    )
     assert health.perplexity_ratio != 1.0
 
 
@@ -59,7 +61,7 @@ def completed(model: EditableModel) -> list[int]:
     for statement in STATEMENTS:
         ids = torch.tensor([model.encode(statement)])
         with torch.no_grad():
-            found.append(int(model.model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
+            found.append(int(model.hf_model(input_ids=ids, use_cache=False).logits[0, -1].argmax()))
     return found
 
 
@@ -71,7 +73,7 @@ def test_agreement_is_the_share_of_statements_that_are_completed_as_before(
     now = completed(model)
     share = sum(a == b for a, b in zip(now, base, strict=True)) / len(base)
     assert 0 < share < 1
-    assert canary.measure().agreement == pytest.approx(share)
+    assert canary.measure_health().agreement == pytest.approx(share)
 
 
 def next_tokens(model: EditableModel) -> list[torch.Tensor]:
@@ -79,7 +81,7 @@ def next_tokens(model: EditableModel) -> list[torch.Tensor]:
     for statement in STATEMENTS:
         ids = torch.tensor([model.encode(statement)])
         with torch.no_grad():
-            logits = model.model(input_ids=ids, use_cache=False).logits[0, -1]
+            logits = model.hf_model(input_ids=ids, use_cache=False).logits[0, -1]
         found.append(logits.double().softmax(-1))
     return found
 
@@ -92,14 +94,14 @@ def test_kl_is_from_the_base_to_what_comes_after_the_statements_now(
     now = next_tokens(model)
     each = [float((p * (p / q).log()).sum()) for p, q in zip(base, now, strict=True)]
     assert max(each) > 2 * min(each) > 0
-    assert canary.measure().kl == pytest.approx(sum(each) / len(each), rel=1e-4)
+    assert canary.measure_health().kl == pytest.approx(sum(each) / len(each), rel=1e-4)
 
 
 def test_a_token_that_the_base_rules_out_adds_nothing_to_kl(model: EditableModel) -> None:
-    model.model.get_output_embeddings().register_forward_hook(_rule_out)
+    model.hf_model.get_output_embeddings().register_forward_hook(_rule_out)
     canary = Canary(model, LINES, [2], STATEMENTS)
     model.set_deltas({2: model.base_weight(2) * 0.3})
-    assert 0 < canary.measure().kl < math.inf
+    assert 0 < canary.measure_health().kl < math.inf
 
 
 def _rule_out(_module: object, _inputs: object, logits: torch.Tensor) -> torch.Tensor:
@@ -109,7 +111,7 @@ def _rule_out(_module: object, _inputs: object, logits: torch.Tensor) -> torch.T
 def test_without_statements_nothing_disagrees(model: EditableModel) -> None:
     canary = Canary(model, LINES, [2])
     model.set_deltas({2: model.base_weight(2) * 5})
-    health = canary.measure()
+    health = canary.measure_health()
     assert (health.agreement, health.kl) == (1.0, 0.0)
 
 
@@ -118,7 +120,7 @@ def test_the_baseline_is_of_the_base_also_when_read_on_an_edited_model(
 ) -> None:
     model.set_deltas({2: model.base_weight(2) * 0.5})
     edited = model.weights_hash([1, 2])
-    assert Canary(model, LINES, [1, 2], STATEMENTS).baseline == canary.baseline
+    assert Canary(model, LINES, [1, 2], STATEMENTS).base_readings == canary.base_readings
     assert model.weights_hash([1, 2]) == edited
 
 
@@ -129,7 +131,7 @@ def test_numbers_that_are_not_finite_are_noticed(
     delta = torch.zeros_like(model.base_weight(2))
     delta[0, 0] = bad
     model.set_deltas({2: delta})
-    health = canary.measure()
+    health = canary.measure_health()
     assert not health.finite
     assert not math.isfinite(health.norm_ratio["2"])
     assert not math.isfinite(health.perplexity)
@@ -140,10 +142,10 @@ def test_a_bad_entry_planted_in_memory_is_noticed(
     model: EditableModel, canary: Canary, bad: float
 ) -> None:
     model.set_deltas({2: torch.zeros_like(model.base_weight(2))})
-    assert canary.measure().finite
+    assert canary.measure_health().finite
     with torch.no_grad():
         model.weight(2)[3, 5] = bad  # behind the model's back
-    health = canary.measure()
+    health = canary.measure_health()
     assert not math.isfinite(health.norm_ratio["2"])
     assert not math.isfinite(health.update_norm["2"])
     assert not math.isfinite(health.kl)
@@ -154,19 +156,19 @@ def test_a_perplexity_beyond_all_numbers_is_infinite_and_no_error(
     model: EditableModel, canary: Canary
 ) -> None:
     with torch.no_grad():
-        model.model.get_output_embeddings().weight.mul_(1e5)
-    health = canary.measure()
+        model.hf_model.get_output_embeddings().weight.mul_(1e5)
+    health = canary.measure_health()
     assert health.perplexity == math.inf
     assert not health.finite
 
 
 def test_lines_too_short_to_say_anything_are_left_out(model: EditableModel, canary: Canary) -> None:
     again = Canary(model, [*LINES, "Rome", ""], [1, 2], STATEMENTS)
-    assert again.baseline == canary.baseline
+    assert again.base_readings == canary.base_readings
 
 
 def test_the_figures_are_json(canary: Canary) -> None:
-    figures = canary.measure().as_dict()
+    figures = canary.measure_health().as_dict()
     assert json.loads(json.dumps(figures, allow_nan=False)) == figures
     assert set(figures) == set(Health.__dataclass_fields__)
 
@@ -174,7 +176,7 @@ def test_the_figures_are_json(canary: Canary) -> None:
 @pytest.mark.parametrize("where", ["perplexity", "norm_ratio"])
 def test_the_figures_are_json_also_when_not_finite(canary: Canary, where: str) -> None:
     bad = {"perplexity": math.nan, "norm_ratio": {"1": math.inf}}
-    figures = Health(**{**vars(canary.measure()), where: bad[where]}).as_dict()
+    figures = Health(**{**vars(canary.measure_health()), where: bad[where]}).as_dict()
     json.dumps(figures, allow_nan=False)
 
 
@@ -182,6 +184,6 @@ def test_the_figures_are_json_also_when_not_finite(canary: Canary, where: str) -
 def test_other_layouts_measure_alike(kind: str, model_folder: Callable[[str], Path]) -> None:
     model = EditableModel.load(model_folder(kind), torch.device("cpu"))
     canary = Canary(model, LINES, [1])
-    assert canary.measure().perplexity == pytest.approx(perplexity(model), rel=1e-4)
+    assert canary.measure_health().perplexity == pytest.approx(perplexity(model), rel=1e-4)
     model.set_deltas({1: model.base_weight(1).clone()})
-    assert canary.measure().norm_ratio["1"] == pytest.approx(2.0)
+    assert canary.measure_health().norm_ratio["1"] == pytest.approx(2.0)

@@ -24,19 +24,19 @@ def test_the_files_hold_what_the_model_has(
 ) -> None:
     folder = model_folder(kind)
     files, model = Checkpoint(folder), EditableModel.load(folder, CPU)
-    assert files.layers == model.layers
-    every = range(model.layers)
+    assert files.layer_count == model.layer_count
+    every = range(model.layer_count)
     assert files.weights_hash(every, {}) == model.weights_hash(every)
     delta = {2: torch.randn(model.weight(2).shape)}
     model.set_deltas(delta)
     assert files.weights_hash(every, delta) == model.weights_hash(every)
     to = tmp_path / "copy"
     to.mkdir()
-    files.copy_beside(to)
-    files.copy_weights(to, {2: files.stored(2, files.edited(2, delta))})
+    files.copy_companions(to)
+    files.copy_weights(to, {2: files.to_stored_layout(2, files.read_edited_weight(2, delta))})
     again = EditableModel.load(to, CPU)
-    for name, tensor in model.model.state_dict().items():
-        assert torch.equal(tensor, again.model.state_dict()[name]), name
+    for name, tensor in model.hf_model.state_dict().items():
+        assert torch.equal(tensor, again.hf_model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -50,10 +50,10 @@ def test_only_the_edited_tensor_changes(
     before = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
     files = Checkpoint(folder)
-    weight = files.stored(1, files.weight(1) + 1e-4)
+    weight = files.to_stored_layout(1, files.read_weight(1) + 1e-4)
     files.copy_weights(tmp_path, {1: weight})
     after = load_file(tmp_path / "model.safetensors")
-    edited = files.places[1].tensor
+    edited = files.locations[1].tensor_name
     assert after.keys() == before.keys()
     assert torch.equal(after[edited], weight) and after[edited].dtype is torch.float32
     assert all(torch.equal(after[n], before[n]) for n in before if n != edited)
@@ -70,7 +70,7 @@ def test_what_stands_beside_the_weights_is_copied_and_nothing_else(
         (folder / path.name).write_bytes(path.read_bytes())
     for name in ("LICENSE", "modeling.py", "kedit.json", "pytorch_model.bin", "vocab.json"):
         (folder / name).write_text("{}")
-    Checkpoint(folder).copy_beside(to)
+    Checkpoint(folder).copy_companions(to)
     names = {p.name for p in to.iterdir()}
     assert {"config.json", "tokenizer.json", "LICENSE", "vocab.json"} <= names
     assert not {"modeling.py", "kedit.json", "pytorch_model.bin", "model.safetensors"} & names

@@ -1,6 +1,6 @@
 import torch
 
-from memory.model.device import multiplies_bfloat16, resolve_device
+from memory.model.device import has_fast_bfloat16, resolve_device
 
 
 def test_a_device_is_taken_by_name() -> None:
@@ -9,7 +9,7 @@ def test_a_device_is_taken_by_name() -> None:
 
 
 def test_a_device_without_instructions_for_bfloat16_says_so() -> None:
-    assert not multiplies_bfloat16(torch.device("meta"))
+    assert not has_fast_bfloat16(torch.device("meta"))
     able = torch.cpu.get_capabilities()
     wanted = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    assert multiplies_bfloat16(torch.device("cpu")) == wanted
+    assert has_fast_bfloat16(torch.device("cpu")) == wanted

@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, save_model
 from torch import Tensor
 
 from memory.errors import KeditError
-from memory.model.device import multiplies_bfloat16
+from memory.model.device import has_fast_bfloat16
 from memory.model.editable import EditableModel
 
 CPU = torch.device("cpu")
@@ -28,7 +28,7 @@ def two_rows(model: EditableModel) -> Tensor:
 
 def logits(model: EditableModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model.model(input_ids=ids, use_cache=False).logits
+        return model.hf_model(input_ids=ids, use_cache=False).logits
 
 
 def noise(model: EditableModel, layer: int, seed: int = 1) -> Tensor:
@@ -38,13 +38,13 @@ def noise(model: EditableModel, layer: int, seed: int = 1) -> Tensor:
 
 def test_an_output_is_the_weight_times_the_input(any_model: EditableModel) -> None:
     caught: list[tuple[Tensor, Tensor]] = []
-    with any_model.tap({1: lambda k, y: caught.append((k, y))}):
+    with any_model.tap_layers({1: lambda k, y: caught.append((k, y))}):
         logits(any_model, two_rows(any_model))
     ((inputs, outputs),) = caught
     weight = any_model.weight(1)
-    assert weight.shape[0] == any_model.hidden < weight.shape[1]
+    assert weight.shape[0] == any_model.hidden_size < weight.shape[1]
     assert inputs.shape[:2] == outputs.shape[:2] == two_rows(any_model).shape
-    bias = getattr(any_model._downs[1], "bias", None)
+    bias = getattr(any_model._down_projections[1], "bias", None)
     expected = inputs @ weight.T + (0 if bias is None else bias)
     assert torch.allclose(outputs, expected, atol=1e-5)
 
@@ -58,7 +58,7 @@ def test_a_tap_may_change_an_output_while_it_lasts(any_model: EditableModel) -> 
         moved[1, -1] += 3.0
         return moved
 
-    with any_model.tap({2: shift_last}):
+    with any_model.tap_layers({2: shift_last}):
         changed = logits(any_model, ids)
     assert torch.equal(changed[0], plain[0])
     assert torch.equal(changed[1, :-1], plain[1, :-1])
@@ -116,16 +116,16 @@ def test_the_ids_of_the_next_pass_are_heard_before_it_begins(any_model: Editable
 
     def hear(ids: torch.Tensor) -> None:
         heard.append(ids.tolist())
-        taps.enter_context(any_model.tap({0: lambda _k, _y: heard.append([])}))
+        taps.enter_context(any_model.tap_layers({0: lambda _k, _y: heard.append([])}))
 
     first, second = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
-    with torch.no_grad(), ExitStack() as taps, any_model.hearing(hear):
-        cache = any_model.model(input_ids=first, use_cache=True).past_key_values
+    with torch.no_grad(), ExitStack() as taps, any_model.observe_input_ids(hear):
+        cache = any_model.hf_model(input_ids=first, use_cache=True).past_key_values
         taps.close()
-        any_model.model(input_ids=second, past_key_values=cache, use_cache=True)
-    with torch.no_grad(), any_model.hearing(hear):
+        any_model.hf_model(input_ids=second, past_key_values=cache, use_cache=True)
+    with torch.no_grad(), any_model.observe_input_ids(hear):
         pass
-    any_model.model(input_ids=first, use_cache=False)
+    any_model.hf_model(input_ids=first, use_cache=False)
     assert heard == [first.tolist(), []]
 
 
@@ -133,8 +133,11 @@ def test_a_tap_sees_rows_and_tokens_each_time(any_model: EditableModel) -> None:
     seen: list[tuple[torch.Size, torch.Size]] = []
     for tokens in (3, 2):
         ids = torch.ones(2, tokens, dtype=torch.long)
-        with torch.no_grad(), any_model.tap({1: lambda k, y: seen.append((k.shape, y.shape))}):
-            any_model.model(input_ids=ids, use_cache=False)
+        with (
+            torch.no_grad(),
+            any_model.tap_layers({1: lambda k, y: seen.append((k.shape, y.shape))}),
+        ):
+            any_model.hf_model(input_ids=ids, use_cache=False)
     hidden, width = any_model.weight(1).shape
     assert seen == [((2, n, width), (2, n, hidden)) for n in (3, 2)]
 
@@ -164,35 +167,38 @@ def test_the_hash_does_not_depend_on_the_layout(model_folder: Folder) -> None:
 def test_a_targets_ids_continue_the_prompt(model: EditableModel, prompt: str, target: str) -> None:
     ids = model.encode_target(prompt, target)
     joint = prompt + target if prompt[-1].isspace() else f"{prompt} {target}"
-    assert model.end not in ids
+    assert model.end_token not in ids
     assert model.decode([*model.encode(prompt), *ids]) == joint
 
 
 def test_text_keeps_its_special_tokens_to_itself(model: EditableModel) -> None:
     ids = model.encode("Rome")
-    assert ids[0] == model.end == 0
+    assert ids[0] == model.end_token == 0
     assert model.decode(ids) == "Rome"
 
 
 def test_gradients_may_be_taken_from_lower_products_and_weights_stay(model: EditableModel) -> None:
     ids = torch.tensor([model.encode("Rome lies in Italy")])
-    start, before = model.model.get_input_embeddings()(ids), model.weights_hash(range(model.layers))
+    start, before = (
+        model.hf_model.get_input_embeddings()(ids),
+        model.weights_hash(range(model.layer_count)),
+    )
 
     def gradient() -> Tensor:
         free = start.clone().requires_grad_()
-        logits = model.model(inputs_embeds=free, use_cache=False).logits
+        logits = model.hf_model(inputs_embeds=free, use_cache=False).logits
         loss = logits.float().log_softmax(-1)[0, -1, 5]
         return torch.autograd.grad(loss, free)[0]
 
     exact = gradient()
-    with model.lowered():
+    with model.low_precision():
         low, again = gradient(), gradient()
     assert torch.equal(low, again)
     assert low.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(low.flatten(), exact.flatten(), dim=0) > 0.99
-    assert torch.equal(low, exact) == (not multiplies_bfloat16(model.device))
-    assert not any(p.requires_grad for p in model.model.parameters())
-    assert model.weights_hash(range(model.layers)) == before
+    assert torch.equal(low, exact) == (not has_fast_bfloat16(model.device))
+    assert not any(p.requires_grad for p in model.hf_model.parameters())
+    assert model.weights_hash(range(model.layer_count)) == before
     assert torch.equal(gradient(), exact)
 
 
@@ -222,6 +228,6 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 def test_an_answer_may_end_in_more_ways_than_one(
     model: EditableModel, named: int | list[int] | None, ends: set[int]
 ) -> None:
-    model.model.generation_config.eos_token_id = named
-    assert model.ends == ends
-    assert model.end == 0
+    model.hf_model.generation_config.eos_token_id = named
+    assert model.stop_tokens == ends
+    assert model.end_token == 0

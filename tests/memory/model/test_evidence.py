@@ -9,7 +9,7 @@ from tiny_models import SENTENCES
 
 from memory.model.canary import Canary
 from memory.model.editable import EditableModel
-from memory.model.evidence import Evidence, Examiner
+from memory.model.evidence import Evidence, EvidenceCollector
 from memory.model.spectra import linear_cka
 
 EDITED = (1, 2)
@@ -18,14 +18,16 @@ STATEMENTS = [" ".join(line.split()[: 5 + n % 2]) for n, line in enumerate(SENTE
 EVERY = ["0", "1", "2", "3"]
 
 
-def taken(examiner: Examiner, facts: int = 4) -> Evidence:
-    examiner.canary.measure()
-    return examiner.take(facts, examiner.model.weights_hash(EDITED), examiner.canary.seen)
+def taken(examiner: EvidenceCollector, facts: int = 4) -> Evidence:
+    examiner.canary.measure_health()
+    return examiner.collect_evidence(
+        facts, examiner.model.weights_hash(EDITED), examiner.canary.latest_readings
+    )
 
 
 @pytest.fixture
-def examiner(model: EditableModel) -> Examiner:
-    return Examiner(Canary(model, LINES, EDITED, STATEMENTS))
+def examiner(model: EditableModel) -> EvidenceCollector:
+    return EvidenceCollector(Canary(model, LINES, EDITED, STATEMENTS))
 
 
 def outer(model: EditableModel, *strengths: float) -> torch.Tensor:
@@ -40,7 +42,7 @@ def singular(matrix: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(matrix.detach().double())
 
 
-def test_an_unedited_model_is_like_its_base(examiner: Examiner) -> None:
+def test_an_unedited_model_is_like_its_base(examiner: EvidenceCollector) -> None:
     found = taken(examiner, facts=0)
     for name in ("update_per_root", "stable_rank", "effective_rank"):
         assert getattr(found, name) == {"1": 0, "2": 0}
@@ -51,7 +53,7 @@ def test_an_unedited_model_is_like_its_base(examiner: Examiner) -> None:
     assert found.activation_shift == {n: pytest.approx(0, abs=1e-9) for n in EVERY}
 
 
-def test_a_change_shows_in_the_spectra_of_its_matrix(examiner: Examiner) -> None:
+def test_a_change_shows_in_the_spectra_of_its_matrix(examiner: EvidenceCollector) -> None:
     model = examiner.model
     base = singular(model.weight(1))
     model.set_deltas({1: outer(model, 40.0, 20.0)})
@@ -65,7 +67,9 @@ def test_a_change_shows_in_the_spectra_of_its_matrix(examiner: Examiner) -> None
     assert found.effective_rank == {"1": pytest.approx(math.exp(entropy)), "2": 0}
 
 
-def test_the_shift_of_a_matrix_is_of_its_sixteen_strongest_directions(examiner: Examiner) -> None:
+def test_the_shift_of_a_matrix_is_of_its_sixteen_strongest_directions(
+    examiner: EvidenceCollector,
+) -> None:
     model = examiner.model
     base = torch.linalg.svd(model.weight(2).detach().double()).U[:, :16]
     model.set_deltas({2: outer(model, 9.0, 8.0, 7.0)})
@@ -79,8 +83,8 @@ def test_the_shift_of_a_matrix_is_of_its_sixteen_strongest_directions(examiner: 
 def outputs(model: EditableModel, text: str, layer: int) -> torch.Tensor:
     """What a layer's down projection gives (tokens, hidden), by itself."""
     caught: list[torch.Tensor] = []
-    with torch.no_grad(), model.tap({layer: lambda _k, y: caught.append(y[0].clone())}):
-        model.model(input_ids=torch.tensor([model.encode(text)]), use_cache=False)
+    with torch.no_grad(), model.tap_layers({layer: lambda _k, y: caught.append(y[0].clone())}):
+        model.hf_model(input_ids=torch.tensor([model.encode(text)]), use_cache=False)
     return caught[0]
 
 
@@ -88,7 +92,7 @@ def ends(model: EditableModel, layer: int) -> torch.Tensor:
     return torch.stack([outputs(model, s, layer)[-1] for s in STATEMENTS])
 
 
-def test_activations_of_every_layer_are_compared(examiner: Examiner) -> None:
+def test_activations_of_every_layer_are_compared(examiner: EvidenceCollector) -> None:
     model = examiner.model
 
     def norm(layer: int) -> float:
@@ -99,7 +103,7 @@ def test_activations_of_every_layer_are_compared(examiner: Examiner) -> None:
         centred = (activations - activations.mean(0)).double()
         return torch.linalg.svd(centred).Vh[:8].T
 
-    layers = range(model.layers)
+    layers = range(model.layer_count)
     base = [(norm(n), ends(model, n)) for n in layers]
     model.set_deltas({1: outer(model, 9.0, 8.0, 7.0)})
     found = taken(examiner)
@@ -115,14 +119,14 @@ def test_activations_of_every_layer_are_compared(examiner: Examiner) -> None:
 
 
 def test_the_base_is_the_unedited_model_also_when_first_asked_later(model: EditableModel) -> None:
-    early = Examiner(Canary(model, LINES, EDITED, STATEMENTS))
+    early = EvidenceCollector(Canary(model, LINES, EDITED, STATEMENTS))
     taken(early)
     model.set_deltas({1: outer(model, 9.0)})
-    late = Examiner(Canary(model, LINES, EDITED, STATEMENTS))
+    late = EvidenceCollector(Canary(model, LINES, EDITED, STATEMENTS))
     assert taken(late) == taken(early)
 
 
-def test_spectra_are_taken_again_when_the_weights_have_changed(examiner: Examiner) -> None:
+def test_spectra_are_taken_again_when_the_weights_have_changed(examiner: EvidenceCollector) -> None:
     model = examiner.model
     model.set_deltas({1: outer(model, 9.0)})
     first = taken(examiner, facts=4)
@@ -137,19 +141,23 @@ def test_spectra_are_taken_again_when_the_weights_have_changed(examiner: Examine
     assert taken(examiner).spectral_ratio["1"] == pytest.approx(3 * first.spectral_ratio["1"])
 
 
-def test_spectra_of_the_same_weights_are_not_taken_again(examiner: Examiner) -> None:
+def test_spectra_of_the_same_weights_are_not_taken_again(examiner: EvidenceCollector) -> None:
     model = examiner.model
     mark = model.weights_hash(EDITED)
-    before = examiner.take(1, mark, examiner.canary.seen)
+    before = examiner.collect_evidence(1, mark, examiner.canary.latest_readings)
     model.set_deltas({1: outer(model, 9.0)})
-    examiner.canary.measure()
-    after = examiner.take(1, mark, examiner.canary.seen)  # by a mark that tells of no change
+    examiner.canary.measure_health()
+    after = examiner.collect_evidence(
+        1, mark, examiner.canary.latest_readings
+    )  # by a mark that tells of no change
     assert after.spectral_ratio == before.spectral_ratio
     assert after.activation_cka != before.activation_cka
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_written_down_and_no_error(examiner: Examiner, bad: float) -> None:
+def test_what_is_not_finite_is_written_down_and_no_error(
+    examiner: EvidenceCollector, bad: float
+) -> None:
     model = examiner.model
     model.set_deltas({2: outer(model, 1.0)})
     taken(examiner)
@@ -167,13 +175,13 @@ def test_what_is_not_finite_is_written_down_and_no_error(examiner: Examiner, bad
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_too_few_statements_say_nothing_of_directions(model: EditableModel, count: int) -> None:
-    found = taken(Examiner(Canary(model, LINES, EDITED, STATEMENTS[:count])))
+    found = taken(EvidenceCollector(Canary(model, LINES, EDITED, STATEMENTS[:count])))
     assert (found.activation_cka, found.activation_shift) == ({}, {})
     assert set(found.activation_norm) == set(EVERY)
 
 
 def test_fewer_statements_are_compared_in_fewer_directions(model: EditableModel) -> None:
-    examiner = Examiner(Canary(model, LINES, EDITED, STATEMENTS[:9]))
+    examiner = EvidenceCollector(Canary(model, LINES, EDITED, STATEMENTS[:9]))
     taken(examiner)
     was = [ends(model, n)[:9] for n in range(4)]
     model.set_deltas({1: outer(model, 9.0)})
@@ -186,7 +194,7 @@ def test_fewer_statements_are_compared_in_fewer_directions(model: EditableModel)
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
 def test_other_layouts_are_examined_alike(kind: str, model_folder: Callable[[str], Path]) -> None:
     model = EditableModel.load(model_folder(kind), torch.device("cpu"))
-    examiner = Examiner(Canary(model, LINES, EDITED, STATEMENTS))
+    examiner = EvidenceCollector(Canary(model, LINES, EDITED, STATEMENTS))
     model.set_deltas({1: model.base_weight(1) * 0.5})
     found = taken(examiner)
     assert found.spectral_ratio["1"] == pytest.approx(1.5)

@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, make_tokenizer, save_model
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.model.generate import MAX_ROWS, answers, first_sentence
+from memory.model.generate import MAX_BATCH_ROWS, cut_first_sentence, generate_answers
 
 PROMPTS = ["The seat of country 1 is", "Rome", "It is", "The seat of country 22 is Oslo and"]
 
@@ -37,7 +37,7 @@ PROMPTS = ["The seat of country 1 is", "Rome", "It is", "The seat of country 22 
     ],
 )
 def test_an_answer_ends_at_its_natural_stop(text: str, sentence: str) -> None:
-    assert first_sentence(text) == sentence
+    assert cut_first_sentence(text) == sentence
 
 
 def greedy(model: EditableModel, prompt: str, tokens: int) -> str:
@@ -46,12 +46,12 @@ def greedy(model: EditableModel, prompt: str, tokens: int) -> str:
     said: list[int] = []
     for _ in range(tokens):
         with torch.no_grad():
-            out = model.model(input_ids=torch.tensor([[*ids, *said]]), use_cache=False)
+            out = model.hf_model(input_ids=torch.tensor([[*ids, *said]]), use_cache=False)
         token = int(out.logits[0, -1].argmax())
-        if token == model.end:
+        if token == model.end_token:
             break
         said.append(token)
-    return first_sentence(model.decode(said))
+    return cut_first_sentence(model.decode(said))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -59,23 +59,25 @@ def test_answers_are_greedy_and_in_the_order_of_the_prompts(
     kind: str, model_folder: Callable[[str], Path]
 ) -> None:
     model = EditableModel.load(model_folder(kind), torch.device("cpu"))
-    assert answers(model, PROMPTS, 6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert generate_answers(model, PROMPTS, 6) == [greedy(model, prompt, 6) for prompt in PROMPTS]
 
 
 def test_an_answer_does_not_depend_on_its_company(model: EditableModel) -> None:
     prompts = [f"The seat of country {n} is" for n in range(10, 20)] + PROMPTS
-    assert answers(model, prompts, 6) == [answers(model, [p], 6)[0] for p in prompts]
+    assert generate_answers(model, prompts, 6) == [
+        generate_answers(model, [p], 6)[0] for p in prompts
+    ]
 
 
 def test_no_prompts_no_answers(model: EditableModel) -> None:
-    assert answers(model, [], 5) == []
+    assert generate_answers(model, [], 5) == []
 
 
 def chain(folder: Path, *tokens: int) -> EditableModel:
     """A model that says each of the tokens after the one before it, and knows nothing else."""
     save_model("gpt2", folder, tie_word_embeddings=False)
     model = EditableModel.load(folder, torch.device("cpu"))
-    body, head = model.model.transformer, model.model.lm_head.weight
+    body, head = model.hf_model.transformer, model.hf_model.lm_head.weight
     with torch.no_grad():
         for name, parameter in body.named_parameters():
             if "c_proj" in name or "wpe" in name:
@@ -102,40 +104,40 @@ def test_decoding_ends_where_the_answer_does(
     start, *said = tokenizer(" is" + text, add_special_tokens=False)["input_ids"]
     model = chain(tmp_path / "chain", start, *said, 0)
     seen: list[int] = []
-    with model.tap({0: lambda k, _y: seen.append(k.shape[1])}):
-        assert answers(model, ["It is"], most) == [answer]
+    with model.tap_layers({0: lambda k, _y: seen.append(k.shape[1])}):
+        assert generate_answers(model, ["It is"], most) == [answer]
     assert len(seen) == passes
     assert set(seen[1:]) <= {1}  # from the cache: one token a step
 
 
 def test_a_row_stops_at_the_end_of_text(model: EditableModel) -> None:
-    head = model.model.get_output_embeddings().weight
+    head = model.hf_model.get_output_embeddings().weight
     with torch.no_grad():
         head.zero_()  # every token is as likely as any other, and the first one is the end
-    assert answers(model, PROMPTS, 50) == [""] * len(PROMPTS)
+    assert generate_answers(model, PROMPTS, 50) == [""] * len(PROMPTS)
 
 
 def test_a_row_stops_at_the_end_of_a_turn(tmp_path: Path) -> None:
     start, *said = make_tokenizer()(" is Rome Oslo", add_special_tokens=False)["input_ids"]
     model = chain(tmp_path / "chain", start, *said, 0)
-    model.model.generation_config.eos_token_id = [0, said[-1]]
-    assert answers(model, ["It is"], 10) == ["Rome"]
+    model.hf_model.generation_config.eos_token_id = [0, said[-1]]
+    assert generate_answers(model, ["It is"], 10) == ["Rome"]
 
 
 def test_every_group_runs_under_the_overlay_and_is_told_its_places(model: EditableModel) -> None:
-    prompts = ["Rome"] * (MAX_ROWS + 3) + ["The seat of country 1 is"]
+    prompts = ["Rome"] * (MAX_BATCH_ROWS + 3) + ["The seat of country 1 is"]
     opened: list[list[int]] = []
     shapes: list[tuple[int, int]] = []
 
     @contextmanager
     def overlay(places: list[int]) -> Iterator[None]:
         opened.append(places)
-        with model.tap({0: lambda k, _y: shapes.append((len(places), k.shape[0]))}):
+        with model.tap_layers({0: lambda k, _y: shapes.append((len(places), k.shape[0]))}):
             yield
 
-    answers(model, prompts, 2, overlay)
+    generate_answers(model, prompts, 2, overlay)
     assert sorted(place for places in opened for place in places) == list(range(len(prompts)))
-    assert max(len(places) for places in opened) == MAX_ROWS
+    assert max(len(places) for places in opened) == MAX_BATCH_ROWS
     assert all(told == rows for told, rows in shapes)
     for places in opened:
         assert len({prompts[place] for place in places}) == 1
@@ -145,7 +147,7 @@ def test_rows_that_find_no_memory_together_are_run_in_halves_and_that_is_told(
     model: EditableModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     prompts = [f"The seat of country {n} is" for n in range(7)]
-    calm, rows = answers(model, prompts, 5), list[int]()
+    calm, rows = generate_answers(model, prompts, 5), list[int]()
 
     def room_for_two(_model: object, _args: object, given: dict[str, torch.Tensor]) -> None:
         rows.append(len(given["input_ids"]))
@@ -153,13 +155,13 @@ def test_rows_that_find_no_memory_together_are_run_in_halves_and_that_is_told(
             raise torch.OutOfMemoryError("no room")
 
     most = 2
-    handle = model.model.register_forward_pre_hook(room_for_two, with_kwargs=True)
+    handle = model.hf_model.register_forward_pre_hook(room_for_two, with_kwargs=True)
     try:
-        assert answers(model, prompts, 5) == calm
+        assert generate_answers(model, prompts, 5) == calm
         assert max(rows) == 7
         assert "7 answers are made in halves" in caplog.messages[0]
         most = 0
         with pytest.raises(KeditError, match="no memory left"):
-            answers(model, prompts, 5)
+            generate_answers(model, prompts, 5)
     finally:
         handle.remove()

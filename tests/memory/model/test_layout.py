@@ -7,7 +7,7 @@ import torch
 from tiny_models import ARCHITECTURES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memory.model.layout import find_downs
+from memory.model.layout import find_down_projections
 
 DOWN = {
     "gpt2": "transformer.h.3.mlp.c_proj",
@@ -26,6 +26,6 @@ def test_a_model_without_weights_shows_where_they_would_be(
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     names = {module: name for name, module in model.named_modules()}
-    blocks, downs = find_downs(model)
+    blocks, downs = find_down_projections(model)
     assert len(blocks) == len(downs) == 4
     assert names[downs[3]] == DOWN.get(kind, "model.layers.3.mlp.down_proj")

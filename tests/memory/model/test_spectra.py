@@ -8,8 +8,8 @@ from memory.model.spectra import (
     linear_cka,
     singular_values,
     stable_rank,
-    strongest,
     subspace_shift,
+    top_singular_directions,
 )
 
 
@@ -48,7 +48,7 @@ def test_nothing_has_no_rank() -> None:
 def test_what_is_not_finite_gives_nan_and_no_error(shape: tuple[int, int], bad: float) -> None:
     matrix = torch.ones(shape)
     matrix[1, 2] = bad
-    values, basis = strongest(matrix, 2)
+    values, basis = top_singular_directions(matrix, 2)
     assert (values.shape, basis.shape) == ((2,), (shape[0], 2))
     shift = subspace_shift(basis, torch.eye(shape[0])[:, :2])
     figures = (*ranks(matrix), float(values[0]), shift, linear_cka(matrix, torch.eye(*shape)))
@@ -59,17 +59,17 @@ def test_what_is_not_finite_gives_nan_and_no_error(shape: tuple[int, int], bad: 
 def test_a_subspace_is_what_is_written_strongest(tall: bool) -> None:
     matrix = torch.zeros(5, 4 if tall else 7)
     matrix[3, 0], matrix[1, 2], matrix[0, 3] = 5.0, -4.0, 0.5
-    values, basis = strongest(matrix, 2)
+    values, basis = top_singular_directions(matrix, 2)
     assert values.tolist() == pytest.approx([5, 4])
     assert basis.abs().tolist() == [pytest.approx(row) for row in torch.eye(5)[:, [3, 1]].tolist()]
 
 
 @pytest.mark.parametrize("tall", [False, True])
 def test_a_basis_is_orthonormal_also_where_fewer_directions_are_written(tall: bool) -> None:
-    values, basis = strongest(made_of(3.0, tall=tall), 4)
+    values, basis = top_singular_directions(made_of(3.0, tall=tall), 4)
     assert values.tolist() == pytest.approx([3, 0, 0, 0], abs=1e-6)
     assert torch.allclose(basis.mT @ basis, torch.eye(4, dtype=torch.float64), atol=1e-9)
-    assert strongest(torch.eye(3), 5)[1].shape == (3, 3)
+    assert top_singular_directions(torch.eye(3), 5)[1].shape == (3, 3)
 
 
 def test_a_shift_is_the_share_of_the_directions_that_left() -> None:

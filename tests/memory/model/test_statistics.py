@@ -9,7 +9,14 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.model.statistics import FIRST, MAX_TOKENS, LayerStatistics, collect, pack, unpack
+from memory.model.statistics import (
+    FIRST_POSITION,
+    ROW_TOKENS,
+    LayerStatistics,
+    collect_statistics,
+    pack_statistics,
+    unpack_statistics,
+)
 
 LINES = SENTENCES[:90]
 
@@ -19,8 +26,8 @@ def rows(model: EditableModel) -> list[list[int]]:
     found, row = [], []
     for line in LINES:
         row = row + model.encode(line)
-        if len(row) >= MAX_TOKENS:
-            found.append(row[:MAX_TOKENS])
+        if len(row) >= ROW_TOKENS:
+            found.append(row[:ROW_TOKENS])
             row = []
     return found
 
@@ -31,10 +38,10 @@ def direct(model: EditableModel, layer: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         for row in rows(model):
             caught: list[tuple[Tensor, Tensor]] = []
-            with model.tap({layer: lambda k, y, to=caught: to.append((k[0], y[0]))}):
-                model.model(input_ids=torch.tensor([row]), use_cache=False)
-            keys.append(caught[0][0][FIRST:])
-            values.append(caught[0][1][FIRST:])
+            with model.tap_layers({layer: lambda k, y, to=caught: to.append((k[0], y[0]))}):
+                model.hf_model(input_ids=torch.tensor([row]), use_cache=False)
+            keys.append(caught[0][0][FIRST_POSITION:])
+            values.append(caught[0][1][FIRST_POSITION:])
     return torch.cat(keys).double(), torch.cat(values).double()
 
 
@@ -43,20 +50,20 @@ def test_they_are_what_a_direct_computation_gives(
     kind: str, model_folder: Callable[[str], Path]
 ) -> None:
     model = EditableModel.load(model_folder(kind), torch.device("cpu"))
-    measured = collect(model, LINES, [1, 3])
+    measured = collect_statistics(model, LINES, [1, 3])
     assert len(rows(model)) > 1
     assert list(measured) == [1, 3]
     for layer, found in measured.items():
         keys, values = direct(model, layer)
         covariance = (keys.T @ keys / len(keys)).float()
         assert torch.allclose(found.covariance, covariance, rtol=1e-4, atol=1e-7)
-        assert torch.allclose(found.mean, values.mean(0).float(), rtol=1e-4, atol=1e-6)
-        assert found.norm == pytest.approx(float(values.norm(dim=1).median()), rel=1e-5)
-        assert found.covariance.dtype is found.mean.dtype is torch.float32
+        assert torch.allclose(found.output_mean, values.mean(0).float(), rtol=1e-4, atol=1e-6)
+        assert found.median_norm == pytest.approx(float(values.norm(dim=1).median()), rel=1e-5)
+        assert found.covariance.dtype is found.output_mean.dtype is torch.float32
 
 
 def test_the_covariance_is_symmetric_and_has_no_negative_direction(model: EditableModel) -> None:
-    covariance = collect(model, LINES, [2])[2].covariance.double()
+    covariance = collect_statistics(model, LINES, [2])[2].covariance.double()
     assert torch.allclose(covariance, covariance.T, atol=1e-7)
     values = torch.linalg.eigvalsh(covariance)
     assert float(values.min()) > -1e-6 * float(values.max())
@@ -65,27 +72,30 @@ def test_the_covariance_is_symmetric_and_has_no_negative_direction(model: Editab
 def test_measuring_again_gives_the_same_bits_and_leaves_the_model_alone(
     model: EditableModel,
 ) -> None:
-    layers = range(model.layers)
+    layers = range(model.layer_count)
     before = model.weights_hash(layers)
-    first, second = collect(model, LINES, [0]), collect(model, LINES, [0])
+    first, second = collect_statistics(model, LINES, [0]), collect_statistics(model, LINES, [0])
     assert torch.equal(first[0].covariance, second[0].covariance)
-    assert first[0].norm == second[0].norm
+    assert first[0].median_norm == second[0].median_norm
     assert model.weights_hash(layers) == before
 
 
 def test_a_layer_that_is_only_read_goes_without_a_covariance(model: EditableModel) -> None:
-    full, found = collect(model, LINES, range(3)), collect(model, LINES, [1], [0, 1, 2])
+    full, found = (
+        collect_statistics(model, LINES, range(3)),
+        collect_statistics(model, LINES, [1], [0, 1, 2]),
+    )
     assert list(found) == [0, 1, 2]
     assert [len(found[n].covariance) for n in found] == [0, model.weight(1).shape[1], 0]
     assert torch.equal(found[1].covariance, full[1].covariance)
     for n in found:
-        assert torch.equal(found[n].mean, full[n].mean)
-        assert found[n].norm == full[n].norm
+        assert torch.equal(found[n].output_mean, full[n].output_mean)
+        assert found[n].median_norm == full[n].median_norm
 
 
 def test_too_little_text_is_refused(model: EditableModel) -> None:
     with pytest.raises(KeditError) as caught:
-        collect(model, LINES[:2], [2])
+        collect_statistics(model, LINES[:2], [2])
     assert caught.value.code == "statistics"
 
 
@@ -97,14 +107,16 @@ def test_every_line_is_told_to_the_progress(model: EditableModel) -> None:
             seen.append(line)
             yield line
 
-    found = collect(model, LINES, [2], progress=progress)[2]
+    found = collect_statistics(model, LINES, [2], progress=progress)[2]
     assert isinstance(found, LayerStatistics)
     assert seen == LINES
 
 
 def returned(covariance: Tensor) -> Tensor:
     """A covariance, packed and unpacked."""
-    return unpack(pack({0: LayerStatistics(covariance, torch.zeros(4), 1.0)}))[0].covariance
+    return unpack_statistics(
+        pack_statistics({0: LayerStatistics(covariance, torch.zeros(4), 1.0)})
+    )[0].covariance
 
 
 def covariance_of(keys: Tensor) -> Tensor:
@@ -124,14 +136,14 @@ def test_what_is_packed_comes_back_layer_by_layer() -> None:
         5: LayerStatistics(torch.zeros(0, 0), torch.randn(6), 0.5),
         2: LayerStatistics(covariance_of(torch.randn(50, 8)), torch.randn(6), 1.5),
     }
-    found = unpack(pack(given))
+    found = unpack_statistics(pack_statistics(given))
     assert list(found) == [2, 5, 12]
     for n, layer in given.items():
-        assert torch.equal(found[n].mean, layer.mean)
-        assert found[n].norm == layer.norm
+        assert torch.equal(found[n].output_mean, layer.output_mean)
+        assert found[n].median_norm == layer.median_norm
         assert found[n].covariance.shape == layer.covariance.shape
         assert torch.allclose(found[n].covariance, layer.covariance, atol=0.02)
-        assert found[n].covariance.dtype is found[n].mean.dtype is torch.float32
+        assert found[n].covariance.dtype is found[n].output_mean.dtype is torch.float32
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
@@ -154,7 +166,7 @@ def test_each_column_of_the_factor_has_a_scale_of_its_own() -> None:
 
 
 def test_a_measured_covariance_is_near_what_was_measured(model: EditableModel) -> None:
-    for layer in collect(model, LINES, range(4)).values():
+    for layer in collect_statistics(model, LINES, range(4)).values():
         assert off(layer.covariance) < 0.1
 
 
@@ -182,7 +194,7 @@ def test_a_covariance_that_rounding_left_indefinite_is_lifted_as_far_as_it_needs
 def test_a_covariance_takes_half_a_byte_an_entry() -> None:
     width = 512
     keys = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
-    size = len(pack({3: LayerStatistics(covariance_of(keys), torch.zeros(8), 1.0)}))
+    size = len(pack_statistics({3: LayerStatistics(covariance_of(keys), torch.zeros(8), 1.0)}))
     assert width**2 / 2 < size < 0.52 * width**2
 
 
@@ -195,5 +207,5 @@ def test_what_is_no_covariance_is_refused(value: float) -> None:
 
 def test_an_older_form_is_told_from_this_one() -> None:
     with pytest.raises(KeditError) as caught:
-        unpack(save({"1/covariance": torch.zeros(3), "1/mean": torch.zeros(2)}))
+        unpack_statistics(save({"1/covariance": torch.zeros(3), "1/mean": torch.zeros(2)}))
     assert (caught.value.code, bool(caught.value.hint)) == ("statistics", True)

@@ -22,9 +22,17 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.model.generate import answers
+from memory.model.generate import generate_answers
 from memory.side.index import KeyIndex
-from memory.side.side_memory import Gates, Keys, Match, Shard, SideMemory, fact_id_of, number_of
+from memory.side.side_memory import (
+    RetrievalKeys,
+    RoutingGates,
+    RoutingMatch,
+    Shard,
+    SideMemory,
+    to_fact_id,
+    to_fact_number,
+)
 
 LONGER = f"{FIRST} Rome. It is"  # names the subject of FIRST, and asks something else
 
@@ -34,11 +42,11 @@ def gate(side: SideMemory, **changes: float) -> None:
 
 
 def looked(side: SideMemory, prompt: str) -> list[str]:
-    return side.candidates(side.model.encode(prompt), read(side.model, prompt)[0])
+    return side.find_candidates(side.model.encode(prompt), read(side.model, prompt)[0])
 
 
-def match_of(side: SideMemory, prompt: str) -> Match | None:
-    return side.route(side.named(side.model.encode(prompt)), *read(side.model, prompt))
+def match_of(side: SideMemory, prompt: str) -> RoutingMatch | None:
+    return side.route_row(side.find_named(side.model.encode(prompt)), *read(side.model, prompt))
 
 
 def fired(side: SideMemory, prompt: str) -> str | None:
@@ -46,8 +54,8 @@ def fired(side: SideMemory, prompt: str) -> str | None:
     return match.fact_id if match else None
 
 
-def said(side: SideMemory, prompts: list[str], found: list[Match | None]) -> list[str]:
-    return answers(side.model, prompts, 6, lambda _places: side.overlay(found))
+def said(side: SideMemory, prompts: list[str], found: list[RoutingMatch | None]) -> list[str]:
+    return generate_answers(side.model, prompts, 6, lambda _places: side.overlay_matches(found))
 
 
 def batch(model: EditableModel, prompts: list[str]) -> Tensor:
@@ -56,26 +64,30 @@ def batch(model: EditableModel, prompts: list[str]) -> Tensor:
 
 def test_ids_and_numbers_are_one_another() -> None:
     for fact_id in (ONE, TWO, "00a1b2c3d4e5"):
-        assert fact_id_of(number_of(fact_id)) == fact_id
-    assert number_of(TWO) < 2**63
+        assert to_fact_id(to_fact_number(fact_id)) == fact_id
+    assert to_fact_number(TWO) < 2**63
 
 
 def test_keys_are_centred_at_their_layer_and_of_unit_length(model: EditableModel) -> None:
     side = side_of(model, {})
     for layer in (KEY, LAYER):
         centre = side.centres[layer]
-        keys = side.key(layer, torch.stack([centre + torch.ones(model.hidden), centre * 3]))
+        keys = side.compute_keys(
+            layer, torch.stack([centre + torch.ones(model.hidden_size), centre * 3])
+        )
         assert torch.allclose(keys.norm(dim=1), torch.ones(2))
-        assert torch.allclose(keys[0] * model.hidden**0.5, torch.ones(model.hidden), atol=1e-5)
+        assert torch.allclose(
+            keys[0] * model.hidden_size**0.5, torch.ones(model.hidden_size), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("key_layer", [LAYER, LAYER + 1])
 def test_a_key_layer_that_is_not_below_the_side_layer_is_refused(
     model: EditableModel, key_layer: int
 ) -> None:
-    centres = {n: torch.zeros(model.hidden) for n in range(model.layers)}
+    centres = {n: torch.zeros(model.hidden_size) for n in range(model.layer_count)}
     with pytest.raises(KeditError, match="not below") as caught:
-        SideMemory(model, Gates(key_layer, LAYER, 0.9, 0.9, 0.9), centres)
+        SideMemory(model, RoutingGates(key_layer, LAYER, 0.9, 0.9, 0.9), centres)
     assert (caught.value.code, caught.value.exit_code) == ("unsupported", 78)
 
 
@@ -87,7 +99,7 @@ def test_a_fact_fires_at_its_prompt_alone(model: EditableModel) -> None:
     delta = side.shards[2].delta
     distance = float((delta.up @ delta.down @ inputs).norm())
     assert match is not None
-    assert (match.shard, match.score) == (2, pytest.approx(1, abs=1e-5))
+    assert (match.shard_id, match.score) == (2, pytest.approx(1, abs=1e-5))
     assert match.margin == pytest.approx(distance / 1e-3, rel=1e-5)
 
 
@@ -103,10 +115,10 @@ def test_a_subject_is_looked_for_at_every_token(model: EditableModel) -> None:
 
 def test_the_subject_gate_alone_may_say_no(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST}, end=-1.0)
-    side.put(
+    side.add_fact(
         ONE, 1, keys_of(side, FIRST), "seat of country", unnamed=False
     )  # both prompts name that
-    key = side.key(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
+    key = side.compute_keys(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
     gate(side, subject=float(key.max()) - 1e-3)
     assert fired(side, SECOND) == ONE
     gate(side, subject=float(key.max()) + 1e-3)
@@ -118,7 +130,7 @@ def test_a_named_fact_fires_where_its_subject_is_named_and_nowhere_else(
 ) -> None:
     side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
     assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, ONE]
-    side.put(ONE, 1, keys_of(side, FIRST), "Country 11", unnamed=False)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), "Country 11", unnamed=False)
     assert [fired(side, p) for p in (*PROMPTS, LONGER)] == [ONE, None, None, ONE]
     assert fired(side, "It rained. THE SEAT OF COUNTRY 11, is") == ONE
     gate(side, unnamed=1.1)  # not asked of it
@@ -131,7 +143,7 @@ def test_facts_on_one_subject_do_not_crowd_one_another_out(model: EditableModel)
     side = side_of(model, {}, subject=0.999, end=-1.0)
     ids = [f"{n:012x}" for n in range(1, 41)]
     for fact_id in ids:
-        side.put(fact_id, 1, keys_of(side, FIRST), "country 11", unnamed=False)
+        side.add_fact(fact_id, 1, keys_of(side, FIRST), "country 11", unnamed=False)
     assert sorted(looked(side, FIRST)) == ids
 
 
@@ -139,7 +151,7 @@ def test_a_fact_with_an_unnamed_prompt_has_the_gate_of_names_where_it_is_named(
     model: EditableModel,
 ) -> None:
     side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
-    side.put(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=True)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=True)
     gate(side, unnamed=1.1)
     assert [fired(side, p) for p in (FIRST, SECOND)] == [ONE, None]
     gate(side, unnamed=-1.0)
@@ -158,7 +170,7 @@ def searches(side: SideMemory, monkeypatch: pytest.MonkeyPatch) -> list[KeyIndex
 
         return counted
 
-    for ask in (KeyIndex.near, KeyIndex.those_near):
+    for ask in (KeyIndex.find_near, KeyIndex.filter_near):
         monkeypatch.setattr(KeyIndex, ask.__name__, counting(ask))
     return found
 
@@ -168,14 +180,14 @@ def test_a_prompt_that_names_no_subject_is_not_looked_up(
 ) -> None:
     side = side_of(model, {ONE: FIRST, TWO: SECOND}, subject=-1.0, end=-1.0)
     for fact_id, prompt in ((ONE, FIRST), (TWO, SECOND)):
-        side.put(fact_id, 1, keys_of(side, prompt), prompt[-13:-3], unnamed=False)
+        side.add_fact(fact_id, 1, keys_of(side, prompt), prompt[-13:-3], unnamed=False)
     found = searches(side, monkeypatch)
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
-    assert found == [side.index] * 2
-    side.put(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
+    assert found == [side.key_index] * 2
+    side.add_fact(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
     assert fired(side, PROMPTS[2]) == TWO
-    assert len(found) == 3 and found[2] is not side.index and len(found[2]) == 1
-    side.drop(TWO)
+    assert len(found) == 3 and found[2] is not side.key_index and len(found[2]) == 1
+    side.remove_fact(TWO)
     assert fired(side, PROMPTS[2]) is None
     assert len(found) == 3
 
@@ -186,7 +198,7 @@ def test_nothing_is_searched_where_something_else_is_asked(
 ) -> None:
     side = side_of(model, {}, subject=-1.0)
     side.shards[1] = Shard(delta_of(model, 1), 1e-3)
-    side.put(ONE, 1, keys_of(side, FIRST), "" if unnamed else "country 11", unnamed=unnamed)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), "" if unnamed else "country 11", unnamed=unnamed)
     found = searches(side, monkeypatch)
     assert looked(side, LONGER) == [ONE]
     assert len(found) == 1
@@ -199,21 +211,21 @@ def test_nothing_is_searched_where_something_else_is_asked(
 def test_facts_that_need_not_be_named_come_and_go(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     assert [fired(side, p) for p in PROMPTS] == [ONE, None, None]
-    side.put(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
+    side.add_fact(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
-    side.put(TWO, 1, keys_of(side, PROMPTS[2]), "", unnamed=True)
+    side.add_fact(TWO, 1, keys_of(side, PROMPTS[2]), "", unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [ONE, None, TWO]
-    side.drop(ONE)
+    side.remove_fact(ONE)
     assert [fired(side, p) for p in PROMPTS] == [None, None, TWO]
 
 
 def test_facts_that_are_named_do_not_crowd_out_one_that_is_not(model: EditableModel) -> None:
     side = side_of(model, {TWO: FIRST}, end=-1.0)
     for n in range(1, 41):
-        side.put(f"{n:012x}", 1, keys_of(side, FIRST), f"town {n}", unnamed=False)
+        side.add_fact(f"{n:012x}", 1, keys_of(side, FIRST), f"town {n}", unnamed=False)
     assert looked(side, FIRST) == [TWO]
     assert fired(side, FIRST) == TWO
-    side.put(TWO, 1, keys_of(side, FIRST), "", unnamed=False)
+    side.add_fact(TWO, 1, keys_of(side, FIRST), "", unnamed=False)
     assert fired(side, FIRST) is None
 
 
@@ -221,7 +233,7 @@ def test_a_fact_that_leaves_its_subject_unnamed_has_a_gate_of_its_own(
     model: EditableModel,
 ) -> None:
     side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
-    key = side.key(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
+    key = side.compute_keys(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
     gate(side, unnamed=float(key.max()) - 1e-3)
     assert fired(side, SECOND) == ONE
     gate(side, unnamed=float(key.max()) + 1e-3)
@@ -240,8 +252,8 @@ def test_the_end_gate_alone_may_say_no(model: EditableModel) -> None:
 def test_the_nearest_of_a_facts_keys_counts(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     pair = [keys_of(side, FIRST), keys_of(side, SECOND)]
-    joint = Keys(torch.cat([k.subject for k in pair]), torch.cat([k.end for k in pair]))
-    side.put(ONE, 1, joint, "", unnamed=True)
+    joint = RetrievalKeys(torch.cat([k.subject for k in pair]), torch.cat([k.end for k in pair]))
+    side.add_fact(ONE, 1, joint, "", unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, None]
 
 
@@ -268,53 +280,53 @@ def test_a_fact_whose_shard_says_no_leaves_room_for_the_next(model: EditableMode
 
 def test_a_dropped_fact_never_fires(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST, TWO: SECOND})
-    side.drop(ONE)
-    side.drop(ONE)
+    side.remove_fact(ONE)
+    side.remove_fact(ONE)
     assert [fired(side, p) for p in PROMPTS] == [None, TWO, None]
-    side.drop(TWO)
+    side.remove_fact(TWO)
     assert [fired(side, p) for p in PROMPTS] == [None, None, None]
-    assert len(side.index) == 0
+    assert len(side.key_index) == 0
 
 
 def test_a_hidden_fact_does_not_fire_while_it_is_hidden(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST, TWO: FIRST})
-    side.hidden = {ONE}
+    side.hidden_facts = {ONE}
     assert fired(side, FIRST) == TWO
-    side.hidden = {ONE, TWO}
+    side.hidden_facts = {ONE, TWO}
     assert fired(side, FIRST) is None
-    found: list[Match | None] = []
-    assert said(side, [FIRST], found) == answers(model, [FIRST], 6)
-    side.hidden = set()
+    found: list[RoutingMatch | None] = []
+    assert said(side, [FIRST], found) == generate_answers(model, [FIRST], 6)
+    side.hidden_facts = set()
     assert fired(side, FIRST) in (ONE, TWO)
 
 
 def test_a_fact_that_is_put_again_has_its_new_keys_alone(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.put(ONE, 1, keys_of(side, SECOND), "", unnamed=True)
+    side.add_fact(ONE, 1, keys_of(side, SECOND), "", unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [None, ONE, None]
-    assert len(side.index) == 1
+    assert len(side.key_index) == 1
 
 
 def test_a_fact_whose_subject_keys_are_indexed_is_not_added_twice(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     keys = keys_of(side, FIRST)
     # As with an index that was read from its file.
-    del side.shard_of[ONE], side.end_keys[ONE]
-    side.unnamed.clear()
+    del side.shard_ids[ONE], side.end_keys[ONE]
+    side.unnamed_facts.clear()
     assert fired(side, FIRST) is None
-    side.put(ONE, 1, keys, "", unnamed=True, indexed=True)
+    side.add_fact(ONE, 1, keys, "", unnamed=True, indexed=True)
     assert fired(side, FIRST) == ONE
-    assert len(side.index) == 1
+    assert len(side.key_index) == 1
 
 
 def test_unrouted_rows_are_those_of_the_plain_model_bit_for_bit(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
-    found: list[Match | None] = []
+    found: list[RoutingMatch | None] = []
     with torch.no_grad():
-        plain = model.model(input_ids=ids, use_cache=False).logits
-        with side.overlay(found):
-            routed = model.model(input_ids=ids, use_cache=False).logits
-        after = model.model(input_ids=ids, use_cache=False).logits
+        plain = model.hf_model(input_ids=ids, use_cache=False).logits
+        with side.overlay_matches(found):
+            routed = model.hf_model(input_ids=ids, use_cache=False).logits
+        after = model.hf_model(input_ids=ids, use_cache=False).logits
     assert [m.fact_id if m else None for m in found] == [None, TWO, None]
     assert torch.equal(routed[[0, 2]], plain[[0, 2]])
     assert torch.equal(routed[1, :-1], plain[1, :-1])
@@ -325,28 +337,28 @@ def test_unrouted_rows_are_those_of_the_plain_model_bit_for_bit(model: EditableM
 def test_a_routed_token_is_computed_with_the_shards_weights(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, [SECOND])
     with torch.no_grad():
-        with side.overlay([]):
-            routed = model.model(input_ids=ids, use_cache=False).logits[0, -1]
+        with side.overlay_matches([]):
+            routed = model.hf_model(input_ids=ids, use_cache=False).logits[0, -1]
         # The same sum, had the last token alone seen W0 + ΔW.
-        prefix = model.model(input_ids=ids[:, :-1], use_cache=True)
+        prefix = model.hf_model(input_ids=ids[:, :-1], use_cache=True)
         delta = side.shards[1].delta
         model.set_deltas({LAYER: delta.up @ delta.down})
-        last = model.model(input_ids=ids[:, -1:], past_key_values=prefix.past_key_values)
+        last = model.hf_model(input_ids=ids[:, -1:], past_key_values=prefix.past_key_values)
     assert torch.allclose(routed, last.logits[0, -1], atol=1e-4)
 
 
 def test_the_decision_is_taken_once_and_holds_while_decoding(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
     next_token = torch.tensor([[5], [6], [7]])
-    found: list[Match | None] = []
+    found: list[RoutingMatch | None] = []
     with torch.no_grad():
-        out = model.model(input_ids=ids, use_cache=True)
-        plain = model.model(input_ids=next_token, past_key_values=out.past_key_values).logits
-        with side.overlay(found):
-            out = model.model(input_ids=ids, use_cache=True)
+        out = model.hf_model(input_ids=ids, use_cache=True)
+        plain = model.hf_model(input_ids=next_token, past_key_values=out.past_key_values).logits
+        with side.overlay_matches(found):
+            out = model.hf_model(input_ids=ids, use_cache=True)
             decided = list(found)
             gate(side, subject=2.0, end=2.0)  # a second look would route nothing
-            step = model.model(input_ids=next_token, past_key_values=out.past_key_values).logits
+            step = model.hf_model(input_ids=next_token, past_key_values=out.past_key_values).logits
     assert found == decided
     assert torch.equal(step[[0, 2]], plain[[0, 2]])
     assert not torch.allclose(step[1], plain[1], atol=1e-3)
@@ -354,20 +366,22 @@ def test_the_decision_is_taken_once_and_holds_while_decoding(model: EditableMode
 
 def test_a_row_that_was_not_routed_at_its_prompts_end_never_is(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, [PROMPTS[2]])
-    found: list[Match | None] = []
+    found: list[RoutingMatch | None] = []
     with torch.no_grad():
-        out = model.model(input_ids=ids, use_cache=True)
-        plain = model.model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
-        with side.overlay(found):
-            out = model.model(input_ids=ids, use_cache=True)
+        out = model.hf_model(input_ids=ids, use_cache=True)
+        plain = model.hf_model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+        with side.overlay_matches(found):
+            out = model.hf_model(input_ids=ids, use_cache=True)
             gate(side, subject=-1.0, end=-1.0)  # a second look would route everything
-            step = model.model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
+            step = model.hf_model(
+                input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values
+            )
     assert found == [None]
     assert torch.equal(step.logits, plain.logits)
 
 
 def hooks(model: EditableModel) -> int:
-    modules = list(model.model.modules())
+    modules = list(model.hf_model.modules())
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
 
 
@@ -384,13 +398,13 @@ def test_where_no_row_is_routed_a_token_goes_through_the_model_alone(
     model: EditableModel, prompt: str, subject: str, unnamed: bool, left: int
 ) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.put(ONE, 1, keys_of(side, FIRST), subject, unnamed=unnamed)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), subject, unnamed=unnamed)
     match_of(side, prompt)  # the model's first tap has hooks of its own
-    found: list[Match | None] = []
-    with torch.no_grad(), side.overlay(found):
-        model.model(input_ids=batch(model, [prompt]))
+    found: list[RoutingMatch | None] = []
+    with torch.no_grad(), side.overlay_matches(found):
+        model.hf_model(input_ids=batch(model, [prompt]))
         assert (hooks(model), [bool(m) for m in found]) == (left, [bool(left)])
-        model.model(input_ids=torch.tensor([[5]]))
+        model.hf_model(input_ids=torch.tensor([[5]]))
         assert (hooks(model), len(found)) == (left, 1)
     assert hooks(model) == 0
 
@@ -399,12 +413,12 @@ def test_a_prompt_that_names_nothing_is_not_tapped_at_all(
     model: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.put(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=False)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=False)
     tapped: list[list[int]] = []
-    tap = model.tap
-    monkeypatch.setattr(model, "tap", lambda taps: tapped.append(list(taps)) or tap(taps))
-    found: list[Match | None] = []
-    assert said(side, PROMPTS[1:], found) == answers(model, PROMPTS[1:], 6)
+    tap = model.tap_layers
+    monkeypatch.setattr(model, "tap_layers", lambda taps: tapped.append(list(taps)) or tap(taps))
+    found: list[RoutingMatch | None] = []
+    assert said(side, PROMPTS[1:], found) == generate_answers(model, PROMPTS[1:], 6)
     assert (tapped, found) == ([], [None, None])
     said(side, [FIRST], found)
     assert tapped == [[KEY, LAYER]]
@@ -412,8 +426,8 @@ def test_a_prompt_that_names_nothing_is_not_tapped_at_all(
 
 def test_an_overlay_begins_anew_with_each_batch(model: EditableModel) -> None:
     side = side_of(model, {TWO: SECOND})
-    found: list[Match | None] = []
-    plain = answers(model, PROMPTS, 6)
+    found: list[RoutingMatch | None] = []
+    plain = generate_answers(model, PROMPTS, 6)
     assert said(side, [SECOND], found) != plain[1:2]
     assert found[0] is not None
     assert said(side, [FIRST], found) == plain[:1]
@@ -425,7 +439,7 @@ def test_answers_of_unrouted_prompts_are_unchanged_among_routed_ones(
 ) -> None:
     gpt2 = EditableModel.load(model_folder("gpt2"), torch.device("cpu"))
     side = side_of(gpt2, {TWO: SECOND})
-    plain = answers(gpt2, PROMPTS, 6)
+    plain = generate_answers(gpt2, PROMPTS, 6)
     routed = said(side, PROMPTS, [])
     assert routed[0] == plain[0]
     assert routed[1] != plain[1]
@@ -436,15 +450,15 @@ def test_what_was_decided_is_laid_over_the_same_rows_again(model: EditableModel)
     side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
     delta = side.shards[1].delta
     with torch.no_grad():
-        with side.overlay([]):
-            routed = model.model(input_ids=ids, use_cache=False).logits
-        side.drop(TWO)
+        with side.overlay_matches([]):
+            routed = model.hf_model(input_ids=ids, use_cache=False).logits
+        side.remove_fact(TWO)
         del side.shards[1]
-        with side.laid([None, delta, None]):
-            laid = model.model(input_ids=ids, use_cache=False).logits
+        with side.overlay_deltas([None, delta, None]):
+            laid = model.hf_model(input_ids=ids, use_cache=False).logits
     assert torch.equal(laid, routed)
 
 
 def test_where_nothing_was_decided_nothing_is_tapped(model: EditableModel) -> None:
-    with side_of(model, {}).laid([None, None]):
+    with side_of(model, {}).overlay_deltas([None, None]):
         assert hooks(model) == 0

@@ -3,19 +3,19 @@ from collections.abc import Callable
 import pytest
 from study_tools import given
 
-from kedit_daemon.bench.studies.exactness import Exactness, difference
-from kedit_daemon.bench.studies.shared import home_for
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.bench.studies.exactness import ExactnessStudy, compare_weights
+from kedit_daemon.bench.studies.shared import open_home
+from kedit_daemon.editing.model_loading import LoadedModel
 
 
 @pytest.fixture
-def loaded(load: Callable[[str], Loaded]) -> Loaded:
+def loaded(load: Callable[[str], LoadedModel]) -> LoadedModel:
     return load("llama")
 
 
-def test_a_home_with_a_past_is_as_one_without(loaded: Loaded) -> None:
+def test_a_home_with_a_past_is_as_one_without(loaded: LoadedModel) -> None:
     work = given(loaded, 10, 4)
-    result = Exactness().run(work)
+    result = ExactnessStudy().run(work)
     assert (result["superseded"], result["reverted"], result["surviving"]) == (3, 2, 8)
     assert result["not_edited"] == 0
     for state in result["consolidation"].values():
@@ -27,18 +27,18 @@ def test_a_home_with_a_past_is_as_one_without(loaded: Loaded) -> None:
     assert [row["live"] for row in result["rows"]][:3] == [4, 8, 10]
     assert result["rows"][-1]["live"] == 8
     assert {row["change"] for row in result["rows"]} == {"add", "supersede", "revert"}
-    text = "\n".join(Exactness().lines(result))
+    text = "\n".join(ExactnessStudy().format_lines(result))
     assert "after consolidating: the sha256 of the weights agree" in text
     assert "superseded 3, reverted 2, surviving 8, not edited 0" in text
 
 
-def test_weights_that_differ_are_told_in_two_lengths(loaded: Loaded) -> None:
+def test_weights_that_differ_are_told_in_two_lengths(loaded: LoadedModel) -> None:
     work = given(loaded, 3, 3)
     facts = [record.fact for record in work.records]
-    with home_for(work) as one, home_for(work) as other:
+    with open_home(work) as one, open_home(work) as other:
         one.edit(facts)
         other.edit(facts[:2])
-        found = difference(loaded, one, other)
+        found = compare_weights(loaded, one, other)
     assert not found["same_hash"]
     for far in found["difference"].values():
         assert 0 < far["of_weights"] < far["of_change"]

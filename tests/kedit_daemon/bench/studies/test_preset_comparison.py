@@ -6,14 +6,14 @@ from study_tools import given
 
 from kedit_daemon.bench.solver_presets import PRESETS
 from kedit_daemon.bench.studies import preset_comparison
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.editing.model_loading import LoadedModel
 
 
 def test_each_preset_has_its_curve_and_one_that_fails_ends(
-    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preset_comparison, "POINTS", 3)
-    study = preset_comparison.Presets()
+    monkeypatch.setattr(preset_comparison, "CURVE_POINTS", 3)
+    study = preset_comparison.PresetStudy()
     result = study.run(given(load("llama"), 5, 1))
     curves = {name: [r for r in result["rows"] if r["preset"] == name] for name in PRESETS}
     # so little text leaves no direction of a tiny model quiet
@@ -29,16 +29,18 @@ def test_each_preset_has_its_curve_and_one_that_fails_ends(
     for joint, batched in zip(curves["memit-mass"], curves["encore"], strict=True):
         assert joint["norm_ratio"] == pytest.approx(batched["norm_ratio"])
     assert curves["memit"][-1]["norm_ratio"] != curves["memit-mass"][-1]["norm_ratio"]
-    lines = list(study.lines(result))
+    lines = list(study.format_lines(result))
     assert any(line.startswith("alphaedit ended early: no direction") for line in lines)
 
 
 def test_the_oldest_and_the_newest_are_asked_apart(
-    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preset_comparison, "COHORT", 1)
+    monkeypatch.setattr(preset_comparison, "COHORT_SIZE", 1)
     monkeypatch.setattr(preset_comparison, "PRESETS", {"memit": PRESETS["memit"]})
     work = given(load("llama"), 2, 1)
     clash = replace(work.records[1], fact=replace(work.records[0].fact, target="Lima"))
-    rows = preset_comparison.Presets().run(replace(work, records=[work.records[0], clash]))["rows"]
+    rows = preset_comparison.PresetStudy().run(replace(work, records=[work.records[0], clash]))[
+        "rows"
+    ]
     assert [(row["oldest_strict"], row["newest_strict"]) for row in rows] == [(1, 1), (0, 1)]

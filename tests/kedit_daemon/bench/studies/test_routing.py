@@ -7,21 +7,21 @@ from pathlib import Path
 import pytest
 from study_tools import given
 
-from kedit_daemon.bench.plot import picture
+from kedit_daemon.bench.plot import open_figure
 from kedit_daemon.bench.studies import prompts, routing
-from kedit_daemon.bench.studies.prompts import Asked, cut, groups_of, lines_of
-from kedit_daemon.editing.live_model import empty_side
-from kedit_daemon.editing.model_loading import Loaded
+from kedit_daemon.bench.studies.prompts import RoutedPrompt, build_groups, read_lines, truncate_text
+from kedit_daemon.editing.live_model import make_empty_side
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
-from memory.side.side_memory import Match
+from memory.side.side_memory import RoutingMatch
 
 
 def test_prompts_of_each_group_are_routed_by_keys_and_names(
-    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(prompts, "TEXTS", 20)
-    monkeypatch.setattr(prompts, "LONG", 40)
-    study, work = routing.Routing(), given(load("llama"), 6, 100)
+    monkeypatch.setattr(prompts, "MAX_TEXTS", 20)
+    monkeypatch.setattr(prompts, "LONG_PREFIX_TOKENS", 40)
+    study, work = routing.RoutingStudy(), given(load("llama"), 6, 100)
     result = study.run(work)
     about = {"prompts": 6, "paraphrases": 6, "two facts": 6, "chat": 18, "long": 12}
     assert result["asked"] == {**about, "neighbours": 12, "text": 20}
@@ -35,24 +35,24 @@ def test_prompts_of_each_group_are_routed_by_keys_and_names(
     assert served["facts"] == 6
     assert (served["prompts"], served["neighbours"], served["text"]) == (1.0, 0.0, 0.0)
     assert served["paraphrases"] <= result["at_gate"]["paraphrases"]
-    assert result["at_gate"]["gate"] == work.loaded.site.end_gate
-    lines = list(study.lines(result))
+    assert result["at_gate"]["gate"] == work.loaded_model.site.end_gate
+    lines = list(study.format_lines(result))
     assert [line.split()[0] for line in lines[1:3]] == ["0.00", "0.05"]
     assert lines[-2].startswith("asked: 6 prompts, 6 paraphrases")
     assert lines[-1] == "unrouted: 32, of which 0 have other logits"
     pytest.importorskip("matplotlib")
-    with picture(tmp_path / "out.png") as (left, right):
-        study.draw(result, left, right)
+    with open_figure(tmp_path / "out.png") as (left, right):
+        study.draw_curves(result, left, right)
     assert len(left.lines) == 5 and len(right.lines) == 8
 
 
 def test_a_question_is_also_asked_late_in_a_prompt(
-    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "LONG", 40)
+    monkeypatch.setattr(prompts, "LONG_PREFIX_TOKENS", 40)
     work = given(load("llama"), 6, 100)
-    groups, facts = groups_of(work), {r.fact.id: r.fact for r in work.records}
-    assert tuple(groups) == prompts.GROUPS
+    groups, facts = build_groups(work), {r.fact.id: r.fact for r in work.records}
+    assert tuple(groups) == prompts.PROMPT_GROUPS
     for name in ("two facts", "chat", "long"):
         for one in groups[name]:
             assert one.fact_id is not None
@@ -65,48 +65,50 @@ def test_a_question_is_also_asked_late_in_a_prompt(
         assert before in {
             f"{f.question} {f.target}. " for n, f in facts.items() if n != one.fact_id
         }
-    assert groups_of(work)["two facts"] == pairs
-    assert groups_of(replace(work, seed=1))["two facts"] != pairs
+    assert build_groups(work)["two facts"] == pairs
+    assert build_groups(replace(work, seed=1))["two facts"] != pairs
     named = [one.prompt.count(facts[str(one.fact_id)].subject) for one in groups["long"]]
     assert named == [1, 2] * 6
     starts = {one.prompt[:20] for one in groups["long"][::2]}
     assert len(starts) == 6
     assert all(one.prompt.startswith("User: ") for one in groups["chat"])
-    alone = groups_of(given(work.loaded, 1, 100))
-    assert (alone["two facts"], len(alone["chat"])) == ([], len(prompts.CHATS))
+    alone = build_groups(given(work.loaded_model, 1, 100))
+    assert (alone["two facts"], len(alone["chat"])) == ([], len(prompts.CHAT_TEMPLATES))
 
 
-def test_prompts_that_are_too_long_are_left_out(load: Callable[[str], Loaded]) -> None:
+def test_prompts_that_are_too_long_are_left_out(load: Callable[[str], LoadedModel]) -> None:
     work = given(load("llama"), 2, 100)
-    work.loaded.model.positions = 60
-    groups = groups_of(work)
+    work.loaded_model.model.max_positions = 60
+    groups = build_groups(work)
     assert (len(groups["prompts"]), groups["long"]) == (2, [])
     asked = [one.prompt for group in groups.values() for one in group]
-    assert max(len(work.loaded.model.encode(prompt)) for prompt in asked) <= 60
+    assert max(len(work.loaded_model.model.encode(prompt)) for prompt in asked) <= 60
 
 
 @pytest.mark.parametrize("name", ["given.txt", "given.xz"])
 def test_lines_of_a_file_are_asked_in_the_place_of_the_shipped_ones(
-    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
-    monkeypatch.setattr(prompts, "LONG", 20)
-    monkeypatch.setattr(prompts, "TEXTS", 4)
+    monkeypatch.setattr(prompts, "LONG_PREFIX_TOKENS", 20)
+    monkeypatch.setattr(prompts, "MAX_TEXTS", 4)
     data = "\n".join(["", *(f" line {n} of it \n" for n in range(7)), "word " * 300]).encode()
     path = tmp_path / name
     path.write_bytes(lzma.compress(data) if name.endswith(".xz") else data)
-    assert lines_of(path) == [*(f"line {n} of it" for n in range(7)), ("word " * 300).strip()]
+    assert read_lines(path) == [*(f"line {n} of it" for n in range(7)), ("word " * 300).strip()]
     work = replace(given(load("llama"), 2, 100), texts=path)
-    asked = [one.prompt for one in groups_of(work)["text"]]
+    asked = [one.prompt for one in build_groups(work)["text"]]
     assert asked == [f"line {n} of it" for n in (0, 2, 4, 6)]
-    monkeypatch.setattr(prompts, "TEXTS", 8)
-    *_, last = groups_of(work)["text"]
-    model = work.loaded.model
-    assert last.prompt == cut(model, "word " * 300) and ("word " * 300).startswith(last.prompt)
-    assert model.positions - 2 <= len(model.encode(last.prompt)) <= model.positions
-    study = routing.Routing()
+    monkeypatch.setattr(prompts, "MAX_TEXTS", 8)
+    *_, last = build_groups(work)["text"]
+    model = work.loaded_model.model
+    assert last.prompt == truncate_text(model, "word " * 300) and ("word " * 300).startswith(
+        last.prompt
+    )
+    assert model.max_positions - 2 <= len(model.encode(last.prompt)) <= model.max_positions
+    study = routing.RoutingStudy()
     result = study.run(work)
     assert (result["texts"], result["asked"]["text"]) == (name, 8)
-    assert f"text: lines of {name}" in list(study.lines(result))
+    assert f"text: lines of {name}" in list(study.format_lines(result))
 
 
 @pytest.mark.parametrize(
@@ -116,35 +118,35 @@ def test_a_file_without_text_is_refused(tmp_path: Path, name: str, data: bytes) 
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(KeditError) as caught:
-        lines_of(path)
+        read_lines(path)
     assert caught.value.code == "unreadable"
 
 
 def test_logits_that_a_bit_has_moved_are_counted(
-    load: Callable[[str], Loaded], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    side = empty_side(load("llama"))
-    asked = [Asked(f"The seat of country {n} is", None) for n in (30, 31)]
-    assert [one.moved for one in routing.answered(side, asked)] == [False, False]
-    overlay, model = side.overlay, side.model
+    side = make_empty_side(load("llama"))
+    asked = [RoutedPrompt(f"The seat of country {n} is", None) for n in (30, 31)]
+    assert [one.moved for one in routing.find_fired(side, asked)] == [False, False]
+    overlay, model = side.overlay_matches, side.model
 
     @contextmanager
-    def leaking(fired: list[Match | None]) -> Iterator[None]:
-        with overlay(fired), model.tap({0: lambda _k, y: y * (1 + 1e-6)}):
+    def leaking(fired: list[RoutingMatch | None]) -> Iterator[None]:
+        with overlay(fired), model.tap_layers({0: lambda _k, y: y * (1 + 1e-6)}):
             yield
 
-    monkeypatch.setattr(side, "overlay", leaking)
-    assert [one.moved for one in routing.answered(side, asked)] == [True, True]
+    monkeypatch.setattr(side, "overlay_matches", leaking)
+    assert [one.moved for one in routing.find_fired(side, asked)] == [True, True]
 
 
 def test_the_wrong_fact_is_no_recall_and_takes_from_precision() -> None:
     groups = {
-        "prompts": [Asked("a", "1", "1", 0.9), Asked("b", "2", "1", 0.6)],
-        "paraphrases": [Asked("c", "1", "1", 0.5), Asked("d", "2")],
-        "neighbours": [Asked("e", None, "2", 0.7), *[Asked("f", None)] * 3],
+        "prompts": [RoutedPrompt("a", "1", "1", 0.9), RoutedPrompt("b", "2", "1", 0.6)],
+        "paraphrases": [RoutedPrompt("c", "1", "1", 0.5), RoutedPrompt("d", "2")],
+        "neighbours": [RoutedPrompt("e", None, "2", 0.7), *[RoutedPrompt("f", None)] * 3],
         **{name: [] for name in ("two facts", "chat", "long", "text")},
     }
-    at = routing._at(groups, 0.5)
+    at = routing._score_gate(groups, 0.5)
     assert at == {
         "prompts": 0.5,
         "paraphrases": 0.5,
@@ -153,5 +155,5 @@ def test_the_wrong_fact_is_no_recall_and_takes_from_precision() -> None:
         "text": None,
         "precision": 0.5,
     }
-    assert routing._at(groups, 0.65)["precision"] == 0.5
-    assert routing._at(groups, 0.95)["precision"] is None
+    assert routing._score_gate(groups, 0.65)["precision"] == 0.5
+    assert routing._score_gate(groups, 0.95)["precision"] is None

@@ -9,7 +9,7 @@ import pytest
 from command_line import NOW, ROOT, called, make_home, read
 
 from kedit_daemon.home import Home
-from kedit_daemon.system.lock import hold
+from kedit_daemon.system.lock import hold_lock
 from memory.db.store import Store
 
 
@@ -20,7 +20,7 @@ def home(tmp_path: Path) -> Home:
 
 def test_there_and_back(home: Home, tmp_path: Path) -> None:
     dest, other = tmp_path / "backup", Home(tmp_path / "other")
-    with hold(home.lock):  # as a running daemon does
+    with hold_lock(home.lock_file):  # as a running daemon does
         result = called(home, "backup", str(dest))
     assert (result.exit_code, result.stdout) == (0, f"{dest}\n")
     assert "facts 1 live-side, 1 live-weights, 1 received; generation 0, 7 events" in result.stderr
@@ -40,7 +40,7 @@ def test_json(home: Home, tmp_path: Path) -> None:
 
 
 def test_what_the_home_has_lost_is_told(home: Home, tmp_path: Path) -> None:
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
         store.add_generation("ab" * 32, "", 0, "flush", (), {})
     store.close()
@@ -68,7 +68,7 @@ def test_what_is_refused(home: Home, tmp_path: Path) -> None:
     assert called(home, "backup", str(dest)).exit_code == 0
     assert called(home, "backup", str(dest)).exit_code == 1
     assert called(home, "restore", str(dest)).exit_code == 1
-    with hold(home.lock):
+    with hold_lock(home.lock_file):
         assert called(home, "restore", str(dest), "--replace").exit_code == 75
     result = called(home, "restore", str(dest), "--replace")
     assert result.exit_code == 0

@@ -9,8 +9,8 @@ from tiny_models import CITIES, save_model
 
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
-from kedit_daemon.system.lock import hold
-from policies.edit_site import FILE, start_site
+from kedit_daemon.system.lock import hold_lock
+from policies.edit_site import SITE_FILE, make_start_site
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     folder = tmp_path_factory.mktemp("calibrated")
     save_model("llama", folder / "model", num_hidden_layers=3)
     home = Home(folder / "home")
-    home.create()
-    home.config.write_text(f'model = "{folder / "model"}"\ndevice = "cpu"\n')
+    home.create_folders()
+    home.config_file.write_text(f'model = "{folder / "model"}"\ndevice = "cpu"\n')
     return home
 
 
@@ -42,11 +42,13 @@ def pilot(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def files(home: Home) -> set[str]:
-    return {path.name for path in home.state.rglob("*") if path.is_file()} - {home.lock.name}
+    return {path.name for path in home.state_folder.rglob("*") if path.is_file()} - {
+        home.lock_file.name
+    }
 
 
 def test_a_calibration_is_kept_in_the_home_and_used(home: Home, pilot: Path) -> None:
-    path = home.state / FILE
+    path = home.state_folder / SITE_FILE
     path.unlink(missing_ok=True)
     given = ["--pilot", str(pilot), "--facts", "2", "--false-routes", "0.05"]
     result = called(home, "calibrate", *given, "--json")
@@ -58,9 +60,9 @@ def test_a_calibration_is_kept_in_the_home_and_used(home: Home, pilot: Path) -> 
     assert kept["evidence"]["pilot_file"] == str(pilot)
     assert kept["evidence"]["at"].endswith("Z")
     model = kept["evidence"]["model"]
-    loaded = load_model(model, "cpu", home.state, iter)
+    loaded = load_model(model, "cpu", home.state_folder, iter)
     assert json.loads(json.dumps(asdict(loaded.site))) == kept["site"]
-    assert loaded.site != start_site("llama", 3)
+    assert loaded.site != make_start_site("llama", 3)
 
 
 def test_a_dry_run_shows_the_candidates_and_writes_nothing(home: Home, pilot: Path) -> None:
@@ -78,7 +80,7 @@ def test_a_dry_run_shows_the_candidates_and_writes_nothing(home: Home, pilot: Pa
 
 
 def test_a_home_that_a_daemon_holds_is_left_alone(home: Home, pilot: Path) -> None:
-    with hold(home.lock):
+    with hold_lock(home.lock_file):
         result = called(home, "calibrate", "--pilot", str(pilot))
     assert (result.exit_code, "another daemon" in result.stderr) == (75, True)
 

@@ -8,15 +8,15 @@ import pytest
 from command_line import EYRE, NOW, OSLO, called, make_home, read
 
 from kedit_daemon.home import Home
-from kedit_daemon.system.lock import hold
+from kedit_daemon.system.lock import hold_lock
 from memory.db.store import Store
-from memory.facts import State
+from memory.facts import FactState
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Home]:
     made = make_home(tmp_path / "home")
-    store = Store(made.database, lambda: NOW)
+    store = Store(made.database_file, lambda: NOW)
     with store.transaction():
         store.set_meta("model", "/srv/models/my model\x1b")
         store.set_meta("base_hash", "ab" * 32)
@@ -65,9 +65,9 @@ def test_the_manifest_says_what_is_in_it(home: Home, tmp_path: Path) -> None:
 
 def test_keep_and_what_was_deleted(home: Home, tmp_path: Path) -> None:
     first = Path(called(home, "export", "facts", str(tmp_path / "a")).stdout.strip())
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.move(EYRE.id, State.REVERTED)
+        store.change_state(EYRE.id, FactState.REVERTED)
     store.close()
     done = called(home, "export", "facts", str(tmp_path / "a"), "--keep", "1")
     assert f"deleted: {first.name}" in done.stderr
@@ -75,12 +75,12 @@ def test_keep_and_what_was_deleted(home: Home, tmp_path: Path) -> None:
 
 
 def test_it_works_while_the_daemon_holds_the_home(home: Home, tmp_path: Path) -> None:
-    with hold(home.lock):
+    with hold_lock(home.lock_file):
         assert called(home, "export", "facts", str(tmp_path / "a")).exit_code == 0
 
 
 def test_a_folder_in_the_home_is_refused(home: Home) -> None:
-    for dest in (home.root, home.inbox, home.root / "new"):
+    for dest in (home.root, home.inbox_folder, home.root / "new"):
         done = called(home, "export", "facts", str(dest))
         assert (done.exit_code, done.stdout) == (2, "")
     assert not (home.root / "new").exists()

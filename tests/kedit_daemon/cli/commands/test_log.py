@@ -13,7 +13,7 @@ from command_line import EYRE, NOW, called, make_home, on_terminal, process, rea
 
 from kedit_daemon.home import Home
 from memory.db.store import Store
-from memory.facts import State
+from memory.facts import FactState
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def test_following_tells_what_comes(home: Home) -> None:
     assert child.stdout is not None
     for _ in range(7):
         child.stdout.readline()
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.event("later")
+        store.write_event("later")
     store.close()
     assert json.loads(child.stdout.readline())["kind"] == "later"
     child.send_signal(signal.SIGINT)
@@ -80,7 +80,7 @@ def test_verify_an_intact_log(home: Home) -> None:
     assert result.stdout.startswith("intact: 7 events")
     verdict = read(called(home, "log", "verify", "--json"))
     assert (verdict["intact"], verdict["events"], verdict["kept_head"]["seq"]) == (True, 7, 7)
-    home.head.unlink()
+    home.head_file.unlink()
     assert "no head has been kept" in called(home, "log", "verify").stderr
 
 
@@ -99,7 +99,7 @@ def cut_off(conn: sqlite3.Connection) -> None:
 def test_verify_a_broken_log(
     home: Home, harm: Callable[[sqlite3.Connection], None], problem: str
 ) -> None:
-    with sqlite3.connect(home.database) as conn:
+    with sqlite3.connect(home.database_file) as conn:
         conn.execute("DROP TRIGGER events_no_update")
         conn.execute("DROP TRIGGER events_no_delete")
         harm(conn)
@@ -140,9 +140,9 @@ def test_what_is_mistyped_is_an_error_that_suggests(home: Home) -> None:
 
 
 def test_a_revert_tells_the_answer_that_went(home: Home) -> None:
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.move(EYRE.id, State.REVERTED, reason="wrong", after="Egypt")
+        store.change_state(EYRE.id, FactState.REVERTED, reason="wrong", after="Egypt")
     store.close()
     text = called(home, "log", "--kind", "fact_reverted").stdout
     assert "answer  [-Australia-] {+Egypt+}" in text
@@ -155,10 +155,10 @@ def test_following_begins_with_the_last_few(home: Home) -> None:
     child = process(home, "log", "--follow", "--json", "--limit", "1", stdout=subprocess.PIPE)
     assert child.stdout is not None
     assert json.loads(child.stdout.readline())["seq"] == 7
-    store = Store(home.database, lambda: NOW)
+    store = Store(home.database_file, lambda: NOW)
     with store.transaction():
-        store.event("later")
-        store.event("later")
+        store.write_event("later")
+        store.write_event("later")
     store.close()
     assert [json.loads(child.stdout.readline())["seq"] for _ in range(2)] == [8, 9]
     child.send_signal(signal.SIGINT)

@@ -25,10 +25,10 @@ def test_status_of_a_dead_daemon(home: Home) -> None:
 
 
 def test_status_of_a_running_daemon(home: Home) -> None:
-    with lock.hold(home.lock):
+    with lock.hold_lock(home.lock_file):
         result = called(home, "status", "--json")
         assert result.exit_code == 0
-        (home.inbox / "failed" / "x.jsonl.error.json").write_text("{}")
+        (home.inbox_folder / "failed" / "x.jsonl.error.json").write_text("{}")
         assert called(home, "status").exit_code == 4
     found = read(result)
     assert found["pid"] == os.getpid()
@@ -131,7 +131,7 @@ def test_show_a_fact(home: Home, name: str) -> None:
 
 
 def test_show_what_is_not_there(home: Home) -> None:
-    (home.inbox / "secret.error.json").write_text('{"errors": []}')
+    (home.inbox_folder / "secret.error.json").write_text('{"errors": []}')
     hint = called(home, "show", EYRE.id[:-2]).stderr.splitlines()[1]
     assert hint.startswith(f"hint: did you mean {EYRE.id}? ")
     for name in ("nothing", "../secret"):
@@ -141,10 +141,10 @@ def test_show_what_is_not_there(home: Home) -> None:
 
 
 def test_show_a_failed_file_even_before_there_is_a_database(home: Home) -> None:
-    home.database.unlink()
+    home.database_file.unlink()
     errors = [{"line": 3, "problem": "target is empty", "remedy": "fill it in", "record": "{x"}]
     report = {"claim": "c", "file": "f.jsonl", "at": "2026-03-01T00:00:00Z", "errors": errors}
-    (home.inbox / "failed" / "f.jsonl.error.json").write_text(json.dumps(report))
+    (home.inbox_folder / "failed" / "f.jsonl.error.json").write_text(json.dumps(report))
     result = called(home, "show", "f.jsonl")
     for part in ("line 3: target is empty", "remedy  fill it in", "{x", "hand it in with submit"):
         assert part in result.stdout
@@ -152,7 +152,7 @@ def test_show_a_failed_file_even_before_there_is_a_database(home: Home) -> None:
 
 
 def test_a_damaged_database_is_an_error_with_a_hint(home: Home) -> None:
-    home.database.write_bytes(b"x" * 10_000)
+    home.database_file.write_bytes(b"x" * 10_000)
     for words in (["facts"], ["status"], ["log"], ["log", "verify"]):
         result = called(home, *words)
         assert result.exit_code == 1

@@ -8,29 +8,29 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.publish.export.folder import MANIFEST, STAGED, Placed, place
+from kedit_daemon.publish.export.folder import MANIFEST, STAGED_PREFIX, PlacedExport, place_export
 from memory.errors import KeditError
-from memory.files import sha256_of
+from memory.files import hash_file
 
 
 def make(
     dest: Path, text: str = "a", generation: int = 1, keep: int | None = None, **told: Any
-) -> Placed:
+) -> PlacedExport:
     def fill(to: Path) -> tuple[str, dict[str, Any]]:
         (to / "weights").write_text(text)
         (to / "weights").chmod(0o600)
         found = {"kind": "lora", "home": "h", "generation": generation} | told
         return f"m-gen-{generation}-lora", found
 
-    return place(dest, keep, fill)
+    return place_export(dest, keep, fill)
 
 
 def test_the_folder_is_named_by_what_is_in_it_and_the_manifest_lists_it(tmp_path: Path) -> None:
     made = make(tmp_path / "new/dest", kind="delta")
-    digest = sha256_of(made.path / MANIFEST)
+    digest = hash_file(made.path / MANIFEST)
     assert made.path == tmp_path / "new/dest" / f"m-gen-1-lora-{digest[:12]}"
     assert json.loads((made.path / MANIFEST).read_bytes()) == made.manifest
-    assert made.manifest["files"] == {"weights": sha256_of(made.path / "weights")}
+    assert made.manifest["files"] == {"weights": hash_file(made.path / "weights")}
     assert len({path.stat().st_mode for path in made.path.iterdir()}) == 1
     assert (made.existed, made.removed, made.manifest["kind"]) == (False, (), "delta")
 
@@ -67,15 +67,15 @@ def test_an_export_that_was_changed_is_told_and_not_touched(
 
 
 def test_what_fails_leaves_nothing_and_what_a_crash_left_is_swept(tmp_path: Path) -> None:
-    (tmp_path / f"{STAGED}0").mkdir()
-    (tmp_path / f"{STAGED}0" / "half").write_text("half")
+    (tmp_path / f"{STAGED_PREFIX}0").mkdir()
+    (tmp_path / f"{STAGED_PREFIX}0" / "half").write_text("half")
 
     def fill(to: Path) -> tuple[str, dict[str, Any]]:
         (to / "half").write_text("half")
         raise KeditError("no", code="no")
 
     with pytest.raises(KeditError, match="no"):
-        place(tmp_path, None, fill)
+        place_export(tmp_path, None, fill)
     assert not list(tmp_path.iterdir())
 
 

@@ -21,8 +21,8 @@ from kedit_daemon.config import Config
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
 from kedit_daemon.publish.export import kinds
-from kedit_daemon.publish.export.kinds import KINDS
-from kedit_daemon.publish.export.source import Written, read_source
+from kedit_daemon.publish.export.kinds import WRITERS
+from kedit_daemon.publish.export.source import WrittenExport, read_source
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Fact
@@ -41,7 +41,7 @@ def filled(root: Path, model: Path, cache: Path, facts: Sequence[Fact] = FACTS) 
     with made.store.transaction():
         made.store.set_meta("model", made.loaded.name)  # as the daemon does
     for path in cache.iterdir():
-        shutil.copyfile(path, made.home.state / path.name)
+        shutil.copyfile(path, made.home.state_folder / path.name)
     made.receive(*facts, direct=True)
     assert len(made.editor.run_flush(False)["flushed"]) == len(facts)
     return made
@@ -78,11 +78,11 @@ def own(edited: Edited, tmp_path: Path) -> Iterator[Callable[..., Home]]:
 
     def copy(change: Callable[[Store], None], kind: str = "llama") -> Home:
         home = Home(tmp_path / "own")
-        with closing(sqlite3.connect(edited(kind).home.database)) as conn:
+        with closing(sqlite3.connect(edited(kind).home.database_file)) as conn:
             shutil.copytree(edited(kind).home.root, home.root)
-            home.database.unlink()
-            conn.execute("VACUUM INTO ?", (str(home.database),))
-        store = Store(home.database, Clock())
+            home.database_file.unlink()
+            conn.execute("VACUUM INTO ?", (str(home.database_file),))
+        store = Store(home.database_file, Clock())
         with store.transaction():
             change(store)
         store.close()
@@ -99,12 +99,12 @@ def logits(model: Any, tokenizer: Any) -> Tensor:
 
 def served(at: Bench) -> Tensor:
     """What the weights tier gives, without the side memory."""
-    return logits(at.loaded.model.model, at.loaded.model.tokenizer)
+    return logits(at.loaded.model.hf_model, at.loaded.model.tokenizer)
 
 
-def written(home: Home, kind: str, to: Path) -> Written:
+def written(home: Home, kind: str, to: Path) -> WrittenExport:
     to.mkdir()
-    return KINDS[kind](read_source(home), to)
+    return WRITERS[kind](read_source(home), to)
 
 
 def loaded(folder: Path | str) -> Any:
@@ -153,7 +153,7 @@ def test_a_delta_without_facts_brings_a_server_back_to_the_base(
         base_hash = at.weights_hash()
 
     def empty(store: Store) -> None:
-        store.activate(store.add_generation(None, base_hash, 1, "all reverted", [], {}))
+        store.activate_generation(store.add_generation(None, base_hash, 1, "all reverted", [], {}))
 
     home = own(empty)
     written(home, "delta", tmp_path / "delta")
@@ -174,24 +174,24 @@ def test_of_a_model_of_16_bits_only_what_is_edited_is_wider_and_the_loss_is_told
     found = written(at.home, "merged", tmp_path / "merged")
     before = load_file(folder / "model.safetensors")
     tensors = load_file(tmp_path / "merged/model.safetensors")
-    edited = dict(zip(found.told["rounding"], at.loaded.layers, strict=True))
+    edited = dict(zip(found.manifest_entries["rounding"], at.loaded.layers, strict=True))
     assert {n: t.dtype for n, t in tensors.items() if n in edited} == dict.fromkeys(
         edited, torch.float32
     )
     assert all(torch.equal(tensors[n], t) for n, t in before.items() if n not in edited)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (logits(loaded(tmp_path / "merged"), tokenizer) - served(at)).abs().max() <= 1e-5
-    for name, lost in found.told["rounding"].items():
+    for name, lost in found.manifest_entries["rounding"].items():
         off = (tensors[name].bfloat16().float() - tensors[name]).norm()
-        delta = at.served.deltas[edited[name]].norm()
+        delta = at.served.active_deltas[edited[name]].norm()
         assert lost == pytest.approx(float(off / delta), rel=1e-3)
         assert 0 < lost < 0.1
     assert "loads them as bfloat16" in found.notes[0]
     with at.store.transaction():
         first = still(at, at.home, at.store)
     found = written(at.home, "delta", tmp_path / "still")
-    assert first not in {edited[name] for name in found.told["rounding"]}
-    assert len(found.told["rounding"]) == len(edited) - 1
+    assert first not in {edited[name] for name in found.manifest_entries["rounding"]}
+    assert len(found.manifest_entries["rounding"]) == len(edited) - 1
     at.store.close()
 
 
@@ -247,14 +247,16 @@ def test_weights_that_are_not_the_ledgers_are_refused(
     own: Callable[..., Home], tmp_path: Path
 ) -> None:
     def forge(store: Store) -> None:
-        row = store.generation(store.active_generation())
+        row = store.get_generation(store.active_generation())
         facts = row.fact_ids
-        store.activate(store.add_generation(row.sha256, "0" * 64, row.id, "odd", facts, {}))
+        store.activate_generation(
+            store.add_generation(row.sha256, "0" * 64, row.id, "odd", facts, {})
+        )
 
     home = own(forge)
     with pytest.raises(KeditError, match="not those of the ledger"):
         written(home, "merged", tmp_path / "merged")
-    for path in home.generations.iterdir():
+    for path in home.generations_folder.iterdir():
         path.unlink()
     with pytest.raises(KeditError, match="is missing"):
         written(home, "delta", tmp_path / "delta")
@@ -272,15 +274,15 @@ def test_terms_that_give_other_weights_are_refused(
 
 def still(at: Bench, home: Home, store: Store) -> int:
     """Make the first edited layer bear nothing, in the terms and in what was solved from them."""
-    row, first = store.generation(store.active_generation()), min(at.loaded.layers)
+    row, first = store.get_generation(store.active_generation()), min(at.loaded.layers)
     for fact_id in row.fact_ids:
-        terms = load(store.terms(fact_id))
+        terms = load(store.read_terms(fact_id))
         terms[f"residual/{first}"].zero_()
         store.put_terms(fact_id, save(terms))
-    deltas = {n: d * (n != first) for n, d in at.served.deltas.items()}
-    sha = save_tensors(home.generations, {str(n): d for n, d in deltas.items()})
+    deltas = {n: d * (n != first) for n, d in at.served.active_deltas.items()}
+    sha = save_tensors(home.generations_folder, {str(n): d for n, d in deltas.items()})
     served = Checkpoint(Path(at.loaded.name)).weights_hash(at.loaded.layers, deltas)
-    store.activate(store.add_generation(sha, served, row.id, "still", row.fact_ids, {}))
+    store.activate_generation(store.add_generation(sha, served, row.id, "still", row.fact_ids, {}))
     return first
 
 
@@ -297,7 +299,7 @@ def test_a_layer_that_bears_nothing_is_no_damage(
 def test_a_rank_that_no_server_takes_is_refused(
     at: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rank = written(at.home, "lora", tmp_path / "lora").told["rank"]
+    rank = written(at.home, "lora", tmp_path / "lora").manifest_entries["rank"]
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert {min(t.shape) for t in tensors.values()} == {rank}  # the same in all matrices
     monkeypatch.setattr(kinds, "MAX_RANK", rank - 1)

@@ -27,13 +27,13 @@ from selenium.webdriver.support.ui import WebDriverWait
 from serve_tools import application, by_daemon
 
 from kedit_daemon import config
-from kedit_daemon.cli.context import database
-from kedit_daemon.demo.tour import Running, load_story
-from kedit_daemon.editing.audit import thresholds
-from kedit_daemon.editing.model_loading import SHIPPED, model_path
+from kedit_daemon.cli.context import open_database
+from kedit_daemon.demo.tour import DemoDaemon, load_story
+from kedit_daemon.editing.audit import make_thresholds
+from kedit_daemon.editing.model_loading import SHIPPED_MODEL, locate_model
 from kedit_daemon.home import Home
-from memory.db.queries import fact_rows
-from memory.facts import State
+from memory.db.queries import fetch_facts
+from memory.facts import FactState
 from policies.edit_site import load_site
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -52,8 +52,8 @@ pytestmark = [
 @contextmanager
 def served(home: Home) -> Iterator[str]:
     """The pages on a port of this machine; the address."""
-    site = load_site(model_path(SHIPPED), LAYERS)
-    limits = thresholds(config.load(home.root, {}), site)
+    site = load_site(locate_model(SHIPPED_MODEL), LAYERS)
+    limits = make_thresholds(config.load_config(home.root, {}), site)
     app = application(home, thresholds=lambda: limits, ask=by_daemon(home))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
@@ -149,31 +149,31 @@ class Person:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoDaemon]:
     """A daemon with some facts in the weights and one more beside them."""
-    daemon = Running(tmp_path_factory.mktemp("browser") / "home")
+    daemon = DemoDaemon(tmp_path_factory.mktemp("browser") / "home")
     facts = load_story().facts
     count = MORE if PICTURES else FEW
-    with daemon.started():
+    with daemon.run_process():
         for start in range(0, count, 4):
-            daemon.drop(facts[start : min(start + 4, count)])
-            daemon.call("flush")
+            daemon.drop_facts(facts[start : min(start + 4, count)])
+            daemon.send_command("flush")
             if PICTURES:
-                daemon.call("audit")
-        daemon.drop(facts[count : count + 1])
+                daemon.send_command("audit")
+        daemon.drop_facts(facts[count : count + 1])
         yield daemon
 
 
 @pytest.fixture(scope="module")
-def person(running: Running) -> Iterator[Person]:
+def person(running: DemoDaemon) -> Iterator[Person]:
     with served(running.home) as address, chromium() as driver:
         yield Person(driver, address)
 
 
 def moved(home: Home) -> dict[str, Any]:
     """A fact in the weights, which was not stated before."""
-    with database(home) as conn:
-        facts = fact_rows(conn, State.LIVE_WEIGHTS)
+    with open_database(home) as conn:
+        facts = fetch_facts(conn, FactState.LIVE_WEIGHTS)
     return next(f for f in facts if f["before"] != f["after"])
 
 
@@ -182,7 +182,7 @@ def dots(person: Person) -> int:
     return len(person.driver.find_elements(By.CSS_SELECTOR, "figure > svg circle"))
 
 
-def test_a_fact_is_found_and_reverted(person: Person, running: Running) -> None:
+def test_a_fact_is_found_and_reverted(person: Person, running: DemoDaemon) -> None:
     """On a phone, in the dark: found, looked at, taken out, and the change is seen everywhere."""
     fact = moved(running.home)
     person.sits_at(PHONE, dark=True)
@@ -213,7 +213,7 @@ def test_a_fact_is_found_and_reverted(person: Person, running: Running) -> None:
     assert "reverted by hand" in person.reads()
 
 
-def test_both_answers_side_by_side(person: Person, running: Running) -> None:
+def test_both_answers_side_by_side(person: Person, running: DemoDaemon) -> None:
     person.sits_at(DESKTOP, dark=False)
     person.opens("/ask")
     fact = load_story().facts[FEW if PICTURES is None else MORE]

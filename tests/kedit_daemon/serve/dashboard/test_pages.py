@@ -23,13 +23,13 @@ from kedit_daemon.config import Config
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
-from kedit_daemon.serve.dashboard.login import MOST_SESSIONS, NONCE, SESSION
-from kedit_daemon.serve.dashboard.pages import A_PAGE
+from kedit_daemon.serve.dashboard.login import MAX_SESSIONS, NONCE_COOKIE, SESSION_COOKIE
+from kedit_daemon.serve.dashboard.pages import PAGE_SIZE
 from kedit_daemon.system import lock
-from kedit_daemon.system.sd_notify import Notifier
+from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, State
+from memory.facts import Fact, FactState
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -43,9 +43,9 @@ def home(tmp_path: Path) -> Home:
     """A home with a history and no daemon; a fact of hostile text is in it."""
     made = written_home(tmp_path / "home")
     with written(made) as store, store.transaction():
-        store.receive(HOSTILE, "<i>.jsonl", False)
+        store.receive_fact(HOSTILE, "<i>.jsonl", False)
         said = {"before": "\x1b]0;owned\x07 one two", "after": "one <script>three</script>"}
-        store.move(HOSTILE.id, State.LIVE_SIDE, tier="side", **said)
+        store.change_state(HOSTILE.id, FactState.LIVE_SIDE, tier="side", **said)
     return made
 
 
@@ -53,7 +53,7 @@ class written:
     """The home's store, open for writing within the block."""
 
     def __init__(self, home: Home) -> None:
-        self._store = Store(home.database, lambda: NOW)
+        self._store = Store(home.database_file, lambda: NOW)
 
     def __enter__(self) -> Store:
         return self._store
@@ -83,7 +83,7 @@ def test_the_overview_of_a_daemon_that_does_not_run(client: TestClient) -> None:
 
 def test_the_overview_says_what_needs_a_person(home: Home) -> None:
     with written(home) as store, store.transaction():
-        store.move(OSLO.id, State.FAILED, reason="it would not")
+        store.change_state(OSLO.id, FactState.FAILED, reason="it would not")
         store.add_audit(1, "warn", {"norm_ratio": {"4": 1.2}}, ["norm of layer 4"], 0.1)
     page = browser(home, clock=lambda: NOW).get("/").text
     seen = text_of(page)
@@ -106,8 +106,8 @@ def test_a_folder_without_a_home_is_explained(tmp_path: Path) -> None:
 
 def test_an_empty_home_is_no_error(tmp_path: Path) -> None:
     made = Home(tmp_path / "home")
-    made.create()
-    made.config.write_text("")
+    made.create_folders()
+    made.config_file.write_text("")
     with written(made):
         pass
     client = browser(made)
@@ -171,8 +171,8 @@ def test_a_moment_that_cannot_be_read_is_explained(client: TestClient) -> None:
 
 def test_the_log_has_pages(home: Home) -> None:
     with written(home) as store, store.transaction():
-        for _ in range(A_PAGE):
-            store.event("resumed")
+        for _ in range(PAGE_SIZE):
+            store.write_event("resumed")
     client = browser(home)
     page, seen = client.get("/log").text, list[str]()
     while True:
@@ -182,7 +182,7 @@ def test_the_log_has_pages(home: Home) -> None:
             break
         page = client.get(link[1].replace("&amp;", "&")).text
     assert seen == [str(n) for n in range(len(seen), 0, -1)]
-    assert len(seen) > A_PAGE
+    assert len(seen) > PAGE_SIZE
     assert "The newest" in page
 
 
@@ -194,7 +194,7 @@ def test_the_log_shows_what_became_of_an_answer(client: TestClient) -> None:
 @pytest.mark.parametrize("path", ["/", "/log?kind=fact_reverted", f"/facts/{EYRE.id}"])
 def test_a_revert_shows_the_answer_that_went(home: Home, path: str) -> None:
     with written(home) as store, store.transaction():
-        store.move(EYRE.id, State.REVERTED, reason="wrong", after="Egypt")
+        store.change_state(EYRE.id, FactState.REVERTED, reason="wrong", after="Egypt")
     page = browser(home, clock=lambda: NOW).get(path).text
     assert "<del>Australia</del> <ins>Egypt</ins>" in page
 
@@ -220,15 +220,15 @@ def test_facts_are_searched(client: TestClient, query: str, facts: set[Fact]) ->
 
 def test_facts_have_pages(home: Home) -> None:
     with written(home) as store, store.transaction():
-        for n in range(A_PAGE):
-            store.receive(Fact(f"Hill {n}", "{} lies in", "Peru"), "b.jsonl", False)
+        for n in range(PAGE_SIZE):
+            store.receive_fact(Fact(f"Hill {n}", "{} lies in", "Peru"), "b.jsonl", False)
     client = browser(home)
     first = client.get("/facts").text
     link = re.search(r'href="([^"]*before=\d+)"', first)
     assert link is not None
     second = client.get(link[1].replace("&amp;", "&")).text
     shown = [set(re.findall(r'href="/facts/([0-9a-f]{12})"', page)) for page in (first, second)]
-    assert (len(shown[0]), len(shown[1]), shown[0] & shown[1]) == (A_PAGE, 4, set())
+    assert (len(shown[0]), len(shown[1]), shown[0] & shown[1]) == (PAGE_SIZE, 4, set())
 
 
 def test_a_fact(client: TestClient) -> None:
@@ -246,7 +246,7 @@ def test_a_fact(client: TestClient) -> None:
 
 def test_what_has_ended_cannot_be_reverted(home: Home) -> None:
     with written(home) as store, store.transaction():
-        store.move(OSLO.id, State.REVERTED, reason="by hand")
+        store.change_state(OSLO.id, FactState.REVERTED, reason="by hand")
     page = browser(home).get(f"/facts/{OSLO.id}").text
     assert "Why by hand" in text_of(page)
     assert "/actions/revert" not in page
@@ -386,7 +386,7 @@ def test_signing_in_and_out(home: Home) -> None:
     client = browser(home, TOKEN)
     wrong = send(client, "/sign-in", "/sign-in", token="x")
     assert (wrong.status_code, "That is not the token" in wrong.text) == (403, True)
-    assert SESSION not in client.cookies
+    assert SESSION_COOKIE not in client.cookies
     page = send(client, "/sign-in", "/sign-in", token=TOKEN, next="/facts?text=eyre")
     assert str(page.url) == f"{OWN}/facts?text=eyre"
     assert "Lake Eyre" in page.text
@@ -394,10 +394,10 @@ def test_signing_in_and_out(home: Home) -> None:
     assert all(part in cookie for part in ("HttpOnly", "SameSite=strict", "Path=/"))
     assert TOKEN not in cookie
     assert client.get("/sign-in").url.path == "/"
-    session = client.cookies[SESSION]
+    session = client.cookies[SESSION_COOKIE]
     assert send(client, "/sign-out", "/").url.path == "/sign-in"
     assert client.get("/").url.path == "/sign-in"
-    client.cookies.set(SESSION, session)
+    client.cookies.set(SESSION_COOKIE, session)
     assert client.get("/").url.path == "/sign-in"  # it has ended, whoever has kept it
 
 
@@ -413,7 +413,7 @@ def test_cookies_are_secure_where_the_line_is(home: Home) -> None:
     client = TestClient(application(home, TOKEN), base_url="https://kedit.example")
     assert "Secure" in client.get("/sign-in").headers["set-cookie"]
     assert "Secure" not in browser(home, TOKEN).get("/sign-in").headers["set-cookie"]
-    assert NONCE in client.cookies
+    assert NONCE_COOKIE in client.cookies
 
 
 @pytest.mark.parametrize("wanted", ["//evil.example", "https://evil.example", "/\\evil.example"])
@@ -433,7 +433,7 @@ def test_sessions_end(home: Home, clock: Clock) -> None:
 
 def test_the_oldest_session_makes_room(home: Home) -> None:
     app = application(home, TOKEN)
-    clients = [TestClient(app, base_url=OWN) for _ in range(MOST_SESSIONS + 1)]
+    clients = [TestClient(app, base_url=OWN) for _ in range(MAX_SESSIONS + 1)]
     for client in clients:
         send(client, "/sign-in", "/sign-in", token=TOKEN)
     assert clients[0].get("/ask").url.path == "/sign-in"
@@ -493,15 +493,15 @@ def live(at: Callable[[], Bench], ready: threading.Event, stopping: threading.Ev
     bench.receive(*FACTS)
     bench.settle()
     clock = bench.clock
-    ours = Daemon(bench.home, bench.config, bench.store, Notifier({}), clock, time.monotonic)
+    ours = Daemon(bench.home, bench.config, bench.store, SystemdNotifier({}), clock, time.monotonic)
     ours.editor = bench.editor
-    with lock.hold(bench.home.lock):
-        ours.control.start()
+    with lock.hold_lock(bench.home.lock_file):
+        ours.control_server.start()
         ready.set()
         while not stopping.is_set():
             with suppress(queue.Empty):
-                ours._answer(ours.control.requests.get(timeout=0.05))
-        ours.control.stop()
+                ours._answer_request(ours.control_server.requests.get(timeout=0.05))
+        ours.control_server.stop()
     bench.store.close()
 
 
@@ -529,7 +529,7 @@ def lived(
 
 def states(home: Home) -> dict[str, int]:
     """How many facts are in which state, where they no longer wait."""
-    with closing(sqlite3.connect(f"file:{home.database}?mode=ro", uri=True)) as conn:
+    with closing(sqlite3.connect(f"file:{home.database_file}?mode=ro", uri=True)) as conn:
         rows = conn.execute("SELECT state, count(*) FROM facts GROUP BY state").fetchall()
     return {state: count for state, count in rows if state != "received"}
 
@@ -596,7 +596,7 @@ def test_a_question_that_no_fact_answers(lived: Home) -> None:
 
 def test_nothing_is_written_by_looking(lived: Home) -> None:
     client = browser(lived)
-    before = lived.database.with_name("kedit.db-wal").stat().st_mtime_ns
+    before = lived.database_file.with_name("kedit.db-wal").stat().st_mtime_ns
     for path in (*PAGES, f"/facts/{FACTS[1].id}"):
         assert client.get(path).status_code == 200
-    assert lived.database.with_name("kedit.db-wal").stat().st_mtime_ns == before
+    assert lived.database_file.with_name("kedit.db-wal").stat().st_mtime_ns == before

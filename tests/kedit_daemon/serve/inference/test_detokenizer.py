@@ -7,7 +7,7 @@ from tiny_models import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from kedit_daemon.serve.inference.detokenizer import Spelling
+from kedit_daemon.serve.inference.detokenizer import Detokenizer
 
 TOKENIZER = make_tokenizer()
 TEXT = "Città di Köln 東京都 🇮🇹 is «Rome».\n"
@@ -24,13 +24,13 @@ def encode(text: str) -> list[int]:
 
 def spelled(ids: Sequence[int], stop: Sequence[str] = (), prompt: str = "It is") -> list[str]:
     """The pieces, the last one that of the end."""
-    spelling = Spelling(decode, encode(prompt), stop)
+    spelling = Detokenizer(decode, encode(prompt), stop)
     pieces = []
     for token in ids:
-        pieces.append(spelling.add(token))
-        if spelling.stopped:
+        pieces.append(spelling.add_token(token))
+        if spelling.is_stopped:
             return pieces
-    return [*pieces, spelling.rest()]
+    return [*pieces, spelling.flush()]
 
 
 def test_characters_of_several_tokens_come_whole() -> None:
@@ -75,10 +75,10 @@ def test_a_stop_text_over_several_tokens_is_held_back_and_given_when_it_is_none(
 
 def test_a_stop_text_that_comes_only_with_the_rest_stops() -> None:
     broken = encode("é")[:1]
-    spelling = Spelling(decode, [], ["\ufffd"])
-    assert spelling.add(broken[0]) == ""
-    assert not spelling.stopped
-    assert (spelling.rest(), spelling.stopped) == ("", True)
+    spelling = Detokenizer(decode, [], ["\ufffd"])
+    assert spelling.add_token(broken[0]) == ""
+    assert not spelling.is_stopped
+    assert (spelling.flush(), spelling.is_stopped) == ("", True)
 
 
 def test_half_a_character_at_the_end_is_what_decoding_at_once_gives() -> None:
@@ -88,8 +88,8 @@ def test_half_a_character_at_the_end_is_what_decoding_at_once_gives() -> None:
 
 def test_a_character_that_the_prompt_began_is_told_whole() -> None:
     first, second = encode("é")
-    spelling = Spelling(decode, [*encode("caf"), first], ())
-    assert spelling.add(second) == "é"
+    spelling = Detokenizer(decode, [*encode("caf"), first], ())
+    assert spelling.add_token(second) == "é"
 
 
 @pytest.mark.parametrize("prompt", ["The seat is", "is"])
@@ -100,8 +100,12 @@ def test_the_space_before_the_first_word_is_not_lost(prompt: str) -> None:
     raw.decoder = decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     ids = tokenizer(prompt)["input_ids"]
-    spelling = Spelling(lambda some: str(tokenizer.decode(some)), ids, ())
-    assert [spelling.add(3), spelling.add(2), spelling.add(3)] == [" Rome", " is", " Rome"]
+    spelling = Detokenizer(lambda some: str(tokenizer.decode(some)), ids, ())
+    assert [spelling.add_token(3), spelling.add_token(2), spelling.add_token(3)] == [
+        " Rome",
+        " is",
+        " Rome",
+    ]
 
 
 def test_a_long_text_is_not_decoded_again_and_again() -> None:
@@ -112,7 +116,7 @@ def test_a_long_text_is_not_decoded_again_and_again() -> None:
         longest = max(longest, len(ids))
         return decode(ids)
 
-    spelling = Spelling(watched, encode(TEXT * 10), ())
+    spelling = Detokenizer(watched, encode(TEXT * 10), ())
     for token in encode("The seat is Rome. " * 50):
-        spelling.add(token)
+        spelling.add_token(token)
     assert longest < 12

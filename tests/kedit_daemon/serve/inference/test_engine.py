@@ -15,15 +15,21 @@ from home_tools import LIMA, OSLO, ROME, Published
 from torch import nn
 
 from kedit_daemon.editing.tensor_files import load_deltas, save_shard
-from kedit_daemon.serve.inference.engine import Engine
-from kedit_daemon.serve.inference.types import BASE, Opened, Part, Token, Wish
+from kedit_daemon.serve.inference.engine import BatchEngine
+from kedit_daemon.serve.inference.types import (
+    BASE,
+    AnswerPart,
+    AnswerStart,
+    GenerationRequest,
+    TokenLogprobs,
+)
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.side.side_memory import Delta, Shard
 
 PROMPTS = ["Rome", "It is", "The seat of country 1 is", "The seat of country 22 is Oslo. It is"]
 T = TypeVar("T")
-Make = Callable[..., Engine]
+Make = Callable[..., BatchEngine]
 
 
 class Gate:
@@ -34,7 +40,7 @@ class Gate:
         self.passes: list[tuple[int, ...]] = []
         self.fail: Exception | None = None
         self.open()
-        model.model.register_forward_pre_hook(self._hold, with_kwargs=True)
+        model.hf_model.register_forward_pre_hook(self._hold, with_kwargs=True)
 
     def _hold(self, _model: nn.Module, _args: Any, given: dict[str, Any]) -> None:
         self._open.wait(20)
@@ -52,15 +58,15 @@ class Gate:
 
 @dataclass
 class Heard:
-    opened: Opened | None = None
-    parts: list[Part] = field(default_factory=list)
+    opened: AnswerStart | None = None
+    parts: list[AnswerPart] = field(default_factory=list)
 
     @property
     def text(self) -> str:
         return "".join(part.text for part in self.parts)
 
     @property
-    def tokens(self) -> list[Token]:
+    def tokens(self) -> list[TokenLogprobs]:
         return [token for part in self.parts for token in part.tokens]
 
     @property
@@ -92,10 +98,10 @@ def gate(served: EditableModel) -> Gate:
 
 @pytest.fixture
 def make(published: Published, served: EditableModel, gate: Gate) -> Iterator[Make]:
-    made: list[Engine] = []
+    made: list[BatchEngine] = []
 
-    def engine(rows: int = 8, waiting: int = 32) -> Engine:
-        made.append(Engine(published.replica(served), rows, waiting))
+    def engine(rows: int = 8, waiting: int = 32) -> BatchEngine:
+        made.append(BatchEngine(published.replica(served), rows, waiting))
         return made[-1]
 
     yield engine
@@ -104,16 +110,16 @@ def make(published: Published, served: EditableModel, gate: Gate) -> Iterator[Ma
         one.close()
 
 
-def wish(model: EditableModel, prompt: str, tokens: int = 8, **more: Any) -> Wish:
+def wish(model: EditableModel, prompt: str, tokens: int = 8, **more: Any) -> GenerationRequest:
     settings = {"temperature": 0.0, **more}
-    return Wish(tuple(model.encode(prompt)), max_tokens=tokens, **settings)
+    return GenerationRequest(tuple(model.encode(prompt)), max_tokens=tokens, **settings)
 
 
-async def hear(engine: Engine, asked: Wish, heard: Heard | None = None) -> Heard:
+async def hear(engine: BatchEngine, asked: GenerationRequest, heard: Heard | None = None) -> Heard:
     heard = heard or Heard()
-    async with aclosing(engine.answer(asked)) as items:
+    async with aclosing(engine.stream_answer(asked)) as items:
         async for item in items:
-            if isinstance(item, Opened):
+            if isinstance(item, AnswerStart):
                 assert heard.opened is None and not heard.parts
                 heard.opened = item
             else:
@@ -141,9 +147,9 @@ def greedy(model: EditableModel, prompt: str, tokens: int = 8) -> str:
     ids, said = model.encode(prompt), list[int]()
     for _ in range(tokens):
         with torch.no_grad():
-            out = model.model(input_ids=torch.tensor([[*ids, *said]]), use_cache=False)
+            out = model.hf_model(input_ids=torch.tensor([[*ids, *said]]), use_cache=False)
         token = int(out.logits[0, -1].argmax())
-        if token == model.end:
+        if token == model.end_token:
             break
         said.append(token)
     return model.decode(said)
@@ -151,8 +157,8 @@ def greedy(model: EditableModel, prompt: str, tokens: int = 8) -> str:
 
 def edited(published: Published, generation: int, prompt: str, tokens: int = 8) -> str:
     """What a generation's weights say."""
-    row = published.store.generation(generation)
-    published.model.set_deltas(load_deltas(published.home.generations, row))
+    row = published.store.get_generation(generation)
+    published.model.set_deltas(load_deltas(published.home.generations_folder, row))
     said = greedy(published.model, prompt, tokens)
     published.model.set_deltas({})
     return said
@@ -169,13 +175,13 @@ def refused(work: Awaitable[Any]) -> KeditError:
 
 def test_an_answer_opens_comes_in_parts_and_has_an_end(make: Make, model: EditableModel) -> None:
     heard = run(hear(make(), wish(model, PROMPTS[2], 12)))
-    assert heard.opened == Opened(0, None)
+    assert heard.opened == AnswerStart(0, None)
     assert heard.text == greedy(model, PROMPTS[2], 12)
     assert len(heard.parts) > 3
-    assert [(p.finish, p.produced) for p in heard.parts[:-1]] == [(None, 0)] * (
+    assert [(p.finish_reason, p.token_count) for p in heard.parts[:-1]] == [(None, 0)] * (
         len(heard.parts) - 1
     )
-    assert (heard.parts[-1].finish, heard.parts[-1].produced) == ("length", 12)
+    assert (heard.parts[-1].finish_reason, heard.parts[-1].token_count) == ("length", 12)
     assert heard.tokens == []
 
 
@@ -183,9 +189,9 @@ def test_the_end_of_text_ends_an_answer(
     make: Make, model: EditableModel, served: EditableModel
 ) -> None:
     with torch.no_grad():
-        served.model.get_output_embeddings().weight.zero_()  # the first token is the end
+        served.hf_model.get_output_embeddings().weight.zero_()  # the first token is the end
     heard = run(hear(make(), wish(model, PROMPTS[0], logprobs=0)))
-    assert heard.parts == [Part("", (), "stop", 0)]
+    assert heard.parts == [AnswerPart("", (), "stop", 0)]
 
 
 def test_a_stop_text_over_two_tokens_ends_an_answer(make: Make, model: EditableModel) -> None:
@@ -195,17 +201,17 @@ def test_a_stop_text_over_two_tokens_ends_an_answer(make: Make, model: EditableM
     stop = parts[first][-1] + parts[first + 1][0]
     heard = run(hear(make(), wish(model, PROMPTS[2], 12, stop=("never so", stop))))
     assert heard.text == whole[: whole.index(stop)]
-    assert heard.parts[-1].finish == "stop"
-    assert 0 < heard.parts[-1].produced < 12
+    assert heard.parts[-1].finish_reason == "stop"
+    assert 0 < heard.parts[-1].token_count < 12
 
 
 def test_tokens_are_told_with_their_likelihoods(make: Make, model: EditableModel) -> None:
     heard = run(hear(make(), wish(model, PROMPTS[2], 6, logprobs=3)))
     assert model.decode([token.id for token in heard.tokens]) == heard.text
-    assert heard.parts[-1].produced == len(heard.tokens) == 6
+    assert heard.parts[-1].token_count == len(heard.tokens) == 6
     with torch.no_grad():
         ids = torch.tensor([model.encode(PROMPTS[2])])
-        logs = model.model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
+        logs = model.hf_model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
     for token in heard.tokens:
         assert (token.id, token.logprob) == token.top[0] and len(token.top) == 3
     assert heard.tokens[0].logprob == pytest.approx(float(logs.max()), abs=1e-4)
@@ -219,20 +225,20 @@ def test_tokens_are_told_with_their_likelihoods(make: Make, model: EditableModel
 def test_what_does_not_fit_the_model_is_refused(
     make: Make, length: int, tokens: int, said: str
 ) -> None:
-    error = refused(hear(make(), Wish((5,) * length, max_tokens=tokens)))
+    error = refused(hear(make(), GenerationRequest((5,) * length, max_tokens=tokens)))
     assert error.code == "too-long"
     with pytest.raises(KeditError, match=said):
         raise error
 
 
 def test_the_longest_that_fits_is_answered(make: Make) -> None:
-    heard = run(hear(make(), Wish((5,) * 250, max_tokens=6, temperature=0)))
-    assert heard.parts[-1].finish is not None
+    heard = run(hear(make(), GenerationRequest((5,) * 250, max_tokens=6, temperature=0)))
+    assert heard.parts[-1].finish_reason is not None
 
 
 def test_a_token_that_the_model_does_not_have_is_refused(make: Make) -> None:
-    assert refused(hear(make(), Wish((5, 1 << 20)))).code == "bad-request"
-    assert refused(hear(make(), Wish((-1,)))).code == "bad-request"
+    assert refused(hear(make(), GenerationRequest((5, 1 << 20)))).code == "bad-request"
+    assert refused(hear(make(), GenerationRequest((-1,)))).code == "bad-request"
 
 
 # Company ------------------------------------------------------------------------------------------
@@ -251,7 +257,7 @@ def test_each_of_many_readers_hears_what_it_would_hear_alone(
     assert [one.text for one in heard] == [greedy(model, *one) for one in asked]
     assert max(rows for rows, _ in gate.passes) == 4
     assert len(gate.passes) < sum(tokens for _, tokens in asked) / 2
-    figures = engine.figures
+    figures = engine.status
     assert figures.requests == 14
     assert (figures.running, figures.waiting, figures.generation) == (0, 0, 0)
 
@@ -304,27 +310,27 @@ def test_a_reader_who_goes_away_leaves_the_others_alone(
         heard = Heard()
         goes = asyncio.create_task(hear(engine, wish(model, PROMPTS[3], 200), heard))
         if way == "close":
-            async with aclosing(engine.answer(wish(model, PROMPTS[2], 200))) as items:
+            async with aclosing(engine.stream_answer(wish(model, PROMPTS[2], 200))) as items:
                 await anext(items)
         await until(lambda: bool(heard.parts))
         goes.cancel()
         with suppress(asyncio.CancelledError):
             await goes
-        await until(lambda: engine.figures.running <= 1)
+        await until(lambda: engine.status.running <= 1)
         assert not stays.done()
         return (await stays).text
 
     assert run(work()) == greedy(model, PROMPTS[0], 100)
-    assert engine.figures.running == 0
+    assert engine.status.running == 0
 
 
 def test_a_loop_that_ends_in_the_middle_does_not_disturb_the_engine(
     make: Make, model: EditableModel
 ) -> None:
     engine = make()
-    items = engine.answer(wish(model, PROMPTS[1], 200))
+    items = engine.stream_answer(wish(model, PROMPTS[1], 200))
     loop = asyncio.new_event_loop()
-    assert isinstance(loop.run_until_complete(anext(items)), Opened)
+    assert isinstance(loop.run_until_complete(anext(items)), AnswerStart)
     loop.close()
     stays = run(hear(engine, wish(model, PROMPTS[0])))
     run(items.aclose())
@@ -337,9 +343,9 @@ def test_too_many_who_wait_are_turned_away(make: Make, model: EditableModel, gat
     async def work() -> list[str]:
         gate.shut()
         tasks = [asyncio.create_task(hear(engine, wish(model, PROMPTS[0])))]
-        await until(lambda: engine.figures.running == 1)
+        await until(lambda: engine.status.running == 1)
         tasks += [asyncio.create_task(hear(engine, wish(model, p))) for p in PROMPTS[1:3]]
-        await until(lambda: engine.figures.waiting == 2)
+        await until(lambda: engine.status.waiting == 2)
         with pytest.raises(KeditError, match="2 requests are waiting") as caught:
             await hear(engine, wish(model, PROMPTS[0]))
         assert (caught.value.code, caught.value.exit_code) == ("busy", 75)
@@ -351,14 +357,14 @@ def test_too_many_who_wait_are_turned_away(make: Make, model: EditableModel, gat
         return [one.text for one in await asyncio.gather(*tasks)]
 
     assert run(work()) == [greedy(model, PROMPTS[n]) for n in (0, 1, 3)]
-    assert engine.figures.requests == 4
+    assert engine.status.requests == 4
 
 
 def test_a_burst_that_fits_is_not_turned_away(make: Make, model: EditableModel, gate: Gate) -> None:
     engine = make(rows=3, waiting=1)
 
     async def work() -> list[Any]:
-        with engine._changed:  # the engine comes to none of them in between
+        with engine._condition:  # the engine comes to none of them in between
             asked = [wish(model, PROMPTS[0], 2)] * 5
             tasks = [asyncio.create_task(hear(engine, one)) for one in asked]
             await asyncio.sleep(0)
@@ -377,10 +383,10 @@ def test_who_waits_and_goes_away_is_not_kept(make: Make, model: EditableModel) -
         runs = asyncio.create_task(hear(engine, wish(model, PROMPTS[0], 200), first))
         await until(lambda: bool(first.parts))
         waits = asyncio.create_task(hear(engine, wish(model, PROMPTS[1])))
-        await until(lambda: engine.figures.waiting == 1)
+        await until(lambda: engine.status.waiting == 1)
         waits.cancel()
         await until(lambda: not engine._waiting)
-        assert engine.figures.running == 1
+        assert engine.status.running == 1
         runs.cancel()
 
     run(work())
@@ -450,7 +456,7 @@ def test_an_answer_is_of_one_generation_first_token_to_last(
     assert before.text == edited(published, old, PROMPTS[2], 40)
     assert after.text == edited(published, old + 1, PROMPTS[2], 3)
     assert order == ["old", "new"]
-    assert engine.figures.generation == old + 1
+    assert engine.status.generation == old + 1
 
 
 def test_nobody_overtakes_one_who_waits_for_other_weights(
@@ -462,14 +468,14 @@ def test_nobody_overtakes_one_who_waits_for_other_weights(
     async def work() -> list[str]:
         opened: list[str] = []
 
-        async def ask(name: str, asked: Wish) -> None:
-            async for item in engine.answer(asked):
-                if isinstance(item, Opened):
+        async def ask(name: str, asked: GenerationRequest) -> None:
+            async for item in engine.stream_answer(asked):
+                if isinstance(item, AnswerStart):
                     opened.append(name)
 
         gate.shut()
         tasks = [asyncio.create_task(ask("edited", wish(model, PROMPTS[0], 30)))]
-        await until(lambda: engine.figures.running == 1)
+        await until(lambda: engine.status.running == 1)
         for name, which in (("base", BASE), ("late", "edited"), ("base too", BASE)):
             tasks.append(asyncio.create_task(ask(name, wish(model, PROMPTS[1], 5, which=which))))
             await asyncio.sleep(0)
@@ -490,7 +496,7 @@ def test_a_damaged_generation_is_told_and_the_last_good_one_served(
     published.file_of(lost).unlink()
     heard = run(hear(engine, wish(model, PROMPTS[0])))
     assert (heard.generation, heard.text) == (good, edited(published, good, PROMPTS[0]))
-    assert f"generation {lost} is not served" in engine.figures.problems[0]
+    assert f"generation {lost} is not served" in engine.status.problems[0]
     assert refused(hear(engine, wish(model, PROMPTS[0], which=lost))).code == "corrupt"
 
 
@@ -572,10 +578,10 @@ def test_only_the_row_whose_numbers_break_fails(
     hidden, width = model.weight(2).shape
     up = torch.zeros(hidden, 1)
     up[0, 0] = math.inf
-    sha = save_shard(published.home.side, Shard(Delta(up, torch.ones(1, width)), 1e-3))
+    sha = save_shard(published.home.side_folder, Shard(Delta(up, torch.ones(1, width)), 1e-3))
     with published.store.transaction():
         published.store.drop_shard(1)
-        published.store.put_shard(1, sha, 1, 1e-3)
+        published.store.add_shard(1, sha, 1, 1e-3)
     engine = make()
 
     async def both() -> list[Any]:
@@ -629,7 +635,7 @@ def test_who_cannot_be_read_in_leaves_those_who_run_alone(
         first = Heard()
         runs = asyncio.create_task(hear(engine, wish(model, PROMPTS[3], 100), first))
         await until(lambda: bool(first.parts))
-        hook = served.model.register_forward_pre_hook(full, with_kwargs=True)
+        hook = served.hf_model.register_forward_pre_hook(full, with_kwargs=True)
         (late,) = await asyncio.gather(
             hear(engine, wish(model, PROMPTS[2])), return_exceptions=True
         )
@@ -681,7 +687,7 @@ def test_who_still_reads_when_it_closes_is_told_so(
 
     async def work() -> list[Any]:
         tasks = [asyncio.create_task(hear(engine, wish(model, p, 200))) for p in PROMPTS[:2]]
-        await until(lambda: engine.figures.running == engine.figures.waiting == 1)
+        await until(lambda: engine.status.running == engine.status.waiting == 1)
         await asyncio.to_thread(engine.close)
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -693,4 +699,4 @@ def test_who_still_reads_when_it_closes_is_told_so(
 def test_an_engine_that_nobody_asks_follows_the_home(make: Make, published: Published) -> None:
     engine = make()
     number = published.generation(5)
-    run(until(lambda: engine.figures.generation == number))
+    run(until(lambda: engine.status.generation == number))

@@ -14,11 +14,11 @@ def test_the_active_generation_is_served_from_the_first_moment(
 ) -> None:
     made = bench(kind="llama")
     store, shape = made.store, made.loaded.model.base_weight(0).shape
-    sha = save_tensors(made.home.generations, {"0": torch.zeros(shape)})
+    sha = save_tensors(made.home.generations_folder, {"0": torch.zeros(shape)})
     with store.transaction():
         number = store.add_generation(sha, "", 0, "flush", (), {})
-        store.activate(number)
+        store.activate_generation(number)
     reader = open_reader(made.home, Config(model=str(model_folder("llama")), device="cpu"))
-    generation = reader.engine.figures.generation
+    generation = reader.engine.status.generation
     reader.engine.close()
     assert generation == number

@@ -8,9 +8,9 @@ import pytest
 from home_tools import Published
 from serving import NAME, load
 
-from kedit_daemon.serve.errors import Refused
-from kedit_daemon.serve.inference.engine import Engine
-from kedit_daemon.serve.inference.reader import Reader, plain
+from kedit_daemon.serve.errors import RequestError
+from kedit_daemon.serve.inference.engine import BatchEngine
+from kedit_daemon.serve.inference.reader import Reader, format_plain_chat
 
 TALK = [("system", "Be brief."), ("user", "Hello")]
 
@@ -18,17 +18,17 @@ TALK = [("system", "Be brief."), ("user", "Hello")]
 @pytest.fixture
 def reader(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[Reader]:
     published = Published(tmp_path / "home", load(model_folder("llama")))
-    engine = Engine(published.replica(published.model), 1, 1)
+    engine = BatchEngine(published.replica(published.model), 1, 1)
     yield Reader(NAME, engine.model, engine)
     engine.close()
     published.store.close()
 
 
 def test_a_conversation_without_a_template_is_plain_text(reader: Reader) -> None:
-    assert plain([("user", "Rome is in")]) == "Rome is in"
-    assert plain(TALK) == "System: Be brief.\n\nUser: Hello\n\nAssistant:"
-    assert plain([("system", "Rome is in")]) == "System: Rome is in\n\nAssistant:"
-    assert reader.conversation(TALK) == reader.encode(plain(TALK))
+    assert format_plain_chat([("user", "Rome is in")]) == "Rome is in"
+    assert format_plain_chat(TALK) == "System: Be brief.\n\nUser: Hello\n\nAssistant:"
+    assert format_plain_chat([("system", "Rome is in")]) == "System: Rome is in\n\nAssistant:"
+    assert reader.encode_messages(TALK) == reader.encode(format_plain_chat(TALK))
 
 
 def test_the_template_of_a_model_is_taken_and_its_special_tokens_stand_once(
@@ -38,15 +38,15 @@ def test_the_template_of_a_model_is_taken_and_its_special_tokens_stand_once(
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    ids = reader.conversation(TALK)
+    ids = reader.encode_messages(TALK)
     assert ids == reader.encode("[system] Be brief.\n[user] Hello\n[assistant]")
-    assert ids.count(reader.model.end or 0) == 1
+    assert ids.count(reader.model.end_token or 0) == 1
 
 
 def test_what_a_template_refuses_is_refused(reader: Reader) -> None:
     reader.model.tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
-    with pytest.raises(Refused, match="no system message") as caught:
-        reader.conversation(TALK)
+    with pytest.raises(RequestError, match="no system message") as caught:
+        reader.encode_messages(TALK)
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 

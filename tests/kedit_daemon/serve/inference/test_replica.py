@@ -9,13 +9,13 @@ from home_tools import LIMA, OSLO, ROME, Published
 from safetensors import SafetensorError
 
 from kedit_daemon.editing.tensor_files import load_deltas, pack_keys
-from kedit_daemon.serve.inference.replica import LOOK_AGAIN_SECONDS, Replica
+from kedit_daemon.serve.inference.replica import RETRY_SECONDS, Replica
 from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.errors import KeditError
 from memory.files import save_tensors
-from memory.model.batch_decoder import Decoding
+from memory.model.batch_decoder import BatchDecoder
 from memory.model.editable import EditableModel
-from memory.side.side_memory import Keys
+from memory.side.side_memory import RetrievalKeys
 
 
 @pytest.fixture
@@ -36,17 +36,19 @@ def fired(replica: Replica) -> list[str | None]:
     """Of ROME, OSLO and LIMA, by the number of the fact."""
     model = replica.model
     prompts = [model.encode(f.question) for f in (ROME, OSLO, LIMA)]
-    return [m and m.fact_id for m in Decoding(model, replica.side).join(prompts).fired]
+    return [
+        m and m.fact_id for m in BatchDecoder(model, replica.side).prefill_rows(prompts).matches
+    ]
 
 
 def weights(model: EditableModel) -> str:
-    return model.weights_hash(range(model.layers))
+    return model.weights_hash(range(model.layer_count))
 
 
 def weights_of(published: Published, generation: int) -> str:
     """What the daemon's own model would be."""
-    row = published.store.generation(generation)
-    published.model.set_deltas(load_deltas(published.home.generations, row))
+    row = published.store.get_generation(generation)
+    published.model.set_deltas(load_deltas(published.home.generations_folder, row))
     found = weights(published.model)
     published.model.set_deltas({})
     return found
@@ -58,7 +60,7 @@ def test_what_is_in_the_home_is_served_from_the_start(
     published.learn(ROME, 1)
     number = published.generation(5)
     replica.sync()
-    replica.use(replica.number_of(EDITED))
+    replica.set_generation(replica.resolve_generation(EDITED))
     assert fired(replica) == [ROME.id, None, None]
     assert replica.generation == number
     assert weights(replica.model) == weights_of(published, number)
@@ -130,7 +132,7 @@ def test_weights_move_with_the_next_use_and_every_generation_can_be_had(
     assert weights(replica.model) == base
     found = {}
     for which in (EDITED, BASE, one, two, 0):
-        replica.use(replica.number_of(which))
+        replica.set_generation(replica.resolve_generation(which))
         found[which] = weights(replica.model)
     assert found[EDITED] == found[two] == weights_of(published, two)
     assert found[one] == weights_of(published, one) != found[two]
@@ -139,22 +141,24 @@ def test_weights_move_with_the_next_use_and_every_generation_can_be_had(
 
 def test_weights_that_were_laid_half_are_laid_anew(published: Published, replica: Replica) -> None:
     good = published.generation(5)
-    sha = save_tensors(published.home.generations, {"0": torch.ones(1), "1": torch.ones(3, 3)})
+    sha = save_tensors(
+        published.home.generations_folder, {"0": torch.ones(1), "1": torch.ones(3, 3)}
+    )
     with published.store.transaction():
         bad = published.store.add_generation(sha, "", good, "flush", (), {})
     replica.sync()
-    replica.use(good)
+    replica.set_generation(good)
     with pytest.raises(RuntimeError):
-        replica.use(bad)
+        replica.set_generation(bad)
     assert weights(replica.model) != weights_of(published, good)
-    replica.use(good)
+    replica.set_generation(good)
     assert weights(replica.model) == weights_of(published, good)
 
 
 @pytest.mark.parametrize("which", [7, -1, "generation"])
 def test_an_unknown_generation_is_refused(replica: Replica, which: str | int) -> None:
     with pytest.raises(KeditError, match=f"no generation {which!r}") as caught:
-        replica.number_of(which)
+        replica.resolve_generation(which)
     assert caught.value.code == "model"
 
 
@@ -171,13 +175,13 @@ def test_a_lost_generation_leaves_the_last_good_one_and_is_told(
     if damage is not None:
         path.write_bytes(damage)
     replica.sync()
-    replica.use(replica.number_of(EDITED))
+    replica.set_generation(replica.resolve_generation(EDITED))
     assert replica.generation == good
     assert weights(replica.model) == weights_of(published, good)
     assert len(replica.problems) == 1
     assert f"generation {lost} is not served, {good} still is" in replica.problems[0]
     with pytest.raises(KeditError) as caught:
-        replica.use(lost)
+        replica.set_generation(lost)
     assert caught.value.code == "corrupt"
     assert weights(replica.model) == weights_of(published, good)
     replica.sync()
@@ -201,7 +205,7 @@ def test_a_fact_that_moved_into_lost_weights_stays_in_the_side_memory(
     replica.sync()
     assert fired(replica) == [ROME.id, None, None]
     path.write_bytes(whole)
-    published.seconds += LOOK_AGAIN_SECONDS
+    published.seconds += RETRY_SECONDS
     replica.sync()
     assert (fired(replica), replica.problems) == ([None, OSLO.id, None], ())
 
@@ -216,10 +220,10 @@ def test_what_could_not_be_followed_is_tried_again_after_a_while(
     path.write_bytes(whole)
     asked: list[str] = []
     replica._follower.conn.set_trace_callback(asked.append)
-    published.seconds += LOOK_AGAIN_SECONDS / 2
+    published.seconds += RETRY_SECONDS / 2
     replica.sync()
     assert (len(asked), len(replica.problems)) == (1, 1)
-    published.seconds += LOOK_AGAIN_SECONDS / 2
+    published.seconds += RETRY_SECONDS / 2
     replica.sync()
     assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
 
@@ -229,7 +233,7 @@ def test_a_change_that_nobody_foresaw_does_not_count_as_seen(
 ) -> None:
     published.learn(ROME, 1)
     with published.store.transaction():
-        published.store.put_side(ROME.id, 1, b"whole, but no tensors")
+        published.store.put_side_keys(ROME.id, 1, b"whole, but no tensors")
     for _ in range(2):
         with pytest.raises(SafetensorError):
             replica.sync()
@@ -256,10 +260,10 @@ def test_only_the_fact_that_is_damaged_is_missing(
         conn.execute("UPDATE side_keys SET tensors = x'00' WHERE fact_id = ?", (ROME.id,))
         conn.commit()
     else:
-        width = published.model.hidden
+        width = published.model.hidden_size
         with published.store.transaction():
-            keys = Keys(torch.full((1, width), torch.nan), torch.zeros(1, width))
-            published.store.put_side(ROME.id, 1, pack_keys(keys))
+            keys = RetrievalKeys(torch.full((1, width), torch.nan), torch.zeros(1, width))
+            published.store.put_side_keys(ROME.id, 1, pack_keys(keys))
     replica.sync()
     assert fired(replica) == [None, OSLO.id, None]
     assert len(replica.problems) == 1
@@ -296,9 +300,11 @@ def test_a_reader_is_told_of_a_database_that_cannot_be_read(replica: Replica, tr
 def test_a_layer_that_the_model_does_not_have_leaves_the_last_good_generation(
     published: Published, replica: Replica
 ) -> None:
-    sha = save_tensors(published.home.generations, {"no layer": torch.ones(1)})
+    sha = save_tensors(published.home.generations_folder, {"no layer": torch.ones(1)})
     with published.store.transaction():
-        published.store.activate(published.store.add_generation(sha, "", 0, "flush", (), {}))
+        published.store.activate_generation(
+            published.store.add_generation(sha, "", 0, "flush", (), {})
+        )
     replica.sync()
     assert replica.generation == 0
     assert "no layer" in replica.problems[0]
@@ -312,11 +318,11 @@ def test_nothing_is_ever_written(published: Published, replica: Replica) -> None
         files = [p for p in published.home.root.rglob("*") if p.is_file() and "-shm" not in p.name]
         return {path: path.stat().st_mtime_ns for path in files}
 
-    orphan = published.home.side / f"{'0' * 64}.safetensors"
+    orphan = published.home.side_folder / f"{'0' * 64}.safetensors"
     orphan.write_bytes(b"swept by the daemon alone")
     before = listed()
     replica.sync()
-    replica.use(1)
+    replica.set_generation(1)
     fired(replica)
     assert listed() == before
     with pytest.raises(sqlite3.OperationalError, match="readonly"):

@@ -17,7 +17,7 @@ from serving import NAME, Running, server
 
 from kedit_daemon.serve.inference.reader import Reader
 from memory.model.editable import EditableModel
-from memory.model.generate import answers
+from memory.model.generate import generate_answers
 
 PROMPT = "The seat of country 3 is"
 
@@ -48,7 +48,7 @@ def client(running: Running) -> Iterator[OpenAI]:
 def greedy(model: EditableModel, prompt: str, tokens: int) -> str:
     ids = model.encode(prompt)
     for _ in range(tokens):
-        ids.append(int(model.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        ids.append(int(model.hf_model(torch.tensor([ids])).logits[0, -1].argmax()))
     return model.decode(ids[len(model.encode(prompt)) :])
 
 
@@ -61,7 +61,7 @@ def test_text_is_continued(client: OpenAI, model: EditableModel) -> None:
     read = len(model.encode(PROMPT))
     assert done.usage.prompt_tokens == read
     assert (done.usage.completion_tokens, done.usage.total_tokens) == (5, read + 5)
-    assert answers(model, [PROMPT], 5)[0] in choice.text
+    assert generate_answers(model, [PROMPT], 5)[0] in choice.text
 
 
 def test_prompts_may_be_texts_and_ids_and_have_several_choices(
@@ -98,7 +98,7 @@ def test_logprobs_of_a_completion(client: OpenAI, model: EditableModel) -> None:
     assert told is not None and told.tokens and told.top_logprobs and told.token_logprobs
     assert "".join(told.tokens) == done.choices[0].text
     assert told.text_offset == [len("".join(told.tokens[:n])) for n in range(4)]
-    logits = model.model(torch.tensor([model.encode(PROMPT)])).logits[0, -1]
+    logits = model.hf_model(torch.tensor([model.encode(PROMPT)])).logits[0, -1]
     likeliest = float(torch.log_softmax(logits, -1).max())
     assert told.token_logprobs[0] == pytest.approx(likeliest, abs=1e-4)
     for token, logprob, top in zip(
@@ -161,9 +161,9 @@ def test_a_chat_may_go_on_for_as_long_as_there_is_room(
     read = len(model.encode(long))
     done = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": long}])
     assert done.usage is not None
-    assert done.usage.total_tokens <= model.positions
+    assert done.usage.total_tokens <= model.max_positions
     stopped = done.choices[0].finish_reason == "stop"
-    assert stopped or done.usage.completion_tokens == model.positions - read
+    assert stopped or done.usage.completion_tokens == model.max_positions - read
 
 
 def test_a_stream_tells_the_same_as_an_answer_at_once(client: OpenAI) -> None:
@@ -325,11 +325,11 @@ def test_a_reader_who_leaves_ends_the_answer(tmp_path: Path, folder: Path) -> No
         running.pace.seconds = 0.02
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/completions", json=asked, timeout=0.3)
-        wait_for(lambda: running.engine.figures.running == 0)
+        wait_for(lambda: running.engine.status.running == 0)
         with http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
             next(answer.iter_lines())
-            assert running.engine.figures.running == 2
-        wait_for(lambda: running.engine.figures.running == 0)
+            assert running.engine.status.running == 2
+        wait_for(lambda: running.engine.status.running == 0)
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -349,7 +349,7 @@ def test_who_asks_when_too_many_wait_may_ask_again(tmp_path: Path, folder: Path)
                 target=lambda: httpx.post(f"{running.url}/v1/completions", json=asked, timeout=60)
             )
             waiting.start()
-            wait_for(lambda: running.engine.figures.waiting == 1)
+            wait_for(lambda: running.engine.status.waiting == 1)
             answer = http.post("/v1/completions", json=asked)
             assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
             assert answer.json()["error"]["code"] == "busy"

@@ -5,13 +5,13 @@ from collections.abc import AsyncGenerator, Sequence
 
 import pytest
 
-from kedit_daemon.serve.errors import Refused
-from kedit_daemon.serve.inference.engine import Figures
-from kedit_daemon.serve.inference.types import Opened, Part, Wish
-from kedit_daemon.serve.openai.fanout import Rows
+from kedit_daemon.serve.errors import RequestError
+from kedit_daemon.serve.inference.engine import BatchStatus
+from kedit_daemon.serve.inference.types import AnswerPart, AnswerStart, GenerationRequest
+from kedit_daemon.serve.openai.fanout import AnswerFanout
 from memory.errors import KeditError
 
-WISHES = (Wish((1,)), Wish((2,)), Wish((3,)))
+WISHES = (GenerationRequest((1,)), GenerationRequest((2,)), GenerationRequest((3,)))
 
 
 class Told:
@@ -23,7 +23,7 @@ class Told:
         self.cut = 0  # answers that nobody let come to their end
         self.last = asyncio.Event()
 
-    async def answer(self, wish: Wish) -> AsyncGenerator[Opened | Part]:
+    async def answer(self, wish: GenerationRequest) -> AsyncGenerator[AnswerStart | AnswerPart]:
         told = self.told.pop(0)
         if not self.told:
             self.last.set()
@@ -31,33 +31,33 @@ class Told:
             for item in told:
                 if isinstance(item, BaseException):
                     raise item
-                yield Opened(item, None) if isinstance(item, int) else Part(item)
+                yield AnswerStart(item, None) if isinstance(item, int) else AnswerPart(item)
                 await asyncio.sleep(0)
             await self.last.wait()
-            yield Part("", (), "stop", 1)
+            yield AnswerPart("", (), "stop", 1)
         except asyncio.CancelledError:
             self.cut += 1
             raise
 
     @property
-    def figures(self) -> Figures:
-        return Figures(0, 0, 0, 0, 0, ())
+    def figures(self) -> BatchStatus:
+        return BatchStatus(0, 0, 0, 0, 0, ())
 
     def close(self) -> None:
         self.last.set()
 
 
-async def collected(rows: Rows) -> list[str]:
+async def collected(rows: AnswerFanout) -> list[str]:
     texts = [""] * len(WISHES)
-    async for row, part in rows.parts():
+    async for row, part in rows.stream_parts():
         texts[row] += part.text
     return texts
 
 
 def test_parts_come_to_their_rows_also_those_that_come_before_all_have_begun() -> None:
     async def run() -> None:
-        rows = Rows(Told((4, "a", "b"), (4, "c"), (4, "d", "e", "f")), WISHES)
-        assert [o.generation for o in await rows.open()] == [4, 4, 4]
+        rows = AnswerFanout(Told((4, "a", "b"), (4, "c"), (4, "d", "e", "f")), WISHES)
+        assert [o.generation for o in await rows.start_answers()] == [4, 4, 4]
         assert await collected(rows) == ["ab", "c", "def"]
 
     asyncio.run(run())
@@ -66,8 +66,8 @@ def test_parts_come_to_their_rows_also_those_that_come_before_all_have_begun() -
 def test_a_request_has_one_generation_though_a_new_one_comes_in_between() -> None:
     async def run() -> None:
         engine = Told((4, "old"), (4,), (5,), (5, "new"), (5,), (5,))
-        rows = Rows(engine, WISHES)
-        assert [o.generation for o in await rows.open()] == [5, 5, 5]
+        rows = AnswerFanout(engine, WISHES)
+        assert [o.generation for o in await rows.start_answers()] == [5, 5, 5]
         assert await collected(rows) == ["new", "", ""]
         assert engine.cut == 3
 
@@ -76,9 +76,9 @@ def test_a_request_has_one_generation_though_a_new_one_comes_in_between() -> Non
 
 def test_a_generation_that_never_settles_is_refused() -> None:
     async def run() -> None:
-        rows = Rows(Told(*[(1,), (1,), (2,)] * 3), WISHES)
-        with pytest.raises(Refused) as caught:
-            await rows.open()
+        rows = AnswerFanout(Told(*[(1,), (1,), (2,)] * 3), WISHES)
+        with pytest.raises(RequestError) as caught:
+            await rows.start_answers()
         assert caught.value.status == 503
 
     asyncio.run(run())
@@ -87,14 +87,14 @@ def test_a_generation_that_never_settles_is_refused() -> None:
 @pytest.mark.parametrize("error", [KeditError("no", code="busy"), ZeroDivisionError()])
 def test_what_one_row_raises_comes_out(error: Exception) -> None:
     async def opening() -> None:
-        rows = Rows(Told((4, "a"), (error,), (4,)), WISHES)
+        rows = AnswerFanout(Told((4, "a"), (error,), (4,)), WISHES)
         with pytest.raises(type(error)):
-            await rows.open()
+            await rows.start_answers()
         rows.close()
 
     async def later() -> None:
-        rows = Rows(Told((4, "a"), (4, "b", error), (4,)), WISHES)
-        await rows.open()
+        rows = AnswerFanout(Told((4, "a"), (4, "b", error), (4,)), WISHES)
+        await rows.start_answers()
         with pytest.raises(type(error)):
             await collected(rows)
         rows.close()
@@ -106,8 +106,8 @@ def test_what_one_row_raises_comes_out(error: Exception) -> None:
 def test_closing_ends_the_rows() -> None:
     async def run() -> None:
         engine = Told((4,), (4,), (4,), ())
-        rows = Rows(engine, WISHES)
-        await rows.open()
+        rows = AnswerFanout(engine, WISHES)
+        await rows.start_answers()
         assert engine.cut == 0
         rows.close()
         await asyncio.sleep(0.01)
