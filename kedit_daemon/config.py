@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from memory.errors import KeditError
+from memory.errors import KeditError, NotInitialised
 
 EXIT_BAD_CONFIG = 78
 CONFIG_FILE = "config.toml"
@@ -219,11 +219,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError as error:
-        raise KeditError(
+        raise NotInitialised(
             f"{path} does not exist",
-            code="no-home",
             hint=f"make one with: kedit-daemon --home {path.parent} init",
-            exit_code=EXIT_BAD_CONFIG,
         ) from error
     except OSError as error:
         problem, hint = f"{path}: {os.strerror(error.errno or 0)}", "make the file readable"
@@ -231,7 +229,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         problem, hint = f"{path}: byte {error.start} is not UTF-8", "save the file as UTF-8"
     except tomllib.TOMLDecodeError as error:
         problem, hint = f"{path}: {error}", "correct that line; text needs quotes in TOML"
-    raise KeditError(problem, code="bad-config", hint=hint, exit_code=EXIT_BAD_CONFIG)
+    raise KeditError(problem, code="bad-config", hint=hint)
 
 
 def _apply_environ(
@@ -281,9 +279,7 @@ def _explain_errors(
         )
         problems.append(f"{origin}: {'.'.join(where)}: {what}")
         remedies.append(_suggest_key(where) if unknown else _suggest_default(where))
-    return KeditError(
-        "\n".join(problems), code="bad-config", hint=remedies[0], exit_code=EXIT_BAD_CONFIG
-    )
+    return KeditError("\n".join(problems), code="bad-config", hint=remedies[0])
 
 
 def _suggest_key(where: tuple[str, ...]) -> str:

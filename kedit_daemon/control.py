@@ -24,8 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from memory.errors import KeditError
+from memory.errors import BadRequest, KeditError, NotRunning, RefusedByDaemon
 
+PING = "ping"  # the command that only asks whether anyone listens
 MAX_BODY_BYTES = 1 << 20
 MAX_ADDRESS_BYTES = 103  # what every system takes as the name of a Unix socket
 IDLE_TIMEOUT_SECONDS = 30.0  # a client that sends or reads nothing for so long is let go
@@ -185,14 +186,15 @@ class _RequestHandler(http.server.BaseHTTPRequestHandler):
         except KeditError as error:
             self._send_refusal(400, error)
             return
-        self._send_reply(*self.server.await_reply(name, arguments))
+        if name == PING:  # answered here, however busy the edit loop is
+            self._send_reply(200, b"{}")
+        else:
+            self._send_reply(*self.server.await_reply(name, arguments))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Errors of the protocol itself, as JSON too."""
         text = message or http.HTTPStatus(code).phrase
-        self._send_refusal(
-            code, KeditError(text, code="bad-request", hint="POST /<name> with JSON")
-        )
+        self._send_refusal(code, BadRequest(text, hint="POST /<name> with JSON"))
 
     def log_message(self, format: str, *args: Any) -> None:
         _log.debug(format, *args)
@@ -213,24 +215,22 @@ class _RequestHandler(http.server.BaseHTTPRequestHandler):
     def _parse_name(self) -> str:
         if found := re.fullmatch(r"/([a-z][a-z0-9_-]*)", self.path):
             return found[1]
-        raise KeditError(f"no command {self.path!r}", code="bad-request")
+        raise BadRequest(f"no command {self.path!r}")
 
     def _parse_arguments(self) -> dict[str, Any]:
         length = self.headers.get("Content-Length", "")
         if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > MAX_BODY_BYTES:
-            raise KeditError(
-                f"Content-Length must be given and at most {MAX_BODY_BYTES}", code="bad-request"
-            )
+            raise BadRequest(f"Content-Length must be given and at most {MAX_BODY_BYTES}")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise KeditError("the body ended too early", code="bad-request")
+            raise BadRequest("the body ended too early")
         try:
             arguments = json.loads(body or b"{}")
             json.dumps(arguments, ensure_ascii=False).encode()  # no store takes a lone surrogate
         except (ValueError, RecursionError) as error:
-            raise KeditError(f"the body is not JSON: {error}", code="bad-request") from error
+            raise BadRequest(f"the body is not JSON: {error}") from error
         if not isinstance(arguments, dict):
-            raise KeditError("the body must be a JSON object", code="bad-request")
+            raise BadRequest("the body must be a JSON object")
         return arguments
 
 
@@ -263,7 +263,12 @@ def send_request(
     status, reply = _exchange_json(path, name, body, timeout)
     if status == 200:
         return reply
-    raise KeditError(reply.pop("error", f"refused with status {status}"), **reply)
+    raise RefusedByDaemon(
+        reply.get("error", f"refused with status {status}"),
+        reply.get("code", "failed"),
+        reply.get("hint", ""),
+        reply.get("exit_code", 1),
+    )
 
 
 def _exchange_json(
@@ -287,7 +292,6 @@ def _exchange_json(
             f"no answer to {name} within {timeout} s",
             code="timeout",
             hint="the daemon is busy: see kedit-daemon status, then try again",
-            exit_code=75,
         ) from error
     except (ConnectionError, http.client.IncompleteRead) as error:
         raise _not_running_error("the daemon ended before it had answered") from error
@@ -298,4 +302,4 @@ def _exchange_json(
 
 
 def _not_running_error(message: str) -> KeditError:
-    return KeditError(message, code="not-running", hint="kedit-daemon run", exit_code=3)
+    return NotRunning(message)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from memory.errors import KeditError
+from memory.errors import NoHome
 
 PROGRAM_NAME = "kedit-daemon"
 FOLDER_MODE = 0o750  # facts may be confidential; the group may read
@@ -107,8 +107,7 @@ class Home:
             for folder in (*inside, self.generations_folder, self.side_folder, self.index_folder):
                 folder.mkdir(FOLDER_MODE, exist_ok=True)
         except OSError as error:
-            raise KeditError(
+            raise NoHome(
                 f"cannot make a home in {self.root}: {error}",
-                code="no-home",
                 hint="choose a folder you may write with --home DIR or KEDIT_HOME",
             ) from error

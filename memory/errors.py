@@ -1,35 +1,164 @@
-"""The one error that users see: what happened, and what to do about it."""
+"""Errors that users see: a message, a code for scripts, a remedy, and an exit code.
 
-STOPPING = "stopping"  # the code of what ends a long edit when the process is told to end
-DAMAGED = "damaged"  # that of a database which cannot be used
+A class of its own is for errors that some caller handles, or that end a command in a way of their
+own. All others are a `KeditError` with a code from the table.
+"""
+
+from typing import ClassVar
+
+EXIT_BAD_CONFIG, EXIT_TRY_AGAIN, EXIT_NOT_RUNNING, EXIT_USAGE = 78, 75, 3, 2
+
+EXIT_CODES = {
+    **dict.fromkeys(
+        (
+            *("backup", "bad-file", "bad-reply", "bad-request", "calibration", "corrupt", "demo"),
+            *("disk-full", "duplicate", "empty", "exists", "export", "failed", "foreign-form"),
+            *("host", "in-use", "io", "model", "nested-transaction", "no-backup", "no-facts"),
+            *("no-home", "no-matplotlib", "no-permission", "no-terms", "no-transaction"),
+            *("non-finite", "out-of-memory", "pilot", "publish", "rank", "rejected", "restore"),
+            *("singular", "statistics", "stopping", "too-large", "too-long", "unexpected"),
+            *("unknown-fact", "unknown-generation", "unreadable", "unsupported", "unwritable"),
+            "work",
+        ),
+        1,
+    ),
+    "usage": EXIT_USAGE,
+    "not-running": EXIT_NOT_RUNNING,
+    **dict.fromkeys(("busy", "loading", "timeout"), EXIT_TRY_AGAIN),
+    **dict.fromkeys(("bad-config", "config", "damaged", "newer-database", "site"), EXIT_BAD_CONFIG),
+}
+"""The exit code of a command that ends with an error of this code."""
 
 
 class KeditError(Exception):
-    """Anything that goes wrong for a reason a person can act on.
+    """An error with a reason that a person can act on.
 
-    `code` is a stable word for scripts, `hint` the remedy, `exit_code` what the command ends with.
+    `code` is a stable word from `EXIT_CODES`, `hint` the remedy, `exit_code` the command's.
     """
 
-    def __init__(
-        self, message: str, *, code: str = "failed", hint: str = "", exit_code: int = 1
-    ) -> None:
+    code: str = "failed"
+    exit_code: int = 0
+    default_hint: ClassVar[str] = ""
+
+    def __init__(self, message: str, *, code: str = "", hint: str = "") -> None:
         super().__init__(message)
-        self.code = code
-        self.hint = hint
+        self.code = code or self.code
+        self.hint = hint or self.default_hint
+        self.exit_code = self.exit_code or EXIT_CODES[self.code]
+
+
+class OutOfMemory(KeditError):
+    """Memory of the machine or of the device ran out; smaller work may find enough."""
+
+    code = "out-of-memory"
+    default_hint = "give it more memory, or let it do less at once: [flush] and [side] batch_facts"
+
+
+class Stopping(KeditError):
+    """The process was told to end; long work breaks off with this error."""
+
+    code = "stopping"
+
+
+class Damaged(KeditError):
+    """The database holds what cannot be: nothing of it is used, and a backup has to be restored."""
+
+    code = "damaged"
+    default_hint = "put a backup back: kedit-daemon restore BACKUP --replace"
+
+    def __init__(self, part: str, damage: str) -> None:
+        super().__init__(f"{part} is damaged: {damage}")
+        self.part, self.damage = part, damage
+
+
+class Unsolvable(KeditError):
+    """A solve that fails because of the facts that it was given."""
+
+
+class NotFinite(Unsolvable):
+    """A NaN or an infinity where there must be none."""
+
+    code = "non-finite"
+
+
+class Singular(Unsolvable):
+    """A system of equations without a unique solution."""
+
+    code = "singular"
+
+
+class Rejected(KeditError):
+    """A fact that cannot be edited in this form, however often it is tried."""
+
+    code = "rejected"
+
+
+class NoHome(KeditError):
+    """A home, or a part of it, that is missing or cannot be made."""
+
+    code = "no-home"
+
+
+class NotInitialised(NoHome):
+    """A home without settings."""
+
+    exit_code = EXIT_BAD_CONFIG
+
+
+class Unreadable(KeditError):
+    """A file or database that cannot be read."""
+
+    code = "unreadable"
+
+
+class UnusableModel(KeditError):
+    """A model that the daemon cannot start with."""
+
+    code = "model"
+    exit_code = EXIT_BAD_CONFIG
+
+
+class UnsupportedModel(UnusableModel):
+    """A model of an architecture that is not supported."""
+
+    code = "unsupported"
+
+
+class RestoreCutOff(KeditError):
+    """A home whose restore was cut off and must be run again before anything else."""
+
+    code = "restore"
+    exit_code = EXIT_BAD_CONFIG
+
+
+class WorkPaused(KeditError):
+    """A refusal of work while the disk is full; the daemon goes on by itself."""
+
+    code = "disk-full"
+    exit_code = EXIT_TRY_AGAIN
+
+
+class NotRunning(KeditError):
+    """No daemon answers."""
+
+    code = "not-running"
+    default_hint = "kedit-daemon run"
+
+
+class BadRequest(KeditError):
+    """A request that no server of this kind would answer."""
+
+    code = "bad-request"
+
+
+class RefusedByDaemon(KeditError):
+    """An error that the running daemon reported, with the code and exit code that it has there."""
+
+    def __init__(self, message: str, code: str, hint: str, exit_code: int) -> None:
         self.exit_code = exit_code
-
-
-def damage_error(what: str, how: str) -> KeditError:
-    """The database says what cannot be: nothing of it is used, and a backup put back."""
-    return KeditError(
-        f"{what} is damaged: {how}",
-        code=DAMAGED,
-        hint="put a backup back: kedit-daemon restore BACKUP --replace",
-        exit_code=78,
-    )
+        super().__init__(message, code=code, hint=hint)
 
 
 def ends_daemon(error: BaseException) -> bool:
-    """Whether the daemon ends with this error: it is asked to, or the database is damaged. It is
-    the fault of no fact, request or job."""
-    return isinstance(error, KeditError) and error.code in (STOPPING, DAMAGED)
+    """Return whether an error ends the daemon, and so is the fault of no fact, request or job."""
+    return isinstance(error, Stopping | Damaged)

@@ -7,9 +7,8 @@ from traceback import clear_frames
 
 import torch
 
-from memory.errors import KeditError
+from memory.errors import OutOfMemory
 
-OUT_OF_MEMORY = "out-of-memory"  # the error's code
 # What torch and its libraries say in an error that has no type of its own.
 _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
@@ -25,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def as_out_of_memory() -> Iterator[None]:
-    """Let memory that runs out within be a KeditError (code "out-of-memory"); what the work held
+    """Let memory that runs out within be a OutOfMemory; what the work held
     is given back, so that smaller work may find room."""
     try:
         yield
@@ -39,8 +38,4 @@ def as_out_of_memory() -> Iterator[None]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    raise KeditError(
-        f"there was no memory left: {why}",
-        code=OUT_OF_MEMORY,
-        hint="give it more memory, or let it do less at once: [flush] and [side] batch_facts",
-    )
+    raise OutOfMemory(f"there was no memory left: {why}")

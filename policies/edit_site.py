@@ -164,20 +164,16 @@ def read_site(path: Path, layers: int) -> EditSite:
             f"{path}: {error}",
             code="config",
             hint="correct the file, or remove it to use the default site",
-            exit_code=78,
         ) from error
     if not site.layers:
-        raise KeditError(f"{path}: no layer to edit", code="config", exit_code=78)
+        raise KeditError(f"{path}: no layer to edit", code="config")
     if len(set(site.layers)) < len(site.layers):
         raise KeditError(
             f"{path}: a layer is named as subject layer and as end layer",
             code="config",
-            exit_code=78,
         )
     if not all(0 <= n < layers for n in (*site.layers, site.side_layer, site.key_layer)):
-        raise KeditError(
-            f"{path}: a layer is not one of the model's {layers}", code="config", exit_code=78
-        )
+        raise KeditError(f"{path}: a layer is not one of the model's {layers}", code="config")
     return site
 
 

@@ -25,7 +25,7 @@ def check_target_length(lengths: Mapping[int, float], anchors: Mapping[int, floa
     for layer, length in lengths.items():
         if layer in anchors and not length <= MAX_ANCHORS * anchors[layer]:
             return (
-                f"the target in layer {layer} is {length:.2f} long, more than {MAX_ANCHORS:g} times the"
-                f" norm anchor {anchors[layer]:.2f}"
+                f"the target in layer {layer} is {length:.2f} long, more than {MAX_ANCHORS:g} times"
+                f" the norm anchor {anchors[layer]:.2f}"
             )
     return None

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from memory.errors import KeditError
+from memory.errors import Rejected
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import EditSite
@@ -94,7 +94,7 @@ def find_subject_end(model: EditableModel, text: str, subject: str) -> int | Non
 def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
     """The rows that an edit of this fact learns from.
 
-    Raises KeditError (code "rejected") when the model cannot read the fact.
+    Raises Rejected when the model cannot read the fact.
     """
     texts = [context + fact.question for context in CONTEXTS]
     texts += fact.filled_paraphrases[:MAX_PARAPHRASES]
@@ -105,10 +105,9 @@ def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
         if model.end_token is not None:
             target = [*target, model.end_token]
         if not prompt or not target or len(prompt) + len(target) > model.max_positions:
-            raise KeditError(
+            raise Rejected(
                 f"the fact does not fit the model: {len(prompt)} + {len(target)} tokens, "
                 f"of {model.max_positions} at most",
-                code="rejected",
                 hint="shorten the prompt or the target",
             )
         ids = (*prompt, *target)

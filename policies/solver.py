@@ -17,9 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memory.errors import KeditError
+from memory.errors import NotFinite, Singular
 
-UNSOLVED_CODES = ("non-finite", "singular")  # codes of a solve that fails for what it was given
 SAME_KEYS_RCOND = (
     1e-6  # of the largest singular value: keys are float32, what differs by less is noise
 )
@@ -62,7 +61,7 @@ class RidgeSolver:
     def solve(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """ΔW (hidden, width) float32 from keys (n, width) and residuals (n, hidden).
 
-        Raises KeditError (code "non-finite") rather than give back NaN or Inf.
+        Raises NotFinite rather than give back NaN or Inf.
         """
         return narrow_to_float32(self.solve_exact(keys, residuals))
 
@@ -70,7 +69,7 @@ class RidgeSolver:
         """ΔW as of `solve`, in float64 and not yet known to be finite."""
         k, r = keys.double().cpu(), residuals.double().cpu()
         if not (torch.isfinite(k).all() and torch.isfinite(r).all()):
-            raise KeditError("a key or a target is not finite", code="non-finite")
+            raise NotFinite("a key or a target is not finite")
         if self._basis is not None:
             k = k @ self._basis  # (n, free)
         delta = self._solve_equality(k, r) if self._equality else self._solve_ridge(k, r)
@@ -103,23 +102,22 @@ class RidgeSolver:
 
 
 def narrow_to_float32(delta: Tensor) -> Tensor:
-    """ΔW in float32. Raises KeditError (code "non-finite") when it does not fit there."""
+    """ΔW in float32. Raises NotFinite when it does not fit there."""
     result = delta.float().contiguous()
     if not torch.isfinite(result).all():
-        raise KeditError("the solve did not give finite weights", code="non-finite")
+        raise NotFinite("the solve did not give finite weights")
     return result
 
 
 def _find_null_space(covariance: Tensor, limit: float) -> Tensor:
     """U0 (width, free): the eigenvectors of C0 whose eigenvalue is below the limit."""
     if not torch.isfinite(covariance).all():
-        raise KeditError("the key covariance is not finite", code="non-finite")
+        raise NotFinite("the key covariance is not finite")
     values, vectors = torch.linalg.eigh(covariance)
     free: Tensor = vectors[:, values < limit]
     if not free.shape[1]:
-        raise KeditError(
+        raise Singular(
             "no direction of the key covariance is below the projector's threshold",
-            code="singular",
             hint="choose a preset without a projector",
         )
     return free
@@ -130,9 +128,8 @@ def _factor_matrix(matrix: Tensor) -> Tensor:
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
-        raise KeditError(
+        raise Singular(
             "the prior λ C0 + λ_n I is not positive definite",
-            code="singular",
             hint="raise the site's `ridge`, or choose a preset that has one",
         )
     return factor

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memory.errors import KeditError
+from memory.errors import KeditError, OutOfMemory
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.prefix_cache import PrefixCache
-from memory.oom import OUT_OF_MEMORY, as_out_of_memory
+from memory.oom import as_out_of_memory
 from policies.edit_site import EditSite
 from policies.norm_anchor import check_target_length
 from policies.prompts import IGNORE_LABEL, TokenRow, make_essence_row, make_rows
@@ -302,7 +302,7 @@ def compute_terms(
     `norms` gives the median ‖y‖ of each edited layer. `done(part)` is told of results as they
     come, at times of none, with the active weights back in place, and may raise to stop the work.
     A fact whose loss, gradient or δ is not finite, or whose target is far beyond the site's
-    anchors, is refused, the others are not. Raises KeditError (code "out-of-memory") where there is
+    anchors, is refused, the others are not. Raises OutOfMemory where there is
     no memory for one fact alone.
     """
     shapes, result = _group_by_shape(model, facts, site)
@@ -333,8 +333,8 @@ def _compute_in_seats(
                 ):
                     left = {n: one for n, one in left.items() if n not in part}
                     yield part
-        except KeditError as error:
-            if error.code != OUT_OF_MEMORY or seats == 1:
+        except OutOfMemory as error:
+            if seats == 1:
                 raise
             seats //= 2
             log.warning("targets are computed for %d facts at once: %s", seats, error)

@@ -10,7 +10,7 @@ from typing import Any
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.record_splitter import RawRecord, split_json_lines, split_json_list
 from kedit_daemon.ingest.schemas import FileLimits
-from memory.errors import KeditError
+from memory.errors import KeditError, Unreadable
 from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
 from policies.probe import is_same_answer
@@ -85,7 +85,7 @@ def _read_items(path: Path) -> Iterator[tuple[int, BenchRecord | str]]:
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
-        raise KeditError(f"{path} cannot be read: {error}", code="unreadable") from error
+        raise Unreadable(f"{path} cannot be read: {error}") from error
     cut = split_json_list if text.lstrip().startswith("[") else split_json_lines
     for raw in cut(text, PARSER_LIMITS.max_line_chars):
         for item in _parse_record(raw):

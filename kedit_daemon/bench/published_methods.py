@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 from kedit_daemon.bench.method import Method, MethodSetup
 from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
-from memory.errors import KeditError
+from memory.errors import Unsolvable
 from memory.facts import Fact
 from policies.memit_mass import pack_terms
-from policies.solver import UNSOLVED_CODES
 from policies.targets import EditTerms, compute_terms
 
 
@@ -32,9 +31,7 @@ class _PresetMethod(Method):
         try:
             with self.stopwatch.time_part("solve"):
                 self.model.set_deltas(self.preset_stream.add(batch))
-        except KeditError as error:
-            if error.code not in UNSOLVED_CODES:
-                raise
+        except Unsolvable:
             batch = []
         self.not_edited += len(facts) - len(batch)
         self._stored_bytes += sum(len(pack_terms(terms)) for terms in batch)

@@ -163,7 +163,7 @@ class PresetStream:
     def add(self, batch: Sequence[EditTerms]) -> dict[int, Tensor]:
         """ΔW (hidden, width) float32 against W0 by layer, after this batch and all before it.
 
-        Raises KeditError (code "non-finite") rather than give back NaN or Inf; the stream then is
+        Raises NotFinite rather than give back NaN or Inf; the stream then is
         as if the batch had not come.
         """
         layers = self._layers

@@ -69,7 +69,7 @@ class _DaemonMethod(Method):
         Of a batch that was cut off, what has been done is left as it is.
         """
         direct = self.goes_to_weights(len(facts))
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact in facts:
                 known = self.store.find_fact(fact.id)
                 if known is None or known.state in ENDED_STATES:
@@ -101,10 +101,10 @@ class _DaemonMethod(Method):
 
     def count_stored_bytes(self) -> int:
         """Terms and retrieval keys in the database, and the shards' files."""
-        terms = [f.id for f in self.store.list_facts() if self.store.has_terms(f.id)]
-        in_database = sum(len(self.store.read_terms(fact_id)) for fact_id in terms)
-        in_database += sum(len(row.blob) for row in self.store.read_side_keys())
-        named = {row.sha256 for row in self.store.list_shards()}
+        terms = [f.id for f in self.store.list_facts() if self.store.artifacts.has_terms(f.id)]
+        in_database = sum(len(self.store.artifacts.read_terms(fact_id)) for fact_id in terms)
+        in_database += sum(len(row.blob) for row in self.store.artifacts.read_side_keys())
+        named = {row.sha256 for row in self.store.artifacts.list_shards()}
         files = [path for path in self.home.side_folder.iterdir() if path.stem in named]
         return in_database + sum(path.stat().st_size for path in files)
 
@@ -201,7 +201,8 @@ class Auto(Wise):
         """As for a file of so many facts."""
         most = self.config.routing.direct_facts
         return (
-            choose_route(None, None, self.store.format_now(), in_batch, most).route is Route.BATCH
+            choose_route(None, None, self.store.db.format_now(), in_batch, most).route
+            is Route.BATCH
         )
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:

@@ -11,7 +11,7 @@ import click
 
 from kedit_daemon.home import Home
 from memory.db.event_log import replace_non_finite
-from memory.errors import KeditError
+from memory.errors import KeditError, Unreadable
 
 if TYPE_CHECKING:
     import sqlite3
@@ -60,9 +60,8 @@ def open_database(home: Home) -> Iterator["sqlite3.Connection"]:
     try:
         yield conn
     except sqlite3.Error as error:
-        raise KeditError(
+        raise Unreadable(
             f"{home.database_file} cannot be read: {error}",
-            code="unreadable",
             hint="kedit-daemon doctor",
         ) from error
     finally:

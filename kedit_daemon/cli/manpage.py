@@ -41,8 +41,9 @@ def render_page(root: click.Context) -> str:
     except metadata.PackageNotFoundError:
         version = ""
     group = root.command
+    title = _escape_roff(f"{PROGRAM_NAME} {version}".strip())
     lines = [
-        f'.TH {PROGRAM_NAME.upper()} 1 "" "{_escape_roff(f"{PROGRAM_NAME} {version}".strip())}" "User Commands"',
+        f'.TH {PROGRAM_NAME.upper()} 1 "" "{title}" "User Commands"',
         *(".nh", ".ad l"),  # names stay whole, and lines even
         *(".SH NAME", rf"{PROGRAM_NAME} \- {_escape_roff(_first_sentence(group))}"),
         *(

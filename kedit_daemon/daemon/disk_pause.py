@@ -18,7 +18,7 @@ from kedit_daemon.system.disk import (
 )
 from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db.store import Store
-from memory.errors import KeditError
+from memory.errors import KeditError, WorkPaused
 
 DISK_CHECK_SECONDS = 10.0  # between two looks for the room that a start takes
 START_TIMEOUT_SECONDS = (
@@ -68,7 +68,7 @@ class DiskPause:
         if self.reason is None:
             return None
         hint = f"{FREE_SPACE_HINT.format(self.folder)}; the daemon goes on by itself"
-        return KeditError(f"paused: {self.reason}", code="disk-full", hint=hint, exit_code=75)
+        return WorkPaused(f"paused: {self.reason}", hint=hint)
 
     def _has_more_space(self) -> bool:
         """Whether somebody has made room since."""
@@ -76,12 +76,12 @@ class DiskPause:
 
     def _record_reason(self, why: str | None) -> None:
         self.reason = why
-        if why == self.store.get_meta(PAUSED_KEY):
+        if why == self.store.db.get_meta(PAUSED_KEY):
             return
         # Where it does not fit, `status` looks at the disk for itself.
-        with ignore_disk_full(self.folder), self.store.transaction():
-            self.store.set_meta(PAUSED_KEY, why)
-            self.store.write_event("paused" if why else "resumed", reason=why)
+        with ignore_disk_full(self.folder), self.store.db.transaction():
+            self.store.db.set_meta(PAUSED_KEY, why)
+            self.store.db.write_event("paused" if why else "resumed", reason=why)
 
 
 def wait_for_disk_space(folder: Path, notifier: SystemdNotifier) -> bool:

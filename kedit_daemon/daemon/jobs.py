@@ -17,13 +17,11 @@ from apscheduler.events import (
 from apscheduler.schedulers.background import BackgroundScheduler
 from apscheduler.triggers.cron import CronTrigger
 
+from memory.timestamps import format_utc
+
 CLOCK_JUMP_SECONDS = 60.0
 _ONE_MICROSECOND = timedelta(microseconds=1)
 _log = logging.getLogger(__name__)
-
-
-def _format_time(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _do_nothing() -> None:
@@ -103,7 +101,9 @@ class JobSchedule:
 
     def list_next_runs(self) -> dict[str, str]:
         """Job name -> when it is due next."""
-        return {job.id: _format_time(job.next_run_time) for job in self._scheduler.get_jobs()}
+        return {
+            job.id: format_utc(job.next_run_time, "seconds") for job in self._scheduler.get_jobs()
+        }
 
     def _enqueue_missed(self, name: str, last: str | None, now: datetime) -> None:
         if last is None:
@@ -145,4 +145,4 @@ class JobSchedule:
             with self.due_jobs.mutex:
                 waits = any(name == waiting for waiting, _ in self.due_jobs.queue)
             if not waits:
-                self.due_jobs.put((name, _format_time(planned)))
+                self.due_jobs.put((name, format_utc(planned, "seconds")))

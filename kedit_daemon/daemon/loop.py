@@ -43,7 +43,7 @@ from kedit_daemon.system.log_setup import make_progress_bar
 from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db.event_log import read_newest_event, write_head
 from memory.db.store import JOB_OK, Store
-from memory.errors import STOPPING, KeditError, ends_daemon
+from memory.errors import KeditError, Stopping, ends_daemon
 
 IDLE_WAIT_SECONDS = 1.0  # the longest wait between two looks around
 SETTLE_WAIT_SECONDS = 0.1  # while a file may still be growing
@@ -148,16 +148,14 @@ class Daemon:
         watcher = threading.Thread(target=self._watch_inbox, name="inbox", daemon=True)
         watcher.start()
         self.notifier.notify_ready()
-        log.info("ready: generation %d", self.store.active_generation())
+        log.info("ready: generation %d", self.store.artifacts.active_generation())
         well = False
         try:
             with keep_serving(self.home, self.config):
                 while not self.stop_flag.is_set():
                     self._run_turn_or_pause()
             well = True
-        except KeditError as error:
-            if error.code != STOPPING:
-                raise
+        except Stopping:
             well = True
         finally:
             self.notifier.notify_stopping()
@@ -177,19 +175,19 @@ class Daemon:
         served = LiveModel(loaded, store, self.home)
         served.restore()
         editor = Editor(served, config, self._poll_requests)
-        with store.transaction():
+        with store.db.transaction():
             for key, value in {
                 "pid": str(os.getpid()),
-                "started_at": store.format_now(),
+                "started_at": store.db.format_now(),
                 "model": config.model,
                 "model_hash": loaded.base_hash,
                 "device": str(loaded.model.device),
                 PAUSED_KEY: None,
             }.items():
-                store.set_meta(key, value)
+                store.db.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
-            store.write_event(
-                "daemon_started", model=config.model, generation=store.active_generation()
+            store.db.write_event(
+                "daemon_started", model=config.model, generation=store.artifacts.active_generation()
             )
         # An audit, or the probes of a flush, may take minutes without a pulse.
         loaded.model.hf_model.register_forward_pre_hook(lambda *_: self._notify_progress())
@@ -235,12 +233,12 @@ class Daemon:
         if self._needs_recovery:
             self.editor.live_model.restore_again()
             self.editor = Editor(self.editor.live_model, self.config, self._poll_requests)
-            with self.store.transaction():
+            with self.store.db.transaction():
                 self.store.interrupt_jobs()
             self._needs_recovery = False
         if (jump := self.job_schedule.check_clock()) is not None:
-            with self.store.transaction():
-                self.store.write_event("clock_jump", seconds=jump)
+            with self.store.db.transaction():
+                self.store.db.write_event("clock_jump", seconds=jump)
         self._run_due_jobs()
         self.publisher.poll_attempt()
         self._scan_inbox()
@@ -258,7 +256,7 @@ class Daemon:
     def _poll_requests(self) -> None:
         """Between two steps of a long edit: stop if asked to, and go on answering questions."""
         if self.stop_flag.is_set():
-            raise KeditError("the daemon is stopping", code=STOPPING)
+            raise Stopping("the daemon is stopping")
         self.notifier.notify_watchdog()
         while True:
             try:
@@ -296,9 +294,9 @@ class Daemon:
             self.intake.take_file(claim)
         refusals = self.inbox.take_refusals()
         if refusals:
-            with self.store.transaction():
+            with self.store.db.transaction():
                 for found in refusals:
-                    self.store.write_event(
+                    self.store.db.write_event(
                         "file_refused", file=found.name, problem=found.problem, remedy=found.remedy
                     )
 
@@ -313,7 +311,7 @@ class Daemon:
     def _run_due_jobs(self) -> None:
         while not self.job_schedule.due_jobs.empty():
             name, planned = self.job_schedule.due_jobs.get()
-            with self.store.transaction():
+            with self.store.db.transaction():
                 number = self.store.start_job(name, planned)
             outcome, detail = JOB_OK, None
             try:
@@ -329,7 +327,7 @@ class Daemon:
                     raise
                 log.exception("job %s failed", name)
                 outcome, detail = "failed", f"{type(error).__name__}: {error}"
-            with self.store.transaction():
+            with self.store.db.transaction():
                 self.store.finish_job(number, outcome, detail)
 
     def _run_job(self, name: str) -> str:
@@ -350,14 +348,14 @@ class Daemon:
 
     def _anchor_head(self) -> None:
         """Keep the newest event's hash outside the database, where a cut-off tail shows."""
-        newest = read_newest_event(self.store.conn)
+        newest = read_newest_event(self.store.db.conn)
         if newest is not None and newest.seq != self._anchored_seq:
             write_head(self.home.head_file, newest)
             self._anchored_seq = newest.seq
 
     def _record_stop(self) -> None:
-        with self.store.transaction():
+        with self.store.db.transaction():
             self.store.interrupt_jobs()
-            self.store.write_event("daemon_stopped")
+            self.store.db.write_event("daemon_stopped")
         self._anchor_head()
         self.editor.live_model.save_index()

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kedit_daemon.control import ControlRequest
 from kedit_daemon.editing.editor import Editor
 from kedit_daemon.system.disk import describe_disk_error, is_database_locked, is_disk_failure
-from memory.errors import KeditError, ends_daemon
+from memory.errors import BadRequest, KeditError, ends_daemon
 
 DEFAULT_MAX_TOKENS = 40
 log = logging.getLogger(__name__)
@@ -92,4 +92,4 @@ def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dic
 
 def _bad_request_error(what: str) -> KeditError:
     hint = "the command and the daemon may be of two versions: restart the daemon"
-    return KeditError(what, code="bad-request", hint=hint)
+    return BadRequest(what, hint=hint)

@@ -88,7 +88,6 @@ def make_thresholds(config: Config, site: EditSite) -> Thresholds:
                 f"the {figure} limits do not rise: {limits}",
                 code="bad-config",
                 hint=f"set {figure}_warn, {figure}_consolidate and {figure}_revert together",
-                exit_code=78,
             )
     return result
 
@@ -108,7 +107,7 @@ class Auditor:
         says. A dry run measures and judges what is there."""
         began = time.monotonic()
         found = self._collect_findings(mending=not dry_run)
-        seconds, generation = time.monotonic() - began, self.store.active_generation()
+        seconds, generation = time.monotonic() - began, self.store.artifacts.active_generation()
         action, reasons = found.verdict.action, [*found.damage, *found.verdict.reasons]
         result: dict[str, Any] = {
             "verdict": str(action),
@@ -122,12 +121,12 @@ class Auditor:
             would = self._explain_hold(asked, found.health) or str(asked)
             return result | {"would": would, "dry_run": True}
         self.traffic = Traffic()
-        with self.store.transaction():
+        with self.store.db.transaction():
             number = self.store.add_audit(generation, str(action), found.figures, reasons, seconds)
         acted = self._carry_out_verdict(found.health)
         lost = found.lost_facts
         sound = found.health.finite and found.figures["weights_as_written"]
-        if lost and self.store.active_generation() != generation:
+        if lost and self.store.artifacts.active_generation() != generation:
             # What has left may have spoilt the others' answers; what is served now was measured.
             lost, sound = self._find_lost_facts(number)[1], True
         anew = self.retention.relearn_facts(lost) if sound else []
@@ -152,7 +151,7 @@ class Auditor:
         with _record_seconds(costs, "database"):
             self._check_database()
         with _record_seconds(costs, "chain"):
-            chain = verify_chain(self.store.conn, read_head(self.live_model.home.head_file))
+            chain = verify_chain(self.store.db.conn, read_head(self.live_model.home.head_file))
         with _record_seconds(costs, "evidence"):
             evidence = self.examiner.collect_evidence(
                 len(self.live_model.list_weights_facts()), weights, seen
@@ -205,9 +204,9 @@ class Auditor:
     def _explain_hold(self, action: Action, health: Health) -> str | None:
         if not health.finite:
             return None
-        armed = self.store.get_meta(DISARMED_KEY) is None
+        armed = self.store.db.get_meta(DISARMED_KEY) is None
         return explain_hold(
-            action, self._load_actions(), armed, self.store.format_now(), self.cooldown
+            action, self._load_actions(), armed, self.store.db.format_now(), self.cooldown
         )
 
     def _carry_out_verdict(self, health: Health) -> str:
@@ -218,9 +217,9 @@ class Auditor:
             judge_health(health, self.generations.thresholds.ease_limits()).action
             < Action.CONSOLIDATE
         )
-        if well and self.store.get_meta(DISARMED_KEY) is not None:
-            with self.store.transaction():
-                self.store.set_meta(DISARMED_KEY, None)
+        if well and self.store.db.get_meta(DISARMED_KEY) is not None:
+            with self.store.db.transaction():
+                self.store.db.set_meta(DISARMED_KEY, None)
         if verdict.action < Action.CONSOLIDATE:
             return "nothing"
         if why := self._explain_hold(verdict.action, health):
@@ -236,8 +235,8 @@ class Auditor:
     def _load_actions(self) -> list[PastAction]:
         """Those of the past. One of the future (the clock was set back since) is one of now."""
         now, kept = (
-            self.store.format_now(),
-            json.loads(self.store.get_meta(PAST_ACTIONS_KEY) or "[]"),
+            self.store.db.format_now(),
+            json.loads(self.store.db.get_meta(PAST_ACTIONS_KEY) or "[]"),
         )
         acts = [PastAction(min(at, now), action) for at, action in kept]
         if any(at > now for at, _ in kept):
@@ -245,29 +244,33 @@ class Auditor:
         return acts
 
     def _save_actions(self, acts: Sequence[PastAction]) -> None:
-        with self.store.transaction():
-            self.store.set_meta(
+        with self.store.db.transaction():
+            self.store.db.set_meta(
                 PAST_ACTIONS_KEY, to_canonical_json([[act.at, act.action] for act in acts])
             )
 
     def _record_action(self, action: Action) -> None:
         """Before it is done: what fails must not be tried again at once either."""
-        acts = [*self._load_actions(), PastAction(self.store.format_now(), str(action))]
+        acts = [*self._load_actions(), PastAction(self.store.db.format_now(), str(action))]
         self._save_actions(acts[-self.cooldown.daily_budget :])
         if action is Action.CONSOLIDATE:
-            with self.store.transaction():
-                self.store.set_meta(DISARMED_KEY, "1")
+            with self.store.db.transaction():
+                self.store.db.set_meta(DISARMED_KEY, "1")
 
     def _quarantine_culprits(self, verdict: Verdict) -> str:
         """Find who of the last batch is to blame, or of all, and take them out of the weights.
         Who is not to blame and yet too much is learned in the side memory."""
-        row = self.store.get_generation(self.store.active_generation())
-        older = self.store.get_generation(row.parent).fact_ids if row.parent is not None else ()
+        row = self.store.artifacts.get_generation(self.store.artifacts.active_generation())
+        older = (
+            self.store.artifacts.get_generation(row.parent).fact_ids
+            if row.parent is not None
+            else ()
+        )
         found = self._find_culprits(row.fact_ids, older) or self._find_culprits(row.fact_ids, ())
         if found is None:
             return "nothing to revert"
         self.quarantine.quarantine_facts(found.culprits, found.surplus, "; ".join(verdict.reasons))
-        return f"quarantined {len(found.culprits)} facts, moved {len(found.surplus)} beside the weights"
+        return f"quarantined {len(found.culprits)} facts, moved {len(found.surplus)} to the side"
 
     def _find_culprits(
         self, ids: Sequence[str], older: Sequence[str]

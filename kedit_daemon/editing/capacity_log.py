@@ -41,38 +41,39 @@ class CapacityLog:
 
     def __init__(self, store: Store, thresholds: Thresholds) -> None:
         self.store, self.thresholds = store, thresholds
-        with store.transaction():
+        with store.db.transaction():
             self.record_capacity()
 
     def estimate_capacity(self, more: Sequence[Observation] = ()) -> Capacity | None:
         """How many facts the weights bear, with observations that are not written down yet."""
-        rows = [*self.store.list_measurements(), *self._load_trials()]
+        rows = [*self.store.artifacts.list_measurements(), *self._load_trials()]
         return estimate_capacity(
             [*(make_observation(n, figures) for n, figures in rows), *more], self.thresholds
         )
 
     def read_capacity(self) -> int | None:
         """The count of `capacity`, as it was written down last."""
-        count = self.store.get_meta(CAPACITY_KEY)
+        count = self.store.db.get_meta(CAPACITY_KEY)
         return None if count is None else int(count)
 
     def record_capacity(self) -> None:
         """Write down what the weights bear. Inside a transaction."""
         found = self.estimate_capacity()
-        self.store.set_meta(CAPACITY_KEY, None if found is None else str(found.facts))
-        self.store.set_meta(LIMIT_KEY, None if found is None else found.figure)
+        self.store.db.set_meta(CAPACITY_KEY, None if found is None else str(found.facts))
+        self.store.db.set_meta(LIMIT_KEY, None if found is None else found.figure)
 
     def record_oversized(self, facts: int, health: Health) -> None:
         """Keep the figures of a solve that was not published. Inside a transaction."""
         trials = [*self._load_trials(), (facts, health.as_dict())][-MAX_TRIALS:]
-        self.store.set_meta(TRIALS_KEY, to_canonical_json(trials))
+        self.store.db.set_meta(TRIALS_KEY, to_canonical_json(trials))
         self.record_capacity()
 
     def forget_trials(self) -> None:
         """What was tried beside facts that have left says nothing any more. In a transaction."""
-        self.store.set_meta(TRIALS_KEY, None)
+        self.store.db.set_meta(TRIALS_KEY, None)
 
     def _load_trials(self) -> list[tuple[int, dict[str, object]]]:
         return [
-            (int(n), figures) for n, figures in json.loads(self.store.get_meta(TRIALS_KEY) or "[]")
+            (int(n), figures)
+            for n, figures in json.loads(self.store.db.get_meta(TRIALS_KEY) or "[]")
         ]

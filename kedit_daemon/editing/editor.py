@@ -14,11 +14,11 @@ from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import FLUSH_HELD_KEY, Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import BACKOFF_TIME, MemoryBackoff
-from kedit_daemon.editing.side_learner import SideLearner, as_learning_error
+from kedit_daemon.editing.side_learner import SideLearner, describe_failure
 from memory.db.rows import StoredFact
-from memory.errors import KeditError, ends_daemon
+from memory.errors import KeditError, OutOfMemory, Rejected, ends_daemon
 from memory.facts import ACTIVE_STATES, FactState
-from memory.oom import OUT_OF_MEMORY, as_out_of_memory
+from memory.oom import as_out_of_memory
 from memory.side.side_memory import RoutingMatch
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
@@ -77,7 +77,7 @@ class Editor:
     def _step_batch(self, waiting: list[StoredFact]) -> bool:
         for_batch = [f for f in waiting if is_for_batch(f)]
         if no_room := self._find_over_capacity(for_batch):
-            with self.store.transaction():
+            with self.store.db.transaction():
                 self.flush.send_to_side(no_room)
             return True
         if reason := self._find_flush_reason(for_batch):
@@ -99,7 +99,7 @@ class Editor:
         newest = {f.fact.slot: f for f in waiting}
         outdated = [f for f in waiting if newest[f.fact.slot] is not f]
         if outdated:
-            with self.store.transaction():
+            with self.store.db.transaction():
                 for fact in outdated:
                     by = newest[fact.fact.slot].id
                     self.store.change_state(
@@ -115,7 +115,7 @@ class Editor:
             error = self._try_learning(waiting, most)
             if error is None or self._has_moved_facts(waiting, error):
                 return
-            if as_learning_error(error).code != OUT_OF_MEMORY:
+            if not isinstance(error, OutOfMemory):
                 waiting = waiting[:1]
             most = min(most // 2, len(waiting))
         self._learn_singly(waiting[:2])
@@ -127,19 +127,19 @@ class Editor:
             error = self._try_learning([fact], 1)
             if error is None or self._has_moved_facts([fact], error):
                 break
-            why = as_learning_error(error)
+            why = describe_failure(error)
             log.warning("%s cannot be learned: %s", fact.id, why, exc_info=error)
-            if why.code != OUT_OF_MEMORY:
-                with self.store.transaction():
-                    if why.code == "rejected":
-                        self.store.change_state(fact.id, FactState.REJECTED, reason=str(why))
+            if not isinstance(error, OutOfMemory):
+                with self.store.db.transaction():
+                    if isinstance(error, Rejected):
+                        self.store.change_state(fact.id, FactState.REJECTED, reason=why)
                     else:
-                        self.flush.record_failed_attempt(fact, "side", str(why))
+                        self.flush.record_failed_attempt(fact, "side", why)
                 break
             self.memory_backoff.record_shortage(fact.id)
             short.append(fact)
         blamed = self.memory_backoff.pick_culprits(short)
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact in blamed:
                 self.flush.record_failed_attempt(fact, "side", NO_MEMORY)
         if len(short) == len(facts):
@@ -173,14 +173,14 @@ class Editor:
         self.memory_backoff.start_backoff(
             tier, self.store.list_facts((FactState.RECEIVED, FactState.LIVE_SIDE))
         )
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact in facts:
-                self.store.write_event("edit_failed", fact.id, tier=tier, reason=NO_MEMORY)
+                self.store.db.write_event("edit_failed", fact.id, tier=tier, reason=NO_MEMORY)
             if tier == "weights":
                 self.generations.redirect_to_side(facts)
 
     def _read_clock(self) -> datetime:
-        return datetime.fromisoformat(self.store.format_now())
+        return datetime.fromisoformat(self.store.db.format_now())
 
     @contextmanager
     def guard_memory(self) -> Iterator[None]:
@@ -189,13 +189,12 @@ class Editor:
         try:
             with as_out_of_memory():
                 yield
-        except KeditError as error:
-            if error.code == OUT_OF_MEMORY:
-                self.live_model.model.set_deltas(self.live_model.active_deltas)
+        except OutOfMemory:
+            self.live_model.model.set_deltas(self.live_model.active_deltas)
             raise
 
     def _find_flush_reason(self, waiting: list[StoredFact]) -> str | None:
-        if self.store.get_meta(FLUSH_HELD_KEY) is not None and not waiting:
+        if self.store.db.get_meta(FLUSH_HELD_KEY) is not None and not waiting:
             return None
         live = self.store.list_facts((FactState.LIVE_SIDE,))
         if not waiting and (not live or self._compute_headroom() < 1):
@@ -214,7 +213,7 @@ class Editor:
         """A flush that fails as a whole must not stop the daemon, nor come again at once."""
         short = list[StoredFact]()
         for part, error in self._flush_in_parts(reason, False)[1]:
-            if error.code == OUT_OF_MEMORY:
+            if isinstance(error, OutOfMemory):
                 short.extend(part)
             else:
                 self.flush.record_failed_flush(part, str(error))
@@ -248,13 +247,13 @@ class Editor:
             except KeditError as error:
                 if ends_daemon(error):
                     raise
-                if error.code == OUT_OF_MEMORY and len(part) > 1:
+                if isinstance(error, OutOfMemory) and len(part) > 1:
                     log.warning("a flush of %d facts is done in halves: %s", len(part), error)
                     half = len(part) // 2
                     parts.extendleft((part[half:], part[:half]))
                     continue
                 failed.append((part, error))
-                if error.code == OUT_OF_MEMORY:
+                if isinstance(error, OutOfMemory):
                     for fact in part:
                         self.memory_backoff.record_shortage(fact.id)
                     if not done:
@@ -310,7 +309,7 @@ class Editor:
 
     def expire_facts(self) -> int:
         """End the facts whose time is over; how many."""
-        now = self.store.format_now()
+        now = self.store.db.format_now()
         over = [
             f
             for f in self.store.list_facts(ACTIVE_STATES)
@@ -329,7 +328,7 @@ class Editor:
         self.auditor.traffic.count_question(answer.fired_match)
         result: dict[str, Any] = {
             "answer": answer.text,
-            "generation": self.store.active_generation(),
+            "generation": self.store.artifacts.active_generation(),
             "seconds": time.monotonic() - began,
             "fired": self._find_fired(prompt, answer.fired_match) if explain else [],
         }

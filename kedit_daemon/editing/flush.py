@@ -54,7 +54,10 @@ class Flush:
         of at most so many bytes."""
         sent = {f.id: f for f in self.store.list_facts((FactState.RECEIVED,)) if is_for_batch(f)}
         beside = {f.id: f for f in self.store.list_facts((FactState.LIVE_SIDE,))}
-        keys = {row.fact_id: unpack_keys(row.blob).subject for row in self.store.read_side_keys()}
+        keys = {
+            row.fact_id: unpack_keys(row.blob).subject
+            for row in self.store.artifacts.read_side_keys()
+        }
         chosen = select_members(list(sent), list(beside), keys, most)
         facts = sent | beside
         sizes = {
@@ -150,7 +153,7 @@ class Flush:
                     lambda n: self._record_flushed(n, trial, unborne, before, seconds),
                 )
             else:
-                with self.store.transaction():
+                with self.store.db.transaction():
                     self._record_not_taken(trial, unborne)
         return result
 
@@ -178,7 +181,7 @@ class Flush:
 
     def record_failed_flush(self, batch: Sequence[StoredFact], why: str) -> None:
         """Write down that a flush could not be done at all."""
-        with self.store.transaction():
+        with self.store.db.transaction():
             self._hold_flushes(batch, why)
 
     def _record_not_taken(self, trial: Trial, unborne: Sequence[Trial]) -> None:
@@ -210,7 +213,7 @@ class Flush:
         for one in unborne:
             self.generations.capacity_log.record_oversized(one.facts, one.health)
             action, reasons = str(one.verdict.action), list(one.verdict.reasons)
-            self.store.write_event(
+            self.store.db.write_event(
                 "flush_too_large", facts=one.facts, verdict=action, reasons=reasons
             )
 
@@ -221,7 +224,7 @@ class Flush:
         return {
             "flushed": [f.id for f in trial.held_facts] if well else [],
             "failed": sorted({*(f.id for f in trial.lost_facts), *refused}),
-            "generation": self.store.active_generation(),
+            "generation": self.store.artifacts.active_generation(),
             "verdict": str(trial.verdict.action),
             "reasons": list(trial.verdict.reasons),
             "figures": trial.health.as_dict(),
@@ -241,12 +244,12 @@ class Flush:
         refused: dict[str, Refusal] = {}
 
         def keep(part: dict[str, EditTerms | Refusal]) -> None:
-            with self.store.transaction():
+            with self.store.db.transaction():
                 for fact_id, terms in part.items():
                     if isinstance(terms, Refusal):
                         refused[fact_id] = terms
                     else:
-                        self.store.put_terms(fact_id, pack_terms(terms))
+                        self.store.artifacts.put_terms(fact_id, pack_terms(terms))
             self.pulse()
 
         norms = {n: s.median_norm for n, s in self.live_model.loaded_model.statistics.items()}
@@ -257,7 +260,7 @@ class Flush:
     def _has_terms(self, fact: Fact) -> bool:
         """Whether it has some that can be read."""
         try:
-            return bool(self.store.read_terms(fact.id))
+            return bool(self.store.artifacts.read_terms(fact.id))
         except KeditError:
             return False
 
@@ -298,7 +301,7 @@ class Flush:
         for fact in trial.held_facts:
             self.end_superseded(fact)
             probe = trial.probes[fact.id]
-            self.store.drop_side_keys(fact.id)
+            self.store.artifacts.drop_side_keys(fact.id)
             self.store.change_state(
                 fact.id,
                 FactState.LIVE_WEIGHTS,
@@ -315,8 +318,8 @@ class Flush:
         """A batch that would do harm, or no good, is not taken, and no other is tried by itself:
         facts beside the weights would be tried again at once, and without end. In a transaction."""
         log.warning("flush not taken: %s", why)
-        self.store.set_meta(FLUSH_HELD_KEY, why)
-        self.store.write_event("flush_refused", facts=[f.id for f in taken], reasons=why)
+        self.store.db.set_meta(FLUSH_HELD_KEY, why)
+        self.store.db.write_event("flush_refused", facts=[f.id for f in taken], reasons=why)
         self._record_attempts(taken, {f.id: f"the flush was refused: {why}" for f in taken})
 
     def _reject_refused(
@@ -325,7 +328,7 @@ class Flush:
         """What has no targets; `alone`: there was nothing else in the batch. What is live beside
         the weights stays there, whatever the reason."""
         stay = [fact.state is FactState.LIVE_SIDE for fact in facts]
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact, stays in zip(facts, stay, strict=True):
                 why = refused[fact.id]
                 if why.can_use_side or stays:
@@ -346,7 +349,7 @@ class Flush:
         A fact that is live in the side memory simply stays there. Inside a transaction.
         """
         self.store.add_edit(fact.id, tier, None, 0.0, "failed", None)
-        self.store.write_event("edit_failed", fact.id, tier=tier, reason=reason)
+        self.store.db.write_event("edit_failed", fact.id, tier=tier, reason=reason)
         now = self.store.find_fact(fact.id)  # it may have been moved since it was read
         if (
             now
@@ -362,5 +365,5 @@ class Flush:
     def end_superseded(self, fact: StoredFact) -> None:
         """End what the fact takes the place of. Inside a transaction."""
         for old in self.find_superseded(fact):
-            self.store.drop_side_keys(old.id)
+            self.store.artifacts.drop_side_keys(old.id)
             self.store.change_state(old.id, FactState.SUPERSEDED, reason=f"superseded by {fact.id}")

@@ -17,14 +17,13 @@ from torch import Tensor
 from kedit_daemon.editing.capacity_log import CapacityLog
 from kedit_daemon.editing.live_model import LiveModel
 from memory.db.rows import StoredFact
-from memory.errors import KeditError
+from memory.errors import KeditError, Unsolvable
 from memory.facts import ACTIVE_STATES, Fact, FactState
 from memory.files import save_tensors
 from memory.model.canary import Health
 from memory.model.generate import generate_answers
 from policies.probe import count_answer_tokens, is_same_answer
 from policies.routing import is_for_batch
-from policies.solver import UNSOLVED_CODES
 from policies.stability import Action, Thresholds, Verdict, find_worsened, judge_health
 
 SIDE_UNCHECKED_KEY = (
@@ -55,12 +54,12 @@ class Generations:
     @contextmanager
     def serve_candidates(self) -> Iterator[None]:
         """Serve what is solved within the block; it stays only if `publish` was run."""
-        before, self._candidate_ids = self.store.active_generation(), None
+        before, self._candidate_ids = self.store.artifacts.active_generation(), None
         try:
             yield
         finally:
             self._candidate_ids = None
-            if self.store.active_generation() == before:
+            if self.store.artifacts.active_generation() == before:
                 self.model.set_deltas(self.live_model.active_deltas)
 
     @contextmanager
@@ -79,19 +78,22 @@ class Generations:
             tensors = {str(n): delta for n, delta in deltas.items()}
             sha = save_tensors(self.live_model.home.generations_folder, tensors)
         weights = self.model.weights_hash(self.live_model.loaded_model.layers)
-        parent, held = self.store.active_generation(), len(self.live_model.list_weights_facts())
-        with self.store.transaction():
-            number = self.store.add_generation(
+        parent, held = (
+            self.store.artifacts.active_generation(),
+            len(self.live_model.list_weights_facts()),
+        )
+        with self.store.db.transaction():
+            number = self.store.artifacts.add_generation(
                 sha, weights, parent, reason, sorted(ids), health.as_dict()
             )
-            self.store.activate_generation(number)
-            self.store.set_meta(FLUSH_HELD_KEY, None)
+            self.store.artifacts.activate_generation(number)
+            self.store.db.set_meta(FLUSH_HELD_KEY, None)
             if len(ids) < held:
                 self.capacity_log.forget_trials()
             self.capacity_log.record_capacity()
             moves(number)
             if self.store.list_facts((FactState.LIVE_SIDE,)):
-                self.store.set_meta(SIDE_UNCHECKED_KEY, str(number))
+                self.store.db.set_meta(SIDE_UNCHECKED_KEY, str(number))
         self.live_model.active_deltas = deltas
         self.recheck_side()
         return number
@@ -99,19 +101,19 @@ class Generations:
     def recheck_side(self) -> None:
         """Let what no longer holds in the side memory, on weights that have moved, be relearned."""
         self.live_model.prune_side()  # first: no fact that has left may fire for a live one
-        if self.store.get_meta(SIDE_UNCHECKED_KEY) is None:
+        if self.store.db.get_meta(SIDE_UNCHECKED_KEY) is None:
             return
         live = self.store.list_facts((FactState.LIVE_SIDE,))
         most = count_answer_tokens(self.model, [f.fact for f in live]) if live else 0
         said = self.live_model.answer_prompts([f.fact.question for f in live], most) if live else []
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact, answer in zip(live, said, strict=True):
                 if not is_same_answer(answer.text, fact.fact.target):
-                    self.store.drop_side_keys(fact.id)
+                    self.store.artifacts.drop_side_keys(fact.id)
                     self.store.change_state(
                         fact.id, FactState.RECEIVED, reason="the weights moved under it"
                     )
-            self.store.set_meta(SIDE_UNCHECKED_KEY, None)
+            self.store.db.set_meta(SIDE_UNCHECKED_KEY, None)
         self.live_model.prune_side()
 
     def solve(self, ids: Sequence[str]) -> None:
@@ -133,9 +135,7 @@ class Generations:
         """What would be said of the weights with just these facts; they stay so."""
         try:
             self.solve(ids)
-        except KeditError as error:
-            if error.code not in UNSOLVED_CODES:
-                raise
+        except Unsolvable as error:
             return Verdict(Action.REVERT, (str(error),))
         return self.measure_health()[1]
 
@@ -144,9 +144,7 @@ class Generations:
         infinite where it cannot be solved."""
         try:
             deltas = self.live_model.solve([fact_id])
-        except KeditError as error:
-            if error.code not in UNSOLVED_CODES:
-                raise
+        except Unsolvable:
             return math.inf
         asked = (d.norm() / self.model.base_weight(n).norm() for n, d in deltas.items())
         return max(map(float, asked), default=0.0)
@@ -196,7 +194,7 @@ class Generations:
 
         Facts that came into the weights since are reverted; what ended since lives again.
         """
-        wanted = set(self.store.get_generation(generation).fact_ids)
+        wanted = set(self.store.artifacts.get_generation(generation).fact_ids)
         current = set(self.live_model.list_weights_facts())
         out = [self._require_fact(n) for n in sorted(current - wanted)]
         back = [self._require_fact(n) for n in sorted(wanted - current)]
@@ -232,7 +230,7 @@ class Generations:
                 after = self.live_model.probe_edited(asked)
                 health, verdict = self.measure_health()
                 weights = self.model.weights_hash(self.live_model.loaded_model.layers)
-                generation = self.store.active_generation()
+                generation = self.store.artifacts.active_generation()
                 if not dry_run:
                     moves = partial(self._move_facts, out, back, reason, after, also)
                     generation = self._activate_if_changed(ids, reason, health, moves)
@@ -255,7 +253,7 @@ class Generations:
         self, ids: list[str], reason: str, health: Health, moves: Callable[[int], None]
     ) -> int:
         if self._move_if_unchanged(ids, moves):
-            return self.store.active_generation()
+            return self.store.artifacts.active_generation()
         return self.activate_candidate(ids, reason, health, moves)
 
     def _move_if_unchanged(self, ids: Sequence[str], moves: Callable[[int], None]) -> bool:
@@ -263,8 +261,8 @@ class Generations:
         is made, and the moves are done."""
         held = sorted(ids) == sorted(self.live_model.list_weights_facts())
         if held:
-            with self.store.transaction():
-                moves(self.store.active_generation())
+            with self.store.db.transaction():
+                moves(self.store.artifacts.active_generation())
         return held
 
     def _move_facts(
@@ -279,10 +277,10 @@ class Generations:
         """Move the facts of a change that makes a generation. Inside a transaction."""
         for one in out:
             fact_id = one.fact.id
-            self.store.drop_side_keys(fact_id)
+            self.store.artifacts.drop_side_keys(fact_id)
             self.store.change_state(fact_id, one.state, reason=one.reason, after=after[fact_id][0])
         for fact in back:
-            self.store.drop_side_keys(fact.id)  # it may have been learned there since
+            self.store.artifacts.drop_side_keys(fact.id)  # it may have been learned there since
             self.store.change_state(
                 fact.id,
                 FactState.LIVE_WEIGHTS,
@@ -309,7 +307,7 @@ class Generations:
     def consolidate(self, dry_run: bool) -> dict[str, Any]:
         """Solve again from W0 over all facts in the weights; taken if nothing gets worse."""
         ids = self.live_model.list_weights_facts()
-        active = self.store.get_generation(self.store.active_generation())
+        active = self.store.artifacts.get_generation(self.store.artifacts.active_generation())
         was, reasons, generation = self.measure_health()[0], list[str](), active.id
         with self.try_candidate(ids):
             health, verdict = self.measure_health()

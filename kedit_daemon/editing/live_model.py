@@ -17,7 +17,7 @@ from kedit_daemon.system.disk import is_disk_full
 from kedit_daemon.system.orphans import INDEX_META_KEY, find_leftovers, remove_leftovers
 from memory.db.rows import GenerationRow
 from memory.db.store import Store
-from memory.errors import KeditError, damage_error
+from memory.errors import Damaged, KeditError, UnusableModel
 from memory.facts import Fact, FactState
 from memory.files import save_tensors
 from memory.model.editable import EditableModel
@@ -59,11 +59,9 @@ def check_base(known: str | None, found: str, name: str) -> None:
     """Refuse a home that belongs to another model, by the hashes of the unedited weights: deltas
     for another would be noise."""
     if known not in (None, found):
-        raise KeditError(
+        raise UnusableModel(
             f"this home was made for another model than {name}",
-            code="model",
             hint="set `model` in config.toml back, or make a new home with init",
-            exit_code=78,
         )
 
 
@@ -84,13 +82,13 @@ class LiveModel:
 
     def restore(self) -> None:
         """Bring the model to where the store says it is."""
-        self.store.check_active_generation()
+        self.store.artifacts.check_active_generation()
         self._check_base()
         self._check_site()
         self.restore_weights()
         self._restore_side()
         self.prune_side()  # a crash may have come between a fact's end and that of its shard
-        remove_leftovers(find_leftovers(self.home, self.store.conn))
+        remove_leftovers(find_leftovers(self.home, self.store.db.conn))
 
     def restore_again(self) -> None:
         """The same after something was left in the middle. What is held goes first: the memory may
@@ -101,15 +99,15 @@ class LiveModel:
 
     def _check_base(self) -> None:
         """A home belongs to one model, from its first start on."""
-        known = self.store.get_meta("base_hash")
+        known = self.store.db.get_meta("base_hash")
         check_base(known, self.loaded_model.base_hash, self.loaded_model.name)
         if known is None:
-            with self.store.transaction():
-                self.store.set_meta("base_hash", self.loaded_model.base_hash)
+            with self.store.db.transaction():
+                self.store.db.set_meta("base_hash", self.loaded_model.base_hash)
 
     def _check_site(self) -> None:
         """The facts' terms belong to the layers that were edited when they were computed."""
-        terms = self.store.find_any_terms()
+        terms = self.store.artifacts.find_any_terms()
         if terms is None:
             return
         stored, edited = sorted(unpack_terms(terms)[0]), list(self.site.layers)
@@ -119,12 +117,11 @@ class LiveModel:
                 f" at {edited} now",
                 code="site",
                 hint="put the model's kedit.json back, or hand the facts in to a new home",
-                exit_code=78,
             )
 
     def restore_weights(self) -> None:
         """Lay the active generation over the unedited weights, from its file if that is whole."""
-        row = self.store.get_generation(self.store.active_generation())
+        row = self.store.artifacts.get_generation(self.store.artifacts.active_generation())
         try:
             self.active_deltas = load_deltas(self.home.generations_folder, row)
         except KeditError as error:
@@ -137,18 +134,18 @@ class LiveModel:
         try:
             deltas = self.solve(row.fact_ids)
         except KeditError as error:
-            raise damage_error(
-                f"{why}; what generation {row.id} is made from", str(error)
-            ) from error
+            raise Damaged(f"{why}; what generation {row.id} is made from", str(error)) from error
         self.model.set_deltas(deltas)
         found = self.model.weights_hash(self.loaded_model.layers)
         sha = save_tensors(self.home.generations_folder, {str(n): d for n, d in deltas.items()})
-        with self.store.transaction():
-            self.store.write_event("generation_rebuilt", generation=row.id, why=why, weights=found)
-            number = self.store.add_generation(
+        with self.store.db.transaction():
+            self.store.db.write_event(
+                "generation_rebuilt", generation=row.id, why=why, weights=found
+            )
+            number = self.store.artifacts.add_generation(
                 sha, found, row.id, "rebuilt", row.fact_ids, row.figures
             )
-            self.store.activate_generation(number)
+            self.store.artifacts.activate_generation(number)
         return deltas
 
     def rebuild_side(self) -> None:
@@ -156,8 +153,8 @@ class LiveModel:
         what it was."""
         before, self.side = self.side, make_empty_side(self.loaded_model)
         try:
-            with self.store.transaction():
-                self.store.set_meta(INDEX_META_KEY, None)  # the file may hold what is wrong
+            with self.store.db.transaction():
+                self.store.db.set_meta(INDEX_META_KEY, None)  # the file may hold what is wrong
             self._restore_side()
         except BaseException:
             self.side = before
@@ -165,16 +162,16 @@ class LiveModel:
 
     def _restore_side(self) -> None:
         live = {f.id: f.fact for f in self.store.list_facts((FactState.LIVE_SIDE,))}
-        rows = [row for row in self.store.read_side_keys() if row.fact_id in live]
+        rows = [row for row in self.store.artifacts.read_side_keys() if row.fact_id in live]
         broken = self._restore_shards()
         whole = [row for row in rows if row.shard in self.side.shards]
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact_id in live.keys() - {row.fact_id for row in whole}:
-                self.store.drop_side_keys(fact_id)
+                self.store.artifacts.drop_side_keys(fact_id)
                 why = "its shard or its keys were damaged"
                 self.store.change_state(fact_id, FactState.RECEIVED, reason=why)
             for number in broken:
-                self.store.drop_shard(number)
+                self.store.artifacts.drop_shard(number)
         keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
         self._restore_index({to_fact_number(n): k.subject for n, k in keys.items()})
         for row in whole:
@@ -186,7 +183,7 @@ class LiveModel:
     def _restore_shards(self) -> set[int]:
         """Load the shards; the numbers of those whose file is missing or damaged."""
         broken = set()
-        for row in self.store.list_shards():
+        for row in self.store.artifacts.list_shards():
             try:
                 delta = load_delta(self.home.side_folder, row.sha256, self.model.device)
                 self.side.shards[row.id] = Shard(delta, row.threshold)
@@ -198,15 +195,15 @@ class LiveModel:
     def _restore_index(self, keys: Mapping[int, Tensor]) -> None:
         """Take the index file if it is whole, and bring it to the keys that the store has: a
         crash may have left it behind them."""
-        sha = self.store.get_meta(INDEX_META_KEY)
+        sha = self.store.db.get_meta(INDEX_META_KEY)
         if sha is not None:
             try:
                 gpu = self.model.device.type == "cuda"
                 self.side.key_index = KeyIndex.load(self.home.index_folder, sha, gpu=gpu)
             except KeditError as error:
                 log.warning("%s; building the index again", error)
-                with self.store.transaction():
-                    self.store.set_meta(INDEX_META_KEY, None)
+                with self.store.db.transaction():
+                    self.store.db.set_meta(INDEX_META_KEY, None)
         self.side.key_index.sync_keys(keys)
         self.save_index()
 
@@ -223,22 +220,22 @@ class LiveModel:
                 raise
             log.warning("the index file is not written: %s", error)
             return
-        with self.store.transaction():
-            self.store.set_meta(INDEX_META_KEY, sha)
+        with self.store.db.transaction():
+            self.store.db.set_meta(INDEX_META_KEY, sha)
         for path in self.home.index_folder.iterdir():
             if path.stem != sha:
                 path.unlink()
 
     def prune_side(self) -> None:
         """Drop from the side memory what the store has dropped: facts, and shards left empty."""
-        for fact_id in set(self.side.shard_ids) - self.store.list_side_fact_ids():
+        for fact_id in set(self.side.shard_ids) - self.store.artifacts.list_side_fact_ids():
             self.side.remove_fact(fact_id)
         empty = set(self.side.shards) - set(self.side.shard_ids.values())
-        rows = self.store.list_shards() if empty else []
-        with self.store.transaction():
+        rows = self.store.artifacts.list_shards() if empty else []
+        with self.store.db.transaction():
             for number in empty:
                 del self.side.shards[number]
-                self.store.drop_shard(number)
+                self.store.artifacts.drop_shard(number)
         kept = {row.sha256 for row in rows if row.id not in empty}
         for sha in {row.sha256 for row in rows if row.id in empty} - kept:
             (self.home.side_folder / f"{sha}.safetensors").unlink(missing_ok=True)
@@ -249,11 +246,15 @@ class LiveModel:
 
     def solve(self, fact_ids: Sequence[str]) -> dict[int, Tensor]:
         """ΔW by layer for a set of facts, from their stored terms alone."""
-        return self.weights_tier.solve_deltas({n: self.store.read_terms(n) for n in fact_ids})
+        return self.weights_tier.solve_deltas(
+            {n: self.store.artifacts.read_terms(n) for n in fact_ids}
+        )
 
     def list_weights_facts(self) -> list[str]:
         """The facts that the active generation holds, by id."""
-        return list(self.store.get_generation(self.store.active_generation()).fact_ids)
+        return list(
+            self.store.artifacts.get_generation(self.store.artifacts.active_generation()).fact_ids
+        )
 
     def answer_prompts(self, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
         """Greedy answers of the edited model; unrouted rows are those of the weights, exactly."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from kedit_daemon import shipped
 from kedit_daemon.shipped import read_ordinary_lines, read_statements
-from memory.errors import KeditError
+from memory.errors import UnusableModel
 from memory.files import write_atomic
 from memory.model.canary import Canary
 from memory.model.device import resolve_device
@@ -139,9 +139,7 @@ def find_statistics(
         shipped = unpack_statistics(path.read_bytes()) if path.is_file() else {}
     except SafetensorError as error:
         hint = "put the model's file back, or remove it: it is measured again"
-        raise KeditError(
-            f"{path} is damaged: {error}", code="model", hint=hint, exit_code=78
-        ) from error
+        raise UnusableModel(f"{path} is damaged: {error}", hint=hint) from error
     wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
     narrow = sorted(n for n in set(read) if n not in shipped)
     if not wide and not narrow:
@@ -188,7 +186,7 @@ def open_model(name: str, device: str, cache: Path) -> OpenedModel:
     """
     path = locate_model(name)
     if name == SHIPPED_MODEL and not path.is_dir():
-        raise KeditError(f"{path} is missing", code="model", hint="install again", exit_code=78)
+        raise UnusableModel(f"{path} is missing", hint="install again")
     # An id on the hub is no path, and its name alone may not be looked up as one.
     model = EditableModel.load(path if path.is_dir() else name, resolve_device(device))
     return OpenedModel(model, model.weights_hash(range(model.layer_count)), path, cache)

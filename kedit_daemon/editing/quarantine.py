@@ -98,6 +98,6 @@ class Quarantine:
         self, guilty: Sequence[tuple[StoredFact, Verdict]], crowd: Sequence[StoredFact]
     ) -> None:
         for fact, verdict in guilty:
-            self.store.drop_terms(fact.id)
-            self.store.write_event(QUARANTINED, fact.id, reasons=list(verdict.reasons))
+            self.store.artifacts.drop_terms(fact.id)
+            self.store.db.write_event(QUARANTINED, fact.id, reasons=list(verdict.reasons))
         self.generations.redirect_to_side(crowd)

@@ -48,7 +48,7 @@ def find_damage(served: LiveModel, weights_hash: str, turn: int) -> Damage:
 
 def read_active_hash(served: LiveModel) -> str:
     """The hash of the active generation's weights: without facts, of the model's own."""
-    row = served.store.get_generation(served.store.active_generation())
+    row = served.store.artifacts.get_generation(served.store.artifacts.active_generation())
     return served.unedited_hash if row.sha256 is None else row.weights_hash
 
 
@@ -56,8 +56,8 @@ def repair_damage(flush: Flush, found: Damage) -> None:
     """Lay anew what is damaged, and write it down. A fact whose targets cannot be computed again
     leaves the weights, and is learned in the side memory."""
     served, store = flush.live_model, flush.store
-    with store.transaction():
-        store.write_event("mended", reasons=found.reasons)
+    with store.db.transaction():
+        store.db.write_event("mended", reasons=found.reasons)
     facts = [
         f
         for n in found.unsolvable_facts
@@ -65,17 +65,17 @@ def repair_damage(flush: Flush, found: Damage) -> None:
     ]
     refused = flush.ensure_terms([f.fact for f in facts], again=True)
     if gone := [f for f in facts if f.id in refused]:  # first: no solve is possible with them
-        with store.transaction():
+        with store.db.transaction():
             for fact in gone:
-                store.drop_terms(fact.id)
+                store.artifacts.drop_terms(fact.id)
         flush.generations.send_to_side(gone, "its targets cannot be computed again")
     if found.has_weights_damage:
         served.restore_weights()
     if found.has_side_damage:
         served.rebuild_side()
     if facts:
-        with store.transaction():
-            store.set_meta(FLUSH_HELD_KEY, None)  # it may have been for these
+        with store.db.transaction():
+            store.db.set_meta(FLUSH_HELD_KEY, None)  # it may have been for these
 
 
 def _find_side_damage(side: SideMemory) -> Iterator[str]:
@@ -89,7 +89,7 @@ def _find_side_damage(side: SideMemory) -> Iterator[str]:
 
 def _is_solvable(served: LiveModel, fact_id: str) -> bool:
     try:
-        parts = unpack_terms(served.store.read_terms(fact_id))
+        parts = unpack_terms(served.store.artifacts.read_terms(fact_id))
     except KeditError:
         return False
     return all(_is_finite(tensor) for part in parts for tensor in part.values())

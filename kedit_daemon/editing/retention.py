@@ -34,15 +34,15 @@ class Retention:
 
     def probe_retention(self) -> dict[str, Any]:
         """Ask the oldest live facts, and a sample of all, and write down what came of it."""
-        number = int(self.store.get_meta(PROBE_COUNT_KEY) or "0") + 1
+        number = int(self.store.db.get_meta(PROBE_COUNT_KEY) or "0") + 1
         live = self.store.list_facts(LIVE_STATES)
         sample = self._ask_facts(random.Random(number).sample(live, min(SAMPLE_SIZE, len(live))))
         oldest = self.ask_oldest()
         figures = {"oldest": oldest.stated_share, "sample": sample.stated_share}
         lost = list({f.id: f for f in (*oldest.lost_facts, *sample.lost_facts)}.values())
-        with self.store.transaction():
-            self.store.set_meta(PROBE_COUNT_KEY, str(number))
-            self.store.write_event("retention", figures=figures, lost=[f.id for f in lost])
+        with self.store.db.transaction():
+            self.store.db.set_meta(PROBE_COUNT_KEY, str(number))
+            self.store.db.write_event("retention", figures=figures, lost=[f.id for f in lost])
         return {"figures": figures, "learned_anew": self.relearn_facts(lost)}
 
     def ask_oldest(self) -> RetentionResult:

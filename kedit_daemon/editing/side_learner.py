@@ -75,7 +75,7 @@ class SideLearner:
             raise
         wrong = {n: probe.answer for n, probe in probes.items() if not probe.right}
         failed |= {n: f"the side memory answered {answer!r}" for n, answer in wrong.items()}
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact in (f for f in together if f.id in failed):
                 self.flush.record_failed_attempt(fact, "side", failed[fact.id])
         self.live_model.prune_side()
@@ -90,7 +90,7 @@ class SideLearner:
     def _reject_gibberish(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Those of the facts that are no nonsense; the others are rejected."""
         refused = self.live_model.find_gibberish([f.fact for f in facts])
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact in (f for f in facts if f.id in refused):
                 self.store.change_state(fact.id, FactState.REJECTED, reason=refused[fact.id].reason)
                 self.store.add_edit(fact.id, "side", None, 0.0, "rejected", None)
@@ -151,7 +151,7 @@ class SideLearner:
             side.add_fact(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
 
     def _remove_unsaved(self, new: Sequence[StoredFact]) -> None:
-        side, kept = self.live_model.side, self.store.list_side_fact_ids()
+        side, kept = self.live_model.side, self.store.artifacts.list_side_fact_ids()
         for fact in (f for f in new if f.id not in kept):
             side.remove_fact(fact.id)
         for number in set(side.shards) - set(side.shard_ids.values()):
@@ -177,9 +177,11 @@ class SideLearner:
         def write(_generation: int) -> None:
             for fact in right:
                 number, probe = numbers[fact.id], probes[fact.id]
-                self.store.add_shard(number, shas[number], 1, side.shards[number].threshold)
+                self.store.artifacts.add_shard(
+                    number, shas[number], 1, side.shards[number].threshold
+                )
                 self.flush.end_superseded(fact)
-                self.store.put_side_keys(fact.id, number, pack_keys(keys[fact.id]))
+                self.store.artifacts.put_side_keys(fact.id, number, pack_keys(keys[fact.id]))
                 self.store.change_state(
                     fact.id,
                     FactState.LIVE_SIDE,
@@ -194,8 +196,8 @@ class SideLearner:
         self.flush.generations.solve_without(gone, "superseded facts taken out", write)
 
 
-def as_learning_error(error: Exception) -> KeditError:
-    """The reason to write down when a fact could not be learned."""
+def describe_failure(error: Exception) -> str:
+    """Return the reason to record for a fact that could not be learned."""
     if isinstance(error, KeditError):
-        return error
-    return KeditError(f"unexpected: {type(error).__name__}: {error}", code="unexpected")
+        return str(error)
+    return f"unexpected: {type(error).__name__}: {error}"

@@ -21,6 +21,7 @@ from kedit_daemon.ingest.file_lease import can_detect_closed, is_closed
 from kedit_daemon.ingest.parser import RecordProblem, extract_failed
 from memory.errors import KeditError
 from memory.files import sync_folder, write_atomic
+from memory.timestamps import format_utc
 
 WORK, DONE, FAILED = "work", "done", "failed"
 RESERVED_NAMES = (WORK, DONE, FAILED)
@@ -132,7 +133,7 @@ class Inbox:
         with _open_folder(self.folder / FAILED) as failed:
             name = self._choose_failed_name(failed, claim)
         errors = [asdict(replace(p, record=p.record[:MAX_RECORD_CHARS])) for p in problems]
-        at = self._clock().astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        at = format_utc(self._clock(), "seconds")
         report = {"claim": claim.work_name, "file": claim.name, "at": at, "errors": errors}
         folder = self.folder / FAILED
         write_atomic(folder / f"{name}{REPORT_SUFFIX}", _encode_json(report))

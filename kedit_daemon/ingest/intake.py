@@ -45,11 +45,11 @@ class Intake:
 
     def _record_submission(self, claim: Claim, data: bytes, parsed: ParsedFile) -> None:
         counts = _FactCounts()
-        with self.store.transaction():
+        with self.store.db.transaction():
             for line, fact in parsed.facts:
                 self._take_fact(fact, claim, line, len(parsed.facts), counts)
             for problem in parsed.problems:
-                self.store.write_event(
+                self.store.db.write_event(
                     "record_failed",
                     file=claim.name,
                     line=problem.line,
@@ -64,7 +64,7 @@ class Intake:
                 failed=len(parsed.problems),
                 duplicates=counts.duplicates,
             )
-            self.store.write_event(
+            self.store.db.write_event(
                 "file_taken",
                 file=claim.name,
                 facts=counts.accepted,
@@ -77,10 +77,12 @@ class Intake:
     ) -> None:
         known = self.store.find_fact(fact.id)
         direct = self.config.routing.direct_facts
-        decision = choose_route(known, fact.valid_until, self.store.format_now(), in_file, direct)
+        decision = choose_route(
+            known, fact.valid_until, self.store.db.format_now(), in_file, direct
+        )
         if decision.route is Route.DUPLICATE:
             counts.duplicates += 1
-            self.store.write_event("fact_duplicate", fact.id, file=claim.name, line=line)
+            self.store.db.write_event("fact_duplicate", fact.id, file=claim.name, line=line)
             return
         waiting = self.store.list_facts((FactState.RECEIVED,), slot=fact.slot)
         self.store.receive_fact(fact, claim.name, decision.route is Route.BATCH)

@@ -71,9 +71,7 @@ def parse_file(data: bytes, name: str, format: str | None, limits: FileLimits) -
     if format is not None and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(FORMATS)}"
-        raise KeditError(
-            f"unknown format {quote_value(format)}", code="usage", hint=hint, exit_code=2
-        )
+        raise KeditError(f"unknown format {quote_value(format)}", code="usage", hint=hint)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return ParsedFile(problems=[RecordProblem(1, "the file is UTF-16", "save it as UTF-8", "")])
     text = _decode_text(data)

@@ -17,6 +17,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from memory.facts import Fact, Neighbour
+from memory.timestamps import format_utc
 
 INVALID_CHARS = re.compile("[\0\ud800-\udfff]")
 STRICT_CONFIG = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -60,7 +61,7 @@ def _normalize_time(text: str) -> str:
     except (ValueError, OverflowError):
         remedy = "write the moment in ISO-8601, such as 2026-01-31T12:00:00Z"
         raise _make_fault(f"{quote_value(text)} is not a moment", remedy) from None
-    return moment.replace(tzinfo=None).isoformat(timespec="seconds") + "Z"
+    return format_utc(moment, "seconds")
 
 
 Text = Annotated[

@@ -15,7 +15,7 @@ from kedit_daemon.ingest.parser import ParsedFile, parse_file
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.system.disk import describe_disk_error
 from memory.db.queries import open_readonly
-from memory.errors import KeditError
+from memory.errors import KeditError, NoHome
 from memory.facts import ACTIVE_STATES, Fact
 from memory.files import move_into_place
 
@@ -84,9 +84,7 @@ def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = Non
         finally:
             staged.unlink(missing_ok=True)
     except FileNotFoundError as error:
-        raise KeditError(
-            f"there is no inbox {inbox}", code="no-home", hint="kedit-daemon init"
-        ) from error
+        raise NoHome(f"there is no inbox {inbox}", hint="kedit-daemon init") from error
     except PermissionError as error:
         raise KeditError(
             f"{inbox} may not be written to by this user",
@@ -129,8 +127,8 @@ def predict_outcomes(
     known: dict[str, StoredFact] = {}
     if home.database_file.is_file():
         with closing(open_readonly(home.database_file)) as conn:
-            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
-            sql += " ORDER BY seq"
+            known = f"id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
+            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE {known} ORDER BY seq"
             ids, slots = _encode_list(f.id for f in facts), _encode_list(f.slot for f in facts)
             stored = [StoredFact.from_row(tuple(row)) for row in conn.execute(sql, (ids, slots))]
         known = {fact.id: fact for fact in stored}

@@ -9,7 +9,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.ingest.failed_files import REPORT_SUFFIX, failed_folder
 from kedit_daemon.system.lock import find_lock_holder
 from memory.db.queries import open_readonly
-from memory.errors import KeditError
+from memory.errors import NoHome, NotRunning
 from memory.facts import FactState
 
 POLL_SECONDS = 0.2
@@ -36,11 +36,8 @@ def wait_until_settled(
         if states is not None and len(settled) == len(ids):
             return states
         if not running:
-            raise KeditError(
+            raise NotRunning(
                 "the daemon is not running: the facts wait for it",
-                code="not-running",
-                hint="kedit-daemon run",
-                exit_code=3,
             )
         told = f"{len(settled)} of {len(ids)} {'fact is' if len(ids) == 1 else 'facts are'} settled"
         if told != last:
@@ -62,10 +59,8 @@ def _read_states(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOut
     """The facts' states; None before the file has been taken in, when they may be older ones."""
     try:
         opened = open_readonly(home.database_file)
-    except KeditError as error:
-        if error.code == "no-home":  # the daemon starts for the first time
-            return None
-        raise
+    except NoHome:  # the daemon starts for the first time
+        return None
     with closing(opened) as conn:
         taken = conn.execute("SELECT 1 FROM submissions WHERE file_name = ?", (name,)).fetchone()
         if taken is None:

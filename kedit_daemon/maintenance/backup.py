@@ -15,7 +15,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from kedit_daemon.system.disk import is_disk_full
 from memory.db import event_log, schema
 from memory.errors import KeditError
 from memory.files import hash_file, sync_folder, tensors_path, write_atomic
+from memory.timestamps import format_utc
 
 FORMAT = "kedit-backup-1"
 MANIFEST = "manifest.json"
@@ -119,7 +120,6 @@ def _check_destination(home: Home, dest: Path) -> None:
             f"{dest} lies in the home",
             code="usage",
             hint="choose a folder outside of it, best on another disk",
-            exit_code=2,
         )
     if os.path.lexists(dest):
         raise KeditError(
@@ -149,7 +149,7 @@ def _fill_backup(home: Home, to: Home, now: datetime) -> None:
     with _open_snapshot(to.database_file) as conn:
         manifest = {
             "format": FORMAT,
-            "created_at": now.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "created_at": format_utc(now, "seconds"),
             **_describe_database(conn),
             "lost": sorted(lost),
             "files": {str(p.relative_to(to.root)): hash_file(p) for p in files},
@@ -192,7 +192,6 @@ def _copy_consistently(home: Home, to: Home) -> set[str]:
         f"the daemon has dropped files during each of {MAX_SNAPSHOTS} snapshots",
         code="busy",
         hint="try again when fewer facts come in",
-        exit_code=75,
     )
 
 

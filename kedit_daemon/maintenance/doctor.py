@@ -19,7 +19,7 @@ from kedit_daemon.maintenance import doctor_install as install
 from kedit_daemon.maintenance.doctor_install import FAILED, OK, REINSTALL, WARNING, CheckResult
 from kedit_daemon.report.warnings import LOW_DISK_BYTES
 from kedit_daemon.system.orphans import find_leftovers, remove_leftovers
-from memory.errors import KeditError
+from memory.errors import KeditError, Unreadable
 
 CRITICAL_BYTES = 50 << 20
 CLOCK_SLACK = timedelta(minutes=5)
@@ -50,7 +50,7 @@ def run_checks(home: Home, environ: Mapping[str, str], now: datetime) -> Iterato
         try:
             yield from look()
         except KeditError as error:
-            remedy = BACKUP_REMEDY if error.code == "unreadable" else error.hint
+            remedy = BACKUP_REMEDY if isinstance(error, Unreadable) else error.hint
             yield CheckResult(name, FAILED, str(error), remedy)
         except sqlite3.Error as error:
             yield CheckResult(name, FAILED, f"{home.database_file}: {error}", BACKUP_REMEDY)

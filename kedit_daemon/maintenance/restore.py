@@ -12,7 +12,7 @@ from kedit_daemon.home import FOLDER_MODE, Home
 from kedit_daemon.maintenance.backup import Backup, check_backup, copy_file
 from kedit_daemon.system.lock import find_lock_holder, hold_lock
 from kedit_daemon.system.orphans import RESTORE_PREFIX
-from memory.errors import KeditError
+from memory.errors import KeditError, RestoreCutOff
 from memory.files import sync_folder
 
 BEFORE_PREFIX = "before-"  # and a time: what is moved aside has it after its name
@@ -38,7 +38,6 @@ def check_restore(home: Home, source: Path, replace: bool) -> Backup:
             f"a daemon, pid {pid}, holds {home.root}",
             code="busy",
             hint=f"stop it first (kill {pid}), or restore to another home",
-            exit_code=75,
         )
     _check_replaceable(home, replace)
     return backup
@@ -83,12 +82,10 @@ def refuse_unfinished_restore(home: Home) -> None:
     if left := sorted(
         p.name for p in (*moved, *home.root.glob(f"{RESTORE_PREFIX}*")) if p.is_dir()
     ):
-        raise KeditError(
+        raise RestoreCutOff(
             f"a restore to {home.root} was cut off",
-            code="restore",
             hint="run `kedit-daemon restore SOURCE` again; "
             f"to begin without its facts, first move {', '.join(left)} out of the home",
-            exit_code=78,
         )
 
 

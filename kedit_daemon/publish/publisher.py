@@ -23,7 +23,7 @@ from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
 from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
-from memory.errors import KeditError
+from memory.errors import KeditError, Stopping
 
 # In the store's meta: what was last published, and how; and why it could not be, if it could not.
 PUBLISHED_KEY, FAILURE_KEY = "published", "publish_failed"
@@ -67,15 +67,18 @@ class Publisher:
                 return
             self._record_outcome(self._attempt.outcome)
             self._attempt = None
-        active = self.store.active_generation()
+        active = self.store.artifacts.active_generation()
         if self.config.kind is None:
             self._forget_failure()
             return
-        if not active or self._publication_key(active) == self.store.get_meta(PUBLISHED_KEY):
+        if not active or self._publication_key(active) == self.store.db.get_meta(PUBLISHED_KEY):
             return
         if active != self._failure_streak[0] or self.monotonic() >= self._retry_at:
             # An adapter of no facts cannot be made, and the one before must not be served on.
-            empty = self.config.kind == "lora" and not self.store.get_generation(active).fact_ids
+            empty = (
+                self.config.kind == "lora"
+                and not self.store.artifacts.get_generation(active).fact_ids
+            )
             self._attempt = _PublishAttempt(self.config, self.home, active, empty)
             self._attempt.start()
 
@@ -98,28 +101,28 @@ class Publisher:
 
     def _forget_failure(self) -> None:
         """Nothing is to be published any more, so nothing is amiss."""
-        if self.store.get_meta(FAILURE_KEY) is not None:
-            with self.store.transaction():
-                self.store.set_meta(FAILURE_KEY, None)
+        if self.store.db.get_meta(FAILURE_KEY) is not None:
+            with self.store.db.transaction():
+                self.store.db.set_meta(FAILURE_KEY, None)
 
     def _record_outcome(self, outcome: PublishOutcome) -> None:
         told: dict[str, Any] = {"generation": outcome.generation, "export": self.config.kind}
         if not outcome.reason:
             self._failure_streak = (0, 0)
             told |= {"path": outcome.path} if outcome.path else {"export": None}
-            with self.store.transaction():
-                self.store.set_meta(PUBLISHED_KEY, self._publication_key(outcome.generation))
-                self.store.set_meta(FAILURE_KEY, None)
-                self.store.write_event("published", **told)
+            with self.store.db.transaction():
+                self.store.db.set_meta(PUBLISHED_KEY, self._publication_key(outcome.generation))
+                self.store.db.set_meta(FAILURE_KEY, None)
+                self.store.db.write_event("published", **told)
             return
         generation, times = self._failure_streak
         times = times + 1 if generation == outcome.generation else 1
         wait = RETRY_SECONDS * 2 ** min(times - 1, MAX_DOUBLINGS)
         wait = min(wait, MAX_RETRY_SECONDS)
         self._failure_streak, self._retry_at = (outcome.generation, times), self.monotonic() + wait
-        with self.store.transaction():
-            self.store.set_meta(FAILURE_KEY, outcome.reason)
-            self.store.write_event(
+        with self.store.db.transaction():
+            self.store.db.set_meta(FAILURE_KEY, outcome.reason)
+            self.store.db.write_event(
                 "publish_failed", **told, reason=outcome.reason, retry_seconds=wait
             )
 
@@ -219,7 +222,7 @@ class _PublishAttempt(threading.Thread):
 
     def _check_not_stopping(self) -> None:
         if self._stop_requested.is_set():
-            raise KeditError("the daemon is stopping", code="stopping")
+            raise Stopping("the daemon is stopping")
 
     def _run_child(self, command: list[str], told: Mapping[str, str], seconds: float) -> bytes:
         """What a child process prints; a KeditError with its last words when it fails."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from memory.errors import KeditError
+from memory.errors import KeditError, Stopping
 
 LOAD_SECONDS = 600.0  # for weights to be read
 PAUSE_SECONDS = 120.0  # for requests that run to their end
@@ -56,7 +56,7 @@ def reload_weights(url: str, path: str, ending: Callable[[], bool]) -> None:
     try:
         _post_json(url, "/pause?mode=wait", seconds=PAUSE_SECONDS)
         if ending():
-            raise KeditError("the daemon is stopping", code="stopping")
+            raise Stopping("the daemon is stopping")
         try:
             given = {"method": "reload_weights", "kwargs": {"weights_path": path}}
             _post_json(url, "/collective_rpc", given)

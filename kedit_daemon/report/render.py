@@ -64,7 +64,8 @@ def render_status(found: Mapping[str, Any]) -> Iterator[str]:
     yield from _render_jobs(found["jobs"], now)
     for warning in found["warnings"]:
         mark = click.style("!", fg="red" if warning["attention"] else "yellow", bold=True)
-        yield f"{mark} {clip_text(warning['message'], LIST_CHARS)}  → {clean_text(warning['command'])}"
+        message, command = warning["message"], warning["command"]
+        yield f"{mark} {clip_text(message, LIST_CHARS)}  → {clean_text(command)}"
 
 
 def render_facts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -94,7 +95,8 @@ def render_fact_detail(fact: Mapping[str, Any]) -> Iterator[str]:
     for edit in fact["edits"]:
         probe = f"  {format_figures(edit['probe'])}" if edit["probe"] else ""
         yield (
-            f"  edit         {format_time(edit['at'])}  {clean_text(edit['tier'])}  {clean_text(edit['outcome'])}"
+            f"  edit         {format_time(edit['at'])}"
+            f"  {clean_text(edit['tier'])}  {clean_text(edit['outcome'])}"
             f"  {edit['seconds']:.1f} s{probe}"
         )
 
@@ -213,7 +215,8 @@ def _render_audit(found: Mapping[str, Any], now: datetime) -> str:
 def _render_jobs(jobs: Mapping[str, Any], now: datetime) -> Iterator[str]:
     ran = {name: job for name, job in jobs.items() if job["started_at"]}
     last = [
-        f"{clean_text(name)} {clean_text(job['outcome'] or 'at work')} {format_time(job['started_at'], now)}"
+        f"{clean_text(name)} {clean_text(job['outcome'] or 'at work')}"
+        f" {format_time(job['started_at'], now)}"
         for name, job in ran.items()
     ]
     due = sorted((job["next"], name) for name, job in jobs.items() if job["next"])

@@ -21,8 +21,9 @@ from kedit_daemon.system.disk import find_disk_shortage
 from kedit_daemon.system.lock import find_lock_holder
 from memory.db.overview import fetch_overview
 from memory.db.queries import open_readonly
-from memory.errors import KeditError
+from memory.errors import NoHome, Unreadable
 from memory.facts import LIVE_STATES, FactState
+from memory.timestamps import format_utc
 from policies.batching import fit_curve
 
 EXIT_NOT_RUNNING, EXIT_NEEDS_ATTENTION = 3, 4
@@ -93,7 +94,7 @@ def gather_status(
         "failed_facts": known["failed_facts"],
         "failed_files": list_failed_files(home),
         "disk_free_bytes": shutil.disk_usage(home.root).free if home.root.is_dir() else None,
-        "at": _format_time(now),
+        "at": format_utc(now, "seconds"),
     }
     found["warnings"] = collect_warnings(found, home, program)
     return found
@@ -115,9 +116,7 @@ def _daemon_state(pid: int | None, starting: bool, paused: str | None) -> str:
 def _read_database(home: Home, now: datetime) -> dict[str, Any]:
     try:
         conn = open_readonly(home.database_file)
-    except KeditError as error:
-        if error.code != "no-home":
-            raise
+    except NoHome:
         return _EMPTY_RECORD
     with closing(conn):
         try:
@@ -134,9 +133,8 @@ def _read_database(home: Home, now: datetime) -> dict[str, Any]:
                 "flush_cost": _estimate_flush_cost(conn),
             }
         except sqlite3.Error as error:
-            raise KeditError(
+            raise Unreadable(
                 f"{home.database_file} cannot be read: {error}",
-                code="unreadable",
                 hint="kedit-daemon doctor",
             ) from error
 
@@ -208,7 +206,7 @@ def _describe_jobs(
             "finished_at": run.get("finished_at"),
             "outcome": run.get("outcome") or (INTERRUPTED if run and not at_work else None),
             "detail": run.get("detail"),
-            "next": _format_time(due) if due else None,
+            "next": format_utc(due, "seconds") if due else None,
         }
     return jobs
 
@@ -230,7 +228,3 @@ def _seconds_since(moment: str | None, now: datetime) -> float | None:
     if moment is None:
         return None
     return max(0.0, (now - datetime.fromisoformat(moment)).total_seconds())
-
-
-def _format_time(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

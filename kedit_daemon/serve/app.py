@@ -91,7 +91,7 @@ def _dashboard_context(
 
     async def ask(prompt: str, max_tokens: int) -> AnswerPair:
         if (now := reader()) is None:
-            raise KeditError("the model is being loaded", code="loading", exit_code=75)
+            raise KeditError("the model is being loaded", code="loading")
         wish = GenerationRequest(tuple(now.encode(prompt)), EDITED, max_tokens, temperature=0.0)
         sides = (wish, replace(wish, variant=BASE))
         answers = [asyncio.ensure_future(_collect_answer(now, one)) for one in sides]

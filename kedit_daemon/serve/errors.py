@@ -21,6 +21,8 @@ _PARAM_BY_CODE = {"model": "model", "usage": "format"}
 class RequestError(KeditError):
     """A request that is not answered. `param` is the field that is at fault, if one is."""
 
+    exit_code = 1
+
     def __init__(
         self, message: str, *, status: int, code: str, param: str | None = None, retry: int = 0
     ) -> None:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from kedit_daemon.control import send_request
+from kedit_daemon.control import PING, send_request
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.reader import Reader
 from memory.errors import KeditError
@@ -49,9 +49,7 @@ class HealthEndpoints:
     def _find_daemon_problem(self) -> str | None:
         """What is the matter with the daemon, if something is."""
         try:
-            send_request(self.home.socket_file, "", {}, PING_SECONDS)
+            send_request(self.home.socket_file, PING, {}, PING_SECONDS)
         except KeditError as error:
-            # A command without a name is refused by the threads that listen, however busy the edit
-            # loop is.
-            return None if error.code == "bad-request" else str(error)
-        return "what listens on the control socket is no kedit-daemon"
+            return str(error)
+        return None

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from kedit_daemon.config import EXIT_BAD_CONFIG, Config
+from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from memory.errors import KeditError
 
@@ -39,7 +39,6 @@ def check_settings(home: Home, config: Config) -> None:
             f"[serve] port is set, and {missing[0]} is not installed",
             code="bad-config",
             hint="pip install 'kedit-daemon[serve]', or set port = 0",
-            exit_code=EXIT_BAD_CONFIG,
         )
     read_token(home, config)
 
@@ -69,9 +68,7 @@ def read_token(home: Home, config: Config) -> str | None:
 
 
 def _token_error(what: str, hint: str) -> KeditError:
-    return KeditError(
-        f"token_file: {what}", code="bad-config", hint=hint, exit_code=EXIT_BAD_CONFIG
-    )
+    return KeditError(f"token_file: {what}", code="bad-config", hint=hint)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from memory.errors import KeditError, damage_error
+from memory.errors import Damaged, KeditError
 
 MIN_FREE_BYTES = 64 << 20  # below it no work is taken
 MIN_FREE_FILES = 100  # inodes
@@ -84,10 +84,9 @@ def describe_disk_error(error: BaseException, folder: Path) -> KeditError | None
             f"{folder}: {error}, by another process, for too long",
             code="busy",
             hint="try again; if it stays so, see who has the database open (fuser)",
-            exit_code=75,
         )
     if _sqlite_code(error) & 0xFF in DAMAGE_CODES:
-        return damage_error(str(folder), str(error))
+        return Damaged(str(folder), str(error))
     if not (is_disk_failure(error) or isinstance(error, PermissionError)):
         return None
     what = error.strerror if isinstance(error, OSError) else None

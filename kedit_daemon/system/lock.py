@@ -61,7 +61,6 @@ def _acquire_lock(fd: int, path: Path) -> None:
         f"another daemon, pid {pid}, holds {path}",
         code="busy",
         hint=f"stop it first (kill {pid}), or use another home",
-        exit_code=75,
     )
 
 
@@ -87,5 +86,4 @@ def find_lock_holder(path: Path) -> int | None:
         f"{path} is held by a process that wrote no pid into it",
         code="busy",
         hint=f"find that process with: fuser {path}",
-        exit_code=75,
     )

@@ -3,6 +3,8 @@
 import re
 from datetime import UTC, datetime, timedelta
 
+from memory.timestamps import format_utc
+
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _TIME_AGO = re.compile(r"(\d{1,6})([smhdw])")
 
@@ -19,9 +21,8 @@ def parse_time(text: str, now: datetime) -> str:
         else:
             found = datetime.fromisoformat(text)
             found = found.replace(tzinfo=found.tzinfo or UTC)
-        utc = found.astimezone(UTC)
+        return format_utc(found)
     except (ValueError, OverflowError):
         raise ValueError(
             "write ISO-8601 such as 2026-01-31T12:00, taken as UTC, or how long ago, such as 2h"
         ) from None
-    return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ from sqlite_utils import Database
 
 from memory.db import event_log, schema
 from memory.db.event_log import Event
-from memory.errors import KeditError
+from memory.errors import KeditError, NoHome
+from memory.timestamps import format_utc
 
 
 class ReadingConnection:
     """A connection that is read from, whatever else may be done with it."""
 
-    conn: sqlite3.Connection
+    def __init__(self, conn: sqlite3.Connection) -> None:
+        self.conn = conn
 
     def close(self) -> None:
         """Close the connection; what has been committed is safe without it, too."""
@@ -25,10 +27,10 @@ class ReadingConnection:
 
     def get_meta(self, key: str, default: str | None = None) -> str | None:
         """A named value of the daemon's."""
-        row = self._fetch_one("SELECT value FROM meta WHERE key = ?", key)
+        row = self.fetch_one("SELECT value FROM meta WHERE key = ?", key)
         return row[0] if row else default
 
-    def _fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
+    def fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = self.conn.execute(sql, values).fetchone()
         return row
 
@@ -38,9 +40,7 @@ class WritingConnection(ReadingConnection):
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         if not path.parent.is_dir():
-            raise KeditError(
-                f"there is no folder {path.parent}", code="no-home", hint="kedit-daemon init"
-            )
+            raise NoHome(f"there is no folder {path.parent}", hint="kedit-daemon init")
         self._clock = clock
         schema.check_file(path)
         with ExitStack() as undo:
@@ -52,12 +52,11 @@ class WritingConnection(ReadingConnection):
             db.execute("PRAGMA synchronous=FULL")
             db.execute("PRAGMA foreign_keys=ON")
             undo.pop_all()
-        self.conn = db.conn
+        super().__init__(db.conn)
 
     def format_now(self) -> str:
         """The clock's time as ISO-8601 UTC; all are of one width, so they sort as text."""
-        moment = self._clock().astimezone(UTC)
-        return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return format_utc(self._clock())
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -80,25 +79,25 @@ class WritingConnection(ReadingConnection):
     def set_meta(self, key: str, value: str | None) -> None:
         """Keep a named value; None removes it."""
         if value is None:
-            self._execute_write("DELETE FROM meta WHERE key = ?", key)
+            self.execute_write("DELETE FROM meta WHERE key = ?", key)
         else:
-            self._upsert_row("meta", "key", {"key": key, "value": value})
+            self.upsert_row("meta", "key", {"key": key, "value": value})
 
-    def _execute_write(self, sql: str, *values: Any) -> sqlite3.Cursor:
+    def execute_write(self, sql: str, *values: Any) -> sqlite3.Cursor:
         # Without an open transaction Python would begin one that nothing ever commits.
         if not self.conn.in_transaction:
             raise KeditError("a write outside a transaction", code="no-transaction")
         return self.conn.execute(sql, values)
 
-    def _insert_row(self, table: str, row: dict[str, Any]) -> int:
+    def insert_row(self, table: str, row: dict[str, Any]) -> int:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
-        done = self._execute_write(f"INSERT INTO {table}({names}) VALUES ({marks})", *row.values())
+        done = self.execute_write(f"INSERT INTO {table}({names}) VALUES ({marks})", *row.values())
         return int(done.lastrowid or 0)
 
-    def _upsert_row(self, table: str, key: str, row: dict[str, Any]) -> None:
+    def upsert_row(self, table: str, key: str, row: dict[str, Any]) -> None:
         names, marks = ", ".join(row), ", ".join("?" * len(row))
         changed = ", ".join(f"{n} = excluded.{n}" for n in row if n != key)
-        self._execute_write(
+        self.execute_write(
             f"INSERT INTO {table}({names}) VALUES ({marks}) ON CONFLICT({key}) DO UPDATE "
             f"SET {changed}",
             *row.values(),

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from memory.errors import KeditError
+from memory.errors import KeditError, NoHome, Unreadable
 from memory.facts import ACTIVE_STATES, FactState
 
 _LISTED_COLUMNS = (
@@ -25,7 +25,7 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
     """A connection that cannot write, to a database that a daemon may be writing to. It belongs to
     the thread that made it, or where it `moves`, to one thread at a time."""
     if not path.is_file():
-        raise KeditError(f"there is no database {path}", code="no-home", hint="kedit-daemon init")
+        raise NoHome(f"there is no database {path}", hint="kedit-daemon init")
     still = "&immutable=1" if _is_immutable(path) else ""
     conn = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=ro{still}", uri=True, check_same_thread=not moves
@@ -43,14 +43,13 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
                 code="disk-full",
                 hint=f"free some space on the disk of {path.parent}",
             ) from error
-        raise KeditError(
+        raise Unreadable(
             f"{path} cannot be read: {error}",
-            code="unreadable",
             hint="run it as the user that owns the home; kedit-daemon doctor checks the rest",
         ) from error
     if ready is None:
         conn.close()
-        raise KeditError(f"{path} is empty", code="no-home", hint="kedit-daemon run")
+        raise NoHome(f"{path} is empty", hint="kedit-daemon run")
     return conn
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from memory.errors import damage_error
+from memory.errors import Damaged
 from memory.facts import Fact, FactState, fact_from_json, fact_to_json
 
 FACT_COLUMNS = (
@@ -63,7 +63,7 @@ def _raise_as_damage(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise damage_error(what, str(error)) from error
+        raise Damaged(what, str(error)) from error
 
 
 def escape_file_name(name: str) -> str:

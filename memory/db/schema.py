@@ -7,7 +7,7 @@ from typing import Protocol
 
 from sqlite_utils import Database, Migrations
 
-from memory.errors import KeditError, damage_error
+from memory.errors import Damaged, KeditError
 from memory.files import move_into_place
 
 
@@ -144,7 +144,6 @@ def refuse_newer(conn: sqlite3.Connection, path: Path) -> None:
             f"{path} was written by a newer version: it has {', '.join(sorted(unknown))}",
             code="newer-database",
             hint=f"install that version again, or put back a backup ({path.name}.before-…)",
-            exit_code=78,
         )
 
 
@@ -159,7 +158,7 @@ def check_integrity(conn: sqlite3.Connection, path: Path, *, thorough: bool = Fa
     except sqlite3.DatabaseError as error:
         found = [str(error)]
     if found != ["ok"]:
-        raise damage_error(str(path), "; ".join(found))
+        raise Damaged(str(path), "; ".join(found))
 
 
 def _back_up_database(conn: sqlite3.Connection, copy: Path) -> None:

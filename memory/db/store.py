@@ -9,7 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from memory.db.artifacts import ArtifactWriter
+from memory.db.artifact_writer import ArtifactWriter
+from memory.db.connection import WritingConnection
 from memory.db.event_log import to_canonical_json
 from memory.db.rows import (
     AUDIT_COLUMNS,
@@ -28,21 +29,26 @@ JOB_INTERRUPTED = "interrupted"
 """That of a run that never finished, because the process ended."""
 
 
-class Store(ArtifactWriter):
+class Store:
     """Everything that the daemon remembers; SQLite is the only truth."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
-        super().__init__(path, clock)
-        if self._fetch_one("SELECT 1 FROM generations WHERE id = 0") is None:
-            with self.transaction():
-                self._execute_write(
+        self.db = WritingConnection(path, clock)
+        self.artifacts = ArtifactWriter(self.db)
+        if self.db.fetch_one("SELECT 1 FROM generations WHERE id = 0") is None:
+            with self.db.transaction():
+                self.db.execute_write(
                     "INSERT INTO generations VALUES (0, NULL, '', NULL, 'base', '[]', '{}', ?)",
-                    self.format_now(),
+                    self.db.format_now(),
                 )
+
+    def close(self) -> None:
+        """Close the connection; what has been committed is safe without it, too."""
+        self.db.close()
 
     def find_fact(self, name: str) -> StoredFact | None:
         """A fact by its id, or by its owner's id: the active one there, else the newest."""
-        row = self._fetch_one(
+        row = self.db.fetch_one(
             f"SELECT {FACT_COLUMNS} FROM facts WHERE external_id = ? "
             f"ORDER BY state IN ({_make_placeholders(ACTIVE_STATES)}) DESC, seq DESC LIMIT 1",
             *(name, *ACTIVE_STATES),
@@ -60,7 +66,9 @@ class Store(ArtifactWriter):
             tests.append("slot = ?")
             values.append(slot)
         where = f"WHERE {' AND '.join(tests)}" if tests else ""
-        rows = self.conn.execute(f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq", values)
+        rows = self.db.conn.execute(
+            f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq", values
+        )
         return [StoredFact.from_row(row) for row in rows]
 
     def receive_fact(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
@@ -68,10 +76,10 @@ class Store(ArtifactWriter):
         known = self._find_by_id(fact.id)
         if known is not None and known.state in ACTIVE_STATES:
             raise KeditError(f"fact {fact.id} is {known.state} already", code="duplicate")
-        row = self._fetch_one("SELECT coalesce(max(seq), 0) + 1 FROM facts")
+        row = self.db.fetch_one("SELECT coalesce(max(seq), 0) + 1 FROM facts")
         seq = int(row[0]) if row else 1
-        self._upsert_row(
-            "facts", "id", make_fact_row(fact, seq, file_name, direct, self.format_now())
+        self.db.upsert_row(
+            "facts", "id", make_fact_row(fact, seq, file_name, direct, self.db.format_now())
         )
         data: dict[str, Any] = {
             "seq": seq,
@@ -80,9 +88,9 @@ class Store(ArtifactWriter):
             "fact": json.loads(fact_to_json(fact)),
         }
         if known is None:
-            self.write_event("fact_received", fact.id, **data)
+            self.db.write_event("fact_received", fact.id, **data)
         else:
-            self.write_event("fact_revived", fact.id, **data, **{"from": known.state})
+            self.db.write_event("fact_revived", fact.id, **data, **{"from": known.state})
         return self._require_fact(fact.id)
 
     def change_state(
@@ -107,31 +115,32 @@ class Store(ArtifactWriter):
             "after": after,
         }
         was = self._require_fact(fact_id).state
-        self._execute_write(
+        self.db.execute_write(
             "UPDATE facts SET state = ?, reason = ?, tier = ?, generation = ?, changed_at = ?,"
             " before = coalesce(?, before), after = coalesce(?, after),"
             " probe = coalesce(?, probe) WHERE id = ?",
-            *(state, reason, tier, generation, self.format_now(), before, after),
+            *(state, reason, tier, generation, self.db.format_now(), before, after),
             *(_to_json_or_none(probe), fact_id),
         )
-        self.write_event(f"fact_{state}", fact_id, **{"from": was, "to": state}, **said)
+        self.db.write_event(f"fact_{state}", fact_id, **{"from": was, "to": state}, **said)
         return self._require_fact(fact_id)
 
     def count_attempt(self, fact_id: str) -> int:
         """Count one more attempt at a fact; returns how many that makes."""
-        self._execute_write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
+        self.db.execute_write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
         return self._require_fact(fact_id).attempts
 
     def send_to_side(self, fact_id: str, kind: str, **why: Any) -> None:
         """Let a waiting fact that is for a batch be for the side memory instead; its attempts
         stay as they are. `kind` and `why` are the event's."""
-        self._execute_write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
-        self.write_event(kind, fact_id, **why)
+        self.db.execute_write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
+        self.db.write_event(kind, fact_id, **why)
 
     def has_submission(self, work_name: str) -> bool:
         """Whether a claimed file has been taken in already."""
         return (
-            self._fetch_one("SELECT 1 FROM submissions WHERE work_name = ?", work_name) is not None
+            self.db.fetch_one("SELECT 1 FROM submissions WHERE work_name = ?", work_name)
+            is not None
         )
 
     def add_submission(
@@ -145,13 +154,13 @@ class Store(ArtifactWriter):
         duplicates: int,
     ) -> None:
         """Note that a claimed file has been taken in, and what came of its records."""
-        self._insert_row(
+        self.db.insert_row(
             "submissions",
             {
                 "work_name": work_name,
                 "file_name": escape_file_name(file_name),
                 "sha256": sha256,
-                "received_at": self.format_now(),
+                "received_at": self.db.format_now(),
                 "accepted": accepted,
                 "failed": failed,
                 "duplicates": duplicates,
@@ -168,13 +177,13 @@ class Store(ArtifactWriter):
         probe: Mapping[str, Any] | None,
     ) -> int:
         """Note one computation of an edit, whatever came of it."""
-        return self._insert_row(
+        return self.db.insert_row(
             "edits",
             {
                 "fact_id": fact_id,
                 "tier": tier,
                 "generation": generation,
-                "at": self.format_now(),
+                "at": self.db.format_now(),
                 "seconds": seconds,
                 "outcome": outcome,
                 "probe": _to_json_or_none(probe),
@@ -190,10 +199,10 @@ class Store(ArtifactWriter):
         seconds: float,
     ) -> int:
         """Keep an audit and write its event."""
-        number = self._insert_row(
+        number = self.db.insert_row(
             "audits",
             {
-                "at": self.format_now(),
+                "at": self.db.format_now(),
                 "generation": generation,
                 "verdict": verdict,
                 "figures": to_canonical_json(dict(figures)),
@@ -201,7 +210,7 @@ class Store(ArtifactWriter):
                 "seconds": seconds,
             },
         )
-        self.write_event(
+        self.db.write_event(
             "audit",
             audit=number,
             generation=generation,
@@ -214,32 +223,34 @@ class Store(ArtifactWriter):
 
     def list_audits(self, limit: int) -> list[AuditRow]:
         """The latest audits, newest first."""
-        rows = self.conn.execute(
+        rows = self.db.conn.execute(
             f"SELECT {AUDIT_COLUMNS} FROM audits ORDER BY id DESC LIMIT ?", (limit,)
         )
         return [AuditRow.from_row(row) for row in rows]
 
     def start_job(self, name: str, scheduled_for: str) -> int:
         """Note that a job begins; returns the number of the run."""
-        return self._insert_row(
+        return self.db.insert_row(
             "job_run",
-            {"name": name, "scheduled_for": scheduled_for, "started_at": self.format_now()},
+            {"name": name, "scheduled_for": scheduled_for, "started_at": self.db.format_now()},
         )
 
     def finish_job(self, run: int, outcome: str, detail: str | None = None) -> None:
         """Note how a run ended; only the outcome JOB_OK counts as a success."""
-        self._execute_write(
+        self.db.execute_write(
             "UPDATE job_run SET finished_at = ?, outcome = ?, detail = ? WHERE id = ?",
-            *(self.format_now(), outcome, detail, run),
+            *(self.db.format_now(), outcome, detail, run),
         )
 
     def interrupt_jobs(self) -> None:
         """Note of all runs that have no outcome that they will never have one."""
-        self._execute_write("UPDATE job_run SET outcome = ? WHERE outcome IS NULL", JOB_INTERRUPTED)
+        self.db.execute_write(
+            "UPDATE job_run SET outcome = ? WHERE outcome IS NULL", JOB_INTERRUPTED
+        )
 
     def find_last_success(self, name: str) -> str | None:
         """When the run of a job that last ended well began: it stands for all planned till then."""
-        row = self._fetch_one(
+        row = self.db.fetch_one(
             "SELECT started_at FROM job_run WHERE name = ? AND outcome = ? "
             "ORDER BY id DESC LIMIT 1",
             *(name, JOB_OK),
@@ -247,7 +258,7 @@ class Store(ArtifactWriter):
         return row[0] if row else None
 
     def _find_by_id(self, fact_id: str) -> StoredFact | None:
-        row = self._fetch_one(f"SELECT {FACT_COLUMNS} FROM facts WHERE id = ?", fact_id)
+        row = self.db.fetch_one(f"SELECT {FACT_COLUMNS} FROM facts WHERE id = ?", fact_id)
         return StoredFact.from_row(row) if row else None
 
     def _require_fact(self, fact_id: str) -> StoredFact:

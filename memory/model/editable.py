@@ -26,7 +26,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
-from memory.errors import KeditError
+from memory.errors import UnusableModel
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
 
@@ -84,11 +84,9 @@ class EditableModel:
             )
             tokenizer = AutoTokenizer.from_pretrained(name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise KeditError(
+            raise UnusableModel(
                 f"the model {name} cannot be loaded: {str(error).splitlines()[0]}",
-                code="model",
                 hint="give a folder with config.json, model.safetensors and a tokenizer",
-                exit_code=78,
             ) from error
         return cls(cast(PreTrainedModel, model).to(device), tokenizer)  # type: ignore[arg-type]
 

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from memory.errors import KeditError
+from memory.errors import OutOfMemory
 from memory.model.editable import EditableModel
-from memory.oom import OUT_OF_MEMORY, as_out_of_memory
+from memory.oom import as_out_of_memory
 
 MAX_BATCH_ROWS = 64
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ def generate_answers(
     overlay: Overlay | None = None,
 ) -> list[str]:
     """One answer a prompt, each cut at its natural stop. Rows for which there is no memory together
-    are run in halves. Raises KeditError (code "out-of-memory") where there is none for one row."""
+    are run in halves. Raises OutOfMemory where there is none for one row."""
     encoded = [model.encode(p) for p in prompts]
     result = [""] * len(prompts)
     groups = deque(group_by_length(encoded))
@@ -96,8 +96,8 @@ def generate_answers(
         try:
             with as_out_of_memory(), torch.no_grad(), overlay(rows) if overlay else nullcontext():
                 said = _decode_group(model, ids, max_tokens)
-        except KeditError as error:
-            if error.code != OUT_OF_MEMORY or len(rows) < 2:
+        except OutOfMemory as error:
+            if len(rows) < 2:
                 raise
             log.warning("%d answers are made in halves: %s", len(rows), error)
             groups.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))

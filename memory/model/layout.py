@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from memory.errors import KeditError
+from memory.errors import KeditError, UnsupportedModel
 
 EXPECTED_LAYOUT = (
     "a list of config.num_hidden_layers blocks, each with exactly one Linear or Conv1D outside "
@@ -27,11 +27,9 @@ def find_down_projections(model: PreTrainedModel) -> tuple[nn.ModuleList, list[n
 
 def _unsupported_error(model: PreTrainedModel, found: str) -> KeditError:
     kind = model.config.model_type
-    return KeditError(
+    return UnsupportedModel(
         f"a model of type {kind!r} cannot be edited: {found}; looked for {EXPECTED_LAYOUT}",
-        code="unsupported",
         hint="choose a dense decoder such as GPT-2, GPT-J, Llama, Mistral, Qwen, Gemma or OPT",
-        exit_code=78,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from memory.errors import KeditError
+from memory.errors import KeditError, NotFinite
 
 _SEED_COUNT = 1 << 64  # what a generator takes
 
@@ -67,7 +67,7 @@ def choose_tokens(logits: Tensor, chances: Sequence[TokenSampler]) -> list[int |
     for row, chance in enumerate(chances):
         if not finite[row]:
             why = "the model's output is not finite"
-            found.append(KeditError(why, code="non-finite", hint="kedit-daemon audit"))
+            found.append(NotFinite(why, hint="kedit-daemon audit"))
         elif chance.temperature == 0:
             found.append(likeliest[row])
         else:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memory.errors import KeditError
+from memory.errors import KeditError, NotFinite
 from memory.files import load_tensors, save_tensors
 
 TEMPORARY_GPU_BYTES = 64 << 20
@@ -295,7 +295,7 @@ def _choose_list_count(keys: int) -> int:
 
 def _to_finite_vectors(keys: Tensor) -> Vectors:
     if not torch.isfinite(keys).all():
-        raise KeditError("a retrieval key is not finite", code="non-finite")
+        raise NotFinite("a retrieval key is not finite")
     return _to_vectors(keys)
 
 

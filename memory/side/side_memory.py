@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memory.errors import KeditError
+from memory.errors import UnsupportedModel
 from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
 from memory.side.subject_matcher import SubjectMatcher
@@ -99,11 +99,9 @@ class SideMemory:
     ) -> None:
         """`centres`, by layer, are taken from every key. Raises KeditError: one layer too few."""
         if gates.key_layer >= gates.side_layer:
-            raise KeditError(
+            raise UnsupportedModel(
                 f"the key layer {gates.key_layer} is not below the side layer {gates.side_layer}",
-                code="unsupported",
                 hint="a model needs at least two layers",
-                exit_code=78,
             )
         self.model, self.gates, self.layer = model, gates, gates.side_layer
         self.centres = {n: centres[n].to(model.device) for n in (gates.key_layer, self.layer)}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kedit_daemon.control import MAX_BODY_BYTES, ControlRequest, ControlServer, send_request
-from memory.errors import KeditError
+from memory.errors import KeditError, RefusedByDaemon
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_arguments_arrive_and_the_answer_comes_back(tmp_path: Path, server: Cont
 def test_a_refusal_is_the_same_error_on_the_other_side(
     tmp_path: Path, server: ControlServer
 ) -> None:
-    error = KeditError("no such fact", code="unknown", hint="kedit-daemon facts", exit_code=4)
+    error = RefusedByDaemon("no such fact", "unknown", "kedit-daemon facts", 4)
     with (
         edit_loop(server, lambda r: r.send_refusal(error)),
         pytest.raises(KeditError, match="no such fact") as caught,

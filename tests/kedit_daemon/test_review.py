@@ -31,8 +31,8 @@ def home(tmp_path: Path) -> Home:
 def store(home: Home) -> Iterator[Store]:
     """A live one: what it has just written stands in the write-ahead log."""
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.write_event(
+    with store.db.transaction():
+        store.db.write_event(
             "record_failed", file="f.jsonl", line=3, problem="no target", remedy="add it"
         )
         store.change_state(EYRE.id, FactState.REVERTED, reason="quarantined: norm", after="Egypt")
@@ -73,7 +73,7 @@ def test_today_is_this_day(home: Home) -> None:
     from datetime import UTC, datetime
 
     store = Store(home.database_file, lambda: datetime.now(UTC))
-    with store.transaction():
+    with store.db.transaction():
         store.change_state(EYRE.id, FactState.REVERTED, reason="wrong", after="Egypt")
     store.close()
     (event,) = rows(home, "today")

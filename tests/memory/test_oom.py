@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memory.errors import KeditError
-from memory.oom import OUT_OF_MEMORY, as_out_of_memory, is_out_of_memory
+from memory.oom import as_out_of_memory, is_out_of_memory
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ def test_it_is_known_by_its_type_or_its_words(error: Exception) -> None:
     assert is_out_of_memory(error)
     with pytest.raises(KeditError, match="no memory left") as caught, as_out_of_memory():
         raise error
-    assert caught.value.code == OUT_OF_MEMORY and caught.value.hint
+    assert caught.value.code == "out-of-memory" and caught.value.hint
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a shape is wrong"), KeditError("x", code="busy")])

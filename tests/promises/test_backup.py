@@ -78,7 +78,7 @@ def test_a_backup_at_every_step_of_an_edit_comes_to_the_same_end(
         assert intact(home)
         back = bench(name, **settings)
         assert states(home) == backup.manifest["facts"]
-        generation = back.store.get_generation(back.store.active_generation())
+        generation = back.store.artifacts.get_generation(back.store.artifacts.active_generation())
         assert generation.id == backup.manifest["generation"]
         if generation.id:
             assert back.weights_hash() == generation.weights_hash

@@ -86,7 +86,7 @@ class Machine:
     def rows(self) -> list[tuple[str, str, str | None]]:
         """Name, planned time and outcome of all runs so far."""
         sql = "SELECT name, scheduled_for, outcome FROM job_run ORDER BY id"
-        return [tuple(row) for row in self.at.store.conn.execute(sql)]
+        return [tuple(row) for row in self.at.store.db.conn.execute(sql)]
 
     def ran(self, name: str, planned: datetime) -> int:
         """How often a job ran for a planned time."""
@@ -190,7 +190,7 @@ def test_the_clock_set_forward_a_year_and_put_right(machine: Callable[..., Machi
     assert at.names(10) == ["audit", "expire"]
     at.to(at.clock.now + DAY)
     assert at.names(12) == JOBS
-    events = at.at.store.conn.execute("SELECT count(*) FROM events WHERE kind = 'clock_jump'")
+    events = at.at.store.db.conn.execute("SELECT count(*) FROM events WHERE kind = 'clock_jump'")
     assert events.fetchone()[0] == 2
 
 
@@ -288,7 +288,7 @@ def test_what_is_due_again_while_jobs_work_waits_and_runs_once(
     at.turn()
     assert at.names(6) == []
     sql = "SELECT started_at, finished_at FROM job_run ORDER BY id"
-    spans = [tuple(row) for row in at.at.store.conn.execute(sql)]
+    spans = [tuple(row) for row in at.at.store.db.conn.execute(sql)]
     assert all(before[1] <= after[0] for before, after in pairwise(spans))
 
 
@@ -319,7 +319,7 @@ def test_a_job_that_fails_stops_no_other_and_is_made_up_for(
     at.during = fail
     at.turn()
     assert at.status() == {job: "failed" if job == name else "ok" for job in JOBS}
-    why = at.at.store.conn.execute("SELECT detail FROM job_run WHERE outcome = 'failed'")
+    why = at.at.store.db.conn.execute("SELECT detail FROM job_run WHERE outcome = 'failed'")
     assert [row[0] for row in why] == ["out of luck" if name < "d" else "ValueError: no luck"]
     at.turn()
     assert at.names(4) == []  # not at once again
@@ -341,8 +341,8 @@ def test_a_job_under_which_the_process_ended(
 
     def kill(job: str) -> None:
         if job == name:
-            with at.at.store.transaction():
-                at.at.store.set_meta("pid", str(os.getpid()))
+            with at.at.store.db.transaction():
+                at.at.store.db.set_meta("pid", str(os.getpid()))
             with hold_lock(at.at.home.lock_file):
                 assert at.status()[name] is None  # at work
             raise KilledError
@@ -364,7 +364,7 @@ def test_a_job_under_which_the_process_ended(
         at.daemon.config = at.at.config.model_copy(update={"model": folder, "device": "cpu"})
         at.daemon._load_editor()
     else:  # as it does
-        with at.at.store.transaction():
+        with at.at.store.db.transaction():
             at.at.store.interrupt_jobs()
     assert at.rows()[-1][2] == "interrupted"
     at.turn()

@@ -152,10 +152,10 @@ def test_what_a_lost_generation_is_made_from_is_lost_too(made: Made, tmp_path: P
 def test_an_audit_notices_what_a_start_does_not(bench: Callable[..., Bench]) -> None:
     at = bench()
     broken = at.home.root / "broken.db"
-    with at.store.transaction():
+    with at.store.db.transaction():
         for n in range(50):
-            at.store.set_meta(f"key {n}", "x")
-    at.store.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            at.store.db.set_meta(f"key {n}", "x")
+    at.store.db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     shutil.copy(at.home.database_file, broken)
     with closing(sqlite3.connect(broken)) as conn:
         (page,) = conn.execute(

@@ -99,9 +99,9 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize("options", ["size=256k", "size=20m,nr_inodes=4", "size=20m,ro"])
 def test_what_is_carried_away_is_whole_or_absent(options: str, tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
-    with closing(Store(home.database_file, lambda: NOW)) as store, store.transaction():
+    with closing(Store(home.database_file, lambda: NOW)) as store, store.db.transaction():
         for key in ("model", "base_hash"):
-            store.set_meta(key, "x")
+            store.db.set_meta(key, "x")
     with small_disk(tmp_path / "disk", options.removesuffix(",ro")) as disk:
         if options.startswith("size=256k"):
             fill(disk, 64 << 10)

@@ -23,9 +23,9 @@ def home(tmp_path: Path) -> Home:
     """A home with nine events, of which all are anchored."""
     home = make_home(tmp_path / "home")
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
+    with store.db.transaction():
         for number in range(EVENTS - 7):
-            newest = store.write_event("retention", lost=[], figures={"oldest": number})
+            newest = store.db.write_event("retention", lost=[], figures={"oldest": number})
     store.close()
     event_log.write_head(home.head_file, newest)
     return home
@@ -147,8 +147,8 @@ def test_a_forged_end_that_is_shorter(home: Home) -> None:
 def test_what_came_after_the_kept_head_is_not_vouched_for(home: Home) -> None:
     """What the documents say of it: until it is anchored, an end can be forged."""
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.write_event("daemon_stopped")
+    with store.db.transaction():
+        store.db.write_event("daemon_stopped")
     store.close()
     tamper(home, lambda conn: forge(conn, EVENTS + 1, EVENTS + 1))
     assert found(home) == (0, EVENTS + 1, "")

@@ -215,5 +215,5 @@ def test_what_is_refused_is_written_down_with_its_remedy(bench: Callable[..., Be
     (at.home.inbox_folder / "link").symlink_to("/etc/passwd")
     made._scan_inbox()
     sql = "SELECT data FROM events WHERE kind = 'file_refused'"
-    [event] = [json.loads(row[0]) for row in at.store.conn.execute(sql)]
+    [event] = [json.loads(row[0]) for row in at.store.db.conn.execute(sql)]
     assert event["file"] == "link" and event["problem"] and "not followed" in event["remedy"]

@@ -54,7 +54,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     home = Home(tmp_path_factory.mktemp("shown") / "home")
     home.create_folders()
     home.config_file.write_text("")
-    with closing(Store(home.database_file, lambda: NOW)) as store, store.transaction():
+    with closing(Store(home.database_file, lambda: NOW)) as store, store.db.transaction():
         for number, fact in enumerate(FACTS):
             store.receive_fact(fact, FILE.encode(errors="replace").decode(), number % 2 == 0)
             state = STATES[number % len(STATES)]
@@ -62,16 +62,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
             tier = "side" if state is FactState.LIVE_SIDE else None
             store.change_state(fact.id, state, tier=tier, reason=ALL, **said)
             store.add_edit(fact.id, "side", None, 1.5, ALL, {ALL: ALL})
-            store.write_event(
+            store.db.write_event(
                 "quarantined", fact.id, fact={"subject": ALL, "prompt": "{}", "target": ALL}
             )
         store.add_audit(0, "revert", {"norm_ratio": {ALL: 1.5}, ALL: ALL}, [ALL], 0.5)
-        store.write_event("audit", figures={ALL: [ALL]}, reasons=[ALL], verdict=ALL)
-        store.write_event("file_refused", file=ALL, problem=ALL, remedy=ALL)
-        store.write_event("record_failed", file=ALL, line=1, problem=ALL, remedy=ALL)
-        store.write_event(f"odd {SGR}", **{ALL: ALL})
+        store.db.write_event("audit", figures={ALL: [ALL]}, reasons=[ALL], verdict=ALL)
+        store.db.write_event("file_refused", file=ALL, problem=ALL, remedy=ALL)
+        store.db.write_event("record_failed", file=ALL, line=1, problem=ALL, remedy=ALL)
+        store.db.write_event(f"odd {SGR}", **{ALL: ALL})
         for name in ("model", "device", "paused", "flush_held"):
-            store.set_meta(name, f"{name} {ALL}")
+            store.db.set_meta(name, f"{name} {ALL}")
         store.finish_job(store.start_job("audit", NOW), "failed", ALL)
     error = {"line": 3, "problem": ALL, "remedy": ALL, "record": ALL}
     report = {"file": ALL, "at": "2026-01-01T00:00:00Z", "errors": [error]}

@@ -101,7 +101,7 @@ class Hard(Bench):
 
     def events(self, after: int) -> list[tuple[Any, ...]]:
         sql = "SELECT seq, kind, fact_id, at, data FROM events WHERE seq > ? ORDER BY seq"
-        return self.store.conn.execute(sql, (after,)).fetchall()
+        return self.store.db.conn.execute(sql, (after,)).fetchall()
 
 
 class Machine(RuleBasedStateMachine):
@@ -187,8 +187,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 6), fuse=fuses)
     def go_back(self, back: int, fuse: int | None = None) -> None:
-        number = max(0, self.at.store.active_generation() - back)
-        then = self.at.store.get_generation(number).fact_ids
+        number = max(0, self.at.store.artifacts.active_generation() - back)
+        then = self.at.store.artifacts.get_generation(number).fact_ids
         now = self.at.served.list_weights_facts()
         before = self.at.states()
         crashed = self._do(lambda: self.at.editor.revert([], number, False), fuse)
@@ -219,12 +219,12 @@ class Machine(RuleBasedStateMachine):
         """What must be so at any moment."""
         store, served = self.at.store, self.at.served
         self.reader.compare(self.at.states())
-        assert verify_chain(store.conn, None).intact
-        row = store.get_generation(store.active_generation())
+        assert verify_chain(store.db.conn, None).intact
+        row = store.artifacts.get_generation(store.artifacts.active_generation())
         written = row.weights_hash if row.sha256 else served.unedited_hash
         assert self.at.weights_hash() == written, "the weights are not those of the ledger"
         beside = {f.id for f in store.list_facts((FactState.LIVE_SIDE,))}
-        assert set(served.side.shard_ids) == store.list_side_fact_ids() == beside
+        assert set(served.side.shard_ids) == store.artifacts.list_side_fact_ids() == beside
         within = {f.id for f in store.list_facts((FactState.LIVE_WEIGHTS,))}
         assert within == set(row.fact_ids), "the weights hold others than they should"
 
@@ -262,8 +262,8 @@ class Machine(RuleBasedStateMachine):
             assert said == dict(zip(asked, at.served.answer_base(asked, 12), strict=True))
         for fact in at.store.list_facts((FactState.REJECTED, FactState.FAILED)):
             assert fact.reason, "refused without a reason"
-        self.fates += [f.state in (FactState.REJECTED, FactState.FAILED) for f in at.store.list_facts()
-                       if "valid_until" not in (f.reason or "")]  # fmt: skip
+        kept = [f for f in at.store.list_facts() if "valid_until" not in (f.reason or "")]
+        self.fates += [f.state in (FactState.REJECTED, FactState.FAILED) for f in kept]
         at.loaded.model.set_deltas(at.served.solve(sorted(at.served.list_weights_facts())))
         anew = at.weights_hash()
         at.restart()

@@ -25,10 +25,10 @@ from kedit_daemon.control import ControlRequest
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.editing.memory_backoff import BACKOFF_TIME
 from kedit_daemon.system.sd_notify import SystemdNotifier
-from memory.errors import KeditError
+from memory.errors import KeditError, OutOfMemory
 from memory.facts import Fact, FactState
 from memory.model.editable import EditableModel
-from memory.oom import OUT_OF_MEMORY, as_out_of_memory, is_out_of_memory
+from memory.oom import as_out_of_memory, is_out_of_memory
 
 pytestmark = pytest.mark.timeout(250)
 
@@ -101,7 +101,7 @@ def test_memory_that_runs_out_at_any_moment(
         # What finds no memory in one tier may go to the other.
         well = set(found) <= {FactState.LIVE_WEIGHTS, FactState.LIVE_SIDE}
         well = well and [hard.says(fact.question) for fact in FACTS] == said
-        row = hard.store.get_generation(hard.store.active_generation())
+        row = hard.store.artifacts.get_generation(hard.store.artifacts.active_generation())
         well = well and (not row.id or row.weights_hash == hard.weights_hash())
         tally.tried(bad=not well)
         assert well, (first, found)
@@ -144,7 +144,7 @@ def test_where_there_is_room_for_a_few_rows_work_is_done_in_parts(
     assert [f.state for f in at.store.list_facts()] == [state] * 7
     assert [at.says(f.question) for f in facts] == [f.target for f in facts]
     assert {"policies.targets"} == {r.name for r in caplog.records} or not direct  # told
-    assert not at.store.conn.execute("SELECT 1 FROM events WHERE kind LIKE '%failed'").fetchall()
+    assert not at.store.db.conn.execute("SELECT 1 FROM events WHERE kind LIKE '%failed'").fetchall()
 
 
 @contextmanager
@@ -172,9 +172,9 @@ def test_the_halves_of_a_flush_are_all_of_it(bench: Callable[..., Bench]) -> Non
         told = at.editor.run_flush(False)
     assert sorted(told["flushed"]) == sorted(f.id for f in facts)
     assert (told["failed"], told["generation"]) == ([], 2)
-    assert [len(row.fact_ids) for row in at.store.list_generations()] == [0, 3, 6]
+    assert [len(row.fact_ids) for row in at.store.artifacts.list_generations()] == [0, 3, 6]
     assert {f.state for f in at.store.list_facts()} == {FactState.LIVE_WEIGHTS}
-    assert at.store.get_generation(2).weights_hash == at.weights_hash()
+    assert at.store.artifacts.get_generation(2).weights_hash == at.weights_hash()
 
 
 def test_what_the_weights_have_no_memory_for_waits_and_is_live_beside_them(
@@ -187,8 +187,8 @@ def test_what_the_weights_have_no_memory_for_waits_and_is_live_beside_them(
         assert {f.state for f in at.store.list_facts()} == {FactState.LIVE_SIDE}
         with pytest.raises(KeditError, match="no memory left") as caught:
             at.editor.run_flush(False)
-        assert caught.value.code == OUT_OF_MEMORY and caught.value.hint
-    assert at.store.active_generation() == 0
+        assert isinstance(caught.value, OutOfMemory) and caught.value.hint
+    assert at.store.artifacts.active_generation() == 0
     at.editor.run_flush(False)  # there is memory again
     assert {f.state for f in at.store.list_facts()} == {FactState.LIVE_WEIGHTS}
 
@@ -222,7 +222,7 @@ def test_a_shortage_of_half_an_hour_is_no_attempt_at_a_fact(
         settle(at)
     assert {f.state for f in at.store.list_facts()} <= {FactState.LIVE_WEIGHTS, FactState.LIVE_SIDE}
     assert {f.attempts for f in at.store.list_facts()} == {0}
-    assert at.store.conn.execute("SELECT 1 FROM events WHERE kind = 'edit_failed'").fetchone()
+    assert at.store.db.conn.execute("SELECT 1 FROM events WHERE kind = 'edit_failed'").fetchone()
 
 
 def test_where_there_is_no_memory_at_all_a_flush_is_soon_over(
@@ -248,7 +248,7 @@ def test_a_flush_that_is_done_in_part_says_what_was_done(bench: Callable[..., Be
     done = [f.id for f in at.store.list_facts((FactState.LIVE_WEIGHTS,))]
     assert len(done) == 3 and sorted(told["flushed"]) == sorted(done)
     assert sorted(told["failed"]) == sorted(f.id for f in facts if f.id not in done)
-    assert told["generation"] == at.store.active_generation() == 1
+    assert told["generation"] == at.store.artifacts.active_generation() == 1
     assert "no memory left" in told["reasons"][-1]
 
 
@@ -277,7 +277,7 @@ def test_a_request_is_refused_in_words_and_the_next_is_answered(name: str, daemo
     given = {"prompt": FACTS[0].question} if name == "ask" else {}
     with Device(0, lambda _told: True).of(daemon.editor.live_model.model):
         status, told = answered(daemon, name, **given)
-    assert (status, told["code"]) == (409, OUT_OF_MEMORY)
+    assert (status, told["code"]) == (409, "out-of-memory")
     assert "no memory left" in told["error"] and told["hint"]
     status, told = answered(daemon, "ask", prompt=FACTS[0].question)
     assert (status, told["answer"]) == (200, FACTS[0].target)
@@ -289,7 +289,7 @@ def test_a_job_fails_in_words_and_the_next_one_runs(daemon: Daemon) -> None:
         daemon.job_schedule.due_jobs.put((job, "2026-01-01T00:00:00Z"))
     with Device(0, lambda told: not told).of(daemon.editor.live_model.model):
         daemon._run_due_jobs()
-    rows = daemon.store.conn.execute("SELECT name, outcome, detail FROM job_run ORDER BY 1")
+    rows = daemon.store.db.conn.execute("SELECT name, outcome, detail FROM job_run ORDER BY 1")
     (first, outcome, why), (second, well, _) = (tuple(row) for row in rows)
     assert (first, outcome, second, well) == ("audit", "failed", "consolidate", "ok")
     assert "no memory left" in why

@@ -90,7 +90,7 @@ def whole(home: Home) -> bool:
     with closing(open_readonly(home.database_file)) as conn:
         intact = verify_chain(conn, read_head(home.head_file)).intact
     with closing(Store(home.database_file, lambda: pytest.fail("nothing is written"))) as store:
-        row = store.get_generation(store.active_generation())
+        row = store.artifacts.get_generation(store.artifacts.active_generation())
         load_deltas(home.generations_folder, row)  # raises where the file is not what the row says
         live = {f.id for f in store.list_facts((FactState.LIVE_WEIGHTS,))}
     return intact and live == set(row.fact_ids) and not home.socket_file.exists()

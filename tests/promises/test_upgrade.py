@@ -101,7 +101,7 @@ def test_a_database_of_the_first_version_keeps_all_it_has(home: Home) -> None:
         records = {row[0]: fact_from_json(row[6]) for row in before["facts"]}
         assert {f.id: f.fact for f in facts} == records
         assert {f.fact.id for f in facts} == records.keys()
-        assert event_log.verify_chain(store.conn, HEAD) == event_log.ChainVerdict(
+        assert event_log.verify_chain(store.db.conn, HEAD) == event_log.ChainVerdict(
             True, *(18, *HEAD), ""
         )
         assert store.find_fact("mine") == facts[0]
@@ -127,7 +127,7 @@ def test_a_daemon_goes_on_with_it(home: Home, bench: Callable[..., Bench]) -> No
     assert at.says("The seat of country 1 is").strip().startswith("Rome")
     assert at.says("The seat of country 2 is").strip().startswith("Oslo")
     assert states["country 4"] == FactState.REVERTED
-    verdict = event_log.verify_chain(at.store.conn, HEAD)
+    verdict = event_log.verify_chain(at.store.db.conn, HEAD)
     assert (verdict.intact, verdict.events > 18) == (True, True)
 
 

@@ -38,7 +38,7 @@ def make_home(root: Path) -> Home:
     home.create_folders()
     home.config_file.write_text("")
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
+    with store.db.transaction():
         for fact in (EYRE, OSLO, EVIL):
             store.receive_fact(fact, "facts.jsonl", False)
         store.change_state(
@@ -47,7 +47,7 @@ def make_home(root: Path) -> Home:
         store.add_edit(EYRE.id, "side", None, 1.5, "ok", {"answers": True})
         store.change_state(OSLO.id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
         store.add_audit(0, "keep", {"norm_ratio": {"4": 1.01}}, [], 0.5)
-        write_head(home.head_file, store.write_event("stopped"))
+        write_head(home.head_file, store.db.write_event("stopped"))
     store.close()
     return home
 

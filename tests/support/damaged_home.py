@@ -92,13 +92,13 @@ def build(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
         at.editor.run_flush(dry_run=False)
     at.receive(*BESIDE)
     at.settle()
-    newest = read_newest_event(at.store.conn)
+    newest = read_newest_event(at.store.db.conn)
     assert newest is not None
     write_head(at.home.head_file, newest)
     end = end_of(at.served)
     assert [s for _, s, _ in end.states] == [FactState.LIVE_WEIGHTS] * 6 + [FactState.LIVE_SIDE] * 2
     assert {fired for _, fired in end.answers} >= {f.id for f in BESIDE}
-    assert len(at.store.list_generations()) == 3
+    assert len(at.store.artifacts.list_generations()) == 3
     at.store.close()
     return Made(at.home.root, loaded, end)
 

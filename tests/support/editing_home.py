@@ -51,7 +51,7 @@ class Bench:
         self.open()
 
     def receive(self, *facts: Fact, direct: bool = False) -> None:
-        with self.store.transaction():
+        with self.store.db.transaction():
             for fact in facts:
                 self.store.receive_fact(fact, "test.jsonl", direct)
 

@@ -34,20 +34,22 @@ class Published:
         side = side_of(self.model, {})
         delta = delta_of(self.model, seed)
         sha = save_shard(self.home.side_folder, Shard(delta, 1e-3))
-        with self.store.transaction():
+        with self.store.db.transaction():
             known = self.store.find_fact(fact.id)
             if known is None:
                 self.store.receive_fact(fact, "test.jsonl", False)
-            self.store.add_shard(shard, sha, 1, 1e-3)
-            self.store.put_side_keys(fact.id, shard, pack_keys(keys_of(side, fact.question)))
+            self.store.artifacts.add_shard(shard, sha, 1, 1e-3)
+            self.store.artifacts.put_side_keys(
+                fact.id, shard, pack_keys(keys_of(side, fact.question))
+            )
             self.store.change_state(fact.id, FactState.LIVE_SIDE, tier="side")
         return self.home.side_folder / f"{sha}.safetensors"
 
     def forget(self, fact: Fact, shard: int) -> None:
         """A fact leaves the side memory."""
-        with self.store.transaction():
-            self.store.drop_side_keys(fact.id)
-            self.store.drop_shard(shard)
+        with self.store.db.transaction():
+            self.store.artifacts.drop_side_keys(fact.id)
+            self.store.artifacts.drop_shard(shard)
             self.store.change_state(fact.id, FactState.REVERTED)
 
     def generation(self, seed: int) -> int:
@@ -56,15 +58,15 @@ class Published:
         weight = self.model.base_weight(TOP)
         delta = torch.randn(weight.shape, generator=random)
         sha = save_tensors(self.home.generations_folder, {str(TOP): delta})
-        with self.store.transaction():
-            number = self.store.add_generation(sha, "", 0, "flush", (), {})
-            self.store.activate_generation(number)
+        with self.store.db.transaction():
+            number = self.store.artifacts.add_generation(sha, "", 0, "flush", (), {})
+            self.store.artifacts.activate_generation(number)
         return number
 
     def file_of(self, generation: int) -> Path:
         return (
             self.home.generations_folder
-            / f"{self.store.get_generation(generation).sha256}.safetensors"
+            / f"{self.store.artifacts.get_generation(generation).sha256}.safetensors"
         )
 
     def replica(self, model: EditableModel) -> Replica:

@@ -25,16 +25,16 @@ class Days:
 
 
 def fill(store: Store, clock: Days) -> list[str]:
-    with store.transaction():
+    with store.db.transaction():
         ids = [store.receive_fact(fact, "a.jsonl", direct=True).id for fact in FACTS]
         store.change_state(ids[3], FactState.FAILED, reason="does not answer")
         store.add_submission("w0", "old.jsonl", "00", accepted=1, failed=4, duplicates=0)
     clock.to = TODAY
-    with store.transaction():
+    with store.db.transaction():
         store.change_state(ids[0], FactState.LIVE_SIDE, tier="side", before="Köln", after="Berlin")
         store.change_state(ids[1], FactState.FAILED, reason="neighbours moved", probe={"ok": False})
-        store.put_side_keys(ids[0], 1, b"12345")
-        store.put_terms(ids[0], b"123")
+        store.artifacts.put_side_keys(ids[0], 1, b"12345")
+        store.artifacts.put_terms(ids[0], b"123")
         store.add_edit(ids[0], "side", None, 2.5, "live", {"ok": True})
         store.add_submission("w1", "a.jsonl", "00", accepted=4, failed=2, duplicates=0)
         store.add_submission("w2", "b.jsonl", "00", accepted=4, failed=0, duplicates=0)
@@ -43,5 +43,5 @@ def fill(store: Store, clock: Days) -> list[str]:
         store.finish_job(store.start_job("audit", "y"), JOB_OK)
         store.start_job("expire", "z")
         for key, value in {"model": "tiny", "pid": "4121", "paused": "disk full"}.items():
-            store.set_meta(key, value)
+            store.db.set_meta(key, value)
     return ids

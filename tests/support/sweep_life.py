@@ -195,7 +195,7 @@ def live(case: Case, model: Path, steps: list[str], progress: Progress) -> list[
 def wrong(daemon: Daemon) -> list[str]:
     """Where what is served is not what the ledger says."""
     at, found = daemon.editor.live_model, []
-    row = at.store.get_generation(at.store.active_generation())
+    row = at.store.artifacts.get_generation(at.store.artifacts.active_generation())
     weights = at.model.weights_hash(at.loaded_model.layers)
     if weights != (row.weights_hash if row.sha256 else at.unedited_hash):
         found.append("other weights are served than the ledger says")

@@ -23,7 +23,7 @@ from kedit_daemon.bench.studies.shared import catch_unsolved, to_percent
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from kedit_daemon.bench.tiers import Wise
-from memory.errors import KeditError
+from memory.errors import NotFinite
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.spectra import (
@@ -183,7 +183,7 @@ class _CurveProbe:
         now = self.reader.read_activations(method.overlay)
         if not now.is_finite or not all(bool(d.isfinite().all()) for _, d in changes.values()):
             why = f"after {edited} edits a weight or an activation is NaN or infinite"
-            raise KeditError(why, code="non-finite")
+            raise NotFinite(why)
         held = self._check_held(method, edited)
         return {
             "matrices": {name: self._measure_spectrum(*change) for name, change in changes.items()},

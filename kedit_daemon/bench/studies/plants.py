@@ -96,7 +96,7 @@ class ScaledResiduals(PlantedPoison):
         """Compute the targets as a flush would, and lay the multiplied ones in their place."""
         for fact in self.facts:
             home.editor.flush.ensure_terms([fact])
-            if home.store.has_terms(fact.id):
+            if home.store.artifacts.has_terms(fact.id):
                 self.scaled_terms[fact.id] = _scale_terms(home, fact.id, self.factor)
             else:
                 self.culprits.discard(fact.id)
@@ -105,7 +105,9 @@ class ScaledResiduals(PlantedPoison):
         """Whether the weights hold the multiplied targets."""
         held = set(home.live_model.list_weights_facts())
         found = [
-            n for n, b in self.scaled_terms.items() if n in held and home.store.read_terms(n) == b
+            n
+            for n, b in self.scaled_terms.items()
+            if n in held and home.store.artifacts.read_terms(n) == b
         ]
         return f"the weights hold the broken targets of {', '.join(found)}" if found else None
 
@@ -166,7 +168,7 @@ class BrokenTargets(PlantedPoison):
     def describe_survival(self, home: Auto) -> str | None:
         """Whether the weights hold a fact that cannot be solved for again."""
         for fact_id in self.culprits & set(home.live_model.list_weights_facts()):
-            parts = unpack_terms(home.store.read_terms(fact_id))
+            parts = unpack_terms(home.store.artifacts.read_terms(fact_id))
             if not all(torch.isfinite(t).all() for part in parts for t in part.values()):
                 return f"the targets of {fact_id} are still broken"
         return None
@@ -174,8 +176,8 @@ class BrokenTargets(PlantedPoison):
 
 def _scale_terms(home: Auto, fact_id: str, factor: float) -> bytes:
     """The fact's stored targets, multiplied there."""
-    tensors = load(home.store.read_terms(fact_id))
+    tensors = load(home.store.artifacts.read_terms(fact_id))
     blob = save({n: t * factor if n.startswith("residual") else t for n, t in tensors.items()})
-    with home.store.transaction():
-        home.store.put_terms(fact_id, blob)
+    with home.store.db.transaction():
+        home.store.artifacts.put_terms(fact_id, blob)
     return blob

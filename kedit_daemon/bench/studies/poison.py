@@ -65,7 +65,8 @@ class PoisonStudy(Study):
         total = result["totals"]
         whole = f"of {total['batches']} batches {total['whole']} wholly"
         yield f"stopped {total['stopped']} of {total['planted']} poisons, {whole}"
-        yield f"named: precision {format_share(total['precision'])} %, recall {format_share(total['recall'])} %"
+        named = [f"{name} {format_share(total[name])} %" for name in ("precision", "recall")]
+        yield f"named: {', '.join(named)}"
         yield f"innocent facts lost {total['lost']} of {total['innocent']}"
         yield f"limits {result['limits']}, all others the default ones"
         yield f"verdicts of revert {total['reverts']}, batches without an answer {total['silent']}"
@@ -206,7 +207,7 @@ class _PoisonTrial:
 
     def _find_last_event(self) -> int:
         return int(
-            self.store.conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
+            self.store.db.conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
         )
 
     def _find_ended(self) -> set[str]:
@@ -234,7 +235,7 @@ class _PoisonTrial:
     def _read_events(self, kind: str, since: int) -> Iterator[dict[str, Any]]:
         """What is said in the events of a kind that are later."""
         found = "SELECT data FROM events WHERE kind = ? AND seq > ? ORDER BY seq"
-        for (data,) in self.store.conn.execute(found, (kind, since)):
+        for (data,) in self.store.db.conn.execute(found, (kind, since)):
             yield json.loads(data)
 
     def _judge_poison(self, plant: PlantedPoison, accused: Mapping[str, str]) -> dict[str, Any]:
@@ -306,14 +307,16 @@ def _format_misses(result: Mapping[str, Any]) -> Iterator[str]:
                 or WEIGHTS_CULPRIT
             )
             if not plant["stopped"]:
-                yield f"MISS {_format_title(row)}: not stopped: {clean_text(plant['alive'])[:MAX_REASON_CHARS]} ({said})"
+                alive = clean_text(plant["alive"])[:MAX_REASON_CHARS]
+                yield f"MISS {_format_title(row)}: not stopped: {alive} ({said})"
             if not plant["named"]:
                 now = ", ".join(plant["now"])
                 yield f"MISS {_format_title(row)}: not named, now {now} ({said})"
         if not row["plants"]:
             yield f"MISS {_format_title(row)}: there was nothing to break"
         for fact, why in row["wrongly"].items():
-            yield f"MISS {_format_title(row)}: {fact} is named and innocent: {clean_text(why)[:MAX_REASON_CHARS]}"
+            reason = clean_text(why)[:MAX_REASON_CHARS]
+            yield f"MISS {_format_title(row)}: {fact} is named and innocent: {reason}"
         if not row["at_rest"]:
             yield f"MISS {_format_title(row)}: the editor did not come to rest"
     for one in result["lost"]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kedit_daemon.bench.studies.shared import prepend_text, sample_evenly
 from kedit_daemon.bench.studies.study import StudyInput
 from kedit_daemon.shipped import read_ordinary_lines
-from memory.errors import KeditError
+from memory.errors import Unreadable
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 
@@ -72,10 +72,10 @@ def read_lines(path: Path) -> list[str]:
         data = path.read_bytes()
         text = (lzma.decompress(data) if path.suffix == ".xz" else data).decode()
     except (OSError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise KeditError(f"{path} cannot be read: {error}", code="unreadable") from error
+        raise Unreadable(f"{path} cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines()]
     if not any(lines):
-        raise KeditError(f"{path} has no text", code="unreadable", hint="give lines of text")
+        raise Unreadable(f"{path} has no text", hint="give lines of text")
     return [line for line in lines if line]
 
 

@@ -19,12 +19,11 @@ from kedit_daemon.bench.table import format_share
 from kedit_daemon.bench.tiers import MemitMass
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.db.store import Store
-from memory.errors import KeditError
+from memory.errors import KeditError, Unsolvable
 from memory.facts import Neighbour
 from memory.model.editable import EditableModel
 from policies.memit_mass import unpack_terms
 from policies.probe import normalise_answer
-from policies.solver import UNSOLVED_CODES
 from policies.targets import EditTerms, Refusal, compute_terms
 
 T = TypeVar("T")
@@ -58,7 +57,9 @@ def compute_stream_terms(given: StudyInput) -> list[tuple[BenchRecord, EditTerms
 
 def load_terms(store: Store, fact_id: str) -> EditTerms:
     """A fact's terms as a home keeps them, which is without the way that led to them."""
-    return EditTerms(*unpack_terms(store.read_terms(fact_id)), loss=math.nan, steps=0, lengths={})
+    return EditTerms(
+        *unpack_terms(store.artifacts.read_terms(fact_id)), loss=math.nan, steps=0, lengths={}
+    )
 
 
 @contextmanager
@@ -165,9 +166,7 @@ def catch_unsolved(failed: list[str]) -> Iterator[None]:
     """A solve that fails within the block ends it, and `failed` gets why."""
     try:
         yield
-    except KeditError as error:
-        if error.code not in UNSOLVED_CODES:
-            raise
+    except Unsolvable as error:
         failed.append(str(error))
 
 

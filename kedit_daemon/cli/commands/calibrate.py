@@ -18,6 +18,7 @@ from kedit_daemon.cli.context import (
     print_json,
 )
 from kedit_daemon.system.sanitize import clean_text
+from memory.timestamps import format_utc
 
 if TYPE_CHECKING:
     from kedit_daemon.config import Config
@@ -142,7 +143,7 @@ def _run_calibration(
         opened = open_model(config.model, config.device, cache)
         chosen = make_pilot(opened.model, facts, count)
         found = calibrate(opened, chosen, false_routes, stack.enter_context(_show_progress()))
-    at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    at = format_utc(datetime.now(UTC), "seconds")
     names = {"at": at, "model": config.model, "pilot_file": str(source)}
     return replace(found, evidence=names | found.evidence)
 

@@ -19,6 +19,7 @@ from kedit_daemon.cli.context import (
 from kedit_daemon.home import PROGRAM_NAME, restrict_umask
 from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
+from memory.timestamps import format_utc
 
 if TYPE_CHECKING:
     from kedit_daemon.ingest.parser import RecordProblem
@@ -166,7 +167,7 @@ def _preview_submission(session: CliContext, submission: "Submission", direct_fa
     from kedit_daemon.ingest.submit import predict_outcomes
     from kedit_daemon.report.render import format_statement
 
-    now = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    now = format_utc(datetime.now(UTC), "seconds")
     for seen in predict_outcomes(submission.facts, session.home, now, direct_facts):
         said = format_statement(asdict(seen.fact))
         click.echo(f"{seen.fact.id}  {seen.outcome:<10}  {said}  ({clean_text(seen.detail)})")

@@ -39,7 +39,6 @@ def create_export(home: Home, kind: str, dest: Path, keep: int | None) -> Export
             f"{dest} lies in the home",
             code="usage",
             hint="choose a folder outside of it",
-            exit_code=2,
         )
     notes = list[str]()
 

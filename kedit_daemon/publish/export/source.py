@@ -10,7 +10,7 @@ from kedit_daemon.cli.context import open_database
 from kedit_daemon.home import Home
 from memory.db.follower import Follower
 from memory.db.rows import GENERATION_COLUMNS, GenerationRow
-from memory.errors import KeditError
+from memory.errors import NoHome
 from memory.facts import LIVE_STATES, Fact, FactState, fact_from_json
 
 
@@ -57,7 +57,7 @@ def read_edit_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
     """The keys and targets of these facts, by id."""
     follower = Follower(home.database_file)
     try:
-        return {fact_id: follower.read_terms(fact_id) for fact_id in fact_ids}
+        return {fact_id: follower.artifacts.read_terms(fact_id) for fact_id in fact_ids}
     finally:
         follower.close()
 
@@ -65,9 +65,8 @@ def read_edit_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
 def _read_generation(conn: sqlite3.Connection, home: Home) -> ExportSource:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
     if "model" not in meta or "base_hash" not in meta:
-        raise KeditError(
+        raise NoHome(
             f"no daemon has run in {home.root} yet",
-            code="no-home",
             hint="kedit-daemon run, and hand facts in",
         )
     number = int(meta.get("active_generation") or 0)

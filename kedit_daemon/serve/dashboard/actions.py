@@ -16,7 +16,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.report.render_log import list_measured_figures, list_outcome
 from kedit_daemon.serve.dashboard.rendering import DashboardPage, PageFrame, PageRequest
 from memory.db.queries import fetch_facts_by_id
-from memory.errors import KeditError
+from memory.errors import BadRequest
 
 _GROUP_TITLES = {
     "flushed": "Into the weights",
@@ -114,13 +114,11 @@ def _parse_arguments(name: str, form: Mapping[str, str]) -> tuple[str, dict[str,
     """The daemon's command behind an action, and what it is given."""
     if name == "revert":
         if not form.get("fact"):
-            raise KeditError("no fact was named", code="bad-request", hint="choose one in Facts")
+            raise BadRequest("no fact was named", hint="choose one in Facts")
         return "revert", {"facts": [form["fact"]], "generation": None}
     if name == "go-back":
         number = form.get("generation", "")
         if not (number.isascii() and number.isdecimal() and len(number) < 10):
-            raise KeditError(
-                "no generation was named", code="bad-request", hint="choose one in Norms"
-            )
+            raise BadRequest("no generation was named", hint="choose one in Norms")
         return "revert", {"facts": [], "generation": int(number)}
     return name, {}

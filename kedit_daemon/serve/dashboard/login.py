@@ -17,7 +17,7 @@ from starlette.responses import Response
 
 from kedit_daemon.serve.access import RateLimiter
 from kedit_daemon.serve.hosts import parse_host_name, parse_origin_host
-from memory.errors import KeditError
+from memory.errors import BadRequest, KeditError
 
 SESSION_COOKIE, NONCE_COOKIE = "kedit_session", "kedit_form"  # cookies
 TOKEN_FIELD = "form_token"
@@ -163,6 +163,6 @@ async def _read_fields(request: Request) -> dict[str, str]:
             text, keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS, errors="strict"
         )
     except ValueError as error:
-        raise KeditError(f"the form cannot be read: {error}", code="bad-request") from error
+        raise BadRequest(f"the form cannot be read: {error}") from error
     # Browsers send the line breaks of a text box as two characters.
     return {name: value.replace("\r\n", "\n") for name, value in pairs}

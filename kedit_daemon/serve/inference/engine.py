@@ -20,7 +20,7 @@ from torch import Tensor
 from kedit_daemon.serve.inference.replica import MODEL_ERRORS, Replica
 from kedit_daemon.serve.inference.stream import AnswerStream, StreamItem
 from kedit_daemon.serve.inference.types import EDITED, AnswerPart, AnswerStart, GenerationRequest
-from memory.errors import KeditError
+from memory.errors import BadRequest, KeditError, Stopping
 from memory.model.batch_decoder import BatchDecoder
 from memory.model.sampling import choose_tokens
 
@@ -98,7 +98,7 @@ class BatchEngine:
             )
         tokens = int(self.model.hf_model.get_input_embeddings().weight.shape[0])
         if not 0 <= min(wish.prompt_ids) <= max(wish.prompt_ids) < tokens:
-            raise KeditError(f"the model's tokens are 0 to {tokens - 1}", code="bad-request")
+            raise BadRequest(f"the model's tokens are 0 to {tokens - 1}")
 
     def _add_waiting(self, one: AnswerStream) -> None:
         with self._condition:
@@ -111,7 +111,6 @@ class BatchEngine:
                     f"{waiting} requests are waiting already",
                     code="busy",
                     hint="try again in a moment",
-                    exit_code=75,
                 )
             self._waiting.append(one)
             self._request_count += 1
@@ -249,7 +248,7 @@ class BatchEngine:
 
 
 def _stopping_error() -> KeditError:
-    return KeditError("the daemon is stopping", code="stopping", exit_code=75)
+    return Stopping("the daemon is stopping")
 
 
 def _make_sender(

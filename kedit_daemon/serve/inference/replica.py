@@ -18,7 +18,7 @@ from kedit_daemon.editing.tensor_files import load_delta, load_deltas, unpack_ke
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.db.follower import Follower, LiveSideRow
-from memory.errors import KeditError
+from memory.errors import KeditError, Unreadable
 from memory.side.side_memory import Shard, SideMemory
 from policies.edit_site import EditSite
 
@@ -34,8 +34,8 @@ def _reading_database() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise KeditError(
-            f"the database cannot be read: {error}", code="unreadable", hint="kedit-daemon doctor"
+        raise Unreadable(
+            f"the database cannot be read: {error}", hint="kedit-daemon doctor"
         ) from error
 
 
@@ -72,7 +72,7 @@ class Replica:
         """
         follower = Follower(home.database_file)
         loaded = open_model(name, device, home.state_folder)
-        check_base(follower.get_meta("base_hash"), loaded.base_hash, name)
+        check_base(follower.db.get_meta("base_hash"), loaded.base_hash, name)
         site = loaded.resolve_site()
         statistics = loaded.resolve_statistics(site.layers, (site.key_layer, site.side_layer), iter)
         return cls(make_side_memory(loaded.model, site, statistics), follower, home, site)
@@ -114,7 +114,7 @@ class Replica:
 
     def _follow_weights(self) -> list[str]:
         """Take the active generation, if its file is whole; else why not."""
-        number = self._follower.active_generation()
+        number = self._follower.artifacts.active_generation()
         if number == self.generation:
             return []
         try:
@@ -183,4 +183,6 @@ class Replica:
     def _get_deltas(self, number: int) -> dict[int, Tensor]:
         if number == self.generation:
             return self._deltas
-        return load_deltas(self.home.generations_folder, self._follower.get_generation(number))
+        return load_deltas(
+            self.home.generations_folder, self._follower.artifacts.get_generation(number)
+        )

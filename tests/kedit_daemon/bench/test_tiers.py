@@ -33,7 +33,9 @@ def test_the_flush_takes_every_batch_into_the_weights(setup: MakeSetup) -> None:
     assert generate_answers(model, [f.question for f in FACTS], 12) == ["Oslo", "Lima", "Cairo"]
     assert (method.not_edited, method.overlay) == (0, None)
     assert len(method.live_model.list_weights_facts()) == 3
-    assert method.count_stored_bytes() == sum(len(method.store.read_terms(f.id)) for f in FACTS)
+    assert method.count_stored_bytes() == sum(
+        len(method.store.artifacts.read_terms(f.id)) for f in FACTS
+    )
     assert set(method.stopwatch.seconds_by_part) == {"targets", "solve", "audit", "probe"}
     assert all(seconds > 0 for seconds in method.stopwatch.seconds_by_part.values())
     assert model.weights_hash(method.loaded_model.layers) != base
@@ -64,9 +66,9 @@ def test_wise_leaves_the_weights_alone_and_answers_by_its_overlay(setup: MakeSet
     assert method.overlay is not None
     assert generate_answers(model, asked, 12, method.overlay) == ["Oslo", "Lima", "Cairo"]
     assert generate_answers(model, asked, 12) != ["Oslo", "Lima", "Cairo"]
-    shards = method.store.list_shards()
+    shards = method.store.artifacts.list_shards()
     assert len(shards) == 3
-    keys = sum(len(row.blob) for row in method.store.read_side_keys())
+    keys = sum(len(row.blob) for row in method.store.artifacts.read_side_keys())
     paths = [method.home.side_folder / f"{shard.sha256}.safetensors" for shard in shards]
     assert method.count_stored_bytes() == keys + sum(path.stat().st_size for path in paths)
     assert set(method.stopwatch.seconds_by_part) == {"learn", "probe"}
@@ -112,6 +114,6 @@ def test_a_batch_that_a_flush_cuts_goes_on_while_there_is_room(setup: MakeSetup)
     method.edit(FACTS[:1])  # one fact seen: no more than two are foreseen to be borne
     assert method.flush.generations.capacity_log.read_capacity() == 2
     method.edit(FACTS[1:])
-    assert len(method.store.list_generations()) == 4  # the base, and three flushes
+    assert len(method.store.artifacts.list_generations()) == 4  # the base, and three flushes
     assert (method.not_edited, len(method.live_model.list_weights_facts())) == (0, 3)
     method.close()

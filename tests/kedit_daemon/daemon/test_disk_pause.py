@@ -31,7 +31,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 
 def events(store: Store) -> list[str]:
-    return [kind for (kind,) in store.conn.execute("SELECT kind FROM events ORDER BY seq")]
+    return [kind for (kind,) in store.db.conn.execute("SELECT kind FROM events ORDER BY seq")]
 
 
 def full() -> OSError:

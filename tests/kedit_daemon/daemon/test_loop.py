@@ -125,15 +125,15 @@ def test_the_index_is_written_when_the_daemon_stops(
     at = bench(side={"steps": 300})
     at.receive(facts[0])
     at.settle()
-    (row,) = at.store.read_side_keys()
+    (row,) = at.store.artifacts.read_side_keys()
     at.receive(*facts[1:])
-    with at.store.transaction():
+    with at.store.db.transaction():
         for fact in facts[1:]:
-            at.store.put_side_keys(fact.id, row.shard, row.blob)
+            at.store.artifacts.put_side_keys(fact.id, row.shard, row.blob)
             at.store.change_state(fact.id, FactState.LIVE_SIDE, tier="side")
         for job in ("audit", "retention"):  # these would learn anew what is not stated
             monkeypatch.setenv(f"KEDIT_SCHEDULE_{job.upper()}", "0 0 29 2 *")
-            at.store.finish_job(at.store.start_job(job, at.store.format_now()), JOB_OK)
+            at.store.finish_job(at.store.start_job(job, at.store.db.format_now()), JOB_OK)
     process = start(home)
     try:
         wait(home.socket_file.exists, home)
@@ -224,13 +224,15 @@ def test_a_switch_is_published_while_the_loop_goes_on(
     bench: Callable[..., Bench], tmp_path: Path
 ) -> None:
     at = bench(publish={"kind": "facts", "folder": str(tmp_path / "out")})
-    with at.store.transaction():
-        at.store.set_meta("model", at.loaded.name)
-        at.store.activate_generation(at.store.add_generation(None, "", 0, "test", [], {}))
+    with at.store.db.transaction():
+        at.store.db.set_meta("model", at.loaded.name)
+        at.store.artifacts.activate_generation(
+            at.store.artifacts.add_generation(None, "", 0, "test", [], {})
+        )
     daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 0.0)
     daemon.editor = at.editor
     deadline = time.monotonic() + 60
-    while at.store.get_meta("published") is None:
+    while at.store.db.get_meta("published") is None:
         assert time.monotonic() < deadline
         daemon.control_server.requests.put(ControlRequest(WAKE_REQUEST, {}))
         daemon._run_turn()
@@ -267,7 +269,7 @@ def test_a_turn_in_which_another_holds_the_database_comes_again(
 ) -> None:
     at, fact = bench(side={"steps": 20}), seat(1, "Oslo")
     at.receive(fact)
-    at.store.conn.execute("PRAGMA busy_timeout=0")
+    at.store.db.conn.execute("PRAGMA busy_timeout=0")
     daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 0.0)
     daemon.editor = at.editor
     with closing(sqlite3.connect(at.home.database_file)) as other:

@@ -74,7 +74,7 @@ def test_a_file_that_is_gone_is_no_disk_that_fails(
 def test_a_database_that_another_holds_refuses_the_order(bench: Callable[..., Bench]) -> None:
     at = bench()
     at.receive(seat(1))
-    at.store.conn.execute("PRAGMA busy_timeout=0")
+    at.store.db.conn.execute("PRAGMA busy_timeout=0")
     request = ControlRequest("revert", {"facts": [seat(1).id]})
     with closing(sqlite3.connect(Path(at.home.database_file))) as other:
         other.execute("BEGIN IMMEDIATE")

@@ -30,7 +30,7 @@ def test_an_audit_writes_its_figures_and_an_event(bench: Make) -> None:
     figures = done["figures"]
     assert (figures["retention"], figures["weights_as_written"]) == (1.0, True)
     assert figures["chain_intact"] and figures["perplexity_ratio"] == pytest.approx(1)
-    kinds = [kind for (kind,) in at.store.conn.execute("SELECT kind FROM events")]
+    kinds = [kind for (kind,) in at.store.db.conn.execute("SELECT kind FROM events")]
     assert kinds[-1] == "audit"
     assert figures["traffic"] == {"asked": 0, "routed": 0, "least_margin": None}
 
@@ -220,10 +220,10 @@ def test_the_loop_is_alive_while_a_large_database_is_read(
 def test_an_audit_finds_a_damaged_index(bench: Make) -> None:
     at = bench()
     at.receive(seat(1))
-    with at.store.transaction():
+    with at.store.db.transaction():
         # What the index says is no more what the table says.
-        at.store.conn.execute("PRAGMA writable_schema=ON")
-        at.store.conn.execute(
+        at.store.db.conn.execute("PRAGMA writable_schema=ON")
+        at.store.db.conn.execute(
             "UPDATE sqlite_master SET sql = 'CREATE INDEX facts_state ON facts(slot)'"
             " WHERE name = 'facts_state'"
         )

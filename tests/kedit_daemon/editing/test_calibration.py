@@ -161,11 +161,11 @@ def test_a_home_with_terms_or_facts_in_the_weights_is_refused(tmp_path: Path) ->
     other = Home(tmp_path / "other")
     other.create_folders()
     store = Store(other.database_file, lambda: NOW)
-    with store.transaction():
+    with store.db.transaction():
         store.receive_fact(OSLO, "facts.jsonl", False)
     refuse_if_in_use(other)
-    with store.transaction():
-        store.put_terms(OSLO.id, b"terms")
+    with store.db.transaction():
+        store.artifacts.put_terms(OSLO.id, b"terms")
     store.close()
     with pytest.raises(KeditError, match="stored terms 1"):
         refuse_if_in_use(other)

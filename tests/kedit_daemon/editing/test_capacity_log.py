@@ -31,8 +31,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 def generation(store: Store, facts: int, norm: float) -> None:
     ids, figures = [str(n) for n in range(facts)], {"norm_ratio": {"2": norm}}
-    with store.transaction():
-        store.add_generation("sha", "hash", 0, "test", ids, figures)
+    with store.db.transaction():
+        store.artifacts.add_generation("sha", "hash", 0, "test", ids, figures)
 
 
 def health(norm: float) -> Health:
@@ -40,7 +40,7 @@ def health(norm: float) -> Health:
 
 
 def written(store: Store) -> tuple[str | None, str | None]:
-    return store.get_meta(CAPACITY_KEY), store.get_meta(LIMIT_KEY)
+    return store.db.get_meta(CAPACITY_KEY), store.db.get_meta(LIMIT_KEY)
 
 
 def test_a_fresh_home_knows_nothing(store: Store) -> None:
@@ -62,13 +62,13 @@ def test_a_solve_that_was_too_large_counts_until_facts_leave(store: Store) -> No
     generation(store, 30, 1.2)
     room = CapacityLog(store, THRESHOLDS)
     assert room.read_capacity() == 60
-    with store.transaction():
+    with store.db.transaction():
         room.record_oversized(50, health(3.5))
     assert room.read_capacity() is not None and 30 < room.read_capacity() < 50  # type: ignore[operator]
     assert (
         CapacityLog(store, THRESHOLDS).read_capacity() == room.read_capacity()
     )  # after a restart, too
-    with store.transaction():
+    with store.db.transaction():
         room.forget_trials()
         room.record_capacity()
     assert room.read_capacity() == 60
@@ -76,10 +76,10 @@ def test_a_solve_that_was_too_large_counts_until_facts_leave(store: Store) -> No
 
 def test_only_the_latest_trials_are_kept(store: Store) -> None:
     room = CapacityLog(store, THRESHOLDS)
-    with store.transaction():
+    with store.db.transaction():
         for n in range(MAX_TRIALS + 3):
             room.record_oversized(100 - n, health(float("nan")))
-    trials: list[Any] = json.loads(store.get_meta(TRIALS_KEY) or "")
+    trials: list[Any] = json.loads(store.db.get_meta(TRIALS_KEY) or "")
     assert [n for n, _ in trials] == [100 - n for n in range(3, MAX_TRIALS + 3)]
     assert room.read_capacity() == 100 - MAX_TRIALS - 3
 
@@ -89,10 +89,10 @@ def test_taking_facts_out_makes_trials_void(bench: Callable[..., Bench]) -> None
     one, two = seat(1, "Oslo"), seat(2, "Lima")
     at.receive(one, two, direct=True)
     at.settle()
-    with at.store.transaction():
+    with at.store.db.transaction():
         at.editor.generations.capacity_log.record_oversized(3, health(1e9))
     at.receive(seat(3, "Cairo"), direct=True)
     at.editor.run_flush(False)
-    assert at.store.get_meta(TRIALS_KEY) is not None
+    assert at.store.db.get_meta(TRIALS_KEY) is not None
     at.editor.revert([one.id], None, False)
-    assert at.store.get_meta(TRIALS_KEY) is None
+    assert at.store.db.get_meta(TRIALS_KEY) is None

@@ -61,7 +61,7 @@ def test_facts_that_have_waited_long_enough_are_flushed(bench: Make) -> None:
     assert at.editor.step()
     assert states(at) == {one.id: "live-weights"}
     assert at.says(one.question) == "Oslo"
-    assert "side memory for 3600 s" in at.store.get_generation(1).reason
+    assert "side memory for 3600 s" in at.store.artifacts.get_generation(1).reason
 
 
 def test_a_fact_whose_time_is_over_expires_in_either_tier(bench: Make) -> None:
@@ -141,14 +141,14 @@ def test_a_damaged_database_ends_the_daemon_and_is_no_facts_fault(
     at.settle()
     newer = seat(1, "Lima")  # takes the place of what is in the weights: a generation is made
     at.receive(newer, direct=direct)
-    real = at.store.get_generation
+    real = at.store.artifacts.get_generation
 
     def damaged_row(number: int) -> GenerationRow:
-        with at.store.transaction():
-            at.store.conn.execute("UPDATE generations SET figures = '{' WHERE id = ?", (number,))
+        with at.store.db.transaction():
+            at.store.db.conn.execute("UPDATE generations SET figures = '{' WHERE id = ?", (number,))
         return real(number)
 
-    at.store.get_generation = damaged_row  # type: ignore[method-assign]
+    at.store.artifacts.get_generation = damaged_row  # type: ignore[method-assign]
     with pytest.raises(KeditError, match="generation 1 in the database is damaged") as caught:
         at.editor.step()
     assert ends_daemon(caught.value)
@@ -176,7 +176,7 @@ def test_what_fails_after_facts_are_live_is_not_their_fault(
     assert at.editor.step() and not at.editor.step()
     live = at.store.find_fact(newer.id)
     assert (live.state, live.attempts) == (FactState.LIVE_SIDE, 0)
-    with at.store.transaction():
+    with at.store.db.transaction():
         for _ in range(4):
             at.editor.flush.record_failed_attempt(waiting, "side", "read before it was live")
     assert at.store.find_fact(newer.id).state is FactState.LIVE_SIDE

@@ -36,7 +36,7 @@ def test_direct_facts_go_to_the_weights_and_say_how_it_went(bench: Make) -> None
         assert (stored.after, stored.probe["right"]) == (fact.target, True)
         assert stored.before != fact.target
         assert at.says(fact.question) == fact.target
-    row = at.store.get_generation(1)
+    row = at.store.artifacts.get_generation(1)
     assert set(row.fact_ids) == {one.id, two.id}
     assert row.weights_hash == at.weights_hash()
     assert at.pulses
@@ -78,7 +78,7 @@ def test_what_is_live_beside_the_weights_stays_there_where_no_targets_can_be_fou
     at.editor.run_flush(False)
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "rejected")
     assert set(at.served.side.shard_ids) == {one.id} and at.says(one.question) == "Oslo"
-    assert at.store.get_meta(FLUSH_HELD_KEY)  # or it would be tried again at once
+    assert at.store.db.get_meta(FLUSH_HELD_KEY)  # or it would be tried again at once
 
 
 def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -> None:
@@ -88,14 +88,17 @@ def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -
     one, two = seat(1, "Oslo"), seat(2, "Lima")
     at.receive(one, two)
     at.settle()
-    assert at.store.get_meta(FLUSH_HELD_KEY) is not None
-    assert (at.store.active_generation(), len(at.store.list_generations())) == (0, 1)
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is not None
+    assert (at.store.artifacts.active_generation(), len(at.store.artifacts.list_generations())) == (
+        0,
+        1,
+    )
     assert list(at.home.generations_folder.iterdir()) == []
     assert at.weights_hash() == base
     assert torch.equal(at.loaded.model.weight(layer), before)
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "live-side")
     assert (at.says(one.question), at.says(two.question)) == ("Oslo", "Lima")
-    kinds = [kind for (kind,) in at.store.conn.execute("SELECT kind FROM events")]
+    kinds = [kind for (kind,) in at.store.db.conn.execute("SELECT kind FROM events")]
     assert kinds.count("flush_refused") == 1
     at.clock.pass_time(days=9)
     assert not at.editor.step()  # not by age either
@@ -113,12 +116,12 @@ def test_facts_that_a_refused_flush_leaves_waiting_go_beside_the_weights(bench: 
 
 def test_a_flush_that_is_taken_ends_the_hold(bench: Make) -> None:
     at = bench()
-    with at.store.transaction():
-        at.store.set_meta(FLUSH_HELD_KEY, "a reason")
+    with at.store.db.transaction():
+        at.store.db.set_meta(FLUSH_HELD_KEY, "a reason")
     at.receive(seat(1, "Oslo"), direct=True)
     at.settle()
-    assert at.store.active_generation() == 1
-    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.artifacts.active_generation() == 1
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
 
 
 def test_a_later_fact_takes_the_place_of_an_older_one_exactly(bench: Make) -> None:
@@ -141,12 +144,12 @@ def test_a_dry_run_changes_nothing(bench: Make) -> None:
     one = seat(1, "Oslo")
     at.receive(one)
     at.settle()
-    base, index = at.weights_hash(), at.store.get_meta("index_sha256")
+    base, index = at.weights_hash(), at.store.db.get_meta("index_sha256")
     done = at.editor.run_flush(True)
     assert (done["flushed"], done["dry_run"], done["generation"]) == ([one.id], True, 0)
     assert done["figures"]["norm_ratio"] != {}
     assert state(at, one.id) == "live-side"
-    assert (at.weights_hash(), at.store.get_meta("index_sha256")) == (base, index)
+    assert (at.weights_hash(), at.store.db.get_meta("index_sha256")) == (base, index)
     assert list(at.home.generations_folder.iterdir()) == []
     assert at.says(one.question) == "Oslo"
 
@@ -155,7 +158,7 @@ def test_an_empty_flush_is_harmless(bench: Make) -> None:
     at = bench()
     done = at.editor.run_flush(False)
     assert (done["flushed"], done["failed"], done["verdict"]) == ([], [], "keep")
-    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
 
 
 def test_a_newer_fact_takes_the_place_of_one_beside_the_weights(bench: Make) -> None:
@@ -223,7 +226,7 @@ def test_only_facts_that_would_be_tried_without_end_hold_flushes_back(
         flush, "compare_answers", lambda *said: replace(compare_answers(*said), right=False)
     )
     assert at.editor.run_flush(False)["flushed"] == []
-    assert (at.store.get_meta(FLUSH_HELD_KEY) is None) is direct
+    assert (at.store.db.get_meta(FLUSH_HELD_KEY) is None) is direct
 
 
 def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
@@ -234,12 +237,12 @@ def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
     one = seat(1, "Oslo")
     at.receive(one)
     at.settle()
-    events = at.store.conn.execute("SELECT count(*) FROM events").fetchone()
+    events = at.store.db.conn.execute("SELECT count(*) FROM events").fetchone()
     assert at.editor.run_flush(True)["failed"] == [one.id]
-    assert at.store.conn.execute("SELECT count(*) FROM events").fetchone() == events
+    assert at.store.db.conn.execute("SELECT count(*) FROM events").fetchone() == events
     at.clock.pass_time(days=9)
     assert at.editor.step()  # by age
     assert state(at, one.id) == "live-side"
     assert at.says(one.question) == "Oslo"
-    assert at.store.get_meta(FLUSH_HELD_KEY) is not None
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is not None
     assert not at.editor.step()

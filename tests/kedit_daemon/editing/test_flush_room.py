@@ -26,7 +26,7 @@ def state(bench: Bench, fact_id: str) -> str:
 
 
 def figures_of(bench: Bench) -> dict[str, float]:
-    (_, figures), *_ = bench.store.list_measurements()
+    (_, figures), *_ = bench.store.artifacts.list_measurements()
     return figures["norm_ratio"]  # type: ignore[no-any-return]
 
 
@@ -58,8 +58,8 @@ def test_a_batch_that_the_weights_do_not_bear_is_published_in_part(bench: Make) 
     assert done["flushed"] == [f.id for f in FACTS[:taken]]
     left = [at.store.find_fact(f.id) for f in FACTS[taken:]]
     assert all(f is not None and (str(f.state), f.attempts) == ("received", 0) for f in left)
-    assert at.store.get_meta(FLUSH_HELD_KEY) is None
-    assert at.store.get_meta(TRIALS_KEY) is not None
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(TRIALS_KEY) is not None
     at.settle()  # the rest goes beside
     assert max(figures_of(at).values()) < limit
     assert {state(at, f.id) for f in FACTS} == {"live-weights", "live-side"}
@@ -87,7 +87,7 @@ def test_a_batch_is_cut_down_until_the_weights_bear_it(
     done = at.editor.run_flush(False)
     assert (done["verdict"], done["flushed"]) == ("keep", [FACTS[0].id])
     assert tried == [6, 1, 6, 2, 1]  # no single one is to blame: the second is tried alone
-    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
     assert at.editor.generations.capacity_log.read_capacity() == 1
 
 
@@ -113,7 +113,7 @@ def full(make: Make, name: str = "home") -> Bench:
     at = make(name, side=STEPS, routing={"flush_facts": 1})
     at.receive(FACTS[0], direct=True)
     at.settle()
-    with at.store.transaction():
+    with at.store.db.transaction():
         at.editor.generations.capacity_log.record_oversized(2, unwell(at))
     assert at.editor.generations.capacity_log.read_capacity() == 1
     return at
@@ -131,18 +131,18 @@ def test_no_target_is_computed_for_what_finds_the_weights_full(bench: Make) -> N
     at.receive(two, direct=True)
     at.settle()
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "live-side")
-    assert not at.store.has_terms(one.id) and not at.store.has_terms(two.id)
+    assert not at.store.artifacts.has_terms(one.id) and not at.store.artifacts.has_terms(two.id)
     stored = at.store.find_fact(two.id)
     assert stored is not None and (stored.attempts, stored.direct) == (0, False)
-    sent = at.store.conn.execute("SELECT fact_id, data FROM events WHERE kind = 'weights_full'")
+    sent = at.store.db.conn.execute("SELECT fact_id, data FROM events WHERE kind = 'weights_full'")
     ((fact_id, data),) = sent.fetchall()
     assert fact_id == two.id
     assert json.loads(data) == {"capacity": 1, "figure": "agreement", "limit": 2e6}
     asked = at.editor.run_flush(False)
     assert (asked["flushed"], asked["failed"], asked["generation"]) == ([], [], 1)
     assert asked["reasons"] == ["weights full: they bear about 1 facts (agreement)"]
-    assert not at.store.has_terms(one.id)
-    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert not at.store.artifacts.has_terms(one.id)
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
 
 
 def test_what_replaces_a_fact_in_full_weights_needs_no_room(bench: Make) -> None:
@@ -186,14 +186,14 @@ def test_a_dry_run_of_a_batch_that_is_too_large_shows_the_part_and_writes_nothin
     base = at.weights_hash()
     done = at.editor.run_flush(True)
     assert done["flushed"] == [f.id for f in FACTS[:5]]
-    assert (at.weights_hash(), at.store.get_meta(TRIALS_KEY)) == (base, None)
+    assert (at.weights_hash(), at.store.db.get_meta(TRIALS_KEY)) == (base, None)
 
 
 def test_a_batch_is_of_the_oldest_fact_beside_and_its_like_within_the_memory(bench: Make) -> None:
     at = bench(side=STEPS)
     at.receive(*FACTS[:3])
     at.settle()
-    keys = {r.fact_id: unpack_keys(r.blob).subject for r in at.store.read_side_keys()}
+    keys = {r.fact_id: unpack_keys(r.blob).subject for r in at.store.artifacts.read_side_keys()}
     wanted = select_members([], [f.id for f in FACTS[:3]], keys, 3)
     assert [f.id for f in at.editor.flush.select_batch(3, 1 << 30)] == wanted
     assert [f.id for f in at.editor.flush.select_batch(3, 1)] == wanted[:1]

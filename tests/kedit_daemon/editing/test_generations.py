@@ -44,13 +44,13 @@ def test_taking_the_last_fact_out_gives_the_base_weights(bench: Make) -> None:
     assert learn(at, ONE) != base
     at.editor.revert([ONE.id], None, False)
     assert at.weights_hash() == base
-    assert at.store.get_generation(at.store.active_generation()).sha256 is None
+    assert at.store.artifacts.get_generation(at.store.artifacts.active_generation()).sha256 is None
 
 
 def test_the_weights_go_back_to_an_earlier_generation(bench: Make) -> None:
     at = bench()
     first = learn(at, ONE)
-    generation = at.store.active_generation()
+    generation = at.store.artifacts.active_generation()
     at.editor.revert([ONE.id], None, False)
     learn(at, TWO)
     done = at.editor.revert([], generation, False)
@@ -78,7 +78,7 @@ def test_a_fact_that_goes_back_into_the_weights_leaves_the_side_memory(bench: Ma
     assert state(at, TWO) == "live-side"
     at.editor.revert([], 1, False)
     assert state(at, TWO) == "live-weights"
-    assert not at.served.side.shard_ids and not at.store.list_side_fact_ids()
+    assert not at.served.side.shard_ids and not at.store.artifacts.list_side_fact_ids()
 
 
 def test_there_is_no_way_back_to_a_generation_that_never_was(bench: Make) -> None:
@@ -92,7 +92,7 @@ def test_a_consolidation_finds_nothing_to_change(bench: Make) -> None:
     weights = learn(at, TWO)
     done = at.editor.consolidate(False)
     assert (done["changed"], done["facts"], done["weights_hash"]) == (False, 2, weights)
-    assert done["generation"] == at.store.active_generation() == 2
+    assert done["generation"] == at.store.artifacts.active_generation() == 2
 
 
 def test_a_consolidation_of_no_facts_finds_nothing_to_change(bench: Make) -> None:

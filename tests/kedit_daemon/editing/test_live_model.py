@@ -39,7 +39,7 @@ def answers(bench: Bench) -> list[tuple[str, str | None]]:
 
 
 def events(bench: Bench, kind: str) -> int:
-    kinds = [name for (name,) in bench.store.conn.execute("SELECT kind FROM events")]
+    kinds = [name for (name,) in bench.store.db.conn.execute("SELECT kind FROM events")]
     return kinds.count(kind)
 
 
@@ -73,7 +73,7 @@ def test_a_lost_generation_is_solved_again_from_the_store(at: Bench, damage: str
 
 
 def test_the_fact_of_a_damaged_shard_is_learned_again(at: Bench) -> None:
-    first, second = at.store.list_shards()
+    first, second = at.store.artifacts.list_shards()
     (at.home.side_folder / f"{first.sha256}.safetensors").write_bytes(b"noise")
     at.restart()
     assert [f.id for f in at.store.list_facts((FactState.RECEIVED,))] == [TWO.id]
@@ -95,12 +95,12 @@ def test_a_shard_comes_back_as_it_was(at: Bench) -> None:
 
 
 def test_the_fact_of_a_shard_of_an_older_form_is_learned_again(at: Bench) -> None:
-    row, _ = at.store.list_shards()
+    row, _ = at.store.artifacts.list_shards()
     weight = at.served.model.base_weight(at.served.site.side_layer)
     sha = save_tensors(at.home.side_folder, {"delta": torch.zeros_like(weight)})
-    with at.store.transaction():
-        at.store.drop_shard(row.id)
-        at.store.add_shard(row.id, sha, row.facts, row.threshold)
+    with at.store.db.transaction():
+        at.store.artifacts.drop_shard(row.id)
+        at.store.artifacts.add_shard(row.id, sha, row.facts, row.threshold)
     at.restart()
     assert [f.id for f in at.store.list_facts((FactState.RECEIVED,))] == [TWO.id]
     at.settle()
@@ -124,14 +124,14 @@ def indexed(bench: Bench) -> list[str]:
 
 
 def test_an_index_file_that_is_behind_is_brought_to_what_the_store_says(at: Bench) -> None:
-    behind, sha = only(at.home.index_folder).read_bytes(), at.store.get_meta(INDEX_META_KEY)
-    kept = {row.fact_id: row for row in at.store.read_side_keys()}[THREE.id]
+    behind, sha = only(at.home.index_folder).read_bytes(), at.store.db.get_meta(INDEX_META_KEY)
+    kept = {row.fact_id: row for row in at.store.artifacts.read_side_keys()}[THREE.id]
     turned = replace(unpack_keys(kept.blob), subject=torch.eye(2, at.loaded.model.hidden_size))
-    with at.store.transaction():  # a fact is gone, one is learned again, and the process dies
-        at.store.drop_side_keys(TWO.id)
+    with at.store.db.transaction():  # a fact is gone, one is learned again, and the process dies
+        at.store.artifacts.drop_side_keys(TWO.id)
         at.store.change_state(TWO.id, FactState.REVERTED)
-        at.store.put_side_keys(THREE.id, kept.shard, pack_keys(turned))
-    assert (only(at.home.index_folder).read_bytes(), at.store.get_meta(INDEX_META_KEY)) == (
+        at.store.artifacts.put_side_keys(THREE.id, kept.shard, pack_keys(turned))
+    assert (only(at.home.index_folder).read_bytes(), at.store.db.get_meta(INDEX_META_KEY)) == (
         behind,
         sha,
     )
@@ -139,9 +139,9 @@ def test_an_index_file_that_is_behind_is_brought_to_what_the_store_says(at: Benc
     index = at.served.side.key_index
     assert indexed(at) == [THREE.id]
     assert index.search(turned.subject, 1)[0][0].score == pytest.approx(1)
-    assert index.changed_share == 0 and at.store.get_meta(INDEX_META_KEY) != sha
-    with at.store.transaction():
-        at.store.put_side_keys(THREE.id, kept.shard, kept.blob)
+    assert index.changed_share == 0 and at.store.db.get_meta(INDEX_META_KEY) != sha
+    with at.store.db.transaction():
+        at.store.artifacts.put_side_keys(THREE.id, kept.shard, kept.blob)
     at.restart()
     assert answers(at)[2] == ("Cairo", THREE.id)
 
@@ -159,17 +159,17 @@ def test_a_whole_index_file_is_taken_and_not_written_again(at: Bench) -> None:
 
 def test_the_index_file_is_written_when_a_share_of_the_index_has_changed(at: Bench) -> None:
     at.served.save_index()
-    sha, keys = at.store.get_meta(INDEX_META_KEY), torch.eye(at.loaded.model.hidden_size)
+    sha, keys = at.store.db.get_meta(INDEX_META_KEY), torch.eye(at.loaded.model.hidden_size)
     for number in range(10):
         at.served.side.key_index.add(number, keys[number : number + 1])
     at.served.save_index()
-    assert at.store.get_meta(INDEX_META_KEY) != sha
-    sha = at.store.get_meta(INDEX_META_KEY)
+    assert at.store.db.get_meta(INDEX_META_KEY) != sha
+    sha = at.store.db.get_meta(INDEX_META_KEY)
     for number in range(3):  # of 12
         at.served.side.key_index.remove(number)
         at.served.prune_side()
-        assert (at.store.get_meta(INDEX_META_KEY) == sha) == (number < 2)
-    assert only(at.home.index_folder).stem == at.store.get_meta(INDEX_META_KEY)
+        assert (at.store.db.get_meta(INDEX_META_KEY) == sha) == (number < 2)
+    assert only(at.home.index_folder).stem == at.store.db.get_meta(INDEX_META_KEY)
 
 
 def test_a_crash_between_the_index_file_and_its_sha256_is_harmless(at: Bench) -> None:
@@ -179,7 +179,7 @@ def test_a_crash_between_the_index_file_and_its_sha256_is_harmless(at: Bench) ->
     assert len(list(at.home.index_folder.iterdir())) == 2
     at.restart()
     assert answers(at) == before
-    assert only(at.home.index_folder).stem == at.store.get_meta(INDEX_META_KEY)
+    assert only(at.home.index_folder).stem == at.store.db.get_meta(INDEX_META_KEY)
 
 
 def test_files_that_a_crash_left_are_swept(at: Bench) -> None:
@@ -192,15 +192,15 @@ def test_files_that_a_crash_left_are_swept(at: Bench) -> None:
 
 
 def test_a_crash_between_the_end_of_a_fact_and_that_of_its_shard_leaves_none(at: Bench) -> None:
-    row = next(row for row in at.store.read_side_keys() if row.fact_id == TWO.id)
-    with at.store.transaction():
-        at.store.drop_side_keys(TWO.id)
+    row = next(row for row in at.store.artifacts.read_side_keys() if row.fact_id == TWO.id)
+    with at.store.db.transaction():
+        at.store.artifacts.drop_side_keys(TWO.id)
         at.store.change_state(TWO.id, FactState.REVERTED)
     at.restart()
-    left = {shard.id for shard in at.store.list_shards()}
+    left = {shard.id for shard in at.store.artifacts.list_shards()}
     assert row.shard not in left and left == {*at.served.side.shards}
     assert {p.stem for p in at.home.side_folder.iterdir()} == {
-        s.sha256 for s in at.store.list_shards()
+        s.sha256 for s in at.store.artifacts.list_shards()
     }
 
 

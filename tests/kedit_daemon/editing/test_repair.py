@@ -38,7 +38,7 @@ def damage(at: Bench) -> list[str]:
 
 
 def kinds(at: Bench) -> list[str]:
-    return [kind for (kind,) in at.store.conn.execute("SELECT kind FROM events ORDER BY seq")]
+    return [kind for (kind,) in at.store.db.conn.execute("SELECT kind FROM events ORDER BY seq")]
 
 
 def whole(at: Bench) -> bool:
@@ -105,10 +105,10 @@ def test_an_audit_finds_what_is_damaged_in_memory_and_mends_it(at: Bench) -> Non
 
 def test_what_is_damaged_in_its_file_as_well_is_made_again(at: Bench) -> None:
     number = at.served.side.shard_ids[TWO.id]
-    (row,) = (row for row in at.store.list_shards() if row.id == number)
+    (row,) = (row for row in at.store.artifacts.list_shards() if row.id == number)
     path = tensors_path(at.home.side_folder, row.sha256)
     path.write_bytes(path.read_bytes()[:-1])
-    active = at.store.get_generation(at.store.active_generation())
+    active = at.store.artifacts.get_generation(at.store.artifacts.active_generation())
     assert active.sha256 is not None
     tensors_path(at.home.generations_folder, active.sha256).write_bytes(b"nothing")
     shard(at)
@@ -138,13 +138,15 @@ def test_a_side_memory_that_cannot_be_built_again_stays_what_it_was(
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    shards = {row.id for row in at.store.list_shards()}
+    shards = {row.id for row in at.store.artifacts.list_shards()}
     index_key(at)
     with monkeypatch.context() as broken, pytest.raises(OSError):
         broken.setattr(KeyIndex, "sync_keys", full)
         at.editor.audit()
     at.served.prune_side()
-    assert {row.id for row in at.store.list_shards()} == shards == set(at.served.side.shards)
+    assert (
+        {row.id for row in at.store.artifacts.list_shards()} == shards == set(at.served.side.shards)
+    )
     at.editor.audit()
     assert whole(at)
 
@@ -155,11 +157,11 @@ def test_a_fact_whose_targets_cannot_be_computed_again_goes_beside(
     terms(at)
     at.receive(FOUR, direct=True)
     at.settle()  # no flush can be done: it goes beside
-    assert at.store.get_meta(FLUSH_HELD_KEY) is not None
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is not None
     with monkeypatch.context() as hard:
         hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
         at.editor.audit()
-    assert at.store.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
     at.settle()
     assert {str(f.state) for f in at.store.list_facts()} == {"live-side"}
     assert whole(at)
@@ -170,8 +172,8 @@ def refused(facts: list[Fact]) -> dict[str, Refusal]:
 
 
 def test_damaged_keys_in_the_database_stop_neither_a_flush_nor_a_start(at: Bench) -> None:
-    with at.store.transaction():
-        at.store.conn.execute("UPDATE side_keys SET sha256 = 'x' WHERE fact_id = ?", (TWO.id,))
+    with at.store.db.transaction():
+        at.store.db.conn.execute("UPDATE side_keys SET sha256 = 'x' WHERE fact_id = ?", (TWO.id,))
     at.receive(FOUR, direct=True)
     at.settle()
     index_key(at)
@@ -187,17 +189,17 @@ def test_all_damaged_targets_are_known_before_anything_is_solved(
     at.receive(FOUR, direct=True)
     at.settle()
     weights(at)
-    active = at.store.get_generation(at.store.active_generation())
+    active = at.store.artifacts.get_generation(at.store.artifacts.active_generation())
     assert active.sha256 is not None
     tensors_path(at.home.generations_folder, active.sha256).write_bytes(b"nothing")
-    with at.store.transaction():
-        at.store.conn.execute("UPDATE terms SET sha256 = 'x'")
+    with at.store.db.transaction():
+        at.store.db.conn.execute("UPDATE terms SET sha256 = 'x'")
     with monkeypatch.context() as hard:
         hard.setattr(repair, "TERMS_PER_TURN", 1)
         hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
         assert at.editor.audit()["verdict"] == "keep"
     assert at.served.list_weights_facts() == []
-    assert not at.store.has_terms(ONE.id) and not at.store.has_terms(FOUR.id)
+    assert not at.store.artifacts.has_terms(ONE.id) and not at.store.artifacts.has_terms(FOUR.id)
     at.settle()
     assert {str(f.state) for f in at.store.list_facts()} == {"live-side"}
     assert whole(at) and at.says(FOUR.question) == FOUR.target

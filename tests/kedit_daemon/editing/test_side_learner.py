@@ -12,7 +12,7 @@ from kedit_daemon.editing.side_learner import (
     LONG_TARGET_TOKENS,
     OUTSIDE_NEIGHBOURS,
     SideLearner,
-    as_learning_error,
+    describe_failure,
 )
 from memory.errors import KeditError
 from memory.facts import Fact, FactState, Neighbour
@@ -33,9 +33,9 @@ def test_a_learned_fact_has_its_shard_keys_and_probe_in_the_store(bench: Make) -
     (waiting,) = at.store.list_facts((FactState.RECEIVED,))
     assert at.editor.side_learner.learn_batch([waiting]) == [ONE.id]
     assert at.pulses
-    (row,) = at.store.read_side_keys()
+    (row,) = at.store.artifacts.read_side_keys()
     assert (row.fact_id, row.shard) == (ONE.id, 1)
-    (shard,) = at.store.list_shards()
+    (shard,) = at.store.artifacts.list_shards()
     assert (at.home.side_folder / f"{shard.sha256}.safetensors").is_file()
     stored = at.store.find_fact(ONE.id)
     assert stored is not None and stored.probe is not None
@@ -69,7 +69,11 @@ def test_facts_that_come_together_are_learned_together_up_to_a_number(
     at.settle()
     assert sizes == [2, 1]
     assert sorted(at.served.side.shard_ids.values()) == [1, 2, 3]
-    assert [(row.id, row.facts) for row in at.store.list_shards()] == [(1, 1), (2, 1), (3, 1)]
+    assert [(row.id, row.facts) for row in at.store.artifacts.list_shards()] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+    ]
 
 
 def test_nonsense_is_rejected_and_its_company_learned(
@@ -149,7 +153,7 @@ def test_a_fact_that_goes_out_of_range_fails_alone_with_the_measure_as_its_reaso
     stored = at.store.find_fact(odd.id)
     assert stored is not None and (stored.state, stored.attempts) == (FactState.RECEIVED, 1)
     events = "SELECT fact_id, data FROM events WHERE kind = 'edit_failed'"
-    ((fact_id, data),) = at.store.conn.execute(events)
+    ((fact_id, data),) = at.store.db.conn.execute(events)
     assert fact_id == odd.id
     assert json.loads(data)["reason"] == "the loss is nan, and has to be finite, at step 1"
     assert set(at.served.side.shard_ids) == {ONE.id, TWO.id}
@@ -167,7 +171,11 @@ def test_a_batch_of_nothing_but_such_facts_leaves_no_trace(bench: Make) -> None:
     finally:
         weight.copy_(whole)
     assert [f.attempts for f in at.store.list_facts((FactState.RECEIVED,))] == [1, 1]
-    assert (at.store.read_side_keys(), at.store.list_shards(), at.served.side.shards) == (
+    assert (
+        at.store.artifacts.read_side_keys(),
+        at.store.artifacts.list_shards(),
+        at.served.side.shards,
+    ) == (
         [],
         [],
         {},
@@ -178,11 +186,15 @@ def test_of_a_fact_that_goes_nothing_is_left(bench: Make) -> None:
     at = bench(side=STEPS)
     at.receive(ONE, TWO)
     at.settle()
-    (kept,) = (row for row in at.store.list_shards() if row.id == at.served.side.shard_ids[TWO.id])
+    (kept,) = (
+        row
+        for row in at.store.artifacts.list_shards()
+        if row.id == at.served.side.shard_ids[TWO.id]
+    )
     before = at.served.side.shards[kept.id]
     at.editor.revert([ONE.id], None, False)
     assert at.served.side.shards == {kept.id: before}
-    assert at.store.list_shards() == [kept]
+    assert at.store.artifacts.list_shards() == [kept]
     assert [path.stem for path in at.home.side_folder.iterdir()] == [kept.sha256]
     assert at.says(TWO.question) == "Lima" != at.says(ONE.question)
 
@@ -193,7 +205,11 @@ def test_what_is_not_said_tries_the_weights_and_leaves_no_trace(bench: Make) -> 
     at.editor.step()
     stored = at.store.find_fact(ONE.id)
     assert stored is not None and (stored.state, stored.attempts) == (FactState.RECEIVED, 1)
-    assert (at.store.read_side_keys(), at.store.list_shards(), at.served.side.shards) == (
+    assert (
+        at.store.artifacts.read_side_keys(),
+        at.store.artifacts.list_shards(),
+        at.served.side.shards,
+    ) == (
         [],
         [],
         {},
@@ -266,10 +282,9 @@ def test_a_key_that_cannot_be_put_in_place_leaves_nothing_of_its_batch(
 
 
 def test_the_reason_of_a_failure_is_a_sentence() -> None:
-    known = KeditError("too long", code="rejected")
-    assert as_learning_error(known) is known
-    made = as_learning_error(ValueError("no such layer"))
-    assert (made.code, str(made)) == ("unexpected", "unexpected: ValueError: no such layer")
+    assert describe_failure(KeditError("too long")) == "too long"
+    made = describe_failure(ValueError("no such layer"))
+    assert made == "unexpected: ValueError: no such layer"
 
 
 def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(

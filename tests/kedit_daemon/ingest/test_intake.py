@@ -42,13 +42,13 @@ class Desk:
         return [(f.fact.target, str(f.state)) for f in self.store.list_facts()]
 
     def kinds(self) -> list[str]:
-        return [kind for (kind,) in self.store.conn.execute("SELECT kind FROM events")]
+        return [kind for (kind,) in self.store.db.conn.execute("SELECT kind FROM events")]
 
     def names(self, folder: str) -> list[str]:
         return sorted(path.name for path in (self.folder / "inbox" / folder).iterdir())
 
     def submissions(self) -> list[tuple[int, int, int]]:
-        rows = self.store.conn.execute("SELECT accepted, failed, duplicates FROM submissions")
+        rows = self.store.db.conn.execute("SELECT accepted, failed, duplicates FROM submissions")
         return [tuple(row) for row in rows]
 
 
@@ -108,7 +108,7 @@ def test_facts_that_are_known_are_counted_as_duplicates(desk: Desk) -> None:
 def test_a_fact_that_has_ended_may_come_again(desk: Desk) -> None:
     desk.drop(ONE)
     (one,) = desk.store.list_facts()
-    with desk.store.transaction():
+    with desk.store.db.transaction():
         desk.store.change_state(one.id, FactState.REVERTED, reason="by hand")
     desk.drop(ONE)
     assert desk.states() == [("Oslo", "received")]

@@ -197,7 +197,7 @@ def test_a_format_that_would_have_been_recognised_changes_nothing() -> None:
 def test_a_dry_run_says_what_would_become_of_each_fact(home: Home, file: Path) -> None:
     chad, known = {**EYRE, "target": "Chad"}, {**OSLO, "target": "Norge"}
     store = Store(home.database_file, now)
-    with store.transaction():
+    with store.db.transaction():
         for record in (OSLO, EYRE):
             store.receive_fact(the_fact(record), "a", False)
             store.change_state(the_fact(record).id, FactState.LIVE_SIDE, tier="side")

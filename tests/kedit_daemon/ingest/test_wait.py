@@ -78,14 +78,14 @@ class Taker:
         while not self.stopping.is_set():
             for claim in self.inbox.claim_files(time.monotonic()):
                 parsed = parse_file(self.inbox.read_claim(claim), claim.name, None, LIMITS)
-                with store.transaction():
+                with store.db.transaction():
                     for _, fact in parsed.facts:
                         store.receive_fact(fact, claim.name, False)
                     counts = {"accepted": len(parsed.facts), "failed": 0, "duplicates": 0}
                     store.add_submission(claim.work_name, claim.name, "", **counts)
                 self.inbox.finish_claim(claim)
             time.sleep(0.05)
-            with store.transaction():
+            with store.db.transaction():
                 for stored in store.list_facts([FactState.RECEIVED]):
                     store.change_state(stored.id, self.outcome, reason="so told")
         store.close()
@@ -126,7 +126,7 @@ def test_waiting_ends_when_every_fact_is_settled(
 
 def test_waiting_does_not_take_an_earlier_end_for_the_new_one(home: Home, file: Path) -> None:
     store = Store(home.database_file, now)
-    with store.transaction():
+    with store.db.transaction():
         store.receive_fact(the_fact(EYRE), "a", False)
         store.change_state(the_fact(EYRE).id, FactState.FAILED)
     store.close()

@@ -31,7 +31,7 @@ def at(tmp_path: Path, model: EditableModel) -> Iterator[Published]:
     at.learn(OSLO, 2, seed=2)
     at.generation(1)
     at.generation(2)
-    newest = event_log.read_newest_event(at.store.conn)
+    newest = event_log.read_newest_event(at.store.db.conn)
     assert newest is not None
     event_log.write_head(at.home.head_file, newest)
     (at.home.state_folder / SITE_FILE).write_text("{}")
@@ -75,7 +75,10 @@ def test_it_holds_what_the_database_names_and_no_more(at: Published, tmp_path: P
     at.forget(ROME, 1)  # its file is there still
     made = create_backup(at.home, tmp_path / "backup", NOW)
     tensors = [at.file_of(1), at.file_of(2)]
-    tensors += [at.home.side_folder / f"{row.sha256}.safetensors" for row in at.store.list_shards()]
+    tensors += [
+        at.home.side_folder / f"{row.sha256}.safetensors"
+        for row in at.store.artifacts.list_shards()
+    ]
     names = {str(p.relative_to(at.home.root)) for p in tensors}
     names |= {"config.toml", "state/kedit.db", "state/audit.head", f"state/{SITE_FILE}"}
     names |= {"state/statistics-0123456789abcdef.safetensors"}
@@ -84,8 +87,8 @@ def test_it_holds_what_the_database_names_and_no_more(at: Published, tmp_path: P
     assert json.loads((made.path / MANIFEST).read_bytes()) == told
     assert told["files"] == {name: hash_file(made.path / name) for name in names}
     newest, weights = (
-        event_log.read_newest_event(at.store.conn),
-        at.store.get_generation(2).weights_hash,
+        event_log.read_newest_event(at.store.db.conn),
+        at.store.artifacts.get_generation(2).weights_hash,
     )
     assert newest is not None
     assert told["chain"] == {"seq": newest.seq, "hash": newest.hash}
@@ -109,7 +112,7 @@ def test_it_is_read_where_nothing_can_be_written_beside_it(made: Backup) -> None
 def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
     at: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, shards = shutil.copy, {row.sha256: row.id for row in at.store.list_shards()}
+    real, shards = shutil.copy, {row.sha256: row.id for row in at.store.artifacts.list_shards()}
     before, after = at.learn(LIMA, 3, seed=3), {1: ROME, 2: OSLO}
 
     def drop(path: Path, fact: Fact, shard: int) -> None:
@@ -129,7 +132,7 @@ def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
     assert made.manifest["lost"] == []
     assert made.manifest["facts"] == {"live-side": 1, "reverted": 2}
     side = [p.stem for p in (made.path / "state/side").iterdir()]
-    assert side == [row.sha256 for row in at.store.list_shards()]
+    assert side == [row.sha256 for row in at.store.artifacts.list_shards()]
     assert check_backup(made.path) == made
 
 
@@ -187,9 +190,9 @@ def test_a_home_holds_no_backup_of_itself(at: Published, tmp_path: Path) -> None
 
 
 def test_a_home_that_could_not_be_restored_gives_no_backup(at: Published, tmp_path: Path) -> None:
-    with at.store.transaction():
-        at.store.conn.execute("DROP TRIGGER events_no_update")
-        at.store.conn.execute("UPDATE events SET at = '2020' WHERE seq = 2")
+    with at.store.db.transaction():
+        at.store.db.conn.execute("DROP TRIGGER events_no_update")
+        at.store.db.conn.execute("UPDATE events SET at = '2020' WHERE seq = 2")
     with pytest.raises(KeditError, match="event 2 has been changed"):
         create_backup(at.home, tmp_path / "backup", NOW)
     assert {p.name for p in tmp_path.iterdir()} == {"home"}

@@ -33,10 +33,12 @@ def home(tmp_path: Path) -> Home:
 
 def used(home: Home, sha256: str | None = None) -> None:
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        event = store.write_event("started")
+    with store.db.transaction():
+        event = store.db.write_event("started")
         if sha256 is not None:
-            store.activate_generation(store.add_generation(sha256, "h", 0, "flush", [], {}))
+            store.artifacts.activate_generation(
+                store.artifacts.add_generation(sha256, "h", 0, "flush", [], {})
+            )
     store.close()
     write_head(home.head_file, event)
 

@@ -33,8 +33,8 @@ def used(tmp_path: Path) -> Home:
     home.config_file.write_text("# of today\n")
     (home.inbox_folder / "waits.jsonl").write_text("{}")
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.write_event("daemon_stopped")
+    with store.db.transaction():
+        store.db.write_event("daemon_stopped")
     store.close()
     return home
 

@@ -38,14 +38,14 @@ class Setup:
         self.home = make_home(root / "home")
         self.store = Store(self.home.database_file, lambda: NOW)
         self.out, self.now = root / "out", 0.0
-        with self.store.transaction():
-            self.store.set_meta("model", "m")
-            self.store.set_meta("base_hash", "0")
+        with self.store.db.transaction():
+            self.store.db.set_meta("model", "m")
+            self.store.db.set_meta("base_hash", "0")
 
     def switch(self, *fact_ids: str) -> int:
-        with self.store.transaction():
-            number = self.store.add_generation(None, "", None, "test", fact_ids, {})
-            self.store.activate_generation(number)
+        with self.store.db.transaction():
+            number = self.store.artifacts.add_generation(None, "", None, "test", fact_ids, {})
+            self.store.artifacts.activate_generation(number)
         return number
 
     def publisher(self, *program: str, **settings: Any) -> Publisher:
@@ -186,7 +186,7 @@ def test_older_exports_are_deleted(setup: Setup) -> None:
     publisher = setup.publisher(keep=1)
     for state in (FactState.REVERTED, FactState.LIVE_SIDE):
         setup.switch()
-        with setup.store.transaction():
+        with setup.store.db.transaction():
             setup.store.change_state(EYRE.id, state)
         until_done(publisher)
     (path,) = setup.out.iterdir()
@@ -281,14 +281,14 @@ def test_an_adapter_of_facts_that_are_gone_is_served_no_more(
     until_done(publisher)
     event = setup.events()[-1]
     assert (event["kind"], event["data"]["retry_seconds"]) == ("publish_failed", RETRY_SECONDS)
-    assert setup.store.get_meta(FAILURE_KEY) == event["data"]["reason"]
+    assert setup.store.db.get_meta(FAILURE_KEY) == event["data"]["reason"]
     setup.now += RETRY_SECONDS
     until_done(publisher)
     assert server.calls[-1] == ("/v1/unload_lora_adapter", {"lora_name": name})
     event = setup.events()[-1]
     assert (event["kind"], event["data"]) == ("published", {"generation": last, "export": None})
     assert noted.read_text() == f" {last}  {last} "  # it was run twice
-    assert setup.store.get_meta(FAILURE_KEY) is None
+    assert setup.store.db.get_meta(FAILURE_KEY) is None
     count = len(server.calls)
     until_done(publisher)
     assert len(server.calls) == count
@@ -306,9 +306,9 @@ def test_without_facts_and_a_folder_there_is_nothing_to_take_away(
 def test_a_failure_is_forgotten_when_nothing_is_to_be_published(setup: Setup) -> None:
     setup.switch()
     until_done(setup.publisher(FAILING))
-    assert "no such server" in (setup.store.get_meta(FAILURE_KEY) or "")
+    assert "no such server" in (setup.store.db.get_meta(FAILURE_KEY) or "")
     Publisher(PublishConfig(), setup.home, setup.store, lambda: 0.0).poll_attempt()
-    assert setup.store.get_meta(FAILURE_KEY) is None
+    assert setup.store.db.get_meta(FAILURE_KEY) is None
 
 
 def test_a_failure_that_lasts_for_months_is_tried_again_each_hour(setup: Setup) -> None:

@@ -40,7 +40,7 @@ def home(tmp_path: Path) -> Home:
 def opened(home: Home, now: datetime = NOW) -> Iterator[Store]:
     store = Store(home.database_file, lambda: now)
     try:
-        with store.transaction():
+        with store.db.transaction():
             yield store
     finally:
         store.close()
@@ -94,8 +94,8 @@ def test_a_healthy_daemon(home: Home) -> None:
         store.receive_fact(fact(1), "a.jsonl", False)
         store.change_state(fact(1).id, FactState.LIVE_SIDE, tier="side")
     with opened(home) as store:
-        store.set_meta("started_at", "2026-03-01T10:00:00.000Z")
-        store.set_meta("pid", str(os.getpid()))
+        store.db.set_meta("started_at", "2026-03-01T10:00:00.000Z")
+        store.db.set_meta("pid", str(os.getpid()))
         for n in (2, 3):
             store.receive_fact(fact(n), "b.jsonl", False)
             store.change_state(fact(n).id, FactState.LIVE_SIDE, tier="side")
@@ -190,8 +190,8 @@ def test_verdicts(home: Home, verdict: str, command: str, code: int) -> None:
 
 def test_a_paused_daemon_needs_a_person(home: Home) -> None:
     with opened(home) as store:
-        store.set_meta("paused", "disk full")
-        store.set_meta("pid", str(os.getpid()))
+        store.db.set_meta("paused", "disk full")
+        store.db.set_meta("pid", str(os.getpid()))
     assert found(home)["state"] == "stopped"
     with lock.hold_lock(home.lock_file):
         seen = found(home)
@@ -200,9 +200,9 @@ def test_a_paused_daemon_needs_a_person(home: Home) -> None:
 
 def test_a_daemon_that_starts_is_not_taken_for_the_one_before(home: Home) -> None:
     with opened(home) as store:
-        store.set_meta("pid", "1")
-        store.set_meta("started_at", "2026-03-01T10:00:00.000Z")
-        store.set_meta("paused", "disk full")
+        store.db.set_meta("pid", "1")
+        store.db.set_meta("started_at", "2026-03-01T10:00:00.000Z")
+        store.db.set_meta("paused", "disk full")
     with lock.hold_lock(home.lock_file):
         seen = found(home)
     assert (seen["state"], seen["since"], seen["pid"]) == ("starting", None, os.getpid())
@@ -211,7 +211,7 @@ def test_a_daemon_that_starts_is_not_taken_for_the_one_before(home: Home) -> Non
 
 def test_flushes_that_are_held_back_need_a_person(home: Home) -> None:
     with opened(home) as store:
-        store.set_meta(FLUSH_HELD, "norm of layer 4 is 1.7 of the base")
+        store.db.set_meta(FLUSH_HELD, "norm of layer 4 is 1.7 of the base")
     with lock.hold_lock(home.lock_file):
         told = "flushes are held back: norm of layer 4 is 1.7 of the base"
         assert messages(home) == [(told, "kedit-daemon consolidate", True)]
@@ -219,13 +219,13 @@ def test_flushes_that_are_held_back_need_a_person(home: Home) -> None:
 
 def test_publishing_that_failed_needs_a_person_until_it_succeeds(home: Home) -> None:
     with opened(home) as store:
-        store.set_meta(PUBLISH_FAILED, "error[rank]: the adapter would have the rank 600")
+        store.db.set_meta(PUBLISH_FAILED, "error[rank]: the adapter would have the rank 600")
     with lock.hold_lock(home.lock_file):
         told = "publishing has failed: error[rank]: the adapter would have the rank 600"
         assert messages(home) == [(told, "kedit-daemon log --kind publish_failed --limit 1", True)]
         assert found(home)["publish_failed"] == "error[rank]: the adapter would have the rank 600"
         with opened(home) as store:
-            store.set_meta(PUBLISH_FAILED, None)
+            store.db.set_meta(PUBLISH_FAILED, None)
         assert choose_exit_code(found(home)) == 0
 
 
@@ -269,8 +269,8 @@ def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
     keys = ("weights_facts", "weights_capacity", "weights_limit")
     assert [seen[key] for key in keys] == [1, None, None]
     with opened(home) as store:
-        store.set_meta(CAPACITY_KEY, "170")
-        store.set_meta(LIMIT_KEY, "norm of layer 2")
+        store.db.set_meta(CAPACITY_KEY, "170")
+        store.db.set_meta(LIMIT_KEY, "norm of layer 2")
     seen = found(home)
     assert [seen[key] for key in keys] == [1, 170, "norm of layer 2"]
 
@@ -280,7 +280,7 @@ def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
         for n in range(3):
             store.receive_fact(fact(n), "a.jsonl", False)
         store.change_state(fact(0).id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
-        store.set_meta(CAPACITY_KEY, "1")
+        store.db.set_meta(CAPACITY_KEY, "1")
     with lock.hold_lock(home.lock_file):
         assert messages(home) == []  # nothing stays beside
         for n, told in ((1, "1 fact stays"), (2, "2 facts stay")):
@@ -290,7 +290,7 @@ def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
             assert messages(home) == [(text, "kedit-daemon facts --state live-side", False)]
         assert choose_exit_code(found(home)) == 0
         with opened(home) as store:
-            store.set_meta(CAPACITY_KEY, "2")
+            store.db.set_meta(CAPACITY_KEY, "2")
         assert messages(home) == []
 
 

@@ -70,7 +70,7 @@ def test_the_engine_is_told_of(running: Running) -> None:
 def test_the_home_is_told_of_and_no_text_of_facts(running: Running) -> None:
     store = Store(running.home.database_file, lambda: NOW - timedelta(seconds=90))
     figures = {"norm_ratio": {"2": 1.25, "3": "inf"}, "chain_intact": True}
-    with store.transaction():
+    with store.db.transaction():
         store.add_audit(0, "warn", figures, [], 0.5)
     store.close()
     (running.home.inbox_folder / "failed" / "a.jsonl.error.json").write_text("{}")
@@ -105,12 +105,12 @@ def test_the_fact_that_has_waited_longest_is_told_of(tmp_path: Path) -> None:
     store = Store(home.database_file, lambda: times[-1])
     registry.register(HomeCollector(home, lambda: NOW))
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0
-    with store.transaction():
+    with store.db.transaction():
         store.receive_fact(seat(1), "a.jsonl", False)
         times.append(NOW)
         store.receive_fact(seat(2), "a.jsonl", False)
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 1200
-    with store.transaction():
+    with store.db.transaction():
         store.change_state(seat(1).id, FactState.LIVE_SIDE)
     store.close()
     assert registry.get_sample_value("kedit_oldest_waiting_seconds") == 0

@@ -47,7 +47,7 @@ def take(running: Running, stop: FactState | None = None) -> int:
     claims = inbox.pending_claims()
     for claim in claims:
         intake.take_file(claim)
-    with store.transaction():
+    with store.db.transaction():
         for fact in store.list_facts((FactState.RECEIVED,)) if stop else ():
             store.change_state(fact.id, stop or FactState.RECEIVED, reason="because")
     store.close()

@@ -28,13 +28,13 @@ def store(path: Path) -> Iterator[Store]:
 
 
 def events(store: Store) -> int:
-    return event_log.verify_chain(store.conn, None).events
+    return event_log.verify_chain(store.db.conn, None).events
 
 
 def test_the_connection_is_set_up_for_durability(store: Store) -> None:
     ask = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "recursive_triggers": 1}
     for name, value in ask.items():
-        assert store.conn.execute(f"PRAGMA {name}").fetchone() == (value,)
+        assert store.db.conn.execute(f"PRAGMA {name}").fetchone() == (value,)
 
 
 def test_plugins_of_sqlite_utils_do_not_run(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ Store(Path({str(tmp_path / "kedit.db")!r}), lambda: datetime.now(UTC)).close()
 def test_times_are_utc_and_sort_as_text(path: Path) -> None:
     moment = datetime(2026, 1, 1, 9, 0, 0, 5000, tzinfo=timezone(timedelta(hours=9)))
     with closing(Store(path, lambda: moment)) as store:
-        assert store.format_now() == "2026-01-01T00:00:00.005Z"
+        assert store.db.format_now() == "2026-01-01T00:00:00.005Z"
 
 
 def test_a_missing_folder_names_the_remedy(tmp_path: Path) -> None:
@@ -67,42 +67,46 @@ def test_a_missing_folder_names_the_remedy(tmp_path: Path) -> None:
 
 
 def test_a_transaction_that_fails_leaves_nothing(store: Store) -> None:
-    with pytest.raises(KeyboardInterrupt), store.transaction():
+    with pytest.raises(KeyboardInterrupt), store.db.transaction():
         store.receive_fact(EYRE, "a.jsonl", False)
-        store.set_meta("a", "b")
+        store.db.set_meta("a", "b")
         raise KeyboardInterrupt
-    assert (store.list_facts(), events(store), store.get_meta("a")) == ([], 0, None)
+    assert (store.list_facts(), events(store), store.db.get_meta("a")) == ([], 0, None)
 
 
 def test_a_broken_reference_fails_the_whole_transaction(store: Store) -> None:
-    with pytest.raises(sqlite3.IntegrityError), store.transaction():
-        store.set_meta("a", "b")
-        store.put_terms("unknown", b"x")
-    assert store.get_meta("a") is None
+    with pytest.raises(sqlite3.IntegrityError), store.db.transaction():
+        store.db.set_meta("a", "b")
+        store.artifacts.put_terms("unknown", b"x")
+    assert store.db.get_meta("a") is None
 
 
 def test_transactions_do_not_nest(store: Store) -> None:
-    with pytest.raises(KeditError, match="already open"), store.transaction(), store.transaction():
+    with (
+        pytest.raises(KeditError, match="already open"),
+        store.db.transaction(),
+        store.db.transaction(),
+    ):
         pass
-    assert not store.conn.in_transaction
+    assert not store.db.conn.in_transaction
 
 
 def test_no_other_writer_gets_into_a_transaction(store: Store, path: Path) -> None:
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
-        with store.transaction():
+        with store.db.transaction():
             with pytest.raises(sqlite3.OperationalError, match="locked"):
                 other.execute("BEGIN IMMEDIATE")
-            store.set_meta("a", "b")
+            store.db.set_meta("a", "b")
         other.execute("BEGIN IMMEDIATE")
 
 
 def test_writes_outside_a_transaction_are_refused(store: Store) -> None:
     with pytest.raises(KeditError, match="outside a transaction"):
-        store.set_meta("a", "b")
+        store.db.set_meta("a", "b")
     with pytest.raises(KeditError, match="outside a transaction"):
         store.receive_fact(EYRE, "a.jsonl", False)
     with pytest.raises(KeditError, match="outside a transaction"):
-        store.write_event("x")
+        store.db.write_event("x")
     assert store.list_facts() == []
 
 
@@ -117,9 +121,9 @@ from pathlib import Path
 from memory.facts import Fact
 from memory.db.store import Store
 store = Store(Path({str(path)!r}), lambda: datetime.now(UTC))
-with store.transaction():
+with store.db.transaction():
     store.receive(Fact("a", "b", "c"), "f", False)
-with store.transaction():
+with store.db.transaction():
     store.receive(Fact("d", "e", "f"), "f", False)
     {last}
 os._exit(9)
@@ -127,15 +131,15 @@ os._exit(9)
     assert subprocess.run([sys.executable, "-c", code]).returncode == 9
     with closing(Store(path, lambda: datetime.now(UTC))) as store:
         assert len(store.list_facts()) == kept
-        assert event_log.verify_chain(store.conn, None).events == kept
+        assert event_log.verify_chain(store.db.conn, None).events == kept
 
 
 def test_meta_is_set_changed_and_removed(store: Store) -> None:
-    assert store.get_meta("paused", "no") == "no"
-    with store.transaction():
-        store.set_meta("paused", "disk full")
-        store.set_meta("paused", "by hand")
-    assert store.get_meta("paused") == "by hand"
-    with store.transaction():
-        store.set_meta("paused", None)
-    assert store.get_meta("paused") is None
+    assert store.db.get_meta("paused", "no") == "no"
+    with store.db.transaction():
+        store.db.set_meta("paused", "disk full")
+        store.db.set_meta("paused", "by hand")
+    assert store.db.get_meta("paused") == "by hand"
+    with store.db.transaction():
+        store.db.set_meta("paused", None)
+    assert store.db.get_meta("paused") is None

@@ -37,8 +37,8 @@ def follower(store: Store, tmp_path: Path) -> Iterator[Follower]:
 
 def test_it_tells_whether_anyone_has_written(store: Store, follower: Follower) -> None:
     assert [follower.has_changed(), follower.has_changed()] == [True, False]
-    with store.transaction():
-        store.set_meta("a", "b")
+    with store.db.transaction():
+        store.db.set_meta("a", "b")
     assert [follower.has_changed(), follower.has_changed()] == [True, False]
     follower.forget_version()
     assert follower.has_changed()
@@ -50,14 +50,14 @@ def test_only_facts_that_are_live_with_all_they_need_are_told(
     (row,) = follower.list_live_rows()
     assert (row.fact_id, row.shard_id, row.file_sha256, row.threshold) == (ROME.id, 1, "aa", 0.5)
     assert follower.read_live_fact(ROME.id) == (ROME, b"keys")
-    with store.transaction():
-        store.put_side_keys(ROME.id, 1, b"newer keys")
+    with store.db.transaction():
+        store.artifacts.put_side_keys(ROME.id, 1, b"newer keys")
     assert follower.list_live_rows() != [row]
-    with store.transaction():
-        store.drop_shard(1)
+    with store.db.transaction():
+        store.artifacts.drop_shard(1)
     assert follower.list_live_rows() == []
-    with store.transaction():
-        store.drop_side_keys(ROME.id)
+    with store.db.transaction():
+        store.artifacts.drop_side_keys(ROME.id)
     with pytest.raises(KeditError, match="not in the side memory"):
         follower.read_live_fact(ROME.id)
 
@@ -65,8 +65,8 @@ def test_only_facts_that_are_live_with_all_they_need_are_told(
 def test_a_moment_stays_what_it_was(store: Store, follower: Follower) -> None:
     with follower.read_snapshot():
         before = follower.list_live_rows()
-        with store.transaction():
-            store.drop_side_keys(ROME.id)
+        with store.db.transaction():
+            store.artifacts.drop_side_keys(ROME.id)
         assert follower.list_live_rows() == before
     assert follower.list_live_rows() == []
 
@@ -78,4 +78,4 @@ def test_it_reads_from_any_thread_and_never_writes(follower: Follower) -> None:
     reader.join()
     assert found == [True] and not follower.has_generation(1)
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        follower.conn.execute("DELETE FROM meta")
+        follower.db.conn.execute("DELETE FROM meta")

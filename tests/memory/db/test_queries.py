@@ -59,11 +59,11 @@ def test_a_writer_behind_a_mount_that_is_read_only_is_seen(
 
     monkeypatch.setattr(os, "statvfs", read_only)
     with closing(Store(path, Days())) as store:
-        store.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store.db.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         with closing(open_readonly(path)) as conn:
             before = len(list(fetch_events(conn)))
-            with store.transaction():
-                store.write_event("daemon_stopped")
+            with store.db.transaction():
+                store.db.write_event("daemon_stopped")
             assert len(list(fetch_events(conn))) == before + 1
 
 
@@ -91,14 +91,14 @@ def test_nothing_can_be_written(conn: sqlite3.Connection) -> None:
 
 def test_reading_and_writing_do_not_wait_for_each_other(path: Path, ids: list[str]) -> None:
     with closing(Store(path, lambda: TODAY)) as store, closing(open_readonly(path)) as conn:
-        with store.transaction():
+        with store.db.transaction():
             store.change_state(ids[2], FactState.LIVE_SIDE, tier="side")
             assert fetch_overview(conn)["tiers"]["side"] == 1
         assert fetch_overview(conn)["tiers"]["side"] == 2
         half_read = fetch_events(conn)
         next(half_read)
-        with store.transaction():
-            store.set_meta("a", "b")
+        with store.db.transaction():
+            store.db.set_meta("a", "b")
 
 
 def test_facts_are_found_by_state_and_subject(conn: sqlite3.Connection, ids: list[str]) -> None:
@@ -211,7 +211,7 @@ def test_pages_go_back_from_the_newest(ids: list[str], path: Path) -> None:
 def test_which_facts_in_the_weights_ask_just_this(path: Path) -> None:
     eyre = Fact("Lake Eyre", "{} lies in", "Australia", paraphrases=("Where {} is:", "Its land:"))
     beside = Fact("Lake Chad", "{} lies in", "Chad", paraphrases=("Its land:",))
-    with closing(Store(path, Days())) as store, store.transaction():
+    with closing(Store(path, Days())) as store, store.db.transaction():
         for fact in (eyre, beside):
             store.receive_fact(fact, "a.jsonl", direct=False)
         store.change_state(eyre.id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)

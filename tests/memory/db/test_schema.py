@@ -28,12 +28,12 @@ def store(path: Path) -> Iterator[Store]:
 
 
 def received(store: Store, fact: Fact = EYRE) -> str:
-    with store.transaction():
+    with store.db.transaction():
         return store.receive_fact(fact, "a.jsonl", False).id
 
 
 def test_tables_are_strict(store: Store) -> None:
-    loose = store.conn.execute(
+    loose = store.db.conn.execute(
         "SELECT name FROM pragma_table_list WHERE schema = 'main' AND NOT strict"
         " AND name NOT LIKE 'sqlite_%' AND name <> '_sqlite_migrations'"
     ).fetchall()
@@ -51,10 +51,10 @@ def test_tables_are_strict(store: Store) -> None:
 @pytest.mark.parametrize("recursive", ["ON", "OFF"])
 def test_events_are_append_only(store: Store, statement: str, recursive: str) -> None:
     received(store)
-    store.conn.execute(f"PRAGMA recursive_triggers={recursive}")
-    with pytest.raises(sqlite3.IntegrityError, match="append-only"), store.transaction():
-        store.conn.execute(statement)
-    assert event_log.verify_chain(store.conn, None).events == 1
+    store.db.conn.execute(f"PRAGMA recursive_triggers={recursive}")
+    with pytest.raises(sqlite3.IntegrityError, match="append-only"), store.db.transaction():
+        store.db.conn.execute(statement)
+    assert event_log.verify_chain(store.db.conn, None).events == 1
 
 
 @pytest.mark.parametrize("damage", ["page", "header", "cut"])
@@ -93,7 +93,8 @@ def test_what_a_crash_began_before_the_log_is_in_use_is_undone(path: Path) -> No
     with closing(Store(crashed, lambda: datetime.now(UTC))) as store:
         assert [f.id for f in store.list_facts()] == [EYRE.id]
         assert (
-            store.conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchall() == []
+            store.db.conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'half'").fetchall()
+            == []
         )
 
 

@@ -23,7 +23,7 @@ def test_commands_that_need_the_daemon(home: Home, words: list[str]) -> None:
 
 
 def test_a_refusal_comes_through_as_it_is(home: Home) -> None:
-    refusal = KeditError("busy with a flush", code="busy", hint="wait", exit_code=75)
+    refusal = KeditError("busy with a flush", code="busy", hint="wait")
     with daemon(home, audit=refusal):
         result = called(home, "audit")
     assert result.exit_code == 75

@@ -41,8 +41,8 @@ def test_json(home: Home, tmp_path: Path) -> None:
 
 def test_what_the_home_has_lost_is_told(home: Home, tmp_path: Path) -> None:
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.add_generation("ab" * 32, "", 0, "flush", (), {})
+    with store.db.transaction():
+        store.artifacts.add_generation("ab" * 32, "", 0, "flush", (), {})
     store.close()
     result = called(home, "backup", str(tmp_path / "backup"))
     assert result.exit_code == 0

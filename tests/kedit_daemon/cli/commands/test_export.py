@@ -17,9 +17,9 @@ from memory.facts import FactState
 def home(tmp_path: Path) -> Iterator[Home]:
     made = make_home(tmp_path / "home")
     store = Store(made.database_file, lambda: NOW)
-    with store.transaction():
-        store.set_meta("model", "/srv/models/my model\x1b")
-        store.set_meta("base_hash", "ab" * 32)
+    with store.db.transaction():
+        store.db.set_meta("model", "/srv/models/my model\x1b")
+        store.db.set_meta("base_hash", "ab" * 32)
     store.close()
     yield made
 
@@ -66,7 +66,7 @@ def test_the_manifest_says_what_is_in_it(home: Home, tmp_path: Path) -> None:
 def test_keep_and_what_was_deleted(home: Home, tmp_path: Path) -> None:
     first = Path(called(home, "export", "facts", str(tmp_path / "a")).stdout.strip())
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
+    with store.db.transaction():
         store.change_state(EYRE.id, FactState.REVERTED)
     store.close()
     done = called(home, "export", "facts", str(tmp_path / "a"), "--keep", "1")

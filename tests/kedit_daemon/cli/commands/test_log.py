@@ -61,8 +61,8 @@ def test_following_tells_what_comes(home: Home) -> None:
     for _ in range(7):
         child.stdout.readline()
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.write_event("later")
+    with store.db.transaction():
+        store.db.write_event("later")
     store.close()
     assert json.loads(child.stdout.readline())["kind"] == "later"
     child.send_signal(signal.SIGINT)
@@ -141,7 +141,7 @@ def test_what_is_mistyped_is_an_error_that_suggests(home: Home) -> None:
 
 def test_a_revert_tells_the_answer_that_went(home: Home) -> None:
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
+    with store.db.transaction():
         store.change_state(EYRE.id, FactState.REVERTED, reason="wrong", after="Egypt")
     store.close()
     text = called(home, "log", "--kind", "fact_reverted").stdout
@@ -156,9 +156,9 @@ def test_following_begins_with_the_last_few(home: Home) -> None:
     assert child.stdout is not None
     assert json.loads(child.stdout.readline())["seq"] == 7
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.write_event("later")
-        store.write_event("later")
+    with store.db.transaction():
+        store.db.write_event("later")
+        store.db.write_event("later")
     store.close()
     assert [json.loads(child.stdout.readline())["seq"] for _ in range(2)] == [8, 9]
     child.send_signal(signal.SIGINT)

@@ -38,8 +38,8 @@ def filled(root: Path, model: Path, cache: Path, facts: Sequence[Fact] = FACTS) 
     """A home with facts in the weights; the model that serves them stays edited."""
     config = Config.model_validate(LOOSE)
     made = Bench(root, load_model(str(model), "cpu", cache, iter), Clock(), config)
-    with made.store.transaction():
-        made.store.set_meta("model", made.loaded.name)  # as the daemon does
+    with made.store.db.transaction():
+        made.store.db.set_meta("model", made.loaded.name)  # as the daemon does
     for path in cache.iterdir():
         shutil.copyfile(path, made.home.state_folder / path.name)
     made.receive(*facts, direct=True)
@@ -83,7 +83,7 @@ def own(edited: Edited, tmp_path: Path) -> Iterator[Callable[..., Home]]:
             home.database_file.unlink()
             conn.execute("VACUUM INTO ?", (str(home.database_file),))
         store = Store(home.database_file, Clock())
-        with store.transaction():
+        with store.db.transaction():
             change(store)
         store.close()
         return home
@@ -153,7 +153,9 @@ def test_a_delta_without_facts_brings_a_server_back_to_the_base(
         base_hash = at.weights_hash()
 
     def empty(store: Store) -> None:
-        store.activate_generation(store.add_generation(None, base_hash, 1, "all reverted", [], {}))
+        store.artifacts.activate_generation(
+            store.artifacts.add_generation(None, base_hash, 1, "all reverted", [], {})
+        )
 
     home = own(empty)
     written(home, "delta", tmp_path / "delta")
@@ -187,7 +189,7 @@ def test_of_a_model_of_16_bits_only_what_is_edited_is_wider_and_the_loss_is_told
         assert lost == pytest.approx(float(off / delta), rel=1e-3)
         assert 0 < lost < 0.1
     assert "loads them as bfloat16" in found.notes[0]
-    with at.store.transaction():
+    with at.store.db.transaction():
         first = still(at, at.home, at.store)
     found = written(at.home, "delta", tmp_path / "still")
     assert first not in {edited[name] for name in found.manifest_entries["rounding"]}
@@ -196,7 +198,7 @@ def test_of_a_model_of_16_bits_only_what_is_edited_is_wider_and_the_loss_is_told
 
 
 def of_model(folder: Path) -> Callable[[Store], None]:
-    return lambda store: store.set_meta("model", str(folder))
+    return lambda store: store.db.set_meta("model", str(folder))
 
 
 def test_a_model_in_parts_stays_in_parts(
@@ -247,10 +249,10 @@ def test_weights_that_are_not_the_ledgers_are_refused(
     own: Callable[..., Home], tmp_path: Path
 ) -> None:
     def forge(store: Store) -> None:
-        row = store.get_generation(store.active_generation())
+        row = store.artifacts.get_generation(store.artifacts.active_generation())
         facts = row.fact_ids
-        store.activate_generation(
-            store.add_generation(row.sha256, "0" * 64, row.id, "odd", facts, {})
+        store.artifacts.activate_generation(
+            store.artifacts.add_generation(row.sha256, "0" * 64, row.id, "odd", facts, {})
         )
 
     home = own(forge)
@@ -265,7 +267,7 @@ def test_weights_that_are_not_the_ledgers_are_refused(
 def test_terms_that_give_other_weights_are_refused(
     own: Callable[..., Home], tmp_path: Path
 ) -> None:
-    home = own(lambda store: store.put_terms(FACTS[0].id, store.terms(FACTS[1].id)))
+    home = own(lambda store: store.artifacts.put_terms(FACTS[0].id, store.terms(FACTS[1].id)))
     with pytest.raises(KeditError, match="other weights than generation 1") as caught:
         written(home, "lora", tmp_path / "lora")
     assert "consolidate" in caught.value.hint
@@ -274,15 +276,20 @@ def test_terms_that_give_other_weights_are_refused(
 
 def still(at: Bench, home: Home, store: Store) -> int:
     """Make the first edited layer bear nothing, in the terms and in what was solved from them."""
-    row, first = store.get_generation(store.active_generation()), min(at.loaded.layers)
+    row, first = (
+        store.artifacts.get_generation(store.artifacts.active_generation()),
+        min(at.loaded.layers),
+    )
     for fact_id in row.fact_ids:
-        terms = load(store.read_terms(fact_id))
+        terms = load(store.artifacts.read_terms(fact_id))
         terms[f"residual/{first}"].zero_()
-        store.put_terms(fact_id, save(terms))
+        store.artifacts.put_terms(fact_id, save(terms))
     deltas = {n: d * (n != first) for n, d in at.served.active_deltas.items()}
     sha = save_tensors(home.generations_folder, {str(n): d for n, d in deltas.items()})
     served = Checkpoint(Path(at.loaded.name)).weights_hash(at.loaded.layers, deltas)
-    store.activate_generation(store.add_generation(sha, served, row.id, "still", row.fact_ids, {}))
+    store.artifacts.activate_generation(
+        store.artifacts.add_generation(sha, served, row.id, "still", row.fact_ids, {})
+    )
     return first
 
 

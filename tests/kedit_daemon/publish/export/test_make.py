@@ -38,9 +38,9 @@ def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
         seat(4, "Oslo"),
     ]
     store = Store(home.database_file, Clock())
-    with store.transaction():
-        store.set_meta("model", "m")
-        store.set_meta("base_hash", "0")
+    with store.db.transaction():
+        store.db.set_meta("model", "m")
+        store.db.set_meta("base_hash", "0")
         for fact in facts:
             store.receive_fact(fact, "facts.jsonl", False)
         store.change_state(facts[0].id, FactState.LIVE_SIDE)
@@ -57,12 +57,14 @@ def test_facts_come_back_as_they_were(tmp_path: Path) -> None:
 def test_the_manifest_tells_the_generation_and_leaves_time_out(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home")
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.set_meta("model", "m")
-        store.set_meta("base_hash", "0")
-        number = store.add_generation(None, "ab", 0, "asked for", [], {"norm": float("inf")})
-        store.activate_generation(number)
-    origin = store.conn.execute("SELECT hash FROM events WHERE seq = 1").fetchone()[0]
+    with store.db.transaction():
+        store.db.set_meta("model", "m")
+        store.db.set_meta("base_hash", "0")
+        number = store.artifacts.add_generation(
+            None, "ab", 0, "asked for", [], {"norm": float("inf")}
+        )
+        store.artifacts.activate_generation(number)
+    origin = store.db.conn.execute("SELECT hash FROM events WHERE seq = 1").fetchone()[0]
     store.close()
     made = create_export(home, "facts", tmp_path / "out", None)
     told = json.loads((made.placed.path / "manifest.json").read_bytes())
@@ -77,17 +79,19 @@ def test_what_is_exported_is_what_is_active_when_its_turn_comes(tmp_path: Path) 
     home, out = make_home(tmp_path / "home"), tmp_path / "out"
     out.mkdir()
     store = Store(home.database_file, lambda: NOW)
-    with store.transaction():
-        store.set_meta("model", "m")
-        store.set_meta("base_hash", "0")
+    with store.db.transaction():
+        store.db.set_meta("model", "m")
+        store.db.set_meta("base_hash", "0")
     other = os.open(out, os.O_RDONLY)  # another export into the same folder
     fcntl.flock(other, fcntl.LOCK_EX)
     with ThreadPoolExecutor() as pool:
         made = pool.submit(create_export, home, "facts", out, 1)
         with suppress(TimeoutError):
             made.result(0.5)
-        with store.transaction():
-            store.activate_generation(store.add_generation(None, "ab", 0, "meanwhile", [], {}))
+        with store.db.transaction():
+            store.artifacts.activate_generation(
+                store.artifacts.add_generation(None, "ab", 0, "meanwhile", [], {})
+            )
         os.close(other)
         assert made.result(30).placed.path.name.startswith("m-gen-1-facts-")
     store.close()

@@ -42,7 +42,7 @@ HOSTILE = Fact("<script>alert(1)</script>\x1b[2J", "{} \u202e is", "<b>\x07&amp;
 def home(tmp_path: Path) -> Home:
     """A home with a history and no daemon; a fact of hostile text is in it."""
     made = written_home(tmp_path / "home")
-    with written(made) as store, store.transaction():
+    with written(made) as store, store.db.transaction():
         store.receive_fact(HOSTILE, "<i>.jsonl", False)
         said = {"before": "\x1b]0;owned\x07 one two", "after": "one <script>three</script>"}
         store.change_state(HOSTILE.id, FactState.LIVE_SIDE, tier="side", **said)
@@ -82,7 +82,7 @@ def test_the_overview_of_a_daemon_that_does_not_run(client: TestClient) -> None:
 
 
 def test_the_overview_says_what_needs_a_person(home: Home) -> None:
-    with written(home) as store, store.transaction():
+    with written(home) as store, store.db.transaction():
         store.change_state(OSLO.id, FactState.FAILED, reason="it would not")
         store.add_audit(1, "warn", {"norm_ratio": {"4": 1.2}}, ["norm of layer 4"], 0.1)
     page = browser(home, clock=lambda: NOW).get("/").text
@@ -118,7 +118,7 @@ def test_an_empty_home_is_no_error(tmp_path: Path) -> None:
 
 def test_norms(home: Home) -> None:
     figures = {"norm_ratio": {"4": 1.2, "11": 1.05}, "perplexity_ratio": "nan", "agreement": 0.99}
-    with written(home) as store, store.transaction():
+    with written(home) as store, store.db.transaction():
         store.add_audit(1, "warn", {**figures, "retention": 0.9}, ["norm"], 0.1)
     client = browser(home, clock=lambda: NOW)
     page = client.get("/norms").text
@@ -170,9 +170,9 @@ def test_a_moment_that_cannot_be_read_is_explained(client: TestClient) -> None:
 
 
 def test_the_log_has_pages(home: Home) -> None:
-    with written(home) as store, store.transaction():
+    with written(home) as store, store.db.transaction():
         for _ in range(PAGE_SIZE):
-            store.write_event("resumed")
+            store.db.write_event("resumed")
     client = browser(home)
     page, seen = client.get("/log").text, list[str]()
     while True:
@@ -193,7 +193,7 @@ def test_the_log_shows_what_became_of_an_answer(client: TestClient) -> None:
 
 @pytest.mark.parametrize("path", ["/", "/log?kind=fact_reverted", f"/facts/{EYRE.id}"])
 def test_a_revert_shows_the_answer_that_went(home: Home, path: str) -> None:
-    with written(home) as store, store.transaction():
+    with written(home) as store, store.db.transaction():
         store.change_state(EYRE.id, FactState.REVERTED, reason="wrong", after="Egypt")
     page = browser(home, clock=lambda: NOW).get(path).text
     assert "<del>Australia</del> <ins>Egypt</ins>" in page
@@ -219,7 +219,7 @@ def test_facts_are_searched(client: TestClient, query: str, facts: set[Fact]) ->
 
 
 def test_facts_have_pages(home: Home) -> None:
-    with written(home) as store, store.transaction():
+    with written(home) as store, store.db.transaction():
         for n in range(PAGE_SIZE):
             store.receive_fact(Fact(f"Hill {n}", "{} lies in", "Peru"), "b.jsonl", False)
     client = browser(home)
@@ -245,7 +245,7 @@ def test_a_fact(client: TestClient) -> None:
 
 
 def test_what_has_ended_cannot_be_reverted(home: Home) -> None:
-    with written(home) as store, store.transaction():
+    with written(home) as store, store.db.transaction():
         store.change_state(OSLO.id, FactState.REVERTED, reason="by hand")
     page = browser(home).get(f"/facts/{OSLO.id}").text
     assert "Why by hand" in text_of(page)
@@ -451,7 +451,7 @@ def test_without_a_daemon_nothing_is_done_and_it_is_said(client: TestClient) -> 
 
 
 def test_a_refusal_is_shown(home: Home) -> None:
-    refusal = KeditError("busy with <b>a flush</b>", code="busy", hint="wait", exit_code=75)
+    refusal = KeditError("busy with <b>a flush</b>", code="busy", hint="wait")
     with daemon(home, audit=refusal):
         page = send(browser(home), "/actions/audit", "/")
     assert page.status_code == 409

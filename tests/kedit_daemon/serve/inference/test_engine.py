@@ -157,7 +157,7 @@ def greedy(model: EditableModel, prompt: str, tokens: int = 8) -> str:
 
 def edited(published: Published, generation: int, prompt: str, tokens: int = 8) -> str:
     """What a generation's weights say."""
-    row = published.store.get_generation(generation)
+    row = published.store.artifacts.get_generation(generation)
     published.model.set_deltas(load_deltas(published.home.generations_folder, row))
     said = greedy(published.model, prompt, tokens)
     published.model.set_deltas({})
@@ -579,9 +579,9 @@ def test_only_the_row_whose_numbers_break_fails(
     up = torch.zeros(hidden, 1)
     up[0, 0] = math.inf
     sha = save_shard(published.home.side_folder, Shard(Delta(up, torch.ones(1, width)), 1e-3))
-    with published.store.transaction():
-        published.store.drop_shard(1)
-        published.store.add_shard(1, sha, 1, 1e-3)
+    with published.store.db.transaction():
+        published.store.artifacts.drop_shard(1)
+        published.store.artifacts.add_shard(1, sha, 1, 1e-3)
     engine = make()
 
     async def both() -> list[Any]:
@@ -656,7 +656,7 @@ def test_nobody_is_lost_when_the_database_fails_for_one(
     engine = make()
     assert run(hear(engine, wish(model, PROMPTS[0], 1))).generation == number
     fine, deny = sqlite3.SQLITE_OK, sqlite3.SQLITE_DENY
-    engine.replica._follower.conn.set_authorizer(
+    engine.replica._follower.db.conn.set_authorizer(
         lambda _action, name, *_: deny if name == "generations" else fine
     )
 

@@ -15,9 +15,9 @@ def test_the_active_generation_is_served_from_the_first_moment(
     made = bench(kind="llama")
     store, shape = made.store, made.loaded.model.base_weight(0).shape
     sha = save_tensors(made.home.generations_folder, {"0": torch.zeros(shape)})
-    with store.transaction():
-        number = store.add_generation(sha, "", 0, "flush", (), {})
-        store.activate_generation(number)
+    with store.db.transaction():
+        number = store.artifacts.add_generation(sha, "", 0, "flush", (), {})
+        store.artifacts.activate_generation(number)
     reader = open_reader(made.home, Config(model=str(model_folder("llama")), device="cpu"))
     generation = reader.engine.status.generation
     reader.engine.close()

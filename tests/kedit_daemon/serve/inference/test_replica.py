@@ -47,7 +47,7 @@ def weights(model: EditableModel) -> str:
 
 def weights_of(published: Published, generation: int) -> str:
     """What the daemon's own model would be."""
-    row = published.store.get_generation(generation)
+    row = published.store.artifacts.get_generation(generation)
     published.model.set_deltas(load_deltas(published.home.generations_folder, row))
     found = weights(published.model)
     published.model.set_deltas({})
@@ -115,7 +115,7 @@ def test_a_look_at_an_unchanged_home_reads_nothing(published: Published, replica
     published.learn(ROME, 1)
     replica.sync()
     asked: list[str] = []
-    replica._follower.conn.set_trace_callback(asked.append)
+    replica._follower.db.conn.set_trace_callback(asked.append)
     replica.sync()
     assert asked == ["PRAGMA data_version"]
     published.learn(OSLO, 2)
@@ -144,8 +144,8 @@ def test_weights_that_were_laid_half_are_laid_anew(published: Published, replica
     sha = save_tensors(
         published.home.generations_folder, {"0": torch.ones(1), "1": torch.ones(3, 3)}
     )
-    with published.store.transaction():
-        bad = published.store.add_generation(sha, "", good, "flush", (), {})
+    with published.store.db.transaction():
+        bad = published.store.artifacts.add_generation(sha, "", good, "flush", (), {})
     replica.sync()
     replica.set_generation(good)
     with pytest.raises(RuntimeError):
@@ -219,7 +219,7 @@ def test_what_could_not_be_followed_is_tried_again_after_a_while(
     replica.sync()
     path.write_bytes(whole)
     asked: list[str] = []
-    replica._follower.conn.set_trace_callback(asked.append)
+    replica._follower.db.conn.set_trace_callback(asked.append)
     published.seconds += RETRY_SECONDS / 2
     replica.sync()
     assert (len(asked), len(replica.problems)) == (1, 1)
@@ -232,16 +232,16 @@ def test_a_change_that_nobody_foresaw_does_not_count_as_seen(
     published: Published, replica: Replica
 ) -> None:
     published.learn(ROME, 1)
-    with published.store.transaction():
-        published.store.put_side_keys(ROME.id, 1, b"whole, but no tensors")
+    with published.store.db.transaction():
+        published.store.artifacts.put_side_keys(ROME.id, 1, b"whole, but no tensors")
     for _ in range(2):
         with pytest.raises(SafetensorError):
             replica.sync()
 
 
 def test_a_generation_that_is_not_known_is_told(published: Published, replica: Replica) -> None:
-    with published.store.transaction():
-        published.store.set_meta("active_generation", "9")
+    with published.store.db.transaction():
+        published.store.db.set_meta("active_generation", "9")
     replica.sync()
     assert replica.generation == 0
     assert "no generation 9" in replica.problems[0]
@@ -253,7 +253,7 @@ def test_only_the_fact_that_is_damaged_is_missing(
 ) -> None:
     path = published.learn(ROME, 1)
     published.learn(OSLO, 2, seed=2)
-    conn = published.store.conn
+    conn = published.store.db.conn
     if damage == "file":
         path.write_bytes(b"noise")
     elif damage == "keys":
@@ -261,9 +261,9 @@ def test_only_the_fact_that_is_damaged_is_missing(
         conn.commit()
     else:
         width = published.model.hidden_size
-        with published.store.transaction():
+        with published.store.db.transaction():
             keys = RetrievalKeys(torch.full((1, width), torch.nan), torch.zeros(1, width))
-            published.store.put_side_keys(ROME.id, 1, pack_keys(keys))
+            published.store.artifacts.put_side_keys(ROME.id, 1, pack_keys(keys))
     replica.sync()
     assert fired(replica) == [None, OSLO.id, None]
     assert len(replica.problems) == 1
@@ -280,7 +280,7 @@ def test_a_database_that_cannot_be_read_is_told_and_read_again_later(
 ) -> None:
     published.learn(ROME, 1)
     deny, fine = sqlite3.SQLITE_DENY, sqlite3.SQLITE_OK
-    conn = replica._follower.conn
+    conn = replica._follower.db.conn
     conn.set_authorizer(lambda _action, name, *_: deny if name == "shards" else fine)
     replica.sync()
     assert "the database cannot be read: access to shards" in replica.problems[0]
@@ -291,7 +291,7 @@ def test_a_database_that_cannot_be_read_is_told_and_read_again_later(
 
 @pytest.mark.parametrize("tries", ["number_of", "use"])
 def test_a_reader_is_told_of_a_database_that_cannot_be_read(replica: Replica, tries: str) -> None:
-    replica._follower.conn.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
+    replica._follower.db.conn.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
     with pytest.raises(KeditError, match="cannot be read") as caught:
         getattr(replica, tries)(3)
     assert caught.value.code == "unreadable"
@@ -301,9 +301,9 @@ def test_a_layer_that_the_model_does_not_have_leaves_the_last_good_generation(
     published: Published, replica: Replica
 ) -> None:
     sha = save_tensors(published.home.generations_folder, {"no layer": torch.ones(1)})
-    with published.store.transaction():
-        published.store.activate_generation(
-            published.store.add_generation(sha, "", 0, "flush", (), {})
+    with published.store.db.transaction():
+        published.store.artifacts.activate_generation(
+            published.store.artifacts.add_generation(sha, "", 0, "flush", (), {})
         )
     replica.sync()
     assert replica.generation == 0
@@ -326,7 +326,7 @@ def test_nothing_is_ever_written(published: Published, replica: Replica) -> None
     fired(replica)
     assert listed() == before
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
-        replica._follower.conn.execute("DELETE FROM facts")
+        replica._follower.db.conn.execute("DELETE FROM facts")
 
 
 def test_a_home_made_for_another_model_is_refused(
