@@ -1,11 +1,16 @@
 """Where everything of one daemon lies. Imports nothing heavy: commands must answer at once."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from memory.errors import NoHome
+from memory.errors import NoHome, Unreadable
+
+if TYPE_CHECKING:
+    import sqlite3
 
 PROGRAM_NAME = "kedit-daemon"
 FOLDER_MODE = 0o750  # facts may be confidential; the group may read
@@ -111,3 +116,22 @@ class Home:
                 f"cannot make a home in {self.root}: {error}",
                 hint="choose a folder you may write with --home DIR or KEDIT_HOME",
             ) from error
+
+
+@contextmanager
+def open_database(home: Home) -> Iterator["sqlite3.Connection"]:
+    """Open the home's database for reading. Raises Unreadable where it cannot be read."""
+    import sqlite3
+
+    from memory.db.queries import open_readonly
+
+    conn = open_readonly(home.database_file)
+    try:
+        yield conn
+    except sqlite3.Error as error:
+        raise Unreadable(
+            f"{home.database_file} cannot be read: {error}",
+            hint="kedit-daemon doctor",
+        ) from error
+    finally:
+        conn.close()

@@ -2,8 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,7 +10,7 @@ import click
 
 from kedit_daemon.home import Home
 from memory.db.event_log import replace_non_finite
-from memory.errors import KeditError, Unreadable
+from memory.errors import KeditError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -47,25 +46,6 @@ def add_dry_run_option(command: Command) -> Command:
 def print_json(value: Any, indent: int | None = 2) -> None:
     """JSON in plain ASCII, so that no terminal obeys what is in it; what JSON lacks is a word."""
     click.echo(json.dumps(replace_non_finite(value), indent=indent, allow_nan=False))
-
-
-@contextmanager
-def open_database(home: Home) -> Iterator["sqlite3.Connection"]:
-    """The home's database for reading; what is wrong with it comes as a KeditError."""
-    import sqlite3
-
-    from memory.db.queries import open_readonly
-
-    conn = open_readonly(home.database_file)
-    try:
-        yield conn
-    except sqlite3.Error as error:
-        raise Unreadable(
-            f"{home.database_file} cannot be read: {error}",
-            hint="kedit-daemon doctor",
-        ) from error
-    finally:
-        conn.close()
 
 
 def call_daemon(session: CliContext, name: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ COMMAND_PATHS = {
     "export": "cli.commands.export:export",
     "backup": "cli.commands.backup:backup",
     "restore": "cli.commands.backup:restore",
-    "bench": "bench.command:bench",
+    "bench": "cli.commands.bench:bench",
     "doctor": "cli.commands.home:doctor",
     "demo": "cli.commands.home:demo",
     "completion": "cli.commands.shell:completion",

@@ -270,7 +270,8 @@ class Auditor:
         if found is None:
             return "nothing to revert"
         self.quarantine.quarantine_facts(found.culprits, found.surplus, "; ".join(verdict.reasons))
-        return f"quarantined {len(found.culprits)} facts, moved {len(found.surplus)} to the side"
+        moved = f"moved {len(found.surplus)} to the side memory"
+        return f"quarantined {len(found.culprits)} facts, {moved}"
 
     def _find_culprits(
         self, ids: Sequence[str], older: Sequence[str]

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit_daemon.cli.context import open_database
 from kedit_daemon.editing.model_loading import OpenedModel, read_canary_lines
-from kedit_daemon.home import Home
+from kedit_daemon.home import Home, open_database
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.shipped import read_ordinary_lines

@@ -127,8 +127,8 @@ def predict_outcomes(
     known: dict[str, StoredFact] = {}
     if home.database_file.is_file():
         with closing(open_readonly(home.database_file)) as conn:
-            known = f"id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
-            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE {known} ORDER BY seq"
+            wanted = f"id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
+            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE {wanted} ORDER BY seq"
             ids, slots = _encode_list(f.id for f in facts), _encode_list(f.slot for f in facts)
             stored = [StoredFact.from_row(tuple(row)) for row in conn.execute(sql, (ids, slots))]
         known = {fact.id: fact for fact in stored}

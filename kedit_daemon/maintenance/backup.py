@@ -19,8 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.cli.context import open_database
-from kedit_daemon.home import FOLDER_MODE, Home
+from kedit_daemon.home import FOLDER_MODE, Home, open_database
 from kedit_daemon.system.disk import is_disk_full
 from memory.db import event_log, schema
 from memory.errors import KeditError

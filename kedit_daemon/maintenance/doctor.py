@@ -12,8 +12,7 @@ from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from kedit_daemon.cli.context import open_database
-from kedit_daemon.home import Home
+from kedit_daemon.home import Home, open_database
 from kedit_daemon.ingest.failed_files import list_failed_files
 from kedit_daemon.maintenance import doctor_install as install
 from kedit_daemon.maintenance.doctor_install import FAILED, OK, REINSTALL, WARNING, CheckResult

@@ -11,11 +11,11 @@ from kedit_daemon.cli.context import (
     add_dry_run_option,
     add_json_option,
     call_daemon,
-    open_database,
     pass_cli_context,
     print_json,
     unknown_fact_error,
 )
+from kedit_daemon.home import open_database
 from kedit_daemon.report.status import EXIT_NEEDS_ATTENTION
 
 DEFAULT_MAX_TOKENS = 40

@@ -17,12 +17,12 @@ from kedit_daemon.cli.context import (
     CliContext,
     Command,
     add_json_option,
-    open_database,
     pass_cli_context,
     print_json,
     unknown_fact_error,
 )
 from kedit_daemon.cli.usage import Suggesting
+from kedit_daemon.home import open_database
 from kedit_daemon.report.event_kinds import EVENT_KINDS
 from kedit_daemon.report.render import format_statement
 from kedit_daemon.report.render_log import add_prior_answer, render_event

@@ -13,11 +13,11 @@ from kedit_daemon.cli.completion import complete_show_names
 from kedit_daemon.cli.context import (
     CliContext,
     add_json_option,
-    open_database,
     pass_cli_context,
     print_json,
     unknown_fact_error,
 )
+from kedit_daemon.home import open_database
 from memory.errors import KeditError
 from memory.facts import FactState
 

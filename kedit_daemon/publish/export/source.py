@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.cli.context import open_database
-from kedit_daemon.home import Home
+from kedit_daemon.home import Home, open_database
 from memory.db.follower import Follower
 from memory.db.rows import GENERATION_COLUMNS, GenerationRow
 from memory.errors import NoHome

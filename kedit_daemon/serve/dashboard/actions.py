@@ -10,9 +10,8 @@ from typing import Any
 
 from starlette.routing import BaseRoute
 
-from kedit_daemon.cli.context import open_database
 from kedit_daemon.control import send_request
-from kedit_daemon.home import Home
+from kedit_daemon.home import Home, open_database
 from kedit_daemon.report.render_log import list_measured_figures, list_outcome
 from kedit_daemon.serve.dashboard.rendering import DashboardPage, PageFrame, PageRequest
 from memory.db.queries import fetch_facts_by_id

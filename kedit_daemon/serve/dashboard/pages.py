@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute
 
-from kedit_daemon.cli.context import open_database
-from kedit_daemon.home import Home
+from kedit_daemon.home import Home, open_database
 from kedit_daemon.report.render import format_statement, list_audit_figures, list_fact_fields
 from kedit_daemon.report.render_log import add_prior_answer, describe_event, find_event_statement
 from kedit_daemon.report.status import gather_status

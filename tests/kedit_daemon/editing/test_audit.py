@@ -116,7 +116,7 @@ def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None
     assert norm(at) > limit
     tightened(at, norm_warn=limit, norm_consolidate=limit, norm_revert=limit)
     done = at.editor.audit()
-    acted = "quarantined 1 facts, moved 0 beside the weights"
+    acted = "quarantined 1 facts, moved 0 to the side memory"
     assert (done["verdict"], done["acted"], done["learned_anew"]) == ("revert", acted, [])
     assert done["figures"]["retention"] < 1  # it had spoilt what the others say
     assert states(at) == {
@@ -144,7 +144,7 @@ def test_what_is_too_much_is_moved_beside_the_weights_and_the_daemon_keeps_calm(
     assert (foreseen["verdict"], foreseen["would"]) == ("revert", "revert")
     assert norm(at) == both
     done = at.editor.audit()
-    assert done["acted"] == "quarantined 0 facts, moved 1 beside the weights"
+    assert done["acted"] == "quarantined 0 facts, moved 1 to the side memory"
     at.settle()
     assert sorted(states(at).values()) == ["live-side", "live-weights"]
     assert [at.says(f.question) for f in (ONE, TWO)] == ["Oslo", "Lima"]

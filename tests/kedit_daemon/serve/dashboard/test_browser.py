@@ -27,11 +27,10 @@ from selenium.webdriver.support.ui import WebDriverWait
 from serve_tools import application, by_daemon
 
 from kedit_daemon import config
-from kedit_daemon.cli.context import open_database
 from kedit_daemon.demo.tour import DemoDaemon, load_story
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.editing.model_loading import SHIPPED_MODEL, locate_model
-from kedit_daemon.home import Home
+from kedit_daemon.home import Home, open_database
 from memory.db.queries import fetch_facts
 from memory.facts import FactState
 from policies.edit_site import load_site
