@@ -253,14 +253,6 @@ def test_a_file_that_is_no_database(home: Home) -> None:
         found(home)
 
 
-def test_names_in_the_meta_table_are_the_edit_loop_s() -> None:
-    from kedit_daemon import publish, room, weights  # takes long
-
-    assert publish.FAILED == PUBLISH_FAILED
-    assert weights.HELD == FLUSH_HELD
-    assert (room.CAPACITY, room.LIMIT) == (CAPACITY_KEY, LIMIT_KEY)
-
-
 def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
     with opened(home) as store:
         store.receive_fact(fact(1), "a.jsonl", False)
