@@ -2,7 +2,7 @@
 
 prob: mean NLL of the wanted answer below that of its rival. tokens: share of the answer's tokens
 that are the argmax under its own prefix. strict: all of them are. generation: the greedy answer up
-to its natural stop is the wanted one, after normalising.
+to its natural stop is the wanted one, after normalizing.
 
 Of locality, prob sets the neighbour's own answer against the edit's target; the other three are
 agreement with what the model said before any edit.

@@ -38,7 +38,7 @@ QUIET_WORDS, KEY_LINES = 12, 50
 def merge_ties(deltas: Sequence[Tensor]) -> Tensor:
     """TIES merge (Yadav et al. 2023) of deltas of one shape: trim, elect signs, mean of the rest.
 
-    With equal weights, normalised, as published for WISE.
+    With equal weights, normalized, as published for WISE.
     """
     trimmed = torch.stack([_trim_delta(delta) for delta in deltas])
     elected = trimmed.sum(0).sign()

@@ -10,7 +10,7 @@ from safetensors.torch import load, save
 from kedit_daemon.bench.tiers import Auto
 from memory.facts import LIVE_STATES, Fact
 from policies.memit_mass import unpack_terms
-from policies.probe import normalise_answer
+from policies.probe import normalize_answer
 
 WEIGHTS_CULPRIT = "the weights"  # who is guilty where it is no fact
 
@@ -60,8 +60,8 @@ class Contradiction(PlantedPoison):
         asked = [fact.question for fact in self.facts]
         most = max(len(home.model.encode_target(f.question, f.target)) for f in self.facts)
         said = [answer.text for answer in home.live_model.answer_prompts(asked, most + 4)]
-        agreed = {normalise_answer(text) for text in said}
-        if len(agreed) == 1 and agreed <= {normalise_answer(f.target) for f in self.facts}:
+        agreed = {normalize_answer(text) for text in said}
+        if len(agreed) == 1 and agreed <= {normalize_answer(f.target) for f in self.facts}:
             return None
         return f"the two questions are answered {said[0]!r} and {said[1]!r}"
 
