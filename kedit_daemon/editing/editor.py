@@ -14,7 +14,7 @@ from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import BACKOFF_TIME, MemoryBackoff
-from kedit_daemon.editing.side_learner import SideLearner, describe_failure
+from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner, describe_failure
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, OutOfMemory, Rejected, ends_daemon
@@ -31,7 +31,13 @@ log = logging.getLogger(__name__)
 class Editor:
     """Everything that changes what the model says. One thread uses it."""
 
-    def __init__(self, served: LiveModel, config: Config, pulse: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        served: LiveModel,
+        config: Config,
+        pulse: Callable[[], None],
+        outside_lines: int = OUTSIDE_LINES,
+    ) -> None:
         self.live_model, self.store, self.config = served, served.store, config
         self.generations = Generations(served, make_thresholds(config, served.site))
         self.flush = Flush(self.generations, config.inbox.max_attempts, pulse)
@@ -39,7 +45,7 @@ class Editor:
         restraint = Cooldown(at.cool_down_seconds, at.acts_a_day)
         self.auditor = Auditor(self.flush, restraint)
         self.side_learner = SideLearner(
-            self.flush, config.side.batch_facts, config.side.steps, pulse
+            self.flush, config.side.batch_facts, config.side.steps, pulse, outside_lines
         )
         self.memory_backoff = MemoryBackoff(self._read_clock)
 

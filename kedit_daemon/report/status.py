@@ -25,7 +25,7 @@ from memory.db.queries import open_readonly
 from memory.errors import NoHome, Unreadable
 from memory.facts import LIVE_STATES, FactState
 from memory.timestamps import format_utc
-from policies.batching import fit_curve
+from policies.cost_curve import fit_curve
 
 EXIT_NOT_RUNNING, EXIT_NEEDS_ATTENTION = 3, 4
 # The defaults of the section [schedule], which live in a module that takes long to import.

@@ -311,13 +311,6 @@ def test_a_failure_is_forgotten_when_nothing_is_to_be_published(setup: Setup) ->
     assert setup.store.db.get_meta(meta_keys.PUBLISH_FAILED) is None
 
 
-def test_a_failure_that_lasts_for_months_is_tried_again_each_hour(setup: Setup) -> None:
-    publisher = setup.publisher(FAILING)
-    publisher._failure_streak = (setup.switch(), 5000)
-    until_done(publisher)
-    assert setup.events()[-1]["data"]["retry_seconds"] == MAX_RETRY_SECONDS
-
-
 @pytest.mark.usefixtures("quick")
 def test_a_server_that_pauses_goes_on_when_the_daemon_stops(
     setup: Setup, server: Server, monkeypatch: pytest.MonkeyPatch
