@@ -1,4 +1,4 @@
-"""Teacher forcing: what the model gives to each token of wanted answers, rows side by side."""
+"""Teacher-forced scoring: loss and correctness of the tokens of wanted answers, in batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class PromptAnswer:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Mean negative log-likelihood of an answer's tokens, the likeliest token in the place of each,
-    and whether it is the wanted one."""
+    """Mean negative log-likelihood of an answer's tokens, the likeliest token at each position, and
+    whether it is the wanted one."""
 
     loss: float
     tokens: tuple[int, ...]
@@ -38,7 +38,7 @@ def score_answers(
 ) -> list[AnswerScore]:
     """Score every row, in the order given.
 
-    With an overlay, token by token: it decides at the prompt's end, and changes only the last
+    With an overlay token by token, since it routes at the prompt's end and changes only the last
     column of a pass.
     """
     result: dict[int, AnswerScore] = {}
@@ -60,8 +60,7 @@ def score_answers(
 
 
 def _score_padded(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[AnswerScore]:
-    """Score in one pass, padded on the right, where causal attention keeps pads from every real
-    token."""
+    """Score in one pass, padded on the right, where no real token attends to a pad."""
     inputs = [(*row.prompt, *row.answer[:-1]) for row in rows]
     width = max(map(len, inputs))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
@@ -79,9 +78,9 @@ def _score_padded(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[An
 
 
 def _score_stepwise(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[AnswerScore]:
-    """Score prompts of one length, then the answers' tokens one at a time, with the KV cache."""
+    """Score answers to prompts of one length token by token, with a KV cache."""
     steps = max(len(row.answer) for row in rows)
-    # An answer that is over goes on with its last token; nothing after it is read.
+    # A shorter answer is continued with its last token; nothing after its end is read.
     fed = [row.answer + row.answer[-1:] * (steps - len(row.answer)) for row in rows]
     prompts = torch.tensor([row.prompt for row in rows], device=model.device)
     answers = torch.tensor(fed, device=model.device)
@@ -91,7 +90,7 @@ def _score_stepwise(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[
 
 
 def _score_logits(logits: Tensor, answer: tuple[int, ...]) -> AnswerScore:
-    """Score an answer by the logits (tokens, vocabulary) in the places of its tokens."""
+    """Score an answer by the logits (tokens, vocabulary) at the positions of its tokens."""
     wanted = torch.tensor(answer, device=logits.device)
     loss, likeliest = F.cross_entropy(logits.float(), wanted), logits.argmax(-1)
     hits = (likeliest == wanted).tolist()

@@ -173,7 +173,7 @@ def test_rows_that_find_no_memory_together_are_run_in_halves_and_that_is_told(
     try:
         assert generate_answers(model, prompts, 5) == calm
         assert max(rows) == 7
-        assert "7 answers are made in halves" in caplog.messages[0]
+        assert "Splitting 7 prompts in halves" in caplog.messages[0]
         most = 0
         with pytest.raises(KeditError, match="no memory left"):
             generate_answers(model, prompts, 5)
