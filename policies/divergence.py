@@ -7,7 +7,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from policies.targets import Refusal
+from policies.edit_terms import Refusal
 
 # Of the loss and its gradient it is asked that they are finite: Adam's steps do not grow with the
 # gradient. (Of 200 CounterFact facts on the shipped model, the longest of a fact's gradients in B

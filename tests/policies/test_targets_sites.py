@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import EditSite, make_default_site
+from policies.edit_terms import EditTerms
 from policies.prompts import make_essence_row, make_rows
-from policies.targets import EditTerms, compute_terms
+from policies.targets import compute_terms
 
 
 @pytest.fixture(autouse=True)

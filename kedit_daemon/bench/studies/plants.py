@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 
 from kedit_daemon.bench.tiers import Auto
 from memory.facts import LIVE_STATES, Fact
-from policies.memit_mass import unpack_terms
+from policies.edit_terms import unpack_terms
 from policies.probe import normalise_answer
 
 WEIGHTS_CULPRIT = "the weights"  # who is guilty where it is no fact

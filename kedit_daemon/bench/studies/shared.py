@@ -22,9 +22,9 @@ from memory.db.store import Store
 from memory.errors import KeditError, Unsolvable
 from memory.facts import Neighbour
 from memory.model.editable import EditableModel
-from policies.memit_mass import unpack_terms
+from policies.edit_terms import EditTerms, Refusal, unpack_terms
 from policies.probe import normalise_answer
-from policies.targets import EditTerms, Refusal, compute_terms
+from policies.targets import compute_terms
 
 T = TypeVar("T")
 MAX_NEIGHBOURS = 100  # at most so many are asked at each point of a curve
