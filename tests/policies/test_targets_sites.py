@@ -23,7 +23,7 @@ from policies.targets import compute_terms
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device without bfloat16, so that what is put in by hand agrees to the last digits."""
-    monkeypatch.setattr("memory.model.editable.multiplies_bfloat16", lambda _device: False)
+    monkeypatch.setattr("memory.model.editable.has_fast_bfloat16", lambda _device: False)
 
 
 @pytest.fixture(params=KINDS)
