@@ -6,8 +6,8 @@ from kedit_daemon.bench.method import Method, MethodSetup
 from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
 from memory.errors import Unsolvable
 from memory.facts import Fact
-from policies.memit_mass import pack_terms
-from policies.targets import EditTerms, compute_terms
+from policies.edit_terms import EditTerms, pack_terms
+from policies.targets import compute_terms
 
 
 class _PresetMethod(Method):

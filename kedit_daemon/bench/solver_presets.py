@@ -14,8 +14,8 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
+from policies.edit_terms import EditTerms
 from policies.solver import RidgeSolver, narrow_to_float32, stack_facts
-from policies.targets import EditTerms
 
 NULL_SPACE_LIMIT = (
     0.02  # eigenvalue of C0, in units of E[k²], below which ordinary text hardly goes

@@ -18,7 +18,8 @@ from kedit_daemon.bench.studies.shared import (
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows
-from policies.memit_mass import WeightsTier, pack_terms
+from policies.edit_terms import pack_terms
+from policies.memit_mass import WeightsTier
 
 SIZES = (25, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
 SAMPLE_SIZE = 300  # facts that are asked at each size, at most

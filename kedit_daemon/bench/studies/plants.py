@@ -11,6 +11,8 @@ from kedit_daemon.bench.tiers import Auto
 from memory.facts import LIVE_STATES, Fact
 from policies.memit_mass import unpack_terms
 from policies.probe import normalize_answer
+from policies.edit_terms import unpack_terms
+from policies.probe import normalise_answer
 
 WEIGHTS_CULPRIT = "the weights"  # who is guilty where it is no fact
 

@@ -22,7 +22,7 @@ from kedit_daemon.bench.studies.shared import (
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
-from policies.targets import EditTerms
+from policies.edit_terms import EditTerms
 
 CURVE_POINTS = 10  # of each preset's curve, about
 COHORT_SIZE = 100  # facts: the oldest, and the newest

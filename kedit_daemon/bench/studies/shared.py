@@ -25,6 +25,9 @@ from memory.model.editable import EditableModel
 from policies.memit_mass import unpack_terms
 from policies.probe import normalize_answer
 from policies.targets import EditTerms, Refusal, compute_terms
+from policies.edit_terms import EditTerms, Refusal, unpack_terms
+from policies.probe import normalise_answer
+from policies.targets import compute_terms
 
 T = TypeVar("T")
 MAX_NEIGHBOURS = 100  # at most so many are asked at each point of a curve

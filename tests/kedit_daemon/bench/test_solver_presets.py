@@ -14,9 +14,9 @@ from kedit_daemon.bench.solver_presets import (
 from memory.errors import KeditError
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite, make_default_site
-from policies.memit_mass import WeightsTier, pack_terms
+from policies.edit_terms import EditTerms, pack_terms
+from policies.memit_mass import WeightsTier
 from policies.solver import RidgeSolver
-from policies.targets import EditTerms
 
 WIDTH, HIDDEN = 40, 12
 SUBJECT, END = 1, 3
