@@ -47,9 +47,8 @@ class JobSchedule:
         self._enqueue_lock = threading.Lock()  # between the scheduler's thread and ours
         self._covered_until: dict[str, datetime] = {}  # planned times up to here are handed out
         self._clock, self._monotonic = clock, monotonic
-        self._triggers = {
-            name: CronTrigger.from_crontab(cron, timezone=UTC) for name, cron in schedule.items()
-        }
+        crontab = CronTrigger.from_crontab
+        self._triggers = {name: crontab(cron, timezone=UTC) for name, cron in schedule.items()}
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
@@ -68,9 +67,8 @@ class JobSchedule:
         self._last_monotonic = self._monotonic()
         for name, trigger in self._triggers.items():
             self._enqueue_missed(name, last_success.get(name), now)
-            self._scheduler.add_job(
-                _do_nothing, trigger, id=name, next_run_time=self._find_next_time(name, now)
-            )
+            following = self._find_next_time(name, now)
+            self._scheduler.add_job(_do_nothing, trigger, id=name, next_run_time=following)
         self._scheduler.start()
 
     def stop(self) -> None:

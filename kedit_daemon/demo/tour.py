@@ -12,18 +12,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kedit_daemon import config, control
 from kedit_daemon.home import Home
+from kedit_daemon.ingest.parser import parse_file
+from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.ingest.submit import format_native
 from kedit_daemon.shipped import PILOT_FACTS, QUESTIONS
 from memory.db import event_log, queries
 from memory.db.overview import fetch_overview
 from memory.errors import KeditError
-from memory.facts import LIVE_STATES, Fact, Neighbour, fill_subject
+from memory.facts import LIVE_STATES, Fact, fill_subject
 from policies.edit_site import EditSite
 from policies.probe import is_same_answer
 
@@ -61,18 +64,8 @@ def _make_settings() -> str:
 
 def load_story() -> DemoStory:
     """Load the shipped facts and questions."""
-    lines = PILOT_FACTS.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    facts = [
-        Fact(
-            r["subject"],
-            r["prompt"],
-            r["target"],
-            paraphrases=tuple(r.get("paraphrases", ())),
-            neighbours=tuple(Neighbour(**n) for n in r.get("neighbours", ())),
-        )
-        for r in records
-    ]
+    parsed = parse_file(PILOT_FACTS.read_bytes(), PILOT_FACTS.name, None, FileLimits())
+    facts = [fact for _, fact in parsed.facts]
     questions = json.loads(QUESTIONS.read_text(encoding="utf-8"))
     unseen = [fill_subject(questions["unseen"][f.subject], f.subject) for f in facts]
     return DemoStory(facts, unseen, questions["unrelated"])
@@ -121,7 +114,7 @@ class DemoDaemon:
 
     def drop_facts(self, facts: list[Fact]) -> float:
         """Put the facts into the inbox as one file; return the seconds until all are live."""
-        lines = "".join(f"{json.dumps(_as_native_record(fact))}\n" for fact in facts)
+        lines = "".join(f"{format_native(fact)}\n" for fact in facts)
         began = time.monotonic()
         (self.home.inbox_folder / "facts.jsonl").write_text(lines, encoding="utf-8")
         self.wait_until_live(len(facts))
@@ -136,22 +129,9 @@ class DemoDaemon:
             time.sleep(0.05)
 
     def count_states(self) -> Mapping[str, int]:
-        connection = queries.open_readonly(self.home.database_file)
-        try:
+        with closing(queries.open_readonly(self.home.database_file)) as connection:
             states: Mapping[str, int] = fetch_overview(connection)["states"]
-        finally:
-            connection.close()
         return states
-
-
-def _as_native_record(fact: Fact) -> dict[str, Any]:
-    return {
-        "subject": fact.subject,
-        "prompt": fact.prompt,
-        "target": fact.target,
-        "paraphrases": list(fact.paraphrases),
-        "neighbours": [{"prompt": n.prompt} for n in fact.neighbours],
-    }
 
 
 @dataclass
@@ -267,11 +247,8 @@ def _show_revert(main: DemoDaemon, story: DemoStory, fact: Fact, tally: DemoRepo
 
 def _show_log(main: DemoDaemon, fact: Fact, tally: DemoReport) -> None:
     tally.print_title(f"the audit log of {fact.id}")
-    connection = queries.open_readonly(main.home.database_file)
-    try:
+    with closing(queries.open_readonly(main.home.database_file)) as connection:
         for event in queries.fetch_events(connection, fact=fact.id):
             tally.echo(f"   {event['seq']:>5}  {event['at']}  {event['kind']}")
         verdict = event_log.verify_chain(connection, event_log.read_head(main.home.head_file))
-    finally:
-        connection.close()
     tally.record_check(f"log verify: {verdict.events} events, chain intact", verdict.intact)

@@ -25,7 +25,7 @@ from memory.timestamps import format_utc
 
 WORK, DONE, FAILED = "work", "done", "failed"
 RESERVED_NAMES = (WORK, DONE, FAILED)
-UNFINISHED_SUFFIXES = (".tmp", ".part")
+UNFINISHED_SUFFIXES = (".tmp", ".part")  # of files that are left alone: they are still written
 SAFE_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MAX_NAME_BYTES = 200  # of the file system's 255: the rest is for what is added to a name
 HEAD_BYTES = 65_536

@@ -152,9 +152,8 @@ def _read_json_value(text: str, start: int, line: int, max_chars: int) -> RawRec
             end = _find_resume_point(text, start, start + error.offset, near)
             if error.offset and len(piece) > max_chars:
                 problem = f"not closed within {max_chars} characters, or {problem}"
-        return RawRecord(
-            line, start, text[start:end].rstrip(" \t\r\n,"), problem=problem, remedy=remedy
-        )
+        broken = text[start:end].rstrip(" \t\r\n,")
+        return RawRecord(line, start, broken, problem=problem, remedy=remedy)
 
 
 def _find_next_sibling(text: str, start: int, stop: int) -> int | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.home import Home
+from kedit_daemon.ingest.inbox import UNFINISHED_SUFFIXES
 from kedit_daemon.ingest.parser import ParsedFile, parse_file
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.system.disk import describe_disk_error
@@ -21,7 +22,6 @@ from memory.files import move_into_place
 
 FILE_MODE = 0o640  # the daemon may run as another user, of the inbox's group
 MAX_STEM_CHARS = 80
-_UNFINISHED_SUFFIXES = (".tmp", ".part")  # the inbox leaves files with these endings alone
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = Non
 def _choose_file_name(name: str, token: str) -> str:
     stem, suffix = os.path.splitext(name)
     stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:MAX_STEM_CHARS] or "facts"
-    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in _UNFINISHED_SUFFIXES
+    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in UNFINISHED_SUFFIXES
     return f"{stem}-{token}{suffix if good else '.jsonl'}"
 
 

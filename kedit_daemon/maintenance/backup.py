@@ -116,17 +116,11 @@ def copy_file(source: Path, target: Path) -> str:
 
 def _check_destination(home: Home, dest: Path) -> None:
     if dest.resolve().is_relative_to(home.root.resolve()):
-        raise KeditError(
-            f"{dest} lies in the home",
-            code="usage",
-            hint="choose a folder outside of it, best on another disk",
-        )
+        hint = "choose a folder outside of it, best on another disk"
+        raise KeditError(f"{dest} lies in the home", code="usage", hint=hint)
     if os.path.lexists(dest):
-        raise KeditError(
-            f"{dest} exists already",
-            code="exists",
-            hint="a backup is a new folder: choose another name, such as one with the date",
-        )
+        hint = "a backup is a new folder: choose another name, such as one with the date"
+        raise KeditError(f"{dest} exists already", code="exists", hint=hint)
 
 
 def _fill_backup(home: Home, to: Home, now: datetime) -> None:

@@ -17,6 +17,7 @@ from kedit_daemon.ingest.failed_files import list_failed_files
 from kedit_daemon.maintenance import doctor_install as install
 from kedit_daemon.maintenance.doctor_install import FAILED, OK, REINSTALL, WARNING, CheckResult
 from kedit_daemon.report.warnings import LOW_DISK_BYTES
+from kedit_daemon.system.lock import find_lock_holder, hold_lock
 from kedit_daemon.system.orphans import find_leftovers, remove_leftovers
 from memory.errors import KeditError, Unreadable
 
@@ -64,8 +65,6 @@ def clean_home(home: Home) -> list[Path]:
     """
     if not home.state_folder.is_dir():
         return []
-    from kedit_daemon.system.lock import hold_lock
-
     with hold_lock(home.lock_file):
         leftovers = _find_leftovers(home)
         try:
@@ -87,8 +86,6 @@ def _find_leftovers(home: Home) -> list[Path]:
 
 
 def _check_leftovers(home: Home) -> Iterator[CheckResult]:
-    from kedit_daemon.system.lock import find_lock_holder
-
     if not home.root.is_dir() or find_lock_holder(home.lock_file) is not None:
         return  # a daemon's unfinished files are its own
     if found := _find_leftovers(home):
@@ -163,8 +160,6 @@ def _check_disk(home: Home) -> Iterator[CheckResult]:
 
 
 def _check_daemon(home: Home) -> Iterator[CheckResult]:
-    from kedit_daemon.system.lock import find_lock_holder
-
     pid = find_lock_holder(home.lock_file)
     if pid is None:
         yield CheckResult("daemon", WARNING, "not running", "kedit-daemon run")
@@ -203,12 +198,7 @@ def _check_chain(home: Home) -> Iterator[CheckResult]:
 
 
 def _check_clock(home: Home, now: datetime) -> Iterator[CheckResult]:
-    from memory.db.queries import open_readonly
-
-    latest = None
-    if home.database_file.is_file():
-        with closing(open_readonly(home.database_file)) as conn:
-            latest = conn.execute("SELECT at FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+    latest = _fetch_row(home, "SELECT at FROM events ORDER BY seq DESC LIMIT 1")
     text = now.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     if latest is not None and datetime.fromisoformat(latest[0]) > now + CLOCK_SLACK:
         remedy = "set the clock, or turn time synchronisation on"
@@ -218,16 +208,13 @@ def _check_clock(home: Home, now: datetime) -> Iterator[CheckResult]:
 
 
 def _check_weights(home: Home) -> Iterator[CheckResult]:
-    from memory.db.queries import open_readonly
     from memory.files import hash_file, tensors_path
 
     if not home.database_file.is_file():
         return
-    with closing(open_readonly(home.database_file)) as conn:
-        row = conn.execute(
-            "SELECT id, sha256 FROM generations WHERE id = coalesce((SELECT CAST(value AS INTEGER)"
-            " FROM meta WHERE key = 'active_generation'), 0)"
-        ).fetchone()
+    active = "SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'active_generation'"
+    sql = f"SELECT id, sha256 FROM generations WHERE id = coalesce(({active}), 0)"
+    row = _fetch_row(home, sql)
     if row is None or row["sha256"] is None:
         yield CheckResult("weights", OK, "unedited")
         return
@@ -238,6 +225,17 @@ def _check_weights(home: Home) -> Iterator[CheckResult]:
         state = "is damaged" if path.is_file() else "is missing"
         remedy = "restart the daemon: it solves that generation from the stored facts"
         yield CheckResult("weights", WARNING, f"{path} {state}", remedy)
+
+
+def _fetch_row(home: Home, sql: str) -> sqlite3.Row | None:
+    """Return the first row of a query; None without one, or without a database."""
+    from memory.db.queries import open_readonly
+
+    if not home.database_file.is_file():
+        return None
+    with closing(open_readonly(home.database_file)) as conn:
+        row: sqlite3.Row | None = conn.execute(sql).fetchone()
+    return row
 
 
 def _check_inbox(home: Home) -> Iterator[CheckResult]:

@@ -34,11 +34,8 @@ def check_restore(home: Home, source: Path, replace: bool) -> Backup:
     """
     backup = check_backup(source.expanduser().absolute())
     if pid := find_lock_holder(home.lock_file):
-        raise KeditError(
-            f"a daemon, pid {pid}, holds {home.root}",
-            code="busy",
-            hint=f"stop it first (kill {pid}), or restore to another home",
-        )
+        hint = f"stop it first (kill {pid}), or restore to another home"
+        raise KeditError(f"a daemon, pid {pid}, holds {home.root}", code="busy", hint=hint)
     _check_replaceable(home, replace)
     return backup
 
@@ -91,11 +88,8 @@ def refuse_unfinished_restore(home: Home) -> None:
 
 def _check_replaceable(home: Home, replace: bool) -> None:
     if home.database_file.exists() and not replace:
-        raise KeditError(
-            f"{home.root} has a database already",
-            code="exists",
-            hint="restore to another home (--home DIR), or move what is there aside with --replace",
-        )
+        hint = "restore to another home (--home DIR), or move what is there aside with --replace"
+        raise KeditError(f"{home.root} has a database already", code="exists", hint=hint)
 
 
 def _fill_staged(staged: Home, backup: Backup) -> None:

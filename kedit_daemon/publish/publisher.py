@@ -121,9 +121,8 @@ class Publisher:
         wait = self._backoff.record_failure()
         with self.store.db.transaction():
             self.store.db.set_meta(FAILURE_KEY, outcome.reason)
-            self.store.db.write_event(
-                "publish_failed", **data, reason=outcome.reason, retry_seconds=wait
-            )
+            data |= {"reason": outcome.reason, "retry_seconds": wait}
+            self.store.db.write_event("publish_failed", **data)
 
 
 class _PublishAttempt(threading.Thread):

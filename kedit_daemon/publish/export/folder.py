@@ -114,11 +114,8 @@ def _move_into_place(staged: Path, dest: Path, stem: str) -> tuple[Path, bool]:
     path = dest / f"{stem}-{digest[:12]}"
     if path.is_dir():
         if damage := _find_damage(path, digest):
-            raise KeditError(
-                f"{path} is not what it was: {damage}",
-                code="corrupt",
-                hint="move that folder away and export again",
-            )
+            hint = "move that folder away and export again"
+            raise KeditError(f"{path} is not what it was: {damage}", code="corrupt", hint=hint)
         return path, True
     staged.rename(path)
     sync_folder(dest)

@@ -64,10 +64,8 @@ def read_edit_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
 def _read_generation(conn: sqlite3.Connection, home: Home) -> ExportSource:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
     if "model" not in meta or "base_hash" not in meta:
-        raise NoHome(
-            f"no daemon has run in {home.root} yet",
-            hint="kedit-daemon run, and submit facts",
-        )
+        hint = "kedit-daemon run, and submit facts"
+        raise NoHome(f"no daemon has run in {home.root} yet", hint=hint)
     number = int(meta.get("active_generation") or 0)
     row = conn.execute(
         f"SELECT {GENERATION_COLUMNS} FROM generations WHERE id = ?", (number,)
