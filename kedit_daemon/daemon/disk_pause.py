@@ -17,6 +17,7 @@ from kedit_daemon.system.disk import (
     measure_free_bytes,
 )
 from kedit_daemon.system.sd_notify import SystemdNotifier
+from memory.db import meta_keys
 from memory.db.store import Store
 from memory.errors import KeditError, WorkPaused
 
@@ -24,7 +25,6 @@ DISK_CHECK_SECONDS = 10.0  # between two checks for the space that a start needs
 # Asked of systemd again at each check: the unit's TimeoutStartSec.
 START_TIMEOUT_SECONDS = 900.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
-PAUSED_KEY = "paused"  # in the store's meta: why no work is taken
 log = logging.getLogger(__name__)
 
 
@@ -71,11 +71,11 @@ class DiskPause:
 
     def _record_reason(self, why: str | None) -> None:
         self.reason = why
-        if why == self.store.db.get_meta(PAUSED_KEY):
+        if why == self.store.db.get_meta(meta_keys.PAUSED):
             return
         # If this does not fit either, `status` looks at the disk by itself.
         with ignore_disk_full(self.folder), self.store.db.transaction():
-            self.store.db.set_meta(PAUSED_KEY, why)
+            self.store.db.set_meta(meta_keys.PAUSED, why)
             self.store.db.write_event("paused" if why else "resumed", reason=why)
 
 

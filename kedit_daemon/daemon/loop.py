@@ -12,12 +12,7 @@ from queue import Empty
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlRequest, ControlServer
-from kedit_daemon.daemon.disk_pause import (
-    PAUSED_KEY,
-    DiskPause,
-    ignore_disk_full,
-    wait_for_disk_space,
-)
+from kedit_daemon.daemon.disk_pause import DiskPause, ignore_disk_full, wait_for_disk_space
 from kedit_daemon.daemon.inbox_scanner import InboxScanner
 from kedit_daemon.daemon.job_runner import run_due_jobs
 from kedit_daemon.daemon.job_schedule import JobSchedule
@@ -35,6 +30,7 @@ from kedit_daemon.system.disk import is_database_locked, is_disk_full, translate
 from kedit_daemon.system.lock import hold_lock
 from kedit_daemon.system.log_setup import make_progress_bar
 from kedit_daemon.system.sd_notify import SystemdNotifier
+from memory.db import meta_keys
 from memory.db.event_log import read_newest_event, write_head
 from memory.db.store import Store
 from memory.errors import Stopping
@@ -143,12 +139,12 @@ class Daemon:
         editor = Editor(live_model, config, self._poll_requests)
         with store.db.transaction():
             for key, value in {
-                "pid": str(os.getpid()),
-                "started_at": store.db.format_now(),
-                "model": config.model,
-                "model_hash": loaded.base_hash,
-                "device": str(loaded.model.device),
-                PAUSED_KEY: None,
+                meta_keys.PID: str(os.getpid()),
+                meta_keys.STARTED_AT: store.db.format_now(),
+                meta_keys.MODEL: config.model,
+                meta_keys.MODEL_HASH: loaded.base_hash,
+                meta_keys.DEVICE: str(loaded.model.device),
+                meta_keys.PAUSED: None,
             }.items():
                 store.db.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not

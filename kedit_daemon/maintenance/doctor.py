@@ -208,13 +208,14 @@ def _check_clock(home: Home, now: datetime) -> Iterator[CheckResult]:
 
 
 def _check_weights(home: Home) -> Iterator[CheckResult]:
+    from memory.db import meta_keys
     from memory.files import hash_file, tensors_path
 
     if not home.database_file.is_file():
         return
-    active = "SELECT CAST(value AS INTEGER) FROM meta WHERE key = 'active_generation'"
+    active = "SELECT CAST(value AS INTEGER) FROM meta WHERE key = ?"
     sql = f"SELECT id, sha256 FROM generations WHERE id = coalesce(({active}), 0)"
-    row = _fetch_row(home, sql)
+    row = _fetch_row(home, sql, meta_keys.ACTIVE_GENERATION)
     if row is None or row["sha256"] is None:
         yield CheckResult("weights", OK, "unedited")
         return
@@ -227,14 +228,14 @@ def _check_weights(home: Home) -> Iterator[CheckResult]:
         yield CheckResult("weights", WARNING, f"{path} {state}", remedy)
 
 
-def _fetch_row(home: Home, sql: str) -> sqlite3.Row | None:
+def _fetch_row(home: Home, sql: str, *parameters: str) -> sqlite3.Row | None:
     """Return the first row of a query; None without one, or without a database."""
     from memory.db.queries import open_readonly
 
     if not home.database_file.is_file():
         return None
     with closing(open_readonly(home.database_file)) as conn:
-        row: sqlite3.Row | None = conn.execute(sql).fetchone()
+        row: sqlite3.Row | None = conn.execute(sql, parameters).fetchone()
     return row
 
 

@@ -22,12 +22,11 @@ from kedit_daemon.publish.export.folder import list_exports, prune_exports
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
 from kedit_daemon.system.backoff import Backoff
+from memory.db import meta_keys
 from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.errors import KeditError, Stopping
 
-# In the store's meta: what was published last, and how; the reason of the last failure.
-PUBLISHED_KEY, FAILURE_KEY = "published", "publish_failed"
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
 COMMAND_SECONDS = 600.0
 EXPORT_SECONDS = 3600.0
@@ -71,7 +70,8 @@ class Publisher:
         if self.config.kind is None:
             self._forget_failure()
             return
-        if not active or self._publication_key(active) == self.store.db.get_meta(PUBLISHED_KEY):
+        published = self.store.db.get_meta(meta_keys.PUBLISHED)
+        if not active or self._publication_key(active) == published:
             return
         if active != self._failed_generation or self._backoff.is_due():
             # No adapter can be made of no facts, and the one before must no longer be served.
@@ -101,18 +101,19 @@ class Publisher:
 
     def _forget_failure(self) -> None:
         """Clear the recorded failure, since nothing is published any more."""
-        if self.store.db.get_meta(FAILURE_KEY) is not None:
+        if self.store.db.get_meta(meta_keys.PUBLISH_FAILED) is not None:
             with self.store.db.transaction():
-                self.store.db.set_meta(FAILURE_KEY, None)
+                self.store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
 
     def _record_outcome(self, outcome: PublishOutcome) -> None:
         data: dict[str, Any] = {"generation": outcome.generation, "export": self.config.kind}
         if not outcome.reason:
             self._failed_generation = 0
             data |= {"path": outcome.path} if outcome.path else {"export": None}
+            key = self._publication_key(outcome.generation)
             with self.store.db.transaction():
-                self.store.db.set_meta(PUBLISHED_KEY, self._publication_key(outcome.generation))
-                self.store.db.set_meta(FAILURE_KEY, None)
+                self.store.db.set_meta(meta_keys.PUBLISHED, key)
+                self.store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
                 self.store.db.write_event("published", **data)
             return
         if outcome.generation != self._failed_generation:
@@ -120,7 +121,7 @@ class Publisher:
         self._failed_generation = outcome.generation
         wait = self._backoff.record_failure()
         with self.store.db.transaction():
-            self.store.db.set_meta(FAILURE_KEY, outcome.reason)
+            self.store.db.set_meta(meta_keys.PUBLISH_FAILED, outcome.reason)
             data |= {"reason": outcome.reason, "retry_seconds": wait}
             self.store.db.write_event("publish_failed", **data)
 
