@@ -13,8 +13,10 @@ from pathlib import Path
 from kedit_daemon.home import PROGRAM_NAME, Home
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
-REQUIRED_PACKAGES = ("torch", "transformers", "safetensors", "sqlite-utils", "apscheduler")
-REQUIRED_PACKAGES += ("pydantic", "click", "httpx")
+REQUIRED_PACKAGES = (
+    *("torch", "transformers", "safetensors", "sqlite-utils", "apscheduler", "pydantic"),
+    *("click", "httpx"),
+)
 MIN_SQLITE = (3, 37, 0)  # the first with STRICT tables
 REINSTALL = "install kedit-daemon again, in a fresh virtual environment"
 UNIT_NAME = f"{PROGRAM_NAME}.service"

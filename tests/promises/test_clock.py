@@ -316,7 +316,7 @@ def test_a_job_that_fails_stops_no_other_and_is_made_up_for(
 
     def fail(job: str) -> None:
         if job == name:
-            raise KeditError("out of luck", code="x") if name < "d" else ValueError("no luck")
+            raise KeditError("out of luck") if name < "d" else ValueError("no luck")
 
     at.during = fail
     at.turn()

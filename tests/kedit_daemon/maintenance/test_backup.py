@@ -127,7 +127,7 @@ def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
             drop(source, after.pop(shard), shard)
         return done
 
-    monkeypatch.setattr(shutil, "copy_file", meanwhile)
+    monkeypatch.setattr(shutil, "copy", meanwhile)
     made = create_backup(at.home, tmp_path / "backup", NOW)
     assert made.manifest["lost"] == []
     assert made.manifest["facts"] == {"live-side": 1, "reverted": 2}
@@ -151,7 +151,7 @@ def test_a_daemon_that_always_drops_one_ends_it(
             there = at.learn(LIMA, 3, seed=seed)
         return real(source, target)
 
-    monkeypatch.setattr(shutil, "copy_file", meanwhile)
+    monkeypatch.setattr(shutil, "copy", meanwhile)
     with pytest.raises(KeditError, match="has dropped files") as caught:
         create_backup(at.home, tmp_path / "backup", NOW)
     assert (caught.value.code, caught.value.exit_code) == ("busy", 75)

@@ -267,7 +267,11 @@ def test_weights_that_are_not_the_ledgers_are_refused(
 def test_terms_that_give_other_weights_are_refused(
     own: Callable[..., Home], tmp_path: Path
 ) -> None:
-    home = own(lambda store: store.artifacts.put_terms(FACTS[0].id, store.terms(FACTS[1].id)))
+    home = own(
+        lambda store: store.artifacts.put_terms(
+            FACTS[0].id, store.artifacts.read_terms(FACTS[1].id)
+        )
+    )
     with pytest.raises(KeditError, match="other weights than generation 1") as caught:
         written(home, "lora", tmp_path / "lora")
     assert "consolidate" in caught.value.hint
