@@ -1,8 +1,8 @@
 """When a verdict is acted on: not again and again, and not without end.
 
 Consolidating has hysteresis: once done, it waits until the figures have been clearly below their
-limits (see `Thresholds.ease_limits`). Every act waits for a cool-down, and a day has a budget of acts. A
-figure that is not finite waits for nothing.
+limits (see `Thresholds.ease_limits`). Every act waits for a cool-down, and a day has a budget of
+acts. A figure that is not finite waits for nothing.
 """
 
 from collections.abc import Sequence
