@@ -1,6 +1,7 @@
-"""Teacher forcing: what the model gives to each token of wanted answers, rows side by side."""
+"""Teacher-forced scores of wanted answers, and short greedy continuations, in batches of rows."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from policies.prompts import TokenRow
 
 @dataclass(frozen=True)
 class PromptAnswer:
-    """A prompt and an answer to it, as ids."""
+    """Prompt and an answer to it, as token ids."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
@@ -22,7 +23,7 @@ class PromptAnswer:
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Mean negative log-likelihood of an answer's tokens, and which of them are the argmax."""
+    """Mean negative log-likelihood of an answer's tokens, and whether each is the argmax."""
 
     loss: float
     token_hits: tuple[bool, ...]
@@ -31,12 +32,12 @@ class AnswerScore:
 def score_answers(
     model: EditableModel, rows: Sequence[PromptAnswer], overlay: Overlay | None = None
 ) -> list[AnswerScore]:
-    """Every row scored, in the order given.
+    """Score every row, in the order given.
 
-    With an overlay, token by token: it decides at the prompt's end, and changes only the last
+    With an overlay, score token by token: it routes at the prompt's end, and changes only the last
     column of a pass.
     """
-    result: dict[int, AnswerScore] = {}
+    scores: dict[int, AnswerScore] = {}
     if overlay is None:
         order = sorted(range(len(rows)), key=lambda n: len(rows[n].prompt) + len(rows[n].answer))
         chunks = [order[i : i + MAX_BATCH_ROWS] for i in range(0, len(order), MAX_BATCH_ROWS)]
@@ -44,23 +45,19 @@ def score_answers(
         chunks = group_by_length([row.prompt for row in rows])
     for places in chunks:
         chunk = [rows[n] for n in places]
-        with torch.no_grad():
-            if overlay is None:
-                scored = _score_padded(model, chunk)
-            else:
-                with overlay(places):
-                    scored = _score_stepwise(model, chunk)
-        result.update(zip(places, scored, strict=True))
-    return [result[n] for n in range(len(rows))]
+        score_chunk = _score_padded if overlay is None else _score_stepwise
+        with torch.no_grad(), overlay(places) if overlay else nullcontext():
+            scores.update(zip(places, score_chunk(model, chunk), strict=True))
+    return [scores[n] for n in range(len(rows))]
 
 
 def _score_padded(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[AnswerScore]:
-    """One pass, padded on the right, where causal attention keeps pads from every real token."""
+    """Score in one pass, padded on the right: causal attention hides pads from real tokens."""
     inputs = [(*row.prompt, *row.answer[:-1]) for row in rows]
     width = max(map(len, inputs))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
-    for n, given in enumerate(inputs):
-        ids[n, : len(given)] = torch.tensor(given)
+    for n, row_ids in enumerate(inputs):
+        ids[n, : len(row_ids)] = torch.tensor(row_ids)
     first = min(len(row.prompt) for row in rows) - 1
     out = model.hf_model(
         input_ids=ids.to(model.device), use_cache=False, logits_to_keep=width - first
@@ -73,7 +70,7 @@ def _score_padded(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[An
 
 
 def _score_stepwise(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[AnswerScore]:
-    """The prompts, of one length, then the answers' tokens one at a time, with the KV cache."""
+    """Feed the prompts, of one length, then the answers token by token, with the KV cache."""
     seen: list[Tensor] = []  # of each token, (rows, vocabulary)
     step, cache = torch.tensor([row.prompt for row in rows], device=model.device), None
     for n in range(max(len(row.answer) for row in rows)):
@@ -91,15 +88,14 @@ def _score_stepwise(model: EditableModel, rows: Sequence[PromptAnswer]) -> list[
 
 
 def _score_logits(logits: Tensor, answer: tuple[int, ...]) -> AnswerScore:
-    """logits (tokens, vocabulary) for the tokens of an answer."""
+    """Score an answer from logits (tokens, vocabulary) at its tokens."""
     wanted = torch.tensor(answer, device=logits.device)
     loss = F.cross_entropy(logits.float(), wanted)
     return AnswerScore(float(loss), tuple((logits.argmax(-1) == wanted).tolist()))
 
 
 def compute_target_losses(logits: Tensor, rows: Sequence[TokenRow]) -> Tensor:
-    """Mean NLL (rows,) of each row's target from logits (rows, tokens, vocabulary), with the graph
-    behind."""
+    """Compute the mean NLL (rows,) of each row's target from logits (rows, tokens, vocabulary)."""
     return torch.stack(
         [
             F.cross_entropy(
@@ -114,11 +110,11 @@ def compute_target_losses(logits: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 def continue_greedily(
     model: EditableModel, prompts: Sequence[tuple[int, ...]], tokens: int
 ) -> list[tuple[int, ...]]:
-    """The first tokens of each greedy answer; nothing after an end of text, which is included."""
+    """Return the first tokens of each greedy answer, up to and including an end of text."""
     result: list[tuple[int, ...]] = [()] * len(prompts)
     for places in group_by_length(prompts):
         step, cache = torch.tensor([prompts[p] for p in places], device=model.device), None
-        said: list[Tensor] = []
+        steps: list[Tensor] = []
         with torch.no_grad():
             for _ in range(tokens):
                 out = model.hf_model(
@@ -126,8 +122,8 @@ def continue_greedily(
                 )
                 cache = out.past_key_values
                 step = out.logits[:, -1:].argmax(-1)
-                said.append(step)
-        for place, row in zip(places, torch.cat(said, 1).tolist(), strict=True):
+                steps.append(step)
+        for place, row in zip(places, torch.cat(steps, 1).tolist(), strict=True):
             end = row.index(model.end_token) + 1 if model.end_token in row else len(row)
             result[place] = tuple(row[:end])
     return result

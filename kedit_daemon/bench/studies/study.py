@@ -1,4 +1,4 @@
-"""What every study is, and what stands in the JSON of each."""
+"""Interface of the studies, and the runner that adds the common keys to each one's JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,7 @@ from kedit_daemon.system.sanitize import clean_text
 
 @dataclass(frozen=True)
 class StudyInput:
-    """What a study works on: the unedited model, the stream, and how many facts come at once.
-
-    `texts` has lines of ordinary text in the place of the shipped ones.
-    """
+    """Input of a study. texts_path: lines of ordinary text that replace the shipped ones."""
 
     loaded_model: LoadedModel
     records: Sequence[BenchRecord]
@@ -29,20 +26,20 @@ class StudyInput:
 
 
 class Study:
-    """One question. It may edit the model as it likes: the caller puts the weights back."""
+    """Base of all studies. A study may edit the model: the caller restores the weights."""
 
-    panels = 2  # of its picture
+    panels = 2  # of its plot
 
     def run(self, given: StudyInput) -> dict[str, Any]:
-        """What was found, with the points of its curve under `rows`."""
+        """Measure, and return the JSON, with the points of the curve under `rows`."""
         raise NotImplementedError
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """The table, and what follows from it."""
+        """Format the table, and the summary below it."""
         raise NotImplementedError
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """The curve, on axes of matplotlib: two, or as many as the study has panels."""
+        """Draw the curves on axes of matplotlib, one for each panel."""
         raise NotImplementedError
 
 
@@ -56,10 +53,10 @@ def run_study(
     track: ProgressTracker,
     texts: Path | None = None,
 ) -> dict[str, Any]:
-    """The result of a study, and what it was made with. The model is left as it came."""
+    """Run a study, add its provenance, and restore the model's weights."""
     given = StudyInput(loaded, stream.records, batch_size, seed, track, texts)
     try:
-        found = study.run(given)
+        result = study.run(given)
     finally:
         loaded.model.set_deltas({})
     return {
@@ -68,12 +65,12 @@ def run_study(
         "facts": len(stream.records),
         "skipped": len(stream.skipped),
         "batch_size": batch_size,
-        **found,
+        **result,
     }
 
 
 def format_study(study: Study, result: Mapping[str, Any]) -> Iterator[str]:
-    """All lines that people see of a study."""
+    """Format the text output of a study."""
     batch = f"batches of {result['batch_size']}, seed {result['seed']}"
     facts = f"{result['facts']} facts, {result['skipped']} records skipped"
     yield f"{result['study']}: {facts}, {batch}, on {clean_text(result['model'])}"
@@ -83,9 +80,9 @@ def format_study(study: Study, result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def draw_study(study: Study, result: Mapping[str, Any], path: Path) -> None:
-    """Write the study's curve as PNG."""
+    """Draw the study's curves as PNG."""
     with open_figure(path, study.panels) as panels:
         study.draw_curves(result, *panels)
         for axes in panels:
-            if axes.get_legend_handles_labels()[0]:  # colours may be named on one for all
+            if axes.get_legend_handles_labels()[0]:  # one panel may name the colours of all
                 axes.legend(fontsize="small")

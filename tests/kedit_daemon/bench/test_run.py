@@ -8,8 +8,8 @@ import pytest
 
 from kedit_daemon.bench.dataset import BenchRecord, FactStream, SkippedRecord
 from kedit_daemon.bench.measure import ProgressTracker
+from kedit_daemon.bench.resume import RunProgress
 from kedit_daemon.bench.run import RunPlan, describe_commit, read_peak_memory, run_plan
-from kedit_daemon.bench.work import RunProgress
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError

@@ -1,8 +1,8 @@
-"""The published methods by name, as switches of one solve, and a stream of facts through them.
+"""Solver presets of the published methods, and a stream of facts through one of them.
 
-They differ in what stands beside a batch's keys K and residuals R in the solve for its ΔW, and in
-whether batches are stacked. λ and λ_n are the caller's, measured for the model: λ_n in units of
-E[k²], while published ones are absolute and belong to the model that they were found on.
+The methods differ in the terms added to a batch's keys K and residuals R in the solve for ΔW, and
+in whether batches are stacked. The caller gives λ and λ_n as measured for the model: λ_n in units
+of E[k²], while published values are absolute and belong to the model they were found on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,41 +17,36 @@ from policies.edit_site import EditSite
 from policies.solver import RidgeSolver, narrow_to_float32, stack_facts
 from policies.targets import EditTerms
 
-NULL_SPACE_LIMIT = (
-    0.02  # eigenvalue of C0, in units of E[k²], below which ordinary text hardly goes
-)
+NULL_SPACE_LIMIT = 0.02  # eigenvalue of C0, in units of E[k²]: below it, ordinary text is rare
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """Everything that the methods differ in, for one layer."""
+    """Settings of one layer's solve, all that the methods differ in."""
 
     prior: float  # λ: weight of C0
     ridge: float  # λ_n: weight of ‖ΔW‖², in units of E[k²]
-    past_weight: float = 0.0  # weight of the keys of earlier batches, which are to stay as they are
+    past_weight: float = 0.0  # weight of earlier batches' keys, whose outputs should not change
     projector: float | None = None  # eigenvalue, in units of E[k²], below which ΔW is allowed
-    equality: bool = False  # whether the residuals are met exactly
-    is_joint: bool = True  # all facts at once from W0, or each batch stacked on those before
+    equality: bool = False  # meet the residuals exactly
+    is_joint: bool = True  # solve for all facts from W0; otherwise stack each batch on the last
 
     def __post_init__(self) -> None:
         if self.past_weight < 0 or (self.past_weight and (self.is_joint or self.equality)):
-            raise KeditError(
-                "earlier keys have no negative weight, and one only where batches are stacked "
-                "and residuals are weighed, not met",
-                code="config",
-            )
+            why = "past_weight must be at least 0, and 0 for a joint or an exact solve"
+            raise KeditError(why, code="config")
 
 
 def memit_mass(prior: float, ridge: float) -> SolverSettings:
-    """ΔW = Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ over all facts so far: what the daemon itself does.
+    """ΔW = Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ over all facts so far, as in the daemon.
 
-    MEMIT in one batch, named so by Wang et al. 2024 (WISE), here with λ_n as well; λ as for MEMIT.
+    MEMIT in one batch, a name of Wang et al. 2024 (WISE), here with λ_n as well; λ as for MEMIT.
     """
     return SolverSettings(prior, ridge)
 
 
 def memit(prior: float, _ridge: float) -> SolverSettings:
-    """ΔW_t = R_tᵀ K_t (λ C0 + K_tᵀ K_t)⁻¹ (Meng et al. 2023, eq. 14), batch on batch.
+    """ΔW_t = R_tᵀ K_t (λ C0 + K_tᵀ K_t)⁻¹ (Meng et al. 2023, eq. 14), stacked.
 
     Earlier edits are not protected. Published: λ = 15000 (GPT-J), 20000 (GPT2-XL).
     """
@@ -61,7 +56,7 @@ def memit(prior: float, _ridge: float) -> SolverSettings:
 def encore(prior: float, ridge: float) -> SolverSettings:
     """ΔW_t = R_tᵀ K_t (λ C0 + Σ_{s<t} K_sᵀ K_s + K_tᵀ K_t + λ_n I)⁻¹ (Gupta et al. 2025).
 
-    With residuals against the weights as they are, the sum of the ΔW_t is memit-mass's ΔW.
+    With residuals against the current weights, the ΔW_t add up to memit-mass's ΔW.
     Published: λ = 15000; λ_n = 20 (Llama-3), 10 (Llama-2, GPT2-XL).
     """
     return SolverSettings(prior, ridge, past_weight=1.0, is_joint=False)
@@ -73,21 +68,19 @@ def alphaedit(_prior: float, ridge: float) -> SolverSettings:
     U0: the eigenvectors of C0 with small eigenvalues. Published: eigenvalues below 2e-2, λ_n = 10
     (Llama-3), both absolute.
     """
-    return SolverSettings(
-        prior=0.0, ridge=ridge, past_weight=1.0, projector=NULL_SPACE_LIMIT, is_joint=False
-    )
+    return SolverSettings(0.0, ridge, 1.0, projector=NULL_SPACE_LIMIT, is_joint=False)
 
 
 def emmet(prior: float, _ridge: float) -> SolverSettings:
     """ΔW_t = R_tᵀ (K_t C⁻¹ K_tᵀ)⁻¹ K_t C⁻¹, C = λ C0: K_t ΔW_tᵀ = R_t (Gupta et al. 2024).
 
-    Published: λ = 1e5, and 0.1 I added to K_t C⁻¹ K_tᵀ; here nothing is, so λ makes no difference.
+    Published: λ = 1e5, and 0.1 I added to K_t C⁻¹ K_tᵀ; without that, as here, λ has no effect.
     """
     return SolverSettings(prior, ridge=0.0, equality=True, is_joint=False)
 
 
 Preset = Callable[[float, float], SolverSettings]
-"""From λ and λ_n to the switches."""
+"""Function of λ and λ_n that returns the settings."""
 
 PRESETS: Mapping[str, Preset] = {
     "memit-mass": memit_mass,
@@ -100,11 +93,11 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class _LayerSolution:
-    """One layer after some batches, all in float64.
+    """One layer's state after some batches, in float64.
 
-    delta: ΔW (hidden, width) so far. keys (m, width), residuals (m, hidden): the rows of earlier
-    batches that are part of the next solve; of stacked ones √past times the key, with a residual of
-    nothing, whose squared error is then past · ‖ΔW k‖².
+    delta: ΔW (hidden, width) so far. keys (m, width), residuals (m, hidden): rows of earlier
+    batches that enter the next solve; if stacked, √past_weight · k with a residual of 0, whose
+    squared error is then past_weight · ‖ΔW k‖².
     """
 
     settings: SolverSettings
@@ -114,7 +107,7 @@ class _LayerSolution:
     residuals: Tensor
 
     def add_batch(self, keys: Tensor, residuals: Tensor) -> "_LayerSolution":
-        """One more batch: keys (n, width), residuals δ = v − W0 k (n, hidden)."""
+        """Solve for one more batch: keys (n, width), residuals δ = v − W0 k (n, hidden)."""
         joint, past = self.settings.is_joint, self.settings.past_weight
         if not joint:
             # (W0 k + δ) − W_{t−1} k, where W0 cancels
@@ -125,46 +118,38 @@ class _LayerSolution:
         if joint:
             return replace(self, delta=step, keys=all_keys, residuals=all_residuals)
         delta = self.delta + step
-        if not past:  # a weight of nothing needs no rows
+        if not past:  # a weight of 0 needs no rows
             return replace(self, delta=delta)
         weighted = torch.cat([self.keys, past**0.5 * keys])
         return replace(self, delta=delta, keys=weighted, residuals=torch.zeros_like(all_residuals))
 
 
-def _create_layer(switches: SolverSettings, statistics: LayerStatistics) -> _LayerSolution:
-    solver = RidgeSolver(
-        statistics.covariance,
-        switches.prior,
-        switches.ridge,
-        switches.projector,
-        switches.equality,
-    )
+def _create_layer(s: SolverSettings, statistics: LayerStatistics) -> _LayerSolution:
+    solver = RidgeSolver(statistics.covariance, s.prior, s.ridge, s.projector, s.equality)
     width, hidden = len(statistics.covariance), len(statistics.output_mean)
     empty = torch.zeros(hidden, width, dtype=torch.float64)
-    return _LayerSolution(switches, solver, empty, empty[:0], empty.T[:0])
+    return _LayerSolution(s, solver, empty, empty[:0], empty.T[:0])
 
 
 class PresetStream:
-    """A stream of facts through one preset, batch by batch, in every edited layer of the site.
+    """Stream of facts through one preset, batch by batch, in every edited layer of the site.
 
-    The facts' terms are those of the unedited model; what a method makes of the batches that came
-    before is its own affair. Nothing can be taken out again.
+    The facts' terms are those of the unedited model. Nothing can be removed again.
     """
 
     def __init__(
         self, preset: Preset, site: EditSite, statistics: Mapping[int, LayerStatistics]
     ) -> None:
-        """Raises KeditError when a layer's prior has no solution."""
+        """Raise KeditError if a layer's prior has no solution."""
         self._layers = {}
         for n in site.layers:
             prior = site.prior if n in site.subject_layers else site.end_prior
             self._layers[n] = _create_layer(preset(prior, site.ridge), statistics[n])
 
     def add(self, batch: Sequence[EditTerms]) -> dict[int, Tensor]:
-        """ΔW (hidden, width) float32 against W0 by layer, after this batch and all before it.
+        """Return ΔW (hidden, width) float32 against W0 by layer, over all batches so far.
 
-        Raises NotFinite rather than give back NaN or Inf; the stream then is
-        as if the batch had not come.
+        Raise NotFinite, with the stream unchanged, if ΔW has a NaN or Inf.
         """
         layers = self._layers
         if batch:
@@ -175,6 +160,6 @@ class PresetStream:
 
 
 def _stack_terms(batch: Sequence[EditTerms], layer: int) -> tuple[Tensor, Tensor]:
-    """A batch's keys (n, width) and residuals (n, hidden) in float64."""
+    """Stack a batch's keys (n, width) and residuals (n, hidden) in float64."""
     keys, residuals = stack_facts([(terms.keys[layer], terms.residuals[layer]) for terms in batch])
     return keys.double().cpu(), residuals.double().cpu()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kedit_daemon.bench.studies.reading import ActivationReader
+from kedit_daemon.bench.studies.activation_reader import ActivationReader
 from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.shipped import read_statements
 
