@@ -2,7 +2,7 @@
 
 prob: mean NLL of the wanted answer is below that of its rival. tokens: share of the answer's tokens
 that are the argmax under its own prefix. strict: all of them are. generation: the greedy answer, up
-to its natural stop and normalised, is the wanted one.
+to its natural stop and normalized, is the wanted one.
 
 For locality, prob compares the neighbour's own answer with the edit's target; the other three are
 agreement with the model's answers before any edit.
@@ -14,10 +14,11 @@ from statistics import fmean
 from typing import Protocol, TypeVar
 
 from kedit_daemon.bench.dataset import BenchRecord
-from kedit_daemon.bench.scoring import AnswerScore, PromptAnswer, continue_greedily, score_answers
+from kedit_daemon.bench.scoring import continue_greedily
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
+from memory.model.scoring import AnswerScore, PromptAnswer, score_answers
 from policies.probe import count_answer_tokens, is_same_answer
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ Rows of one length run together without padding, so that a row's numbers never d
 
 import logging
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -38,17 +38,38 @@ def _is_initial(line: str, at: int) -> bool:
     return len(word) <= 2 and word[:1].isupper() and at + 1 < len(line)
 
 
+def decode_steps(
+    model: EditableModel,
+    ids: Tensor,
+    steps: int,
+    *,
+    forced: Tensor | None = None,
+    logits_to_keep: int = 0,
+) -> Iterator[Tensor]:
+    """Yield the next-token logits (rows, vocabulary) of each step that follows ids (rows, tokens),
+    with a KV cache.
+
+    Each step feeds the likeliest tokens of the one before, or those of `forced` (rows, steps).
+    `logits_to_keep` is transformers' own: how many last columns the first pass's head runs on (0:
+    all). It decides the kernel and so the last bits of the first logits.
+    """
+    cache = None
+    for n in range(steps):
+        out = model.hf_model(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep
+        )
+        cache, logits = out.past_key_values, out.logits[:, -1]
+        yield logits
+        ids = logits.argmax(-1, keepdim=True) if forced is None else forced[:, n : n + 1]
+
+
 def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[list[int]]:
     """Greedy continuation of rows of equal length: ids (rows, tokens) -> tokens per row."""
     answers: list[list[int]] = [[] for _ in range(ids.shape[0])]
     running = [True] * ids.shape[0]
-    cache, ends = None, model.stop_tokens
-    step = ids
-    for _ in range(max_tokens):
-        out = model.hf_model(input_ids=step, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        step = out.logits[:, -1:].argmax(-1)  # (rows, 1)
-        for row, token in enumerate(step[:, 0].tolist()):
+    ends = model.stop_tokens
+    for logits in decode_steps(model, ids, max_tokens):
+        for row, token in enumerate(logits.argmax(-1).tolist()):
             if not running[row]:
                 continue
             if token in ends:
@@ -63,15 +84,17 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
     return answers
 
 
-def group_by_length(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Places of prompts of one length, at most MAX_ROWS together."""
+def group_by_length(
+    prompts: Sequence[Sequence[int]], most: int = MAX_BATCH_ROWS
+) -> list[list[int]]:
+    """Group the places of prompts of one length, at most `most` together."""
     groups: dict[int, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         groups[len(prompt)].append(place)
     return [
-        places[start : start + MAX_BATCH_ROWS]
+        places[start : start + most]
         for places in groups.values()
-        for start in range(0, len(places), MAX_BATCH_ROWS)
+        for start in range(0, len(places), most)
     ]
 
 

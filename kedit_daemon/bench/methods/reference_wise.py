@@ -35,7 +35,7 @@ QUIET_WORDS, KEY_LINES = 12, 50
 def merge_ties(deltas: Sequence[Tensor]) -> Tensor:
     """Merge deltas of one shape by TIES (Yadav et al. 2023): trim, elect signs, mean of the rest.
 
-    With equal weights, normalised, as published for WISE.
+    With equal weights, normalized, as published for WISE.
     """
     trimmed = torch.stack([_trim_delta(delta) for delta in deltas])
     elected = trimmed.sum(0).sign()

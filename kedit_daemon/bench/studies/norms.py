@@ -19,7 +19,6 @@ from kedit_daemon.bench.methods.method_catalog import import_method
 from kedit_daemon.bench.methods.reference_wise import ReferenceWise
 from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.run import name_matrix
-from kedit_daemon.bench.scoring import PromptAnswer, score_answers
 from kedit_daemon.bench.studies.activation_reader import ActivationReader
 from kedit_daemon.bench.studies.shared import catch_unsolved
 from kedit_daemon.bench.studies.study import Study, StudyInput
@@ -27,6 +26,7 @@ from kedit_daemon.bench.table import align_rows, format_share
 from memory.errors import NotFinite
 from memory.facts import Fact
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from memory.model.spectra import (
     effective_rank,
     linear_cka,

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from kedit_daemon.bench.methods.daemon_tiers import Auto
 from memory.facts import LIVE_STATES, Fact
 from policies.memit_mass import unpack_terms
-from policies.probe import normalise_answer
+from policies.probe import normalize_answer
 
 WEIGHTS_CULPRIT = "the weights"  # culprit if it is not a fact
 
@@ -53,8 +53,8 @@ class Contradiction(PlantedPoison):
         asked = [fact.question for fact in self.facts]
         longest = max(len(home.model.encode_target(f.question, f.target)) for f in self.facts)
         answers = [answer.text for answer in home.live_model.answer_prompts(asked, longest + 4)]
-        distinct = {normalise_answer(text) for text in answers}
-        if len(distinct) == 1 and distinct <= {normalise_answer(f.target) for f in self.facts}:
+        distinct = {normalize_answer(text) for text in answers}
+        if len(distinct) == 1 and distinct <= {normalize_answer(f.target) for f in self.facts}:
             return None
         return f"the two questions are answered {answers[0]!r} and {answers[1]!r}"
 

@@ -21,7 +21,7 @@ from memory.errors import KeditError, Unsolvable
 from memory.facts import Neighbour
 from memory.model.editable import EditableModel
 from policies.memit_mass import unpack_terms
-from policies.probe import normalise_answer
+from policies.probe import normalize_answer
 from policies.targets import EditTerms, Refusal, compute_terms
 
 T = TypeVar("T")
@@ -75,14 +75,14 @@ class OtherTargets:
 
     def __init__(self, records: Sequence[BenchRecord], rng: random.Random) -> None:
         self._rng = rng
-        self._all_targets = [(normalise_answer(r.fact.target), r.fact.target) for r in records]
+        self._all_targets = [(normalize_answer(r.fact.target), r.fact.target) for r in records]
         self._targets_by_prompt = defaultdict[str, list[tuple[str, str]]](list)
         for record, target in zip(records, self._all_targets, strict=True):
             self._targets_by_prompt[record.fact.prompt].append(target)
 
     def draw_replacement(self, record: BenchRecord) -> BenchRecord:
         """Return the record with another target. Raise KeditError if there is none."""
-        current = normalise_answer(record.fact.target)
+        current = normalize_answer(record.fact.target)
         for pool in (self._targets_by_prompt[record.fact.prompt], self._all_targets):
             if others := [target for plain, target in pool if plain != current]:
                 return _replace_target(record, self._rng.choice(others))
@@ -91,7 +91,7 @@ class OtherTargets:
 
 def _replace_target(record: BenchRecord, target: str) -> BenchRecord:
     truth = record.true_target
-    if truth is not None and normalise_answer(truth) == normalise_answer(target):
+    if truth is not None and normalize_answer(truth) == normalize_answer(target):
         truth = None
     return replace(record, fact=replace(record.fact, target=target), true_target=truth)
 

@@ -12,11 +12,11 @@ from kedit_daemon.bench.methods.reference_memit import (
     sample_prefixes,
     solve_dense_update,
 )
-from kedit_daemon.bench.scoring import PromptAnswer, score_answers
 from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from policies.solver import RidgeSolver
 
 FACTS = [seat(1, "Oslo"), seat(2, "Lima")]
