@@ -39,7 +39,6 @@ class InContext(Method):
         return f"{_format_sentence(fact)} {prompt}"
 
     def count_stored_bytes(self) -> int:
-        """Count the bytes of the sentences alone."""
         return self._stored_bytes
 
 

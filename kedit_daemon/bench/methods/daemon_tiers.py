@@ -91,7 +91,6 @@ class _DaemonMethod(Method):
         return (lambda _places: side.overlay_matches([])) if side.shard_ids else None
 
     def count_stored_bytes(self) -> int:
-        """Count the bytes of terms and retrieval keys in the database, and of the shards' files."""
         terms = [f.id for f in self.store.list_facts() if self.store.artifacts.has_terms(f.id)]
         in_database = sum(len(self.store.artifacts.read_terms(fact_id)) for fact_id in terms)
         in_database += sum(len(row.blob) for row in self.store.artifacts.read_side_keys())
@@ -100,7 +99,6 @@ class _DaemonMethod(Method):
         return in_database + sum(path.stat().st_size for path in files)
 
     def close(self) -> None:
-        """Close the database."""
         self.store.close()
 
 
@@ -131,7 +129,6 @@ class MemitMass(_DaemonMethod):
         self.flush = Flush(generations, attempts, self.note_progress, selective=setup.has_policy)
 
     def goes_to_weights(self, in_batch: int) -> bool:
-        """Return True."""
         return True
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:
@@ -165,7 +162,6 @@ class Wise(_DaemonMethod):
         self.editor = Editor(self.live_model, self.config, self.note_progress)
 
     def goes_to_weights(self, in_batch: int) -> bool:
-        """Return False."""
         return False
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:

@@ -36,7 +36,6 @@ class _PresetMethod(Method):
         self._stored_bytes += sum(len(pack_terms(terms)) for terms in batch)
 
     def count_stored_bytes(self) -> int:
-        """Count the bytes of the edited facts' keys and residuals."""
         return self._stored_bytes
 
 

@@ -241,5 +241,4 @@ class ReferenceWise(Method):
             yield
 
     def count_stored_bytes(self) -> int:
-        """Count the bytes of the copies of the matrix."""
         return sum(m.delta.numel() * m.delta.element_size() for m in self.answering_memories)

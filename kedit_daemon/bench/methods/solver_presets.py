@@ -37,57 +37,29 @@ class SolverSettings:
             raise KeditError(why, code="config")
 
 
-def memit_mass(prior: float, ridge: float) -> SolverSettings:
-    """ΔW = Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ over all facts so far, as in the daemon.
-
-    MEMIT in one batch, a name of Wang et al. 2024 (WISE), here with λ_n as well; λ as for MEMIT.
-    """
-    return SolverSettings(prior, ridge)
-
-
-def memit(prior: float, _ridge: float) -> SolverSettings:
-    """ΔW_t = R_tᵀ K_t (λ C0 + K_tᵀ K_t)⁻¹ (Meng et al. 2023, eq. 14), stacked.
-
-    Earlier edits are not protected. Published: λ = 15000 (GPT-J), 20000 (GPT2-XL).
-    """
-    return SolverSettings(prior, ridge=0.0, is_joint=False)
-
-
-def encore(prior: float, ridge: float) -> SolverSettings:
-    """ΔW_t = R_tᵀ K_t (λ C0 + Σ_{s<t} K_sᵀ K_s + K_tᵀ K_t + λ_n I)⁻¹ (Gupta et al. 2025).
-
-    With residuals against the current weights, the ΔW_t add up to memit-mass's ΔW.
-    Published: λ = 15000; λ_n = 20 (Llama-3), 10 (Llama-2, GPT2-XL).
-    """
-    return SolverSettings(prior, ridge, past_weight=1.0, is_joint=False)
-
-
-def alphaedit(_prior: float, ridge: float) -> SolverSettings:
-    """ΔW_t = R_tᵀ K_t P (P (Σ_{s≤t} K_sᵀ K_s) P + λ_n I)⁻¹, P = U0 U0ᵀ (Fang et al. 2025).
-
-    U0: the eigenvectors of C0 with small eigenvalues. Published: eigenvalues below 2e-2, λ_n = 10
-    (Llama-3), both absolute.
-    """
-    return SolverSettings(0.0, ridge, 1.0, projector=NULL_SPACE_LIMIT, is_joint=False)
-
-
-def emmet(prior: float, _ridge: float) -> SolverSettings:
-    """ΔW_t = R_tᵀ (K_t C⁻¹ K_tᵀ)⁻¹ K_t C⁻¹, C = λ C0: K_t ΔW_tᵀ = R_t (Gupta et al. 2024).
-
-    Published: λ = 1e5, and 0.1 I added to K_t C⁻¹ K_tᵀ; without that, as here, λ has no effect.
-    """
-    return SolverSettings(prior, ridge=0.0, equality=True, is_joint=False)
-
-
 Preset = Callable[[float, float], SolverSettings]
 """Function of λ and λ_n that returns the settings."""
 
 PRESETS: Mapping[str, Preset] = {
-    "memit-mass": memit_mass,
-    "memit": memit,
-    "encore": encore,
-    "alphaedit": alphaedit,
-    "emmet": emmet,
+    # ΔW = Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ over all facts so far, as in the daemon. MEMIT in one batch,
+    # a name of Wang et al. 2024 (WISE), here with λ_n as well; λ as for MEMIT.
+    "memit-mass": lambda prior, ridge: SolverSettings(prior, ridge),
+    # ΔW_t = R_tᵀ K_t (λ C0 + K_tᵀ K_t)⁻¹ (Meng et al. 2023, eq. 14), stacked. Earlier edits are not
+    # protected. Published: λ = 15000 (GPT-J), 20000 (GPT2-XL).
+    "memit": lambda prior, _ridge: SolverSettings(prior, ridge=0.0, is_joint=False),
+    # ΔW_t = R_tᵀ K_t (λ C0 + Σ_{s<t} K_sᵀ K_s + K_tᵀ K_t + λ_n I)⁻¹ (Gupta et al. 2025). With
+    # residuals against the current weights, the ΔW_t add up to memit-mass's ΔW.
+    # Published: λ = 15000; λ_n = 20 (Llama-3), 10 (Llama-2, GPT2-XL).
+    "encore": lambda prior, ridge: SolverSettings(prior, ridge, past_weight=1.0, is_joint=False),
+    # ΔW_t = R_tᵀ K_t P (P (Σ_{s≤t} K_sᵀ K_s) P + λ_n I)⁻¹, P = U0 U0ᵀ (Fang et al. 2025). U0: the
+    # eigenvectors of C0 with small eigenvalues. Published: eigenvalues below 2e-2, λ_n = 10
+    # (Llama-3), both absolute.
+    "alphaedit": lambda _prior, ridge: SolverSettings(
+        0.0, ridge, past_weight=1.0, projector=NULL_SPACE_LIMIT, is_joint=False
+    ),
+    # ΔW_t = R_tᵀ (K_t C⁻¹ K_tᵀ)⁻¹ K_t C⁻¹, C = λ C0: K_t ΔW_tᵀ = R_t (Gupta et al. 2024).
+    # Published: λ = 1e5, and 0.1 I added to K_t C⁻¹ K_tᵀ; without that, as here, λ has no effect.
+    "emmet": lambda prior, _ridge: SolverSettings(prior, ridge=0.0, equality=True, is_joint=False),
 }
 
 

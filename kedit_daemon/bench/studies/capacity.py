@@ -56,7 +56,6 @@ class CapacityStudy(Study):
         return {"not_edited": missing, "width": width, "knee": find_knee(rows), "rows": rows}
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format a row for each size, then the knee."""
         heads = [*format_column_heads(COLUMNS), *format_ratio_heads(result)]
         rows = [["facts", "per d_ff", *heads, "solve, s"]]
         for row in result["rows"]:
@@ -71,7 +70,6 @@ class CapacityStudy(Study):
         yield f"not edited {result['not_edited']}"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw the columns, and the norms, against facts per unit of d_ff."""
         rows = result["rows"]
         across = [row["per_width"] for row in rows]
         for n, column in enumerate(COLUMNS):

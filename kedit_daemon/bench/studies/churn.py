@@ -13,13 +13,12 @@ from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.studies.shared import (
     OtherTargets,
     catch_unsolved,
-    find_largest_norm,
     format_ratio_cells,
     format_ratio_heads,
     load_terms,
     measure_columns,
     measure_figures,
-    open_home,
+    plot_largest_norms,
     thin_records,
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
@@ -39,7 +38,7 @@ class ChurnStudy(Study):
 
     def run(self, given: StudyInput) -> dict[str, Any]:
         """Measure both ways, round by round."""
-        with open_home(given) as home:
+        with given.open_method(MemitMass, has_policy=False) as home:
             rows, failed = _run_rounds(given, home, self.rounds)
         return {
             "not_edited": home.not_edited,
@@ -49,7 +48,6 @@ class ChurnStudy(Study):
         }
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format each way's rounds, then the change of its norms since the first facts."""
         rows = [["way", "edits", *format_ratio_heads(result), *map(_shorten_name, SHARES)]]
         for way in WAYS:
             for row in _select_way(result["rows"], way):
@@ -65,17 +63,14 @@ class ChurnStudy(Study):
         yield f"not edited {result['not_edited']}"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw norms and held shares against edits."""
         for n, way in enumerate(WAYS):
             rows = _select_way(result["rows"], way)
             edits = [row["edits"] for row in rows]
-            norms = [find_largest_norm(row) for row in rows]
-            left.plot(edits, norms, marker=".", color=f"C{n}", label=way)
+            plot_largest_norms(left, rows, f"C{n}", way)
             for name, style in (("reliability_strict", "-"), ("locality_strict", "--")):
                 shares = [to_percent(row[name]) for row in rows]
                 label = f"{way}, {_shorten_name(name)}"
                 right.plot(edits, shares, style, marker=".", color=f"C{n}", label=label)
-        left.set(xlabel="edits", ylabel="largest ‖W‖ / ‖W0‖", title="Norms", yscale="log")
         right.set(xlabel="edits", ylabel="%", ylim=(-2, 102), title="Held")
 
 

@@ -138,7 +138,6 @@ class CostStudy(Study):
         return result
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format a row for each group and length, then the size of the side memory."""
         heads = ["prompts", "tokens", "asked"]
         rows = [[*heads, *(f"{part}{head}" for part in PARTS for head in (", ms", "", " again"))]]
         for row in result["rows"]:
@@ -155,7 +154,6 @@ class CostStudy(Study):
         yield "again: the same of two turns without the side memory, so what chance makes"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw the overhead on a prompt's pass, and on a token's, against the prompt's length."""
         for axes, part in zip((left, right), PARTS, strict=True):
             for group in dict.fromkeys(row["group"] for row in result["rows"]):
                 rows = [row for row in result["rows"] if row["group"] == group]

@@ -25,7 +25,6 @@ from kedit_daemon.bench.studies.shared import (
     make_no_facts_error,
     measure_columns,
     measure_figures,
-    open_home,
     plot_norms,
     sample_evenly,
 )
@@ -56,7 +55,10 @@ class ExactnessStudy(Study):
         """Compare both homes, before and after the first one consolidates."""
         rng = random.Random(given.seed)
         plan = _plan_changes(given.records, rng)
-        with open_home(given) as first, open_home(given) as fresh:
+        with (
+            given.open_method(MemitMass, has_policy=False) as first,
+            given.open_method(MemitMass, has_policy=False) as fresh,
+        ):
             rows = list(_run_first_home(given, first, plan))
             survivors = _collect_survivors(first, [*given.records, *plan.replacements.values()])
             counts = {
@@ -79,7 +81,6 @@ class ExactnessStudy(Study):
             }
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format the first home's changes, both columns, and the distance of the weights."""
         rows = [["change", "live", *format_ratio_heads(result)]]
         rows += [[r["change"], str(r["live"]), *format_ratio_cells(r)] for r in result["rows"]]
         yield from align_rows(rows)
@@ -103,7 +104,6 @@ class ExactnessStudy(Study):
         )
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw the first home's norms after each change, and the columns of both homes."""
         plot_norms(left, range(len(result["rows"])), result["rows"])
         left.set(xlabel="changes of the weights", ylabel="‖W‖ / ‖W0‖", title="The first home")
         draw_columns(right, [{"method": home, **result[home]} for home in HOMES])

@@ -66,7 +66,6 @@ class IndexStudy(Study):
         }
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format a row for each size, then the queries."""
         heads = ["keys", "lists", "p50, ms", "p95, ms", "all keys, ms", "recall@1"]
         heads += [f"recall@{VECTORS_PER_TOKEN}", "build, s", "replace, ms", "file, MB", "held, MB"]
         rows = [[*heads, "save, s", "load, s"]]
@@ -87,7 +86,6 @@ class IndexStudy(Study):
         )
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw search time and recall against the number of keys."""
         rows = result["rows"]
         across = [row["keys"] for row in rows]
         for name in ("p50", "p95", "all_keys"):

@@ -5,7 +5,6 @@ Their phenomena (arXiv 2502.19416), for methods without a memory and for the dae
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from kedit_daemon.bench.dataset import BenchRecord, split_batches
 from kedit_daemon.bench.methods.daemon_tiers import Wise
-from kedit_daemon.bench.methods.method import Method, open_method
+from kedit_daemon.bench.methods.method import Method
 from kedit_daemon.bench.methods.method_catalog import import_method
 from kedit_daemon.bench.methods.reference_wise import ReferenceWise
 from kedit_daemon.bench.plot import to_percent
@@ -81,16 +80,19 @@ class NormGrowthStudy(Study):
         size = min(given.batch_size, self._compute_step(given.records))
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
         for name, way in self.ways.items():
-            failed = list[str]()
+            failed, method = list[str](), import_method(way.method)
             end: dict[str, Any] = {**asdict(way), "not_edited": 0}
             records = given.records[: self.max_single_facts if way.one_by_one else None]
             each, step = 1 if way.one_by_one else size, self._compute_step(records)
-            with catch_unsolved(failed), _open_method(given, way) as method:
+            # A flush takes up to the study's batch size, however few facts come at once.
+            opened = given.open_method(method, has_policy=way.policy)
+            with catch_unsolved(failed), opened as editor:
                 track = given.track(split_batches(records, each), name)
-                for edited in _edit_stepwise(track, method, step, len(records)):
-                    end["not_edited"] = method.not_edited
-                    point = probe.measure_point(method, edited, step)
+                for edited in _edit_stepwise(track, editor, step, len(records)):
+                    end["not_edited"] = editor.not_edited
+                    point = probe.measure_point(editor, edited, step)
                     rows.append({"way": name, "edits": edited, **point})
+            given.loaded_model.model.set_deltas({})
             ends[name] = {**end, "failed": failed[0] if failed else None}
         return {"batch_size": size, "ways": ends, "rows": rows}
 
@@ -99,7 +101,6 @@ class NormGrowthStudy(Study):
         return -(-len(records) // self.curve_points)
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format every way's curve, the matrices at its end, and how it ended."""
         heads = ["way", "edits", "largest ‖W‖", "beside", "least ‖y‖", "most ‖y‖", "‖h‖", "CKA"]
         rows = [[*heads, "perplexity", *(name.removesuffix("_strict") for name in SHARES)]]
         for row in result["rows"]:
@@ -121,7 +122,6 @@ class NormGrowthStudy(Study):
             yield f"{name}: {end['method']}{policy}, not edited {end['not_edited']}{failed}"
 
     def draw_curves(self, result: Mapping[str, Any], *axes: Any) -> None:
-        """Draw matrices, activations and held shares against edits."""
         for n, name in enumerate(result["ways"]):
             rows = [row for row in result["rows"] if row["way"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
@@ -136,22 +136,6 @@ class NormGrowthStudy(Study):
         axes[LEGEND_PANEL].plot([], [], "k--", label="copy in a side memory")
         axes[0].set_yscale("log")
         axes[5].set_ylim(-2, 102)
-
-
-@contextmanager
-def _open_method(given: StudyInput, way: StreamedMethod) -> Iterator[Method]:
-    """Open the way's method on the unedited model, and restore the weights afterwards.
-
-    The daemon's flush takes up to the study's batch size, however few facts come at once.
-    """
-    loaded, method = given.loaded_model, import_method(way.method)
-    try:
-        with open_method(
-            method, loaded, given.batch_size, given.seed, has_policy=way.policy
-        ) as opened:
-            yield opened
-    finally:
-        loaded.model.set_deltas({})
 
 
 def _edit_stepwise(

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from kedit_daemon.bench.methods.daemon_tiers import Auto
-from kedit_daemon.bench.methods.method import open_method
 from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.studies.poison_kinds import WEIGHTS_CULPRIT, PlantedPoison
 from kedit_daemon.bench.studies.poison_plan import KINDS, plan_batches
@@ -40,8 +39,7 @@ class PoisonStudy(Study):
     def run(self, given: StudyInput) -> dict[str, Any]:
         """Report the outcome of every batch, then the totals."""
         batches = plan_batches(given, self.kinds, self.batches_per_kind)
-        limits = {"policy_limits": POLICY_LIMITS}
-        with open_method(Auto, given.loaded_model, given.batch_size, given.seed, **limits) as home:
+        with given.open_method(Auto, policy_limits=POLICY_LIMITS) as home:
             trial = _PoisonTrial(home)
             rows = [trial.run_batch(*batch) for batch in given.track(batches, "batches")]
             lost = trial.find_lost()
@@ -51,7 +49,6 @@ class PoisonStudy(Study):
         return {**result, "lost": lost, "rows": rows}
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format a line for each batch, the totals, and every miss."""
         heads = ["batch", "facts", *OUTCOMES, "wrongly named", "harmed", "held", "verdict"]
         table = [[*heads, "norm", "perplexity", "seconds"]]
         for row in result["rows"]:
@@ -75,7 +72,6 @@ class PoisonStudy(Study):
         yield from _format_misses(result)
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw counts of planted, stopped and named poisons by kind; and held shares by batch."""
         rows = result["rows"]
         kinds = sorted({row["kind"] for row in rows})
         planted = [[p for r in rows if r["kind"] == kind for p in r["plants"]] for kind in kinds]

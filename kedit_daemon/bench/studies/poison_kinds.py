@@ -103,14 +103,12 @@ class BrokenShard(PlantedPoison):
     kind, variant = "NaN", "live shard"
 
     def corrupt_live(self, home: Auto, innocent: Sequence[Fact]) -> None:
-        """Break a shard of the batch."""
         side = home.live_model.side
         for fact in [f for f in innocent if f.id in side.shard_ids][:1]:
             side.shards[side.shard_ids[fact.id]].delta.up[0, 0] = nan
             self.culprits = {fact.id}
 
     def describe_survival(self, home: Auto) -> str | None:
-        """Check that the shard is still broken."""
         side = home.live_model.side
         live = [side.shards[side.shard_ids[n]] for n in self.culprits if n in side.shard_ids]
         is_whole = all(torch.isfinite(t).all() for s in live for t in (s.delta.up, s.delta.down))
@@ -124,13 +122,11 @@ class BrokenWeights(PlantedPoison):
     is_direct = True
 
     def corrupt_live(self, home: Auto, innocent: Sequence[Fact]) -> None:
-        """Break the first edited layer."""
         with torch.no_grad():
             home.model.weight(home.loaded_model.layers[0])[0, 0] = nan
         self.culprits = {WEIGHTS_CULPRIT}
 
     def describe_survival(self, home: Auto) -> str | None:
-        """Check that an edited matrix is still broken."""
         is_whole = all(torch.isfinite(home.model.weight(n)).all() for n in home.loaded_model.layers)
         return None if is_whole else "the weights are still broken"
 
@@ -142,7 +138,6 @@ class BrokenTargets(PlantedPoison):
     is_direct = True
 
     def corrupt_live(self, home: Auto, innocent: Sequence[Fact]) -> None:
-        """Break the terms of a fact of the batch."""
         held = set(home.live_model.list_weights_facts())
         for fact in [f for f in innocent if f.id in held][:1]:
             _scale_terms(home, fact.id, nan)

@@ -11,13 +11,13 @@ from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.studies.shared import (
     catch_unsolved,
     compute_stream_terms,
-    find_largest_norm,
     format_column_cells,
     format_column_heads,
     format_ratio_cells,
     format_ratio_heads,
     measure_columns,
     measure_figures,
+    plot_largest_norms,
     thin_records,
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
@@ -56,7 +56,6 @@ class PresetStudy(Study):
         return {"not_edited": len(given.records) - len(pairs), "presets": ends, "rows": rows}
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format every preset's curve, then the columns at the end of the stream."""
         rows = [["preset", "edits", *format_ratio_heads(result), *map(_shorten_name, SHARES)]]
         for row in result["rows"]:
             shares = [format_share(row[name]) for name in SHARES]
@@ -75,17 +74,14 @@ class PresetStudy(Study):
         yield f"not edited {result['not_edited']}"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw norms and held shares against edits."""
         for n, name in enumerate(result["presets"]):
             rows = [row for row in result["rows"] if row["preset"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
-            norms = [find_largest_norm(row) for row in rows]
-            left.plot(edits, norms, marker=".", color=color, label=name)
+            plot_largest_norms(left, rows, color, name)
             for measure, style in STYLES.items():
                 shares = [to_percent(row[measure]) for row in rows]
                 label = _shorten_name(measure) if n == 0 else None  # the left names the colours
                 right.plot(edits, shares, style, marker=".", color=color, label=label)
-        left.set(xlabel="edits", ylabel="largest ‖W‖ / ‖W0‖", title="Norms", yscale="log")
         right.set(xlabel="edits", ylabel="%", ylim=(-2, 102), title="Held, strict")
 
     def _edit_stepwise(

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kedit_daemon.bench.dataset import split_batches
 from kedit_daemon.bench.methods.daemon_tiers import Wise
-from kedit_daemon.bench.methods.method import open_method
 from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.studies.routing_prompts import (
     FACT_GROUPS,
@@ -66,7 +65,6 @@ class RoutingStudy(Study):
         }
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Format a row for each gate, then the one in use."""
         rows, served = [["gate", *map(_format_head, PROMPT_GROUPS), "precision"]], result["served"]
         for row in (*result["rows"], result["at_gate"], served):
             gate = "" if row is served else f"{row['gate']:.2f}"
@@ -85,7 +83,6 @@ class RoutingStudy(Study):
         yield f"unrouted: {unrouted['prompts']}, of which {unrouted['other']} have other logits"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Draw precision against recall, and the shares against the gate."""
         rows = result["rows"]
         gates, precision = [r["gate"] for r in rows], [to_percent(r["precision"]) for r in rows]
         for name in PROMPT_GROUPS:
@@ -128,7 +125,7 @@ def find_nearest(side: SideMemory, group: Sequence[RoutedPrompt]) -> list[Routed
 @contextmanager
 def learn_stream(given: StudyInput) -> Iterator[SideMemory]:
     """Yield a side memory that has learned the facts of the stream, as in the daemon."""
-    with open_method(Wise, given.loaded_model, given.batch_size, given.seed) as tier:
+    with given.open_method(Wise) as tier:
         for batch in given.track(split_batches(given.records, given.batch_size), "learned"):
             tier.edit(batch)
         yield tier.live_model.side

@@ -4,14 +4,12 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.measure import BaseAnswers, MeasuredModel, average_columns, measure_records
-from kedit_daemon.bench.methods.daemon_tiers import MemitMass
-from kedit_daemon.bench.methods.method import open_method
 from kedit_daemon.bench.run import measure_health
 from kedit_daemon.bench.studies.study import StudyInput
 from kedit_daemon.bench.table import SHOWN_MEASURES, format_share
@@ -56,13 +54,6 @@ def load_terms(store: Store, fact_id: str) -> EditTerms:
     """Load a fact's terms from a home, which keeps no loss, steps and lengths."""
     keys_and_residuals = unpack_terms(store.artifacts.read_terms(fact_id))
     return EditTerms(*keys_and_residuals, loss=math.nan, steps=0, lengths={})
-
-
-def open_home(given: StudyInput) -> AbstractContextManager[MemitMass]:
-    """Open the daemon's flush on a home in a temporary folder, without the policy."""
-    return open_method(
-        MemitMass, given.loaded_model, given.batch_size, given.seed, has_policy=False
-    )
 
 
 def make_no_facts_error(why: str) -> KeditError:
@@ -166,9 +157,13 @@ def format_ratio_cells(row: Mapping[str, Any]) -> list[str]:
     return [f"{ratio:.5g}" for ratio in (*row["norm_ratio"].values(), row["perplexity_ratio"])]
 
 
-def find_largest_norm(row: Mapping[str, Any]) -> float:
-    """Return the largest norm ratio of all edited matrices."""
-    return float(max(row["norm_ratio"].values()))
+def plot_largest_norms(
+    axes: Any, rows: Sequence[Mapping[str, Any]], color: str, label: str
+) -> None:
+    """Draw each row's largest norm ratio against its edits, on a log scale."""
+    norms = [max(row["norm_ratio"].values()) for row in rows]
+    axes.plot([row["edits"] for row in rows], norms, marker=".", color=color, label=label)
+    axes.set(xlabel="edits", ylabel="largest ‖W‖ / ‖W0‖", title="Norms", yscale="log")
 
 
 def plot_norms(axes: Any, across: Sequence[float], rows: Sequence[Mapping[str, Any]]) -> None:

@@ -1,12 +1,14 @@
 """Interface of the studies, and the runner that adds the common keys to each one's JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kedit_daemon.bench.dataset import BenchRecord, FactStream
 from kedit_daemon.bench.measure import ProgressTracker
+from kedit_daemon.bench.methods.method import M, open_method
 from kedit_daemon.bench.plot import open_figure
 from kedit_daemon.bench.run import collect_provenance
 from kedit_daemon.editing.model_loading import LoadedModel
@@ -23,6 +25,10 @@ class StudyInput:
     seed: int
     track: ProgressTracker
     texts_path: Path | None = None
+
+    def open_method(self, method: type[M], **options: Any) -> AbstractContextManager[M]:
+        """Open a method in a temporary folder; `options` are further fields of MethodSetup."""
+        return open_method(method, self.loaded_model, self.batch_size, self.seed, **options)
 
 
 class Study:

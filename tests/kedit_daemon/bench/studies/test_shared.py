@@ -7,6 +7,7 @@ import pytest
 import torch
 from study_tools import given, records
 
+from kedit_daemon.bench.methods.daemon_tiers import MemitMass
 from kedit_daemon.bench.studies.shared import (
     MAX_NEIGHBOURS,
     OtherTargets,
@@ -14,7 +15,6 @@ from kedit_daemon.bench.studies.shared import (
     compute_stream_terms,
     list_neighbours,
     load_terms,
-    open_home,
     sample_evenly,
     thin_records,
 )
@@ -33,7 +33,7 @@ def test_terms_are_those_of_a_home_and_the_bar_ends(load: Callable[[str], Loaded
     found = compute_stream_terms(work)
     assert ended == ["targets"]
     assert [record for record, _ in found] == work.records
-    with open_home(work) as home:
+    with work.open_method(MemitMass, has_policy=False) as home:
         home.edit([record.fact for record in work.records[:2]])
         for record, terms in found[:2]:
             stored = load_terms(home.store, record.fact.id)
