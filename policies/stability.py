@@ -59,7 +59,7 @@ class Thresholds:
     def ease_limits(self) -> "Thresholds":
         """Limits below which the figures are clearly well, not just for once."""
         rests = {"norm": 1.0, "perplexity": 1.0}
-        return Thresholds(**{n: own.eased(rests.get(n, 0.0)) for n, own in vars(self).items()})
+        return Thresholds(**{n: own.ease_limits(rests.get(n, 0.0)) for n, own in vars(self).items()})
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ For locality, prob compares the neighbour's own answer with the edit's target; t
 agreement with the model's answers before any edit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol, TypeVar
@@ -54,7 +54,7 @@ class BaseAnswers:
 
 @dataclass(frozen=True)
 class Score:
-    """One of COLUMNS, as means over its questions; `prob` is None without a rival."""
+    """Score in one of COLUMNS, as means over its questions; `prob` is None without a rival."""
 
     prob: float | None
     tokens: float
@@ -69,9 +69,9 @@ RecordScores = dict[str, Score | None]
 @dataclass(frozen=True)
 class _Question:
     prompt: str
-    wanted_ids: tuple[int, ...]
     answer: str
-    rivals: tuple[str, str] | None  # the first should be the likelier one
+    wanted: PromptAnswer
+    rivals: tuple[PromptAnswer, ...]  # two, of which the first should be the likelier; or none
 
 
 def _split_chunks(records: Sequence[T]) -> list[Sequence[T]]:
@@ -115,11 +115,12 @@ def _score_chunk(
 ) -> list[RecordScores]:
     by_record = [_build_questions(subject, record, before) for record, before in chunk]
     questions = [q for columns in by_record for group in columns.values() for q in group]
-    rows = _score_rows(subject, questions)
+    rows = list(dict.fromkeys(row for q in questions for row in (q.wanted, *q.rivals)))
+    by_row = dict(zip(rows, score_answers(subject.model, rows, subject.overlay), strict=True))
     limit = _limit_answer_tokens(subject.model, [record for record, _ in chunk])
     texts = generate_answers(subject.model, [q.prompt for q in questions], limit, subject.overlay)
     pairs = zip(questions, texts, strict=True)
-    scores = iter([_score_question(subject, q, rows, text) for q, text in pairs])
+    scores = iter([_score_question(q, by_row, text) for q, text in pairs])
     return [
         {name: average_scores([next(scores) for _ in group]) for name, group in columns.items()}
         for columns in by_record
@@ -130,51 +131,34 @@ def _build_questions(
     subject: MeasuredModel, record: BenchRecord, before: BaseAnswers
 ) -> dict[str, list[_Question]]:
     fact, model = record.fact, subject.model
-    rivals = (fact.target, record.true_target) if record.true_target is not None else None
+    rivals = (fact.target, record.true_target) if record.true_target is not None else ()
 
-    def build_question(prompt: str) -> _Question:
+    def build_question(
+        prompt: str, answer: str, rivals: Sequence[str], ids: tuple[int, ...] | None = None
+    ) -> _Question:
         framed = subject.frame_prompt(fact, prompt)
-        return _Question(framed, _encode_answer(model, framed, fact.target), fact.target, rivals)
+        prompt_ids = tuple(model.encode(framed))
+
+        def encode_row(text: str) -> PromptAnswer:
+            return PromptAnswer(prompt_ids, tuple(model.encode_target(framed, text)))
+
+        wanted = encode_row(answer) if ids is None else PromptAnswer(prompt_ids, ids)
+        return _Question(framed, answer, wanted, tuple(map(encode_row, rivals)))
 
     near = []
     references = zip(record.neighbours, before.tokens, before.answers, strict=True)
     for neighbour, tokens, answer in references:
         old = neighbour.answer
-        pair = None if old is None or is_same_answer(old, fact.target) else (old, fact.target)
-        near.append(_Question(subject.frame_prompt(fact, neighbour.prompt), tokens, answer, pair))
-    rephrased = [build_question(prompt) for prompt in record.paraphrases]
-    return dict(zip(COLUMNS, ([build_question(fact.question)], rephrased, near), strict=True))
+        pair = () if old is None or is_same_answer(old, fact.target) else (old, fact.target)
+        near.append(build_question(neighbour.prompt, answer, pair, tokens))
+    own = build_question(fact.question, fact.target, rivals)
+    rephrased = [build_question(prompt, fact.target, rivals) for prompt in record.paraphrases]
+    return dict(zip(COLUMNS, ([own], rephrased, near), strict=True))
 
 
-def _encode_answer(model: EditableModel, prompt: str, answer: str) -> tuple[int, ...]:
-    return tuple(model.encode_target(prompt, answer))
-
-
-def _score_rows(
-    subject: MeasuredModel, questions: Sequence[_Question]
-) -> dict[PromptAnswer, AnswerScore]:
-    """Score every row that the questions need, each once."""
-    model = subject.model
-    rows: dict[PromptAnswer, None] = {}
-    for q in questions:
-        prompt = tuple(model.encode(q.prompt))
-        rivals = (_encode_answer(model, q.prompt, answer) for answer in q.rivals or ())
-        rows |= {PromptAnswer(prompt, ids): None for ids in (q.wanted_ids, *rivals)}
-    return dict(zip(rows, score_answers(model, list(rows), subject.overlay), strict=True))
-
-
-def _score_question(
-    subject: MeasuredModel, q: _Question, rows: dict[PromptAnswer, AnswerScore], text: str
-) -> Score:
-    model = subject.model
-    prompt = tuple(model.encode(q.prompt))
-    hits = rows[PromptAnswer(prompt, q.wanted_ids)].token_hits
-    prob = None
-    if q.rivals is not None:
-        better, worse = (
-            rows[PromptAnswer(prompt, _encode_answer(model, q.prompt, a))].loss for a in q.rivals
-        )
-        prob = float(better < worse)
+def _score_question(q: _Question, rows: Mapping[PromptAnswer, AnswerScore], text: str) -> Score:
+    hits, losses = rows[q.wanted].token_hits, [rows[rival].loss for rival in q.rivals]
+    prob = float(losses[0] < losses[1]) if losses else None
     return Score(prob, fmean(hits), float(all(hits)), float(is_same_answer(text, q.answer)))
 
 

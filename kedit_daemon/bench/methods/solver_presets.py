@@ -65,7 +65,7 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class _LayerSolution:
-    """One layer's state after some batches, in float64.
+    """State of one layer after some batches, in float64.
 
     delta: ΔW (hidden, width) so far. keys (m, width), residuals (m, hidden): rows of earlier
     batches that enter the next solve; if stacked, √past_weight · k with a residual of 0, whose

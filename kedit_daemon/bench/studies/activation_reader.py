@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kedit_daemon.editing.model_loading import read_canary_lines
-from kedit_daemon.shipped import read_statements
+from kedit_daemon.editing.model_loading import CanaryTexts, read_canary_texts
 from memory.model.canary import MAX_LINE_TOKENS
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, group_by_length
@@ -40,12 +39,12 @@ class Activations:
 class ActivationReader:
     """Reads the canary's text and statements, with or without an overlay on the weights."""
 
-    def __init__(self, model: EditableModel) -> None:
-        self.model = model
+    def __init__(self, model: EditableModel, texts: CanaryTexts | None = None) -> None:
+        self.model, texts = model, texts or read_canary_texts()
         self._text_rows = [
-            ids for t in read_canary_lines() if len(ids := model.encode(t)[:MAX_LINE_TOKENS]) > 8
+            ids for t in texts.lines if len(ids := model.encode(t)[:MAX_LINE_TOKENS]) > 8
         ]
-        self._statement_rows = [model.encode(statement) for statement in read_statements()]
+        self._statement_rows = [model.encode(statement) for statement in texts.statements]
 
     def read_activations(self, overlay: Overlay | None) -> Activations:
         """Read the activations of the current model."""

@@ -7,6 +7,7 @@ order and in other batches.
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -55,10 +56,8 @@ class ExactnessStudy(Study):
         """Compare both homes, before and after the first one consolidates."""
         rng = random.Random(given.seed)
         plan = _plan_changes(given.records, rng)
-        with (
-            given.open_method(MemitMass, has_policy=False) as first,
-            given.open_method(MemitMass, has_policy=False) as fresh,
-        ):
+        open_home = partial(given.open_method, MemitMass, has_policy=False)
+        with open_home() as first, open_home() as fresh:
             rows = list(_run_first_home(given, first, plan))
             survivors = _collect_survivors(first, [*given.records, *plan.replacements.values()])
             counts = {

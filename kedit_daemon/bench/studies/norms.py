@@ -22,6 +22,7 @@ from kedit_daemon.bench.studies.activation_reader import ActivationReader
 from kedit_daemon.bench.studies.shared import catch_unsolved
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
+from kedit_daemon.editing.model_loading import CanaryTexts
 from memory.errors import NotFinite
 from memory.facts import Fact
 from memory.model.editable import EditableModel
@@ -73,10 +74,11 @@ class NormGrowthStudy(Study):
     ways: Mapping[str, StreamedMethod] = field(default_factory=lambda: WAYS)
     curve_points: int = 10  # of each curve, about
     max_single_facts: int = 120
+    texts: CanaryTexts | None = None  # that the model reads; otherwise the shipped ones
 
     def run(self, given: StudyInput) -> dict[str, Any]:
         """Measure every way's curve, in batches no larger than the curves' steps."""
-        probe = _CurveProbe(given)
+        probe = _CurveProbe(given, self.texts)
         size = min(given.batch_size, self._compute_step(given.records))
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
         for name, way in self.ways.items():
@@ -153,10 +155,10 @@ def _edit_stepwise(
 class _CurveProbe:
     """Measures the points of the curves against the model at construction."""
 
-    def __init__(self, given: StudyInput) -> None:
+    def __init__(self, given: StudyInput, texts: CanaryTexts | None = None) -> None:
         self.model, self.site = given.loaded_model.model, given.loaded_model.site
         self.facts = [record.fact for record in given.records]
-        self.reader = ActivationReader(self.model)
+        self.reader = ActivationReader(self.model, texts)
         self.base_reading = self.reader.read_activations(None)
 
     def measure_point(self, method: Method, edited: int, step: int) -> dict[str, Any]:

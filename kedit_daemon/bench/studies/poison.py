@@ -31,7 +31,7 @@ POLICY_LIMITS = {"agreement_warn": 0.25, "agreement_consolidate": 0.35, "agreeme
 
 @dataclass(frozen=True)
 class PoisonStudy(Study):
-    """One home with the policy on: batch after batch, each with innocent facts and poison."""
+    """Home with the policy on: batch after batch, each with innocent facts and poison."""
 
     kinds: Sequence[str] = KINDS
     batches_per_kind: int = 4

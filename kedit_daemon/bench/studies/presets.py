@@ -30,7 +30,7 @@ STYLES = dict(zip(SHARES, ("-", ":", "--"), strict=True))
 
 @dataclass(frozen=True)
 class PresetStudy(Study):
-    """One stream through each preset; a preset whose solve fails ends there."""
+    """Stream through each preset; a preset whose solve fails ends there."""
 
     presets: Sequence[str] = tuple(PRESETS)
     curve_points: int = 10  # of each preset, about

@@ -15,7 +15,7 @@ from memory.errors import KeditError
 from memory.facts import Fact
 
 FACTS = [seat(n, CITIES[n % len(CITIES)]) for n in range(6)]
-NAMES = [name for name, where in METHODS.items() if where.startswith("published:")]
+NAMES = [name for name, where in METHODS.items() if where.startswith("published_methods:")]
 
 
 @pytest.fixture

@@ -53,7 +53,7 @@ def test_prompts_are_of_their_group_and_are_not_routed(load: Callable[[str], Loa
     naming = tuple(Neighbour(f"Country {n} and the seat of a bishop") for n in range(FACTS))
     work.records[0] = replace(work.records[0], neighbours=naming)
     side = build_side_memory(work, collect_subjects(work, random.Random(0), KEY_COUNT))
-    side.gates = replace(side.gates, end=0.9999)
+    side.gates = replace(side.gates, min_end_cosine=0.9999)
     groups = SMALL.collect_prompts(work, side)
     assert {name for name, _ in groups} == {"text", "neighbours", "named"}
     for (name, tokens), prompts in groups.items():
@@ -66,7 +66,7 @@ def test_prompts_are_of_their_group_and_are_not_routed(load: Callable[[str], Loa
             assert abs(ids.shape[1] - tokens) <= 8 or name != "text"
             said = side.model.decode(ids[0].tolist())
             assert bool(side.subject_matcher.find_named_facts(said)) == (name == "named")
-    side.gates = replace(side.gates, subject=-1.0, end=-1.0)
+    side.gates = replace(side.gates, min_subject_cosine=-1.0, min_end_cosine=-1.0)
     assert not any(
         groups for (name, _), groups in SMALL.collect_prompts(work, side).items() if name == "named"
     )

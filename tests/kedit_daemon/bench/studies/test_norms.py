@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kedit_daemon.bench.methods.method import MethodSetup
 from kedit_daemon.bench.methods.reference_wise import ReferenceWise, WiseMemory
 from kedit_daemon.bench.methods.solver_presets import PRESETS, PresetStream
 from kedit_daemon.bench.plot import open_figure
-from kedit_daemon.bench.studies import activation_reader, norms
+from kedit_daemon.bench.studies import norms
 from kedit_daemon.bench.studies.activation_reader import ActivationReader
 from kedit_daemon.bench.studies.norms import (
     SIDE_MATRIX,
@@ -23,19 +24,18 @@ from kedit_daemon.bench.studies.norms import (
     get_side_figure,
 )
 from kedit_daemon.bench.studies.shared import compute_stream_terms
-from kedit_daemon.editing.model_loading import LoadedModel, read_canary_lines
-from kedit_daemon.shipped import read_statements
+from kedit_daemon.editing.model_loading import CanaryTexts, LoadedModel, read_canary_texts
 from memory.model.spectra import effective_rank, singular_values, stable_rank
 
 Load = Callable[[str], LoadedModel]
+TEXTS = CanaryTexts(read_canary_texts().lines[:4], read_canary_texts().statements[:20])
+SmallStudy = partial(NormGrowthStudy, texts=TEXTS)
 MEMIT = {"memit": WAYS["memit"]}
 
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less to read, and fewer steps of what a random model learns in none of them."""
-    monkeypatch.setattr(activation_reader, "read_canary_lines", lambda: read_canary_lines()[:4])
-    monkeypatch.setattr(activation_reader, "read_statements", lambda: read_statements()[:20])
+    """Fewer steps of what a random model learns in none of them."""
     monkeypatch.setattr(reference_wise, "STEPS", 2)
 
 
@@ -44,7 +44,7 @@ def of(result: dict[str, Any], way: str) -> list[dict[str, Any]]:
 
 
 def test_every_way_has_its_curve_and_is_drawn(load: Load, tmp_path: Path) -> None:
-    work, study = given(load("llama"), 2, 100), NormGrowthStudy(curve_points=2)
+    work, study = given(load("llama"), 2, 100), SmallStudy(curve_points=2)
     result = study.run(work)
     assert result["batch_size"] == 1
     assert {name: [row["edits"] for row in of(result, name)] for name in WAYS} == {
@@ -85,7 +85,7 @@ def test_ways_that_take_each_fact_alone_end_after_the_first_facts(
     load: Load,
 ) -> None:
     ways = {name: WAYS[name] for name in ("ft", "memit")}
-    result = NormGrowthStudy(ways, max_single_facts=1).run(given(load("llama"), 2, 100))
+    result = SmallStudy(ways, max_single_facts=1).run(given(load("llama"), 2, 100))
     assert [row["edits"] for row in of(result, "ft")] == [1]
     assert [row["edits"] for row in of(result, "memit")] == [1, 2]
 
@@ -94,12 +94,12 @@ def test_figures_are_of_the_weights_as_they_are(
     load: Load,
 ) -> None:
     work = given(load("llama"), 3, 2)
-    result = NormGrowthStudy(MEMIT, curve_points=1).run(work)
+    result = SmallStudy(MEMIT, curve_points=1).run(work)
     (row,) = result["rows"]
     assert result["batch_size"] == 2  # and the point comes after the second batch
     loaded, model = work.loaded_model, work.loaded_model.model
     assert model.weight(loaded.layers[0]).equal(model.base_weight(loaded.layers[0]))
-    before = ActivationReader(model).read_activations(None)
+    before = ActivationReader(model, TEXTS).read_activations(None)
     stream, terms = (
         PresetStream(PRESETS["memit"], loaded.site, loaded.statistics),
         compute_stream_terms(work),
@@ -107,7 +107,7 @@ def test_figures_are_of_the_weights_as_they_are(
     stream.add([each for _, each in terms[:2]])
     deltas = stream.add([each for _, each in terms[2:]])
     model.set_deltas(deltas)
-    now = ActivationReader(model).read_activations(None)
+    now = ActivationReader(model, TEXTS).read_activations(None)
     assert row["perplexity_ratio"] == pytest.approx(now.perplexity / before.perplexity, rel=1e-4)
     for n in range(model.layer_count):
         assert row["written_ratio"][n] == pytest.approx(
@@ -135,7 +135,7 @@ def test_a_way_whose_numbers_break_ends_and_the_others_go_on(
         put(method, delta * (1e30 if len(broken) > 2 else 1))
 
     monkeypatch.setattr(baselines.FineTuning, "_set_delta", breaking)
-    study = NormGrowthStudy({"ft": WAYS["ft"], **MEMIT}, curve_points=2)
+    study = SmallStudy({"ft": WAYS["ft"], **MEMIT}, curve_points=2)
     result = study.run(given(load("llama"), 3, 100))
     assert [row["edits"] for row in of(result, "ft")] == [2]
     assert [row["edits"] for row in of(result, "memit")] == [2, 3]
@@ -152,7 +152,7 @@ def test_the_oldest_and_the_newest_are_asked_apart(
     monkeypatch.setattr(norms, "OLDEST_FACTS", 1)
     work = given(load("llama"), 2, 100)
     clash = replace(work.records[1], fact=replace(work.records[0].fact, target="Lima"))
-    rows = NormGrowthStudy(MEMIT).run(replace(work, records=[work.records[0], clash]))["rows"]
+    rows = SmallStudy(MEMIT).run(replace(work, records=[work.records[0], clash]))["rows"]
     found = [(row["oldest_strict"], row["newest_strict"], row["all_strict"]) for row in rows]
     assert found == [(1, 1, 1), (0, 1, 0.5)]
 
@@ -161,7 +161,7 @@ def test_a_side_memory_is_asked_and_read_with_what_lies_over_the_weights(
     load: Load, tmp_path: Path
 ) -> None:
     work = given(load("llama"), 2, 100)
-    model, probe = work.loaded_model.model, norms._CurveProbe(work)
+    model, probe = work.loaded_model.model, norms._CurveProbe(work, TEXTS)
     setup = MethodSetup(work.loaded_model, tmp_path, 100, 0)
     tuned, side = baselines.FineTuning(setup), ReferenceWise(setup)
     tuned.layer = side.layer

@@ -19,7 +19,7 @@ from kedit_daemon.bench.studies.shared import (
     thin_records,
 )
 from kedit_daemon.editing.model_loading import LoadedModel
-from memory.errors import KeditError
+from memory.errors import KeditError, Unsolvable
 
 
 def test_terms_are_those_of_a_home_and_the_bar_ends(load: Callable[[str], LoadedModel]) -> None:
@@ -60,7 +60,7 @@ def test_what_supersedes_asks_the_same_and_has_no_rival_of_its_own_name() -> Non
     assert (new.fact.slot, new.fact.target) == (first.fact.slot, second.fact.target)
     assert (new.true_target, new.neighbours) == (None, first.neighbours)
     spelt = replace(second, fact=replace(second.fact, target=first.fact.target.upper()))
-    with pytest.raises(KeditError, match="one target"):
+    with pytest.raises(KeditError, match="the same target"):
         OtherTargets([first, spelt], random.Random(0)).draw_replacement(first)
 
 
@@ -77,7 +77,7 @@ def test_samples_are_spread_over_the_whole_stream() -> None:
 def test_only_a_solve_that_fails_is_let_pass() -> None:
     failed: list[str] = []
     with catch_unsolved(failed):
-        raise KeditError("no solution", code="singular")
+        raise Unsolvable("no solution")
     assert failed == ["no solution"]
     with pytest.raises(KeditError), catch_unsolved(failed):
         raise KeditError("broken", code="config")
