@@ -1,9 +1,9 @@
-"""What a run keeps of its work, so that one that was cut off goes on where it was.
+"""Progress of a run on disk, so that an interrupted one can be resumed.
 
-FILE.work/ beside the JSON file:
+FILE.work/ next to the JSON file:
 
-    options.json             what was asked for; a run with other options is refused
-    <method>-<batch size>/   progress.json, the method's own files, and result.json in the end
+    options.json             options of the run; a run with other options is refused
+    <method>-<batch size>/   progress.json, the method's own files, and finally result.json
 """
 
 import json
@@ -20,21 +20,16 @@ from memory.errors import KeditError
 from memory.files import hash_file, write_atomic
 
 OPTIONS_FILE, PROGRESS_FILE, RESULT_FILE = "options.json", "progress.json", "result.json"
-REPLACED_OPTIONS = (
-    "data",
-    "model",
-    "resume",
-    "json_file",
-    "plot",
-)  # options that `options_of` replaces
+# Options that do not decide a run's outcome, or whose content `describe_options` hashes instead.
+REPLACED_OPTIONS = ("data", "model", "resume", "json_file", "plot")
 
 
 @dataclass
 class RunProgress:
-    """How far a method has come with the stream. Seconds are those of its edits alone.
+    """Progress of a method through the stream, with the seconds of its edits alone.
 
-    seconds: of each batch that is settled. begun: what a batch that was cut off has taken so far,
-    apart from a kill, which leaves no time to note it. parts: what all of them were spent on.
+    seconds: of each finished batch. begun: spent so far on an interrupted batch, unless the process
+    was killed. parts: all seconds by part of the work.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -44,23 +39,23 @@ class RunProgress:
 
     @classmethod
     def load(cls, folder: Path) -> "RunProgress":
-        """What the folder tells; nothing is done yet where it tells nothing."""
+        """Load the folder's progress; without a file, nothing is done yet."""
         path = folder / PROGRESS_FILE
         return cls(**json.loads(path.read_bytes())) if path.is_file() else cls()
 
     def save(self, folder: Path) -> None:
-        """Put it into the folder, in one piece."""
+        """Write the progress into the folder atomically."""
         _write_json(folder / PROGRESS_FILE, asdict(self))
 
 
 def load_result(folder: Path) -> dict[str, Any] | None:
-    """The result of a method that had come to its end."""
+    """Load the result of a method that had finished."""
     path = folder / RESULT_FILE
     return dict(json.loads(path.read_bytes())) if path.is_file() else None
 
 
 def save_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Keep it: a method that has come to its end is not run again."""
+    """Write the result, so that a finished method is not run again."""
     _write_json(folder / RESULT_FILE, result)
 
 
@@ -69,21 +64,20 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def describe_options(loaded: LoadedModel, data: Path, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a run's outcome, from what the command was given: the data and the model by
-    what is in them, wherever they lie and the result goes."""
-    told = {name: value for name, value in given.items() if name not in REPLACED_OPTIONS}
-    where = {"site": asdict(loaded.site), "model": loaded.base_hash}
-    return told | where | {"data": hash_file(data)}
+    """Describe all options that decide a run's outcome, with data and model by their hashes."""
+    options = {name: value for name, value in given.items() if name not in REPLACED_OPTIONS}
+    model = {"site": asdict(loaded.site), "model": loaded.base_hash}
+    return options | model | {"data": hash_file(data)}
 
 
 @contextmanager
 def keep_work(
     json_file: Path | None, resume: bool, options: Mapping[str, Any]
 ) -> Iterator[Path | None]:
-    """The folder for the work of a run that may be resumed; None when it keeps none.
+    """Yield the work folder of a run that may be resumed, else None.
 
-    When the block is done so is the run, and the folder of this file's earlier run goes in any
-    case. Raises KeditError when the folder holds the work of a run with other options.
+    After the block the run is complete, and the file's work folder is removed in any case. Raises
+    KeditError if the folder holds the work of a run with other options.
     """
     if json_file is None:
         yield None
@@ -92,12 +86,12 @@ def keep_work(
     if resume:
         _claim_folder(folder, options)
     yield folder if resume else None
-    if (folder / OPTIONS_FILE).is_file():  # a folder of ours
+    if (folder / OPTIONS_FILE).is_file():  # it is a work folder
         shutil.rmtree(folder)
 
 
 def _claim_folder(folder: Path, options: Mapping[str, Any]) -> None:
-    """Make the folder, or see that it is from a run like this one."""
+    """Create the folder, or check that it is of a run with the same options."""
     wanted = json.loads(json.dumps(options))  # tuples become lists, as in the file
     hint = f"give the options of that run, or remove {folder}"
     try:
@@ -107,22 +101,21 @@ def _claim_folder(folder: Path, options: Mapping[str, Any]) -> None:
             _write_json(path, wanted)
         known = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        why = f"{folder} is no work of a bench: {error}"
+        why = f"{folder} is not the work folder of a bench: {error}"
         raise KeditError(why, code="work", hint=hint) from error
     other = sorted(n for n in {*known, *wanted} if known.get(n) != wanted.get(n))
     if other:
-        raise KeditError(
-            f"{folder} was made by a run with another {', '.join(other)}", code="work", hint=hint
-        )
+        why = f"{folder} was made by a run with another {', '.join(other)}"
+        raise KeditError(why, code="work", hint=hint)
 
 
 @contextmanager
 def open_method_folder(work: Path | None, name: str, batch_size: int) -> Iterator[Path]:
-    """Where a method has its files: in the run's work, else in a folder that goes afterwards."""
+    """Yield the method's folder: in the work folder, or else a temporary one."""
     if work is None:
         with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
             yield Path(folder)
         return
-    own = work / f"{name}-{batch_size}"
-    own.mkdir(exist_ok=True)
-    yield own
+    method_folder = work / f"{name}-{batch_size}"
+    method_folder.mkdir(exist_ok=True)
+    yield method_folder

@@ -1,31 +1,32 @@
-"""What a stream of edits does to the weights and to what goes through them: the phenomena of
-Gupta et al. 2025 (arXiv 2502.19416), of methods without a memory and of the daemon beside them."""
+"""Growth of weight and activation norms over a stream of edits, after Gupta et al. 2025.
+
+Their phenomena (arXiv 2502.19416), for methods without a memory and for the daemon.
+"""
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from kedit_daemon.bench.dataset import BenchRecord, split_batches
-from kedit_daemon.bench.method import Method, MethodSetup
-from kedit_daemon.bench.method_catalog import import_method
-from kedit_daemon.bench.reference_wise import ReferenceWise
+from kedit_daemon.bench.methods.daemon_tiers import Wise
+from kedit_daemon.bench.methods.method import Method
+from kedit_daemon.bench.methods.method_catalog import import_method
+from kedit_daemon.bench.methods.reference_wise import ReferenceWise
+from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.run import name_matrix
-from kedit_daemon.bench.scoring import PromptAnswer, score_answers
-from kedit_daemon.bench.studies.reading import ActivationReader
-from kedit_daemon.bench.studies.shared import catch_unsolved, to_percent
+from kedit_daemon.bench.studies.activation_reader import ActivationReader
+from kedit_daemon.bench.studies.shared import catch_unsolved
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
-from kedit_daemon.bench.tiers import Wise
+from kedit_daemon.editing.model_loading import CanaryTexts
 from memory.errors import NotFinite
 from memory.facts import Fact
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from memory.model.spectra import (
     effective_rank,
     linear_cka,
@@ -35,28 +36,23 @@ from memory.model.spectra import (
     top_singular_directions,
 )
 
-CURVE_POINTS = 10  # of each curve, about
-OLDEST_FACTS = 50  # facts
-MAX_SINGLE_FACTS = (
-    120  # facts of a way that takes each alone, through the whole model: seconds a fact
-)
-TOP_DIRECTIONS = 16  # that a matrix writes strongest
-SIDE_MATRIX = "side memory"  # among the matrices
+OLDEST_FACTS = 50
+TOP_DIRECTIONS = 16  # strongest output directions of a matrix
+SIDE_MATRIX = "side memory"  # its name among the matrices
 SHARES = ("oldest_strict", "newest_strict", "all_strict")
 
 
 @dataclass(frozen=True)
 class StreamedMethod:
-    """A method of the bench, how it gets the stream, and what that is called."""
+    """Method of the bench, and how it gets the stream."""
 
     method: str
     one_by_one: bool = False
     policy: bool = True
 
 
-# Without the policy every fact goes into the weights at once, by the daemon's own joint solve: that
-# is what the policy stands before. With it the side memory comes first, and the weights take what
-# they bear.
+# Without the policy, every fact goes into the weights at once, by the daemon's own joint solve.
+# With it, the side memory comes first, and the weights take facts up to their capacity.
 WAYS = {
     "ft": StreamedMethod("ft", one_by_one=True),
     "lora": StreamedMethod("lora", one_by_one=True),
@@ -67,43 +63,54 @@ WAYS = {
 }
 
 
+@dataclass(frozen=True)
 class NormGrowthStudy(Study):
-    """The same facts in the same order through each way; one whose numbers break ends there, and
-    one that takes each fact alone after the first of them."""
+    """The same facts in the same order through each way; one ends when its numbers break.
+
+    max_single_facts: facts of a way that takes each alone, through the whole model: seconds a fact.
+    """
 
     panels = 6
+    ways: Mapping[str, StreamedMethod] = field(default_factory=lambda: WAYS)
+    curve_points: int = 10  # of each curve, about
+    max_single_facts: int = 120
+    texts: CanaryTexts | None = None  # that the model reads; otherwise the shipped ones
 
     def run(self, given: StudyInput) -> dict[str, Any]:
-        """Every way's curve. Facts come in batches no larger than the curves' steps."""
-        probe = _CurveProbe(given)
-        size = min(given.batch_size, _compute_step(given.records))
+        """Measure every way's curve, in batches no larger than the curves' steps."""
+        probe = _CurveProbe(given, self.texts)
+        size = min(given.batch_size, self._compute_step(given.records))
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
-        for name, way in WAYS.items():
-            failed = list[str]()
+        for name, way in self.ways.items():
+            failed, method = list[str](), import_method(way.method)
             end: dict[str, Any] = {**asdict(way), "not_edited": 0}
-            records = given.records[: MAX_SINGLE_FACTS if way.one_by_one else None]
-            each, step = 1 if way.one_by_one else size, _compute_step(records)
-            with catch_unsolved(failed), _open_method(given, way) as method:
+            records = given.records[: self.max_single_facts if way.one_by_one else None]
+            each, step = 1 if way.one_by_one else size, self._compute_step(records)
+            # A flush takes up to the study's batch size, however few facts come at once.
+            opened = given.open_method(method, has_policy=way.policy)
+            with catch_unsolved(failed), opened as editor:
                 track = given.track(split_batches(records, each), name)
-                for edited in _edit_stepwise(track, method, step, len(records)):
-                    end["not_edited"] = method.not_edited
-                    point = probe.measure_point(method, edited, step)
+                for edited in _edit_stepwise(track, editor, step, len(records)):
+                    end["not_edited"] = editor.not_edited
+                    point = probe.measure_point(editor, edited, step)
                     rows.append({"way": name, "edits": edited, **point})
+            given.loaded_model.model.set_deltas({})
             ends[name] = {**end, "failed": failed[0] if failed else None}
         return {"batch_size": size, "ways": ends, "rows": rows}
 
+    def _compute_step(self, records: Sequence[BenchRecord]) -> int:
+        """Compute the number of edits between two points of a curve."""
+        return -(-len(records) // self.curve_points)
+
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Every way's curve, the matrices at its end, and how it ended."""
         heads = ["way", "edits", "largest ‖W‖", "beside", "least ‖y‖", "most ‖y‖", "‖h‖", "CKA"]
         rows = [[*heads, "perplexity", *(name.removesuffix("_strict") for name in SHARES)]]
         for row in result["rows"]:
             figures = [get_edited_figure(row, "norm_ratio"), get_side_figure(row, "norm_ratio")]
             figures += [min(row["written_ratio"]), max(row["written_ratio"])]
             figures += [row["stream_ratio"][-1], row["cka"][-1], row["perplexity_ratio"]]
-            cells = [_format_cell(figure) for figure in figures]
-            rows.append(
-                [row["way"], str(row["edits"]), *cells, *(format_share(row[n]) for n in SHARES)]
-            )
+            cells = [*map(_format_cell, figures), *(format_share(row[name]) for name in SHARES)]
+            rows.append([row["way"], str(row["edits"]), *cells])
         yield from align_rows(rows)
         yield ""
         yield from align_rows(list(_format_final_rows(result)))
@@ -117,7 +124,6 @@ class NormGrowthStudy(Study):
             yield f"{name}: {end['method']}{policy}, not edited {end['not_edited']}{failed}"
 
     def draw_curves(self, result: Mapping[str, Any], *axes: Any) -> None:
-        """Matrices, what goes through them, and what the model then says, against edits."""
         for n, name in enumerate(result["ways"]):
             rows = [row for row in result["rows"] if row["way"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
@@ -134,31 +140,10 @@ class NormGrowthStudy(Study):
         axes[5].set_ylim(-2, 102)
 
 
-@contextmanager
-def _open_method(given: StudyInput, way: StreamedMethod) -> Iterator[Method]:
-    """The way's method on the unedited model, in a temporary folder. A flush of the daemon takes
-    as many facts as the study was told, however few come at once."""
-    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        setup = MethodSetup(
-            given.loaded_model, Path(folder), given.batch_size, given.seed, way.policy
-        )
-        method = import_method(way.method)(setup)
-        try:
-            yield method
-        finally:
-            method.close()
-            given.loaded_model.model.set_deltas({})
-
-
-def _compute_step(records: Sequence[BenchRecord]) -> int:
-    """Edits between two points of a curve."""
-    return -(-len(records) // CURVE_POINTS)
-
-
 def _edit_stepwise(
     stream: Iterable[Sequence[Fact]], method: Method, step: int, whole: int
 ) -> Iterator[int]:
-    """Batch after batch; how many facts have come at each point of the curve."""
+    """Edit batch after batch, and yield the number of facts so far at each curve point."""
     done = 0
     for batch in stream:
         before, done = done, done + len(batch)
@@ -168,52 +153,46 @@ def _edit_stepwise(
 
 
 class _CurveProbe:
-    """Takes the points of the curves, against the model as it was when this was made."""
+    """Measures the points of the curves against the model at construction."""
 
-    def __init__(self, given: StudyInput) -> None:
+    def __init__(self, given: StudyInput, texts: CanaryTexts | None = None) -> None:
         self.model, self.site = given.loaded_model.model, given.loaded_model.site
         self.facts = [record.fact for record in given.records]
-        self.reader = ActivationReader(self.model)
+        self.reader = ActivationReader(self.model, texts)
         self.base_reading = self.reader.read_activations(None)
 
     def measure_point(self, method: Method, edited: int, step: int) -> dict[str, Any]:
-        """The row after so many facts, `step` more than at the last one. Raises KeditError (code
-        "non-finite")."""
+        """Measure the row after `edited` facts, `step` more than at the last. Raise NotFinite."""
         changes = self._collect_changes(method)
         now = self.reader.read_activations(method.overlay)
         if not now.is_finite or not all(bool(d.isfinite().all()) for _, d in changes.values()):
-            why = f"after {edited} edits a weight or an activation is NaN or infinite"
-            raise NotFinite(why)
-        held = self._check_held(method, edited)
+            raise NotFinite(f"after {edited} edits a weight or an activation is NaN or infinite")
+        held, base = self._check_held(method, edited), self.base_reading
         return {
             "matrices": {name: self._measure_spectrum(*change) for name, change in changes.items()},
-            "written_ratio": _divide_pairwise(now.mlp_norms, self.base_reading.mlp_norms),
-            "stream_ratio": _divide_pairwise(now.stream_norms, self.base_reading.stream_norms),
-            "cka": [
-                linear_cka(*ends)
-                for ends in zip(self.base_reading.statement_ends, now.statement_ends, strict=True)
-            ],
-            "perplexity_ratio": now.perplexity / self.base_reading.perplexity,
+            "written_ratio": _divide_pairwise(now.mlp_norms, base.mlp_norms),
+            "stream_ratio": _divide_pairwise(now.stream_norms, base.stream_norms),
+            "cka": list(map(linear_cka, base.statement_ends, now.statement_ends)),
+            "perplexity_ratio": now.perplexity / base.perplexity,
             "oldest_strict": fmean(held[:OLDEST_FACTS]),
             "newest_strict": fmean(held[-step:]),
             "all_strict": fmean(held),
         }
 
     def _collect_changes(self, method: Method) -> dict[str, tuple[int, Tensor]]:
-        """W − W0 (hidden, width) of every matrix that may be edited, by name, with its layer.
+        """Collect W − W0 (hidden, width) of every editable matrix, by name, with its layer.
 
-        A side memory leaves W alone and answers from copies of it: there it is the copy that has
-        gone farthest, W0 and what the memory holds for it.
+        A side memory leaves W alone and answers from copies of it: the farthest copy counts.
         """
         weight, base = self.model.weight, self.model.base_weight
-        found = {name_matrix(n): (n, weight(n).detach() - base(n)) for n in self.site.layers}
+        changes = {name_matrix(n): (n, weight(n).detach() - base(n)) for n in self.site.layers}
         if copies := _collect_copies(method):
             farthest = max(copies, key=lambda delta: float(delta.norm()))
-            found[SIDE_MATRIX] = (self.site.side_layer, farthest)
-        return found
+            changes[SIDE_MATRIX] = (self.site.side_layer, farthest)
+        return changes
 
     def _measure_spectrum(self, layer: int, delta: Tensor) -> dict[str, float]:
-        """Strength of W, and breadth and direction of its change."""
+        """Measure the strength of W, and the breadth and direction of its change."""
         base = self.model.base_weight(layer)
         now, spread = base + delta, singular_values(delta)
         (before, pointed), (after, points) = (
@@ -228,13 +207,13 @@ class _CurveProbe:
         }
 
     def _check_held(self, method: Method, edited: int) -> list[bool]:
-        """Whether each fact so far is answered, strictly."""
+        """Check for each fact so far that it is answered, strictly."""
         rows = [_encode_fact(self.model, fact) for fact in self.facts[:edited]]
         return [all(row.token_hits) for row in score_answers(self.model, rows, method.overlay)]
 
 
 def _collect_copies(method: Method) -> list[Tensor]:
-    """W' − W0 (hidden, width) of all that a side memory may answer with."""
+    """Collect W' − W0 (hidden, width) of all copies that a side memory may answer from."""
     if isinstance(method, ReferenceWise):
         return [memory.delta for memory in method.answering_memories]
     if isinstance(method, Wise):
@@ -253,17 +232,17 @@ def _divide_pairwise(now: Sequence[float], base: Sequence[float]) -> list[float]
 
 
 def get_edited_figure(row: Mapping[str, Any], figure: str) -> float:
-    """A row's largest of the edited weights."""
+    """Return a row's largest figure of the edited weights."""
     return float(max(m[figure] for name, m in row["matrices"].items() if name != SIDE_MATRIX))
 
 
 def get_side_figure(row: Mapping[str, Any], figure: str) -> float:
-    """The same of the copy in a side memory; NaN where there is none."""
+    """Return a row's figure of the copy in a side memory; NaN without one."""
     return float(row["matrices"].get(SIDE_MATRIX, {}).get(figure, math.nan))
 
 
 def _format_final_rows(result: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Rows about every matrix that is another than in the beginning."""
+    """Format a row for every matrix that has changed."""
     yield ["at the end", "matrix", "‖W‖_F", "‖W‖_2", "stable rank", "effective rank", "shift"]
     last = {row["way"]: row for row in result["rows"]}
     for way, row in last.items():
@@ -286,4 +265,4 @@ CURVES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
     "Perplexity / base's": lambda row: float(row["perplexity_ratio"]),
     f"Oldest {OLDEST_FACTS} facts held, strict, %": lambda row: to_percent(row["oldest_strict"]),
 }
-LEGEND_PANEL = 4  # the panel that names the colours: curves rise there, and its corner is free
+LEGEND_PANEL = 4  # curves rise there, so that a corner is free for the names of the colours

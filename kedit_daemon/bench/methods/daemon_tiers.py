@@ -1,12 +1,11 @@
-"""The daemon's own tiers on the bench: its editor and its flush, on a home made for the run."""
+"""MEMIT-MASS, WISE and auto: the daemon's own flush and editor, on a home made for the run."""
 
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from kedit_daemon.bench.method import Method, MethodSetup, Stopwatch
+from kedit_daemon.bench.methods.method import Method, MethodSetup, Stopwatch
 from kedit_daemon.config import Config, FlushConfig, StabilityConfig
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.editing.editor import Editor
@@ -22,17 +21,14 @@ from memory.model.generate import Overlay
 from policies.routing import Route, choose_route, is_for_batch
 from policies.stability import Thresholds, Verdict
 
-NO_LIMIT = 1e30  # what `--no-policy` sets every threshold to
+NO_LIMIT = 1e30  # every threshold under --no-policy
 FIGURES = ("norm", "perplexity", "activation", "agreement", "retention")
 VERDICTS = ("warn", "consolidate", "revert")
-ENDED_STATES = (
-    FactState.SUPERSEDED,
-    FactState.REVERTED,
-)  # a fact that comes again after that is a new one
+ENDED_STATES = (FactState.SUPERSEDED, FactState.REVERTED)  # if submitted again, it is a new fact
 
 
 def build_config(setup: MethodSetup) -> Config:
-    """The daemon's settings: its defaults, with the batch and the policy of this run."""
+    """Build the daemon's default configuration with the batch size and policy of this run."""
     free = {f"{figure}_{verdict}": NO_LIMIT for figure in FIGURES for verdict in VERDICTS}
     limits = setup.policy_limits if setup.has_policy else free
     return Config(
@@ -42,9 +38,9 @@ def build_config(setup: MethodSetup) -> Config:
 
 
 class _DaemonMethod(Method):
-    """A home with everything that the daemon has around its editor."""
+    """A home with everything the daemon has around its editor."""
 
-    keeps = True
+    is_resumable = True
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
@@ -57,16 +53,16 @@ class _DaemonMethod(Method):
         self.store = Store(self.home.database_file, lambda: datetime.now(UTC))
         self.live_model = LiveModel(self.loaded_model, self.store, self.home)
         self.live_model.restore()
-        self._last_progress = 0.0  # when the work was last heard of
+        self._last_pulse = 0.0  # time of the work's last sign of progress
 
     def note_progress(self) -> None:
-        """The work tells that it goes on."""
-        self._last_progress = time.perf_counter()
+        """Note the time: the work is in progress."""
+        self._last_pulse = time.perf_counter()
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """Hand the facts in, and let the tiers work until the batch is settled.
+        """Submit the facts, and let the tiers work until the batch is settled.
 
-        Of a batch that was cut off, what has been done is left as it is.
+        The finished part of an interrupted batch is left as it is.
         """
         direct = self.goes_to_weights(len(facts))
         with self.store.db.transaction():
@@ -81,26 +77,20 @@ class _DaemonMethod(Method):
         self.not_edited += len(ids - live)
 
     def goes_to_weights(self, in_batch: int) -> bool:
-        """Whether a batch of so many facts goes straight to the weights."""
+        """Check whether a batch of `in_batch` facts goes straight to the weights."""
         raise NotImplementedError
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:
-        """Work on the facts that wait and have not been tried."""
+        """Work on the facts that wait and have not been tried yet."""
         raise NotImplementedError
 
     @property
     def overlay(self) -> Overlay | None:
-        """The side memory, where it holds a fact."""
-        if not self.live_model.side.shard_ids:
-            return None
-
-        def open_overlay(_places: list[int]) -> AbstractContextManager[None]:
-            return self.live_model.side.overlay_matches([])
-
-        return open_overlay
+        """The side memory, if it holds a fact."""
+        side = self.live_model.side
+        return (lambda _places: side.overlay_matches([])) if side.shard_ids else None
 
     def count_stored_bytes(self) -> int:
-        """Terms and retrieval keys in the database, and the shards' files."""
         terms = [f.id for f in self.store.list_facts() if self.store.artifacts.has_terms(f.id)]
         in_database = sum(len(self.store.artifacts.read_terms(fact_id)) for fact_id in terms)
         in_database += sum(len(row.blob) for row in self.store.artifacts.read_side_keys())
@@ -109,12 +99,11 @@ class _DaemonMethod(Method):
         return in_database + sum(path.stat().st_size for path in files)
 
     def close(self) -> None:
-        """Close the database."""
         self.store.close()
 
 
 class _TimedGenerations(Generations):
-    """Weights that tell what their time is spent on."""
+    """Generations that time their solves and audits."""
 
     def __init__(self, served: LiveModel, limits: Thresholds, watch: Stopwatch) -> None:
         super().__init__(served, limits)
@@ -130,54 +119,53 @@ class _TimedGenerations(Generations):
 
 
 class MemitMass(_DaemonMethod):
-    """Every batch straight into the weights, as one flush."""
+    """MEMIT-MASS: every batch straight into the weights, as one flush."""
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
         limits = make_thresholds(self.config, self.loaded_model.site)
-        weights = _TimedGenerations(self.live_model, limits, self.stopwatch)
-        most = self.config.inbox.max_attempts
-        self.flush = Flush(weights, most, self.note_progress, selective=setup.has_policy)
+        generations = _TimedGenerations(self.live_model, limits, self.stopwatch)
+        attempts = self.config.inbox.max_attempts
+        self.flush = Flush(generations, attempts, self.note_progress, selective=setup.has_policy)
 
     def goes_to_weights(self, in_batch: int) -> bool:
-        """Always."""
         return True
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:
-        """One flush, and more while there is room for facts that it has left. What does not hold
-        in the weights is not tried in the side memory."""
+        """Flush, and again while there is capacity for facts that the flush has left.
+
+        Facts that the weights do not hold are not tried in the side memory.
+        """
         left = received
         while left and self._flush_batch(left):
             waiting = self.store.list_facts((FactState.RECEIVED,))
-            left = [f for f in waiting if f in received]  # as they came: not tried yet
+            left = [f for f in waiting if f in received]  # unchanged, so not tried yet
 
     def _flush_batch(self, batch: Sequence[StoredFact]) -> bool:
-        """One flush, with its time told apart; whether any fact has come into the weights."""
-        began = self._heard = time.perf_counter()
+        """Flush once, timing its parts, and return whether a fact has come into the weights."""
+        began = self._last_pulse = time.perf_counter()
         before = sum(self.stopwatch.seconds_by_part.values())
         result = self.flush.flush_batch(batch, "bench", dry_run=False)
         total = time.perf_counter() - began
-        self.stopwatch.add_seconds(
-            "targets", self._heard - began
-        )  # a flush pulses while it computes these
+        # A flush pulses while it computes targets.
+        self.stopwatch.add_seconds("targets", self._last_pulse - began)
         spent = sum(self.stopwatch.seconds_by_part.values()) - before
         self.stopwatch.add_seconds("probe", total - spent)
         return bool(result["flushed"])
 
 
 class Wise(_DaemonMethod):
-    """Every batch into the side memory, which is never flushed."""
+    """WISE: every batch into the side memory, which is never flushed."""
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
         self.editor = Editor(self.live_model, self.config, self.note_progress)
 
     def goes_to_weights(self, in_batch: int) -> bool:
-        """Never."""
         return False
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:
-        """The editor's steps, as long as they are for the side memory."""
+        """Take the editor's steps as long as they are for the side memory."""
         while self._has_side_work():
             self._run_step()
 
@@ -185,28 +173,24 @@ class Wise(_DaemonMethod):
         return any(not is_for_batch(f) for f in self.store.list_facts((FactState.RECEIVED,)))
 
     def _run_step(self) -> bool:
-        began = self._heard = time.perf_counter()
+        began = self._last_pulse = time.perf_counter()
         worked = self.editor.step()
-        self.stopwatch.add_seconds(
-            "learn", self._heard - began
-        )  # a shard pulses while it is trained
-        self.stopwatch.add_seconds("probe", time.perf_counter() - self._heard)
+        # A shard pulses while it is trained.
+        self.stopwatch.add_seconds("learn", self._last_pulse - began)
+        self.stopwatch.add_seconds("probe", time.perf_counter() - self._last_pulse)
         return worked
 
 
 class Auto(Wise):
-    """Both tiers, as the daemon would: side memory, flush and retries by its own rules."""
+    """Both tiers as in the daemon: side memory, flushes and retries by its own rules."""
 
     def goes_to_weights(self, in_batch: int) -> bool:
-        """As for a file of so many facts."""
-        most = self.config.routing.direct_facts
-        return (
-            choose_route(None, None, self.store.db.format_now(), in_batch, most).route
-            is Route.BATCH
-        )
+        """Route the batch like a file of `in_batch` facts."""
+        now, direct_facts = self.store.db.format_now(), self.config.routing.direct_facts
+        return choose_route(None, None, now, in_batch, direct_facts).route is Route.BATCH
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:
-        """Every step that the editor would take."""
+        """Take every step that the editor would take."""
         worked = True
         while worked:
             if self._has_side_work():

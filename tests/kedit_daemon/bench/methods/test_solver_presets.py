@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kedit_daemon.bench.solver_presets import (
+from kedit_daemon.bench.methods.solver_presets import (
     NULL_SPACE_LIMIT,
     PRESETS,
     PresetStream,

@@ -7,8 +7,7 @@ import torch
 from study_tools import given, records
 from torch.nn.functional import normalize
 
-from kedit_daemon.bench.studies import index as study_index
-from kedit_daemon.bench.studies.index import (
+from kedit_daemon.bench.studies.index_scaling import (
     IndexStudy,
     compute_recall,
     synthesize_keys,
@@ -24,8 +23,7 @@ FACTS, PER = 6, 2
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two sizes, of which the larger goes into lists."""
-    monkeypatch.setattr(study_index, "INDEX_SIZES", (20, 600))
+    """Keys go into lists from 100 on."""
     monkeypatch.setattr(memory_index, "MIN_KEYS_FOR_LISTS", 100)
     monkeypatch.setattr(memory_index, "MAX_FLAT_SECONDS", 0.0)
     threads = faiss.omp_get_max_threads()
@@ -36,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_size_is_built_asked_and_read_again(
     load: Callable[[str], LoadedModel], small: None
 ) -> None:
-    result = IndexStudy().run(given(load("llama"), FACTS, 100))
+    result = IndexStudy((20, 600)).run(given(load("llama"), FACTS, 100))
     few, many = result["rows"]
     assert [(row["keys"], bool(row["lists"])) for row in (few, many)] == [(20, False), (600, True)]
     assert (few["recall_1"], few["recall_more"]) == (1.0, 1.0)
@@ -53,10 +51,9 @@ def test_every_size_is_built_asked_and_read_again(
 
 
 def test_more_facts_than_a_size_has_keys_make_the_size_larger(
-    load: Callable[[str], LoadedModel], small: None, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel], small: None
 ) -> None:
-    monkeypatch.setattr(study_index, "INDEX_SIZES", (4, 8))
-    result = IndexStudy().run(given(load("llama"), FACTS, 100))
+    result = IndexStudy((4, 8)).run(given(load("llama"), FACTS, 100))
     assert [row["keys"] for row in result["rows"]] == [FACTS * PER]
 
 

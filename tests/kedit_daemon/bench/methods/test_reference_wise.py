@@ -6,13 +6,13 @@ import torch
 from editing_home import seat
 from torch import Tensor
 
-from kedit_daemon.bench import reference_wise
-from kedit_daemon.bench.method import MethodSetup
-from kedit_daemon.bench.reference_wise import ReferenceWise, WiseMemory, merge_ties
-from kedit_daemon.bench.scoring import PromptAnswer, score_answers
+from kedit_daemon.bench.methods import reference_wise
+from kedit_daemon.bench.methods.method import MethodSetup
+from kedit_daemon.bench.methods.reference_wise import ReferenceWise, WiseMemory, merge_ties
 from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from memory.facts import Fact
 from memory.model.generate import generate_answers
+from memory.model.scoring import PromptAnswer, score_answers
 
 FACTS = [seat(1, "Oslo"), seat(2, "Lima")]
 KNOWN = [

@@ -6,13 +6,17 @@ import torch
 from editing_home import seat
 from tiny_models import save_model
 
-from kedit_daemon.bench.method import MethodSetup
-from kedit_daemon.bench.reference_memit import ReferenceMemit, sample_prefixes, solve_dense_update
-from kedit_daemon.bench.scoring import PromptAnswer, score_answers
+from kedit_daemon.bench.methods.method import MethodSetup
+from kedit_daemon.bench.methods.reference_memit import (
+    ReferenceMemit,
+    sample_prefixes,
+    solve_dense_update,
+)
 from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from policies.solver import RidgeSolver
 
 FACTS = [seat(1, "Oslo"), seat(2, "Lima")]

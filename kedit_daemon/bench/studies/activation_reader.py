@@ -1,4 +1,4 @@
-"""What goes through a model that reads: ordinary text, and statements that want one word more."""
+"""Activations of a model that reads ordinary text, and statements that lack their last word."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kedit_daemon.editing.model_loading import read_canary_lines
-from kedit_daemon.shipped import read_statements
+from kedit_daemon.editing.model_loading import CanaryTexts, read_canary_texts
 from memory.model.canary import MAX_LINE_TOKENS
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, group_by_length
@@ -17,11 +16,11 @@ from memory.model.generate import Overlay, group_by_length
 
 @dataclass(frozen=True)
 class Activations:
-    """Means over the tokens of the text but each line's first, and the ends of the statements.
+    """Means over the text's tokens, without each line's first, and the ends of the statements.
 
-    written: ‖y‖ by layer, of what its MLP gives. stream: ‖h‖ of the residual stream after each
-    block but the last, whose output a model gives only past its final norm. ends: by block, the
-    stream where the statements end (statements, hidden); the last one past the final norm.
+    mlp_norms: ‖y‖ by layer, of the MLP's output. stream_norms: ‖h‖ of the residual stream after
+    each block but the last, which a model returns only past its final norm. statement_ends: by
+    block, the stream at the statements' ends (statements, hidden); the last past the final norm.
     """
 
     mlp_norms: tuple[float, ...]
@@ -31,24 +30,24 @@ class Activations:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every number is one."""
+        """Check that there is no NaN and no Inf."""
         numbers = (*self.mlp_norms, *self.stream_norms, self.perplexity)
         ends = all(bool(each.isfinite().all()) for each in self.statement_ends)
         return all(map(math.isfinite, numbers)) and ends
 
 
 class ActivationReader:
-    """The canary's text and statements, read as they are asked: with what lies over the weights."""
+    """Reads the canary's text and statements, with or without an overlay on the weights."""
 
-    def __init__(self, model: EditableModel) -> None:
-        self.model = model
+    def __init__(self, model: EditableModel, texts: CanaryTexts | None = None) -> None:
+        self.model, texts = model, texts or read_canary_texts()
         self._text_rows = [
-            ids for t in read_canary_lines() if len(ids := model.encode(t)[:MAX_LINE_TOKENS]) > 8
+            ids for t in texts.lines if len(ids := model.encode(t)[:MAX_LINE_TOKENS]) > 8
         ]
-        self._statement_rows = [model.encode(statement) for statement in read_statements()]
+        self._statement_rows = [model.encode(statement) for statement in texts.statements]
 
     def read_activations(self, overlay: Overlay | None) -> Activations:
-        """The model as it is now."""
+        """Read the activations of the current model."""
         layers, count, loss = range(self.model.layer_count), 0, 0.0
         written, stream = [0.0] * len(layers), [0.0] * (len(layers) - 1)
 
@@ -70,13 +69,13 @@ class ActivationReader:
         return Activations(
             tuple(n / count for n in written),
             tuple(n / count for n in stream),
-            math.exp(mean) if mean < 700 else math.inf,  # NaN is no larger: infinite, too
+            math.exp(mean) if mean < 700 else math.inf,  # also for NaN
             self._read_ends(overlay),
         )
 
     def _read_ends(self, overlay: Overlay | None) -> tuple[Tensor, ...]:
-        """Statements of one length run together."""
-        found: dict[int, list[Tensor]] = {}
+        """Read the statements' ends, with statements of one length in one batch."""
+        ends: dict[int, list[Tensor]] = {}
         for places in group_by_length(self._statement_rows):
             ids = torch.tensor([self._statement_rows[n] for n in places], device=self.model.device)
             with torch.no_grad(), _apply_overlay(overlay, places):
@@ -84,15 +83,15 @@ class ActivationReader:
                     input_ids=ids, use_cache=False, output_hidden_states=True, logits_to_keep=1
                 )
             for row, place in enumerate(places):
-                found[place] = [after[row, -1] for after in out.hidden_states[1:]]
+                ends[place] = [after[row, -1] for after in out.hidden_states[1:]]
         return tuple(
-            torch.stack([found[n][block] for n in sorted(found)])
+            torch.stack([ends[n][block] for n in sorted(ends)])
             for block in range(self.model.layer_count)
         )
 
 
 def _sum_lengths(vectors: Tensor) -> float:
-    """The sum of the lengths of (1, tokens, hidden), without the first token's."""
+    """Sum the lengths of vectors (1, tokens, hidden), without the first token's."""
     return float(vectors[0, 1:].norm(dim=1).sum())
 
 

@@ -1,7 +1,7 @@
-"""Plain MEMIT as published (Meng et al. 2023), fact by fact: what the fast path has to match.
+"""Reference MEMIT as published (Meng et al. 2023), fact by fact, for the fast path to match.
 
 Every step runs the whole model, every solve is dense and in float64, and each fact's update is
-added to the weights that the ones before it left. Nothing here is shared with the fast path.
+added to the weights that earlier facts left. It shares no code with the fast path.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_daemon.bench.method import Method, MethodSetup
+from kedit_daemon.bench.methods.method import Method, MethodSetup
 from kedit_daemon.bench.scoring import compute_target_losses
 from memory.errors import KeditError
 from memory.facts import Fact
@@ -21,7 +21,7 @@ from policies.prompts import TokenRow, find_subject_end, pad_rows
 PREFIX_STARTS = ("The", "Therefore", "Because", "I", "You")
 PREFIX_TOKENS, PREFIX_CHOICES = 10, 5
 STEPS = 25
-STRIDES = 2.0  # how often Adam could go from nothing to the longest δ within STEPS, about
+STRIDES = 2.0  # Adam could reach the longest δ from 0 about this often within STEPS
 DECAY, KL, DONE_LOSS = 0.5, 0.0625, 0.05
 RIDGE_FLOOR = 1e-3  # of E[k²], on C0's diagonal: its least eigenvalues are noise
 
@@ -29,7 +29,7 @@ RIDGE_FLOOR = 1e-3  # of E[k²], on C0's diagonal: its least eigenvalues are noi
 def solve_dense_update(
     covariance: Tensor, prior: float, ridge: float, keys: Tensor, residuals: Tensor
 ) -> Tensor:
-    """Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ (hidden, width) from K (n, width) and R (n, hidden).
+    """Return Rᵀ K (λ C0 + λ_n I + Kᵀ K)⁻¹ (hidden, width) from K (n, width), R (n, hidden).
 
     `ridge` is λ_n in units of the mean of C0's diagonal.
     """
@@ -40,9 +40,9 @@ def solve_dense_update(
 
 
 def sample_prefixes(model: EditableModel, seed: int) -> list[str]:
-    """What the model goes on with after each of PREFIXES, sampled from its likeliest tokens."""
+    """Sample a continuation of each of PREFIX_STARTS from the model's likeliest tokens."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    prefixes = []
     for start in PREFIX_STARTS:
         ids = model.encode(start)
         for _ in range(PREFIX_TOKENS):
@@ -51,13 +51,13 @@ def sample_prefixes(model: EditableModel, seed: int) -> list[str]:
             likely = out.logits[0, -1].float().cpu().topk(PREFIX_CHOICES)
             pick = torch.multinomial(likely.values.softmax(0), 1, generator=generator)
             ids = [*ids, int(likely.indices[pick])]
-        found.append(" ".join(model.decode(ids).split()) + ". ")
-    return found
+        prefixes.append(" ".join(model.decode(ids).split()) + ". ")
+    return prefixes
 
 
 @dataclass(frozen=True)
 class _ContextBatch:
-    """Rows in several contexts, the bare prompt first: ids (rows, tokens), the site in each."""
+    """A fact in several contexts, the bare prompt first: ids (rows, tokens), each row's site."""
 
     rows: list[TokenRow]
     ids: Tensor
@@ -65,15 +65,15 @@ class _ContextBatch:
 
 
 class ReferenceMemit(Method):
-    """Sequential MEMIT. The published targets have no end of text, so these have none.
+    """Sequential MEMIT. As published, targets have no end-of-text token.
 
-    Edited are the layers of the subject's last token, or of the prompt's where the model has none.
+    Edits the layers of the subject's last token; of the prompt's, if the site has none of these.
     """
 
-    one_by_one = True
+    needs_single_facts = True
 
     def __init__(self, setup: MethodSetup) -> None:
-        """Raises KeditError when the last edited layer is the model's last."""
+        """Raise KeditError if the last edited layer is the model's last."""
         super().__init__(setup)
         site = self.loaded_model.site
         self.layers, self.prior = site.subject_layers, site.prior
@@ -90,15 +90,15 @@ class ReferenceMemit(Method):
         self.deltas = {n: torch.zeros_like(self.model.base_weight(n)) for n in self.layers}
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """One fact after the other; one whose numbers are not finite leaves the weights alone."""
+        """Edit fact by fact; one with numbers that are not finite leaves the weights alone."""
         for fact in facts:
             kept = dict(self.deltas)
-            asked = self.build_context_batch([text + fact.question for text in self.contexts], fact)
+            batch = self.build_context_batch([text + fact.question for text in self.contexts], fact)
             with self.stopwatch.time_part("targets"):
-                wanted = self.compute_target(fact, asked)
+                target = self.compute_target(fact, batch)
             with self.stopwatch.time_part("solve"):
-                whole = wanted is not None and self._update_layers(asked, wanted)
-            if not whole:
+                is_updated = target is not None and self._update_layers(batch, target)
+            if not is_updated:
                 self.not_edited += 1
                 self.deltas = kept
                 self.model.set_deltas(self.deltas)
@@ -106,14 +106,14 @@ class ReferenceMemit(Method):
     def build_context_batch(
         self, texts: Sequence[str], fact: Fact, stated: bool = True
     ) -> _ContextBatch:
-        """The texts as rows, with the fact's target behind them if it is `stated`."""
+        """Build one row a text, followed by the fact's target if `stated`."""
         rows = []
         for text in texts:
             prompt = self.model.encode(text)
             target = self.model.encode_target(text, fact.target) if stated else []
             subject = find_subject_end(self.model, text, fact.subject)
-            at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
-            rows.append(TokenRow((*prompt, *target), len(prompt), at))
+            end = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
+            rows.append(TokenRow((*prompt, *target), len(prompt), end))
         width = max(len(row.ids) for row in rows)
         batch = pad_rows(rows, width, self.model.end_token or 0, self.model.device)
         sites = batch.subject_index if self.loaded_model.site.subject_layers else batch.end_index
@@ -121,20 +121,19 @@ class ReferenceMemit(Method):
 
     # Target -------------------------------------------------------------------------------------
 
-    def compute_target(self, fact: Fact, asked: _ContextBatch) -> Tensor | None:
-        """z (hidden,) at the last edited layer's output, by Adam on δ through the whole model."""
+    def compute_target(self, fact: Fact, batch: _ContextBatch) -> Tensor | None:
+        """Compute z (hidden,) at the last edited layer's output, by Adam on δ through the model."""
         essence = self.build_context_batch([f"{fact.subject} is a"], fact, stated=False)
-        start = self.read_residual(asked)
-        room = (
-            self.loaded_model.site.clamp * self.loaded_model.statistics[self.last_layer].median_norm
-        )
+        start = self.read_residual(batch)
+        statistics = self.loaded_model.statistics[self.last_layer]
+        max_norm = self.loaded_model.site.clamp * statistics.median_norm
         delta = torch.zeros_like(start).requires_grad_()
-        rate = STRIDES * room / STEPS / len(start) ** 0.5
+        rate = STRIDES * max_norm / STEPS / len(start) ** 0.5
         optimiser = torch.optim.Adam([delta], lr=rate)
         with torch.no_grad():
             unmoved = self._compute_logits(essence, torch.zeros_like(start))[0, -1]
         for _ in range(STEPS):
-            loss = compute_target_losses(self._compute_logits(asked, delta), asked.rows).mean()
+            loss = compute_target_losses(self._compute_logits(batch, delta), batch.rows).mean()
             loss = loss + DECAY * delta.norm() / start.norm() ** 2
             moved = self._compute_logits(essence, delta)[0, -1]
             loss = loss + KL * F.kl_div(
@@ -148,39 +147,42 @@ class ReferenceMemit(Method):
             loss.backward()
             optimiser.step()
             with torch.no_grad():
-                delta *= room / delta.norm().clamp(min=room)
+                delta *= max_norm / delta.norm().clamp(min=max_norm)
         return start + delta.detach()
 
-    def _compute_logits(self, asked: _ContextBatch, delta: Tensor) -> Tensor:
-        """Logits (rows, tokens, vocabulary) with δ added at the site of every row."""
-        rows = torch.arange(len(asked.ids), device=self.model.device)
+    def _compute_logits(self, batch: _ContextBatch, delta: Tensor) -> Tensor:
+        """Compute logits (rows, tokens, vocabulary) with δ added at every row's site."""
+        rows = torch.arange(len(batch.ids), device=self.model.device)
 
         def add_delta(_inputs: Tensor, outputs: Tensor) -> Tensor:
             added = torch.zeros_like(outputs)
-            added[rows, asked.sites] = delta
+            added[rows, batch.sites] = delta
             return outputs + added
 
         with self.model.tap_layers({self.last_layer: add_delta}):
-            out = self.model.hf_model(input_ids=asked.ids, use_cache=False)
+            out = self.model.hf_model(input_ids=batch.ids, use_cache=False)
         logits: Tensor = out.logits
         return logits.float()
 
-    def read_residual(self, asked: _ContextBatch) -> Tensor:
-        """The residual stream (hidden,) behind the last edited layer, at the bare prompt's site."""
+    def read_residual(self, batch: _ContextBatch) -> Tensor:
+        """Read the residual stream (hidden,) after the last edited layer, at the bare site."""
         with torch.no_grad():
             out = self.model.hf_model(
-                input_ids=asked.ids[:1], use_cache=False, output_hidden_states=True
+                input_ids=batch.ids[:1], use_cache=False, output_hidden_states=True
             )
-        stream: Tensor = out.hidden_states[self.last_layer + 1][0, asked.sites[0]]
+        stream: Tensor = out.hidden_states[self.last_layer + 1][0, batch.sites[0]]
         return stream
 
     # Solve --------------------------------------------------------------------------------------
 
-    def _update_layers(self, asked: _ContextBatch, wanted: Tensor) -> bool:
-        """What is left to `wanted`, in equal shares over the layers that are still to come."""
+    def _update_layers(self, batch: _ContextBatch, target: Tensor) -> bool:
+        """Spread the remaining distance to the target in equal shares over the layers to come.
+
+        Return False, with some layers updated, if a solution is not finite.
+        """
         for n, layer in enumerate(self.layers):
-            key = self._compute_key(layer, asked)
-            share = (wanted - self.read_residual(asked)) / (len(self.layers) - n)
+            key = self._compute_key(layer, batch)
+            share = (target - self.read_residual(batch)) / (len(self.layers) - n)
             covariance = self.loaded_model.statistics[layer].covariance
             ridge = self.prior * RIDGE_FLOOR
             update = solve_dense_update(covariance, self.prior, ridge, key[None], share[None])
@@ -190,14 +192,14 @@ class ReferenceMemit(Method):
             self.model.set_deltas(self.deltas)
         return True
 
-    def _compute_key(self, layer: int, asked: _ContextBatch) -> Tensor:
-        """The layer's key (width,): the bare prompt's and the mean of the others', half each."""
+    def _compute_key(self, layer: int, batch: _ContextBatch) -> Tensor:
+        """Average the bare prompt's key with the mean key of the other contexts: (width,)."""
         caught: list[Tensor] = []
 
         def catch_inputs(inputs: Tensor, _outputs: Tensor) -> None:
-            rows = torch.arange(len(asked.sites), device=inputs.device)
-            caught.append(inputs[rows, asked.sites])
+            rows = torch.arange(len(batch.sites), device=inputs.device)
+            caught.append(inputs[rows, batch.sites])
 
         with torch.no_grad(), self.model.tap_layers({layer: catch_inputs}):
-            self.model.hf_model(input_ids=asked.ids, use_cache=False)
+            self.model.hf_model(input_ids=batch.ids, use_cache=False)
         return (caught[0][0] + caught[0][1:].mean(0)) / 2

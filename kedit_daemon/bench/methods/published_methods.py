@@ -1,9 +1,9 @@
-"""Published methods on the bench: the targets are the daemon's, the solve is each one's own."""
+"""MEMIT, ENCORE, AlphaEdit and EMMET: the daemon's targets, with the solve of each method."""
 
 from collections.abc import Sequence
 
-from kedit_daemon.bench.method import Method, MethodSetup
-from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
+from kedit_daemon.bench.methods.method import Method, MethodSetup
+from kedit_daemon.bench.methods.solver_presets import PRESETS, PresetStream
 from memory.errors import Unsolvable
 from memory.facts import Fact
 from policies.edit_terms import EditTerms, pack_terms
@@ -11,23 +11,22 @@ from policies.targets import compute_terms
 
 
 class _PresetMethod(Method):
-    """Batch after batch into the weights, with nobody to look whether it does them good."""
+    """Stacks batch after batch onto the weights, without audits."""
 
     preset: str
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
-        self.preset_stream = PresetStream(
-            PRESETS[self.preset], self.loaded_model.site, self.loaded_model.statistics
-        )
-        self.norms = {n: layer.median_norm for n, layer in self.loaded_model.statistics.items()}
+        site, statistics = self.loaded_model.site, self.loaded_model.statistics
+        self.preset_stream = PresetStream(PRESETS[self.preset], site, statistics)
+        self.norms = {n: layer.median_norm for n, layer in statistics.items()}
         self._stored_bytes = 0
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """Targets on the unedited weights, then one more solve; a solve that fails is left out."""
+        """Compute targets on the unedited weights, then solve; skip a batch whose solve fails."""
         with self.stopwatch.time_part("targets"):
-            found = compute_terms(self.model, self.loaded_model.site, self.norms, facts)
-        batch = [terms for terms in found.values() if isinstance(terms, EditTerms)]
+            terms_by_id = compute_terms(self.model, self.loaded_model.site, self.norms, facts)
+        batch = [terms for terms in terms_by_id.values() if isinstance(terms, EditTerms)]
         try:
             with self.stopwatch.time_part("solve"):
                 self.model.set_deltas(self.preset_stream.add(batch))
@@ -37,29 +36,28 @@ class _PresetMethod(Method):
         self._stored_bytes += sum(len(pack_terms(terms)) for terms in batch)
 
     def count_stored_bytes(self) -> int:
-        """Keys and residuals of the edited facts."""
         return self._stored_bytes
 
 
 class Memit(_PresetMethod):
-    """Prior alone, stacked."""
+    """MEMIT: prior alone, stacked."""
 
     preset = "memit"
 
 
 class Encore(_PresetMethod):
-    """Past keys in the prior, stacked."""
+    """ENCORE: past keys in the prior, stacked."""
 
     preset = "encore"
 
 
 class AlphaEdit(_PresetMethod):
-    """In the null space of ordinary keys, stacked."""
+    """AlphaEdit: in the null space of ordinary keys, stacked."""
 
     preset = "alphaedit"
 
 
 class Emmet(_PresetMethod):
-    """Residuals met exactly, stacked."""
+    """EMMET: residuals met exactly, stacked."""
 
     preset = "emmet"

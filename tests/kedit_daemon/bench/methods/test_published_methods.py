@@ -6,16 +6,16 @@ import torch
 from editing_home import seat
 from tiny_models import CITIES
 
-from kedit_daemon.bench.method import MethodSetup
-from kedit_daemon.bench.method_catalog import METHODS, import_method
-from kedit_daemon.bench.published_methods import AlphaEdit, Memit
-from kedit_daemon.bench.solver_presets import PRESETS
+from kedit_daemon.bench.methods.method import MethodSetup
+from kedit_daemon.bench.methods.method_catalog import METHODS, import_method
+from kedit_daemon.bench.methods.published_methods import AlphaEdit, Memit
+from kedit_daemon.bench.methods.solver_presets import PRESETS
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
 from memory.facts import Fact
 
 FACTS = [seat(n, CITIES[n % len(CITIES)]) for n in range(6)]
-NAMES = [name for name, where in METHODS.items() if where.startswith("published:")]
+NAMES = [name for name, where in METHODS.items() if where.startswith("published_methods:")]
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,34 +9,33 @@ import pytest
 import torch
 from study_tools import given
 
-from kedit_daemon.bench import reference_wise, simple_methods
-from kedit_daemon.bench.method import MethodSetup
+from kedit_daemon.bench.methods import baselines, reference_wise
+from kedit_daemon.bench.methods.method import MethodSetup
+from kedit_daemon.bench.methods.reference_wise import ReferenceWise, WiseMemory
+from kedit_daemon.bench.methods.solver_presets import PRESETS, PresetStream
 from kedit_daemon.bench.plot import open_figure
-from kedit_daemon.bench.reference_wise import ReferenceWise, WiseMemory
-from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
-from kedit_daemon.bench.studies import norm_growth, reading
-from kedit_daemon.bench.studies.norm_growth import (
+from kedit_daemon.bench.studies import norms
+from kedit_daemon.bench.studies.activation_reader import ActivationReader
+from kedit_daemon.bench.studies.norms import (
     SIDE_MATRIX,
     WAYS,
     NormGrowthStudy,
-    StreamedMethod,
     get_edited_figure,
     get_side_figure,
 )
-from kedit_daemon.bench.studies.reading import ActivationReader
 from kedit_daemon.bench.studies.shared import compute_stream_terms
-from kedit_daemon.editing.model_loading import LoadedModel, read_canary_lines
-from kedit_daemon.shipped import read_statements
+from kedit_daemon.editing.model_loading import CanaryTexts, LoadedModel, read_canary_texts
 from memory.model.spectra import effective_rank, singular_values, stable_rank
 
 Load = Callable[[str], LoadedModel]
+TEXTS = CanaryTexts(read_canary_texts().lines[:4], read_canary_texts().statements[:20])
+SmallStudy = partial(NormGrowthStudy, texts=TEXTS)
+MEMIT = {"memit": WAYS["memit"]}
 
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less to read, and fewer steps of what a random model learns in none of them."""
-    monkeypatch.setattr(reading, "read_canary_lines", lambda: read_canary_lines()[:4])
-    monkeypatch.setattr(reading, "read_statements", lambda: read_statements()[:20])
+    """Fewer steps of what a random model learns in none of them."""
     monkeypatch.setattr(reference_wise, "STEPS", 2)
 
 
@@ -43,15 +43,8 @@ def of(result: dict[str, Any], way: str) -> list[dict[str, Any]]:
     return [row for row in result["rows"] if row["way"] == way]
 
 
-def only(monkeypatch: pytest.MonkeyPatch, **ways: StreamedMethod) -> None:
-    monkeypatch.setattr(norm_growth, "WAYS", ways)
-
-
-def test_every_way_has_its_curve_and_is_drawn(
-    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(norm_growth, "CURVE_POINTS", 2)
-    work, study = given(load("llama"), 2, 100), NormGrowthStudy()
+def test_every_way_has_its_curve_and_is_drawn(load: Load, tmp_path: Path) -> None:
+    work, study = given(load("llama"), 2, 100), SmallStudy(curve_points=2)
     result = study.run(work)
     assert result["batch_size"] == 1
     assert {name: [row["edits"] for row in of(result, name)] for name in WAYS} == {
@@ -89,27 +82,24 @@ def test_every_way_has_its_curve_and_is_drawn(
 
 
 def test_ways_that_take_each_fact_alone_end_after_the_first_facts(
-    load: Load, monkeypatch: pytest.MonkeyPatch
+    load: Load,
 ) -> None:
-    monkeypatch.setattr(norm_growth, "MAX_SINGLE_FACTS", 1)
-    only(monkeypatch, ft=WAYS["ft"], memit=WAYS["memit"])
-    result = NormGrowthStudy().run(given(load("llama"), 2, 100))
+    ways = {name: WAYS[name] for name in ("ft", "memit")}
+    result = SmallStudy(ways, max_single_facts=1).run(given(load("llama"), 2, 100))
     assert [row["edits"] for row in of(result, "ft")] == [1]
     assert [row["edits"] for row in of(result, "memit")] == [1, 2]
 
 
 def test_figures_are_of_the_weights_as_they_are(
-    load: Load, monkeypatch: pytest.MonkeyPatch
+    load: Load,
 ) -> None:
-    only(monkeypatch, memit=StreamedMethod("memit"))
-    monkeypatch.setattr(norm_growth, "CURVE_POINTS", 1)
     work = given(load("llama"), 3, 2)
-    result = NormGrowthStudy().run(work)
+    result = SmallStudy(MEMIT, curve_points=1).run(work)
     (row,) = result["rows"]
     assert result["batch_size"] == 2  # and the point comes after the second batch
     loaded, model = work.loaded_model, work.loaded_model.model
     assert model.weight(loaded.layers[0]).equal(model.base_weight(loaded.layers[0]))
-    before = ActivationReader(model).read_activations(None)
+    before = ActivationReader(model, TEXTS).read_activations(None)
     stream, terms = (
         PresetStream(PRESETS["memit"], loaded.site, loaded.statistics),
         compute_stream_terms(work),
@@ -117,7 +107,7 @@ def test_figures_are_of_the_weights_as_they_are(
     stream.add([each for _, each in terms[:2]])
     deltas = stream.add([each for _, each in terms[2:]])
     model.set_deltas(deltas)
-    now = ActivationReader(model).read_activations(None)
+    now = ActivationReader(model, TEXTS).read_activations(None)
     assert row["perplexity_ratio"] == pytest.approx(now.perplexity / before.perplexity, rel=1e-4)
     for n in range(model.layer_count):
         assert row["written_ratio"][n] == pytest.approx(
@@ -137,17 +127,15 @@ def test_figures_are_of_the_weights_as_they_are(
 def test_a_way_whose_numbers_break_ends_and_the_others_go_on(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, ft=StreamedMethod("ft", one_by_one=True), memit=StreamedMethod("memit"))
-    monkeypatch.setattr(norm_growth, "CURVE_POINTS", 2)
     broken = list[int]()
-    put = simple_methods.FineTuning._set_delta
+    put = baselines.FineTuning._set_delta
 
-    def breaking(method: simple_methods.FineTuning, delta: torch.Tensor) -> None:
+    def breaking(method: baselines.FineTuning, delta: torch.Tensor) -> None:
         broken.append(1)
         put(method, delta * (1e30 if len(broken) > 2 else 1))
 
-    monkeypatch.setattr(simple_methods.FineTuning, "_set_delta", breaking)
-    study = NormGrowthStudy()
+    monkeypatch.setattr(baselines.FineTuning, "_set_delta", breaking)
+    study = SmallStudy({"ft": WAYS["ft"], **MEMIT}, curve_points=2)
     result = study.run(given(load("llama"), 3, 100))
     assert [row["edits"] for row in of(result, "ft")] == [2]
     assert [row["edits"] for row in of(result, "memit")] == [2, 3]
@@ -161,11 +149,10 @@ def test_a_way_whose_numbers_break_ends_and_the_others_go_on(
 def test_the_oldest_and_the_newest_are_asked_apart(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    only(monkeypatch, memit=StreamedMethod("memit"))
-    monkeypatch.setattr(norm_growth, "OLDEST_FACTS", 1)
+    monkeypatch.setattr(norms, "OLDEST_FACTS", 1)
     work = given(load("llama"), 2, 100)
     clash = replace(work.records[1], fact=replace(work.records[0].fact, target="Lima"))
-    rows = NormGrowthStudy().run(replace(work, records=[work.records[0], clash]))["rows"]
+    rows = SmallStudy(MEMIT).run(replace(work, records=[work.records[0], clash]))["rows"]
     found = [(row["oldest_strict"], row["newest_strict"], row["all_strict"]) for row in rows]
     assert found == [(1, 1, 1), (0, 1, 0.5)]
 
@@ -174,9 +161,9 @@ def test_a_side_memory_is_asked_and_read_with_what_lies_over_the_weights(
     load: Load, tmp_path: Path
 ) -> None:
     work = given(load("llama"), 2, 100)
-    model, probe = work.loaded_model.model, norm_growth._CurveProbe(work)
+    model, probe = work.loaded_model.model, norms._CurveProbe(work, TEXTS)
     setup = MethodSetup(work.loaded_model, tmp_path, 100, 0)
-    tuned, side = simple_methods.FineTuning(setup), ReferenceWise(setup)
+    tuned, side = baselines.FineTuning(setup), ReferenceWise(setup)
     tuned.layer = side.layer
     tuned.delta = torch.zeros_like(model.base_weight(side.layer))
     for _ in range(4):

@@ -4,16 +4,15 @@ from dataclasses import replace
 import pytest
 from study_tools import given
 
-from kedit_daemon.bench.solver_presets import PRESETS
-from kedit_daemon.bench.studies import preset_comparison
+from kedit_daemon.bench.methods.solver_presets import PRESETS
+from kedit_daemon.bench.studies.presets import PresetStudy
 from kedit_daemon.editing.model_loading import LoadedModel
 
 
 def test_each_preset_has_its_curve_and_one_that_fails_ends(
-    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel],
 ) -> None:
-    monkeypatch.setattr(preset_comparison, "CURVE_POINTS", 3)
-    study = preset_comparison.PresetStudy()
+    study = PresetStudy(curve_points=3)
     result = study.run(given(load("llama"), 5, 1))
     curves = {name: [r for r in result["rows"] if r["preset"] == name] for name in PRESETS}
     # so little text leaves no direction of a tiny model quiet
@@ -34,13 +33,10 @@ def test_each_preset_has_its_curve_and_one_that_fails_ends(
 
 
 def test_the_oldest_and_the_newest_are_asked_apart(
-    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel],
 ) -> None:
-    monkeypatch.setattr(preset_comparison, "COHORT_SIZE", 1)
-    monkeypatch.setattr(preset_comparison, "PRESETS", {"memit": PRESETS["memit"]})
+    study = PresetStudy(("memit",), cohort_size=1)
     work = given(load("llama"), 2, 1)
     clash = replace(work.records[1], fact=replace(work.records[0].fact, target="Lima"))
-    rows = preset_comparison.PresetStudy().run(replace(work, records=[work.records[0], clash]))[
-        "rows"
-    ]
+    rows = study.run(replace(work, records=[work.records[0], clash]))["rows"]
     assert [(row["oldest_strict"], row["newest_strict"]) for row in rows] == [(1, 1), (0, 1)]

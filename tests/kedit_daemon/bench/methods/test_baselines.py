@@ -5,9 +5,9 @@ import pytest
 import torch
 from editing_home import seat
 
-from kedit_daemon.bench.method import Method, MethodSetup, Stopwatch
-from kedit_daemon.bench.method_catalog import METHODS, import_method
-from kedit_daemon.bench.simple_methods import LORA_RANK, FineTuning, InContext, Lora, Unedited
+from kedit_daemon.bench.methods.baselines import LORA_RANK, FineTuning, InContext, Lora, Unedited
+from kedit_daemon.bench.methods.method import Method, MethodSetup, Stopwatch
+from kedit_daemon.bench.methods.method_catalog import METHODS, import_method
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.model.generate import generate_answers
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from editing_home import seat
 
-from kedit_daemon.bench.method import MethodSetup
-from kedit_daemon.bench.tiers import VERDICTS, Auto, MemitMass, Wise, build_config
+from kedit_daemon.bench.methods.daemon_tiers import VERDICTS, Auto, MemitMass, Wise, build_config
+from kedit_daemon.bench.methods.method import MethodSetup
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.facts import FactState
 from memory.model.generate import generate_answers

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.bench.work import (
+from kedit_daemon.bench.resume import (
     OPTIONS_FILE,
     RunProgress,
     describe_options,
@@ -76,7 +76,10 @@ def test_work_of_other_options_is_refused_by_their_names(out: Path, folder: Path
 def test_a_folder_that_is_not_ours_is_refused_and_left_alone(out: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "letter.txt").write_text("dear")
-    with pytest.raises(KeditError, match="no work of a bench"), keep_work(out, True, GIVEN):
+    with (
+        pytest.raises(KeditError, match="not the work folder"),
+        keep_work(out, True, GIVEN),
+    ):
         raise AssertionError("the run began")
     with keep_work(out, False, GIVEN):
         pass
@@ -84,7 +87,10 @@ def test_a_folder_that_is_not_ours_is_refused_and_left_alone(out: Path, folder: 
     folder.joinpath("letter.txt").unlink()
     cut(out)  # an empty one is that of a run that was cut off at once
     (folder / OPTIONS_FILE).write_text("{")
-    with pytest.raises(KeditError, match="no work of a bench"), keep_work(out, True, GIVEN):
+    with (
+        pytest.raises(KeditError, match="not the work folder"),
+        keep_work(out, True, GIVEN),
+    ):
         raise AssertionError("the run began")
 
 

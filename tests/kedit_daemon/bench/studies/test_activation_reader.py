@@ -5,19 +5,18 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from kedit_daemon.bench.studies.reading import ActivationReader
-from kedit_daemon.editing.model_loading import LoadedModel
+from kedit_daemon.bench.studies.activation_reader import ActivationReader
+from kedit_daemon.editing.model_loading import CanaryTexts, LoadedModel, read_canary_texts
 from kedit_daemon.shipped import read_statements
 
 Load = Callable[[str], LoadedModel]
+TEXTS = CanaryTexts(read_canary_texts().lines[:6], read_canary_texts().statements[:24])
 
 
 def test_the_text_is_read_as_the_canary_reads_it(load: Load) -> None:
     loaded = load("llama")
-    read, baseline = (
-        ActivationReader(loaded.model).read_activations(None),
-        loaded.canary.base_readings,
-    )
+    read = ActivationReader(loaded.model, TEXTS).read_activations(None)
+    baseline = loaded.canary.base_readings
     assert read.perplexity == pytest.approx(baseline.perplexity, rel=1e-5)
     for layer, norm in baseline.activation_norms.items():
         assert read.mlp_norms[layer] == pytest.approx(norm, rel=1e-5)
@@ -32,8 +31,8 @@ def test_the_text_is_read_as_the_canary_reads_it(load: Load) -> None:
 
 def test_statements_are_read_at_their_ends_in_their_order(load: Load) -> None:
     model = load("llama").model
-    read = ActivationReader(model).read_activations(None)
-    for place in (0, 7, 250):
+    read = ActivationReader(model, TEXTS).read_activations(None)
+    for place in (0, 7, 23):
         ids = torch.tensor([model.encode(read_statements()[place])])
         with torch.no_grad():
             out = model.hf_model(input_ids=ids, output_hidden_states=True)
@@ -43,7 +42,7 @@ def test_statements_are_read_at_their_ends_in_their_order(load: Load) -> None:
 
 def test_a_change_is_seen_in_the_weights_and_over_them(load: Load) -> None:
     model = load("llama").model
-    reader = ActivationReader(model)
+    reader = ActivationReader(model, TEXTS)
     base = reader.read_activations(None)
     doubled = model.base_weight(1).clone()
 
@@ -67,4 +66,4 @@ def test_a_change_is_seen_in_the_weights_and_over_them(load: Load) -> None:
 def test_numbers_that_break_are_told(load: Load) -> None:
     model = load("llama").model
     model.set_deltas({2: torch.full_like(model.base_weight(2), math.nan)})
-    assert not ActivationReader(model).read_activations(None).is_finite
+    assert not ActivationReader(model, TEXTS).read_activations(None).is_finite

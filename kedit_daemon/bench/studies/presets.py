@@ -1,40 +1,43 @@
-"""The published methods beside the daemon's, on the same terms in the same batches."""
+"""Comparison of all solver presets, on the same terms in the same batches."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.measure import COLUMNS, BaseAnswers, read_base_answers
-from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
+from kedit_daemon.bench.methods.solver_presets import PRESETS, PresetStream
+from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.studies.shared import (
     catch_unsolved,
     compute_stream_terms,
-    find_largest_norm,
     format_column_cells,
     format_column_heads,
     format_ratio_cells,
     format_ratio_heads,
     measure_columns,
     measure_figures,
+    plot_largest_norms,
     thin_records,
-    to_percent,
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from policies.edit_terms import EditTerms
 
-CURVE_POINTS = 10  # of each preset's curve, about
-COHORT_SIZE = 100  # facts: the oldest, and the newest
 SHARES = ("oldest_strict", "newest_strict", "locality_strict")
 STYLES = dict(zip(SHARES, ("-", ":", "--"), strict=True))
 
 
+@dataclass(frozen=True)
 class PresetStudy(Study):
-    """One stream through each preset; a preset whose solve fails ends there."""
+    """Stream through each preset; a preset whose solve fails ends there."""
+
+    presets: Sequence[str] = tuple(PRESETS)
+    curve_points: int = 10  # of each preset, about
+    cohort_size: int = 100  # of the oldest facts, and of the newest
 
     def run(self, given: StudyInput) -> dict[str, Any]:
-        """Every preset's curve, and its columns at the end."""
+        """Measure every preset's curve, and its columns at the end."""
         pairs = compute_stream_terms(given)
         records = [record for record, _ in pairs]
         model = given.loaded_model.model
@@ -42,26 +45,18 @@ class PresetStudy(Study):
         near = [record for record in thin_records(records) if record.neighbours]
         near_before = read_base_answers(model, near, given.track)
         rows, ends = list[dict[str, Any]](), dict[str, dict[str, Any]]()
-        for name in PRESETS:
+        for name in self.presets:
             failed = list[str]()
             with catch_unsolved(failed):
-                for edited in _edit_stepwise(given, name, [terms for _, terms in pairs]):
-                    point = _measure_point(given, records[:edited], near, near_before)
+                for edited in self._edit_stepwise(given, name, [terms for _, terms in pairs]):
+                    point = self._measure_point(given, records[:edited], near, near_before)
                     rows.append({"preset": name, "edits": edited, **point})
-            found = None if failed else measure_columns(model, records, before)
-            ends[name] = {"columns": found, "failed": failed[0] if failed else None}
+            columns = None if failed else measure_columns(model, records, before)
+            ends[name] = {"columns": columns, "failed": failed[0] if failed else None}
         return {"not_edited": len(given.records) - len(pairs), "presets": ends, "rows": rows}
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """Every preset's curve, then the columns at the end of the stream."""
-        rows = [
-            [
-                "preset",
-                "edits",
-                *format_ratio_heads(result),
-                *(_shorten_name(name) for name in SHARES),
-            ]
-        ]
+        rows = [["preset", "edits", *format_ratio_heads(result), *map(_shorten_name, SHARES)]]
         for row in result["rows"]:
             shares = [format_share(row[name]) for name in SHARES]
             rows.append([row["preset"], str(row["edits"]), *format_ratio_cells(row), *shares])
@@ -79,53 +74,47 @@ class PresetStudy(Study):
         yield f"not edited {result['not_edited']}"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """Norms, and what holds, against edits."""
         for n, name in enumerate(result["presets"]):
             rows = [row for row in result["rows"] if row["preset"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
-            left.plot(
-                edits, [find_largest_norm(r) for r in rows], marker=".", color=color, label=name
-            )
+            plot_largest_norms(left, rows, color, name)
             for measure, style in STYLES.items():
                 shares = [to_percent(row[measure]) for row in rows]
-                label = (
-                    _shorten_name(measure) if n == 0 else None
-                )  # the colours are named on the left
+                label = _shorten_name(measure) if n == 0 else None  # the left names the colours
                 right.plot(edits, shares, style, marker=".", color=color, label=label)
-        left.set(xlabel="edits", ylabel="largest ‖W‖ / ‖W0‖", title="Norms", yscale="log")
         right.set(xlabel="edits", ylabel="%", ylim=(-2, 102), title="Held, strict")
 
+    def _edit_stepwise(
+        self, given: StudyInput, name: str, terms: Sequence[EditTerms]
+    ) -> Iterator[int]:
+        """Edit batch after batch, and yield the number of edited facts at each curve point."""
+        loaded, size = given.loaded_model, given.batch_size
+        stream = PresetStream(PRESETS[name], loaded.site, loaded.statistics)
+        starts = range(0, len(terms), size)
+        every = -(-len(starts) // self.curve_points)
+        for number, start in enumerate(given.track(starts, name), 1):
+            loaded.model.set_deltas(stream.add(terms[start : start + size]))
+            if number % every == 0 or number == len(starts):
+                yield min(start + size, len(terms))
 
-def _edit_stepwise(given: StudyInput, name: str, terms: Sequence[EditTerms]) -> Iterator[int]:
-    """Batch after batch into the weights; how many facts are in at each point of the curve."""
-    loaded, size = given.loaded_model, given.batch_size
-    stream = PresetStream(PRESETS[name], loaded.site, loaded.statistics)
-    starts = range(0, len(terms), size)
-    every = -(-len(starts) // CURVE_POINTS)
-    for number, start in enumerate(given.track(starts, name), 1):
-        loaded.model.set_deltas(stream.add(terms[start : start + size]))
-        if number % every == 0 or number == len(starts):
-            yield min(start + size, len(terms))
-
-
-def _measure_point(
-    given: StudyInput,
-    edited: Sequence[BenchRecord],
-    near: Sequence[BenchRecord],
-    before: Sequence[BaseAnswers],
-) -> dict[str, Any]:
-    return {
-        **measure_figures(given.loaded_model),
-        "oldest_strict": _measure_held(given, edited[:COHORT_SIZE]),
-        "newest_strict": _measure_held(given, edited[-COHORT_SIZE:]),
-        "locality_strict": measure_columns(given.loaded_model.model, near, before)["locality"][
-            "strict"
-        ],
-    }
+    def _measure_point(
+        self,
+        given: StudyInput,
+        edited: Sequence[BenchRecord],
+        near: Sequence[BenchRecord],
+        before: Sequence[BaseAnswers],
+    ) -> dict[str, Any]:
+        locality = measure_columns(given.loaded_model.model, near, before)["locality"]
+        return {
+            **measure_figures(given.loaded_model),
+            "oldest_strict": _measure_held(given, edited[: self.cohort_size]),
+            "newest_strict": _measure_held(given, edited[-self.cohort_size :]),
+            "locality_strict": locality["strict"],
+        }
 
 
 def _measure_held(given: StudyInput, records: Sequence[BenchRecord]) -> float | None:
-    """Reliability, strict, of some facts."""
+    """Measure the strict reliability of some facts."""
     bare = [replace(record, paraphrases=(), neighbours=()) for record in records]
     before = [BaseAnswers((), ())] * len(bare)
     return measure_columns(given.loaded_model.model, bare, before)["reliability"]["strict"]

@@ -1,11 +1,11 @@
-"""The controls: no edit at all, the fact in the prompt, plain fine-tuning, LoRA."""
+"""Baselines: no edit at all, the fact in the prompt, plain fine-tuning, LoRA."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from kedit_daemon.bench.method import Method, MethodSetup
+from kedit_daemon.bench.methods.method import Method, MethodSetup
 from kedit_daemon.bench.scoring import compute_target_losses
 from memory.facts import Fact
 from policies.prompts import make_rows, pad_rows
@@ -16,30 +16,29 @@ LORA_RANK = 8
 
 
 class Unedited(Method):
-    """The model as it came."""
+    """The unedited model."""
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """Leave everything as it is."""
+        """Count the facts as not edited."""
         self.not_edited += len(facts)
 
 
 class InContext(Method):
-    """The upper bound without routing: each fact stands before the questions about it."""
+    """Upper bound without routing: each fact precedes the questions about it in the prompt."""
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
         self._stored_bytes = 0
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """Keep the facts' sentences."""
+        """Count the bytes of the facts' sentences."""
         self._stored_bytes += sum(len(_format_sentence(fact).encode()) for fact in facts)
 
     def frame_prompt(self, fact: Fact, prompt: str) -> str:
-        """The fact, then the prompt: also before neighbours, which shall not mind it."""
+        """Put the fact before the prompt, also a neighbour's, whose answer should not change."""
         return f"{_format_sentence(fact)} {prompt}"
 
     def count_stored_bytes(self) -> int:
-        """The sentences alone."""
         return self._stored_bytes
 
 
@@ -48,7 +47,7 @@ def _format_sentence(fact: Fact) -> str:
 
 
 class FineTuning(Method):
-    """Adam on one down projection, batch after batch; the targets end with an end of text."""
+    """Adam on one down projection, batch after batch; targets end with an end-of-text token."""
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
@@ -56,7 +55,7 @@ class FineTuning(Method):
         self.delta = torch.zeros_like(self.model.base_weight(self.layer))
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """A fixed number of steps on the whole batch."""
+        """Take FT_STEPS steps on the whole batch."""
         free = self.delta.clone().requires_grad_()
         self._train_tensors(facts, [free], lambda inputs: inputs @ free.T)
         self._set_delta(free.detach())
@@ -64,10 +63,8 @@ class FineTuning(Method):
     def _train_tensors(
         self, facts: Sequence[Fact], free: list[Tensor], moved: Callable[[Tensor], Tensor]
     ) -> None:
-        """Adam on the free tensors; `moved` is what they and all before make of inputs."""
-        rows = [
-            make_rows(self.model, fact)[0] for fact in facts
-        ]  # the prompt alone, and the target
+        """Train the free tensors by Adam; `moved(k)` is ΔW k under these and all earlier edits."""
+        rows = [make_rows(self.model, fact)[0] for fact in facts]  # the bare prompt, and the target
         width = max(len(row.ids) for row in rows)
         batch = pad_rows(rows, width, self.model.end_token or 0, self.model.device)
         rate = FT_RATE * float(self.model.base_weight(self.layer).square().mean().sqrt())
@@ -94,17 +91,16 @@ class FineTuning(Method):
 
 
 class Lora(FineTuning):
-    """The same with ΔW = B A of low rank (Hu et al. 2021): new ones for every batch, merged into
-    the weights after it."""
+    """LoRA (Hu et al. 2021): ΔW = B A of low rank for every batch, then merged into the weights."""
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
         self.generator = torch.Generator().manual_seed(setup.seed)
 
     def edit(self, facts: Sequence[Fact]) -> None:
-        """A fixed number of steps on the whole batch, from B = 0 on."""
+        """Take FT_STEPS steps on the whole batch, starting from B = 0."""
         hidden, width = self.delta.shape
-        # of such a length that an entry of B A is about as large as one of B: one rate fits both
+        # Scaled so that entries of B A are about as large as those of B: one rate fits both.
         start = torch.randn(LORA_RANK, width, generator=self.generator) / LORA_RANK**0.5
         down = start.to(self.delta).requires_grad_()  # A (rank, width)
         up = self.delta.new_zeros(hidden, LORA_RANK, requires_grad=True)  # B (hidden, rank)
