@@ -1,5 +1,6 @@
 """Fixtures that many tests share: tiny models, a clock, homes with an editor on them."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from memory.model.editable import EditableModel
 
 pytest_plugins = ["promise_table"]
+
+
+def pytest_configure() -> None:
+    """Take SIGINT as usual: a shell's background jobs ignore it, and so would all children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
