@@ -12,7 +12,7 @@ class Backoff:
     ) -> None:
         self._first_seconds, self._max_seconds = first_seconds, max_seconds
         self._monotonic = monotonic
-        self.reset()
+        self._seconds, self._due_at = 0.0, -math.inf
 
     def record_failure(self) -> float:
         """Return the seconds until the next attempt, which start now."""
