@@ -1,6 +1,8 @@
-"""The regular jobs: says when one is due, and never runs one.
+"""When the regular jobs are due. APScheduler's threads put a name on a queue; the edit loop takes
+it and does the work.
 
-The scheduler's threads put names on a queue; the edit loop takes them and does the work.
+APScheduler coalesces the runs that its own thread has missed. It cannot tell, without a pickled
+job store, what was missed while no daemon ran, and it does not notice that the clock was set.
 """
 
 import logging
@@ -25,14 +27,14 @@ _log = logging.getLogger(__name__)
 
 
 def _do_nothing() -> None:
-    """What the scheduler itself runs: the name is on the queue as soon as it is submitted."""
+    """Stand for the job in the scheduler: its name is on the queue as soon as it is submitted."""
 
 
 class JobSchedule:
-    """Hands out (job name, planned time) on `due`; a job that already waits there waits once.
+    """Hands out (job name, planned time) on `due_jobs`; a job that already waits there waits once.
 
     Every planned time is handed out once, alone or with others that were missed like it. It is
-    not handed out again where the clock was set back and comes by it a second time.
+    not handed out again when the clock was set back and reaches it a second time.
     """
 
     def __init__(
@@ -42,55 +44,52 @@ class JobSchedule:
         monotonic: Callable[[], float],
     ) -> None:
         self.due_jobs: queue.Queue[tuple[str, str]] = queue.Queue()
-        self._enqueue_lock = threading.Lock()  # the scheduler's thread and guard() may meet
+        self._enqueue_lock = threading.Lock()  # between the scheduler's thread and ours
         self._covered_until: dict[str, datetime] = {}  # planned times up to here are handed out
-        self._clock = clock
-        self._monotonic = monotonic
-        self._triggers = {
-            name: CronTrigger.from_crontab(cron, timezone=UTC) for name, cron in schedule.items()
-        }
+        self._clock, self._monotonic = clock, monotonic
+        crontab = CronTrigger.from_crontab
+        self._triggers = {name: crontab(cron, timezone=UTC) for name, cron in schedule.items()}
         self._scheduler = BackgroundScheduler(
             timezone=UTC,
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": None},
         )
         # What the scheduler leaves out, because its own thread is behind, is due all the same.
-        both = EVENT_JOB_SUBMITTED | EVENT_JOB_MAX_INSTANCES
-        self._scheduler.add_listener(self._on_submitted, both)
+        events = EVENT_JOB_SUBMITTED | EVENT_JOB_MAX_INSTANCES
+        self._scheduler.add_listener(self._on_submitted, events)
         self._last_wall_time, self._last_monotonic = clock(), monotonic()
 
     def start(self, last_success: Mapping[str, str | None]) -> None:
-        """Begin. `last_success`: when the last run that ended well began, by job.
+        """Start the threads. A job without a success, or one that was planned since, is due now.
 
-        A job that has none, or was planned since then, is due now.
+        last_success: by job, when the last run that succeeded began.
         """
         now = self._last_wall_time = self._clock()
         self._last_monotonic = self._monotonic()
         for name, trigger in self._triggers.items():
             self._enqueue_missed(name, last_success.get(name), now)
-            self._scheduler.add_job(
-                _do_nothing, trigger, id=name, next_run_time=self._find_next_time(name, now)
-            )
+            following = self._find_next_time(name, now)
+            self._scheduler.add_job(_do_nothing, trigger, id=name, next_run_time=following)
         self._scheduler.start()
 
     def stop(self) -> None:
-        """End the scheduler's threads; what is on the queue stays there."""
+        """Stop the scheduler's threads; the queue keeps what is on it."""
         if self._scheduler.running:
             self._scheduler.shutdown()
 
     def check_clock(self) -> float | None:
-        """To be called often: the seconds that the clock has jumped since the last call, if it has.
+        """Return the seconds by which the clock has jumped since the last call, or None.
 
-        After a jump every job is planned anew from the clock as it is now. Otherwise a clock that
-        was set back would stop the jobs until it has caught up. What a jump forward (or a sleep of
-        the machine) has skipped is due once; also where the steady clock ran on meanwhile, which
-        the scheduler's thread does not hear of.
+        Call it often. After a jump every job is planned from the clock as it is now; otherwise one
+        that was set back would stop the jobs until it has caught up. What a jump forward (or a
+        sleep of the machine) has skipped is due once; also when the monotonic clock ran on
+        meanwhile, which the scheduler's thread does not notice.
         """
         wall, steady = self._clock(), self._monotonic()
         jump = (wall - self._last_wall_time).total_seconds() - (steady - self._last_monotonic)
         self._last_wall_time, self._last_monotonic = wall, steady
         jumped = abs(jump) > CLOCK_JUMP_SECONDS
         if jumped:
-            _log.warning("the clock jumped by %.0f s: every job is planned anew", jump)
+            _log.warning("The clock jumped by %.0f s; rescheduling every job.", jump)
         for job in self._scheduler.get_jobs():
             late = (wall - job.next_run_time).total_seconds()
             if jumped or late > CLOCK_JUMP_SECONDS:
@@ -98,12 +97,6 @@ class JobSchedule:
                     self._enqueue_job(job.id, job.next_run_time, wall)
                 job.modify(next_run_time=self._find_next_time(job.id, wall))
         return jump if jumped else None
-
-    def list_next_runs(self) -> dict[str, str]:
-        """Job name -> when it is due next."""
-        return {
-            job.id: format_utc(job.next_run_time, "seconds") for job in self._scheduler.get_jobs()
-        }
 
     def _enqueue_missed(self, name: str, last: str | None, now: datetime) -> None:
         if last is None:
@@ -115,10 +108,10 @@ class JobSchedule:
             self._enqueue_job(name, missed, now)
 
     def _find_next_time(self, name: str, now: datetime) -> datetime:
-        """The next planned time that is not handed out yet.
+        """Return the next planned time that is not handed out yet.
 
-        Where the clock has been set back by more than the job's period, that would be too far off:
-        the job is then planned from the clock as it is.
+        After the clock was set back by more than the job's period that would be too far off: the
+        job is then planned from the clock as it is.
         """
         trigger = self._triggers[name]
         with self._enqueue_lock:
@@ -136,7 +129,7 @@ class JobSchedule:
     def _enqueue_job(self, name: str, planned: datetime, covers: datetime) -> None:
         """Hand out a planned time, and with it all up to `covers`.
 
-        The edit loop may be busy for longer than a period: the job is then due once, not often.
+        The edit loop may be busy for longer than a period: the job is then due once.
         """
         with self._enqueue_lock:
             if name in self._covered_until and planned <= self._covered_until[name]:

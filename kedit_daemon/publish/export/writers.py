@@ -1,4 +1,4 @@
-"""The kinds of export that carry weights: what each writes into its folder, and tells of it."""
+"""The writers of merged checkpoints, deltas and LoRA adapters: each fills an export's folder."""
 
 import json
 from collections.abc import Callable
@@ -24,7 +24,7 @@ DELTA_TOLERANCE = 1e-4  # of ‖ΔW‖, by which the factors may differ from the
 
 @dataclass(frozen=True)
 class EditedCheckpoint:
-    """The model's files, and the active generation over them."""
+    """The model's files, and the ΔW of the active generation by layer."""
 
     checkpoint: Checkpoint
     layers: tuple[int, ...]
@@ -32,7 +32,7 @@ class EditedCheckpoint:
 
 
 def find_model_folder(name: str) -> Path:
-    """Where the files of a configured model lie; nothing is fetched from the hub."""
+    """Find the folder of a configured model's files; nothing is downloaded from the hub."""
     path = locate_model(name)
     if path.is_dir():
         return path
@@ -48,13 +48,13 @@ def find_model_folder(name: str) -> Path:
 
 
 def open_edited_model(source: ExportSource) -> EditedCheckpoint:
-    """The weights of the active generation, checked against the ledger."""
+    """Open the weights of the active generation, checked against the ledger."""
     checkpoint, generation = Checkpoint(find_model_folder(source.model)), source.generation
     if checkpoint.weights_hash(range(checkpoint.layer_count), {}) != source.base_hash:
         raise KeditError(
             f"{checkpoint.folder} is not the model that this home was made for",
             code="model",
-            hint="put the model back as it was",
+            hint="restore the model's files",
         )
     at = (checkpoint.folder, source.home.state_folder, source.base_hash)
     layers = find_site(*at, checkpoint.layer_count, checkpoint.model_type).layers
@@ -73,7 +73,7 @@ def open_edited_model(source: ExportSource) -> EditedCheckpoint:
 
 
 def write_merged(source: ExportSource, to: Path) -> WrittenExport:
-    """The whole model, as transformers and everything that reads its folders takes it."""
+    """Write the whole model in the layout of transformers."""
     edited = open_edited_model(source)
     weights = _build_weights(edited, tuple(sorted(edited.deltas)))
     edited.checkpoint.copy_companions(to)
@@ -82,8 +82,10 @@ def write_merged(source: ExportSource, to: Path) -> WrittenExport:
 
 
 def write_delta(source: ExportSource, to: Path) -> WrittenExport:
-    """The edited tensors alone, whole: also where no fact is left in them, so that a server that
-    has an earlier generation comes to this one."""
+    """Write only the edited tensors, whole.
+
+    Also when no fact is left in them, so that a server of an earlier generation gets to this one.
+    """
     edited = open_edited_model(source)
     weights = _build_weights(edited, edited.layers)
     places = edited.checkpoint.locations
@@ -102,7 +104,7 @@ def _build_weights(edited: EditedCheckpoint, layers: tuple[int, ...]) -> dict[in
 
 
 def _measure_rounding(edited: EditedCheckpoint, weights: dict[int, Tensor]) -> WrittenExport:
-    """How much of each ΔW is lost where the weights are loaded in the model's own dtype."""
+    """Measure the share of each ΔW that is lost when the model's own dtype is loaded."""
     checkpoint, dtypes, lost = edited.checkpoint, {}, {}
     for n, weight in weights.items():
         at = checkpoint.locations[n]
@@ -122,10 +124,10 @@ def _measure_rounding(edited: EditedCheckpoint, weights: dict[int, Tensor]) -> W
 
 
 def write_lora(source: ExportSource, to: Path) -> WrittenExport:
-    """A PEFT adapter from the solve's own factors: exact, nothing is fitted or cut off."""
+    """Write a PEFT adapter from the factors of the solve: exact, nothing is fitted or truncated."""
     if not source.generation.fact_ids:
         raise KeditError(
-            "no fact is in the weights, so there is nothing to adapt",
+            "no fact is in the weights, so there is nothing to export",
             code="empty",
             hint="serve the base model, or flush first",
         )
@@ -142,7 +144,7 @@ def write_lora(source: ExportSource, to: Path) -> WrittenExport:
     tensors: dict[str, Tensor] = {}
     for n, (down, up) in factors.items():
         name = f"base_model.model.{places[n].module_name}"
-        # Not every server takes a rank for each matrix: zeros up to the largest one change nothing.
+        # Not every server takes a rank per matrix: zeros up to the largest rank change nothing.
         more = rank - len(up)
         tensors[f"{name}.lora_A.weight"] = pad(up, (0, 0, 0, more))
         tensors[f"{name}.lora_B.weight"] = pad(down, (0, more))
@@ -158,14 +160,14 @@ def write_lora(source: ExportSource, to: Path) -> WrittenExport:
 def _compute_factors(
     source: ExportSource, edited: EditedCheckpoint
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """The factors of each ΔW, checked against the ΔW that is served."""
+    """Compute the factors of each ΔW, checked against the ΔW that is served."""
     checkpoint = edited.checkpoint
     at = (checkpoint.folder, source.home.state_folder, source.base_hash)
     site = find_site(*at, checkpoint.layer_count, checkpoint.model_type)
     kept = find_statistics(*at, site.layers, (site.key_layer, site.side_layer))
     if kept.missing_path is not None:
         raise KeditError(
-            f"{kept.missing_path} is missing: what was measured of the model",
+            f"{kept.missing_path} is missing: the key statistics of the model",
             code="statistics",
             hint="restart the daemon, which measures it again",
         )
@@ -174,7 +176,7 @@ def _compute_factors(
     for n, (down, up) in factors.items():
         delta = edited.deltas[n].double()
         off, size = float((down.double() @ up.double() - delta).norm()), float(delta.norm())
-        if not off <= DELTA_TOLERANCE * size:  # a layer may bear nothing: no division
+        if not off <= DELTA_TOLERANCE * size:  # ΔW may be zero: no division
             raise KeditError(
                 f"the stored terms give other weights than generation {source.generation.id} has:"
                 f" they are {off:.2g} off where the change in layer {n} is {size:.2g}",
@@ -187,7 +189,7 @@ def _compute_factors(
 def _build_adapter_config(
     source: ExportSource, rank: int, modules: list[str], transposed: bool
 ) -> dict[str, Any]:
-    """PEFT's settings. Alpha is the rank, so that the product is taken as it is."""
+    """Build PEFT's settings. Alpha is the rank, so that the product is not scaled."""
     path = locate_model(source.model)
     return {
         "peft_type": "LORA",

@@ -1,4 +1,4 @@
-"""One export from a home into a folder, with the manifest of what is in it and what is not."""
+"""Creates one export of a home, with the manifest of what is in it and what is not."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from memory.facts import Fact
 
 @dataclass(frozen=True)
 class ExportResult:
-    """A finished export, and what people shall hear of it."""
+    """A finished export, and notes for the user."""
 
     placed: PlacedExport
     notes: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Under the keys of `--json`."""
+        """Return the result under the keys of `--json`."""
         return {
             "path": str(self.placed.path),
             "existed": self.placed.existed,
@@ -32,44 +32,41 @@ class ExportResult:
 
 
 def create_export(home: Home, kind: str, dest: Path, keep: int | None) -> ExportResult:
-    """Export what is active in the home now: "facts", or one of KINDS. Only reads the home."""
+    """Export the active generation of the home; `kind` is "facts" or a key of WRITERS."""
     dest = dest.expanduser().absolute()
     if dest.resolve().is_relative_to(home.root.resolve()):
-        raise KeditError(
-            f"{dest} lies in the home",
-            code="usage",
-            hint="choose a folder outside of it",
-        )
+        hint = "choose a folder outside of it"
+        raise KeditError(f"{dest} lies in the home", code="usage", hint=hint)
     notes = list[str]()
 
     def fill(to: Path) -> tuple[str, dict[str, Any]]:
-        source = read_source(home)  # not before: another export may have been made meanwhile
+        source = read_source(home)  # under the lock: another export may have been made before
         written = _write_files(kind, source, to)
-        told = _build_manifest(source, kind, written)
+        manifest = _build_manifest(source, kind, written)
         notes.extend(written.notes)
-        if left := told["not_in_it"]["count"]:
+        if left := manifest["not_in_it"]["count"]:
             notes.append(
-                f"{left} of {len(source.live)} live facts are not in it: they live in the side"
-                " memory alone, which only the daemon serves"
+                f"{left} of {len(source.live)} live facts are not in it: they are in the"
+                " side memory alone, which only the daemon serves"
             )
-        return f"{source.short_name}-gen-{source.generation.id}-{kind}", told
+        return f"{source.short_name}-gen-{source.generation.id}-{kind}", manifest
 
     placed = place_export(dest, keep, fill)
     return ExportResult(placed, tuple(notes))
 
 
 def _write_files(kind: str, source: ExportSource, to: Path) -> WrittenExport:
-    if kind == "facts":  # the live ones of both tiers, as `submit` takes them
+    if kind == "facts":  # live facts of both tiers, in the form that `submit` reads
         lines = "".join(f"{format_native(fact)}\n" for fact in source.live)
         (to / "facts.jsonl").write_text(lines, encoding="utf-8")
         return WrittenExport()
-    from kedit_daemon.publish.export.kinds import WRITERS  # torch, which facts can do without
+    from kedit_daemon.publish.export.writers import WRITERS  # torch, which facts can do without
 
     return WRITERS[kind](source, to)
 
 
 def _build_manifest(source: ExportSource, kind: str, written: WrittenExport) -> dict[str, Any]:
-    """All of it follows from what is exported: the same state of a home gives the same bytes."""
+    """Build the manifest from the exported state alone: the same state gives the same bytes."""
     generation, whole = source.generation, kind == "facts"
     left = [] if whole else [f.id for f in source.side_only]
     return {

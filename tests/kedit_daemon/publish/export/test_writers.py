@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kedit_daemon.config import Config
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
-from kedit_daemon.publish.export import kinds
-from kedit_daemon.publish.export.kinds import WRITERS
+from kedit_daemon.publish.export import writers
 from kedit_daemon.publish.export.source import WrittenExport, read_source
+from kedit_daemon.publish.export.writers import WRITERS
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Fact
@@ -309,7 +309,7 @@ def test_a_rank_that_no_server_takes_is_refused(
     rank = written(at.home, "lora", tmp_path / "lora").manifest_entries["rank"]
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     assert {min(t.shape) for t in tensors.values()} == {rank}  # the same in all matrices
-    monkeypatch.setattr(kinds, "MAX_RANK", rank - 1)
+    monkeypatch.setattr(writers, "MAX_RANK", rank - 1)
     with pytest.raises(KeditError, match=f"rank {rank}") as caught:
         written(at.home, "lora", tmp_path / "other")
     assert "export merged or delta" in caught.value.hint

@@ -13,7 +13,7 @@ from editing_home import Clock, seat
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.publish.export.make import create_export
+from kedit_daemon.publish.export.create_export import create_export
 from memory.db.store import Store
 from memory.facts import Fact, FactState, Neighbour
 
