@@ -14,12 +14,10 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kedit_daemon.report.render import (
     format_bytes,
@@ -94,11 +92,11 @@ class PageFrame:
 
     def fixed_routes(self) -> list[BaseRoute]:
         """Return the routes that need no sign-in: sign-in and sign-out, style and script."""
-        static = StaticFiles(directory=DASHBOARD_FOLDER / "static")
+        static = _SafeStaticFiles(directory=DASHBOARD_FOLDER / "static")
         return [
             Route("/sign-in", self._guard_endpoint(self._sign_in), methods=["GET", "POST"]),
             Route("/sign-out", self._guard_endpoint(self._sign_out), methods=["POST"]),
-            Mount("/static", static, middleware=[Middleware(_HeadersMiddleware)], name="static"),
+            Mount("/static", static, name="static"),
         ]
 
     def _guard_endpoint(self, endpoint: Endpoint) -> Endpoint:
@@ -167,20 +165,13 @@ class PageFrame:
         return response
 
 
-class _HeadersMiddleware:
-    """Adds the security headers to the files of a folder."""
+class _SafeStaticFiles(StaticFiles):
+    """The files of a folder, sent with the security headers."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                added = [(k.lower().encode(), v.encode()) for k, v in SECURITY_HEADERS.items()]
-                message["headers"] = [*message["headers"], *added]
-            await send(message)
-
-        await self._app(scope, receive, with_headers)
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(SECURITY_HEADERS)
+        return response
 
 
 def error_page(error: KeditError) -> DashboardPage:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -73,7 +73,13 @@ class BatchEngine:
         """
         self._check_request(request)
         items: asyncio.Queue[StreamItem] = asyncio.Queue()
-        stream = AnswerStream(self.model, request, _make_sender(asyncio.get_running_loop(), items))
+        loop = asyncio.get_running_loop()
+
+        def send(item: StreamItem) -> None:
+            with suppress(RuntimeError):  # the loop has ended: nobody reads
+                loop.call_soon_threadsafe(items.put_nowait, item)
+
+        stream = AnswerStream(self.model, request, send)
         self._add_waiting(stream)
         try:
             while True:
@@ -240,13 +246,3 @@ class BatchEngine:
             error = KeditError(message, code="unexpected")
         for stream in broken:
             stream.fail(error)
-
-
-def _make_sender(
-    loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[StreamItem]"
-) -> Callable[[StreamItem], None]:
-    def send(item: StreamItem) -> None:
-        with suppress(RuntimeError):  # the loop has ended: nobody reads
-            loop.call_soon_threadsafe(queue.put_nowait, item)
-
-    return send

@@ -1,7 +1,7 @@
 """OpenAI's API: /v1/models, /v1/completions and /v1/chat/completions."""
 
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from datetime import datetime
 from typing import Any
@@ -19,13 +19,14 @@ from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError, error_body
 from kedit_daemon.serve.inference.reader import Reader
 from kedit_daemon.serve.metrics import ServerMetrics
-from kedit_daemon.serve.openai import request_parser
 from kedit_daemon.serve.openai.fanout import AnswerFanout
 from kedit_daemon.serve.openai.request_parser import (
     BASE_SUFFIX,
     GENERATION_SUFFIX,
     ParsedRequest,
     RequestParser,
+    parse_chat,
+    parse_completion,
 )
 from kedit_daemon.serve.openai.responses import (
     DONE_EVENT,
@@ -39,8 +40,6 @@ from memory.db.queries import open_readonly
 from memory.errors import KeditError
 
 MODEL_OWNER = "kedit-daemon"
-
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def get_reader(request: Request) -> Reader:
@@ -61,15 +60,11 @@ class OpenAIApi:
 
     def build_routes(self, gate: Middleware) -> list[Route]:
         """Return the routes of the endpoints, behind a gate."""
-        endpoints: list[tuple[str, Endpoint, str]] = [
-            ("/v1/models", self.list_models, "GET"),
-            ("/v1/models/{name:path}", self.get_model, "GET"),
-            ("/v1/completions", self.create_completion, "POST"),
-            ("/v1/chat/completions", self.create_chat, "POST"),
-        ]
         return [
-            Route(path, endpoint, methods=[method], middleware=[gate])
-            for path, endpoint, method in endpoints
+            Route("/v1/models", self.list_models, middleware=[gate]),
+            Route("/v1/models/{name:path}", self.get_model, middleware=[gate]),
+            Route("/v1/completions", self.create_completion, methods=["POST"], middleware=[gate]),
+            Route("/v1/chat/completions", self.create_chat, methods=["POST"], middleware=[gate]),
         ]
 
     async def list_models(self, request: Request) -> Response:
@@ -87,11 +82,11 @@ class OpenAIApi:
 
     async def create_completion(self, request: Request) -> Response:
         """Continue a text."""
-        return await self._answer_request(request, request_parser.parse_completion)
+        return await self._answer_request(request, parse_completion)
 
     async def create_chat(self, request: Request) -> Response:
         """Continue a conversation."""
-        return await self._answer_request(request, request_parser.parse_chat)
+        return await self._answer_request(request, parse_chat)
 
     def _query_models(self, name: str) -> list[dict[str, Any]]:
         with closing(open_readonly(self.home.database_file)) as conn:
