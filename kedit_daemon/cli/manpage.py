@@ -57,9 +57,10 @@ def render_page(root: click.Context) -> str:
 
 def _iter_contexts(parent: click.Context) -> Iterator[click.Context]:
     """Yield the contexts of all commands, each group before its own."""
-    group = parent.command
-    for name in group.list_commands(parent) if isinstance(group, click.Group) else ():
-        command = group.get_command(parent, name)
+    if not isinstance(parent.command, click.Group):
+        return
+    for name in parent.command.list_commands(parent):
+        command = parent.command.get_command(parent, name)
         if command is not None:
             settings = command.context_settings
             context = click.Context(command, info_name=name, parent=parent, **settings)

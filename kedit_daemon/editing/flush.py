@@ -8,20 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 from kedit_daemon.editing.capacity_log import FULL_SHARE, Trial
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY, Generations
+from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.quarantine import Quarantine
 from kedit_daemon.editing.tensor_files import unpack_keys
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, Fact, FactState
 from policies.batch_selection import limit_total_size, select_members
 from policies.capacity import Capacity, make_observation
-from policies.memit_mass import pack_terms
+from policies.edit_terms import EditTerms, Refusal, pack_terms
 from policies.probe import Probe, answer_probes, compare_answers
 from policies.prompts import estimate_key_bytes
 from policies.routing import find_older_in_slot, is_for_batch
 from policies.stability import Action
-from policies.targets import EditTerms, Refusal, compute_terms
+from policies.targets import compute_terms
 
 MAX_SHRINK = 4  # by how much a batch that is too large is made smaller at once, at most
 MAX_ROUNDS = 3  # times that a flush may leave out facts that did not hold and solve again
@@ -318,7 +319,7 @@ class Flush:
         """A batch that would do harm, or no good, is not taken, and no other is tried by itself:
         facts beside the weights would be tried again at once, and without end. In a transaction."""
         log.warning("flush not taken: %s", why)
-        self.store.db.set_meta(FLUSH_HELD_KEY, why)
+        self.store.db.set_meta(meta_keys.FLUSH_HELD, why)
         self.store.db.write_event("flush_refused", facts=[f.id for f in taken], reasons=why)
         self._record_attempts(taken, {f.id: f"the flush was refused: {why}" for f in taken})
 

@@ -9,15 +9,15 @@ import sqlite3
 from pathlib import Path
 
 from kedit_daemon.home import Home
+from memory.db import meta_keys
+from memory.files import STAGED_NAME
 
-STAGED_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # a file that `write_atomic` has not renamed yet
 # Names in the folders of tensors: files by their sha256, and those that `save_tensors`, or
 # safetensors itself, has not renamed yet.
 TENSOR_NAME = re.compile(
     rf"[0-9a-f]{{64}}\.safetensors|{STAGED_NAME.pattern}|\.tmp[0-9A-Za-z]{{6}}"
 )
 RESTORE_PREFIX = ".kedit-restore-"  # of the name of the folder that a restore fills
-INDEX_META_KEY = "index_sha256"  # in the store's meta: the file of the retrieval index
 
 
 def find_leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
@@ -58,5 +58,5 @@ def _tensor_folders(home: Home) -> dict[Path, str]:
     return {
         home.generations_folder: "SELECT sha256 FROM generations",
         home.side_folder: "SELECT sha256 FROM shards",
-        home.index_folder: f"SELECT value FROM meta WHERE key = '{INDEX_META_KEY}'",
+        home.index_folder: f"SELECT value FROM meta WHERE key = '{meta_keys.INDEX_SHA256}'",
     }

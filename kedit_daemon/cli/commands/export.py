@@ -31,7 +31,7 @@ def export(session: CliContext, kind: str, dest: Path, keep: int | None, as_json
       kedit-daemon export merged /srv/models
       kedit-daemon export lora /srv/adapters --keep 3
     """
-    from kedit_daemon.publish.export.make import create_export
+    from kedit_daemon.publish.export.create_export import create_export
 
     done = create_export(session.home, kind, dest, keep)
     for note in done.notes:
