@@ -177,8 +177,8 @@ class Store:
         seconds: float,
     ) -> int:
         """Record an audit and its event, and return its id."""
-        row = {"generation": generation, "verdict": verdict, "seconds": seconds}
-        details = {"figures": dict(figures), "reasons": list(reasons)}
+        row: dict[str, Any] = {"generation": generation, "verdict": verdict, "seconds": seconds}
+        details: dict[str, Any] = {"figures": dict(figures), "reasons": list(reasons)}
         texts = {name: to_canonical_json(value) for name, value in details.items()}
         number = self.db.insert_row("audits", {"at": self.db.format_now(), **row, **texts})
         self.db.write_event("audit", audit=number, **row, **details)
