@@ -13,6 +13,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.repair import find_damage, read_active_hash, repair_damage
 from kedit_daemon.editing.retention import Retention
+from memory.db import meta_keys
 from memory.db.event_log import read_head, to_canonical_json, verify_chain
 from memory.db.rows import StoredFact
 from memory.db.schema import check_file
@@ -25,10 +26,6 @@ from policies.culprits import Culprits
 from policies.edit_site import EditSite
 from policies.stability import Action, Limits, Thresholds, Verdict, judge_health
 
-PAST_ACTIONS_KEY = "audit_acts"  # in the store's meta: [when, what], the newest last
-DISARMED_KEY = (
-    "audit_disarmed"  # while the weights have not been clearly well since a consolidation
-)
 PULSE_SECONDS, MAX_PULSES = 1.0, 3600  # while the database is read
 
 
@@ -138,7 +135,7 @@ class Auditor:
         with _record_seconds(costs, "hash"):
             weights = self._hash_weights()
         with _record_seconds(costs, "damage"):
-            turn = next((row.id for row in self.store.list_audits(1)), 0)
+            turn = self.store.newest_audit_id()
             broken = find_damage(self.live_model, weights, turn)
             if broken.reasons and mending:
                 repair_damage(self.flush, broken)
@@ -204,7 +201,7 @@ class Auditor:
     def _explain_hold(self, action: Action, health: Health) -> str | None:
         if not health.finite:
             return None
-        armed = self.store.db.get_meta(DISARMED_KEY) is None
+        armed = self.store.db.get_meta(meta_keys.AUDIT_DISARMED) is None
         return explain_hold(
             action, self._load_actions(), armed, self.store.db.format_now(), self.cooldown
         )
@@ -217,9 +214,9 @@ class Auditor:
             judge_health(health, self.generations.thresholds.ease_limits()).action
             < Action.CONSOLIDATE
         )
-        if well and self.store.db.get_meta(DISARMED_KEY) is not None:
+        if well and self.store.db.get_meta(meta_keys.AUDIT_DISARMED) is not None:
             with self.store.db.transaction():
-                self.store.db.set_meta(DISARMED_KEY, None)
+                self.store.db.set_meta(meta_keys.AUDIT_DISARMED, None)
         if verdict.action < Action.CONSOLIDATE:
             return "nothing"
         if why := self._explain_hold(verdict.action, health):
@@ -234,10 +231,8 @@ class Auditor:
 
     def _load_actions(self) -> list[PastAction]:
         """Those of the past. One of the future (the clock was set back since) is one of now."""
-        now, kept = (
-            self.store.db.format_now(),
-            json.loads(self.store.db.get_meta(PAST_ACTIONS_KEY) or "[]"),
-        )
+        now = self.store.db.format_now()
+        kept = json.loads(self.store.db.get_meta(meta_keys.AUDIT_ACTS) or "[]")
         acts = [PastAction(min(at, now), action) for at, action in kept]
         if any(at > now for at, _ in kept):
             self._save_actions(acts)
@@ -245,9 +240,8 @@ class Auditor:
 
     def _save_actions(self, acts: Sequence[PastAction]) -> None:
         with self.store.db.transaction():
-            self.store.db.set_meta(
-                PAST_ACTIONS_KEY, to_canonical_json([[act.at, act.action] for act in acts])
-            )
+            text = to_canonical_json([[act.at, act.action] for act in acts])
+            self.store.db.set_meta(meta_keys.AUDIT_ACTS, text)
 
     def _record_action(self, action: Action) -> None:
         """Before it is done: what fails must not be tried again at once either."""
@@ -255,7 +249,7 @@ class Auditor:
         self._save_actions(acts[-self.cooldown.daily_budget :])
         if action is Action.CONSOLIDATE:
             with self.store.db.transaction():
-                self.store.db.set_meta(DISARMED_KEY, "1")
+                self.store.db.set_meta(meta_keys.AUDIT_DISARMED, "1")
 
     def _quarantine_culprits(self, verdict: Verdict) -> str:
         """Find who of the last batch is to blame, or of all, and take them out of the weights.

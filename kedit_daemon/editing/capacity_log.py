@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from memory.db import meta_keys
 from memory.db.event_log import to_canonical_json
 from memory.db.rows import StoredFact
 from memory.db.store import Store
@@ -12,9 +13,6 @@ from policies.capacity import Capacity, Observation, estimate_capacity, make_obs
 from policies.probe import Probe
 from policies.stability import Thresholds, Verdict
 
-# In the store's meta. The first two are read by `status`, which imports nothing heavy.
-CAPACITY_KEY, LIMIT_KEY = "weights_capacity", "weights_limit"
-TRIALS_KEY = "weights_trials"  # solves that were not published: [facts, figures] each, newest last
 MAX_TRIALS = 8
 FULL_SHARE = 0.95  # of the capacity
 
@@ -53,27 +51,28 @@ class CapacityLog:
 
     def read_capacity(self) -> int | None:
         """The count of `capacity`, as it was written down last."""
-        count = self.store.db.get_meta(CAPACITY_KEY)
+        count = self.store.db.get_meta(meta_keys.WEIGHTS_CAPACITY)
         return None if count is None else int(count)
 
     def record_capacity(self) -> None:
         """Write down what the weights bear. Inside a transaction."""
         found = self.estimate_capacity()
-        self.store.db.set_meta(CAPACITY_KEY, None if found is None else str(found.facts))
-        self.store.db.set_meta(LIMIT_KEY, None if found is None else found.figure)
+        facts, figure = (None, None) if found is None else (str(found.facts), found.figure)
+        self.store.db.set_meta(meta_keys.WEIGHTS_CAPACITY, facts)
+        self.store.db.set_meta(meta_keys.WEIGHTS_LIMIT, figure)
 
     def record_oversized(self, facts: int, health: Health) -> None:
         """Keep the figures of a solve that was not published. Inside a transaction."""
         trials = [*self._load_trials(), (facts, health.as_dict())][-MAX_TRIALS:]
-        self.store.db.set_meta(TRIALS_KEY, to_canonical_json(trials))
+        self.store.db.set_meta(meta_keys.WEIGHTS_TRIALS, to_canonical_json(trials))
         self.record_capacity()
 
     def forget_trials(self) -> None:
         """What was tried beside facts that have left says nothing any more. In a transaction."""
-        self.store.db.set_meta(TRIALS_KEY, None)
+        self.store.db.set_meta(meta_keys.WEIGHTS_TRIALS, None)
 
     def _load_trials(self) -> list[tuple[int, dict[str, object]]]:
         return [
             (int(n), figures)
-            for n, figures in json.loads(self.store.db.get_meta(TRIALS_KEY) or "[]")
+            for n, figures in json.loads(self.store.db.get_meta(meta_keys.WEIGHTS_TRIALS) or "[]")
         ]

@@ -11,10 +11,11 @@ from typing import Any
 from kedit_daemon.config import Config
 from kedit_daemon.editing.audit import Auditor, make_thresholds
 from kedit_daemon.editing.flush import Flush
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY, Generations
+from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import BACKOFF_TIME, MemoryBackoff
-from kedit_daemon.editing.side_learner import SideLearner, describe_failure
+from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner, describe_failure
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, OutOfMemory, Rejected, ends_daemon
 from memory.facts import ACTIVE_STATES, FactState
@@ -30,7 +31,13 @@ log = logging.getLogger(__name__)
 class Editor:
     """Everything that changes what the model says. One thread uses it."""
 
-    def __init__(self, served: LiveModel, config: Config, pulse: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        served: LiveModel,
+        config: Config,
+        pulse: Callable[[], None],
+        outside_lines: int = OUTSIDE_LINES,
+    ) -> None:
         self.live_model, self.store, self.config = served, served.store, config
         self.generations = Generations(served, make_thresholds(config, served.site))
         self.flush = Flush(self.generations, config.inbox.max_attempts, pulse)
@@ -38,7 +45,7 @@ class Editor:
         restraint = Cooldown(at.cool_down_seconds, at.acts_a_day)
         self.auditor = Auditor(self.flush, restraint)
         self.side_learner = SideLearner(
-            self.flush, config.side.batch_facts, config.side.steps, pulse
+            self.flush, config.side.batch_facts, config.side.steps, pulse, outside_lines
         )
         self.memory_backoff = MemoryBackoff(self._read_clock)
 
@@ -194,7 +201,7 @@ class Editor:
             raise
 
     def _find_flush_reason(self, waiting: list[StoredFact]) -> str | None:
-        if self.store.db.get_meta(FLUSH_HELD_KEY) is not None and not waiting:
+        if self.store.db.get_meta(meta_keys.FLUSH_HELD) is not None and not waiting:
             return None
         live = self.store.list_facts((FactState.LIVE_SIDE,))
         if not waiting and (not live or self._compute_headroom() < 1):

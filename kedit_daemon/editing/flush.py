@@ -8,9 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from kedit_daemon.editing.capacity_log import FULL_SHARE, Trial
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY, Generations
+from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.quarantine import Quarantine
 from kedit_daemon.editing.tensor_files import unpack_keys
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, Fact, FactState
@@ -318,7 +319,7 @@ class Flush:
         """A batch that would do harm, or no good, is not taken, and no other is tried by itself:
         facts beside the weights would be tried again at once, and without end. In a transaction."""
         log.warning("flush not taken: %s", why)
-        self.store.db.set_meta(FLUSH_HELD_KEY, why)
+        self.store.db.set_meta(meta_keys.FLUSH_HELD, why)
         self.store.db.write_event("flush_refused", facts=[f.id for f in taken], reasons=why)
         self._record_attempts(taken, {f.id: f"the flush was refused: {why}" for f in taken})
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kedit_daemon.editing.capacity_log import CapacityLog
 from kedit_daemon.editing.live_model import LiveModel
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, Unsolvable
 from memory.facts import ACTIVE_STATES, Fact, FactState
@@ -25,11 +26,6 @@ from memory.model.generate import generate_answers
 from policies.probe import count_answer_tokens, is_same_answer
 from policies.routing import is_for_batch
 from policies.stability import Action, Thresholds, Verdict, find_worsened, judge_health
-
-SIDE_UNCHECKED_KEY = (
-    "side_unchecked"  # in the store's meta: the weights have moved under the side memory
-)
-FLUSH_HELD_KEY = "flush_held"  # why flushes wait for a person or for room; in the store's meta
 
 
 @dataclass(frozen=True)
@@ -87,13 +83,13 @@ class Generations:
                 sha, weights, parent, reason, sorted(ids), health.as_dict()
             )
             self.store.artifacts.activate_generation(number)
-            self.store.db.set_meta(FLUSH_HELD_KEY, None)
+            self.store.db.set_meta(meta_keys.FLUSH_HELD, None)
             if len(ids) < held:
                 self.capacity_log.forget_trials()
             self.capacity_log.record_capacity()
             moves(number)
             if self.store.list_facts((FactState.LIVE_SIDE,)):
-                self.store.db.set_meta(SIDE_UNCHECKED_KEY, str(number))
+                self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, str(number))
         self.live_model.active_deltas = deltas
         self.recheck_side()
         return number
@@ -101,7 +97,7 @@ class Generations:
     def recheck_side(self) -> None:
         """Let what no longer holds in the side memory, on weights that have moved, be relearned."""
         self.live_model.prune_side()  # first: no fact that has left may fire for a live one
-        if self.store.db.get_meta(SIDE_UNCHECKED_KEY) is None:
+        if self.store.db.get_meta(meta_keys.SIDE_UNCHECKED) is None:
             return
         live = self.store.list_facts((FactState.LIVE_SIDE,))
         most = count_answer_tokens(self.model, [f.fact for f in live]) if live else 0
@@ -113,7 +109,7 @@ class Generations:
                     self.store.change_state(
                         fact.id, FactState.RECEIVED, reason="the weights moved under it"
                     )
-            self.store.db.set_meta(SIDE_UNCHECKED_KEY, None)
+            self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, None)
         self.live_model.prune_side()
 
     def solve(self, ids: Sequence[str]) -> None:

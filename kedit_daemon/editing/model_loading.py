@@ -57,9 +57,22 @@ def locate_model(name: str) -> Path:
     return shipped.MODEL if name == SHIPPED_MODEL else Path(name)
 
 
+@dataclass(frozen=True)
+class CanaryTexts:
+    """Texts on which the health of the weights is measured."""
+
+    lines: list[str]  # ordinary text
+    statements: list[str]  # without their last word
+
+
 def read_canary_lines() -> list[str]:
-    """The lines on which the health of the weights is read."""
+    """Read the shipped lines on which the health of the weights is measured."""
     return read_ordinary_lines()[:CANARY_LINES]
+
+
+def read_canary_texts() -> CanaryTexts:
+    """Read the shipped lines and statements."""
+    return CanaryTexts(read_canary_lines(), read_statements())
 
 
 @dataclass(frozen=True)
@@ -192,14 +205,23 @@ def open_model(name: str, device: str, cache: Path) -> OpenedModel:
     return OpenedModel(model, model.weights_hash(range(model.layer_count)), path, cache)
 
 
-def load_model(name: str, device: str, cache: Path, progress: WrapProgress) -> LoadedModel:
-    """Load the configured model; what is measured on first use is kept in `cache`, and what
-    `calibrate` has measured there goes before all else.
+def load_model(
+    name: str,
+    device: str,
+    cache: Path,
+    progress: WrapProgress,
+    canary_texts: CanaryTexts | None = None,
+) -> LoadedModel:
+    """Load the configured model with its site, its statistics and its canary.
+
+    `cache`: folder that keeps what is measured on first use; a site that `calibrate` has left
+    there comes first. `canary_texts`: the shipped ones by default.
 
     Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
     """
     opened = open_model(name, device, cache)
     model, site = opened.model, opened.resolve_site()
     statistics = opened.resolve_statistics(site.layers, (site.key_layer, site.side_layer), progress)
-    canary = Canary(model, read_canary_lines(), site.layers, read_statements())
+    texts = canary_texts or read_canary_texts()
+    canary = Canary(model, texts.lines, site.layers, texts.statements)
     return LoadedModel(name, model, site, statistics, canary, opened.base_hash)

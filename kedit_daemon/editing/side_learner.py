@@ -37,12 +37,17 @@ class SideLearner:
     """Takes facts into the side memory."""
 
     def __init__(
-        self, flush: Flush, batch_facts: int, steps: int, pulse: Callable[[], None]
+        self,
+        flush: Flush,
+        batch_facts: int,
+        steps: int,
+        pulse: Callable[[], None],
+        outside_lines: int = OUTSIDE_LINES,
     ) -> None:
         self.flush, self.live_model, self.store = flush, flush.live_model, flush.store
         self.batch_facts, self.steps, self.pulse = batch_facts, steps, pulse
         layer = self.live_model.site.side_layer
-        lines = [" ".join(line.split()[:12]) for line in read_ordinary_lines()[:OUTSIDE_LINES]]
+        lines = [" ".join(line.split()[:12]) for line in read_ordinary_lines()[:outside_lines]]
         with self.live_model.model.at_base():
             self._ordinary_inputs, _ = read_prompt_ends(self.live_model.model, lines, layer)
 
