@@ -31,8 +31,8 @@ from policies.calibration import (
 )
 from policies.edit_site import EditSite
 from policies.gate import fit_end_gate
-from policies.probe import MAX_NEIGHBOURS, MAX_PARAPHRASES
-from policies.prompts import TokenRow, make_rows
+from policies.probe import MAX_NEIGHBOURS
+from policies.prompts import MAX_PARAPHRASES, TokenRow, make_rows
 
 MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
 ROWS_PER_PASS = 8  # that run together; all of their logits are held at once
