@@ -17,12 +17,12 @@ from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, Fact, FactState
 from policies.batch_selection import limit_total_size, select_members
 from policies.capacity import Capacity, make_observation
-from policies.memit_mass import pack_terms
+from policies.edit_terms import EditTerms, Refusal, pack_terms
 from policies.probe import Probe, answer_probes, compare_answers
 from policies.prompts import estimate_key_bytes
 from policies.routing import find_older_in_slot, is_for_batch
 from policies.stability import Action
-from policies.targets import EditTerms, Refusal, compute_terms
+from policies.targets import compute_terms
 
 MAX_SHRINK = 4  # by how much a batch that is too large is made smaller at once, at most
 MAX_ROUNDS = 3  # times that a flush may leave out facts that did not hold and solve again

@@ -18,7 +18,7 @@ from kedit_daemon.system.disk import describe_disk_error
 from memory.db.queries import open_readonly
 from memory.errors import KeditError, NoHome
 from memory.facts import ACTIVE_STATES, Fact
-from memory.files import move_into_place
+from memory.files import move_into_place, staging_path
 
 FILE_MODE = 0o640  # the daemon may run as another user, of the inbox's group
 MAX_STEM_CHARS = 80
@@ -75,7 +75,7 @@ def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = Non
     The name holds the token, by default a random one. Raises KeditError.
     """
     name = _choose_file_name(submission.name, token or secrets.token_hex(8))
-    staged = inbox / f".{secrets.token_hex(8)}.tmp"
+    staged = staging_path(inbox)
     try:
         try:
             descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
