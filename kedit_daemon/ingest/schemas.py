@@ -72,7 +72,7 @@ Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
 
 def _check_subject_named(prompt: str, subject: str) -> str:
     if "{}" not in prompt and subject not in prompt:
-        remedy = 'write {} in the prompt where the subject stands, as in "The capital of {} is"'
+        remedy = 'write {} in the prompt in the place of the subject, as in "The capital of {} is"'
         raise _make_fault('"prompt" holds neither {} nor the subject', remedy)
     return prompt
 
@@ -176,7 +176,7 @@ class Entity(BaseModel):
 
 
 class RequestedRewrite(BaseModel):
-    """One requested rewrite in ROME's and MQuAKE's files."""
+    """A requested rewrite in ROME's and MQuAKE's files."""
 
     model_config = LENIENT_CONFIG
 

@@ -127,7 +127,7 @@ class Publisher:
 
 
 class _PublishAttempt(threading.Thread):
-    """One attempt in a thread; `outcome` may be read when the thread has ended."""
+    """An attempt in a thread; `outcome` may be read when the thread has ended."""
 
     def __init__(self, config: PublishConfig, home: Home, generation: int, withdraw: bool) -> None:
         super().__init__(name="publish", daemon=True)
