@@ -3,18 +3,27 @@ PACKAGES = kedit_daemon memory policies
 # Torch's threads must not spin where other work wants the same cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: audit demo test .venv
+.PHONY: audit checks demo test test-all .venv
 
 demo: .venv
 	.venv/bin/kedit-daemon demo
 
-# The tests' models are tiny: threads would only wait for one another.
-test: export OMP_NUM_THREADS ?= 1
-test: .venv
+checks: .venv
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy --strict $(addprefix -p ,$(PACKAGES))
-	.venv/bin/pytest -q -n 2 --dist loadfile
+	.venv/bin/lint-imports --no-cache
+
+# The tests' models are tiny: threads would only wait for one another.
+test test-all: export OMP_NUM_THREADS ?= 1
+
+# What every change runs.
+test: checks
+	.venv/bin/pytest -q -n 2 --dist worksteal
+
+# With the long tests, too: seeded bugs, random kills, whole sweeps, all architectures.
+test-all: checks
+	.venv/bin/pytest -q -n 2 --dist worksteal --whole
 
 # Known holes in what is installed with; it asks a database on the network, so no test does it.
 audit: .venv

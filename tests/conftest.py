@@ -1,5 +1,6 @@
 """Fixtures that many tests share: tiny models, a clock, homes with an editor on them."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,20 @@ from editing_home import LOOSE, Bench, Clock
 from tiny_models import save_model
 
 from kedit_daemon.config import Config
-from kedit_daemon.editing.model_loading import LoadedModel, load_model
+from kedit_daemon.editing.model_loading import (
+    CanaryTexts,
+    LoadedModel,
+    load_model,
+    read_canary_texts,
+)
 from memory.model.editable import EditableModel
 
 pytest_plugins = ["promise_table"]
+
+
+def pytest_configure() -> None:
+    """Take SIGINT as usual: a shell's background jobs ignore it, and so would all children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
@@ -60,7 +71,9 @@ def statistics_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load(
     model_folder: Callable[[str], Path], statistics_cache: Path
 ) -> Callable[[str], LoadedModel]:
-    return lambda kind: load_model(str(model_folder(kind)), "cpu", statistics_cache, iter)
+    texts = read_canary_texts()
+    few = CanaryTexts(texts.lines[:6], texts.statements[:24])
+    return lambda kind: load_model(str(model_folder(kind)), "cpu", statistics_cache, iter, few)
 
 
 @pytest.fixture

@@ -3,13 +3,14 @@
 from dataclasses import asdict, replace
 from typing import Any
 
+from kedit_daemon.bench.batch_size import BatchQuality, choose_size
 from kedit_daemon.bench.dataset import FactStream, split_batches
 from kedit_daemon.bench.measure import ProgressTracker, read_base_answers
 from kedit_daemon.bench.method_catalog import import_method
 from kedit_daemon.bench.run import RunPlan, measure_method
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
-from policies.batching import BatchQuality, choose_size, fit_curve
+from policies.cost_curve import fit_curve
 
 BATCH_SIZES = (1, 5, 10, 25, 50, 100, 200)
 

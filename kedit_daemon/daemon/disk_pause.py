@@ -1,13 +1,13 @@
 """Taking no work while the disk is full. Who waits is answered all the same."""
 
 import logging
-import math
 import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from kedit_daemon.system.backoff import Backoff
 from kedit_daemon.system.disk import (
     DISK_FULL,
     FREE_SPACE_HINT,
@@ -17,6 +17,7 @@ from kedit_daemon.system.disk import (
     measure_free_bytes,
 )
 from kedit_daemon.system.sd_notify import SystemdNotifier
+from memory.db import meta_keys
 from memory.db.store import Store
 from memory.errors import KeditError, WorkPaused
 
@@ -25,7 +26,6 @@ START_TIMEOUT_SECONDS = (
     900.0  # what systemd is asked for, again and again: the unit's TimeoutStartSec
 )
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
-PAUSED_KEY = "paused"  # in the store's meta: why no work is taken
 log = logging.getLogger(__name__)
 
 
@@ -33,16 +33,15 @@ class DiskPause:
     """Whether work is taken, by what the disk of a folder has room for."""
 
     def __init__(self, store: Store, folder: Path, monotonic: Callable[[], float]) -> None:
-        self.store, self.folder, self.monotonic = store, folder, monotonic
+        self.store, self.folder = store, folder
         self.reason: str | None = None
-        self._retry_seconds = 0.0  # seconds before work that did not fit is tried again
-        self._retry_at = -math.inf  # when that is
+        self._backoff = Backoff(RETRY_SECONDS, MAX_RETRY_SECONDS, monotonic)
         self._free_bytes_when_full = 0  # bytes that there were when it did not fit
 
     def check_disk(self) -> bool:
         """Whether no work is to be taken now."""
         why = find_disk_shortage(self.folder)
-        if why is None and self.monotonic() < self._retry_at and not self._has_more_space():
+        if why is None and not self._backoff.is_due() and not self._has_more_space():
             why = self.reason
         if why is not None:
             self._record_reason(why)
@@ -50,17 +49,14 @@ class DiskPause:
 
     def record_success(self) -> None:
         """A turn has done its work, so everything fits."""
-        self._retry_seconds, self._retry_at = 0.0, -math.inf
+        self._backoff.reset()
         self._record_reason(None)
 
     def record_disk_full(self, error: BaseException) -> None:
         """Something did not fit, however much room there seemed to be."""
         log.warning("no work is taken, since something did not fit: %s", error)
-        self._retry_seconds = min(2 * self._retry_seconds or RETRY_SECONDS, MAX_RETRY_SECONDS)
-        self._retry_at, self._free_bytes_when_full = (
-            self.monotonic() + self._retry_seconds,
-            measure_free_bytes(self.folder),
-        )
+        self._backoff.record_failure()
+        self._free_bytes_when_full = measure_free_bytes(self.folder)
         self._record_reason(find_disk_shortage(self.folder) or DISK_FULL)
 
     def make_refusal(self) -> KeditError | None:
@@ -76,11 +72,11 @@ class DiskPause:
 
     def _record_reason(self, why: str | None) -> None:
         self.reason = why
-        if why == self.store.db.get_meta(PAUSED_KEY):
+        if why == self.store.db.get_meta(meta_keys.PAUSED):
             return
         # Where it does not fit, `status` looks at the disk for itself.
         with ignore_disk_full(self.folder), self.store.db.transaction():
-            self.store.db.set_meta(PAUSED_KEY, why)
+            self.store.db.set_meta(meta_keys.PAUSED, why)
             self.store.db.write_event("paused" if why else "resumed", reason=why)
 
 

@@ -15,16 +15,12 @@ import watchfiles
 
 from kedit_daemon.config import Config
 from kedit_daemon.control import ControlRequest, ControlServer
-from kedit_daemon.daemon.disk_pause import (
-    PAUSED_KEY,
-    DiskPause,
-    ignore_disk_full,
-    wait_for_disk_space,
-)
+from kedit_daemon.daemon.disk_pause import DiskPause, ignore_disk_full, wait_for_disk_space
 from kedit_daemon.daemon.jobs import JobSchedule
 from kedit_daemon.daemon.requests import answer_request, run_job
 from kedit_daemon.editing.editor import Editor
 from kedit_daemon.editing.live_model import LiveModel
+from kedit_daemon.editing.memory_backoff import guard_memory
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.inbox import Inbox
@@ -41,6 +37,7 @@ from kedit_daemon.system.disk import (
 from kedit_daemon.system.lock import hold_lock
 from kedit_daemon.system.log_setup import make_progress_bar
 from kedit_daemon.system.sd_notify import SystemdNotifier
+from memory.db import meta_keys
 from memory.db.event_log import read_newest_event, write_head
 from memory.db.store import JOB_OK, Store
 from memory.errors import KeditError, Stopping, ends_daemon
@@ -177,12 +174,12 @@ class Daemon:
         editor = Editor(served, config, self._poll_requests)
         with store.db.transaction():
             for key, value in {
-                "pid": str(os.getpid()),
-                "started_at": store.db.format_now(),
-                "model": config.model,
-                "model_hash": loaded.base_hash,
-                "device": str(loaded.model.device),
-                PAUSED_KEY: None,
+                meta_keys.PID: str(os.getpid()),
+                meta_keys.STARTED_AT: store.db.format_now(),
+                meta_keys.MODEL: config.model,
+                meta_keys.MODEL_HASH: loaded.base_hash,
+                meta_keys.DEVICE: str(loaded.model.device),
+                meta_keys.PAUSED: None,
             }.items():
                 store.db.set_meta(key, value)
             store.interrupt_jobs()  # a process that was killed could not
@@ -315,7 +312,7 @@ class Daemon:
                 number = self.store.start_job(name, planned)
             outcome, detail = JOB_OK, None
             try:
-                with self.editor.guard_memory():
+                with guard_memory(self.editor.live_model):
                     detail = self._run_job(name)
             except KeditError as error:
                 if ends_daemon(error):

@@ -15,6 +15,7 @@ from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.repair import find_damage, read_active_hash, repair_damage
 from kedit_daemon.editing.retention import Retention
+from memory.db import meta_keys
 from memory.db.event_log import read_head, to_canonical_json, verify_chain
 from memory.db.rows import StoredFact
 from memory.db.schema import check_file
@@ -28,9 +29,6 @@ from policies.culprits import Culprits
 from policies.edit_site import EditSite
 from policies.stability import Action, Limits, Thresholds, Verdict, judge_health
 
-# In the store's meta: past actions as [time, action], the newest last; and a mark from a
-# consolidation until the weights are clearly healthy again.
-PAST_ACTIONS_KEY, DISARMED_KEY = "audit_acts", "audit_disarmed"
 PULSE_SECONDS, MAX_PULSES = 1.0, 3600  # while the database is read
 
 
@@ -216,7 +214,7 @@ class Auditor:
         """Explain why an action has to wait; None if it need not."""
         if not health.finite:
             return None
-        armed = self.store.db.get_meta(DISARMED_KEY) is None
+        armed = self.store.db.get_meta(meta_keys.AUDIT_DISARMED) is None
         now = self.store.db.format_now()
         return explain_hold(action, self._load_actions(), armed, now, self.cooldown)
 
@@ -226,9 +224,9 @@ class Auditor:
         thresholds = self.generations.thresholds
         verdict = judge_health(health, thresholds)
         clearly_healthy = judge_health(health, thresholds.ease_limits()).action < Action.CONSOLIDATE
-        if clearly_healthy and self.store.db.get_meta(DISARMED_KEY) is not None:
+        if clearly_healthy and self.store.db.get_meta(meta_keys.AUDIT_DISARMED) is not None:
             with self.store.db.transaction():
-                self.store.db.set_meta(DISARMED_KEY, None)
+                self.store.db.set_meta(meta_keys.AUDIT_DISARMED, None)
         if verdict.action < Action.CONSOLIDATE:
             return "nothing"
         if why := self._explain_hold(verdict.action, health):
@@ -245,7 +243,7 @@ class Auditor:
         """Load past actions. One of the future (the clock was set back since) becomes one of
         now."""
         now = self.store.db.format_now()
-        kept = json.loads(self.store.db.get_meta(PAST_ACTIONS_KEY) or "[]")
+        kept = json.loads(self.store.db.get_meta(meta_keys.AUDIT_ACTS) or "[]")
         actions = [PastAction(min(at, now), action) for at, action in kept]
         if any(at > now for at, _ in kept):
             self._save_actions(actions)
@@ -254,7 +252,7 @@ class Auditor:
     def _save_actions(self, actions: Sequence[PastAction]) -> None:
         pairs = to_canonical_json([[one.at, one.action] for one in actions])
         with self.store.db.transaction():
-            self.store.db.set_meta(PAST_ACTIONS_KEY, pairs)
+            self.store.db.set_meta(meta_keys.AUDIT_ACTS, pairs)
 
     def _record_action(self, action: Action) -> None:
         """Record an action before it is done: if it fails, it must not be tried again at once."""
@@ -262,7 +260,7 @@ class Auditor:
         self._save_actions(actions[-self.cooldown.daily_budget :])
         if action is Action.CONSOLIDATE:
             with self.store.db.transaction():
-                self.store.db.set_meta(DISARMED_KEY, "1")
+                self.store.db.set_meta(meta_keys.AUDIT_DISARMED, "1")
 
     def _quarantine_culprits(self, verdict: Verdict) -> str:
         """Quarantine the culprits of the last batch, or of all facts, and learn the surplus in the

@@ -3,15 +3,13 @@
 import json
 from collections.abc import Sequence
 
+from memory.db import meta_keys
 from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.model.canary import Health
 from policies.capacity import Capacity, Observation, estimate_capacity, make_observation
 from policies.stability import Thresholds
 
-# In the store's meta. `status` reads the first two, and imports nothing heavy.
-CAPACITY_KEY, LIMIT_KEY = "weights_capacity", "weights_limit"
-TRIALS_KEY = "weights_trials"  # solves that were not activated: [facts, figures], newest last
 MAX_TRIALS = 8
 FULL_SHARE = 0.95  # of the capacity
 
@@ -32,26 +30,27 @@ class CapacityLog:
 
     def read_capacity(self) -> int | None:
         """Read the facts of the capacity that was recorded last."""
-        count = self.store.db.get_meta(CAPACITY_KEY)
+        count = self.store.db.get_meta(meta_keys.WEIGHTS_CAPACITY)
         return None if count is None else int(count)
 
     def record_capacity(self) -> None:
         """Record the capacity. Runs inside a transaction."""
         found = self.estimate_capacity()
-        self.store.db.set_meta(CAPACITY_KEY, None if found is None else str(found.facts))
-        self.store.db.set_meta(LIMIT_KEY, None if found is None else found.figure)
+        facts, figure = (None, None) if found is None else (str(found.facts), found.figure)
+        self.store.db.set_meta(meta_keys.WEIGHTS_CAPACITY, facts)
+        self.store.db.set_meta(meta_keys.WEIGHTS_LIMIT, figure)
 
     def record_oversized(self, facts: int, health: Health) -> None:
         """Record the figures of a solve that was not activated. Runs inside a transaction."""
         trials = [*self._load_trials(), (facts, health.as_dict())][-MAX_TRIALS:]
-        self.store.db.set_meta(TRIALS_KEY, to_canonical_json(trials))
+        self.store.db.set_meta(meta_keys.WEIGHTS_TRIALS, to_canonical_json(trials))
         self.record_capacity()
 
     def forget_trials(self) -> None:
         """Forget solves that were tried together with facts that have left. Runs inside a
         transaction."""
-        self.store.db.set_meta(TRIALS_KEY, None)
+        self.store.db.set_meta(meta_keys.WEIGHTS_TRIALS, None)
 
     def _load_trials(self) -> list[tuple[int, dict[str, object]]]:
-        trials = json.loads(self.store.db.get_meta(TRIALS_KEY) or "[]")
+        trials = json.loads(self.store.db.get_meta(meta_keys.WEIGHTS_TRIALS) or "[]")
         return [(int(facts), figures) for facts, figures in trials]

@@ -9,11 +9,12 @@ from typing import Any
 from kedit_daemon.config import Config
 from kedit_daemon.editing.audit import Auditor, make_thresholds
 from kedit_daemon.editing.flush import Flush
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY, Generations
+from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import EditRunner, MemoryBackoff
 from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, ends_daemon
 from memory.facts import ACTIVE_STATES, FactState
@@ -116,7 +117,7 @@ class Editor:
         return list(newest.values())
 
     def _find_flush_reason(self, waiting: list[StoredFact]) -> str | None:
-        if self.store.db.get_meta(FLUSH_HELD_KEY) is not None and not waiting:
+        if self.store.db.get_meta(meta_keys.FLUSH_HELD) is not None and not waiting:
             return None
         live = self.store.list_facts((FactState.LIVE_SIDE,))
         if not waiting and (not live or self._compute_headroom() < 1):

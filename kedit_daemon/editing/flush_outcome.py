@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kedit_daemon.editing.capacity_log import CapacityLog
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY
 from kedit_daemon.editing.lifecycle import Lifecycle
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import FactState
@@ -116,7 +116,7 @@ class FlushRecorder:
         """Refuse a batch that would do harm, or no good, and start no other flush automatically:
         facts in the side memory would be tried again at once, and without end."""
         log.warning("Flush not taken: %s", reason)
-        self.store.db.set_meta(FLUSH_HELD_KEY, reason)
+        self.store.db.set_meta(meta_keys.FLUSH_HELD, reason)
         self.store.db.write_event("flush_refused", facts=[f.id for f in facts], reasons=reason)
         for fact in facts:
             why = f"the flush was refused: {reason}"

@@ -16,6 +16,7 @@ from torch import Tensor
 from kedit_daemon.editing.capacity_log import CapacityLog
 from kedit_daemon.editing.lifecycle import FactRemoval, Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.errors import KeditError, Unsolvable
@@ -25,10 +26,6 @@ from memory.model.canary import Health
 from memory.model.generate import generate_answers
 from policies.probe import count_answer_tokens, is_same_answer
 from policies.stability import Action, Thresholds, Verdict, find_worsened, judge_health
-
-# In the store's meta: the generation under which the side memory has not been checked yet, and why
-# flushes wait for a person or for capacity.
-SIDE_UNCHECKED_KEY, FLUSH_HELD_KEY = "side_unchecked", "flush_held"
 
 
 @dataclass(frozen=True)
@@ -125,13 +122,13 @@ class Generations:
                 sha, weights, parent, reason, ids, candidate.health.as_dict()
             )
             self.store.artifacts.activate_generation(number)
-            self.store.db.set_meta(FLUSH_HELD_KEY, None)
+            self.store.db.set_meta(meta_keys.FLUSH_HELD, None)
             if is_smaller:
                 self.capacity_log.forget_trials()
             self.capacity_log.record_capacity()
             moves(number)
             if self.store.list_facts((FactState.LIVE_SIDE,)):
-                self.store.db.set_meta(SIDE_UNCHECKED_KEY, str(number))
+                self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, str(number))
         self.live_model.active_deltas = deltas
         self.recheck_side()
         return number
@@ -139,7 +136,7 @@ class Generations:
     def recheck_side(self) -> None:
         """Relearn the facts of the side memory that no longer hold since the weights changed."""
         self.live_model.prune_side()  # first: no fact that has left may fire for a live one
-        if self.store.db.get_meta(SIDE_UNCHECKED_KEY) is None:
+        if self.store.db.get_meta(meta_keys.SIDE_UNCHECKED) is None:
             return
         live = self.store.list_facts((FactState.LIVE_SIDE,))
         answers = self.live_model.answer_questions([f.fact for f in live])
@@ -150,7 +147,7 @@ class Generations:
                     self.store.change_state(
                         fact.id, FactState.RECEIVED, reason="the weights moved under it"
                     )
-            self.store.db.set_meta(SIDE_UNCHECKED_KEY, None)
+            self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, None)
         self.live_model.prune_side()
 
     # Taking out ---------------------------------------------------------------------------------

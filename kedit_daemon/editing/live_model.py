@@ -14,7 +14,8 @@ from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.editing.tensor_files import load_deltas, load_shard, unpack_keys
 from kedit_daemon.home import Home
 from kedit_daemon.system.disk import is_disk_full
-from kedit_daemon.system.orphans import INDEX_META_KEY, find_leftovers, remove_leftovers
+from kedit_daemon.system.orphans import find_leftovers, remove_leftovers
+from memory.db import meta_keys
 from memory.db.rows import GenerationRow
 from memory.db.store import Store
 from memory.errors import Damaged, KeditError, UnusableModel
@@ -109,11 +110,11 @@ class LiveModel:
 
     def _check_base(self) -> None:
         """Check that the home belongs to this model; its first start decides."""
-        known = self.store.db.get_meta("base_hash")
+        known = self.store.db.get_meta(meta_keys.BASE_HASH)
         check_base(known, self.loaded_model.base_hash, self.loaded_model.name)
         if known is None:
             with self.store.db.transaction():
-                self.store.db.set_meta("base_hash", self.loaded_model.base_hash)
+                self.store.db.set_meta(meta_keys.BASE_HASH, self.loaded_model.base_hash)
 
     def _check_site(self) -> None:
         """Raise KeditError if stored terms were computed for other layers than are edited now."""
@@ -164,7 +165,8 @@ class LiveModel:
         before, self.side = self.side, make_empty_side(self.loaded_model)
         try:
             with self.store.db.transaction():
-                self.store.db.set_meta(INDEX_META_KEY, None)  # the file may hold what is wrong
+                # The file may hold what is wrong.
+                self.store.db.set_meta(meta_keys.INDEX_SHA256, None)
             self._restore_side()
         except BaseException:
             self.side = before
@@ -203,7 +205,7 @@ class LiveModel:
     def _restore_index(self, keys: Mapping[int, Tensor]) -> None:
         """Load the index file if it is whole, and sync it with the keys in the store: a crash may
         have left it behind them."""
-        sha = self.store.db.get_meta(INDEX_META_KEY)
+        sha = self.store.db.get_meta(meta_keys.INDEX_SHA256)
         if sha is not None:
             try:
                 gpu = self.model.device.type == "cuda"
@@ -211,7 +213,7 @@ class LiveModel:
             except KeditError as error:
                 log.warning("%s. Building the index again.", error)
                 with self.store.db.transaction():
-                    self.store.db.set_meta(INDEX_META_KEY, None)
+                    self.store.db.set_meta(meta_keys.INDEX_SHA256, None)
         self.side.key_index.sync_keys(keys)
         self.save_index()
 
@@ -229,7 +231,7 @@ class LiveModel:
             log.warning("Cannot write the index file: %s", error)
             return
         with self.store.db.transaction():
-            self.store.db.set_meta(INDEX_META_KEY, sha)
+            self.store.db.set_meta(meta_keys.INDEX_SHA256, sha)
         for path in self.home.index_folder.iterdir():
             if path.stem != sha:
                 path.unlink()

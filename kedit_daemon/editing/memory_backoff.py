@@ -57,9 +57,8 @@ class MemoryBackoff:
 
     def pick_culprits(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Pick the facts that found no memory since others found some; each once."""
-        culprits = [
-            f for f in facts if self._shortages.get(f.id, self._successes) < self._successes
-        ]
+        known, now = self._shortages, self._successes
+        culprits = [f for f in facts if known.get(f.id, now) < now]
         for fact in facts:
             self._shortages.pop(fact.id, None)
         for fact in facts:  # again at the end, behind those that have waited longer

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from kedit_daemon.editing.flush import Flush
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY, Generations
+from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
+from memory.db import meta_keys
 from memory.errors import KeditError
 from memory.facts import FactState
 from memory.side.side_memory import SideMemory, to_fact_id
@@ -72,7 +73,7 @@ def repair_damage(
         live_model.rebuild_side()
     if facts:
         with store.db.transaction():
-            store.db.set_meta(FLUSH_HELD_KEY, None)  # it may have been for these
+            store.db.set_meta(meta_keys.FLUSH_HELD, None)  # it may have been for these
 
 
 def _find_side_damage(side: SideMemory) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
+from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import LIVE_STATES, FactState
@@ -15,7 +16,6 @@ from policies.probe import is_same_answer
 OLDEST_COUNT = 50  # live facts that are asked again at every audit
 ROTATING_COUNT = 100  # more of them, of those in the weights
 SAMPLE_SIZE = 200  # of all live facts, in a probe of retention
-PROBE_COUNT_KEY = "retention_probes"  # in the store's meta: their count, which seeds the sample
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Retention:
     def probe_retention(self) -> dict[str, Any]:
         """Ask the oldest live facts and a sample of all, record the result, relearn what is
         lost."""
-        number = int(self.store.db.get_meta(PROBE_COUNT_KEY) or "0") + 1
+        number = int(self.store.db.get_meta(meta_keys.RETENTION_PROBES) or "0") + 1
         live = self.store.list_facts(LIVE_STATES)
         sample = self._ask_facts(random.Random(number).sample(live, min(SAMPLE_SIZE, len(live))))
         oldest = self.ask_oldest()
         figures = {"oldest": oldest.stated_share, "sample": sample.stated_share}
         lost = list({f.id: f for f in (*oldest.lost_facts, *sample.lost_facts)}.values())
         with self.store.db.transaction():
-            self.store.db.set_meta(PROBE_COUNT_KEY, str(number))
+            self.store.db.set_meta(meta_keys.RETENTION_PROBES, str(number))
             self.store.db.write_event("retention", figures=figures, lost=[f.id for f in lost])
         return {"figures": figures, "learned_anew": self.relearn_facts(lost)}
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from kedit_daemon.home import FOLDER_MODE, Home, open_database
 from kedit_daemon.system.disk import is_disk_full
-from memory.db import event_log, schema
+from memory.db import event_log, meta_keys, schema
 from memory.errors import KeditError
 from memory.files import hash_file, sync_folder, tensors_path, write_atomic
 from memory.timestamps import format_utc
@@ -234,15 +234,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _describe_database(conn: sqlite3.Connection) -> dict[str, Any]:
     """What the manifest says of the database."""
     meta = dict(conn.execute("SELECT key, value FROM meta"))
-    number = int(meta.get("active_generation") or 0)
+    number = int(meta.get(meta_keys.ACTIVE_GENERATION) or 0)
     asked = "SELECT weights_hash FROM generations WHERE id = ?"
     weights = conn.execute(asked, (number,)).fetchone()
     head = event_log.read_newest_event(conn)
     states = conn.execute("SELECT state, count(*) FROM facts GROUP BY state ORDER BY state")
     counts = [conn.execute(f"SELECT count(*) FROM {table}") for table in ("generations", "shards")]
     return {
-        "model": meta.get("model"),
-        "base_sha256": meta.get("base_hash"),
+        "model": meta.get(meta_keys.MODEL),
+        "base_sha256": meta.get(meta_keys.BASE_HASH),
         "generation": number,
         "weights_sha256": weights[0] if weights else None,
         "chain": {

@@ -226,6 +226,7 @@ def _check_clock(home: Home, now: datetime) -> Iterator[CheckResult]:
 
 
 def _check_weights(home: Home) -> Iterator[CheckResult]:
+    from memory.db import meta_keys
     from memory.db.queries import open_readonly
     from memory.files import hash_file, tensors_path
 
@@ -234,7 +235,8 @@ def _check_weights(home: Home) -> Iterator[CheckResult]:
     with closing(open_readonly(home.database_file)) as conn:
         row = conn.execute(
             "SELECT id, sha256 FROM generations WHERE id = coalesce((SELECT CAST(value AS INTEGER)"
-            " FROM meta WHERE key = 'active_generation'), 0)"
+            " FROM meta WHERE key = ?), 0)",
+            (meta_keys.ACTIVE_GENERATION,),
         ).fetchone()
     if row is None or row["sha256"] is None:
         yield CheckResult("weights", OK, "unedited")

@@ -21,16 +21,15 @@ from kedit_daemon.home import Home
 from kedit_daemon.publish.export.folder import list_exports, prune_exports
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
+from kedit_daemon.system.backoff import Backoff
+from memory.db import meta_keys
 from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.errors import KeditError, Stopping
 
-# In the store's meta: what was last published, and how; and why it could not be, if it could not.
-PUBLISHED_KEY, FAILURE_KEY = "published", "publish_failed"
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
 COMMAND_SECONDS = 600.0
 EXPORT_SECONDS = 3600.0
-MAX_DOUBLINGS = 10  # of the wait for the next attempt: more than enough for the longest
 STOP_SECONDS = 30.0  # for what is under way to end by itself
 EXPORT_NICENESS = 10  # of the export; not of the command, which may start a server
 MAX_ERROR_CHARS = 500  # characters of what a child complains about
@@ -55,10 +54,10 @@ class Publisher:
         store: Store,
         monotonic: Callable[[], float],
     ) -> None:
-        self.config, self.home, self.store, self.monotonic = config, home, store, monotonic
+        self.config, self.home, self.store = config, home, store
         self._attempt: _PublishAttempt | None = None
-        self._failure_streak = (0, 0)  # the generation that failed last, and how often in a row
-        self._retry_at = 0.0  # when it is tried again
+        self._backoff = Backoff(RETRY_SECONDS, MAX_RETRY_SECONDS, monotonic)
+        self._failed_generation = 0  # the one that the backoff counts the failures of
 
     def poll_attempt(self) -> None:
         """Take note of what has been done, and begin what is due. Never waits."""
@@ -71,9 +70,10 @@ class Publisher:
         if self.config.kind is None:
             self._forget_failure()
             return
-        if not active or self._publication_key(active) == self.store.db.get_meta(PUBLISHED_KEY):
+        published = self.store.db.get_meta(meta_keys.PUBLISHED)
+        if not active or self._publication_key(active) == published:
             return
-        if active != self._failure_streak[0] or self.monotonic() >= self._retry_at:
+        if active != self._failed_generation or self._backoff.is_due():
             # An adapter of no facts cannot be made, and the one before must not be served on.
             empty = (
                 self.config.kind == "lora"
@@ -101,27 +101,27 @@ class Publisher:
 
     def _forget_failure(self) -> None:
         """Nothing is to be published any more, so nothing is amiss."""
-        if self.store.db.get_meta(FAILURE_KEY) is not None:
+        if self.store.db.get_meta(meta_keys.PUBLISH_FAILED) is not None:
             with self.store.db.transaction():
-                self.store.db.set_meta(FAILURE_KEY, None)
+                self.store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
 
     def _record_outcome(self, outcome: PublishOutcome) -> None:
         told: dict[str, Any] = {"generation": outcome.generation, "export": self.config.kind}
         if not outcome.reason:
-            self._failure_streak = (0, 0)
+            self._failed_generation = 0
             told |= {"path": outcome.path} if outcome.path else {"export": None}
+            key = self._publication_key(outcome.generation)
             with self.store.db.transaction():
-                self.store.db.set_meta(PUBLISHED_KEY, self._publication_key(outcome.generation))
-                self.store.db.set_meta(FAILURE_KEY, None)
+                self.store.db.set_meta(meta_keys.PUBLISHED, key)
+                self.store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
                 self.store.db.write_event("published", **told)
             return
-        generation, times = self._failure_streak
-        times = times + 1 if generation == outcome.generation else 1
-        wait = RETRY_SECONDS * 2 ** min(times - 1, MAX_DOUBLINGS)
-        wait = min(wait, MAX_RETRY_SECONDS)
-        self._failure_streak, self._retry_at = (outcome.generation, times), self.monotonic() + wait
+        if outcome.generation != self._failed_generation:
+            self._backoff.reset()
+        self._failed_generation = outcome.generation
+        wait = self._backoff.record_failure()
         with self.store.db.transaction():
-            self.store.db.set_meta(FAILURE_KEY, outcome.reason)
+            self.store.db.set_meta(meta_keys.PUBLISH_FAILED, outcome.reason)
             self.store.db.write_event(
                 "publish_failed", **told, reason=outcome.reason, retry_seconds=wait
             )

@@ -19,12 +19,13 @@ from kedit_daemon.report.next_run import find_next_run
 from kedit_daemon.report.warnings import INTERRUPTED, collect_warnings
 from kedit_daemon.system.disk import find_disk_shortage
 from kedit_daemon.system.lock import find_lock_holder
+from memory.db import meta_keys
 from memory.db.overview import fetch_overview
 from memory.db.queries import open_readonly
 from memory.errors import NoHome, Unreadable
 from memory.facts import LIVE_STATES, FactState
 from memory.timestamps import format_utc
-from policies.batching import fit_curve
+from policies.cost_curve import fit_curve
 
 EXIT_NOT_RUNNING, EXIT_NEEDS_ATTENTION = 3, 4
 # The defaults of the section [schedule], which live in a module that takes long to import.
@@ -34,11 +35,8 @@ DEFAULT_SCHEDULE = {
     "expire": "* * * * *",
     "retention": "30 2 * * *",
 }
-# As the edit loop calls them, in modules that take long to import.
-FLUSH_HELD = "flush_held"
+# As the edit loop calls it, in a module that takes long to import.
 QUARANTINED = "quarantined"
-CAPACITY_KEY, LIMIT_KEY = "weights_capacity", "weights_limit"
-PUBLISH_FAILED = "publish_failed"
 _EMPTY_RECORD: dict[str, Any] = {
     "states": dict.fromkeys(map(str, FactState), 0),
     "events": 0,
@@ -71,7 +69,7 @@ def gather_status(
         "pid": pid,
         "paused": paused,
         "flush_held": known.get("flush_held"),
-        PUBLISH_FAILED: known.get(PUBLISH_FAILED),
+        "publish_failed": known.get("publish_failed"),
         "home": str(home.root),
         "model": known.get("model"),
         "device": known.get("device"),
@@ -79,7 +77,7 @@ def gather_status(
         "generations": known["generations"],
         "facts": known["states"],
         "weights_facts": known["states"][FactState.LIVE_WEIGHTS],
-        **{key: known.get(key) for key in (CAPACITY_KEY, LIMIT_KEY, "flush_cost")},
+        **{key: known.get(key) for key in ("weights_capacity", "weights_limit", "flush_cost")},
         "pending": {
             "count": known["states"][FactState.RECEIVED],
             "oldest_received_at": oldest,
@@ -120,16 +118,15 @@ def _read_database(home: Home, now: datetime) -> dict[str, Any]:
         return _EMPTY_RECORD
     with closing(conn):
         try:
+            capacity = _read_meta(conn, meta_keys.WEIGHTS_CAPACITY)
             return {
                 **fetch_overview(conn, now),
                 "applied_today": _count_applied_today(conn, now),
                 "failed_facts": _list_failed_facts(conn),
-                "flush_held": _read_meta(conn, FLUSH_HELD),
-                PUBLISH_FAILED: _read_meta(conn, PUBLISH_FAILED),
-                CAPACITY_KEY: None
-                if (most := _read_meta(conn, CAPACITY_KEY)) is None
-                else int(most),
-                LIMIT_KEY: _read_meta(conn, LIMIT_KEY),
+                "flush_held": _read_meta(conn, meta_keys.FLUSH_HELD),
+                "publish_failed": _read_meta(conn, meta_keys.PUBLISH_FAILED),
+                "weights_capacity": None if capacity is None else int(capacity),
+                "weights_limit": _read_meta(conn, meta_keys.WEIGHTS_LIMIT),
                 "flush_cost": _estimate_flush_cost(conn),
             }
         except sqlite3.Error as error:

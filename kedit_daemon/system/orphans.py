@@ -10,6 +10,7 @@ import sqlite3
 from pathlib import Path
 
 from kedit_daemon.home import Home
+from memory.db import meta_keys
 
 STAGED_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `write_atomic` has not put in its place yet
 # What lies in the folders of tensors: files that are named by their sha256, what `save_tensors` has
@@ -18,7 +19,6 @@ TENSOR_NAME = re.compile(
     rf"[0-9a-f]{{64}}\.safetensors|{STAGED_NAME.pattern}|\.tmp[0-9A-Za-z]{{6}}"
 )
 RESTORE_PREFIX = ".kedit-restore-"  # how the folder begins that a restore fills
-INDEX_META_KEY = "index_sha256"  # in the store's meta: which file holds the retrieval index
 
 
 def find_leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
@@ -67,5 +67,5 @@ def _tensor_folders(home: Home) -> dict[Path, str]:
     return {
         home.generations_folder: "SELECT sha256 FROM generations",
         home.side_folder: "SELECT sha256 FROM shards",
-        home.index_folder: f"SELECT value FROM meta WHERE key = '{INDEX_META_KEY}'",
+        home.index_folder: f"SELECT value FROM meta WHERE key = '{meta_keys.INDEX_SHA256}'",
     }

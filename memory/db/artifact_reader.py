@@ -5,6 +5,7 @@ import json
 from contextlib import suppress
 from typing import Any
 
+from memory.db import meta_keys
 from memory.db.connection import ReadingConnection
 from memory.db.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideKeysRow
 from memory.errors import Damaged, KeditError
@@ -80,7 +81,7 @@ class ArtifactReader:
 
     def active_generation(self) -> int:
         """The generation that is served."""
-        return int(self.db.get_meta("active_generation") or 0)
+        return int(self.db.get_meta(meta_keys.ACTIVE_GENERATION) or 0)
 
     def check_active_generation(self) -> None:
         """Refuse a database whose active generation is not the one that was switched to last.
@@ -89,7 +90,10 @@ class ArtifactReader:
             "SELECT json_extract(data, '$.to') FROM events WHERE kind = 'generation_switched'"
             " ORDER BY seq DESC LIMIT 1"
         )
-        last, active = str(said[0]) if said else "0", self.db.get_meta("active_generation") or "0"
+        last, active = (
+            str(said[0]) if said else "0",
+            self.db.get_meta(meta_keys.ACTIVE_GENERATION) or "0",
+        )
         if active != last:
             how = f"the active generation is {active}, and the last switch was to {last}"
             raise Damaged("the database", how)

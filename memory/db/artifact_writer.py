@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memory.db import meta_keys
 from memory.db.artifact_reader import ArtifactReader
 from memory.db.connection import WritingConnection
 from memory.db.event_log import to_canonical_json
@@ -72,7 +73,7 @@ class ArtifactWriter(ArtifactReader):
     def activate_generation(self, number: int) -> None:
         """Switch to a generation, which must be known."""
         to, before = self.get_generation(number), self.active_generation()
-        self.db.set_meta("active_generation", str(number))
+        self.db.set_meta(meta_keys.ACTIVE_GENERATION, str(number))
         data: dict[str, Any] = {"from": before, "to": number, "weights": to.weights_hash}
         self.db.write_event("generation_switched", reason=to.reason, **data)
 

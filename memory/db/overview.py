@@ -4,10 +4,14 @@ import sqlite3
 from datetime import UTC, datetime
 from typing import Any
 
+from memory.db import meta_keys
 from memory.db.queries import fetch_dicts
 from memory.facts import FactState
 
-_META_KEYS = ("model", "model_hash", "device", "started_at", "paused")
+_IDENTITY_KEYS = (
+    *(meta_keys.MODEL, meta_keys.MODEL_HASH, meta_keys.DEVICE),
+    *(meta_keys.STARTED_AT, meta_keys.PAUSED),
+)
 
 
 def fetch_overview(conn: sqlite3.Connection, now: datetime | None = None) -> dict[str, Any]:
@@ -58,11 +62,11 @@ def _count_rows(conn: sqlite3.Connection) -> dict[str, Any]:
 
 def _fetch_identity(conn: sqlite3.Connection) -> dict[str, Any]:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
-    pid = meta.get("pid", "")
+    pid = meta.get(meta_keys.PID, "")
     return {
-        **{key: meta.get(key) for key in _META_KEYS},
+        **{key: meta.get(key) for key in _IDENTITY_KEYS},
         "pid": int(pid) if pid.isdecimal() else None,
-        "generation": int(meta.get("active_generation", 0)),
+        "generation": int(meta.get(meta_keys.ACTIVE_GENERATION, 0)),
     }
 
 

@@ -73,7 +73,7 @@ def test_kills_at_random_moments_change_nothing_of_the_end(
         process = started(hard)
         time.sleep(moments.uniform(0, length / 2))
         process.kill()
-        process.wait()
+        process.wait(60)
     finish(hard, started(hard))
 
     assert outcome(hard) == outcome(calm)

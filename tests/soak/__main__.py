@@ -79,7 +79,7 @@ def run(root: Path, minutes: float, steady: float, model: str, seed: int) -> dic
         return soaked(daemon, minutes, steady, model, seed)
     finally:
         daemon.process.kill()
-        daemon.process.wait()
+        daemon.process.wait(60)
 
 
 def soaked(daemon: Daemon, minutes: float, steady: float, model: str, seed: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Daemon:
             os.kill(self.child() or 0, signal.SIGKILL)
         else:
             self.process.kill()
-            self.process.wait()
+            self.process.wait(60)
             self.start()
         time.sleep(0.5)  # until the old server has noticed
         self.wait_ready()

@@ -116,4 +116,4 @@ def on_terminal(home: Home, *words: str, typed: str = "", **environ: str) -> tup
     except OSError:  # the other end is closed
         pass
     os.close(ours)
-    return child.wait(), seen.decode()
+    return child.wait(60), seen.decode()

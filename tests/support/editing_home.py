@@ -12,6 +12,8 @@ from kedit_daemon.home import Home
 from memory.db.store import Store
 from memory.facts import Fact, Neighbour
 
+OUTSIDE_LINES = 16  # of ordinary text, on which shards stay quiet
+
 
 class Clock:
     """A wall clock that a test moves."""
@@ -39,7 +41,7 @@ class Bench:
         self.store = Store(self.home.database_file, self.clock)
         self.served = LiveModel(self.loaded, self.store, self.home)
         self.served.restore()
-        self.editor = Editor(self.served, self.config, self._pulse)
+        self.editor = Editor(self.served, self.config, self._pulse, OUTSIDE_LINES)
 
     def _pulse(self) -> None:
         self.pulses += 1

@@ -102,7 +102,7 @@ def finish(home: Home, process: "subprocess.Popen[bytes]") -> None:
         assert process.wait(30) == 0
     finally:
         process.kill()
-        process.wait()
+        process.wait(60)
 
 
 def outcome(home: Home) -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:

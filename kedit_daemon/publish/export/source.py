@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.home import Home, open_database
+from memory.db import meta_keys
 from memory.db.follower import Follower
 from memory.db.rows import GENERATION_COLUMNS, GenerationRow
 from memory.errors import NoHome
@@ -63,12 +64,12 @@ def read_edit_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
 
 def _read_generation(conn: sqlite3.Connection, home: Home) -> ExportSource:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
-    if "model" not in meta or "base_hash" not in meta:
+    if not {meta_keys.MODEL, meta_keys.BASE_HASH} <= meta.keys():
         raise NoHome(
             f"no daemon has run in {home.root} yet",
             hint="kedit-daemon run, and hand facts in",
         )
-    number = int(meta.get("active_generation") or 0)
+    number = int(meta.get(meta_keys.ACTIVE_GENERATION) or 0)
     row = conn.execute(
         f"SELECT {GENERATION_COLUMNS} FROM generations WHERE id = ?", (number,)
     ).fetchone()
@@ -79,8 +80,8 @@ def _read_generation(conn: sqlite3.Connection, home: Home) -> ExportSource:
     return ExportSource(
         home=home,
         origin=str(origin[0]) if origin else "",
-        model=meta["model"],
-        base_hash=meta["base_hash"],
+        model=meta[meta_keys.MODEL],
+        base_hash=meta[meta_keys.BASE_HASH],
         generation=generation,
         in_weights=tuple(f for f, _ in states if f.id in inside),
         side_only=tuple(f for f, state in states if state == FactState.LIVE_SIDE),

@@ -17,6 +17,7 @@ from kedit_daemon.editing.model_loading import open_model
 from kedit_daemon.editing.tensor_files import load_delta, load_deltas, unpack_keys
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.types import BASE, EDITED
+from memory.db import meta_keys
 from memory.db.follower import Follower, LiveSideRow
 from memory.errors import KeditError, Unreadable
 from memory.side.side_memory import Shard, SideMemory
@@ -72,7 +73,7 @@ class Replica:
         """
         follower = Follower(home.database_file)
         loaded = open_model(name, device, home.state_folder)
-        check_base(follower.db.get_meta("base_hash"), loaded.base_hash, name)
+        check_base(follower.db.get_meta(meta_keys.BASE_HASH), loaded.base_hash, name)
         site = loaded.resolve_site()
         statistics = loaded.resolve_statistics(site.layers, (site.key_layer, site.side_layer), iter)
         return cls(make_side_memory(loaded.model, site, statistics), follower, home, site)

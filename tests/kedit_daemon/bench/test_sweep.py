@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
+from kedit_daemon.bench.batch_size import BatchQuality, choose_size
 from kedit_daemon.bench.dataset import BenchRecord, FactStream
 from kedit_daemon.bench.run import RunPlan, run_plan
 from kedit_daemon.bench.sweep import sweep_sizes
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.batching import BatchQuality, choose_size, fit_curve
+from policies.cost_curve import fit_curve
 
 
 def straight(items: Sequence[Any], _what: str, /) -> Iterable[Any]:

@@ -87,7 +87,7 @@ def home(
         stopped_well(made)
     finally:
         process.kill()
-        process.wait()
+        process.wait(60)
 
 
 def stopped_well(home: Home) -> None:
@@ -148,7 +148,7 @@ def test_the_index_is_written_when_the_daemon_stops(
         }
     finally:
         process.kill()
-        process.wait()
+        process.wait(60)
 
 
 def test_a_dropped_file_is_answered_with(home: Home) -> None:

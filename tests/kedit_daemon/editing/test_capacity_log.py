@@ -8,13 +8,8 @@ from typing import Any
 import pytest
 from editing_home import Bench, seat
 
-from kedit_daemon.editing.capacity_log import (
-    CAPACITY_KEY,
-    LIMIT_KEY,
-    MAX_TRIALS,
-    TRIALS_KEY,
-    CapacityLog,
-)
+from kedit_daemon.editing.capacity_log import MAX_TRIALS, CapacityLog
+from memory.db import meta_keys
 from memory.db.store import Store
 from memory.model.canary import Health
 from policies.stability import Limits, Thresholds
@@ -40,7 +35,7 @@ def health(norm: float) -> Health:
 
 
 def written(store: Store) -> tuple[str | None, str | None]:
-    return store.db.get_meta(CAPACITY_KEY), store.db.get_meta(LIMIT_KEY)
+    return store.db.get_meta(meta_keys.WEIGHTS_CAPACITY), store.db.get_meta(meta_keys.WEIGHTS_LIMIT)
 
 
 def test_a_fresh_home_knows_nothing(store: Store) -> None:
@@ -79,7 +74,7 @@ def test_only_the_latest_trials_are_kept(store: Store) -> None:
     with store.db.transaction():
         for n in range(MAX_TRIALS + 3):
             room.record_oversized(100 - n, health(float("nan")))
-    trials: list[Any] = json.loads(store.db.get_meta(TRIALS_KEY) or "")
+    trials: list[Any] = json.loads(store.db.get_meta(meta_keys.WEIGHTS_TRIALS) or "")
     assert [n for n, _ in trials] == [100 - n for n in range(3, MAX_TRIALS + 3)]
     assert room.read_capacity() == 100 - MAX_TRIALS - 3
 
@@ -93,6 +88,6 @@ def test_taking_facts_out_makes_trials_void(bench: Callable[..., Bench]) -> None
         at.editor.generations.capacity_log.record_oversized(3, health(1e9))
     at.receive(seat(3, "Cairo"), direct=True)
     at.editor.run_flush(False)
-    assert at.store.db.get_meta(TRIALS_KEY) is not None
+    assert at.store.db.get_meta(meta_keys.WEIGHTS_TRIALS) is not None
     at.editor.revert([one.id], None, False)
-    assert at.store.db.get_meta(TRIALS_KEY) is None
+    assert at.store.db.get_meta(meta_keys.WEIGHTS_TRIALS) is None

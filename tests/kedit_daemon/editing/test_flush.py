@@ -7,7 +7,7 @@ import torch
 from editing_home import LOOSE, Bench, seat
 
 from kedit_daemon.editing import flush
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY
+from memory.db import meta_keys
 from memory.facts import Fact, FactState
 from policies import gibberish
 from policies.probe import Probe, compare_answers
@@ -78,7 +78,7 @@ def test_what_is_live_beside_the_weights_stays_there_where_no_targets_can_be_fou
     at.editor.run_flush(False)
     assert (state(at, one.id), state(at, two.id)) == ("live-side", "rejected")
     assert set(at.served.side.shard_ids) == {one.id} and at.says(one.question) == "Oslo"
-    assert at.store.db.get_meta(FLUSH_HELD_KEY)  # or it would be tried again at once
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD)  # or it would be tried again at once
 
 
 def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -> None:
@@ -88,7 +88,7 @@ def test_a_harmful_flush_publishes_nothing_and_holds_further_ones(bench: Make) -
     one, two = seat(1, "Oslo"), seat(2, "Lima")
     at.receive(one, two)
     at.settle()
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is not None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is not None
     assert (at.store.artifacts.active_generation(), len(at.store.artifacts.list_generations())) == (
         0,
         1,
@@ -117,11 +117,11 @@ def test_facts_that_a_refused_flush_leaves_waiting_go_beside_the_weights(bench: 
 def test_a_flush_that_is_taken_ends_the_hold(bench: Make) -> None:
     at = bench()
     with at.store.db.transaction():
-        at.store.db.set_meta(FLUSH_HELD_KEY, "a reason")
+        at.store.db.set_meta(meta_keys.FLUSH_HELD, "a reason")
     at.receive(seat(1, "Oslo"), direct=True)
     at.settle()
     assert at.store.artifacts.active_generation() == 1
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
 
 
 def test_a_later_fact_takes_the_place_of_an_older_one_exactly(bench: Make) -> None:
@@ -158,7 +158,7 @@ def test_an_empty_flush_is_harmless(bench: Make) -> None:
     at = bench()
     done = at.editor.run_flush(False)
     assert (done["flushed"], done["failed"], done["verdict"]) == ([], [], "keep")
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
 
 
 def test_a_newer_fact_takes_the_place_of_one_beside_the_weights(bench: Make) -> None:
@@ -226,7 +226,7 @@ def test_only_facts_that_would_be_tried_without_end_hold_flushes_back(
         flush, "compare_answers", lambda *said: replace(compare_answers(*said), right=False)
     )
     assert at.editor.run_flush(False)["flushed"] == []
-    assert (at.store.db.get_meta(FLUSH_HELD_KEY) is None) is direct
+    assert (at.store.db.get_meta(meta_keys.FLUSH_HELD) is None) is direct
 
 
 def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
@@ -244,5 +244,5 @@ def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
     assert at.editor.step()  # by age
     assert state(at, one.id) == "live-side"
     assert at.says(one.question) == "Oslo"
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is not None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is not None
     assert not at.editor.step()

@@ -7,9 +7,8 @@ from editing_home import LOOSE, Bench, seat
 from tiny_models import CITIES
 
 from kedit_daemon.editing import flush
-from kedit_daemon.editing.capacity_log import TRIALS_KEY
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY
 from kedit_daemon.editing.tensor_files import unpack_keys
+from memory.db import meta_keys
 from memory.facts import Fact
 from memory.model.canary import Health
 from policies.batch_selection import select_members
@@ -58,8 +57,8 @@ def test_a_batch_that_the_weights_do_not_bear_is_published_in_part(bench: Make) 
     assert done["flushed"] == [f.id for f in FACTS[:taken]]
     left = [at.store.find_fact(f.id) for f in FACTS[taken:]]
     assert all(f is not None and (str(f.state), f.attempts) == ("received", 0) for f in left)
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
-    assert at.store.db.get_meta(TRIALS_KEY) is not None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
+    assert at.store.db.get_meta(meta_keys.WEIGHTS_TRIALS) is not None
     at.settle()  # the rest goes beside
     assert max(figures_of(at).values()) < limit
     assert {state(at, f.id) for f in FACTS} == {"live-weights", "live-side"}
@@ -87,7 +86,7 @@ def test_a_batch_is_cut_down_until_the_weights_bear_it(
     done = at.editor.run_flush(False)
     assert (done["verdict"], done["flushed"]) == ("keep", [FACTS[0].id])
     assert tried == [6, 1, 6, 2, 1]  # no single one is to blame: the second is tried alone
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
     assert at.editor.generations.capacity_log.read_capacity() == 1
 
 
@@ -142,7 +141,7 @@ def test_no_target_is_computed_for_what_finds_the_weights_full(bench: Make) -> N
     assert (asked["flushed"], asked["failed"], asked["generation"]) == ([], [], 1)
     assert asked["reasons"] == ["weights full: they bear about 1 facts (agreement)"]
     assert not at.store.artifacts.has_terms(one.id)
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
 
 
 def test_what_replaces_a_fact_in_full_weights_needs_no_room(bench: Make) -> None:
@@ -186,7 +185,7 @@ def test_a_dry_run_of_a_batch_that_is_too_large_shows_the_part_and_writes_nothin
     base = at.weights_hash()
     done = at.editor.run_flush(True)
     assert done["flushed"] == [f.id for f in FACTS[:5]]
-    assert (at.weights_hash(), at.store.db.get_meta(TRIALS_KEY)) == (base, None)
+    assert (at.weights_hash(), at.store.db.get_meta(meta_keys.WEIGHTS_TRIALS)) == (base, None)
 
 
 def test_a_batch_is_of_the_oldest_fact_beside_and_its_like_within_the_memory(bench: Make) -> None:

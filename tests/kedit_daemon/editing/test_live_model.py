@@ -6,9 +6,10 @@ import pytest
 import torch
 from editing_home import Bench, seat
 
-from kedit_daemon.editing.live_model import INDEX_META_KEY, LiveModel
+from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.editing.tensor_files import pack_keys, unpack_keys
+from memory.db import meta_keys
 from memory.errors import KeditError
 from memory.facts import FactState
 from memory.files import save_tensors
@@ -124,22 +125,21 @@ def indexed(bench: Bench) -> list[str]:
 
 
 def test_an_index_file_that_is_behind_is_brought_to_what_the_store_says(at: Bench) -> None:
-    behind, sha = only(at.home.index_folder).read_bytes(), at.store.db.get_meta(INDEX_META_KEY)
+    behind = only(at.home.index_folder).read_bytes()
+    sha = at.store.db.get_meta(meta_keys.INDEX_SHA256)
     kept = {row.fact_id: row for row in at.store.artifacts.read_side_keys()}[THREE.id]
     turned = replace(unpack_keys(kept.blob), subject=torch.eye(2, at.loaded.model.hidden_size))
     with at.store.db.transaction():  # a fact is gone, one is learned again, and the process dies
         at.store.artifacts.drop_side_keys(TWO.id)
         at.store.change_state(TWO.id, FactState.REVERTED)
         at.store.artifacts.put_side_keys(THREE.id, kept.shard, pack_keys(turned))
-    assert (only(at.home.index_folder).read_bytes(), at.store.db.get_meta(INDEX_META_KEY)) == (
-        behind,
-        sha,
-    )
+    assert only(at.home.index_folder).read_bytes() == behind
+    assert at.store.db.get_meta(meta_keys.INDEX_SHA256) == sha
     at.restart()
     index = at.served.side.key_index
     assert indexed(at) == [THREE.id]
     assert index.search(turned.subject, 1)[0][0].score == pytest.approx(1)
-    assert index.changed_share == 0 and at.store.db.get_meta(INDEX_META_KEY) != sha
+    assert index.changed_share == 0 and at.store.db.get_meta(meta_keys.INDEX_SHA256) != sha
     with at.store.db.transaction():
         at.store.artifacts.put_side_keys(THREE.id, kept.shard, kept.blob)
     at.restart()
@@ -159,17 +159,17 @@ def test_a_whole_index_file_is_taken_and_not_written_again(at: Bench) -> None:
 
 def test_the_index_file_is_written_when_a_share_of_the_index_has_changed(at: Bench) -> None:
     at.served.save_index()
-    sha, keys = at.store.db.get_meta(INDEX_META_KEY), torch.eye(at.loaded.model.hidden_size)
+    sha, keys = at.store.db.get_meta(meta_keys.INDEX_SHA256), torch.eye(at.loaded.model.hidden_size)
     for number in range(10):
         at.served.side.key_index.add(number, keys[number : number + 1])
     at.served.save_index()
-    assert at.store.db.get_meta(INDEX_META_KEY) != sha
-    sha = at.store.db.get_meta(INDEX_META_KEY)
+    assert at.store.db.get_meta(meta_keys.INDEX_SHA256) != sha
+    sha = at.store.db.get_meta(meta_keys.INDEX_SHA256)
     for number in range(3):  # of 12
         at.served.side.key_index.remove(number)
         at.served.prune_side()
-        assert (at.store.db.get_meta(INDEX_META_KEY) == sha) == (number < 2)
-    assert only(at.home.index_folder).stem == at.store.db.get_meta(INDEX_META_KEY)
+        assert (at.store.db.get_meta(meta_keys.INDEX_SHA256) == sha) == (number < 2)
+    assert only(at.home.index_folder).stem == at.store.db.get_meta(meta_keys.INDEX_SHA256)
 
 
 def test_a_crash_between_the_index_file_and_its_sha256_is_harmless(at: Bench) -> None:
@@ -179,7 +179,7 @@ def test_a_crash_between_the_index_file_and_its_sha256_is_harmless(at: Bench) ->
     assert len(list(at.home.index_folder.iterdir())) == 2
     at.restart()
     assert answers(at) == before
-    assert only(at.home.index_folder).stem == at.store.db.get_meta(INDEX_META_KEY)
+    assert only(at.home.index_folder).stem == at.store.db.get_meta(meta_keys.INDEX_SHA256)
 
 
 def test_files_that_a_crash_left_are_swept(at: Bench) -> None:

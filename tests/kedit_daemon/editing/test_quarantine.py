@@ -6,7 +6,7 @@ from editing_home import LOOSE, Bench, seat
 from poison import poison
 from tiny_models import CITIES
 
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY
+from memory.db import meta_keys
 from memory.facts import Fact
 
 STEPS = {"steps": 300}
@@ -67,7 +67,7 @@ def test_a_flush_names_the_poisonous_facts_and_takes_the_others(
         assert not at.store.artifacts.has_terms(fact.id)
     kinds = [k for (k,) in at.store.db.conn.execute("SELECT kind FROM events")]
     assert kinds.count("quarantined") == 2
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
     at.receive(*guilty, direct=True)  # their targets are computed anew
     at.settle()
     assert set(states(at).values()) == {"live-weights"}
@@ -92,7 +92,7 @@ def test_a_fact_already_in_the_weights_that_cannot_be_solved_stops_no_daemon(ben
     at.settle()
     assert states(at) == {FACTS[0].id: "live-weights", FACTS[1].id: "live-side"}
     assert [at.says(f.question) for f in FACTS[:2]] == [f.target for f in FACTS[:2]]
-    assert "not finite" in str(at.store.db.get_meta(FLUSH_HELD_KEY))
+    assert "not finite" in str(at.store.db.get_meta(meta_keys.FLUSH_HELD))
 
 
 def test_who_asks_during_the_search_is_answered_by_what_is_published(
@@ -112,4 +112,4 @@ def test_one_fact_that_cannot_be_solved_for_is_guilty_alone(bench: Make) -> None
     at.receive(FACTS[0], direct=True)
     poison(at, FACTS[0], nan)
     assert at.editor.run_flush(False)["quarantined"] == [FACTS[0].id]
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None

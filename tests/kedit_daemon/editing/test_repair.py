@@ -8,8 +8,8 @@ from editing_home import Bench, seat
 from poison import poison
 
 from kedit_daemon.editing import flush, repair
-from kedit_daemon.editing.generations import FLUSH_HELD_KEY
 from kedit_daemon.editing.repair import find_damage
+from memory.db import meta_keys
 from memory.facts import Fact
 from memory.files import tensors_path
 from memory.side.index import KeyIndex
@@ -157,11 +157,11 @@ def test_a_fact_whose_targets_cannot_be_computed_again_goes_beside(
     terms(at)
     at.receive(FOUR, direct=True)
     at.settle()  # no flush can be done: it goes beside
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is not None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is not None
     with monkeypatch.context() as hard:
         hard.setattr(flush, "compute_terms", lambda _m, _s, _n, facts, done: done(refused(facts)))
         at.editor.audit()
-    assert at.store.db.get_meta(FLUSH_HELD_KEY) is None
+    assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
     at.settle()
     assert {str(f.state) for f in at.store.list_facts()} == {"live-side"}
     assert whole(at)

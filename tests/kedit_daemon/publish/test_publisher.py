@@ -16,12 +16,12 @@ from kedit_daemon.config import PublishConfig
 from kedit_daemon.publish.export.folder import place_export
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.publisher import (
-    FAILURE_KEY,
     MAX_RETRY_SECONDS,
     RETRY_SECONDS,
     Publisher,
     _PublishAttempt,
 )
+from memory.db import meta_keys
 from memory.db.queries import fetch_events, open_readonly
 from memory.db.store import Store
 from memory.facts import FactState
@@ -281,14 +281,14 @@ def test_an_adapter_of_facts_that_are_gone_is_served_no_more(
     until_done(publisher)
     event = setup.events()[-1]
     assert (event["kind"], event["data"]["retry_seconds"]) == ("publish_failed", RETRY_SECONDS)
-    assert setup.store.db.get_meta(FAILURE_KEY) == event["data"]["reason"]
+    assert setup.store.db.get_meta(meta_keys.PUBLISH_FAILED) == event["data"]["reason"]
     setup.now += RETRY_SECONDS
     until_done(publisher)
     assert server.calls[-1] == ("/v1/unload_lora_adapter", {"lora_name": name})
     event = setup.events()[-1]
     assert (event["kind"], event["data"]) == ("published", {"generation": last, "export": None})
     assert noted.read_text() == f" {last}  {last} "  # it was run twice
-    assert setup.store.db.get_meta(FAILURE_KEY) is None
+    assert setup.store.db.get_meta(meta_keys.PUBLISH_FAILED) is None
     count = len(server.calls)
     until_done(publisher)
     assert len(server.calls) == count
@@ -306,16 +306,9 @@ def test_without_facts_and_a_folder_there_is_nothing_to_take_away(
 def test_a_failure_is_forgotten_when_nothing_is_to_be_published(setup: Setup) -> None:
     setup.switch()
     until_done(setup.publisher(FAILING))
-    assert "no such server" in (setup.store.db.get_meta(FAILURE_KEY) or "")
+    assert "no such server" in (setup.store.db.get_meta(meta_keys.PUBLISH_FAILED) or "")
     Publisher(PublishConfig(), setup.home, setup.store, lambda: 0.0).poll_attempt()
-    assert setup.store.db.get_meta(FAILURE_KEY) is None
-
-
-def test_a_failure_that_lasts_for_months_is_tried_again_each_hour(setup: Setup) -> None:
-    publisher = setup.publisher(FAILING)
-    publisher._failure_streak = (setup.switch(), 5000)
-    until_done(publisher)
-    assert setup.events()[-1]["data"]["retry_seconds"] == MAX_RETRY_SECONDS
+    assert setup.store.db.get_meta(meta_keys.PUBLISH_FAILED) is None
 
 
 @pytest.mark.usefixtures("quick")

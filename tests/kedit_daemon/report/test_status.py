@@ -11,16 +11,9 @@ from kedit_daemon.config import Config
 from kedit_daemon.editing.quarantine import QUARANTINED
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.failed_files import read_failed_report
-from kedit_daemon.report.status import (
-    CAPACITY_KEY,
-    DEFAULT_SCHEDULE,
-    FLUSH_HELD,
-    LIMIT_KEY,
-    PUBLISH_FAILED,
-    choose_exit_code,
-    gather_status,
-)
+from kedit_daemon.report.status import DEFAULT_SCHEDULE, choose_exit_code, gather_status
 from kedit_daemon.system import lock
+from memory.db import meta_keys
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Fact, FactState
@@ -211,21 +204,22 @@ def test_a_daemon_that_starts_is_not_taken_for_the_one_before(home: Home) -> Non
 
 def test_flushes_that_are_held_back_need_a_person(home: Home) -> None:
     with opened(home) as store:
-        store.db.set_meta(FLUSH_HELD, "norm of layer 4 is 1.7 of the base")
+        store.db.set_meta(meta_keys.FLUSH_HELD, "norm of layer 4 is 1.7 of the base")
     with lock.hold_lock(home.lock_file):
         told = "flushes are held back: norm of layer 4 is 1.7 of the base"
         assert messages(home) == [(told, "kedit-daemon consolidate", True)]
 
 
 def test_publishing_that_failed_needs_a_person_until_it_succeeds(home: Home) -> None:
+    why = "error[rank]: the adapter would have the rank 600"
     with opened(home) as store:
-        store.db.set_meta(PUBLISH_FAILED, "error[rank]: the adapter would have the rank 600")
+        store.db.set_meta(meta_keys.PUBLISH_FAILED, why)
     with lock.hold_lock(home.lock_file):
-        told = "publishing has failed: error[rank]: the adapter would have the rank 600"
+        told = f"publishing has failed: {why}"
         assert messages(home) == [(told, "kedit-daemon log --kind publish_failed --limit 1", True)]
-        assert found(home)["publish_failed"] == "error[rank]: the adapter would have the rank 600"
+        assert found(home)["publish_failed"] == why
         with opened(home) as store:
-            store.db.set_meta(PUBLISH_FAILED, None)
+            store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
         assert choose_exit_code(found(home)) == 0
 
 
@@ -253,14 +247,6 @@ def test_a_file_that_is_no_database(home: Home) -> None:
         found(home)
 
 
-def test_names_in_the_meta_table_are_the_edit_loop_s() -> None:
-    from kedit_daemon import publish, room, weights  # takes long
-
-    assert publish.FAILED == PUBLISH_FAILED
-    assert weights.HELD == FLUSH_HELD
-    assert (room.CAPACITY, room.LIMIT) == (CAPACITY_KEY, LIMIT_KEY)
-
-
 def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
     with opened(home) as store:
         store.receive_fact(fact(1), "a.jsonl", False)
@@ -269,8 +255,8 @@ def test_what_the_weights_bear_is_told_once_it_is_known(home: Home) -> None:
     keys = ("weights_facts", "weights_capacity", "weights_limit")
     assert [seen[key] for key in keys] == [1, None, None]
     with opened(home) as store:
-        store.db.set_meta(CAPACITY_KEY, "170")
-        store.db.set_meta(LIMIT_KEY, "norm of layer 2")
+        store.db.set_meta(meta_keys.WEIGHTS_CAPACITY, "170")
+        store.db.set_meta(meta_keys.WEIGHTS_LIMIT, "norm of layer 2")
     seen = found(home)
     assert [seen[key] for key in keys] == [1, 170, "norm of layer 2"]
 
@@ -280,7 +266,7 @@ def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
         for n in range(3):
             store.receive_fact(fact(n), "a.jsonl", False)
         store.change_state(fact(0).id, FactState.LIVE_WEIGHTS, tier="weights", generation=1)
-        store.db.set_meta(CAPACITY_KEY, "1")
+        store.db.set_meta(meta_keys.WEIGHTS_CAPACITY, "1")
     with lock.hold_lock(home.lock_file):
         assert messages(home) == []  # nothing stays beside
         for n, told in ((1, "1 fact stays"), (2, "2 facts stay")):
@@ -290,7 +276,7 @@ def test_full_weights_are_told_and_need_nobody(home: Home) -> None:
             assert messages(home) == [(text, "kedit-daemon facts --state live-side", False)]
         assert choose_exit_code(found(home)) == 0
         with opened(home) as store:
-            store.db.set_meta(CAPACITY_KEY, "2")
+            store.db.set_meta(meta_keys.WEIGHTS_CAPACITY, "2")
         assert messages(home) == []
 
 

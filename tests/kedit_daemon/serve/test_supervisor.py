@@ -245,7 +245,7 @@ def daemon(
     finally:
         made.http.close()
         made.process.kill()
-        made.process.wait()
+        made.process.wait(60)
 
 
 def test_a_fact_that_is_posted_is_answered_with(daemon: Daemon) -> None:

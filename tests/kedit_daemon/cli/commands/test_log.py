@@ -66,7 +66,7 @@ def test_following_tells_what_comes(home: Home) -> None:
     store.close()
     assert json.loads(child.stdout.readline())["kind"] == "later"
     child.send_signal(signal.SIGINT)
-    assert child.wait() == 0
+    assert child.wait(60) == 0
     child.stdout.close()
 
 
@@ -162,7 +162,7 @@ def test_following_begins_with_the_last_few(home: Home) -> None:
     store.close()
     assert [json.loads(child.stdout.readline())["seq"] for _ in range(2)] == [8, 9]
     child.send_signal(signal.SIGINT)
-    assert child.wait() == 0
+    assert child.wait(60) == 0
     child.stdout.close()
 
 

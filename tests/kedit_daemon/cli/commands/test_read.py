@@ -60,7 +60,7 @@ def test_watching_goes_on_until_it_is_interrupted(home: Home) -> None:
     assert child.stdout is not None
     assert json.loads(child.stdout.readline())["state"] == "stopped"
     child.send_signal(signal.SIGINT)
-    assert child.wait() == 0
+    assert child.wait(60) == 0
     child.stdout.close()
 
 
@@ -72,7 +72,7 @@ def test_watching_on_a_terminal_draws_in_place(home: Home) -> None:
     while seen.count(b"\x1b[J") < 2:
         seen += os.read(ours, 4096)
     child.send_signal(signal.SIGINT)
-    assert child.wait() == 0
+    assert child.wait(60) == 0
     os.close(theirs)
     os.close(ours)
     # Wiped once; then each screen begins at the top.
@@ -87,7 +87,7 @@ def test_watching_off_a_terminal_puts_a_rule_between(home: Home) -> None:
     while seen.count(b"kedit-daemon  stopped") < 2:
         seen += child.stdout.readline()
     child.send_signal(signal.SIGINT)
-    assert child.wait() == 0
+    assert child.wait(60) == 0
     child.stdout.close()
     assert seen.count(b"\n---- 20") == 1
     assert b"\x1b" not in seen
