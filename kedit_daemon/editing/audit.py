@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from threading import Thread
 from typing import Any
 
@@ -65,36 +65,19 @@ def make_thresholds(config: Config, site: EditSite) -> Thresholds:
 
     Raises KeditError if the limits of a figure do not rise.
     """
-    given = config.stability
-    result = Thresholds(
-        norm=Limits(
-            given.norm_warn or site.norm_warn,
-            given.norm_consolidate or site.norm_consolidate,
-            given.norm_revert or site.norm_revert,
-        ),
-        perplexity=Limits(
-            given.perplexity_warn, given.perplexity_consolidate, given.perplexity_revert
-        ),
-        activation=Limits(
-            given.activation_warn or site.activation_warn,
-            given.activation_consolidate or site.activation_consolidate,
-            given.activation_revert or site.activation_revert,
-        ),
-        agreement=Limits(
-            given.agreement_warn or site.agreement_warn,
-            given.agreement_consolidate or site.agreement_consolidate,
-            given.agreement_revert or site.agreement_revert,
-        ),
-        retention=Limits(given.retention_warn, given.retention_consolidate, given.retention_revert),
-    )
-    for figure, limits in vars(result).items():
+
+    def find_limits(figure: str) -> Limits:
+        names = [f"{figure}_{verdict}" for verdict in ("warn", "consolidate", "revert")]
+        limits = Limits(*(getattr(config.stability, n) or getattr(site, n, 0.0) for n in names))
         if not limits.warn <= limits.consolidate <= limits.revert:
             raise KeditError(
                 f"the {figure} limits do not rise: {limits}",
                 code="bad-config",
                 hint=f"set {figure}_warn, {figure}_consolidate and {figure}_revert together",
             )
-    return result
+        return limits
+
+    return Thresholds(**{field.name: find_limits(field.name) for field in fields(Thresholds)})
 
 
 class Auditor:

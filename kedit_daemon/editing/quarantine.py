@@ -47,7 +47,7 @@ class Quarantine:
         """
         strains = self._measure_strains(batch)
         worst = max(batch, key=lambda fact: strains[fact.id])
-        if self._judge_alone(worst).action < Action.REVERT:
+        if self._judge_ids([worst.id]).action < Action.REVERT:
             return []
         return self._search_ranked(batch, strains, select_ids).culprits
 
@@ -56,7 +56,7 @@ class Quarantine:
     ) -> Culprits[StoredFact]:
         """Find the culprits among suspects with all of which the weights are unhealthy."""
         with self.generations.serve_candidates():
-            if self._judge_with(select_ids, []).action >= Action.REVERT:
+            if self._judge_ids(select_ids([])).action >= Action.REVERT:
                 return Culprits(list(suspects), [], [])
             return self._search_ranked(suspects, self._measure_strains(suspects), select_ids)
 
@@ -69,9 +69,12 @@ class Quarantine:
         others = [fact for fact in suspects if fact not in broken]
         ranked = sorted(others, key=lambda fact: strains[fact.id])
         found = find_culprits(
-            ranked, partial(self._judge_with, select_ids), self._judge_alone, Action.REVERT
+            ranked,
+            lambda part: self._judge_ids(select_ids(part)),
+            lambda fact: self._judge_ids([fact.id]),
+            Action.REVERT,
         )
-        culprits = [(fact, self._judge_alone(fact)) for fact in broken]
+        culprits = [(fact, self._judge_ids([fact.id])) for fact in broken]
         return replace(found, culprits=[*culprits, *found.culprits])
 
     def _measure_strains(self, facts: Sequence[StoredFact]) -> dict[str, float]:
@@ -80,12 +83,6 @@ class Quarantine:
             strains[fact.id] = self.generations.measure_strain(fact.id)
             self.generations.pulse_with_active(self.pulse)
         return strains
-
-    def _judge_with(self, select_ids: SelectIds, part: Sequence[StoredFact]) -> Verdict:
-        return self._judge_ids(select_ids(part))
-
-    def _judge_alone(self, fact: StoredFact) -> Verdict:
-        return self._judge_ids([fact.id])
 
     def _judge_ids(self, ids: Sequence[str]) -> Verdict:
         self.generations.pulse_with_active(self.pulse)

@@ -249,7 +249,7 @@ def test_a_failure_between_learning_and_writing_undoes_the_learning(
     shard = at.served.side.shards[1]
 
     def broken(*_: object) -> None:
-        raise KeditError("the disk is full", code="disk")
+        raise KeditError("the disk is full", code="disk-full")
 
     monkeypatch.setattr(SideLearner, "_save_learned", broken)
     at.receive(TWO)
