@@ -20,10 +20,11 @@ from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
-from policies.memit_mass import WeightsTier, pack_terms
+from policies.edit_terms import EditTerms, Refusal, pack_terms
+from policies.memit_mass import WeightsTier
 from policies.norm_anchor import compute_anchor
 from policies.stability import Limits
-from policies.targets import EditTerms, Refusal, compute_terms
+from policies.targets import compute_terms
 
 MAX_WINDOW = 3  # subject layers that are tried together, at most
 MAX_WINDOW_STARTS, MAX_END_LAYERS = (

@@ -1,29 +1,27 @@
 """Does the model say it? Answers before and after an edit, compared as people would."""
 
-import re
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
+from memory.side.subject_matcher import normalize_text
 
 MAX_NEIGHBOURS = 3
 MAX_PARAPHRASES = 2
 
 
-def normalise_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Lower case, no punctuation or articles, single spaces: SQuAD's form for exact match."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = "".join(c if c.isalnum() or c.isspace() else " " for c in plain)
-    short = " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+    words = normalize_text(text).split()
+    short = " ".join(word for word in words if word not in ("a", "an", "the"))
     return short or text.strip().casefold()  # an answer may be "A", or "+"
 
 
 def is_same_answer(answer: str, target: str) -> bool:
-    """Exact match after normalising."""
-    return normalise_answer(answer) == normalise_answer(target)
+    """Exact match after normalizing."""
+    return normalize_answer(answer) == normalize_answer(target)
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from memory.model.prefix_cache import PrefixCache
 from memory.side.side_memory import Delta, RetrievalKeys, Shard, SideMemory, to_fact_number
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
 from policies.edit_site import EditSite
+from policies.edit_terms import Refusal
 from policies.prompts import IGNORE_LABEL, SUBJECT_QUESTIONS, TokenRow, make_rows, pad_rows
-from policies.targets import Refusal
 
 SHARD_RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries

@@ -133,7 +133,7 @@ class Auditor:
         with _record_seconds(costs, "hash"):
             weights = self._hash_weights()
         with _record_seconds(costs, "damage"):
-            turn = next((row.id for row in self.store.list_audits(1)), 0)
+            turn = self.store.newest_audit_id()
             damage = find_damage(self.live_model, weights, turn)
             if damage.reasons and repair:
                 repair_damage(self.live_model, self.generations, self.flush, damage)

@@ -20,12 +20,12 @@ from memory.errors import KeditError, Unsolvable
 from memory.facts import Fact, FactState
 from policies.batch_selection import limit_total_size, select_members
 from policies.capacity import Capacity, make_observation
-from policies.memit_mass import pack_terms
+from policies.edit_terms import EditTerms, Refusal, pack_terms
 from policies.probe import Probe, answer_probes, compare_answers
 from policies.prompts import estimate_key_bytes
 from policies.routing import is_for_batch
 from policies.stability import Action
-from policies.targets import EditTerms, Refusal, compute_terms
+from policies.targets import compute_terms
 
 MAX_SHRINK = 4  # an oversized batch is divided by at most this at once
 MAX_ROUNDS = 3  # solves without the facts that did not hold in the one before

@@ -12,9 +12,9 @@ from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import FactState
 from memory.model.canary import Health
+from policies.edit_terms import Refusal
 from policies.probe import Probe
 from policies.stability import Action, Verdict
-from policies.targets import Refusal
 
 log = logging.getLogger(__name__)
 

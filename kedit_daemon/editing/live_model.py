@@ -27,10 +27,10 @@ from memory.model.statistics import LayerStatistics
 from memory.side.index import KeyIndex
 from memory.side.side_memory import RetrievalKeys, RoutingMatch, SideMemory, to_fact_number
 from policies.edit_site import EditSite
+from policies.edit_terms import Refusal, unpack_terms
 from policies.gibberish import find_gibberish
-from policies.memit_mass import WeightsTier, unpack_terms
+from policies.memit_mass import WeightsTier
 from policies.probe import answer_probes, count_answer_tokens
-from policies.targets import Refusal
 
 INDEX_SAVE_SHARE = 0.25  # share of the index that has changed when its file is written again
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from memory.db import meta_keys
 from memory.errors import KeditError
 from memory.facts import FactState
 from memory.side.side_memory import SideMemory, to_fact_id
-from policies.memit_mass import unpack_terms
+from policies.edit_terms import unpack_terms
 
 TERMS_PER_TURN = 200  # facts whose stored targets are checked in one turn
 

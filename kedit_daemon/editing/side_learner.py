@@ -20,8 +20,8 @@ from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import Fact
 from memory.side.side_memory import RetrievalKeys, Shard
+from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
-from policies.targets import Refusal
 from policies.wise import (
     compute_keys,
     filter_fitting,

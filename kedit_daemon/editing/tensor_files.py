@@ -26,17 +26,12 @@ def save_shard(folder: Path, shard: Shard) -> str:
     return save_tensors(folder, {"up": shard.delta.up, "down": shard.delta.down})
 
 
-def load_delta(folder: Path, sha: str, device: torch.device) -> Delta:
-    """Load a shard's ΔW. Raises KeditError if the file is missing or damaged."""
+def load_shard(folder: Path, sha: str, threshold: float, device: torch.device) -> Shard:
+    """Load a shard. Raises KeditError if the file is missing or damaged."""
     tensors = load_tensors(folder, sha)
     if set(tensors) != {"up", "down"}:
         raise KeditError(f"shard {sha} is of a form that is no longer used", code="corrupt")
-    return Delta(tensors["up"].to(device), tensors["down"].to(device))
-
-
-def load_shard(folder: Path, sha: str, threshold: float, device: torch.device) -> Shard:
-    """Load a shard. Raises KeditError if the file is missing or damaged."""
-    return Shard(load_delta(folder, sha, device), threshold)
+    return Shard(Delta(tensors["up"].to(device), tensors["down"].to(device)), threshold)
 
 
 def pack_keys(keys: RetrievalKeys) -> bytes:

@@ -1,34 +1,33 @@
-"""Which programs may come in, and how often. (The pages let people in themselves.)"""
+"""Access of programs: token, host, origin and rate limit. (The dashboard has its own sign-in.)"""
 
 import hmac
 import math
 from collections.abc import Callable
-from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kedit_daemon.serve.errors import RequestError, error_response
-from kedit_daemon.serve.hosts import parse_host_name, parse_origin_host
+from kedit_daemon.serve.hosts import is_safe_host, is_same_origin
 
-MAX_CLIENTS = 10_000  # that are remembered at most
+MAX_CLIENTS = 10_000  # whose requests are remembered
 
 
 class RateLimiter:
-    """So many requests a minute of each client: what it does not use it saves, for a minute."""
+    """A number of requests a minute for each client; unused ones are saved for a minute."""
 
     def __init__(self, per_minute: int, monotonic: Callable[[], float]) -> None:
         self.max_requests, self.monotonic = per_minute, monotonic
         self._request_cost = 60 / per_minute  # seconds
-        self._clients: dict[str, tuple[float, float]] = {}  # seconds saved, and at what time
+        self._clients: dict[str, tuple[float, float]] = {}  # (seconds saved, timestamp)
 
     def check_rate(self, client: str, *, take: bool = True) -> int:
-        """Take one request, or only look; 0, or the seconds after which there will be one."""
+        """Return 0 if a request is allowed, else the seconds until one is; `take` counts it."""
         now = self.monotonic()
-        saved, at = self._clients.pop(client, (60.0, now))
-        saved = min(60.0, saved + now - at)
+        saved, last_seen = self._clients.pop(client, (60.0, now))
+        saved = min(60.0, saved + now - last_seen)
         allowed = saved >= self._request_cost
-        # At the end: the longest silent come first.
+        # Inserted at the end: the clients that were silent for longest come first.
         self._clients[client] = (saved - self._request_cost if allowed and take else saved, now)
         if len(self._clients) > MAX_CLIENTS:
             del self._clients[next(iter(self._clients))]
@@ -36,11 +35,10 @@ class RateLimiter:
 
 
 class AccessGate:
-    """Lets requests in to the endpoint within it.
+    """Lets requests in to an endpoint.
 
-    token: what a client must show; None where only this machine reaches the server. Then no other
-    name than this machine's own may be asked for, or a page that a browser shows could have its
-    own name lead here.
+    token: the bearer token of clients; None where only this machine reaches the server. Then it
+    answers only to this machine's own names, or a page in a browser could point its own name here.
     """
 
     def __init__(self, app: ASGIApp, token: str | None, rate: RateLimiter | None) -> None:
@@ -48,7 +46,7 @@ class AccessGate:
         self.token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Hand a request on, or answer it with the reason why not."""
         try:
             self._check_request(scope, Headers(scope=scope))
         except RequestError as refused:
@@ -60,38 +58,24 @@ class AccessGate:
         if self.rate_limiter is not None:
             client = scope["client"][0] if scope["client"] else ""
             if seconds := self.rate_limiter.check_rate(client):
-                raise RequestError(
-                    f"more than {self.rate_limiter.max_requests} requests in a minute",
-                    status=429,
-                    code="rate_limit_exceeded",
-                    retry=seconds,
-                )
+                message = f"more than {self.rate_limiter.max_requests} requests in a minute"
+                code = "rate_limit_exceeded"
+                raise RequestError(message, status=429, code=code, retry=seconds)
         if self.token is None:
-            if not _is_loopback_name(headers.get("host", "")):
-                raise _forbidden_error(
-                    "without a token only this machine's own name is answered to"
-                )
+            if not is_safe_host(headers.get("host", ""), loopback_only=True):
+                raise _forbidden_error("without a token the server answers only to localhost")
         elif not hmac.compare_digest(_read_bearer_token(headers), self.token):
             raise RequestError("no token, or a wrong one", status=401, code="invalid_api_key")
-        origin = headers.get("origin")
-        ours = not origin or parse_origin_host(origin) == (headers.get("host") or None)
-        if scope["method"] != "GET" and not ours:
+        # Programs send no Origin.
+        if scope["method"] != "GET" and headers.get("origin") and not is_same_origin(headers):
             raise _forbidden_error("a page of another server may not change anything here")
 
 
 def _read_bearer_token(headers: Headers) -> bytes:
-    """The token that a request shows; nothing where it shows none."""
-    scheme, _, said = headers.get("authorization", "").strip().partition(" ")
-    return said.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+    """Return the bearer token of a request, or nothing."""
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    return token.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
 
 
-def _is_loopback_name(host: str) -> bool:
-    name = parse_host_name(host)
-    try:
-        return name == "localhost" or ip_address(name).is_loopback
-    except ValueError:
-        return False
-
-
-def _forbidden_error(why: str) -> RequestError:
-    return RequestError(why, status=403, code="forbidden")
+def _forbidden_error(message: str) -> RequestError:
+    return RequestError(message, status=403, code="forbidden")

@@ -1,4 +1,4 @@
-"""The HTTP application, put together from its parts."""
+"""The HTTP application, composed of its parts."""
 
 import asyncio
 import os
@@ -48,22 +48,21 @@ def build_app(
     clock: Callable[[], datetime],
     monotonic: Callable[[], float],
 ) -> Starlette:
-    """The application, still without a model: `equip` it with one."""
-    meters = ServerMetrics(CollectorRegistry(), home, clock)
+    """Build the application, still without a model: `attach_reader` adds it."""
+    metrics = ServerMetrics(CollectorRegistry(), home, clock)
     per_minute = config.serve.requests_per_minute
     rate = RateLimiter(per_minute, monotonic) if per_minute else None
     limited, free = Middleware(AccessGate, token, rate), Middleware(AccessGate, token, None)
+    context = _dashboard_context(home, clock, monotonic, lambda: app.state.reader)
     app = Starlette(
         routes=[
-            *OpenAIApi(home, config.serve, clock, meters).build_routes(limited),
+            *OpenAIApi(home, config.serve, clock, metrics).build_routes(limited),
             *FactsEndpoint(home, config).build_routes(limited),
             *HealthEndpoints(home).build_routes(free),
-            *meters.build_routes(free),
-            *pages.build_routes(
-                _dashboard_context(home, clock, monotonic, lambda: app.state.reader), token
-            ),
+            *metrics.build_routes(free),
+            *pages.build_routes(context, token),
         ],
-        middleware=[Middleware(MetricsMiddleware, meters, monotonic)],
+        middleware=[Middleware(MetricsMiddleware, metrics, monotonic)],
         exception_handlers={
             KeditError: _handle_kedit_error,
             HTTPException: _handle_http_error,
@@ -71,13 +70,13 @@ def build_app(
             Exception: _handle_unexpected,
         },
     )
-    app.state.reader, app.state.meters = None, meters
+    app.state.reader, app.state.metrics = None, metrics
     return app
 
 
 def attach_reader(app: Starlette, reader: Reader) -> None:
     """Let the application answer with a model from now on."""
-    app.state.meters.watch(reader.engine)
+    app.state.metrics.watch_engine(reader.engine)
     app.state.reader = reader
 
 
@@ -85,36 +84,38 @@ def _dashboard_context(
     home: Home,
     clock: Callable[[], datetime],
     monotonic: Callable[[], float],
-    reader: Callable[[], Reader | None],
+    get_reader: Callable[[], Reader | None],
 ) -> DashboardContext:
-    """What the pages work with; there is no reader before the model is loaded."""
+    """Return what the dashboard works with; there is no reader before the model is loaded."""
 
-    async def ask(prompt: str, max_tokens: int) -> AnswerPair:
-        if (now := reader()) is None:
+    async def ask_both(prompt: str, max_tokens: int) -> AnswerPair:
+        if (reader := get_reader()) is None:
             raise KeditError("the model is being loaded", code="loading")
-        wish = GenerationRequest(tuple(now.encode(prompt)), EDITED, max_tokens, temperature=0.0)
-        sides = (wish, replace(wish, variant=BASE))
-        answers = [asyncio.ensure_future(_collect_answer(now, one)) for one in sides]
+        request = GenerationRequest(tuple(reader.encode(prompt)), EDITED, max_tokens, 0.0)
+        tasks = [
+            asyncio.ensure_future(_collect_answer(reader, replace(request, variant=variant)))
+            for variant in (EDITED, BASE)
+        ]
         try:
-            (opened, edited), (_, base) = await asyncio.gather(*answers)
+            (start, edited), (_, base) = await asyncio.gather(*tasks)
         finally:
-            for one in answers:  # where one fails, the other is not wanted any more
-                one.cancel()
-        return AnswerPair(edited, base, opened.generation, opened.fired)
+            for task in tasks:  # if one fails, the other is not needed any more
+                task.cancel()
+        return AnswerPair(edited, base, start.generation, start.fired)
 
-    def thresholds() -> "Thresholds | None":
-        return now.thresholds if (now := reader()) else None
+    def get_thresholds() -> "Thresholds | None":
+        return reader.thresholds if (reader := get_reader()) else None
 
     program = f"kedit-daemon --home {shlex.quote(str(home.root))}"
-    return DashboardContext(home, thresholds, clock, ask, os.environ, program, monotonic)
+    return DashboardContext(home, get_thresholds, clock, ask_both, os.environ, program, monotonic)
 
 
-async def _collect_answer(reader: Reader, wish: GenerationRequest) -> tuple[AnswerStart, str]:
-    """An answer in one piece, and how it began."""
-    async with aclosing(reader.engine.stream_answer(wish)) as answer:
-        opened, *parts = [item async for item in answer]
-    assert isinstance(opened, AnswerStart)
-    return opened, "".join(part.text for part in parts if isinstance(part, AnswerPart)).strip()
+async def _collect_answer(reader: Reader, request: GenerationRequest) -> tuple[AnswerStart, str]:
+    """Return the start of an answer and its whole text."""
+    async with aclosing(reader.engine.stream_answer(request)) as answer:
+        start, *parts = [item async for item in answer]
+    assert isinstance(start, AnswerStart)
+    return start, "".join(part.text for part in parts if isinstance(part, AnswerPart)).strip()
 
 
 async def _handle_kedit_error(request: Request, error: Exception) -> Response:
@@ -123,20 +124,19 @@ async def _handle_kedit_error(request: Request, error: Exception) -> Response:
 
 
 async def _handle_http_error(request: Request, error: Exception) -> Response:
-    """No such path, or not by this method."""
+    """Answer that there is no such path, or not by this method."""
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http")
-    what = f"{request.method} {request.scope['path']}: {error.detail}"
-    return error_response(RequestError(what, status=error.status_code, code=code))
+    message = f"{request.method} {request.scope['path']}: {error.detail}"
+    return error_response(RequestError(message, status=error.status_code, code=code))
 
 
 async def _handle_disconnect(request: Request, error: Exception) -> Response:
-    """The client left before its body was whole."""
+    """End a request whose client left before its body was whole."""
     return Response(status_code=CLIENT_GONE)
 
 
 async def _handle_unexpected(request: Request, error: Exception) -> Response:
-    """Where we are at fault; the traceback goes to the log, and nothing of the request."""
-    return error_response(
-        RequestError("something unexpected happened", status=500, code="unexpected")
-    )
+    """Answer an unexpected error; Starlette logs the traceback, but nothing of the request."""
+    message = "something unexpected happened"
+    return error_response(RequestError(message, status=500, code="unexpected"))

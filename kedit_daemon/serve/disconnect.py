@@ -1,4 +1,4 @@
-"""Clients that leave before they are answered: nothing goes on for them."""
+"""Clients that disconnect before they are answered: their work is cancelled."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -12,18 +12,17 @@ Result = TypeVar("Result")
 
 
 async def run_unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result | None:
-    """The work's result; None when the client left before it was done. Call it once the body is
-    read."""
-    doing, leaving = (
-        asyncio.ensure_future(work),
-        asyncio.ensure_future(_wait_for_disconnect(request)),
-    )
+    """Return the result of the work; None if the client disconnects first.
+
+    Only after the body has been read.
+    """
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return doing.result() if doing.done() else None
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
     finally:
-        doing.cancel()
-        leaving.cancel()
+        for task in tasks:
+            task.cancel()
 
 
 async def _wait_for_disconnect(request: Request) -> None:

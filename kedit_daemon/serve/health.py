@@ -1,4 +1,4 @@
-"""Whether the process lives, and whether it can answer."""
+"""The health endpoints: the process lives; the server can answer."""
 
 from typing import Any
 
@@ -17,39 +17,33 @@ PING_SECONDS = 2.0
 
 
 class HealthEndpoints:
-    """The endpoints for whoever starts, stops and watches the server."""
+    """Endpoints for programs that start, stop and watch the server."""
 
     def __init__(self, home: Home) -> None:
         self.home = home
 
     def build_routes(self, gate: Middleware) -> list[Route]:
-        """Where they are; whether the process lives may be asked by anybody."""
+        """Return the routes; anybody may ask whether the process lives."""
         return [
             Route("/health", self.answer_health),
             Route("/ready", self.answer_ready, middleware=[gate]),
         ]
 
     async def answer_health(self, request: Request) -> Response:
-        """The process lives."""
+        """Answer that the process lives."""
         return JSONResponse({"status": "ok"})
 
     async def answer_ready(self, request: Request) -> Response:
-        """Whether questions are answered and facts are taken; with the reasons when not."""
+        """Answer whether prompts are answered and facts are taken, with the reasons if not."""
         reader: Reader | None = request.app.state.reader
         reasons = [] if reader else ["the model is being loaded"]
-        if why := await run_in_threadpool(self._find_daemon_problem):
-            reasons.append(why)
-        told: dict[str, Any] = {"ready": not reasons, "reasons": reasons}
-        if reader is not None:
-            figures = reader.engine.status
-            # What could not be followed is left as it was: answers are given all the same.
-            told |= {"generation": figures.generation, "problems": list(figures.problems)}
-        return JSONResponse(told, 503 if reasons else 200)
-
-    def _find_daemon_problem(self) -> str | None:
-        """What is the matter with the daemon, if something is."""
         try:
-            send_request(self.home.socket_file, PING, {}, PING_SECONDS)
+            await run_in_threadpool(send_request, self.home.socket_file, PING, {}, PING_SECONDS)
         except KeditError as error:
-            return str(error)
-        return None
+            reasons.append(str(error))
+        body: dict[str, Any] = {"ready": not reasons, "reasons": reasons}
+        if reader is not None:
+            status = reader.engine.status
+            # Problems do not count: the server answers with the last state that it could load.
+            body |= {"generation": status.generation, "problems": list(status.problems)}
+        return JSONResponse(body, 503 if reasons else 200)

@@ -1,19 +1,31 @@
-"""Where a request says that it goes and comes from; nothing where that is no address."""
+"""Checks of the Host and Origin headers, against DNS rebinding and forms of other sites.
 
+Starlette's TrustedHostMiddleware knows only a list of names, not "any address of this machine".
+"""
+
+from ipaddress import ip_address
 from urllib.parse import urlsplit
 
+from starlette.datastructures import Headers
 
-def parse_host_name(host: str) -> str:
-    """The name in a Host header, without the port."""
+
+def is_safe_host(host: str, *, loopback_only: bool) -> bool:
+    """Check that a Host header names localhost or an IP address: no name server can point these
+    here from elsewhere."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        name = urlsplit(f"//{host}").hostname or ""
+        return name == "localhost" or ip_address(name).is_loopback or not loopback_only
     except ValueError:
-        return ""
+        return False
 
 
-def parse_origin_host(origin: str) -> str:
-    """The name and the port in an Origin header: where it is this server, what Host says."""
+def is_same_origin(headers: Headers) -> bool:
+    """Check that the Origin header names the host and port of the Host header.
+
+    The scheme is left out: a proxy in front may be the one that speaks TLS.
+    """
     try:
-        return urlsplit(origin).netloc
+        origin = urlsplit(headers.get("origin", "")).netloc
     except ValueError:
-        return ""
+        return False
+    return origin != "" and origin == headers.get("host")

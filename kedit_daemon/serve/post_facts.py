@@ -1,4 +1,4 @@
-"""POST /facts: facts come in over HTTP, by the inbox like all others."""
+"""POST /facts: facts over HTTP, by way of the inbox like all others."""
 
 import asyncio
 import hashlib
@@ -25,14 +25,14 @@ from memory.errors import KeditError
 from memory.facts import FactState
 
 FILE_PREFIX = "http"
-TOKEN_CHARS = 24  # of a key's hash: the inbox keeps names of this length whole where it works
+TOKEN_CHARS = 24  # of a key's hash: the inbox keeps file names of this length unchanged
 MAX_WAIT_SECONDS = 3600.0
 MAX_KEY_CHARS = 255
 
 
 class FactsEndpoint:
-    """The endpoint. What was handed in under which key is known by the inbox and the store alone,
-    so that a key counts for ever, whatever restarts meanwhile."""
+    """The endpoint. Idempotency keys are kept in the inbox and the store alone, so that a key
+    counts for ever, through any restart."""
 
     def __init__(self, home: Home, config: Config) -> None:
         self.home, self.config = home, config
@@ -40,19 +40,18 @@ class FactsEndpoint:
         self._submit_lock = asyncio.Lock()  # two requests with one key may come together
 
     def build_routes(self, gate: Middleware) -> list[Route]:
-        """Where it is, behind a gate."""
+        """Return the route, behind a gate."""
         return [Route("/facts", self.post_facts, methods=["POST"], middleware=[gate])]
 
     async def post_facts(self, request: Request) -> Response:
-        """Hand the facts in the body in; 202 and their ids, or with `wait` what became of them."""
+        """Submit the facts of the body; answer 202 and their ids, or with `wait` their states."""
         seconds = _parse_wait(request.query_params.get("wait"))
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
-            raise bad_request(
-                f"Idempotency-Key has 1 to {MAX_KEY_CHARS} characters", "Idempotency-Key"
-            )
-        most = min(self.config.serve.max_body_bytes, self.config.inbox.max_bytes)
-        body = await read_body(request, most)
+            message = f"Idempotency-Key has 1 to {MAX_KEY_CHARS} characters"
+            raise bad_request(message, "Idempotency-Key")
+        max_bytes = min(self.config.serve.max_body_bytes, self.config.inbox.max_bytes)
+        body = await read_body(request, max_bytes)
         form = request.query_params.get("format")
         submission = await run_in_threadpool(
             prepare_submission, body, f"{FILE_PREFIX}.jsonl", form, self.limits
@@ -62,29 +61,26 @@ class FactsEndpoint:
             for p in submission.parsed.problems
         ]
         if not submission.facts:
-            what = (
-                "no fact in the body can be taken" if problems else "there is no fact in the body"
-            )
-            return error_response(
-                RequestError(what, status=422, code="no_facts"), problems=problems
-            )
+            message = "no fact in the body is valid" if problems else "there is no fact in the body"
+            error = RequestError(message, status=422, code="no_facts")
+            return error_response(error, problems=problems)
         if len(submission.data) > self.config.inbox.max_bytes:
             raise KeditError("the facts take more than [inbox] max_bytes", code="too-large")
         async with self._submit_lock:
             name = await run_in_threadpool(self._submit_facts, submission, key)
         ids = list(dict.fromkeys(fact.id for fact in submission.facts))
-        told: dict[str, Any] = {"file": name, "ids": ids, "problems": problems}
+        answer: dict[str, Any] = {"file": name, "ids": ids, "problems": problems}
         if not seconds:
-            return JSONResponse(told, 202)
+            return JSONResponse(answer, 202)
         states = await run_unless_gone(request, self._wait_for_states(name, ids, seconds))
         if states is None:
             return Response(status_code=CLIENT_GONE)
-        told["facts"] = [{"id": i, "state": s, "reason": why} for i, (s, why) in states.items()]
+        answer["facts"] = [{"id": i, "state": s, "reason": r} for i, (s, r) in states.items()]
         waiting = any(state == FactState.RECEIVED for state, _ in states.values())
-        return JSONResponse(told, 202 if waiting else 200)
+        return JSONResponse(answer, 202 if waiting else 200)
 
     def _submit_facts(self, submission: Submission, key: str | None) -> str:
-        """The name that the file has in the inbox; under a known key nothing is handed in."""
+        """Submit the facts unless the key is known; return the name of their file in the inbox."""
         if key is None:
             return submit_to_inbox(self.home.inbox_folder, submission)
         token = hashlib.sha256(key.encode()).hexdigest()[:TOKEN_CHARS]
@@ -94,7 +90,7 @@ class FactsEndpoint:
             return submit_to_inbox(self.home.inbox_folder, submission, token)
         if known != hashlib.sha256(submission.data).hexdigest():
             raise RequestError(
-                "other facts were handed in under this key",
+                "other facts were submitted under this key",
                 status=409,
                 code="idempotency_key_reused",
                 param="Idempotency-Key",
@@ -102,10 +98,10 @@ class FactsEndpoint:
         return name
 
     def _find_submitted_hash(self, name: str) -> str | None:
-        """The sha256 of a file that was handed in before.
+        """Return the sha256 of a file that was submitted before.
 
-        It goes from the inbox to work/ and into the store, and is looked for in this order: so it
-        cannot slip by.
+        A file moves from the inbox to work/ and into the store. Looking in the same order cannot
+        miss it.
         """
         inbox = self.home.inbox_folder
         for path in (inbox / name, *(inbox / "work").glob(f"*-{name}")):
@@ -119,7 +115,7 @@ class FactsEndpoint:
     async def _wait_for_states(
         self, name: str, ids: list[str], seconds: float
     ) -> dict[str, FactOutcome]:
-        """The facts' states once all are live or at an end, or after so many seconds."""
+        """Wait until every fact is live or has failed, or the time is over; return their states."""
         end = time.monotonic() + seconds
         while True:
             states = await run_in_threadpool(read_outcomes, self.home, name, ids)

@@ -1,23 +1,21 @@
-"""The body of a request, never more of it than allowed."""
+"""The body of a request, up to a limit."""
 
 from starlette.requests import Request
 
 from kedit_daemon.serve.errors import RequestError
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """All of it; raises Refused with 413 as soon as it is known to be too long."""
-    said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said) > most:
-        raise _body_too_large(most)
-    pieces, size = [], 0
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read the body; raise RequestError (413) as soon as it is known to be too long."""
+    length = request.headers.get("content-length", "")
+    too_large = RequestError(
+        f"the body may have {max_bytes} bytes at most", status=413, code="too_large"
+    )
+    if length.isdecimal() and int(length) > max_bytes:
+        raise too_large
+    body = bytearray()
     async for piece in request.stream():
-        size += len(piece)
-        if size > most:
-            raise _body_too_large(most)
-        pieces.append(piece)
-    return b"".join(pieces)
-
-
-def _body_too_large(most: int) -> RequestError:
-    return RequestError(f"the body may have {most} bytes", status=413, code="too_large")
+        body += piece
+        if len(body) > max_bytes:
+            raise too_large
+    return bytes(body)

@@ -1,8 +1,8 @@
-"""The HTTP server's process: the daemon starts it and keeps it running, so that readers are
-answered while facts are learned. Whatever becomes of it, the daemon goes on.
+"""Supervision of the HTTP server's process, which answers clients while facts are learned.
 
-The child reads its settings from stdin, in one line; when stdin ends, so has the daemon, and it
-ends too. Imports nothing heavy: the daemon imports it whether there is a server or not.
+The daemon starts it, restarts it when it ends, and goes on without it. The child reads its settings
+from stdin, in one line; when stdin closes, the daemon has ended, and the child ends too. Imports
+nothing heavy: the daemon imports it whether there is a server or not.
 """
 
 import json
@@ -22,16 +22,16 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from memory.errors import KeditError
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before it is started again
-STEADY_SECONDS = 600.0  # one that lived so long had started well, however long it loaded
-STOP_SECONDS = 10.0  # then it is killed
-MIN_TOKEN_CHARS = 16  # characters
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart
+STEADY_SECONDS = 600.0  # a child that lived this long had started well, however long it loaded
+STOP_SECONDS = 10.0  # from SIGTERM to SIGKILL
+MIN_TOKEN_CHARS = 16
 EXTRA = ("jinja2", "prometheus_client", "starlette", "uvicorn")
 log = logging.getLogger(__name__)
 
 
 def check_settings(home: Home, config: Config) -> None:
-    """Refuse settings with which no server could run; KeditError with exit code 78."""
+    """Refuse settings with which no server could run (KeditError with exit code 78)."""
     if not config.serve.port:
         return
     if missing := [name for name in EXTRA if find_spec(name) is None]:
@@ -44,8 +44,10 @@ def check_settings(home: Home, config: Config) -> None:
 
 
 def read_token(home: Home, config: Config) -> str | None:
-    """What readers must show; None where nothing is asked for. A KeditError (78) for a file that
-    does not keep it secret, or holds none."""
+    """Read the clients' token; None if there is no token file.
+
+    Raises KeditError (78): others may read the file, or it holds no token.
+    """
     if config.serve.token_file is None:
         return None
     path = home.root / Path(config.serve.token_file).expanduser()
@@ -53,27 +55,24 @@ def read_token(home: Home, config: Config) -> str | None:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             token = file.read(4096).decode("ascii").strip()
-    except OSError as error:
-        raise _token_error(f"{path}: {error.strerror}", "put a long random word into it") from error
-    except UnicodeDecodeError as error:
-        raise _token_error(
-            f"{path} is not plain ASCII", "put a long random word into it"
-        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = f": {error.strerror}" if isinstance(error, OSError) else " is not plain ASCII"
+        raise _token_error(f"{path}{why}", "put a long random word into it") from error
     if mode & (stat.S_IROTH | stat.S_IWOTH):
         raise _token_error(f"everybody may read {path}", f"chmod o-rwx {path}")
     if len(token) < MIN_TOKEN_CHARS or len(token.split()) != 1:
-        what = f"{path} must hold one word of {MIN_TOKEN_CHARS} characters at least"
-        raise _token_error(what, f"openssl rand -hex 32 > {path}")
+        message = f"{path} must hold one word of {MIN_TOKEN_CHARS} characters at least"
+        raise _token_error(message, f"openssl rand -hex 32 > {path}")
     return token
 
 
-def _token_error(what: str, hint: str) -> KeditError:
-    return KeditError(f"token_file: {what}", code="bad-config", hint=hint)
+def _token_error(message: str, hint: str) -> KeditError:
+    return KeditError(f"token_file: {message}", code="bad-config", hint=hint)
 
 
 @contextmanager
 def keep_serving(home: Home, config: Config) -> Iterator[None]:
-    """A server beside what runs within, if the settings want one."""
+    """Run a server during the block, if the settings ask for one."""
     if not config.serve.port:
         yield
         return
@@ -89,27 +88,29 @@ def keep_serving(home: Home, config: Config) -> Iterator[None]:
 
 
 class ProcessKeeper:
-    """Runs a command, again and again, until stopped: later each time that it ends soon."""
+    """Runs a command until stopped, and restarts it with a growing pause while it ends soon."""
 
-    def __init__(self, command: Sequence[str], said: bytes, pause: float = FIRST_PAUSE) -> None:
-        """`said` is what it reads from stdin first; `pause` seconds are the first wait."""
-        self._command, self._stdin_data, self._first_pause = list(command), said, pause
+    def __init__(
+        self, command: Sequence[str], stdin_data: bytes, pause: float = FIRST_PAUSE
+    ) -> None:
+        """`stdin_data` is written to the child's stdin; `pause` is the first pause, in seconds."""
+        self._command, self._stdin_data, self._first_pause = list(command), stdin_data, pause
         self._stop_event = threading.Event()
-        self._start_lock = threading.Lock()  # guards the child against a stop in between
+        self._start_lock = threading.Lock()  # no start between a stop and its SIGTERM
         self._child: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._keep_running, name="serve", daemon=True)
 
     @property
     def pid(self) -> int | None:
-        """The child's, as long as there is one."""
+        """The child's process id, if there is a child."""
         return self._child.pid if self._child is not None else None
 
     def start(self) -> None:
-        """Begin to run it."""
+        """Start the thread that runs the command."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ask it to end, wait a little, and end it."""
+        """Terminate the child; kill it if it does not end in time."""
         with self._start_lock:
             self._stop_event.set()
             child = self._child
@@ -118,34 +119,34 @@ class ProcessKeeper:
             try:
                 child.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
-                log.warning("the HTTP server does not end: killing it")
+                log.warning("The HTTP server does not end: killing it")
                 child.kill()
         self._thread.join()
 
     def _keep_running(self) -> None:
         pause = self._first_pause
         while True:
-            began = time.monotonic()
-            ended = self._run_child()
+            started_at = time.monotonic()
+            outcome = self._run_child()
             if self._stop_event.is_set():
                 return
-            if time.monotonic() - began >= STEADY_SECONDS:
+            if time.monotonic() - started_at >= STEADY_SECONDS:
                 pause = self._first_pause
-            log.warning("the HTTP server %s; it starts again in %g s", ended, pause)
+            log.warning("The HTTP server %s; it starts again in %g s", outcome, pause)
             if self._stop_event.wait(pause):
                 return
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _run_child(self) -> str:
-        """Run the child once; how it ended."""
-        # It finds the modules where this process has them.
+        """Run the child once; return how it ended."""
+        # The child imports the modules from where this process has them.
         environ = {**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)}
-        environ.pop("NOTIFY_SOCKET", None)  # it is not for the child to say how the daemon is
+        environ.pop("NOTIFY_SOCKET", None)  # only the daemon reports its state to systemd
         try:
             with self._start_lock:
                 if self._stop_event.is_set():
                     return "was not started"
-                # A session of its own: Ctrl-C is for the daemon, which ends the child.
+                # A session of its own: Ctrl-C goes to the daemon, which ends the child.
                 self._child = subprocess.Popen(
                     self._command,
                     bufsize=0,

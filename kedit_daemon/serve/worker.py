@@ -1,4 +1,4 @@
-"""The HTTP server's process, from within: `python -m kedit_daemon.serve.worker`."""
+"""The main program of the HTTP server's process: `python -m kedit_daemon.serve.worker`."""
 
 import asyncio
 import json
@@ -24,47 +24,46 @@ from kedit_daemon.serve.supervisor import read_token
 from kedit_daemon.system.log_setup import configure_logging
 from memory.errors import KeditError
 
-STREAM_SECONDS = 4.0  # that answers have to end in when the process stops
-CANCEL_SECONDS = 6.0  # then what still runs is cancelled
-OOM_SCORE = 500  # half of what there is
+STREAM_SECONDS = 4.0  # from the stop until running answers are broken off
+CANCEL_SECONDS = 6.0  # from the stop until running requests are cancelled
+OOM_SCORE = 500  # half of the highest
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Serve, by the settings that stand on stdin, until told to stop or stdin ends."""
-    said = json.loads(sys.stdin.buffer.readline())
-    home, config = Home(Path(said["home"])), Config.model_validate(said["config"])
-    configure_logging(said["debug"], os.environ)
+    """Serve by the settings on stdin until SIGTERM, or until stdin closes."""
+    settings = json.loads(sys.stdin.buffer.readline())
+    home, config = Home(Path(settings["home"])), Config.model_validate(settings["config"])
+    configure_logging(settings["debug"], os.environ)
     _raise_oom_score()
     threading.Thread(target=_exit_with_daemon, name="lifeline", daemon=True).start()
     try:
         asyncio.run(_run_server(home, config))
     except KeditError as error:
-        log.error("the HTTP server cannot run: %s", error)
+        log.error("The HTTP server cannot run: %s", error)
         sys.exit(error.exit_code)
 
 
 def _raise_oom_score() -> None:
-    """Where memory runs out, this process is killed, not the daemon, which may be writing."""
+    """Let the kernel kill this process first if memory runs out: the daemon may be writing."""
     score = Path("/proc/self/oom_score_adj")
-    with suppress(OSError):  # no Linux, or a system that does not let it
+    with suppress(OSError):  # no Linux, or no permission
         if int(score.read_text()) < OOM_SCORE:
             score.write_text(str(OOM_SCORE))
 
 
 def _exit_with_daemon() -> None:
-    # Not by sys.stdin: a thread that waits in there would abort the end of the process.
+    # Not by sys.stdin: a thread that waits in its lock would abort the exit of the process.
     while os.read(sys.stdin.fileno(), 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(CANCEL_SECONDS + 2)
-    os._exit(1)  # it hangs, and nobody is left to kill it
+    os._exit(1)  # the process hangs, and nobody is left to kill it
 
 
 async def _run_server(home: Home, config: Config) -> None:
-    app = build_app(
-        home, config, read_token(home, config), lambda: datetime.now(UTC), time.monotonic
-    )
+    token = read_token(home, config)
+    app = build_app(home, config, token, lambda: datetime.now(UTC), time.monotonic)
     server = HttpServer(app, home, config)
     await server.serve()
     if server.failure is not None:
@@ -72,14 +71,14 @@ async def _run_server(home: Home, config: Config) -> None:
 
 
 def _load_reader(home: Home, config: Config) -> Reader:
-    # Torch takes seconds to import: in a thread, so that it is answered meanwhile.
+    # Torch takes seconds to import: in a thread, so that requests are answered meanwhile.
     from kedit_daemon.serve.inference.open_model import open_reader
 
     return open_reader(home, config)
 
 
 class HttpServer(uvicorn.Server):
-    """Loads the model once it listens, and ends if that fails; ends answers when told to stop."""
+    """A server that listens first, then loads the model, and ends if that fails."""
 
     def __init__(self, app: Starlette, home: Home, settings: Config) -> None:
         self.failure: BaseException | None = None
@@ -99,23 +98,23 @@ class HttpServer(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then load the model: that takes long, and is not waited for."""
+        """Listen, and begin to load the model."""
         await super().startup(sockets)
-        log.info("listening on http://%s:%d", self.config.host, self.config.port)
+        log.info("Listening on http://%s:%d", self.config.host, self.config.port)
         self._load_task = asyncio.create_task(self._load_model())
         self._load_task.add_done_callback(self._check_load_task)
 
     async def _load_model(self) -> None:
         reader = await asyncio.to_thread(_load_reader, self._home, self._settings)
         attach_reader(self._app, reader)
-        log.info("answering as %s", reader.name)
+        log.info("Answering as %s", reader.name)
 
-    def _check_load_task(self, loading: "asyncio.Task[None]") -> None:
-        if not loading.cancelled() and (failed := loading.exception()) is not None:
-            self.failure, self.should_exit = failed, True
+    def _check_load_task(self, task: "asyncio.Task[None]") -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.failure, self.should_exit = error, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let answers come to their end; those that take too long end where they are."""
+        """Let running answers end; break off those that take too long."""
         ending = asyncio.create_task(self._close_engine(STREAM_SECONDS))
         await super().shutdown(sockets)
         ending.cancel()

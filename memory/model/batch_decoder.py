@@ -1,9 +1,9 @@
-"""Rows that are decoded together with one KV cache; they join and leave between any two steps.
+"""Continuous batching: rows share one KV cache, and join and leave between any two steps.
 
-A row is read in by itself, or with others of its length, so that no pad is ever routed or read;
-its keys and values are then laid beside those that run, with pads on the left that nothing sees.
-What a row's fact lays over the model is decided once and held by the row: the side memory may
-change meanwhile. Knows nothing of text, or of how a token is chosen.
+A row is prefilled alone or with others of its length, so that no pad is ever routed or attended
+to; its keys and values are then appended to the running batch, padded on the left under a mask.
+The side memory's delta for a row is decided once, at prefill: the side memory may change meanwhile.
+Knows nothing of text, or of how a token is chosen.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ from memory.side.side_memory import Delta, RoutingMatch, SideMemory
 
 @dataclass(frozen=True)
 class PrefilledRows:
-    """Rows that have been read in: next-token logits (rows, vocabulary) where they end, and for
-    each the fact that fires."""
+    """Next-token logits (rows, vocabulary) of prefilled rows, and the fact that fires for each."""
 
     logits: Tensor
     matches: list[RoutingMatch | None]
@@ -31,7 +30,7 @@ class PrefilledRows:
 
 @dataclass(frozen=True)
 class _PrefilledGroup:
-    """Rows of one length that have been read in."""
+    """Prefilled rows of one length."""
 
     row_indices: list[int]
     prompt_length: int
@@ -39,13 +38,13 @@ class _PrefilledGroup:
 
 
 class BatchDecoder:
-    """The running rows. Weights must stay as they are while there are any.
+    """The running rows. Weights must not change while there are any.
 
-    The positions that the model has are not checked: a row must leave before it outgrows them.
+    The model's maximum position is not checked: a row must leave before it is reached.
     """
 
     def __init__(self, model: EditableModel, side: SideMemory | None) -> None:
-        """`side`: laid over the rows that it concerns; None: over none."""
+        """`side` changes the rows that one of its facts fires for; None decodes without it."""
         self.model, self.side_memory = model, side
         self._row_lengths: list[int] = []  # of each row, in the cache
         self._row_deltas: list[Delta | None] = []
@@ -60,41 +59,34 @@ class BatchDecoder:
         return max(self._row_lengths, default=0)
 
     def prefill_rows(self, prompts: Sequence[Sequence[int]]) -> PrefilledRows:
-        """Read prompts in, token ids of one or more tokens each; they become the last rows. If it
-        fails, the rows that run are what they were."""
+        """Prefill prompts of one or more token ids each, and append them as the last rows. A
+        failure leaves the running rows unchanged."""
         logits: list[Tensor | None] = [None] * len(prompts)
-        fired: list[RoutingMatch | None] = [None] * len(prompts)
-        read = []
+        matches: list[RoutingMatch | None] = [None] * len(prompts)
+        groups, side = [], self.side_memory
         for places in group_by_length(prompts):
             ids = torch.tensor([prompts[n] for n in places], device=self.model.device)
-            found: list[RoutingMatch | None] = []
+            fired: list[RoutingMatch | None] = []
             cache = DynamicCache()
-            with (
-                self.side_memory.overlay_matches(found)
-                if self.side_memory is not None
-                else nullcontext()
-            ):
+            with nullcontext() if side is None else side.overlay_matches(fired):
                 out = self._run_model(ids, cache)
-            read.append(_PrefilledGroup(places, ids.shape[1], cache))
+            groups.append(_PrefilledGroup(places, ids.shape[1], cache))
             for row, n in enumerate(places):
                 logits[n] = out[row]
-                fired[n] = found[row] if found else None
-        joined = PrefilledRows(torch.stack([row for row in logits if row is not None]), fired)
-        deltas = [None if match is None else self._find_delta(match) for match in fired]
-        self._append_rows(read)  # last: from here on nothing fails
+                matches[n] = fired[row] if fired else None
+        result = PrefilledRows(torch.stack([row for row in logits if row is not None]), matches)
+        deltas = [side.shards[m.shard_id].delta if side and m else None for m in matches]
+        self._append_groups(groups)  # last: from here on nothing fails
         self._row_deltas += deltas
-        return joined
+        return result
 
-    def _find_delta(self, match: RoutingMatch) -> Delta | None:
-        return None if self.side_memory is None else self.side_memory.shards[match.shard_id].delta
-
-    def _append_rows(self, read: Sequence[_PrefilledGroup]) -> None:
-        """Lay what was read in beside what runs, in the order of the prompts."""
-        order = torch.tensor([n for part in read for n in part.row_indices]).argsort()
-        tokens = [part.prompt_length for part in read for _ in part.row_indices]
+    def _append_groups(self, groups: Sequence[_PrefilledGroup]) -> None:
+        """Append prefilled rows to the running ones, in the order of the prompts."""
+        order = torch.tensor([n for part in groups for n in part.row_indices]).argsort()
+        tokens = [part.prompt_length for part in groups for _ in part.row_indices]
         width = max([self.cache_width, *tokens])
         places = torch.cat([torch.arange(len(self)), order + len(self)]).to(self.model.device)
-        caches = [*([self._cache] if len(self) else []), *(part.cache for part in read)]
+        caches = [*([self._cache] if len(self) else []), *(part.cache for part in groups)]
         joined = []
         for layer in zip(*caches, strict=True):
             keys = torch.cat([_pad_left(keys, width) for keys, *_ in layer])[places]
@@ -104,24 +96,19 @@ class BatchDecoder:
         self._row_lengths += [tokens[n] for n in order.tolist()]
 
     def decode_step(self, tokens: Sequence[int]) -> Tensor:
-        """Give each row one more token; next-token logits (rows, vocabulary)."""
+        """Feed one token to each row, and return next-token logits (rows, vocabulary)."""
         device, width = self.model.device, self.cache_width
         ids = torch.tensor(tokens, device=device)[:, None]
-        held = torch.tensor(self._row_lengths, device=device)[:, None]  # also the next position
-        seen = torch.arange(width + 1, device=device) >= width - held  # (rows, width + 1)
-        with (
-            self.side_memory.overlay_deltas(self._row_deltas)
-            if self.side_memory is not None
-            else nullcontext()
-        ):
-            logits = self._run_model(
-                ids, self._cache, attention_mask=seen.long(), position_ids=held
-            )
+        lengths = torch.tensor(self._row_lengths, device=device)[:, None]  # also the next position
+        seen = torch.arange(width + 1, device=device) >= width - lengths  # (rows, width + 1)
+        side, masks = self.side_memory, {"attention_mask": seen.long(), "position_ids": lengths}
+        with nullcontext() if side is None else side.overlay_deltas(self._row_deltas):
+            logits = self._run_model(ids, self._cache, **masks)
         self._row_lengths = [n + 1 for n in self._row_lengths]
         return logits
 
     def keep_rows(self, places: Sequence[int]) -> None:
-        """Let all rows leave but those at some places, and the pads that no row needs any more."""
+        """Keep only the rows at these places, and drop pads that none of them needs."""
         if len(places) == len(self):
             return
         before = self.cache_width
@@ -133,7 +120,7 @@ class BatchDecoder:
         self._cache = DynamicCache(kept)
 
     def _run_model(self, ids: Tensor, cache: DynamicCache, **more: Tensor) -> Tensor:
-        """ids (rows, tokens) -> logits (rows, vocabulary) of their last column; the cache grows."""
+        """Return logits (rows, vocabulary) of the last column of ids (rows, tokens)."""
         with torch.no_grad():
             out = self.model.hf_model(
                 input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more
@@ -143,6 +130,5 @@ class BatchDecoder:
 
 
 def _pad_left(states: Tensor, tokens: int) -> Tensor:
-    """Keys or values (rows, heads, tokens, width of a head) with pads on the left, until there
-    are so many tokens."""
+    """Pad keys or values (rows, heads, tokens, head size) on the left to a count of tokens."""
     return pad(states, (0, 0, tokens - states.shape[2], 0))

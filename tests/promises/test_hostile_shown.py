@@ -201,7 +201,7 @@ def test_pages(home: Home) -> None:
     async def ask(prompt: str, max_tokens: int) -> AnswerPair:
         return AnswerPair(ALL, ALL, 0, match)
 
-    client = browser(home, clock=lambda: NOW, ask=ask)
+    client = browser(home, clock=lambda: NOW, ask_both=ask)
     paths = ["/", "/norms", "/norms?view=close", "/log", "/facts", "/ask", "/nothing<bad"]
     paths += [f"/facts/{fact.id}" for fact in FACTS]
     paths += [f"/ask?fact={fact.id}" for fact in FACTS[:4]]

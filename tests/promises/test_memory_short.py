@@ -22,6 +22,7 @@ from serving import NAME, server
 from tiny_models import CITIES
 
 from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon.job_runner import run_due_jobs
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.editing.memory_backoff import BACKOFF_TIME
 from kedit_daemon.system.sd_notify import SystemdNotifier
@@ -288,7 +289,7 @@ def test_a_job_fails_in_words_and_the_next_one_runs(daemon: Daemon) -> None:
     for job in ("audit", "consolidate"):
         daemon.job_schedule.due_jobs.put((job, "2026-01-01T00:00:00Z"))
     with Device(0, lambda told: not told).of(daemon.editor.live_model.model):
-        daemon._run_due_jobs()
+        run_due_jobs(daemon.job_schedule, daemon.store, daemon.editor)
     rows = daemon.store.db.conn.execute("SELECT name, outcome, detail FROM job_run ORDER BY 1")
     (first, outcome, why), (second, well, _) = (tuple(row) for row in rows)
     assert (first, outcome, second, well) == ("audit", "failed", "consolidate", "ok")

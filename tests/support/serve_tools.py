@@ -46,7 +46,7 @@ def application(
 ) -> Starlette:
     """The pages of a home, and nothing beside them."""
     limits = make_thresholds(Config(), make_default_site(4))
-    known: dict[str, Any] = {"thresholds": lambda: limits, "ask": _never, "environ": {}}
+    known: dict[str, Any] = {"get_thresholds": lambda: limits, "ask_both": _never, "environ": {}}
     return Starlette(
         routes=build_routes(DashboardContext(home, clock=clock, **known | changed), token)
     )

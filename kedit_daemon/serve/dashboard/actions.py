@@ -1,6 +1,6 @@
-"""What people may have done: each is tried first, and done when its figures have been seen.
+"""Actions of the dashboard: each is tried first, and done once its figures have been seen.
 
-The daemon does it, asked over its socket: nothing here writes.
+The daemon does them, asked over its socket: nothing here writes.
 """
 
 from collections.abc import Mapping
@@ -23,13 +23,13 @@ _GROUP_TITLES = {
     "quarantined": "Into quarantine",
     "reverted": "Taken out",
     "restored": "Live again",
-    "learned_anew": "Learned anew",
+    "learned_anew": "Learned again",
 }
 
 
 @dataclass(frozen=True)
 class DashboardAction:
-    """Something that the daemon does when it is asked, in words."""
+    """The texts of a command of the daemon."""
 
     title: str
     button: str
@@ -41,18 +41,17 @@ ACTIONS = {
     "audit": DashboardAction(
         "Audit",
         "Audit now",
-        "The health of the weights is measured, judged and written down, and what the verdict"
-        " asks for is done.",
+        "The health of the weights is measured, judged and logged, and the verdict is carried out.",
     ),
     "flush": DashboardAction(
         "Flush",
         "Flush now",
-        "Facts that wait, and those beside the weights, are moved into the weights.",
+        "Facts that wait, and those in the side memory, are moved into the weights.",
     ),
     "consolidate": DashboardAction(
         "Consolidate",
         "Consolidate now",
-        "The weights are solved anew over all live facts. It is taken if nothing gets worse.",
+        "The weights are solved again over all live facts, and kept if nothing gets worse.",
     ),
     "revert": DashboardAction(
         "Revert",
@@ -71,7 +70,7 @@ ACTIONS = {
 
 
 def build_action_routes(shell: PageFrame, home: Home) -> list[BaseRoute]:
-    """Two for each action: its trial, and the action itself. Both want a form of ours."""
+    """Return two routes per action: its trial, and the action itself. Both take a form."""
     routes = []
     for name, action in ACTIONS.items():
         for path, dry_run in ((f"/actions/{name}/try", True), (f"/actions/{name}", False)):
@@ -81,36 +80,32 @@ def build_action_routes(shell: PageFrame, home: Home) -> list[BaseRoute]:
 
 
 def _run_action(
-    home: Home, name: str, action: DashboardAction, dry_run: bool, asked: PageRequest
+    home: Home, name: str, action: DashboardAction, dry_run: bool, request: PageRequest
 ) -> DashboardPage:
-    command, given = _parse_arguments(name, asked.form)
-    reply = send_request(home.socket_file, command, {**given, "dry_run": dry_run})
+    command, arguments = _parse_arguments(name, request.form)
+    reply = send_request(home.socket_file, command, {**arguments, "dry_run": dry_run})
     answers = reply.get("answers", {})
-    ids = {key: reply[key] for key in _GROUP_TITLES if reply.get(key)}
+    groups = {title: reply[key] for key, title in _GROUP_TITLES.items() if reply.get(key)}
     with open_database(home) as conn:
-        rows = fetch_facts_by_id(
-            conn, {*answers, *(one for group in ids.values() for one in group)}
-        )
-    known = {row["id"]: row for row in rows}
-    shown = {
+        named = {*answers, *(fact_id for ids in groups.values() for fact_id in ids)}
+        rows = {row["id"]: row for row in fetch_facts_by_id(conn, named)}
+    context = {
         "name": name,
         "action": action,
-        "asked": asked.form,
-        "groups": {
-            _GROUP_TITLES[k]: [known[n] for n in group if n in known] for k, group in ids.items()
-        },
-        "answers": [(known[n], said) for n, said in answers.items() if n in known],
+        "form": request.form,
+        "groups": {title: [rows[n] for n in ids if n in rows] for title, ids in groups.items()},
+        "answers": [(rows[n], pair) for n, pair in answers.items() if n in rows],
         "outcome": list_outcome(reply),
         "measured": list_measured_figures(reply),
         "verdict": reply.get("verdict"),
-        "something": reply["taken"] if "taken" in reply else bool(ids) or name == "audit",
+        "changed": reply["taken"] if "taken" in reply else bool(groups) or name == "audit",
     }
     title = f"{action.title}: what would happen" if dry_run else f"{action.title}: done"
-    return DashboardPage("trial.html" if dry_run else "done.html", title, shown)
+    return DashboardPage("trial.html" if dry_run else "done.html", title, context)
 
 
 def _parse_arguments(name: str, form: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
-    """The daemon's command behind an action, and what it is given."""
+    """Return the daemon's command for an action, and its arguments."""
     if name == "revert":
         if not form.get("fact"):
             raise BadRequest("no fact was named", hint="choose one in Facts")

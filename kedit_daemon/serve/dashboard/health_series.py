@@ -1,8 +1,8 @@
-"""How the weights have fared: what audits and new generations measured, as curves."""
+"""The health of the weights over time, as charts of what audits and new generations measured."""
 
 import math
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from policies.stability import Limits, Thresholds
 
 @dataclass(frozen=True)
 class Measurement:
-    """One measurement: an audit's, or the one before a generation was made active."""
+    """The figures of an audit, or those taken before a generation was made active."""
 
     at: str
     name: str
@@ -22,109 +22,104 @@ class Measurement:
     figures: dict[str, Any]
 
 
-def load_measurements(conn: sqlite3.Connection, most: int) -> list[Measurement]:
-    """The last measurements, oldest first."""
-    found = [
+_SHARES = {
+    "agreement": "Share of unrelated statements that are completed as by the unedited model.",
+    "retention": "Share of the oldest live facts that are still stated.",
+}
+
+
+def load_measurements(conn: sqlite3.Connection, limit: int) -> list[Measurement]:
+    """Load the last measurements, oldest first."""
+    audits = [
         Measurement(
             row["at"], f"audit {row['id']}", row["generation"], row["verdict"], row["figures"]
         )
-        for row in fetch_audits(conn, most)
+        for row in fetch_audits(conn, limit)
     ]
-    found += [
+    generations = [
         Measurement(row["created_at"], f"generation {row['id']}", row["id"], None, row["figures"])
-        for row in fetch_generations(conn, most)
+        for row in fetch_generations(conn, limit)
         if row["figures"]  # the base was never measured
     ]
-    return sorted(found, key=lambda one: one.at)[-most:]
+    return sorted(audits + generations, key=lambda one: one.at)[-limit:]
 
 
-def build_charts(found: Sequence[Measurement], thresholds: Thresholds | None) -> list[Chart]:
-    """The figures that are judged, each with its thresholds, where those are known."""
-    at: dict[str, Limits] = {} if thresholds is None else vars(thresholds)
+def build_charts(measurements: Sequence[Measurement], thresholds: Thresholds | None) -> list[Chart]:
+    """Build the charts of the judged figures, with their thresholds where those are known."""
+    limits: dict[str, Limits] = {} if thresholds is None else vars(thresholds)
     return [
         Chart(
             "norm",
             "Norm of each edited matrix",
-            "‖W‖ over ‖W0‖: how long an edited matrix is, against the unedited one.",
-            _lines_by_layer(found, "norm_ratio", lambda ratio: ratio),
-            _verdict_limits(at.get("norm")),
+            "‖W‖ over ‖W0‖: the norm of an edited matrix over that of the unedited one.",
+            _lines_by_layer(measurements, "norm_ratio", lambda ratio: ratio),
+            _verdict_limits(limits.get("norm")),
             1.0,
         ),
         Chart(
             "perplexity",
             "Perplexity",
-            "On ordinary text, against the unedited model's.",
-            _single_line(found, "perplexity_ratio", "ratio"),
-            _verdict_limits(at.get("perplexity")),
+            "On ordinary text, over the unedited model's.",
+            _single_line(measurements, "perplexity_ratio", "ratio"),
+            _verdict_limits(limits.get("perplexity")),
             1.0,
         ),
         Chart(
             "activation",
             "Change of activations",
-            "How far the mean output of an edited layer on ordinary text is from the base's.",
-            _lines_by_layer(found, "activation_ratio", lambda ratio: abs(ratio - 1)),
-            _verdict_limits(at.get("activation")),
+            "Distance of an edited layer's mean output on ordinary text from the base's.",
+            _lines_by_layer(measurements, "activation_ratio", lambda ratio: abs(ratio - 1)),
+            _verdict_limits(limits.get("activation")),
             0.0,
         ),
-        *_build_share_charts(found, at),
-    ]
-
-
-def _build_share_charts(found: Sequence[Measurement], at: Mapping[str, Limits]) -> list[Chart]:
-    """The figures that are worse when they are lower."""
-    return [
-        Chart(
-            "agreement",
-            "Agreement",
-            "Share of unrelated statements that are completed as the unedited model does.",
-            _single_line(found, "agreement", "share"),
-            _verdict_limits(at.get("agreement"), falling=True),
-            1.0,
-            falling=True,
-        ),
-        Chart(
-            "retention",
-            "Retention",
-            "Share of the oldest live facts that are still stated.",
-            _single_line(found, "retention", "share"),
-            _verdict_limits(at.get("retention"), falling=True),
-            1.0,
-            falling=True,
+        *(
+            Chart(
+                key,
+                key.capitalize(),
+                about,
+                _single_line(measurements, key, "share"),
+                _verdict_limits(limits.get(key), falling=True),
+                1.0,
+                falling=True,
+            )
+            for key, about in _SHARES.items()
         ),
     ]
 
 
 def _lines_by_layer(
-    found: Sequence[Measurement], figure: str, seen: Callable[[float], float]
+    measurements: Sequence[Measurement], figure: str, convert: Callable[[float], float]
 ) -> dict[str, tuple[float | None, ...]]:
-    layers = {layer for one in found for layer in one.figures.get(figure) or ()}
+    by_layer = [one.figures.get(figure) or {} for one in measurements]
+    layers = sorted({layer for values in by_layer for layer in values}, key=_layer_order)
     return {
         f"layer {layer}": tuple(
-            None
-            if (value := _parse_float((one.figures.get(figure) or {}).get(layer))) is None
-            # Of an infinite ratio the change is infinite, too.
-            else seen(value)
-            for one in found
+            None if (value := _parse_float(values.get(layer))) is None else convert(value)
+            for values in by_layer
         )
-        for layer in sorted(layers, key=lambda name: (len(name), name))
+        for layer in layers
     }
 
 
+def _layer_order(layer: str) -> tuple[int, str]:
+    return len(layer), layer  # numbers as text
+
+
 def _single_line(
-    found: Sequence[Measurement], figure: str, name: str
+    measurements: Sequence[Measurement], figure: str, name: str
 ) -> dict[str, tuple[float | None, ...]]:
-    values = tuple(_parse_float(one.figures.get(figure)) for one in found)
+    values = tuple(_parse_float(one.figures.get(figure)) for one in measurements)
     return {name: values} if any(value is not None for value in values) else {}
 
 
 def _parse_float(value: object) -> float | None:
-    """What the database has of a number: those that JSON lacks are words there."""
+    """Parse a number of the database, which stores NaN and infinity as text."""
     if isinstance(value, str):
         return math.nan
     return float(value) if isinstance(value, int | float) else None
 
 
 def _verdict_limits(limits: Limits | None, falling: bool = False) -> dict[str, float]:
-    """By verdict; `falling`: limits of a share that is lost, as those of the one that is kept."""
+    """Return verdict -> limit; `falling`: turn limits of the lost share into the kept share."""
     known = {} if limits is None else vars(limits)
     return {name: 1 - limit if falling else limit for name, limit in known.items()}

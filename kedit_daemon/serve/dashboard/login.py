@@ -1,11 +1,10 @@
-"""Who may see the pages, and which forms were really sent from them.
+"""Sign-in to the dashboard, and the protection of its forms (CSRF).
 
 It knows nothing of what the pages show.
 """
 
 import hashlib
 import hmac
-import ipaddress
 import secrets
 import time
 from collections.abc import Callable
@@ -16,14 +15,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kedit_daemon.serve.access import RateLimiter
-from kedit_daemon.serve.hosts import parse_host_name, parse_origin_host
+from kedit_daemon.serve.hosts import is_safe_host, is_same_origin
+from kedit_daemon.serve.request_body import read_body
 from memory.errors import BadRequest, KeditError
 
-SESSION_COOKIE, NONCE_COOKIE = "kedit_session", "kedit_form"  # cookies
+SESSION_COOKIE, NONCE_COOKIE = "kedit_session", "kedit_form"
 TOKEN_FIELD = "form_token"
 SESSION_LENGTH = timedelta(hours=12)
-MAX_WRONG_TOKENS = 10  # tokens of one client in a minute
-MAX_SESSIONS = 100  # at once; the oldest goes
+MAX_WRONG_TOKENS = 10  # of one client in a minute
+MAX_SESSIONS = 100  # at once; a new one ends the oldest
 MAX_FORM_BYTES, MAX_FORM_FIELDS = 64 << 10, 20
 SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self';"
@@ -38,7 +38,7 @@ SECURITY_HEADERS = {
 
 
 class SessionGuard:
-    """Sessions and form tokens. Both die with the process."""
+    """Sessions and form tokens. Both end with the process."""
 
     def __init__(
         self,
@@ -46,47 +46,44 @@ class SessionGuard:
         clock: Callable[[], datetime],
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`token`: what a person has to know to sign in; None where nobody has to."""
+        """Sign-in takes `token`; None: there is no sign-in."""
         self._token, self._clock = token, clock
         self._wrong_tokens = RateLimiter(MAX_WRONG_TOKENS, monotonic)
         self._secret = secrets.token_bytes(32)
-        self._sessions: dict[str, datetime] = {}  # by cookie, until when; the oldest first
+        self._sessions: dict[str, datetime] = {}  # cookie -> end, the oldest first
 
     @property
     def needs_sign_in(self) -> bool:
-        """Whether people have to sign in."""
+        """Return whether people have to sign in."""
         return self._token is not None
 
     def check_host(self, request: Request) -> None:
-        """Refuse a name that anybody may have pointed here (DNS rebinding), where no sign-in
-        protects what is shown. No name server stands behind a number or localhost."""
-        name = parse_host_name(request.headers.get("host", ""))
-        if self.needs_sign_in or name == "localhost":
-            return
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
+        """Refuse a host name that anybody may have pointed here (DNS rebinding), where no sign-in
+        protects the pages."""
+        host = request.headers.get("host", "")
+        if not self.needs_sign_in and not is_safe_host(host, loopback_only=False):
             raise KeditError(
-                f"without a token these pages are not served as {name!r}",
+                f"without a token these pages are not served as {host!r}",
                 code="host",
                 hint="open them by the address of the machine, such as 127.0.0.1",
-            ) from None
+            )
 
     # Sessions -----------------------------------------------------------------------------------
 
     def is_signed_in(self, request: Request) -> bool:
-        """Whether the request may see and do everything."""
+        """Return whether a request may see and do everything."""
         if not self.needs_sign_in:
             return True
-        until = self._sessions.get(request.cookies.get(SESSION_COOKIE, ""))
-        return until is not None and self._clock() < until
+        end = self._sessions.get(request.cookies.get(SESSION_COOKIE, ""))
+        return end is not None and self._clock() < end
 
     def sign_in_delay(self, request: Request) -> int:
-        """Seconds for which no token of this client is looked at: too many were wrong."""
+        """Return the seconds until a token of this client is checked: too many were wrong."""
         return self._wrong_tokens.check_rate(_client_host(request), take=False)
 
     def sign_in(self, request: Request, given: str, response: Response) -> bool:
-        """Begin a session, if the token is right. Ask `held_back` first."""
+        """Begin a session if the token is right. Check `sign_in_delay` first."""
+        # Digests: the comparison does not even show the token's length.
         digests = (hashlib.sha256(t.encode()).digest() for t in (given, self._token or ""))
         if not self.needs_sign_in or not hmac.compare_digest(*digests):
             self._wrong_tokens.check_rate(_client_host(request))
@@ -99,31 +96,29 @@ class SessionGuard:
         return True
 
     def sign_out(self, request: Request, response: Response) -> None:
-        """End the session, here and in the browser."""
+        """End the session, on the server and in the browser."""
         self._sessions.pop(request.cookies.get(SESSION_COOKIE, ""), None)
         response.delete_cookie(SESSION_COOKIE, httponly=True, samesite="strict")
 
     # Forms --------------------------------------------------------------------------------------
 
     def get_nonce(self, request: Request) -> str:
-        """The browser's own number, which the token of every form is made from."""
+        """Return the browser's nonce, from which the tokens of its forms are made."""
         return request.cookies.get(NONCE_COOKIE) or secrets.token_urlsafe(16)
 
     def keep_nonce(self, request: Request, response: Response, nonce: str) -> None:
-        """Let the browser keep its number, if it has none yet."""
+        """Give the browser its nonce, if it has none yet."""
         if NONCE_COOKIE not in request.cookies:
             self._set_cookie(request, response, NONCE_COOKIE, nonce)
 
     def make_form_token(self, request: Request, nonce: str) -> str:
-        """What a form has to carry: nobody else can make it, and it fits one session."""
-        said = f"{nonce}\n{request.cookies.get(SESSION_COOKIE, '')}".encode()
-        return hmac.new(self._secret, said, hashlib.sha256).hexdigest()
+        """Return the token of a form: nobody else can make it, and it is valid in one session."""
+        owner = f"{nonce}\n{request.cookies.get(SESSION_COOKIE, '')}".encode()
+        return hmac.new(self._secret, owner, hashlib.sha256).hexdigest()
 
     async def read_form(self, request: Request) -> dict[str, str]:
-        """The fields of a form that one of these pages has sent. KeditError: another has."""
-        origin = parse_origin_host(request.headers.get("origin", ""))
-        # The scheme is left out: a proxy in front may be the one who speaks TLS.
-        if not origin or origin != request.headers.get("host"):
+        """Read the fields of a form; refuse one that was not sent from these pages."""
+        if not is_same_origin(request.headers):
             raise _foreign_form_error("the form was sent from another page")
         fields = await _read_fields(request)
         nonce = request.cookies.get(NONCE_COOKIE, "")
@@ -148,17 +143,8 @@ def _foreign_form_error(message: str) -> KeditError:
 
 
 async def _read_fields(request: Request) -> dict[str, str]:
-    body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_FORM_BYTES:
-            raise KeditError(
-                f"the form is longer than {MAX_FORM_BYTES} bytes",
-                code="too-large",
-                hint="send less",
-            )
     try:
-        text = body.decode("ascii")
+        text = (await read_body(request, MAX_FORM_BYTES)).decode("ascii")
         pairs = parse_qsl(
             text, keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS, errors="strict"
         )

@@ -1,16 +1,16 @@
-"""The dashboard: how the daemon is, what it knows, and what changed, for people.
+"""The pages of the dashboard: the daemon's state, its facts, and its log.
 
-It reads the database, which it cannot write to, and has the daemon do what people ask for. So it
-shows what is known even when the daemon is dead.
+They read the database, which they cannot write to, and ask the daemon for actions. So they show
+what is known even when the daemon is dead.
 """
 
 import re
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute
@@ -55,8 +55,8 @@ DEFAULT_TOKENS = 40
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """Two answers to one prompt, the generation that gave the edited one, and the fact of the side
-    memory that fired, if one did."""
+    """The answers of both models to one prompt, the generation of the edited one, and the fact of
+    the side memory that fired, if one did."""
 
     edited: str
     base: str
@@ -64,128 +64,121 @@ class AnswerPair:
     fired: "RoutingMatch | None"
 
 
-class AskBothModels(Protocol):
-    """Lets the edited and the unedited model go on from a prompt. Raises KeditError where it cannot
-    be answered."""
-
-    async def __call__(self, prompt: str, max_tokens: int) -> AnswerPair: ...
-
-
 @dataclass(frozen=True)
 class DashboardContext:
-    """What the pages are about, and what they work with."""
+    """What the pages work with."""
 
     home: Home
     get_thresholds: Callable[[], "Thresholds | None"]
-    """Those that audits judge by; None as long as the model, which has its own, is not loaded."""
+    """Returns the thresholds of audits; None until the model, which has its own, is loaded."""
     clock: Callable[[], datetime]
-    ask_both: AskBothModels
+    ask_both: Callable[[str, int], Awaitable[AnswerPair]]
+    """Continues a prompt by at most a number of tokens with the edited and the unedited model."""
     environ: Mapping[str, str]
     program: str = "kedit-daemon"
-    """How people call the command line for this home."""
+    """The command line for this home."""
     monotonic: Callable[[], float] = time.monotonic
 
 
-def build_routes(board: DashboardContext, token: str | None) -> list[BaseRoute]:
-    """The pages, to be mounted at the root. `token`: what people sign in with, None where they need
-    not. They look after their own sign-in, and nothing else may ask for it on these paths."""
-    guard = SessionGuard(token, board.clock, board.monotonic)
-    shell = PageFrame(guard, board.clock, board.program)
-    view = _PageViews(board)
+def build_routes(context: DashboardContext, token: str | None) -> list[BaseRoute]:
+    """Return the routes of the dashboard, for the root of the site.
+
+    token: the token for the sign-in; None: there is no sign-in. The pages check it themselves: no
+    other gate may stand before these paths.
+    """
+    guard = SessionGuard(token, context.clock, context.monotonic)
+    frame = PageFrame(guard, context.clock, context.program)
+    views = _PageViews(context)
     return [
-        shell.page_route("/", view.show_overview),
-        shell.page_route("/norms", view.show_norms),
-        shell.page_route("/log", view.show_log),
-        shell.page_route("/facts", view.show_facts),
-        shell.page_route("/facts/{fact}", view.show_fact),
-        shell.page_route("/ask", view.show_ask_form),
-        shell.page_route("/ask", view.answer_prompt, "POST"),
-        *build_action_routes(shell, board.home),
-        *shell.fixed_routes(),
+        frame.page_route("/", views.show_overview),
+        frame.page_route("/norms", views.show_norms),
+        frame.page_route("/log", views.show_log),
+        frame.page_route("/facts", views.show_facts),
+        frame.page_route("/facts/{fact}", views.show_fact),
+        frame.page_route("/ask", views.show_ask_form),
+        frame.page_route("/ask", views.answer_prompt, "POST"),
+        *build_action_routes(frame, context.home),
+        *frame.fixed_routes(),
     ]
 
 
 class _PageViews:
-    """A page each."""
+    """The handlers of the pages."""
 
-    def __init__(self, board: DashboardContext) -> None:
-        self.context, self.home = board, board.home
+    def __init__(self, context: DashboardContext) -> None:
+        self.context, self.home = context, context.home
 
-    def show_overview(self, _asked: PageRequest) -> DashboardPage:
-        board = self.context
-        found = gather_status(self.home, board.clock(), board.environ, board.program)
+    def show_overview(self, _request: PageRequest) -> DashboardPage:
+        program = self.context.program
+        status = gather_status(self.home, self.context.clock(), self.context.environ, program)
         events = []
-        if self.home.database_file.is_file() and found["events"]:
+        if self.home.database_file.is_file() and status["events"]:
             with open_database(self.home) as conn:
-                events = [
-                    _describe_event(conn, row)
-                    for row in fetch_event_page(conn, {}, None, LAST_EVENTS)
-                ]
-        needs = [{**w, "page": _find_page(w["command"], board.program)} for w in found["warnings"]]
-        audit = found["last_audit"]
-        shown = {
-            "found": found,
+                rows = fetch_event_page(conn, {}, None, LAST_EVENTS)
+                events = [_describe_event(conn, row) for row in rows]
+        audit = status["last_audit"]
+        context = {
+            "status": status,
             "figures": list_audit_figures(audit) if audit else [],
             "events": events,
-            "needs": needs,
+            "needs": [{**w, "page": _find_page(w["command"], program)} for w in status["warnings"]],
             "actions": ACTIONS,
         }
-        return DashboardPage("overview.html", "Overview", shown)
+        return DashboardPage("overview.html", "Overview", context)
 
-    def show_norms(self, asked: PageRequest) -> DashboardPage:
-        most = _parse_choice(asked.query, "last", POINT_CHOICES[0], POINT_CHOICES)
-        close = asked.query.get("view") == "close"
+    def show_norms(self, request: PageRequest) -> DashboardPage:
+        limit = _parse_choice(request.query, "last", POINT_CHOICES[0], POINT_CHOICES)
+        close = request.query.get("view") == "close"
         with open_database(self.home) as conn:
-            found = load_measurements(conn, most)
+            measured = load_measurements(conn, limit)
             generations = fetch_generations(conn, MAX_GENERATIONS)
             active = fetch_overview(conn)["generation"]
         thresholds = self.context.get_thresholds()
-        drawn = [(chart, draw_chart(chart, close)) for chart in build_charts(found, thresholds)]
-        shown = {
-            "measured": found,
+        charts = build_charts(measured, thresholds)
+        context = {
+            "measured": measured,
             "judged": thresholds is not None,
-            "drawn": drawn,
+            "drawn": [(chart, draw_chart(chart, close)) for chart in charts],
             "close": close,
-            "most": most,
+            "limit": limit,
             "choices": POINT_CHOICES,
             "generations": generations[::-1],
             "active": active,
             "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         }
-        return DashboardPage("norms.html", "Norms", shown)
+        return DashboardPage("norms.html", "Norms", context)
 
-    def show_log(self, asked: PageRequest) -> DashboardPage:
-        given = {n: asked.query.get(n, "").strip() for n in ("kind", "fact", "subject", "since")}
-        wanted: dict[str, Any] = {name: text or None for name, text in given.items()}
-        problem = None
+    def show_log(self, request: PageRequest) -> DashboardPage:
+        given = {n: request.query.get(n, "").strip() for n in ("kind", "fact", "subject", "since")}
+        filters: dict[str, Any] = {name: text or None for name, text in given.items()}
+        problem, since = None, filters.pop("since")
         try:
-            wanted["since"] = (
-                parse_time(given["since"], self.context.clock()) if given["since"] else None
-            )
+            filters["since"] = parse_time(since, self.context.clock()) if since else None
         except ValueError as error:
-            problem, wanted["since"] = str(error), None
+            problem = str(error)
+        before = _parse_before(request.query)
         with open_database(self.home) as conn:
-            rows = fetch_event_page(conn, wanted, _parse_before(asked.query), PAGE_SIZE + 1)
+            rows = fetch_event_page(conn, filters, before, PAGE_SIZE + 1)
             kinds = fetch_event_kinds(conn)
             events = [_describe_event(conn, row) for row in rows[:PAGE_SIZE]]
-        shown = {
+        context = {
             "events": events,
             "older": rows[PAGE_SIZE - 1]["seq"] if len(rows) > PAGE_SIZE else None,
-            "paged": _parse_before(asked.query) is not None,
+            "paged": before is not None,
             "kinds": kinds,
             "given": given,
             "problem": problem,
         }
-        return DashboardPage("log.html", "Log", shown)
+        return DashboardPage("log.html", "Log", context)
 
-    def show_facts(self, asked: PageRequest) -> DashboardPage:
-        text, state = (asked.query.get(name, "").strip() for name in ("text", "state"))
+    def show_facts(self, request: PageRequest) -> DashboardPage:
+        text, state = (request.query.get(name, "").strip() for name in ("text", "state"))
         state = state if state in set(FactState) else ""
-        before = _parse_before(asked.query)
+        before = _parse_before(request.query)
         with open_database(self.home) as conn:
             rows = fetch_fact_page(conn, text or None, state or None, before, PAGE_SIZE + 1)
             counts = fetch_overview(conn)["states"]
-        shown = {
+        context = {
             "facts": rows[:PAGE_SIZE],
             "older": rows[PAGE_SIZE - 1]["seq"] if len(rows) > PAGE_SIZE else None,
             "paged": before is not None,
@@ -193,69 +186,64 @@ class _PageViews:
             "text": text,
             "state": state,
         }
-        return DashboardPage("facts.html", "Facts", shown)
+        return DashboardPage("facts.html", "Facts", context)
 
-    def show_fact(self, asked: PageRequest) -> DashboardPage:
+    def show_fact(self, request: PageRequest) -> DashboardPage:
         with open_database(self.home) as conn:
-            fact = _load_fact(conn, asked.path["fact"])
+            fact = _load_fact(conn, request.path["fact"])
             events = [_describe_event(conn, {**row, "said": None}) for row in fact["events"][::-1]]
-        near = [
-            (n, fill_subject(n["prompt"], fact["subject"]))
-            for n in fact["record"].get("neighbours", ())
-        ]
-        told = ("state", "before", "after", "probe")
-        shown = {
+        subject, record = fact["subject"], fact["record"]
+        shown_above = ("state", "before", "after", "probe")
+        context = {
             "fact": fact,
-            "fields": [(n, value) for n, value in list_fact_fields(fact) if n not in told],
-            "also": [
-                fill_subject(p, fact["subject"]) for p in fact["record"].get("paraphrases", ())
+            "fields": [(n, value) for n, value in list_fact_fields(fact) if n not in shown_above],
+            "paraphrases": [fill_subject(p, subject) for p in record.get("paraphrases", ())],
+            "neighbours": [
+                (n, fill_subject(n["prompt"], subject)) for n in record.get("neighbours", ())
             ],
-            "near": near,
             "events": events,
             "active": fact["state"] in ACTIVE_STATES,
         }
-        return DashboardPage("fact.html", "Fact", shown)
+        return DashboardPage("fact.html", "Fact", context)
 
-    def show_ask_form(self, asked: PageRequest) -> DashboardPage:
-        """The box; a fact's own question is in it, where one is named."""
+    def show_ask_form(self, request: PageRequest) -> DashboardPage:
+        """Show the form, with the question of the fact that is named, if one is."""
         prompt = ""
-        if name := asked.query.get("fact"):
+        if name := request.query.get("fact"):
             with open_database(self.home) as conn:
                 fact = _load_fact(conn, name)
             prompt = fill_subject(fact["prompt"], fact["subject"])
         return self._build_ask_page(prompt, DEFAULT_TOKENS)
 
-    async def answer_prompt(self, asked: PageRequest) -> DashboardPage:
-        prompt = asked.form.get("prompt", "")
-        tokens = _parse_choice(asked.form, "tokens", DEFAULT_TOKENS, TOKEN_CHOICES)
-        if not prompt.strip():
-            return self._build_ask_page(
-                prompt, tokens, status=400, problem="Write something to go on from."
-            )
-        if len(prompt) > MAX_PROMPT_CHARS:
+    async def answer_prompt(self, request: PageRequest) -> DashboardPage:
+        prompt = request.form.get("prompt", "")
+        tokens = _parse_choice(request.form, "tokens", DEFAULT_TOKENS, TOKEN_CHOICES)
+        if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARS:
             problem = f"That is longer than {MAX_PROMPT_CHARS:,} characters."
+            if not prompt.strip():
+                problem = "Write something to go on from."
             return self._build_ask_page(prompt, tokens, status=400, problem=problem)
-        sides = await self.context.ask_both(prompt, tokens)
-        fired = await run_in_threadpool(self._find_fired, prompt, sides)
-        return self._build_ask_page(prompt, tokens, sides=sides, fired=fired)
+        answers = await self.context.ask_both(prompt, tokens)
+        fired = await run_in_threadpool(self._find_fired, prompt, answers)
+        return self._build_ask_page(prompt, tokens, answers=answers, fired=fired)
 
-    def _find_fired(self, prompt: str, sides: AnswerPair) -> list[dict[str, Any]]:
+    def _find_fired(self, prompt: str, answers: AnswerPair) -> list[dict[str, Any]]:
         with open_database(self.home) as conn:
-            if sides.fired is not None:
-                return fetch_facts_by_id(conn, [sides.fired.fact_id])
+            if answers.fired is not None:
+                return fetch_facts_by_id(conn, [answers.fired.fact_id])
             return find_weights_facts(conn, prompt)
 
     def _build_ask_page(
-        self, prompt: str, tokens: int, status: int = 200, **more: Any
+        self, prompt: str, tokens: int, status: int = 200, **fields: Any
     ) -> DashboardPage:
-        shown = {
+        context = {
             "prompt": prompt,
             "tokens": tokens,
             "choices": TOKEN_CHOICES,
             "longest": MAX_PROMPT_CHARS,
-            **{"sides": None, "fired": [], "problem": None, **more},
+            **{"answers": None, "fired": [], "problem": None, **fields},
         }
-        return DashboardPage("ask.html", "Ask", shown, status)
+        return DashboardPage("ask.html", "Ask", context, status)
 
 
 def _load_fact(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
@@ -266,10 +254,10 @@ def _load_fact(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
 
 
 def _describe_event(conn: "sqlite3.Connection", row: Mapping[str, Any]) -> dict[str, Any]:
-    """An event in words."""
+    """Return an event with its statement and its description."""
     row = add_prior_answer(conn, row)
-    said = format_statement(row["said"]) if row["said"] else None
-    return {**row, "said": find_event_statement(row, said), "told": describe_event(row)}
+    statement = find_event_statement(row, format_statement(row["said"]) if row["said"] else None)
+    return {**row, "statement": statement, "details": describe_event(row)}
 
 
 def _parse_choice(
@@ -280,13 +268,13 @@ def _parse_choice(
 
 
 def _parse_before(query: Mapping[str, str]) -> int | None:
-    """Where the page before this one ended; nonsense is the start."""
+    """Return the number at which the page before this one ended; None for the first page."""
     text = query.get("before", "")
     return int(text) if re.fullmatch(r"[0-9]{1,15}", text) else None
 
 
 def _find_page(command: str, program: str) -> str | None:
-    """Where on these pages one may do what a command does."""
+    """Return the page that does what a command does, if one does."""
     name, *rest = shlex.split(command.removeprefix(program)) or [""]
     if name in ACTIONS:
         return "/#actions"

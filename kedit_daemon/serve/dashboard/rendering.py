@@ -1,6 +1,6 @@
-"""From a function that says what a page shows to an endpoint that sends it.
+"""The frame of the dashboard: from a function that returns a page to an endpoint that sends it.
 
-Every text on a page goes through `clean` and is escaped, whoever wrote it.
+Every text on a page is cleaned of control characters and escaped, whoever wrote it.
 """
 
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
@@ -14,12 +14,10 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from starlette.concurrency import run_in_threadpool
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kedit_daemon.report.render import (
     format_bytes,
@@ -31,25 +29,17 @@ from kedit_daemon.report.render import (
 from kedit_daemon.report.worddiff import diff_words
 from kedit_daemon.serve.dashboard.login import SECURITY_HEADERS, SessionGuard
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
+from kedit_daemon.serve.errors import status_of
 from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 
 DASHBOARD_FOLDER = Path(__file__).parent
-_STATUS_BY_CODE = {
-    "bad-request": 400,
-    "foreign-form": 403,
-    "unknown-fact": 404,
-    "unknown-generation": 404,
-    "too-large": 413,
-    "host": 421,
-    **dict.fromkeys(("no-home", "not-running", "timeout", "unreadable"), 503),
-}
-_DEFAULT_STATUS = 409
+REFUSED_STATUS = 409  # of errors without a status of their own
 
 
 @dataclass(frozen=True)
 class PageRequest:
-    """What a request brings: of its path, behind its question mark, and in its form."""
+    """The parameters of a request, and the fields of its form."""
 
     path: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str] = field(default_factory=dict)
@@ -58,7 +48,7 @@ class PageRequest:
 
 @dataclass(frozen=True)
 class DashboardPage:
-    """A template and what it shows."""
+    """A template and its context."""
 
     template: str
     title: str
@@ -74,40 +64,39 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class PageFrame:
-    """The frame around every page: who may see it, how it is rendered, and its headers."""
+    """The frame around every page: its sign-in, rendering and headers."""
 
     def __init__(self, guard: SessionGuard, clock: Callable[[], datetime], program: str) -> None:
-        """`program`: how people call the command line for this home."""
+        """program: the command line for this home."""
         self.guard, self._clock = guard, clock
         self._templates = _build_environment(program)
 
     def page_route(self, path: str, handler: Handler, method: str = "GET") -> BaseRoute:
-        """A route to a page, whose KeditErrors are shown. What is no coroutine runs in a thread."""
+        """Return the route of a page. A handler that is no coroutine runs in a thread."""
 
         async def endpoint(request: Request) -> Response:
             if not self.guard.is_signed_in(request):
                 return self._redirect_to_sign_in(request)
             form = await self.guard.read_form(request) if method == "POST" else {}
-            asked = PageRequest(request.path_params, dict(request.query_params), form)
+            parameters = PageRequest(request.path_params, dict(request.query_params), form)
             if iscoroutinefunction(handler):
-                page: DashboardPage | None = await run_unless_gone(request, handler(asked))
+                page: DashboardPage | None = await run_unless_gone(request, handler(parameters))
                 if page is None:
                     return Response(status_code=CLIENT_GONE)
             else:
-                page = await run_in_threadpool(
-                    cast(Callable[[PageRequest], DashboardPage], handler), asked
-                )
+                show = cast(Callable[[PageRequest], DashboardPage], handler)
+                page = await run_in_threadpool(show, parameters)
             return self._render_page(request, page)
 
         return Route(path, self._guard_endpoint(endpoint), methods=[method])
 
     def fixed_routes(self) -> list[BaseRoute]:
-        """The routes that need no sign-in: signing in and out, style and script."""
-        static = StaticFiles(directory=DASHBOARD_FOLDER / "static")
+        """Return the routes that need no sign-in: sign-in and sign-out, style and script."""
+        static = _SafeStaticFiles(directory=DASHBOARD_FOLDER / "static")
         return [
             Route("/sign-in", self._guard_endpoint(self._sign_in), methods=["GET", "POST"]),
             Route("/sign-out", self._guard_endpoint(self._sign_out), methods=["POST"]),
-            Mount("/static", static, middleware=[Middleware(_HeadersMiddleware)], name="static"),
+            Mount("/static", static, name="static"),
         ]
 
     def _guard_endpoint(self, endpoint: Endpoint) -> Endpoint:
@@ -140,7 +129,7 @@ class PageFrame:
     # Signing in and out -------------------------------------------------------------------------
 
     def _redirect_to_sign_in(self, request: Request) -> Response:
-        """Back to where the person wanted to go, afterwards; what was to be done is not kept."""
+        """Redirect to the sign-in, which leads back to this page; a form is not kept."""
         # Not request.url, which is made from Host, and that may be anything.
         wanted = request.scope["path"]
         if query := request.scope["query_string"].decode("latin-1"):
@@ -151,23 +140,23 @@ class PageFrame:
     async def _sign_in(self, request: Request) -> Response:
         form = await self.guard.read_form(request) if request.method == "POST" else None
         wanted = _safe_path((form or dict(request.query_params)).get("next", "/"))
-        response: Response = RedirectResponse(wanted, 303)
-        if form is not None and (seconds := self.guard.sign_in_delay(request)):
-            shown = {"wanted": wanted, "wrong": True, "seconds": seconds}
-            response = self._render_page(
-                request, DashboardPage("sign_in.html", "Sign in", shown, 429)
-            )
+        redirect = RedirectResponse(wanted, 303)
+        seconds, status = 0, 200
+        if form is None:
+            if self.guard.is_signed_in(request):
+                return redirect
+        elif seconds := self.guard.sign_in_delay(request):
+            status = 429
+        elif self.guard.sign_in(request, form.get("token", ""), redirect):
+            return redirect
+        else:
+            status = 403
+        context = {"wanted": wanted, "wrong": form is not None, "seconds": seconds}
+        page = DashboardPage("sign_in.html", "Sign in", context, status)
+        response = self._render_page(request, page)
+        if seconds:
             response.headers["Retry-After"] = str(seconds)
-            return response
-        if form is not None and self.guard.sign_in(request, form.get("token", ""), response):
-            return response
-        if form is None and self.guard.is_signed_in(request):
-            return response
-        wrong = form is not None
-        shown = {"wanted": wanted, "wrong": wrong, "seconds": 0}
-        return self._render_page(
-            request, DashboardPage("sign_in.html", "Sign in", shown, 403 if wrong else 200)
-        )
+        return response
 
     async def _sign_out(self, request: Request) -> Response:
         await self.guard.read_form(request)
@@ -176,38 +165,30 @@ class PageFrame:
         return response
 
 
-class _HeadersMiddleware:
-    """Puts the security headers on what is sent from a folder."""
+class _SafeStaticFiles(StaticFiles):
+    """The files of a folder, sent with the security headers."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                added = [(k.lower().encode(), v.encode()) for k, v in SECURITY_HEADERS.items()]
-                message["headers"] = [*message["headers"], *added]
-            await send(message)
-
-        await self._app(scope, receive, with_headers)
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(SECURITY_HEADERS)
+        return response
 
 
 def error_page(error: KeditError) -> DashboardPage:
-    """What went wrong, and what to do."""
-    shown = {"message": str(error), "hint": error.hint, "code": error.code}
-    return DashboardPage(
-        "error.html", "That did not work", shown, _STATUS_BY_CODE.get(error.code, _DEFAULT_STATUS)
-    )
+    """Return the page that shows an error and its remedy."""
+    context = {"message": str(error), "hint": error.hint, "code": error.code}
+    status = status_of(error, REFUSED_STATUS)
+    return DashboardPage("error.html", "That did not work", context, status)
 
 
 def _safe_path(path: str) -> str:
-    """The path if it leads to one of our pages, and not to another site."""
+    """Return the path if it stays on this site, else the root."""
     safe = path.startswith("/") and not path.startswith("//") and "\\" not in path
     return path if safe and path.isprintable() else "/"
 
 
 def _build_environment(program: str) -> Environment:
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(DASHBOARD_FOLDER / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -215,17 +196,17 @@ def _build_environment(program: str) -> Environment:
         lstrip_blocks=True,
         finalize=_clean_output,
     )
-    made.filters |= {
+    environment.filters |= {
         "age": format_duration,
         "figures": format_figures,
-        "moment": format_time,
+        "timestamp": format_time,
         "size": format_bytes,
         "statement": format_statement,
     }
-    made.globals |= {"program": program, "word_changes": diff_words}
-    return made
+    environment.globals |= {"program": program, "word_changes": diff_words}
+    return environment
 
 
 def _clean_output(value: object) -> object:
-    """Whatever a template prints, unless a template has made it."""
+    """Clean the text that a template prints, except markup of a template."""
     return value if isinstance(value, Markup) else clean_text(value, lines=True)

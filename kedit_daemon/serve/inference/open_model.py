@@ -1,4 +1,4 @@
-"""Opens the model of a home for readers. Imports torch: only a process that answers wants it."""
+"""Opening of a home's model for clients. Imports torch: only a process that answers needs it."""
 
 from pathlib import Path
 
@@ -11,12 +11,12 @@ from kedit_daemon.serve.inference.replica import Replica
 
 
 def open_reader(home: Home, config: Config) -> Reader:
-    """A reader on a home, with an engine that follows what the daemon publishes there.
+    """Open a reader on a home, with an engine that follows what the daemon publishes there.
 
     Raises KeditError: no database, no such model, or not the one that the home is for.
     """
     replica = Replica.load(home, config.model, config.device)
-    replica.sync()  # who is told that it is ready is answered at once, and as edited
+    replica.sync()  # the first answer after "ready" comes at once, and is edited
     engine = BatchEngine(replica, config.serve.most_rows, config.serve.waiting_limit)
     limits = None if replica.site is None else make_thresholds(config, replica.site)
     return Reader(Path(config.model).name, engine.model, engine, limits)

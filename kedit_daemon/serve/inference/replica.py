@@ -1,7 +1,7 @@
-"""A second copy of the model that follows the daemon's home, for those who only read.
+"""A second copy of the model that follows the daemon's home, for answers to clients.
 
-It loads what the daemon has published, and never writes: what is missing or damaged there stays
-as it was here, and is told.
+It loads what the daemon has published, and never writes. A file that is missing or damaged leaves
+the replica as it was, and is reported as a problem.
 """
 
 import logging
@@ -12,36 +12,35 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from kedit_daemon.editing.live_model import check_base, make_side_memory
+from kedit_daemon.editing.live_model import add_side_fact, check_base, make_side_memory
 from kedit_daemon.editing.model_loading import open_model
-from kedit_daemon.editing.tensor_files import load_delta, load_deltas, unpack_keys
+from kedit_daemon.editing.tensor_files import load_deltas, load_shard, unpack_keys
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.db import meta_keys
 from memory.db.follower import Follower, LiveSideRow
 from memory.errors import KeditError, Unreadable
-from memory.side.side_memory import Shard, SideMemory
+from memory.side.side_memory import SideMemory
 from policies.edit_site import EditSite
 
-RETRY_SECONDS = 5.0  # between two looks at what could not be followed: files are read whole
-# What work with tensors may raise; RuntimeError: also torch's, when the device is full.
+RETRY_SECONDS = 5.0  # between two tries of a failed sync, which reads whole files
+# Errors of work with tensors; RuntimeError: also torch's, when the device is full.
 MODEL_ERRORS = (KeditError, RuntimeError, MemoryError, ValueError)
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def _reading_database() -> Iterator[None]:
-    """A database that cannot be read is the error of the one reader for whom it is read."""
+    """Turn an error of the database into a KeditError of the one request that needs it."""
     try:
         yield
     except sqlite3.Error as error:
-        raise Unreadable(
-            f"the database cannot be read: {error}", hint="kedit-daemon doctor"
-        ) from error
+        message = f"the database cannot be read: {error}"
+        raise Unreadable(message, hint="kedit-daemon doctor") from error
 
 
 class Replica:
-    """The model as it is served, of one thread at a time."""
+    """The model as it is served; used by one thread at a time."""
 
     def __init__(
         self,
@@ -51,23 +50,22 @@ class Replica:
         site: EditSite | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`side` is empty, of a model with its own weights; `sync` brings both up to date.
-        monotonic: seconds."""
+        """`side` is an empty side memory of the replica's own model; `sync` fills both."""
         self.model, self.side, self.home = side.model, side, home
         self.generation = 0
-        """The one that is served as edited."""
+        """The generation that is served as edited."""
         self.problems: tuple[str, ...] = ()
-        """What could not be followed, in words; nothing while all is well."""
+        """Messages about changes of the home that could not be followed."""
         self.site = site
         self._follower, self._monotonic = follower, monotonic
-        self._checked_at = 0.0  # when, while there are problems
-        self._deltas: dict[int, Tensor] = {}  # of that generation
-        self._loaded_generation = 0  # the one whose weights are in the model now
-        self._side_rows: dict[str, LiveSideRow] = {}  # what the side memory holds
+        self._checked_at = 0.0  # timestamp of the last sync that found a change
+        self._deltas: dict[int, Tensor] = {}  # of `generation`, by layer
+        self._loaded_generation = 0  # whose weights are in the model
+        self._side_rows: dict[str, LiveSideRow] = {}  # in the side memory, by fact id
 
     @classmethod
     def load(cls, home: Home, name: str, device: str) -> "Replica":
-        """The model by its configured name, with what the daemon has measured of it.
+        """Load the model by its configured name, with what the daemon has measured of it.
 
         Raises KeditError: no database, no such model, or not the one that the home is for.
         """
@@ -85,11 +83,11 @@ class Replica:
     # Following ----------------------------------------------------------------------------------
 
     def sync(self) -> None:
-        """See what the daemon has published since the last time; costs nothing when it has not.
+        """Follow what the daemon has published since the last call; cheap if that is nothing.
 
-        The side memory follows at once, but not without the weights that belong to it. Weights
-        move with the next `use`. What could not be followed is tried again after
-        LOOK_AGAIN_SECONDS, or with the next change.
+        The side memory follows at once, but not without the weights that belong to it. The
+        model's weights change with the next `set_generation`. A change that could not be followed
+        is tried again after RETRY_SECONDS, or with the next change.
         """
         problems: list[str] = []
         if self.problems and self._monotonic() - self._checked_at >= RETRY_SECONDS:
@@ -105,7 +103,7 @@ class Replica:
             self._follower.forget_version()
             problems.append(f"the database cannot be read: {error}")
         except BaseException:
-            self._follower.forget_version()  # half followed is not seen
+            self._follower.forget_version()  # a change that was followed in part is tried again
             raise
         self._checked_at = self._monotonic()
         for problem in problems:
@@ -114,7 +112,7 @@ class Replica:
         self.problems = tuple(problems)
 
     def _follow_weights(self) -> list[str]:
-        """Take the active generation, if its file is whole; else why not."""
+        """Take over the active generation; return the problem if its file is not whole."""
         number = self._follower.artifacts.active_generation()
         if number == self.generation:
             return []
@@ -126,7 +124,7 @@ class Replica:
         return []
 
     def _follow_side(self) -> list[str]:
-        """Take out what has left or has changed, then take in what is new; what of it cannot be."""
+        """Remove the facts that left or changed, add new ones; return the problems."""
         rows = {row.fact_id: row for row in self._follower.list_live_rows()}
         for fact_id in [n for n, row in self._side_rows.items() if rows.get(n) != row]:
             del self._side_rows[fact_id]
@@ -144,46 +142,42 @@ class Replica:
     def _add_fact(self, row: LiveSideRow) -> None:
         fact, blob = self._follower.read_live_fact(row.fact_id)
         if row.shard_id not in self.side.shards:
-            delta = load_delta(self.home.side_folder, row.file_sha256, self.model.device)
-            self.side.shards[row.shard_id] = Shard(delta, row.threshold)
-        keys = unpack_keys(blob)
-        self.side.add_fact(
-            row.fact_id, row.shard_id, keys, fact.subject, unnamed=fact.omits_subject
-        )
+            self.side.shards[row.shard_id] = load_shard(
+                self.home.side_folder, row.file_sha256, row.threshold, self.model.device
+            )
+        add_side_fact(self.side, fact, row.shard_id, unpack_keys(blob))
         self._side_rows[row.fact_id] = row
 
     # Weights ------------------------------------------------------------------------------------
 
     @_reading_database()
-    def resolve_generation(self, which: str | int) -> int:
-        """The generation that a reader asks for: EDITED, BASE, or a number.
+    def resolve_generation(self, variant: str | int) -> int:
+        """Return the number of the generation that a request asks for: EDITED, BASE, or a number.
 
-        Raises KeditError: there is none with this number (code "model"), or the database cannot
+        Raises KeditError: no generation has this number (code "model"), or the database cannot
         be read ("unreadable").
         """
-        if which == EDITED:
+        if variant == EDITED:
             return self.generation
-        if which == BASE:
+        if variant == BASE:
             return 0
-        if not isinstance(which, int) or not self._follower.has_generation(which):
-            raise KeditError(
-                f"there is no generation {which!r}", code="model", hint="kedit-daemon status"
-            )
-        return which
+        if not isinstance(variant, int) or not self._follower.has_generation(variant):
+            message = f"there is no generation {variant!r}"
+            raise KeditError(message, code="model", hint="kedit-daemon status")
+        return variant
 
     @_reading_database()
     def set_generation(self, number: int) -> None:
-        """Lay the weights of a generation. Raises KeditError: its file is missing or damaged, or
+        """Set the weights of a generation. Raises KeditError: its file is missing or damaged, or
         the database cannot be read."""
         if number != self._loaded_generation:
             deltas = self._get_deltas(number)
-            self._loaded_generation = -1  # if it ends half way, nothing is known of the weights
+            self._loaded_generation = -1  # unknown, if the next line fails
             self.model.set_deltas(deltas)
             self._loaded_generation = number
 
     def _get_deltas(self, number: int) -> dict[int, Tensor]:
         if number == self.generation:
             return self._deltas
-        return load_deltas(
-            self.home.generations_folder, self._follower.artifacts.get_generation(number)
-        )
+        row = self._follower.artifacts.get_generation(number)
+        return load_deltas(self.home.generations_folder, row)

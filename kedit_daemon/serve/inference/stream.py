@@ -1,5 +1,4 @@
-"""One reader's answer as it grows, from the tokens that the model gives to the parts that are
-told."""
+"""One answer as it grows: from the tokens of the model to the parts that are sent."""
 
 from collections.abc import Callable
 
@@ -20,25 +19,28 @@ StreamItem = AnswerStart | AnswerPart | KeditError
 
 
 class AnswerStream:
-    """A wish, and what has been told of its answer."""
+    """A generation request, and the state of its answer."""
 
     def __init__(
-        self, model: EditableModel, wish: GenerationRequest, tell: Callable[[StreamItem], None]
+        self,
+        model: EditableModel,
+        request: GenerationRequest,
+        send_item: Callable[[StreamItem], None],
     ) -> None:
-        self.request, self.send_item = wish, tell
-        self.chance = TokenSampler(wish.temperature, wish.top_p, wish.seed)
+        self.request, self.send_item = request, send_item
+        self.sampler = TokenSampler(request.temperature, request.top_p, request.seed)
         self.token = -1
-        """The last token, when there is one."""
+        """The last token, once there is one."""
         self.is_over = False
-        """Whether no more is told: the answer is whole, has failed, or nobody reads it."""
+        """Whether the answer is whole, has failed, or is not read any more."""
         self.token_count = 0
-        """How many tokens, without one that ends the text."""
+        """The number of tokens, without one that ends the text."""
         self._end_tokens = model.stop_tokens
-        self._detokenizer = Detokenizer(model.decode, wish.prompt_ids, wish.stop_texts)
+        self._detokenizer = Detokenizer(model.decode, request.prompt_ids, request.stop_texts)
         self._unsent_tokens: list[TokenLogprobs] = []
 
     def add_token(self, token: int | KeditError, logits: Tensor) -> None:
-        """The next token, or why there is none, with the logits (vocabulary,) that it is from."""
+        """Take the next token, or why there is none, with the logits (vocabulary,) it is from."""
         if isinstance(token, KeditError):
             self.fail(token)
             return
@@ -48,9 +50,8 @@ class AnswerStream:
         self.token = token
         self.token_count += 1
         if self.request.logprobs is not None:
-            self._unsent_tokens.append(
-                TokenLogprobs(token, *rank_log_probs(logits, token, self.request.logprobs))
-            )
+            ranked = rank_log_probs(logits, token, self.request.logprobs)
+            self._unsent_tokens.append(TokenLogprobs(token, *ranked))
         text = self._detokenizer.add_token(token)
         if self._detokenizer.is_stopped:
             self._send_part(text, "stop")
@@ -60,16 +61,17 @@ class AnswerStream:
             self._send_part(text)
 
     def fail(self, error: KeditError) -> None:
-        """The answer breaks off."""
+        """End the answer with an error."""
         self.is_over = True
         self.send_item(error)
 
-    def _finish_answer(self, why: str, text: str = "") -> None:
+    def _finish_answer(self, reason: str, text: str = "") -> None:
         text += self._detokenizer.flush()
-        self._send_part(text, "stop" if self._detokenizer.is_stopped else why)
+        self._send_part(text, "stop" if self._detokenizer.is_stopped else reason)
 
-    def _send_part(self, text: str, finish: str | None = None) -> None:
+    def _send_part(self, text: str, finish_reason: str | None = None) -> None:
         tokens, self._unsent_tokens = tuple(self._unsent_tokens), []
-        if finish is not None:  # never back to False: the reader may leave in between
+        if finish_reason is not None:  # never back to False: the client may leave in between
             self.is_over = True
-        self.send_item(AnswerPart(text, tokens, finish, self.token_count if finish else 0))
+        count = self.token_count if finish_reason else 0
+        self.send_item(AnswerPart(text, tokens, finish_reason, count))

@@ -1,4 +1,4 @@
-"""What a reader asks for, and what comes back of it."""
+"""Generation requests, and the items of an answer."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ EDITED, BASE = "edited", "base"
 class GenerationRequest:
     """A prompt, and how it is to be continued.
 
-    which: EDITED (active generation and side memory), BASE (the unedited weights), or the number
-    of a generation (its weights alone). temperature 0: the likeliest token, always. logprobs: how
-    many of the likeliest tokens are told beside each one; None: nothing is told of tokens.
+    variant: EDITED (active generation and side memory), BASE (the unedited weights), or the number
+    of a generation (its weights alone). temperature 0: always the most likely token. logprobs: the
+    number of most likely tokens to report for each token; None: report no tokens.
     """
 
     prompt_ids: tuple[int, ...]
@@ -30,7 +30,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """One token, the logarithm of its probability, and the likeliest ones with theirs."""
+    """One token, the logarithm of its probability, and the most likely tokens with theirs."""
 
     id: int
     logprob: float
@@ -39,8 +39,8 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class AnswerStart:
-    """Comes first: the generation that answers, from the first token to the last, and the fact of
-    the side memory that fired, if one did."""
+    """The first item of an answer: the generation of all its tokens, and the fact of the side
+    memory that fired, if one did."""
 
     generation: int
     fired: "RoutingMatch | None"
@@ -48,9 +48,11 @@ class AnswerStart:
 
 @dataclass(frozen=True)
 class AnswerPart:
-    """More of the answer: text that can no longer turn out to be part of a stop text, and the
-    tokens since the last part (told only where the wish has logprobs). The last part has a finish:
-    "stop" or "length"; `produced` is then how many tokens were generated."""
+    """The next text of an answer, which can no longer become part of a stop text.
+
+    tokens: those since the last part, only if the request has logprobs. finish_reason: "stop" or
+    "length" in the last part, whose token_count is the number of tokens generated.
+    """
 
     text: str
     tokens: tuple[TokenLogprobs, ...] = ()

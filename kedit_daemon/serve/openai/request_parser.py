@@ -1,4 +1,4 @@
-"""From a request in OpenAI's form to wishes."""
+"""Parsing of requests in OpenAI's form into generation requests."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +11,10 @@ from kedit_daemon.serve.errors import RequestError, bad_request
 from kedit_daemon.serve.inference.reader import Reader
 from kedit_daemon.serve.inference.types import BASE, EDITED, GenerationRequest
 
-COMPLETION_TOKENS = 16  # as OpenAI has it
-CHAT_TOKENS = 4096  # where the context would allow more
+COMPLETION_TOKENS = 16  # OpenAI's default
+CHAT_TOKENS = 4096  # default at most
 BASE_SUFFIX, GENERATION_SUFFIX = "@base", "@gen-"
-# Fields that would change the answer and are not carried out, with the values that change nothing.
+# Unsupported fields that would change the answer, with the values that change nothing.
 _HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
@@ -38,18 +38,18 @@ _HARMLESS_VALUES: Mapping[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request as it is carried out: a wish for each choice, those of a prompt together."""
+    """A valid request: one generation request per choice, those of a prompt together."""
 
     model: str
     is_chat: bool
     generation_requests: tuple[GenerationRequest, ...]
     prompt_tokens: int
     is_streaming: bool
-    needs_usage: bool  # whether a stream ends with what it has cost
+    needs_usage: bool  # whether a stream ends with its token counts
 
 
 class _StrictModel(BaseModel):
-    # As OpenAI's servers do, and no text becomes a number.
+    # Unknown fields are ignored, as by OpenAI's servers; no text becomes a number.
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore", allow_inf_nan=False)
 
 
@@ -85,7 +85,7 @@ class _Message(_StrictModel):
 
     @property
     def text(self) -> str:
-        """What is said in it."""
+        """The text of all its parts."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -99,47 +99,47 @@ class _ChatBody(_RequestBody):
 
 
 RequestParser = Callable[[bytes, Reader, int], ParsedRequest]
-"""The body of a request, the model, and how many wishes there may be; raises Refused."""
+"""Takes a body, the model and the maximum number of choices; raises RequestError."""
 
 
-def parse_completion(body: bytes, reader: Reader, most: int) -> ParsedRequest:
-    """A request to continue text."""
-    given = _validate_body(body, _CompletionBody)
-    which = _parse_model_name(given.model, reader.name)
-    prompts = _split_prompts(given.prompt)
-    _check_count(len(prompts), given, most)
-    tokens = given.max_tokens or COMPLETION_TOKENS
-    ids = [_encode_prompt(p, reader, tokens) for p in prompts]
-    return _build_request(given, which, ids, tokens, given.logprobs)
+def parse_completion(body: bytes, reader: Reader, max_choices: int) -> ParsedRequest:
+    """Parse a request to continue text."""
+    form = _validate_body(body, _CompletionBody)
+    variant = _parse_model_name(form.model, reader.name)
+    prompts = _split_prompts(form.prompt)
+    _check_count(len(prompts), form, max_choices)
+    tokens = form.max_tokens or COMPLETION_TOKENS
+    ids = [_encode_prompt(prompt, reader, tokens) for prompt in prompts]
+    return _build_request(form, variant, ids, tokens, form.logprobs)
 
 
-def parse_chat(body: bytes, reader: Reader, most: int) -> ParsedRequest:
-    """A request to go on with a conversation."""
-    given = _validate_body(body, _ChatBody)
-    which = _parse_model_name(given.model, reader.name)
-    if given.top_logprobs is not None and not given.logprobs:
-        raise bad_request("top_logprobs is told only where logprobs is true", "top_logprobs")
-    _check_count(1, given, most)
+def parse_chat(body: bytes, reader: Reader, max_choices: int) -> ParsedRequest:
+    """Parse a request to continue a conversation."""
+    form = _validate_body(body, _ChatBody)
+    variant = _parse_model_name(form.model, reader.name)
+    if form.top_logprobs is not None and not form.logprobs:
+        raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
+    _check_count(1, form, max_choices)
     # The newer name of the same role, which templates do not know.
-    messages = [("system" if m.role == "developer" else m.role, m.text) for m in given.messages]
+    messages = [("system" if m.role == "developer" else m.role, m.text) for m in form.messages]
     _check_characters(sum(len(text) for _, text in messages), reader, "messages")
     ids = reader.encode_messages(messages)
     if not ids:
         raise bad_request("there is nothing in the messages", "messages")
-    room = max(1, min(reader.positions - len(ids), CHAT_TOKENS))
-    tokens = given.max_completion_tokens or given.max_tokens or room
+    default = max(1, min(reader.positions - len(ids), CHAT_TOKENS))
+    tokens = form.max_completion_tokens or form.max_tokens or default
     _check_tokens(len(ids), tokens, reader, "messages")
-    logprobs = (given.top_logprobs or 0) if given.logprobs else None
-    return _build_request(given, which, [tuple(ids)], tokens, logprobs)
+    logprobs = (form.top_logprobs or 0) if form.logprobs else None
+    return _build_request(form, variant, [tuple(ids)], tokens, logprobs)
 
 
-def _check_count(prompts: int, given: _RequestBody, most: int) -> None:
-    if prompts * (given.n or 1) > most:
-        raise bad_request(f"more than {most} answers are asked for at once", "n")
+def _check_count(prompts: int, form: _RequestBody, max_choices: int) -> None:
+    if prompts * (form.n or 1) > max_choices:
+        raise bad_request(f"more than {max_choices} answers are asked for at once", "n")
 
 
 def _check_characters(characters: int, reader: Reader, param: str) -> None:
-    """Refuse a text that is too long whatever its tokens are, before it is made into tokens."""
+    """Refuse a text that is too long for any tokens, before it is encoded."""
     if characters > reader.positions * reader.longest_token_chars:
         raise _context_exceeded(f"{characters} characters are more than the model can read", param)
 
@@ -155,37 +155,37 @@ def _context_exceeded(message: str, param: str) -> RequestError:
 
 
 def _build_request(
-    given: _RequestBody,
-    which: str | int,
+    form: _RequestBody,
+    variant: str | int,
     prompts: Sequence[tuple[int, ...]],
     tokens: int,
     logprobs: int | None,
 ) -> ParsedRequest:
-    stop = (given.stop,) if isinstance(given.stop, str) else tuple(given.stop or ())
-    top_p = 1.0 if given.top_p is None else given.top_p
-    wishes = [
+    stop = (form.stop,) if isinstance(form.stop, str) else tuple(form.stop or ())
+    top_p = 1.0 if form.top_p is None else form.top_p
+    # top_p 0 leaves only the most likely token.
+    temperature = (1.0 if form.temperature is None else form.temperature) if top_p else 0.0
+    requests = [
         GenerationRequest(
             ids,
-            which,
+            variant,
             tokens,
-            # Where nothing but the likeliest is left to choose from.
-            (1.0 if given.temperature is None else given.temperature) if top_p else 0.0,
+            temperature,
             top_p or 1.0,
-            None if given.seed is None else (given.seed + choice) % (1 << 63),
+            None if form.seed is None else (form.seed + choice) % (1 << 63),
             tuple(text for text in stop if text),
             logprobs,
         )
         for ids in prompts
-        for choice in range(given.n or 1)
+        for choice in range(form.n or 1)
     ]
-    usage = bool(given.stream_options and given.stream_options.include_usage)
     return ParsedRequest(
-        given.model,
-        isinstance(given, _ChatBody),
-        tuple(wishes),
+        form.model,
+        isinstance(form, _ChatBody),
+        tuple(requests),
         sum(map(len, prompts)),
-        bool(given.stream),
-        usage,
+        bool(form.stream),
+        bool(form.stream_options and form.stream_options.include_usage),
     )
 
 
@@ -194,32 +194,31 @@ Body = TypeVar("Body", bound=_RequestBody)
 
 def _validate_body(body: bytes, form: type[Body]) -> Body:
     try:
-        said = from_json(body, allow_inf_nan=False)
+        fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise bad_request(f"the body is not JSON: {error}") from error
-    if not isinstance(said, dict):
+    if not isinstance(fields, dict):
         raise bad_request("the body must be a JSON object")
     for field, harmless in _HARMLESS_VALUES.items():
-        if said.get(field) is not None and said[field] not in harmless:
-            raise RequestError(
-                f"{field} is not supported here", status=400, code="unsupported", param=field
-            )
+        if fields.get(field) is not None and fields[field] not in harmless:
+            message = f"{field} is not supported here"
+            raise RequestError(message, status=400, code="unsupported", param=field)
     try:
-        return form.model_validate(said)
+        return form.model_validate(fields)
     except ValidationError as error:
         raise _describe_invalid(error) from error
 
 
 def _describe_invalid(error: ValidationError) -> RequestError:
     problem = error.errors(include_url=False, include_input=False)[0]
-    # Behind the field stand places in lists, and names of ours for the forms that it may have.
-    where = [str(step) for step in problem["loc"] if isinstance(step, int)]
-    param = ".".join([str(problem["loc"][0]), *where])
+    # After the field come indices of lists, and names of our classes, which say nothing outside.
+    indices = [str(step) for step in problem["loc"] if isinstance(step, int)]
+    param = ".".join([str(problem["loc"][0]), *indices])
     return bad_request(f"{param}: {problem['msg']}", param)
 
 
 def _parse_model_name(asked: str, name: str) -> str | int:
-    """What a model's name stands for."""
+    """Return the variant that a model's name stands for."""
     if asked == name:
         return EDITED
     if asked == name + BASE_SUFFIX:
@@ -235,17 +234,17 @@ def _parse_model_name(asked: str, name: str) -> str | int:
     )
 
 
-def _split_prompts(given: Any) -> list[Any]:
-    """One text, or ids, for each prompt."""
-    if isinstance(given, str):
-        return [given]
-    if isinstance(given, list) and given:
-        if all(_is_token_id(n) for n in given):
-            return [given]
-        if all(isinstance(p, str) for p in given):
-            return given
-        if all(isinstance(p, list) and all(_is_token_id(n) for n in p) for p in given):
-            return given
+def _split_prompts(prompt: Any) -> list[Any]:
+    """Return a list of prompts, each a text or token ids."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt, list) and prompt:
+        if all(_is_token_id(n) for n in prompt):
+            return [prompt]
+        if all(isinstance(p, str) for p in prompt):
+            return prompt
+        if all(isinstance(p, list) and all(_is_token_id(n) for n in p) for p in prompt):
+            return prompt
     raise bad_request("prompt must be a text, ids of tokens, or a list of either", "prompt")
 
 
@@ -254,7 +253,7 @@ def _is_token_id(value: Any) -> bool:
 
 
 def _encode_prompt(prompt: str | list[int], reader: Reader, tokens: int) -> tuple[int, ...]:
-    """A prompt's ids, where an answer of so many tokens has room behind them."""
+    """Return a prompt's token ids; check that an answer of `tokens` fits after them."""
     if isinstance(prompt, str):
         _check_characters(len(prompt), reader, "prompt")
         prompt = reader.encode(prompt)

@@ -1,4 +1,4 @@
-"""The bodies of answers, in OpenAI's form, with what only this server can tell under `kedit`."""
+"""The bodies of answers in OpenAI's form; the fields that are ours stand under `kedit`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ DONE_EVENT = b"data: [DONE]\n\n"
 
 
 def encode_event(content: dict[str, Any]) -> bytes:
-    """One event of a stream."""
+    """Encode one server-sent event."""
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
 
 
 def build_usage(prompt_tokens: int, produced: int) -> dict[str, int]:
-    """What an answer has cost, in tokens."""
+    """Return the token counts of an answer."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": produced,
@@ -35,7 +35,7 @@ class Choice:
     token_count: int = 0
 
     def add_part(self, part: AnswerPart) -> None:
-        """Take one part more."""
+        """Append a part."""
         self.text += part.text
         self.tokens += part.tokens
         self.finish_reason, self.token_count = part.finish_reason, part.token_count
@@ -43,7 +43,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class ResponseBuilder:
-    """The form of all that is said to one request."""
+    """Builds the bodies that answer one request."""
 
     id: str
     created: int  # seconds since 1970
@@ -60,27 +60,25 @@ class ResponseBuilder:
 
     @property
     def fired_fact_ids(self) -> list[str]:
-        """The facts that fired in any of the choices, each once."""
-        return list(dict.fromkeys(o.fired.fact_id for o in self.answer_starts if o.fired))
+        """The ids of the facts that fired in any of the choices, each once."""
+        return list(dict.fromkeys(s.fired.fact_id for s in self.answer_starts if s.fired))
 
     @property
     def headers(self) -> dict[str, str]:
-        """What is told before the body."""
+        """The HTTP headers of the answer."""
         return {
             "x-kedit-facts": ",".join(self.fired_fact_ids),
             "x-kedit-generation": str(self.generation),
         }
 
-    def build_response(self, said: Sequence[Choice], cost: dict[str, int]) -> dict[str, Any]:
-        """The body of an answer that comes at once."""
-        choices = [self._build_choice(index, one) for index, one in enumerate(said)]
-        return self._build_body(choices, stream=False) | {
-            "usage": cost,
-            "kedit": self._build_kedit(),
-        }
+    def build_response(self, answers: Sequence[Choice], usage: dict[str, int]) -> dict[str, Any]:
+        """Build the body of a whole answer."""
+        choices = [self._build_choice(index, answer) for index, answer in enumerate(answers)]
+        body = self._build_body(choices, stream=False)
+        return body | {"usage": usage, "kedit": self._build_kedit()}
 
     def build_opening(self) -> list[dict[str, Any]]:
-        """What a stream begins with: of a chat, whose words these are."""
+        """Build the first chunks of a chat's stream, which give the role."""
         if not self.is_chat:
             return []
         delta = {"role": "assistant", "content": ""}
@@ -90,25 +88,25 @@ class ResponseBuilder:
         ]
 
     def build_chunk(self, index: int, part: AnswerPart, offset: int) -> dict[str, Any]:
-        """A part of a choice; `offset` is where its first token begins in the choice's text."""
-        told = self._build_logprobs(part.tokens, offset) if part.tokens else None
-        if not self.is_chat:
-            choice = _make_choice(index, {"text": part.text, "logprobs": told}, part.finish_reason)
-        else:
-            delta = {"content": part.text} if part.text or part.tokens else {}
-            choice = _make_choice(index, {"delta": delta, "logprobs": told}, part.finish_reason)
+        """Build the chunk of a part; `offset` is the position of its first token in the choice's
+        text."""
+        logprobs = self._build_logprobs(part.tokens, offset) if part.tokens else None
+        content: dict[str, Any] = {"text": part.text}
+        if self.is_chat:
+            content = {"delta": {"content": part.text} if part.text or part.tokens else {}}
+        choice = _make_choice(index, content | {"logprobs": logprobs}, part.finish_reason)
         return self._build_body([choice], stream=True)
 
-    def build_usage_chunk(self, cost: dict[str, int]) -> dict[str, Any]:
-        """The chunk that tells what a stream has cost."""
-        return self._build_body([], stream=True) | {"usage": cost}
+    def build_usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
+        """Build the chunk with a stream's token counts."""
+        return self._build_body([], stream=True) | {"usage": usage}
 
     def mark_first_chunk(self, chunk: dict[str, Any]) -> dict[str, Any]:
-        """The first chunk of a stream, which tells what the others need not."""
+        """Add the fields that only the first chunk of a stream has."""
         return chunk | {"kedit": self._build_kedit()}
 
     def count_characters(self, tokens: Sequence[TokenLogprobs]) -> int:
-        """How many characters tokens take."""
+        """Return the number of characters of tokens."""
         return sum(len(self.token_text(token.id)) for token in tokens)
 
     def _build_body(self, choices: list[dict[str, Any]], stream: bool) -> dict[str, Any]:
@@ -127,22 +125,23 @@ class ResponseBuilder:
     def _build_kedit(self) -> dict[str, Any]:
         facts = [
             {
-                "id": opened.fired.fact_id,
-                "score": opened.fired.score,
-                "margin": opened.fired.margin,
+                "id": start.fired.fact_id,
+                "score": start.fired.score,
+                "margin": start.fired.margin,
                 "choice": index,
             }
-            for index, opened in enumerate(self.answer_starts)
-            if opened.fired
+            for index, start in enumerate(self.answer_starts)
+            if start.fired
         ]
         return {"generation": self.generation, "facts": facts}
 
-    def _build_choice(self, index: int, said: Choice) -> dict[str, Any]:
-        told = self._build_logprobs(said.tokens, 0) if self.has_logprobs else None
-        if not self.is_chat:
-            return _make_choice(index, {"text": said.text, "logprobs": told}, said.finish_reason)
-        message = {"role": "assistant", "content": said.text, "refusal": None}
-        return _make_choice(index, {"message": message, "logprobs": told}, said.finish_reason)
+    def _build_choice(self, index: int, answer: Choice) -> dict[str, Any]:
+        logprobs = self._build_logprobs(answer.tokens, 0) if self.has_logprobs else None
+        content: dict[str, Any] = {"text": answer.text}
+        if self.is_chat:
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            content = {"message": message}
+        return _make_choice(index, content | {"logprobs": logprobs}, answer.finish_reason)
 
     def _build_logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
         if self.is_chat:
@@ -150,7 +149,7 @@ class ResponseBuilder:
         texts = [self.token_text(token.id) for token in tokens]
         offsets = list(accumulate(map(len, texts[:-1]), initial=offset))
         tops = [
-            # Two tokens may read alike: the likelier one, which comes last here, stands.
+            # Two tokens may have the same text: the more likely one comes last, and is kept.
             {self.token_text(i): p for i, p in reversed(token.top)} | {text: token.logprob}
             for token, text in zip(tokens, texts, strict=True)
         ]
@@ -162,15 +161,14 @@ class ResponseBuilder:
         }
 
     def _chat_logprobs(self, token: TokenLogprobs) -> dict[str, Any]:
-        told = self._token_logprob(token.id, token.logprob)
-        return told | {"top_logprobs": [self._token_logprob(i, p) for i, p in token.top]}
+        top = [self._token_logprob(i, p) for i, p in token.top]
+        return self._token_logprob(token.id, token.logprob) | {"top_logprobs": top}
 
     def _token_logprob(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
-        # A token may be a part of a character only.
-        whole = "\N{REPLACEMENT CHARACTER}" not in text
+        whole = "\N{REPLACEMENT CHARACTER}" not in text  # else it has a part of a character
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
 
 
-def _make_choice(index: int, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
-    return {"index": index, **said, "finish_reason": finish}
+def _make_choice(index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+    return {"index": index, **content, "finish_reason": finish}

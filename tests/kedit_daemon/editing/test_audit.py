@@ -149,9 +149,9 @@ def test_what_is_too_much_is_moved_beside_the_weights_and_the_daemon_keeps_calm(
     assert sorted(states(at).values()) == ["live-side", "live-weights"]
     assert [at.says(f.question) for f in (ONE, TWO)] == ["Oslo", "Lima"]
     tightened(at, norm_warn=1e-3, norm_consolidate=1e-3, norm_revert=1e-3)  # W0 itself is too large
-    assert at.editor.audit()["acted"] == "nothing: the last act is not long ago: 600 s to go"
+    assert at.editor.audit()["acted"] == "nothing: the last action is too recent: 600 s to go"
     at.clock.pass_time(days=-3)  # set back: the act lies in the future now
-    assert at.editor.audit()["acted"] == "nothing: the last act is not long ago: 600 s to go"
+    assert at.editor.audit()["acted"] == "nothing: the last action is too recent: 600 s to go"
     at.clock.pass_time(minutes=10)
     assert at.editor.audit()["acted"] == "nothing to revert"
     assert sorted(states(at).values()) == ["live-side", "live-weights"]
@@ -164,12 +164,12 @@ def test_consolidating_is_not_tried_again_before_it_has_been_clearly_well(bench:
     tightened(at, norm_warn=1e-3, norm_consolidate=1e-3)
     assert at.editor.audit()["acted"] == "already the joint solve"
     at.clock.pass_time(hours=1)
-    assert "has not been clearly well" in at.editor.audit()["acted"]
+    assert "not been clearly healthy" in at.editor.audit()["acted"]
     was = norm(at)
     tightened(at, norm_consolidate=1 + 1.05 * (was - 1))  # well, but not clearly
     assert at.editor.audit()["acted"] == "nothing"
     tightened(at, norm_consolidate=0.99 * was)
-    assert "has not been clearly well" in at.editor.audit()["acted"]
+    assert "not been clearly healthy" in at.editor.audit()["acted"]
     tightened(at, norm_consolidate=1.05 + 10 * was)
     assert at.editor.audit()["acted"] == "nothing"
     tightened(at, norm_consolidate=0.99 * was)

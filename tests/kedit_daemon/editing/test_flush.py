@@ -10,8 +10,8 @@ from kedit_daemon.editing import flush
 from memory.db import meta_keys
 from memory.facts import Fact, FactState
 from policies import gibberish
+from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
-from policies.targets import Refusal
 
 STEPS = {"steps": 300}
 STRICT = LOOSE["stability"] | {"norm_warn": 0.1, "norm_consolidate": 0.2, "norm_revert": 0.3}
@@ -232,7 +232,9 @@ def test_only_facts_that_would_be_tried_without_end_hold_flushes_back(
 def test_a_fact_that_only_the_side_memory_may_take_is_not_tried_without_end(
     bench: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("policies.targets.too_long", lambda _lengths, _anchors: "too long")
+    monkeypatch.setattr(
+        "policies.target_optimiser.check_target_length", lambda _lengths, _anchors: "too long"
+    )
     at = bench(side=STEPS)
     one = seat(1, "Oslo")
     at.receive(one)

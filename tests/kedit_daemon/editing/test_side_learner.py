@@ -17,8 +17,8 @@ from memory.errors import KeditError
 from memory.facts import Fact, FactState, Neighbour
 from memory.side.side_memory import Shard
 from policies import gibberish
+from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
-from policies.targets import Refusal
 from policies.wise import compute_keys, learn_shards, read_other_questions, read_prompt_ends
 
 STEPS = {"steps": 300}

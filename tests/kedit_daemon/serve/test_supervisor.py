@@ -159,7 +159,7 @@ def test_a_child_is_asked_to_end_and_not_started_again(notes: Path) -> None:
 def test_a_child_that_does_not_end_is_killed(
     notes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervisor, "STOP_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.2)
     kept = keeper(
         notes,
         f"signal.signal(15, signal.SIG_IGN)\n{SLEEPS}",
@@ -229,7 +229,7 @@ class Daemon:
         """The server's pid."""
         folder = Path(f"/proc/{self.process.pid}/task")
         found = {c for t in folder.iterdir() for c in (t / "children").read_text().split()}
-        (pid,) = [p for p in found if b"serve.child" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        (pid,) = [p for p in found if b"serve.worker" in Path(f"/proc/{p}/cmdline").read_bytes()]
         return int(pid)
 
 
@@ -333,4 +333,4 @@ def test_a_server_without_a_model_ends_with_the_reason(
         child.stdin.write(json.dumps(settings).encode() + b"\n")
         child.stdin.flush()
         assert child.wait(60) == 1
-    assert "the HTTP server cannot run: there is no database" in capfd.readouterr().err
+    assert "The HTTP server cannot run: there is no database" in capfd.readouterr().err

@@ -53,7 +53,7 @@ def served(home: Home) -> Iterator[str]:
     """The pages on a port of this machine; the address."""
     site = load_site(locate_model(SHIPPED_MODEL), LAYERS)
     limits = make_thresholds(config.load_config(home.root, {}), site)
-    app = application(home, thresholds=lambda: limits, ask=by_daemon(home))
+    app = application(home, get_thresholds=lambda: limits, ask_both=by_daemon(home))
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)

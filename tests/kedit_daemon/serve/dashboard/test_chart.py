@@ -21,10 +21,10 @@ CHART = Chart("norm", "Norm", "", {"layer 1": (1.0, 1.1, None, 1.05)}, LIMITS, 1
 def test_points_lie_where_they_belong() -> None:
     drawing = draw_chart(CHART, close=False)
     (run,) = drawing.curves[0].runs
-    assert [dot.place for dot in run] == [0, 1, 3]
+    assert [dot.index for dot in run] == [0, 1, 3]
     assert (run[0].x, run[-1].x) == (LEFT, WIDTH - RIGHT)
     assert run[1].y < run[2].y < run[0].y  # upwards is more
-    assert run[0].y == drawing.rest
+    assert run[0].y == drawing.base_y
     for dot in run:
         assert TOP <= dot.y <= HEIGHT - BOTTOM
 
@@ -52,7 +52,7 @@ def test_a_falling_figure() -> None:
 
 def test_what_is_no_number_leaves_a_gap() -> None:
     drawing = draw_chart(replace(CHART, lines={"a": (1.0, math.nan, 1.1, math.inf)}), close=False)
-    assert [[dot.place for dot in run] for run in drawing.curves[0].runs] == [[0], [2]]
+    assert [[dot.index for dot in run] for run in drawing.curves[0].runs] == [[0], [2]]
 
 
 def test_nan_is_worst() -> None:

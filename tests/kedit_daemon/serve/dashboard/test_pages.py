@@ -138,7 +138,7 @@ def test_norms(home: Home) -> None:
 
 
 def test_norms_before_the_model_is_loaded(home: Home) -> None:
-    page = browser(home, thresholds=lambda: None).get("/norms")
+    page = browser(home, get_thresholds=lambda: None).get("/norms")
     assert (page.status_code, "not known until the model" in page.text) == (200, True)
     assert 'class="limit' not in page.text
 
@@ -536,7 +536,7 @@ def states(home: Home) -> dict[str, int]:
 
 def test_the_way_of_a_fact(lived: Home) -> None:
     """Asked, moved into the weights, reverted, brought back: each tried first."""
-    client = browser(lived, ask=by_daemon(lived))
+    client = browser(lived, ask_both=by_daemon(lived))
     first = FACTS[0]
     asked = send(client, "/ask", f"/ask?fact={first.id}", prompt=first.question, tokens="20")
     assert f'href="/facts/{first.id}"' in asked.text
@@ -589,7 +589,9 @@ def test_questions_have_limits(lived: Home) -> None:
 
 
 def test_a_question_that_no_fact_answers(lived: Home) -> None:
-    asked = send(browser(lived, ask=by_daemon(lived)), "/ask", "/ask", prompt="Rain\nfell <b>on")
+    asked = send(
+        browser(lived, ask_both=by_daemon(lived)), "/ask", "/ask", prompt="Rain\nfell <b>on"
+    )
     assert "None: the weights answered by themselves" in asked.text
     assert "Rain\nfell &lt;b&gt;on</textarea>" in asked.text
 

@@ -199,7 +199,7 @@ def test_a_stop_text_over_two_tokens_ends_an_answer(make: Make, model: EditableM
     whole = "".join(parts)
     first = next(n for n in range(2, 8) if len(parts[n]) > 1 and len(parts[n + 1]) > 1)
     stop = parts[first][-1] + parts[first + 1][0]
-    heard = run(hear(make(), wish(model, PROMPTS[2], 12, stop=("never so", stop))))
+    heard = run(hear(make(), wish(model, PROMPTS[2], 12, stop_texts=("never so", stop))))
     assert heard.text == whole[: whole.index(stop)]
     assert heard.parts[-1].finish_reason == "stop"
     assert 0 < heard.parts[-1].token_count < 12
@@ -348,7 +348,7 @@ def test_too_many_who_wait_are_turned_away(make: Make, model: EditableModel, gat
         await until(lambda: engine.status.waiting == 2)
         with pytest.raises(KeditError, match="2 requests are waiting") as caught:
             await hear(engine, wish(model, PROMPTS[0]))
-        assert (caught.value.code, caught.value.exit_code) == ("busy", 75)
+        assert (caught.value.code, caught.value.exit_code) == ("busy", 1)
         tasks.pop().cancel()  # who goes away makes room
         await asyncio.sleep(0.01)
         tasks.append(asyncio.create_task(hear(engine, wish(model, PROMPTS[3]))))
@@ -403,7 +403,7 @@ def test_every_reader_hears_the_weights_it_asked_for(
 
     async def all_of_them() -> list[Heard]:
         ways = ["edited", BASE, one, two, 0]
-        asked = [wish(model, PROMPTS[2], which=which) for which in ways]
+        asked = [wish(model, PROMPTS[2], variant=which) for which in ways]
         return await asyncio.gather(*(hear(engine, each) for each in asked))
 
     heard = run(all_of_them())
@@ -419,7 +419,7 @@ def test_a_generation_that_is_not_known_is_that_readers_error(
     engine = make()
 
     async def both() -> list[Any]:
-        asked = [wish(model, PROMPTS[0], which=9), wish(model, PROMPTS[1])]
+        asked = [wish(model, PROMPTS[0], variant=9), wish(model, PROMPTS[1])]
         return await asyncio.gather(*(hear(engine, one) for one in asked), return_exceptions=True)
 
     error, heard = run(both())
@@ -477,7 +477,7 @@ def test_nobody_overtakes_one_who_waits_for_other_weights(
         tasks = [asyncio.create_task(ask("edited", wish(model, PROMPTS[0], 30)))]
         await until(lambda: engine.status.running == 1)
         for name, which in (("base", BASE), ("late", "edited"), ("base too", BASE)):
-            tasks.append(asyncio.create_task(ask(name, wish(model, PROMPTS[1], 5, which=which))))
+            tasks.append(asyncio.create_task(ask(name, wish(model, PROMPTS[1], 5, variant=which))))
             await asyncio.sleep(0)
         gate.open()
         await asyncio.gather(*tasks)
@@ -497,7 +497,7 @@ def test_a_damaged_generation_is_told_and_the_last_good_one_served(
     heard = run(hear(engine, wish(model, PROMPTS[0])))
     assert (heard.generation, heard.text) == (good, edited(published, good, PROMPTS[0]))
     assert f"generation {lost} is not served" in engine.status.problems[0]
-    assert refused(hear(engine, wish(model, PROMPTS[0], which=lost))).code == "corrupt"
+    assert refused(hear(engine, wish(model, PROMPTS[0], variant=lost))).code == "corrupt"
 
 
 # The side memory ----------------------------------------------------------------------------------
@@ -556,7 +556,7 @@ def test_facts_fire_for_their_own_rows_and_for_the_edited_model_alone(
         published.learn(fact, number, seed=number)
     engine = make()
     asked = [wish(model, f.question) for f in (ROME, OSLO, LIMA)]
-    asked += [wish(model, ROME.question, which=which) for which in (BASE, 0)]
+    asked += [wish(model, ROME.question, variant=which) for which in (BASE, 0)]
     alone = [run(hear(engine, one)) for one in asked]
 
     async def together() -> list[Heard]:
@@ -661,7 +661,7 @@ def test_nobody_is_lost_when_the_database_fails_for_one(
     )
 
     async def all_of_them() -> list[Any]:
-        asked = [wish(model, PROMPTS[0]), wish(model, PROMPTS[1], which=number)]
+        asked = [wish(model, PROMPTS[0]), wish(model, PROMPTS[1], variant=number)]
         tasks = [hear(engine, one) for one in [*asked, wish(model, PROMPTS[2])]]
         return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -693,7 +693,7 @@ def test_who_still_reads_when_it_closes_is_told_so(
 
     for error in [*run(work()), refused(hear(engine, wish(model, PROMPTS[0])))]:
         assert isinstance(error, KeditError)
-        assert (error.code, error.exit_code) == ("stopping", 75)
+        assert (error.code, error.exit_code) == ("stopping", 1)
 
 
 def test_an_engine_that_nobody_asks_follows_the_home(make: Make, published: Published) -> None:

@@ -289,7 +289,7 @@ def test_a_database_that_cannot_be_read_is_told_and_read_again_later(
     assert (fired(replica), replica.problems) == ([ROME.id, None, None], ())
 
 
-@pytest.mark.parametrize("tries", ["number_of", "use"])
+@pytest.mark.parametrize("tries", ["resolve_generation", "set_generation"])
 def test_a_reader_is_told_of_a_database_that_cannot_be_read(replica: Replica, tries: str) -> None:
     replica._follower.db.conn.set_authorizer(lambda *_: sqlite3.SQLITE_DENY)
     with pytest.raises(KeditError, match="cannot be read") as caught:
