@@ -235,7 +235,7 @@ def test_where_there_is_no_memory_at_all_a_flush_is_soon_over(
         assert at.editor.step()
         tries = at.pulses
         assert not at.editor.step()  # it rests
-    assert sum("done in halves" in said for said in caplog.messages) == 4
+    assert sum("splitting the flush" in said for said in caplog.messages) == 4
     # 16, 8, 4, 2, 1: who asks, or ends the daemon, is heard before each, and once in each.
     assert tries == 10
 
