@@ -15,8 +15,9 @@ from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.repair import find_damage, read_active_hash, repair_damage
 from kedit_daemon.editing.retention import Retention
+from memory.canonical_json import to_canonical_json
 from memory.db import meta_keys
-from memory.db.event_log import read_head, to_canonical_json, verify_chain
+from memory.db.event_log import read_head, verify_chain
 from memory.db.rows import StoredFact
 from memory.db.schema import check_file
 from memory.db.store import Store

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
+from memory.canonical_json import to_canonical_json
 from memory.db import meta_keys
-from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.model.canary import Health
 from policies.capacity import Capacity, Observation, estimate_capacity, make_observation

@@ -22,8 +22,8 @@ from kedit_daemon.publish.export.folder import list_exports, prune_exports
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
 from kedit_daemon.system.backoff import Backoff
+from memory.canonical_json import to_canonical_json
 from memory.db import meta_keys
-from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.errors import KeditError, Stopping
 

@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from memory.canonical_json import to_canonical_json
 from memory.db.artifact_writer import ArtifactWriter
 from memory.db.connection import WritingConnection
-from memory.db.event_log import to_canonical_json
 from memory.db.rows import FACT_COLUMNS, StoredFact, escape_file_name, make_fact_row
 from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, Fact, FactState, fact_to_json

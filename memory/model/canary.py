@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memory.db.event_log import to_canonical_json
+from memory.canonical_json import to_canonical_json
 from memory.model.editable import EditableModel
 from memory.model.generate import group_by_length
 

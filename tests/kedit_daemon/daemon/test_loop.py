@@ -144,7 +144,7 @@ def test_the_index_is_written_when_the_daemon_stops(
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         written = KeyIndex.load(home.index_folder, index_file(home))
-        assert set(written._fingerprints) == {
+        assert set(fact_numbers(written)) == {
             to_fact_number(f.id) for f in facts if f is not facts[1]
         }
     finally:
