@@ -1,1 +1,1 @@
-"""Remembers: facts and their history, the model's weights, the side memory, the index."""
+"""State of the daemon: facts and their history, the model's weights, the side memory."""

@@ -1,7 +1,7 @@
 """Errors that users see: a message, a code for scripts, a remedy, and an exit code.
 
-A class of its own is for errors that some caller handles, or that end a command in a way of their
-own. All others are a `KeditError` with a code from the table.
+A class of its own is for an error that a caller handles or that has an exit code of its own. All
+others are a `KeditError` with a code from the table.
 """
 
 from typing import ClassVar
@@ -27,7 +27,7 @@ EXIT_CODES = {
     **dict.fromkeys(("busy", "loading", "timeout"), EXIT_TRY_AGAIN),
     **dict.fromkeys(("bad-config", "config", "damaged", "newer-database", "site"), EXIT_BAD_CONFIG),
 }
-"""The exit code of a command that ends with an error of this code."""
+"""Exit code of a command by the code of the error that ends it."""
 
 
 class KeditError(Exception):
@@ -55,13 +55,13 @@ class OutOfMemory(KeditError):
 
 
 class Stopping(KeditError):
-    """The process was told to end; long work breaks off with this error."""
+    """A request to stop the process; it ends long work."""
 
     code = "stopping"
 
 
 class Damaged(KeditError):
-    """The database holds what cannot be: nothing of it is used, and a backup has to be restored."""
+    """A database whose content is inconsistent: it is not used, a backup has to be restored."""
 
     code = "damaged"
     default_hint = "put a backup back: kedit-daemon restore BACKUP --replace"
@@ -72,7 +72,7 @@ class Damaged(KeditError):
 
 
 class Unsolvable(KeditError):
-    """A solve that fails because of the facts that it was given."""
+    """A solve that fails because of the facts in it."""
 
 
 class NotFinite(Unsolvable):
@@ -88,7 +88,7 @@ class Singular(Unsolvable):
 
 
 class Rejected(KeditError):
-    """A fact that cannot be edited in this form, however often it is tried."""
+    """A fact that cannot be edited as it is; a retry does not help."""
 
     code = "rejected"
 
@@ -125,14 +125,14 @@ class UnsupportedModel(UnusableModel):
 
 
 class RestoreCutOff(KeditError):
-    """A home whose restore was cut off and must be run again before anything else."""
+    """A home whose restore was interrupted and has to be run again first."""
 
     code = "restore"
     exit_code = EXIT_BAD_CONFIG
 
 
 class WorkPaused(KeditError):
-    """A refusal of work while the disk is full; the daemon goes on by itself."""
+    """A refusal of work while the disk is full; the daemon resumes by itself."""
 
     code = "disk-full"
     exit_code = EXIT_TRY_AGAIN
@@ -152,7 +152,7 @@ class BadRequest(KeditError):
 
 
 class RefusedByDaemon(KeditError):
-    """An error that the running daemon reported, with the code and exit code that it has there."""
+    """An error that the running daemon reported, with its code and exit code."""
 
     def __init__(self, message: str, code: str, hint: str, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -160,5 +160,5 @@ class RefusedByDaemon(KeditError):
 
 
 def ends_daemon(error: BaseException) -> bool:
-    """Return whether an error ends the daemon, and so is the fault of no fact, request or job."""
+    """Check that an error ends the daemon, so that no fact, request or job is to blame."""
     return isinstance(error, Stopping | Damaged)

@@ -1,4 +1,4 @@
-"""What a fact is, once it has been accepted, and the states it passes through."""
+"""Accepted facts and the states that they pass through."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from memory.side.subject_matcher import contains_subject, normalize_text
 
 
 class FactState(StrEnum):
-    """Where a fact stands; the last five are ends."""
+    """State of a fact; the last five are final."""
 
     RECEIVED = "received"
     LIVE_SIDE = "live-side"
@@ -27,20 +27,20 @@ ACTIVE_STATES = (FactState.RECEIVED, *LIVE_STATES)
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A prompt whose answer an edit must leave as it is."""
+    """A prompt whose answer an edit must not change."""
 
     prompt: str
     answer: str | None = None
 
 
 def fill_subject(prompt: str, subject: str) -> str:
-    """The prompt with the subject in the place of {}; as it stands where there is no {}."""
+    """Replace `{}` in a prompt with the subject."""
     return prompt.replace("{}", subject)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One statement that the model shall make; `{}` in prompts stands for the subject."""
+    """A statement that the model has to make; `{}` in prompts stands for the subject."""
 
     subject: str
     prompt: str
@@ -55,44 +55,42 @@ class Fact:
 
     @property
     def id(self) -> str:
-        """Twelve hex digits from what the fact says: handing it in twice is harmless."""
-        said = [self.subject, self.prompt, self.target, self.valid_from, self.source]
-        return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:12]
+        """Twelve hex digits of a hash of the statement: submitting it twice is harmless."""
+        statement = [self.subject, self.prompt, self.target, self.valid_from, self.source]
+        return hashlib.sha256(json.dumps(statement).encode()).hexdigest()[:12]
 
     @property
     def slot(self) -> str:
-        """What is asked, whatever the answer: a later fact in the same slot supersedes."""
+        """Subject and question without the answer: a later fact of the same slot supersedes."""
         return f"{self.subject}\n{self.question}"
 
     @property
     def question(self) -> str:
-        """The prompt as the model reads it."""
+        """Prompt with its subject, as the model reads it."""
         return fill_subject(self.prompt, self.subject)
 
     @property
     def filled_paraphrases(self) -> tuple[str, ...]:
-        """The given paraphrases as the model reads them."""
+        """Paraphrases with their subject, as the model reads them."""
         return tuple(fill_subject(p, self.subject) for p in self.paraphrases)
 
     @property
     def omits_subject(self) -> bool:
-        """Whether the prompt, or a paraphrase, does without the subject's name."""
+        """Check that the prompt or a paraphrase does not name the subject."""
         subject = normalize_text(self.subject)
-        return not all(
-            contains_subject(normalize_text(text), subject)
-            for text in (self.question, *self.filled_paraphrases)
-        )
+        texts = map(normalize_text, (self.question, *self.filled_paraphrases))
+        return not all(contains_subject(text, subject) for text in texts)
 
 
 def fact_to_json(fact: Fact) -> str:
-    """The whole fact as canonical JSON: the same fact gives the same bytes."""
+    """Write a fact as canonical JSON: equal facts give equal bytes."""
     return json.dumps(asdict(fact), sort_keys=True, separators=(",", ":"))
 
 
 def fact_from_json(text: str) -> Fact:
-    """The fact that `to_json` wrote."""
-    said = json.loads(text)
+    """Read a fact that `fact_to_json` wrote."""
+    values = json.loads(text)
     for name in ("paraphrases", "tags"):
-        said[name] = tuple(said[name])
-    said["neighbours"] = tuple(Neighbour(**n) for n in said["neighbours"])
-    return Fact(**said)
+        values[name] = tuple(values[name])
+    values["neighbours"] = tuple(Neighbour(**n) for n in values["neighbours"])
+    return Fact(**values)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and named or checked by what is in them."""
+"""Atomic writes of files, and tensor files that are named by the sha256 of their content."""
 
 import errno
 import hashlib
@@ -13,9 +13,11 @@ from memory.errors import KeditError
 if TYPE_CHECKING:
     from torch import Tensor
 
+STAGED_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # of a file that is not finished
+
 
 def hash_file(path: Path) -> str:
-    """The file's sha256 in hex, read in pieces."""
+    """Compute the sha256 of a file in hex, reading it in chunks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -29,9 +31,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def staging_path(folder: Path) -> Path:
+    """Return a new path for an unfinished file, of a name that matches STAGED_NAME."""
+    return folder / f".{secrets.token_hex(8)}.tmp"
+
+
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    staged = _staging_path(path.parent)
+    """Write a file so that a reader or a crash sees the old content or the new, never a part."""
+    staged = staging_path(path.parent)
     try:
         staged.write_bytes(data)
         move_into_place(staged, path)
@@ -40,7 +47,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def move_into_place(staged: Path, path: Path) -> None:
-    """Put a finished file of the same folder in its place, durably."""
+    """Rename a finished file within its folder, durably."""
     with staged.open("rb") as file:
         os.fsync(file.fileno())
     staged.replace(path)
@@ -48,11 +55,11 @@ def move_into_place(staged: Path, path: Path) -> None:
 
 
 def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
-    """Write `<sha256>.safetensors` into the folder and return the sha256."""
+    """Write `<sha256>.safetensors` into a folder and return the sha256."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    staged = _staging_path(folder)
+    staged = staging_path(folder)
     try:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, staged)
         sha = hash_file(staged)
@@ -65,10 +72,10 @@ def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
 
 
 def load_tensors(folder: Path, sha: str) -> "dict[str, Tensor]":
-    """The tensors of a file written by `save_tensors`, on the CPU, after checking its sha256.
+    """Read the tensors that `save_tensors` wrote, on the CPU, and check their sha256.
 
-    safetensors itself refuses a truncated file but takes one whose payload has changed. Raises
-    KeditError (code "corrupt"): it is missing, damaged, or cannot be read.
+    safetensors itself refuses a truncated file but reads one whose payload has changed. Raises
+    KeditError (code "corrupt") when the file is missing, damaged or unreadable.
     """
     from safetensors.torch import load_file
 
@@ -80,22 +87,17 @@ def load_tensors(folder: Path, sha: str) -> "dict[str, Tensor]":
         if hash_file(path) != sha:
             raise KeditError(f"{path} is damaged: its sha256 differs", code="corrupt", hint=hint)
         return load_file(path)
-    except OSError as error:  # also one that went away in between
+    except OSError as error:  # also when it was removed meanwhile
         raise KeditError(f"{path} cannot be read: {error}", code="corrupt", hint=hint) from error
 
 
 def tensors_path(folder: Path, sha: str) -> Path:
-    """Where `save_tensors` keeps the tensors with this sha256."""
+    """Return the path of the tensors with this sha256."""
     return folder / f"{sha}.safetensors"
 
 
-def _staging_path(folder: Path) -> Path:
-    # A leading dot and .tmp: readers of the folder can tell that it is not finished.
-    return folder / f".{secrets.token_hex(8)}.tmp"
-
-
 def _to_os_error(error: Exception, folder: Path) -> OSError:
-    """Why safetensors could not write: a full disk has to be told from a broken one."""
+    """Convert an error of safetensors, to distinguish a full disk from a broken one."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     code = int(number[1]) if number else errno.EIO
     return OSError(code, os.strerror(code), str(folder))

@@ -1,4 +1,4 @@
-"""Memory that runs out, of the machine or of the device: how it is known, and told as our error."""
+"""Detection of out-of-memory errors, of the machine or the device, and their conversion."""
 
 import gc
 from collections.abc import Iterator
@@ -9,30 +9,29 @@ import torch
 
 from memory.errors import OutOfMemory
 
-# What torch and its libraries say in an error that has no type of its own.
+# In the message of errors of torch and its libraries that have no type of their own.
 _OUT_OF_MEMORY_TEXTS = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is no memory left."""
+    """Check that an error reports that memory ran out."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        said in str(error) for said in _OUT_OF_MEMORY_TEXTS
-    )
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(part in text for part in _OUT_OF_MEMORY_TEXTS)
 
 
 @contextmanager
 def as_out_of_memory() -> Iterator[None]:
-    """Let memory that runs out within be a OutOfMemory; what the work held
-    is given back, so that smaller work may find room."""
+    """Convert out-of-memory errors of the block to OutOfMemory, and free the block's memory, so
+    that smaller work may fit."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         why = next(iter(str(error).splitlines()), type(error).__name__)
-        clear_frames(error.__traceback__)  # what failed is still held by where it failed
+        clear_frames(error.__traceback__)  # the frames still hold the tensors of the block
     else:
         return
     gc.collect()

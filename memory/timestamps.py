@@ -1,4 +1,4 @@
-"""Timestamps as text: one spelling in UTC, so that they sort as text."""
+"""Timestamps as text: one form in UTC, so that they sort as text."""
 
 from datetime import UTC, datetime
 

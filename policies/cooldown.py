@@ -1,8 +1,8 @@
-"""When a verdict is acted on: not again and again, and not without end.
+"""Restraint of audits: an action is not repeated at once, nor without end.
 
 Consolidating has hysteresis: once done, it waits until the figures have been clearly below their
-limits (see `Thresholds.eased`). Every act waits for a cool-down, and a day has a budget of acts. A
-figure that is not finite waits for nothing.
+limits (see `Thresholds.ease_limits`). Every action waits for a cool-down, and a day has a budget of
+actions. A figure that is not finite waits for nothing.
 """
 
 from collections.abc import Sequence
@@ -11,12 +11,10 @@ from datetime import datetime, timedelta
 
 from policies.stability import Action
 
-ONE_DAY = timedelta(days=1)
-
 
 @dataclass(frozen=True)
 class Cooldown:
-    """Seconds between two acts, and how many a day may have."""
+    """Seconds between two actions, and the number of actions that a day may have."""
 
     min_seconds: float
     daily_budget: int
@@ -24,29 +22,28 @@ class Cooldown:
 
 @dataclass(frozen=True)
 class PastAction:
-    """An act of an audit, and when: ISO-8601 UTC."""
+    """An action of an audit and its time, ISO-8601 UTC."""
 
     at: str
     action: str
 
 
 def explain_hold(
-    action: Action, acts: Sequence[PastAction], armed: bool, now: str, restraint: Cooldown
+    action: Action, past: Sequence[PastAction], armed: bool, now: str, cooldown: Cooldown
 ) -> str | None:
-    """Why an act that a verdict asks for is not done now; None where it is.
+    """Return why an action that a verdict asks for has to wait, or None.
 
-    acts: those of the past, the newest last. armed: whether the figures have been clearly below
-    their limits since the last consolidation.
+    past: earlier actions, the newest last. armed: whether the figures have been clearly below their
+    limits since the last consolidation.
     """
     if action < Action.CONSOLIDATE:
-        return "nothing is asked for"
+        return "no action is needed"
     if action is Action.CONSOLIDATE and not armed:
-        return "it was consolidated, and has not been clearly well since"
-    today = datetime.fromisoformat(now)
-    ages = [today - datetime.fromisoformat(act.at) for act in acts]
-    if ages and ages[-1].total_seconds() < restraint.min_seconds:
-        left = restraint.min_seconds - ages[-1].total_seconds()
-        return f"the last act is not long ago: {left:.0f} s to go"
-    if sum(age < ONE_DAY for age in ages) >= restraint.daily_budget:
-        return f"{restraint.daily_budget} acts in a day are enough: a person should look"
+        return "the weights were consolidated and have not been clearly healthy since"
+    time = datetime.fromisoformat(now)
+    ages = [time - datetime.fromisoformat(one.at) for one in past]
+    if ages and (left := cooldown.min_seconds - ages[-1].total_seconds()) > 0:
+        return f"the last action is too recent: {left:.0f} s to go"
+    if sum(age < timedelta(days=1) for age in ages) >= cooldown.daily_budget:
+        return f"{cooldown.daily_budget} actions in a day are enough: a person should look"
     return None

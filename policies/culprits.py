@@ -1,7 +1,7 @@
-"""Who is to blame: the facts of a batch that make the weights sick, found by solving without them.
+"""Search for the facts of a batch that make the weights unhealthy, by solving without them.
 
 A solve is exact and needs no optimiser, so that every part of a batch can be tried. Halves that are
-well are kept whole: k facts among n cost some k log n solves.
+healthy are kept whole: k culprits among n facts cost about k log n solves.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Culprits(Generic[T]):
-    """What was found of some suspects, each in the order in which they came.
+    """Result of a search among suspects, each part in the order in which they came.
 
-    innocent: they are well together. guilty: each makes the weights sick all by itself, and how.
-    crowd: the others, which are too much.
+    innocent: healthy together. culprits: each makes the weights unhealthy on its own, with that
+    verdict. surplus: the others, which are too many.
     """
 
     innocent: list[T]
@@ -28,34 +28,36 @@ class Culprits(Generic[T]):
 
 def find_culprits(
     suspects: Sequence[T],
-    judged: Callable[[Sequence[T]], Verdict],
-    alone: Callable[[T], Verdict],
+    judge: Callable[[Sequence[T]], Verdict],
+    judge_alone: Callable[[T], Verdict],
     limit: Action,
 ) -> Culprits[T]:
-    """Who of the suspects is to blame for a verdict of `limit` or worse; nobody, where it is so
-    without them as well, or where more than half of them would be: then the weights bear no fact.
+    """Find the suspects that cause a verdict of `limit` or worse.
 
-    judged: the verdict on the weights with some of the suspects, and whatever else there is.
-    alone: that on the weights with nothing but one of them.
+    There are no culprits where the verdict is so without the suspects as well, or where more than
+    half of them would be: then the weights have no capacity at all.
+
+    judge: the verdict on the weights with some of the suspects, and whatever else there is.
+    judge_alone: the verdict on the weights with nothing but one of them.
     """
 
-    def is_healthy(some: Sequence[T]) -> bool:
-        return judged(some).action < limit
+    def is_healthy(facts: Sequence[T]) -> bool:
+        return judge(facts).action < limit
 
-    def find_innocent(beside: list[T], some: Sequence[T]) -> list[T]:
-        if is_healthy([*beside, *some]):
-            return list(some)
-        if len(some) < 2:
+    def find_innocent(kept: list[T], facts: Sequence[T]) -> list[T]:
+        if is_healthy([*kept, *facts]):
+            return list(facts)
+        if len(facts) < 2:
             return []
-        half = len(some) // 2
-        first = find_innocent(beside, some[:half])
-        return [*first, *find_innocent([*beside, *first], some[half:])]
+        half = len(facts) // 2
+        first = find_innocent(kept, facts[:half])
+        return [*first, *find_innocent([*kept, *first], facts[half:])]
 
     innocent = find_innocent([], suspects) if is_healthy([]) else list(suspects)
-    left = [one for one in suspects if one not in innocent]
-    verdicts = [(one, alone(one)) for one in left]
-    guilty = [(one, verdict) for one, verdict in verdicts if verdict.action >= limit]
-    if 2 * len(guilty) > len(suspects):
-        return Culprits(innocent, [], left)
-    crowd = [one for one, verdict in verdicts if verdict.action < limit]
-    return Culprits(innocent, guilty, crowd)
+    others = [fact for fact in suspects if fact not in innocent]
+    verdicts = [(fact, judge_alone(fact)) for fact in others]
+    culprits = [(fact, verdict) for fact, verdict in verdicts if verdict.action >= limit]
+    if 2 * len(culprits) > len(suspects):
+        return Culprits(innocent, [], others)
+    surplus = [fact for fact, verdict in verdicts if verdict.action < limit]
+    return Culprits(innocent, culprits, surplus)

@@ -1,4 +1,4 @@
-"""What is watched while facts are learned side by side: one that is out of range stops alone."""
+"""Divergence of facts that are learned side by side: one that is out of range stops alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from math import isfinite
 import torch
 from torch import Tensor
 
-from policies.targets import Refusal
+from policies.edit_terms import Refusal
 
-# Of the loss and its gradient it is asked that they are finite: Adam's steps do not grow with the
-# gradient. (Of 200 CounterFact facts on the shipped model, the longest of a fact's gradients in B
-# was 5 to 54 per length, its loss 3 to 13.) How far its ΔW moves the output at the ends of a fact's
-# prompts, max ‖ΔW a‖ in lengths, was 5 to 16 for the same facts, half of them below 9, and at no
-# step more than in the end.
+# The loss and its gradient only have to be finite: Adam's steps do not grow with the gradient.
+# (Of 200 CounterFact facts on the shipped model, the longest of a fact's gradients in B was 5 to 54
+# per length, its loss 3 to 13.) The shift of the output at the ends of a fact's prompts, max ‖ΔW a‖
+# in lengths, was 5 to 16 for the same facts, half of them below 9, and at no step more than at the
+# end.
 MAX_OUTPUT_SHIFT = 150.0
 
 
 @dataclass(frozen=True)
 class StepReadings:
-    """Of every fact (facts,) at a step: its loss, how many tokens of its target are not the argmax,
-    and the longest ‖ΔW a‖ at its prompts' ends, in lengths."""
+    """Readings (facts,) of a step: the loss, the number of target tokens that are not the argmax,
+    and the longest ‖ΔW a‖ at the fact's prompt ends, in lengths."""
 
     losses: Tensor
     wrong_tokens: Tensor
@@ -28,30 +28,35 @@ class StepReadings:
 
 
 class DivergenceWatch:
-    """Facts that are learned side by side, by place: which go on, and why the others do not."""
+    """Facts that are learned side by side, by index: those still active, and refusals of others."""
 
     def __init__(self, facts: int) -> None:
         self.active_facts = list(range(facts))
         self.refusals: dict[int, Refusal] = {}
 
     def check_step(
-        self, step: int, seen: StepReadings, parameters: Sequence[Tensor]
+        self, step: int, readings: StepReadings, parameters: Sequence[Tensor]
     ) -> tuple[float, bool]:
-        """Stop what is out of range at a step, with gradients in the parameters (facts, ...).
+        """Stop the facts that are out of range, by readings and gradients of (facts, ...).
 
-        The mean loss of those that go on, and whether all of their targets' tokens are the argmax.
+        Returns the mean loss of the active facts, and whether all their target tokens are argmax.
         """
         squares = [p.grad.square().flatten(1).sum(1) for p in parameters if p.grad is not None]
         lengths = torch.stack(squares).sum(0).sqrt()
         table = torch.stack(
-            [seen.losses.detach(), seen.wrong_tokens, lengths, seen.output_shifts.detach()]
+            [
+                readings.losses.detach(),
+                readings.wrong_tokens,
+                lengths,
+                readings.output_shifts.detach(),
+            ]
         )
-        losses, wrong, gradients, moved = table.tolist()  # read at once: a GPU is waited for
+        losses, wrong, gradients, shifts = table.tolist()  # in one read: it waits for the GPU
         for n in tuple(self.active_facts):
             why = (
                 _check_finite("loss", losses[n])
                 or _check_finite("loss's gradient", gradients[n])
-                or check_output_shift(moved[n])
+                or check_output_shift(shifts[n])
             )
             if why:
                 self.active_facts.remove(n)
@@ -64,12 +69,10 @@ def _check_finite(name: str, value: float) -> str | None:
     return None if isfinite(value) else f"the {name} is {value:g}, and has to be finite"
 
 
-def check_output_shift(moved: float) -> str | None:
-    """Why a ΔW that moves the output at its prompts' ends by so many lengths is refused, if it
-    is."""
-    if moved <= MAX_OUTPUT_SHIFT:
+def check_output_shift(shift: float) -> str | None:
+    """Return why a ΔW that moves the output at its prompt ends by these lengths is refused, or
+    None."""
+    if shift <= MAX_OUTPUT_SHIFT:
         return None
-    return (
-        f"the delta moves the output at its prompts' ends by {moved:.4g} median lengths, more than"
-        f" {MAX_OUTPUT_SHIFT:g}"
-    )
+    moved = f"the delta moves the output at its prompts' ends by {shift:.4g} median lengths"
+    return f"{moved}, more than {MAX_OUTPUT_SHIFT:g}"

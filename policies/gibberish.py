@@ -1,9 +1,9 @@
-"""Is a target made of words, or of tokens that were drawn blindly?
+"""Detection of targets that are made of tokens drawn blindly, not of words.
 
-A likelihood ratio: the unedited model holds words, even in names that it has never seen, for far
-likelier than a blind draw from its vocabulary would make them, and such a draw for far less likely.
-The first token is not asked, since news surprises; nor is one without a letter: numbers, prices and
-codes are like a blind draw by their nature.
+A likelihood ratio: the unedited model gives words, even in names that it has never seen, a far
+higher likelihood than a blind draw from its vocabulary would, and such a draw a far lower one.
+The first token does not count, since news surprises; nor does one without a letter: numbers, prices
+and codes are like a blind draw by their nature.
 """
 
 import math
@@ -21,8 +21,7 @@ VERBATIM_TAG = "verbatim"  # the tag of a fact whose target is meant, however it
 
 
 def find_gibberish(model: EditableModel, fact: Fact) -> str | None:
-    """Why a fact's target is refused as drawn blindly, if it is. To be asked of the unedited
-    model."""
+    """Return why a fact's target is refused as drawn blindly, or None; by the unedited model."""
     prompt, target = model.encode(fact.question), model.encode_target(fact.question, fact.target)
     words = [n for n in range(1, len(target)) if _has_letter(model, target[n])]
     if VERBATIM_TAG in fact.tags or not words or len(prompt) + len(target) > model.max_positions:
@@ -30,9 +29,9 @@ def find_gibberish(model: EditableModel, fact: Fact) -> str | None:
     ids = torch.tensor([[*prompt, *target]], device=model.device)
     with torch.no_grad():
         logits = model.hf_model(input_ids=ids, use_cache=False).logits[0]  # (tokens, vocabulary)
-    at = torch.tensor([len(prompt) + n for n in words], device=model.device)
-    said = logits[at - 1].float().log_softmax(-1).gather(-1, ids[0, at, None])  # (words, 1)
-    evidence = -float(said.sum()) - len(words) * math.log(len(model.tokenizer))
+    places = torch.tensor([len(prompt) + n for n in words], device=model.device)
+    logprobs = logits[places - 1].float().log_softmax(-1).gather(-1, ids[0, places, None])
+    evidence = -float(logprobs.sum()) - len(words) * math.log(len(model.tokenizer))
     if not evidence > MAX_EVIDENCE:
         return None
     return (

@@ -3,31 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
+from policies.edit_terms import unpack_terms
 from policies.solver import RidgeSolver, narrow_to_float32, stack_facts
-from policies.targets import EditTerms
-
-
-def pack_terms(terms: EditTerms) -> bytes:
-    """Terms as safetensors bytes, the same for the same terms. Keys are kept in bfloat16, which
-    halves them and changes no figure; a residual is what the fact is, and stays exact."""
-    tensors = {f"keys/{n}": k.bfloat16().contiguous() for n, k in terms.keys.items()}
-    tensors |= {f"residual/{n}": r.contiguous() for n, r in terms.residuals.items()}
-    return save(tensors)
-
-
-def unpack_terms(blob: bytes) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Keys (rows, sites, width) and residuals (sites, hidden) by layer, as packed."""
-    keys: dict[int, Tensor] = {}
-    residuals: dict[int, Tensor] = {}
-    for name, tensor in load(blob).items():
-        kind, layer = name.split("/")
-        (keys if kind == "keys" else residuals)[int(layer)] = tensor
-    return keys, residuals
 
 
 class WeightsTier:
@@ -45,33 +26,25 @@ class WeightsTier:
         }
 
     def solve_deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:
-        """ΔW (hidden, width) by layer for packed terms by fact id; nothing for no facts.
+        """Solve ΔW (hidden, width) by layer from packed terms by fact id; no layers for no facts.
 
         The rows are ordered by fact id, so that the same facts give the same bytes.
         """
-        opened = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
-        if not opened:
-            return {}
-        result = {}
-        for layer in self.site.layers:
-            keys, residuals = stack_facts([(k[layer], r[layer]) for k, r in opened])
-            result[layer] = self._solvers[layer].solve(keys, residuals)
-        return result
+        return {
+            layer: self._solvers[layer].solve(*stack_facts(facts))
+            for layer, facts in self._unpack_by_layer(terms).items()
+        }
 
     def solve_factors(self, terms: Mapping[str, bytes]) -> dict[int, tuple[Tensor, Tensor]]:
-        """What `deltas` solves, as exact factors by layer: B (hidden, rank) and A (rank, width)
-        with ΔW = B A, in float32; nothing for no facts.
+        """Solve the ΔW of `solve_deltas` as exact factors by layer: B (hidden, rank) and
+        A (rank, width) with ΔW = B A, in float32; no layers for no facts.
 
         ΔW = Rᵀ G is linear in the residuals, so G (rows, width) is the solve for R = I. All
         contexts of a fact share its residuals, and their rows of G add up: the rank is the number
         of facts times the sites of each.
         """
-        opened = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
-        if not opened:
-            return {}
         result = {}
-        for layer in self.site.layers:
-            facts = [(k[layer], r[layer]) for k, r in opened]
+        for layer, facts in self._unpack_by_layer(terms).items():
             keys, _ = stack_facts(facts)
             rows = torch.eye(len(keys), dtype=torch.float64)
             spread = self._solvers[layer].solve_exact(keys, rows)  # G (rows, width)
@@ -81,9 +54,17 @@ class WeightsTier:
             result[layer] = _balance_factors(residuals.T, up)
         return result
 
+    def _unpack_by_layer(
+        self, terms: Mapping[str, bytes]
+    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """Return by layer the facts' keys and residuals, ordered by fact id."""
+        unpacked = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
+        layers = self.site.layers if unpacked else ()
+        return {layer: [(k[layer], r[layer]) for k, r in unpacked] for layer in layers}
+
 
 def _index_residuals(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """For each row of `stacked`, which of the facts' residuals it has."""
+    """Return for each row of `stack_facts` the index of its residual among all facts'."""
     first, rows = 0, []
     for keys, residuals in facts:
         rows.append(torch.arange(first, first + len(residuals)).repeat(len(keys)))
@@ -92,8 +73,10 @@ def _index_residuals(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _balance_factors(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors with a column of one as long as its row of the other, up to a power of two,
-    which costs no bit: who serves them in 16 bits must not lose what is small in one of them."""
+    """Scale the factors so that a column of one is as long as its row of the other.
+
+    By powers of two, which cost no bit: served in 16 bits, nothing small in one of them is lost.
+    """
     ratio = (up.norm(dim=1) / down.norm(dim=0)).nan_to_num(1.0, 1.0, 1.0).clamp(min=1e-300)
     scale = torch.exp2((ratio.log2() / 2).round())  # (rank,)
     return narrow_to_float32(down * scale), narrow_to_float32(up / scale[:, None])

@@ -1,4 +1,4 @@
-"""Where a fact goes: side memory, batch, in the place of an older one, or nowhere."""
+"""Routing of facts: side memory, batch, in place of an older one, or nowhere."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from memory.facts import ACTIVE_STATES
 
 
 class Route(StrEnum):
-    """What happens with a fact that has just arrived."""
+    """Destination of a fact that has just arrived."""
 
     SIDE = "side"
     BATCH = "batch"
@@ -19,7 +19,7 @@ class Route(StrEnum):
 
 @dataclass(frozen=True)
 class RouteDecision:
-    """The route, and why."""
+    """A route and the reason for it."""
 
     route: Route
     reason: str
@@ -42,12 +42,12 @@ def choose_route(
 
 
 def is_for_batch(fact: StoredFact) -> bool:
-    """Which tier a waiting fact is for: where its file sent it, the other one after a failure."""
+    """Check that a waiting fact is for a batch: by its file, and the other tier after a failure."""
     return fact.direct != (fact.attempts % 2 == 1)
 
 
 def find_older_in_slot(fact: StoredFact, in_slot: Sequence[StoredFact]) -> list[StoredFact]:
-    """The active facts that this one supersedes: same subject and prompt, arrived before it."""
+    """List the active facts that this one supersedes: same subject and prompt, arrived before."""
     return [other for other in in_slot if other.seq < fact.seq and other.state in ACTIVE_STATES]
 
 
@@ -58,9 +58,9 @@ def find_flush_reason(
     flush_facts: int,
     age: float,
 ) -> str | None:
-    """Why the weights should take a batch now, or None.
+    """Return why the weights should take a batch now, or None.
 
-    waiting: facts routed straight to a batch. oldest_side_age and age in seconds.
+    waiting: facts routed straight to a batch. oldest_side_age and age are in seconds.
     """
     if waiting:
         return f"{len(waiting)} facts came for a batch"

@@ -1,4 +1,4 @@
-"""When the weights are no longer healthy: from an audit's numbers to one of four verdicts."""
+"""Stability of the edited weights: from the figures of an audit to one of four verdicts."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from enum import IntEnum
 
 from memory.model.canary import Health
 
-HYSTERESIS = 0.1  # of the way from rest to a limit
-TOLERANCE = 0.01  # a figure that is worse by less is not worse
+HYSTERESIS = 0.1  # of the way from the unedited model's value to a limit
+TOLERANCE = 0.01  # by which a figure may get worse through rounding and chance
 
 
 class Action(IntEnum):
@@ -24,31 +24,34 @@ class Action(IntEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """Where a measure starts to warn, to ask for consolidation, and to ask for a revert."""
+    """Values from which a figure warns, asks for consolidation, and asks for a revert."""
 
     warn: float
     consolidate: float
     revert: float
 
     def judge_value(self, value: float) -> Action:
-        """NaN counts as beyond every limit."""
+        """Return the action that a value asks for; NaN is beyond every limit."""
         if not value < self.revert:
             return Action.REVERT
         if value >= self.consolidate:
             return Action.CONSOLIDATE
         return Action.WARN if value >= self.warn else Action.KEEP
 
-    def ease_limits(self, rest: float) -> "Limits":
-        """The same limits, nearer to where the unedited model rests."""
-        nearer = [rest + (1 - HYSTERESIS) * (limit - rest) for limit in vars(self).values()]
-        return Limits(*nearer)
+    def ease_limits(self, unedited: float) -> "Limits":
+        """Return limits that are nearer to the unedited model's value, by the hysteresis."""
+        eased = [unedited + (1 - HYSTERESIS) * (limit - unedited) for limit in vars(self).values()]
+        return Limits(*eased)
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|.
-    agreement: share of the canary's statements that are completed differently now. retention:
-    share of the oldest live facts that are not stated any more."""
+    """Limits by figure.
+
+    norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|. agreement:
+    share of the canary's statements that are completed differently now. retention: share of the
+    oldest live facts that the model no longer states.
+    """
 
     norm: Limits
     perplexity: Limits
@@ -57,55 +60,52 @@ class Thresholds:
     retention: Limits
 
     def ease_limits(self) -> "Thresholds":
-        """Limits below which the figures are clearly well, not just for once."""
-        rests = {"norm": 1.0, "perplexity": 1.0}
-        return Thresholds(**{n: own.eased(rests.get(n, 0.0)) for n, own in vars(self).items()})
+        """Return limits below which the figures are clearly healthy, not just for once."""
+        return Thresholds(
+            self.norm.ease_limits(1.0),
+            self.perplexity.ease_limits(1.0),
+            self.activation.ease_limits(0.0),
+            self.agreement.ease_limits(0.0),
+            self.retention.ease_limits(0.0),
+        )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do, and the measures that say so."""
+    """The action to take, and the figures that ask for it."""
 
     action: Action
     reasons: tuple[str, ...]
 
 
 def judge_health(health: Health, thresholds: Thresholds, retention: float | None = None) -> Verdict:
-    """The severest of what the single measures ask for; `retention`, where facts were asked, is
-    the share that is still stated."""
-    found = list(_judge_each(health, thresholds))
+    """Return the severest verdict of all figures; `retention`, if measured, is the share of the
+    oldest live facts that the model still states."""
+    judged = list(_judge_each(health, thresholds))
     if retention is not None:
         reason = f"of the oldest facts {retention:.3f} are still stated"
-        found.append((thresholds.retention.judge_value(1 - retention), reason))
-    action = max((a for a, _ in found), default=Action.KEEP)
-    return Verdict(action, tuple(reason for a, reason in found if a > Action.KEEP))
+        judged.append((thresholds.retention.judge_value(1 - retention), reason))
+    action = max((a for a, _ in judged), default=Action.KEEP)
+    return Verdict(action, tuple(reason for a, reason in judged if a > Action.KEEP))
 
 
 def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action, str]]:
     if not health.finite:
         yield Action.REVERT, "a number is NaN or infinite"
     for layer, ratio in health.norm_ratio.items():
-        yield (
-            thresholds.norm.judge_value(ratio),
-            f"norm of layer {layer} is {ratio:.3f} of the base",
-        )
+        reason = f"norm of layer {layer} is {ratio:.3f} of the base"
+        yield thresholds.norm.judge_value(ratio), reason
     for layer, ratio in health.activation_ratio.items():
-        yield (
-            thresholds.activation.judge_value(abs(ratio - 1)),
-            f"activations of layer {layer} are {ratio:.3f} of the base",
-        )
-    yield (
-        thresholds.perplexity.judge_value(health.perplexity_ratio),
-        f"canary perplexity is {health.perplexity_ratio:.3f} of the base",
-    )
-    yield (
-        thresholds.agreement.judge_value(1 - health.agreement),
-        f"agreement with the base on statements is {health.agreement:.3f}",
-    )
+        reason = f"activations of layer {layer} are {ratio:.3f} of the base"
+        yield thresholds.activation.judge_value(abs(ratio - 1)), reason
+    reason = f"canary perplexity is {health.perplexity_ratio:.3f} of the base"
+    yield thresholds.perplexity.judge_value(health.perplexity_ratio), reason
+    reason = f"agreement with the base on statements is {health.agreement:.3f}"
+    yield thresholds.agreement.judge_value(1 - health.agreement), reason
 
 
 def find_worsened(was: Health, now: Health) -> list[str]:
-    """What has got worse from one state to another, by more than rounding and chance."""
+    """List the figures that got worse from one state to another, by more than `TOLERANCE`."""
     found = [] if now.finite else ["a number is NaN or infinite"]
     pairs = [("canary perplexity", was.perplexity, now.perplexity)]
     pairs += [(f"norm of layer {n}", was.norm_ratio[n], now.norm_ratio[n]) for n in was.norm_ratio]

@@ -1,5 +1,6 @@
-"""What the documents show is what happens, and what they point to is there."""
+"""The documents: their commands run as shown, and what they refer to exists."""
 
+import importlib
 import re
 import shlex
 import shutil
@@ -17,14 +18,14 @@ from kedit_daemon.cli.main import COMMAND_PATHS, cli
 
 README, TOUR, POLICIES = (ROOT / name for name in ("README.md", "docs/tour.md", "docs/policies.md"))
 AFTER = [p for p in DOCUMENTS if p not in (README, TOUR) and any(steps(p.read_text("utf-8")))]
+FOLDERS = ("kedit_daemon", "policies", "memory", "tests", "tools", "systemd", "docs", "benchmarks")
 LANGUAGES = ("console", "sh", "text", "json", "toml", "diff", "python")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
 @dataclass(frozen=True)
 class Toured:
-    """A shell in which the tour was played, as far as its commands end as they should; and what
-    became of each."""
+    """A shell after the tour, up to its first wrong exit code: (command, exit code, output)."""
 
     shell: Shell
     seen: list[tuple[str, int, str]]
@@ -32,7 +33,7 @@ class Toured:
 
 @pytest.fixture(scope="module")
 def toured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toured]:
-    """Its daemon goes on running, for the documents that need one."""
+    """Play the tour. Its daemon keeps running for the other documents."""
     shell = Shell(tmp_path_factory.mktemp("docs") / "tour")
     result = Toured(shell, [])
     try:
@@ -55,13 +56,14 @@ def check(path: Path, step: Step, code: int, seen: str) -> None:
         pytest.fail(f"{where}\nshows:\n{shown}\nand prints:\n{seen}", pytrace=False)
 
 
-def test_what_the_tour_shows_happens(toured: Toured) -> None:
+def test_the_tour_runs_as_shown(toured: Toured) -> None:
     for step, (_, code, seen) in zip(steps(TOUR.read_text("utf-8")), toured.seen, strict=False):
         check(TOUR, step, code, seen)
 
 
-def test_what_the_readme_shows_happens_on_the_tour(toured: Toured) -> None:
-    """One daemon is enough: its commands are among those of the tour, in the same order."""
+def test_the_readme_is_part_of_the_tour(toured: Toured) -> None:
+    """Compare the README with the tour, which runs its commands in the same order: one daemon is
+    enough."""
     happened = iter(toured.seen)
     for step in steps(README.read_text("utf-8")):
         found = next((one for one in happened if one[0] == step.command), None)
@@ -70,7 +72,7 @@ def test_what_the_readme_shows_happens_on_the_tour(toured: Toured) -> None:
 
 
 @pytest.mark.parametrize("path", AFTER, ids=lambda path: path.name)
-def test_what_other_documents_show_happens_after_the_tour(toured: Toured, path: Path) -> None:
+def test_other_documents_run_as_shown_after_the_tour(toured: Toured, path: Path) -> None:
     for step in steps(path.read_text("utf-8")):
         check(path, step, *toured.shell.play(step))
 
@@ -90,7 +92,7 @@ def test_the_worked_example_fails_before_the_change_and_passes_after(tmp_path: P
 
 
 @each_document
-def test_every_block_says_what_it_is(path: Path) -> None:
+def test_every_block_has_a_known_language(path: Path) -> None:
     text = path.read_text("utf-8")
     strange = [b.line for b in blocks(text) if b.language not in LANGUAGES]
     assert not strange, f"blocks of no known language begin in lines {strange}"
@@ -98,7 +100,7 @@ def test_every_block_says_what_it_is(path: Path) -> None:
 
 
 @each_document
-def test_every_link_leads_somewhere(path: Path) -> None:
+def test_every_link_has_a_target(path: Path) -> None:
     lost = []
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text("utf-8"))):
         if re.match(r"https?://", target):
@@ -111,13 +113,13 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 
 def headings(path: Path) -> set[str]:
-    """The anchors of a document's headings, as they are made on the web."""
+    """Return the anchors of a document's headings, in GitHub's spelling."""
     titles = re.findall(r"^#+ (.+)$", prose(path.read_text("utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @each_document
-def test_every_command_shown_can_be_typed(path: Path) -> None:
+def test_every_command_shown_parses(path: Path) -> None:
     wrong = []
     for line, words in commands(path.read_text("utf-8")):
         try:
@@ -128,8 +130,8 @@ def test_every_command_shown_can_be_typed(path: Path) -> None:
 
 
 def commands(text: str) -> Iterator[tuple[int, list[str]]]:
-    """The lines of a document that call kedit-daemon, in blocks that are not run and in the text;
-    "…" and "[--options]" are left out."""
+    """Yield (line, words) of each call of kedit-daemon in the text and in blocks that are not run,
+    without "…" and "[--options]"."""
     lines: list[tuple[int, str]] = []
     for block in blocks(text):
         if block.language in ("sh", "text"):
@@ -145,7 +147,7 @@ def commands(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def parse(words: list[str]) -> None:
-    """As the command line would read the words; without running anything, or asking for files."""
+    """Parse the words as the command line would, without running anything or looking for files."""
     command: click.Command = cli
     ctx = click.Context(cli, info_name="kedit-daemon", **cli.context_settings)
     rest = words
@@ -169,13 +171,45 @@ def parse(words: list[str]) -> None:
         raise click.UsageError(f"{rest[0]!r} is too much", ctx)
 
 
+@each_document
+def test_every_file_named_exists(path: Path) -> None:
+    named = re.findall(rf"[`(/]((?:{'|'.join(FOLDERS)})/[\w./-]+)", prose(path.read_text("utf-8")))
+    assert not [name for name in named if not (ROOT / name.rstrip(".")).exists()]
+
+
+@each_document
+def test_every_make_target_exists(path: Path) -> None:
+    targets = re.findall(r"^([\w.-]+)(?= *:)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"(?:`|^)make ([\w.-]+)", path.read_text("utf-8"), re.MULTILINE)) <= {
+        *targets,
+        ".venv",
+    }
+
+
+def test_every_policy_named_exists() -> None:
+    rows = re.findall(r"^\| [^|]+\? \| ([^|]+) \|", POLICIES.read_text("utf-8"), re.MULTILINE)
+    assert len(rows) > 10
+    for module, name in re.findall(r"`(\w+)\.(\w+)`", " ".join(rows)):
+        assert hasattr(importlib.import_module(f"policies.{module}"), name)
+
+
+def test_the_map_of_the_code_names_every_package() -> None:
+    text = (ROOT / "docs/concepts.md").read_text("utf-8")
+    packages = [
+        file.parent.relative_to(ROOT)
+        for top in ("kedit_daemon", "policies", "memory")
+        for file in [ROOT / top / "__init__.py", *(ROOT / top).glob("*/__init__.py")]
+    ]
+    assert not [str(package) for package in packages if f"| `{package}/` |" not in text]
+
+
 @pytest.mark.parametrize("words", [["revertt"], ["status", "--wach"], ["show"], ["facts", "x"]])
-def test_what_cannot_be_typed_is_found(words: list[str]) -> None:
+def test_wrong_commands_are_found(words: list[str]) -> None:
     with pytest.raises(click.UsageError):
         parse(words)
 
 
-def test_readme_names_every_command() -> None:
+def test_the_readme_names_every_command() -> None:
     table = re.findall(r"^\| (`.+?) \| ", README.read_text("utf-8"), re.MULTILINE)
     named = {word for cell in table for word in re.findall(r"`(\w+)", cell)}
     assert not COMMAND_PATHS.keys() - named
@@ -192,7 +226,7 @@ def test_readme_names_every_command() -> None:
         (["5e" * 32], "0a" * 32 + "\n"),
     ],
 )
-def test_what_may_differ_may_differ(shown: list[str], seen: str) -> None:
+def test_volatile_output_agrees(shown: list[str], seen: str) -> None:
     assert agrees(shown, seen)
 
 
@@ -207,5 +241,5 @@ def test_what_may_differ_may_differ(shown: list[str], seen: str) -> None:
         (["…: yes"], "agreed: no\n"),
     ],
 )
-def test_what_differs_is_told(shown: list[str], seen: str) -> None:
+def test_other_output_differs(shown: list[str], seen: str) -> None:
     assert not agrees(shown, seen)

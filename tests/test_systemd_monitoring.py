@@ -1,4 +1,4 @@
-"""The alert rules and the dashboard: whole, and about figures that the code gives."""
+"""The alert rules and the Grafana dashboard: well formed, and about metrics that exist."""
 
 import ast
 import inspect
@@ -20,7 +20,7 @@ RULES: list[dict[str, Any]] = [rule for group in GROUPS for rule in group["rules
 BOARD: dict[str, Any] = json.loads((UNITS / "grafana.json").read_text())
 PANELS: list[dict[str, Any]] = BOARD["panels"]
 DURATION = re.compile(r"(\d+[smhdwy])+")
-# What a class of prometheus_client adds to the name of a figure.
+# Suffixes that the classes of prometheus_client add to the name of a metric.
 ENDINGS = {
     "Counter": ("_total",),
     "CounterMetricFamily": ("_total",),
@@ -37,8 +37,8 @@ def expressions() -> Iterator[str]:
     yield from (v["definition"] for v in BOARD["templating"]["list"] if "definition" in v)
 
 
-def figures(source: str) -> dict[str, set[str]]:
-    """The names of the series that a module gives -> their labels."""
+def exported_series(source: str) -> dict[str, set[str]]:
+    """Return the labels of each time series that a module's source exports."""
     found: dict[str, set[str]] = {}
     for call in ast.walk(ast.parse(source)):
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
@@ -51,19 +51,19 @@ def figures(source: str) -> dict[str, set[str]]:
     return found
 
 
-def series(expression: str) -> Iterator[tuple[str, set[str]]]:
-    """The series that an expression asks for, with the labels that choose among them."""
+def queried_series(expression: str) -> Iterator[tuple[str, set[str]]]:
+    """Yield each series in an expression, with the labels it is filtered by."""
     for name, chosen in re.findall(r"\b(kedit_\w+)(\{[^}]*\})?", expression):
         yield name, set(re.findall(r"(\w+)\s*[=!]", chosen))
 
 
 @pytest.mark.parametrize("expression", list(expressions()))
-def test_every_figure_is_one_that_the_code_gives(expression: str) -> None:
+def test_every_metric_exists(expression: str) -> None:
     module = pytest.importorskip("kedit_daemon.serve.metrics")
-    known = figures(inspect.getsource(module))
-    assert "kedit_http_requests_total" in known  # the search finds them
+    known = exported_series(inspect.getsource(module))
+    assert "kedit_http_requests_total" in known  # the search works
     grouped = {w for by in re.findall(r"by \(([^)]*)\)", expression) for w in by.split(", ")}
-    asked = list(series(expression))
+    asked = list(queried_series(expression))
     assert asked or "up{" in expression
     for name, labels in asked:
         assert name in known, f"{name} is none of {sorted(known)}"
@@ -71,7 +71,7 @@ def test_every_figure_is_one_that_the_code_gives(expression: str) -> None:
 
 
 @pytest.mark.parametrize("expression", list(expressions()))
-def test_brackets_and_quotes_are_even(expression: str) -> None:
+def test_brackets_and_quotes_are_balanced(expression: str) -> None:
     bare = re.sub(r'"[^"]*"', "", expression)
     assert '"' not in bare
     for opening, closing in ("()", "[]", "{}"):
@@ -79,7 +79,7 @@ def test_brackets_and_quotes_are_even(expression: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_a_rule_has_all_that_prometheus_and_a_person_need(rule: dict[str, Any]) -> None:
+def test_a_rule_is_well_formed(rule: dict[str, Any]) -> None:
     assert rule.keys() - {"for"} == {"alert", "expr", "labels", "annotations"}
     assert re.fullmatch(r"Kedit[A-Z]\w+", rule["alert"])
     assert DURATION.fullmatch(rule.get("for", "1m"))
@@ -91,7 +91,7 @@ def test_a_rule_has_all_that_prometheus_and_a_person_need(rule: dict[str, Any]) 
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
-def test_a_runbook_names_commands_that_there_are(rule: dict[str, Any]) -> None:
+def test_a_runbook_names_existing_commands(rule: dict[str, Any]) -> None:
     runbook = rule["annotations"]["runbook"]
     commands = re.findall(r"(?<!-u )kedit-daemon ([\w-]+)", runbook)
     assert commands
@@ -99,7 +99,7 @@ def test_a_runbook_names_commands_that_there_are(rule: dict[str, Any]) -> None:
     assert set(re.findall(r"--kind (\w+)", runbook)) <= set(EVENT_KINDS)
 
 
-def test_no_name_stands_there_twice() -> None:
+def test_names_of_alerts_are_unique() -> None:
     assert [group.keys() for group in GROUPS] == [{"name", "rules"}]
     names = [rule["alert"] for rule in RULES]
     assert len(set(names)) == len(names) >= 6
@@ -120,7 +120,7 @@ def test_panels_fill_the_board_without_overlapping() -> None:
     assert len(cells) == 24 * (1 + max(y for _, y in cells))
 
 
-def test_panels_are_whole() -> None:
+def test_panels_are_well_formed() -> None:
     ids = [panel["id"] for panel in PANELS]
     assert len(set(ids)) == len(ids)
     chosen = {"type": "prometheus", "uid": "${datasource}"}

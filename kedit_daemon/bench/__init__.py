@@ -1,1 +1,1 @@
-"""The honest measure: a stream of facts through an editing method, then all of them asked."""
+"""The bench: runs a stream of facts through an editing method, then asks for all of them."""

@@ -1,4 +1,4 @@
-"""A data set as a stream of facts, each with the questions that its editor never sees."""
+"""Data set as a stream of facts, each with questions that the editor never sees."""
 
 import json
 import random
@@ -17,18 +17,14 @@ from policies.probe import is_same_answer
 from policies.prompts import make_rows
 
 PARSER_LIMITS = FileLimits(max_line_chars=1 << 20)
-OLD_ANSWER_FIELDS = (
-    "target_true",
-    "ground_truth",
-    "answers",
-)  # where the data sets keep the old answer
+OLD_ANSWER_FIELDS = ("target_true", "ground_truth", "answers")  # their names in the data sets
 
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """A fact as the editor gets it, and what is held back from the editor.
+    """Fact as the editor gets it, without paraphrases and neighbours, which stand here.
 
-    `fact` has neither paraphrases nor neighbours. `true_target` is the answer that it replaces.
+    true_target: the answer that the fact replaces.
     """
 
     fact: Fact
@@ -39,7 +35,7 @@ class BenchRecord:
 
 @dataclass(frozen=True)
 class SkippedRecord:
-    """A record that is not in the stream: its line in the file, and why."""
+    """Record that is not in the stream: its line in the file (0: not known), and the reason."""
 
     line: int
     reason: str
@@ -47,16 +43,16 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class FactStream:
-    """The records in the order in which they are edited, and those that were left out."""
+    """Records in the order in which they are edited, and those left out."""
 
     records: tuple[BenchRecord, ...]
     skipped: tuple[SkippedRecord, ...]
 
 
 def read_stream(path: Path, offset: int, limit: int | None, seed: int) -> FactStream:
-    """`limit` records of a file from record `offset` on, in an order that follows from the seed.
+    """Read `limit` records of a file from record `offset` on; the seed gives only their order.
 
-    Which records they are does not depend on the seed. Raises KeditError when none is usable.
+    Raises KeditError if none is usable.
     """
     items = list(_read_items(path))
     chosen = items[offset:] if limit is None else items[offset : offset + limit]
@@ -71,23 +67,21 @@ def read_stream(path: Path, offset: int, limit: int | None, seed: int) -> FactSt
     records = list(slots.values())
     if not records:
         why = f": {skipped[0].reason}" if skipped else ""
-        raise KeditError(
-            f"{path} gives no facts in the chosen range{why}",
-            code="no-facts",
-            hint="give a JSON array or JSON Lines of facts, and a smaller --offset",
-        )
+        hint = "give a JSON array or JSON Lines of facts, and a smaller --offset"
+        why = f"{path} has no facts in the chosen range{why}"
+        raise KeditError(why, code="no-facts", hint=hint)
     random.Random(seed).shuffle(records)
     return FactStream(tuple(records), tuple(skipped))
 
 
 def _read_items(path: Path) -> Iterator[tuple[int, BenchRecord | str]]:
-    """Each fact of the file, or what is wrong with its record, with its line."""
+    """Yield each fact of the file, or the problem with its record, with its line."""
     try:
         text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise Unreadable(f"{path} cannot be read: {error}") from error
-    cut = split_json_list if text.lstrip().startswith("[") else split_json_lines
-    for raw in cut(text, PARSER_LIMITS.max_line_chars):
+    split = split_json_list if text.lstrip().startswith("[") else split_json_lines
+    for raw in split(text, PARSER_LIMITS.max_line_chars):
         for item in _parse_record(raw):
             yield raw.line, item
 
@@ -107,23 +101,23 @@ def _parse_record(raw: RawRecord) -> list[BenchRecord | str]:
 
 def _build_record(fact: Fact, truth: str | None) -> BenchRecord:
     if truth is not None and is_same_answer(truth, fact.target):
-        truth = None  # the record does not change the answer, so there is nothing to compare
+        truth = None  # the fact does not change the answer, so there is no rival to compare with
     bare = replace(fact, paraphrases=(), neighbours=())
     return BenchRecord(bare, truth, fact.filled_paraphrases, fact.neighbours)
 
 
 def _find_old_answers(record: dict[str, Any], count: int) -> list[str | None]:
-    """The answers that the record's facts replace."""
+    """Find the answers that the record's facts replace."""
     rewrites = record.get("requested_rewrite")
     if rewrites is not None:
         each = rewrites if isinstance(rewrites, list) else [rewrites]
         return [_find_first_text(rewrite.get("target_true")) for rewrite in each]
-    found = (text for key in OLD_ANSWER_FIELDS if (text := _find_first_text(record.get(key))))
-    return [next(found, None)] * count
+    texts = (text for key in OLD_ANSWER_FIELDS if (text := _find_first_text(record.get(key))))
+    return [next(texts, None)] * count
 
 
 def _find_first_text(value: object) -> str | None:
-    """The first text in a field that may hold a text, a list, or ROME's {"str": text}."""
+    """Find the first text in a field that may hold a text, a list, or ROME's {"str": text}."""
     if isinstance(value, dict):
         value = value.get("str")
     if isinstance(value, list):
@@ -132,20 +126,20 @@ def _find_first_text(value: object) -> str | None:
 
 
 def drop_unreadable(model: EditableModel, stream: FactStream) -> FactStream:
-    """The stream without what this model cannot read, whatever the method."""
-    kept, skipped = list[BenchRecord](), list(stream.skipped)
+    """Skip the records that this model cannot read, whatever the method."""
+    readable, skipped = list[BenchRecord](), list(stream.skipped)
     for record in stream.records:
         if why := _explain_misfit(model, record):
             skipped.append(SkippedRecord(0, f"{record.fact.question!r}: {why}"))
         else:
-            kept.append(record)
-    if not kept:
+            readable.append(record)
+    if not readable:
         raise KeditError(
             f"the model can read none of the {len(stream.records)} facts: {skipped[-1].reason}",
             code="no-facts",
-            hint="choose a model that takes longer prompts",
+            hint="choose a model with a longer context",
         )
-    return FactStream(tuple(kept), tuple(skipped))
+    return FactStream(tuple(readable), tuple(skipped))
 
 
 def _explain_misfit(model: EditableModel, record: BenchRecord) -> str | None:
@@ -153,19 +147,19 @@ def _explain_misfit(model: EditableModel, record: BenchRecord) -> str | None:
         rows = make_rows(model, record.fact)
     except KeditError as error:
         return str(error)
-    asked = [*record.paraphrases, *(n.prompt for n in record.neighbours)]
-    encoded = [model.encode(prompt) for prompt in asked]
+    prompts = [*record.paraphrases, *(n.prompt for n in record.neighbours)]
+    encoded = [model.encode(prompt) for prompt in prompts]
     if not all(encoded):
         return "one of its prompts has no token"
-    # In context the fact stands before the prompt, and room is needed for an answer.
+    # In context, the fact precedes the prompt, and the answer needs space.
     longest = 2 * max(len(row.ids) for row in rows) + max(map(len, encoded), default=0)
     old = [record.true_target, *(near.answer for near in record.neighbours)]
     longest += max(len(model.encode(answer)) for answer in old if answer) if any(old) else 0
-    most = model.max_positions
-    return f"its prompts and answers need {longest} tokens of {most}" if longest > most else None
+    limit = model.max_positions
+    return f"its prompts and answers need {longest} tokens of {limit}" if longest > limit else None
 
 
 def split_batches(records: Sequence[BenchRecord], size: int) -> list[list[Fact]]:
-    """The stream's facts as the editor gets them."""
+    """Split the records' facts into batches."""
     facts = [record.fact for record in records]
     return [facts[start : start + size] for start in range(0, len(facts), size)]

@@ -1,23 +1,24 @@
-"""The columns: reliability, generality and locality, each as four measures (field.md, section 2).
+"""Columns of the bench: reliability, generality and locality, each as four measures.
 
-prob: mean NLL of the wanted answer below that of its rival. tokens: share of the answer's tokens
-that are the argmax under its own prefix. strict: all of them are. generation: the greedy answer up
-to its natural stop is the wanted one, after normalising.
+prob: mean NLL of the wanted answer is below that of its rival. tokens: share of the answer's tokens
+that are the argmax under its own prefix. strict: all of them are. generation: the greedy answer, up
+to its natural stop and normalized, is the wanted one.
 
-Of locality, prob sets the neighbour's own answer against the edit's target; the other three are
-agreement with what the model said before any edit.
+For locality, prob compares the neighbour's own answer with the edit's target; the other three are
+agreement with the model's answers before any edit.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol, TypeVar
 
 from kedit_daemon.bench.dataset import BenchRecord
-from kedit_daemon.bench.scoring import AnswerScore, PromptAnswer, continue_greedily, score_answers
+from kedit_daemon.bench.scoring import continue_greedily
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
+from memory.model.scoring import AnswerScore, PromptAnswer, score_answers
 from policies.probe import count_answer_tokens, is_same_answer
 
 T = TypeVar("T")
@@ -25,18 +26,18 @@ COLUMNS = ("reliability", "generality", "locality")
 MEASURES = ("prob", "tokens", "strict", "generation")
 CHUNK_RECORDS = 200
 COHORT_SIZE = 100
-NEIGHBOUR_TOKENS = 4  # of an unedited answer that are compared
+NEIGHBOUR_TOKENS = 4  # tokens of an unedited answer that are compared
 
 
 class ProgressTracker(Protocol):
-    """Goes through items, and may show how far it is."""
+    """Iterates over items, and may show the progress."""
 
     def __call__(self, items: Sequence[T], what: str, /) -> Iterable[T]: ...
 
 
 @dataclass(frozen=True)
 class MeasuredModel:
-    """What is measured: the model as it stands, what is laid over it, what prompts become."""
+    """Subject of a measurement: the model as it is, an overlay on it, and a frame for prompts."""
 
     model: EditableModel
     overlay: Overlay | None = None
@@ -45,7 +46,7 @@ class MeasuredModel:
 
 @dataclass(frozen=True)
 class BaseAnswers:
-    """What the unedited model says to a record's neighbours: first tokens, and whole answers."""
+    """The unedited model's answers to a record's neighbours: first tokens, and whole answers."""
 
     tokens: tuple[tuple[int, ...], ...]
     answers: tuple[str, ...]
@@ -53,7 +54,7 @@ class BaseAnswers:
 
 @dataclass(frozen=True)
 class Score:
-    """One of COLUMNS, as means of its questions; `prob` is None where there is no rival."""
+    """Score in one of COLUMNS, as means over its questions; `prob` is None without a rival."""
 
     prob: float | None
     tokens: float
@@ -62,20 +63,20 @@ class Score:
 
 
 RecordScores = dict[str, Score | None]
-"""A record's score in each of COLUMNS; None where it has no such question."""
+"""A record's score in each of COLUMNS; None if it has no such question."""
 
 
 @dataclass(frozen=True)
 class _Question:
     prompt: str
-    wanted_ids: tuple[int, ...]
     answer: str
-    rivals: tuple[str, str] | None  # the first shall be the likelier one
+    wanted: PromptAnswer
+    rivals: tuple[PromptAnswer, ...]  # two, of which the first should be the likelier; or none
 
 
 def _split_chunks(records: Sequence[T]) -> list[Sequence[T]]:
-    at = range(0, len(records), CHUNK_RECORDS)
-    return [records[start : start + CHUNK_RECORDS] for start in at]
+    starts = range(0, len(records), CHUNK_RECORDS)
+    return [records[start : start + CHUNK_RECORDS] for start in starts]
 
 
 def _limit_answer_tokens(model: EditableModel, records: Sequence[BenchRecord]) -> int:
@@ -85,16 +86,16 @@ def _limit_answer_tokens(model: EditableModel, records: Sequence[BenchRecord]) -
 def read_base_answers(
     model: EditableModel, records: Sequence[BenchRecord], track: ProgressTracker
 ) -> list[BaseAnswers]:
-    """The neighbours' reference, to be taken from the model before any edit."""
+    """Read the reference answers to the neighbours, from the model before any edit."""
     result = []
     for chunk in track(_split_chunks(records), "before"):
         prompts = [n.prompt for record in chunk for n in record.neighbours]
         encoded = [tuple(model.encode(prompt)) for prompt in prompts]
         tokens = iter(continue_greedily(model, encoded, NEIGHBOUR_TOKENS))
-        said = iter(generate_answers(model, prompts, _limit_answer_tokens(model, chunk)))
+        answers = iter(generate_answers(model, prompts, _limit_answer_tokens(model, chunk)))
         for record in chunk:
             first = tuple(next(tokens) for _ in record.neighbours)
-            result.append(BaseAnswers(first, tuple(next(said) for _ in record.neighbours)))
+            result.append(BaseAnswers(first, tuple(next(answers) for _ in record.neighbours)))
     return result
 
 
@@ -104,29 +105,25 @@ def measure_records(
     before: Sequence[BaseAnswers],
     track: ProgressTracker,
 ) -> list[RecordScores]:
-    """Every record's scores, in the order of the stream."""
-    pairs = list(zip(records, before, strict=True))
-    return [
-        s
-        for chunk in track(_split_chunks(pairs), "measuring")
-        for s in _score_chunk(subject, chunk)
-    ]
+    """Score every record, in the order of the stream."""
+    chunks = _split_chunks(list(zip(records, before, strict=True)))
+    return [s for chunk in track(chunks, "measuring") for s in _score_chunk(subject, chunk)]
 
 
 def _score_chunk(
     subject: MeasuredModel, chunk: Sequence[tuple[BenchRecord, BaseAnswers]]
 ) -> list[RecordScores]:
-    asked = [_build_questions(subject, record, before) for record, before in chunk]
-    flat = [q for columns in asked for group in columns.values() for q in group]
-    rows = _score_rows(subject, flat)
-    room = _limit_answer_tokens(subject.model, [record for record, _ in chunk])
-    said = generate_answers(subject.model, [q.prompt for q in flat], room, subject.overlay)
-    scored = iter(
-        [_score_question(subject, q, rows, text) for q, text in zip(flat, said, strict=True)]
-    )
+    by_record = [_build_questions(subject, record, before) for record, before in chunk]
+    questions = [q for columns in by_record for group in columns.values() for q in group]
+    rows = list(dict.fromkeys(row for q in questions for row in (q.wanted, *q.rivals)))
+    by_row = dict(zip(rows, score_answers(subject.model, rows, subject.overlay), strict=True))
+    limit = _limit_answer_tokens(subject.model, [record for record, _ in chunk])
+    texts = generate_answers(subject.model, [q.prompt for q in questions], limit, subject.overlay)
+    pairs = zip(questions, texts, strict=True)
+    scores = iter([_score_question(q, by_row, text) for q, text in pairs])
     return [
-        {name: average_scores([next(scored) for _ in group]) for name, group in columns.items()}
-        for columns in asked
+        {name: average_scores([next(scores) for _ in group]) for name, group in columns.items()}
+        for columns in by_record
     ]
 
 
@@ -134,60 +131,39 @@ def _build_questions(
     subject: MeasuredModel, record: BenchRecord, before: BaseAnswers
 ) -> dict[str, list[_Question]]:
     fact, model = record.fact, subject.model
-    rivals = (fact.target, record.true_target) if record.true_target is not None else None
+    rivals = (fact.target, record.true_target) if record.true_target is not None else ()
 
-    def build_question(prompt: str) -> _Question:
+    def build_question(
+        prompt: str, answer: str, rivals: Sequence[str], ids: tuple[int, ...] | None = None
+    ) -> _Question:
         framed = subject.frame_prompt(fact, prompt)
-        return _Question(framed, _encode_answer(model, framed, fact.target), fact.target, rivals)
+        prompt_ids = tuple(model.encode(framed))
+
+        def encode_row(text: str) -> PromptAnswer:
+            return PromptAnswer(prompt_ids, tuple(model.encode_target(framed, text)))
+
+        wanted = encode_row(answer) if ids is None else PromptAnswer(prompt_ids, ids)
+        return _Question(framed, answer, wanted, tuple(map(encode_row, rivals)))
 
     near = []
-    for neighbour, tokens, said in zip(
-        record.neighbours, before.tokens, before.answers, strict=True
-    ):
+    references = zip(record.neighbours, before.tokens, before.answers, strict=True)
+    for neighbour, tokens, answer in references:
         old = neighbour.answer
-        pair = None if old is None or is_same_answer(old, fact.target) else (old, fact.target)
-        near.append(_Question(subject.frame_prompt(fact, neighbour.prompt), tokens, said, pair))
-    again = [build_question(prompt) for prompt in record.paraphrases]
-    return dict(zip(COLUMNS, ([build_question(fact.question)], again, near), strict=True))
+        pair = () if old is None or is_same_answer(old, fact.target) else (old, fact.target)
+        near.append(build_question(neighbour.prompt, answer, pair, tokens))
+    own = build_question(fact.question, fact.target, rivals)
+    rephrased = [build_question(prompt, fact.target, rivals) for prompt in record.paraphrases]
+    return dict(zip(COLUMNS, ([own], rephrased, near), strict=True))
 
 
-def _encode_answer(model: EditableModel, prompt: str, answer: str) -> tuple[int, ...]:
-    return tuple(model.encode_target(prompt, answer))
-
-
-def _score_rows(
-    subject: MeasuredModel, questions: Sequence[_Question]
-) -> dict[PromptAnswer, AnswerScore]:
-    """Every row that the questions need, each scored once."""
-    model = subject.model
-    rows: dict[PromptAnswer, None] = {}
-    for q in questions:
-        prompt = tuple(model.encode(q.prompt))
-        wanted = [
-            q.wanted_ids,
-            *(_encode_answer(model, q.prompt, answer) for answer in q.rivals or ()),
-        ]
-        rows |= {PromptAnswer(prompt, ids): None for ids in wanted}
-    return dict(zip(rows, score_answers(model, list(rows), subject.overlay), strict=True))
-
-
-def _score_question(
-    subject: MeasuredModel, q: _Question, rows: dict[PromptAnswer, AnswerScore], said: str
-) -> Score:
-    model = subject.model
-    prompt = tuple(model.encode(q.prompt))
-    right = rows[PromptAnswer(prompt, q.wanted_ids)].token_hits
-    prob = None
-    if q.rivals is not None:
-        better, worse = (
-            rows[PromptAnswer(prompt, _encode_answer(model, q.prompt, a))].loss for a in q.rivals
-        )
-        prob = float(better < worse)
-    return Score(prob, fmean(right), float(all(right)), float(is_same_answer(said, q.answer)))
+def _score_question(q: _Question, rows: Mapping[PromptAnswer, AnswerScore], text: str) -> Score:
+    hits, losses = rows[q.wanted].token_hits, [rows[rival].loss for rival in q.rivals]
+    prob = float(losses[0] < losses[1]) if losses else None
+    return Score(prob, fmean(hits), float(all(hits)), float(is_same_answer(text, q.answer)))
 
 
 def average_scores(scores: Sequence[Score]) -> Score | None:
-    """The mean of some scores, `prob` over those that have one; None of none."""
+    """Average scores, `prob` over those that have one; None without scores."""
     if not scores:
         return None
     return Score(
@@ -199,13 +175,13 @@ def average_scores(scores: Sequence[Score]) -> Score | None:
 
 
 def average_known(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are there."""
+    """Average the values that are not None."""
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
 
 
 def average_columns(results: Sequence[RecordScores]) -> dict[str, dict[str, float | None]]:
-    """The means over the records that have such questions, by column and measure."""
+    """Average over the records that have such questions, by column and measure."""
     table = {}
     for name in COLUMNS:
         mean = average_scores([score for r in results if (score := r[name]) is not None])
@@ -214,18 +190,12 @@ def average_columns(results: Sequence[RecordScores]) -> dict[str, dict[str, floa
 
 
 def compute_retention(results: Sequence[RecordScores]) -> list[dict[str, float | int]]:
-    """Reliability at the end of the stream, by cohort in the stream's order, oldest first."""
-    found = []
+    """Average reliability at the end of the stream by cohort, oldest first."""
+    cohorts = []
     for start in range(0, len(results), COHORT_SIZE):
         cohort = results[start : start + COHORT_SIZE]
         mean = average_scores([score for r in cohort if (score := r["reliability"]) is not None])
         if mean is not None:
-            found.append(
-                {
-                    "first": start,
-                    "facts": len(cohort),
-                    "strict": mean.strict,
-                    "generation": mean.generation,
-                }
-            )
-    return found
+            shares = {"strict": mean.strict, "generation": mean.generation}
+            cohorts.append({"first": start, "facts": len(cohort), **shares})
+    return cohorts

@@ -1,5 +1,4 @@
-"""A run as a picture: retention by cohort, and the columns; of a sweep what its sizes do. Needs
-matplotlib."""
+"""Plots of a run: retention by cohort, and the columns; of a sweep, by batch size."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,22 +16,20 @@ BAR_WIDTH = 0.38
 
 
 def require_matplotlib() -> None:
-    """Raises KeditError when there is nothing to draw with: best asked before a long run."""
+    """Raise KeditError if matplotlib is missing, to be called before a long run."""
     try:
-        found = find_spec("matplotlib")
-    except ValueError:  # of a module that was imported without a spec
-        found = None
-    if found is None:
-        raise KeditError(
-            "matplotlib is not installed, so nothing can be drawn",
-            code="no-matplotlib",
-            hint="pip install 'kedit-daemon[bench]'",
-        )
+        spec = find_spec("matplotlib")
+    except ValueError:  # raised for a module that was imported without a spec
+        spec = None
+    if spec is None:
+        why = "matplotlib is not installed, so nothing can be drawn"
+        hint = "pip install 'kedit-daemon[bench]'"
+        raise KeditError(why, code="no-matplotlib", hint=hint)
 
 
 @contextmanager
 def open_figure(path: Path, panels: int = 2) -> Iterator[Any]:
-    """So many axes, row by row, to be drawn on within the block; then they are written as PNG."""
+    """Yield `panels` axes, row by row, to draw on within the block; then write them as PNG."""
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -45,13 +42,12 @@ def open_figure(path: Path, panels: int = 2) -> Iterator[Any]:
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise KeditError(
-            f"{path} cannot be written: {error}", code="unwritable", hint="give another --plot"
-        ) from error
+        why = f"{path} cannot be written: {error}"
+        raise KeditError(why, code="unwritable", hint="give another --plot") from error
 
 
 def draw_result(result: Mapping[str, Any], path: Path) -> None:
-    """Write the picture of a run."""
+    """Draw a run or a sweep, as PNG."""
     runs = [result, *([result["baseline"]] if "baseline" in result else [])]
     with open_figure(path) as (left, right):
         if "sweep" in result:
@@ -62,25 +58,29 @@ def draw_result(result: Mapping[str, Any], path: Path) -> None:
             draw_columns(right, runs)
 
 
+def to_percent(value: float | None) -> float:
+    """Convert a share to per cent; NaN, which is not drawn, if it was not measured."""
+    return math.nan if value is None else 100 * value
+
+
 def _draw_retention(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
     for n, run in enumerate(runs):
         first = [cohort["first"] for cohort in run["retention"]]
         for measure, line in (("generation", "-"), ("strict", "--")):
             shares = [100 * cohort[measure] for cohort in run["retention"]]
-            name = f"{run['method']}, {measure}"
-            axes.plot(first, shares, line, marker="o", color=f"C{n}", label=name)
+            label = f"{run['method']}, {measure}"
+            axes.plot(first, shares, line, marker="o", color=f"C{n}", label=label)
     axes.set(xlabel="first fact of the cohort", ylabel="%", ylim=(-2, 102))
     axes.set_title("Held at the end of the stream")
     axes.legend(fontsize="small")
 
 
 def draw_columns(axes: Any, runs: Sequence[Mapping[str, Any]]) -> None:
-    """The columns of runs, each with its name under `method`."""
+    """Draw the columns of runs as bars, each with its name under `method`."""
     names = [(column, measure) for column in COLUMNS for measure in MEASURES]
     for n, run in enumerate(runs):
         places = [i + (n - (len(runs) - 1) / 2) * BAR_WIDTH for i in range(len(names))]
-        known = [run[column][measure] for column, measure in names]
-        shares = [math.nan if share is None else 100 * share for share in known]  # no bar
+        shares = [to_percent(run[column][measure]) for column, measure in names]
         axes.bar(places, shares, BAR_WIDTH, label=run["method"])
     axes.set_xticks(range(len(names)), [f"{c[:3]}. {m}" for c, m in names], rotation=60)
     axes.set(ylabel="%", ylim=(0, 102))
@@ -104,8 +104,7 @@ def _draw_sweep_quality(axes: Any, result: Mapping[str, Any]) -> None:
     sizes = [row["batch_size"] for row in result["sweep"]]
     for n, column in enumerate(COLUMNS):
         for measure, line in (("generation", "-"), ("strict", "--")):
-            known = [row[column][measure] for row in result["sweep"]]
-            shares = [math.nan if share is None else 100 * share for share in known]
+            shares = [to_percent(row[column][measure]) for row in result["sweep"]]
             axes.plot(sizes, shares, line, marker="o", color=f"C{n}", label=f"{column}, {measure}")
     _label_size_axes(axes, result, "%")
     axes.set_ylim(-2, 102)

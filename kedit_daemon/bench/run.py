@@ -1,12 +1,12 @@
-"""One run: the facts through a method, then all of them measured; what comes out is the JSON."""
+"""One run: edit all facts by a method, then measure all of them, with the result as JSON."""
 
 import math
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,16 +23,16 @@ from kedit_daemon.bench.measure import (
     measure_records,
     read_base_answers,
 )
-from kedit_daemon.bench.method import Method, MethodSetup
-from kedit_daemon.bench.method_catalog import import_method
-from kedit_daemon.bench.work import RunProgress, load_result, open_method_folder, save_result
+from kedit_daemon.bench.methods.method import Method, MethodSetup, open_method
+from kedit_daemon.bench.methods.method_catalog import import_method
+from kedit_daemon.bench.resume import RunProgress, load_result, open_method_folder, save_result
 from kedit_daemon.editing.model_loading import LoadedModel
 from kedit_daemon.home import PROGRAM_NAME
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What is asked for, apart from the facts. `work`: where a run that is resumed has its work."""
+    """Options of a run. work_folder: keeps the progress of a run that may be resumed."""
 
     method: str
     batch_size: int
@@ -45,23 +45,18 @@ class RunPlan:
 def run_plan(
     loaded: LoadedModel, stream: FactStream, plan: RunPlan, track: ProgressTracker
 ) -> dict[str, Any]:
-    """The result of the plan's method, with the baseline's under `baseline` if there is one.
+    """Measure the plan's method, and its baseline, if any, under `baseline`.
 
-    The model is left as it came.
+    The model's weights are restored at the end.
     """
-    if plan.baseline is not None:
-        _check_method_starts(loaded, plan.baseline, plan)
+    if plan.baseline is not None:  # what it refuses, it refuses before the method's long run
+        with open_method(import_method(plan.baseline), loaded, plan.batch_size, plan.seed):
+            pass
     before = read_base_answers(loaded.model, stream.records, track)
     result = measure_method(loaded, stream, before, plan.method, plan, track)
     if plan.baseline is not None:
         result["baseline"] = measure_method(loaded, stream, before, plan.baseline, plan, track)
     return result
-
-
-def _check_method_starts(loaded: LoadedModel, name: str, plan: RunPlan) -> None:
-    """What a baseline refuses, it refuses before the method's long run."""
-    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        import_method(name)(MethodSetup(loaded, Path(folder), plan.batch_size, plan.seed)).close()
 
 
 def measure_method(
@@ -72,14 +67,13 @@ def measure_method(
     plan: RunPlan,
     track: ProgressTracker,
 ) -> dict[str, Any]:
-    """The result of one method from the unedited model on, without a baseline."""
+    """Measure one method, starting from the unedited model, without a baseline."""
     with open_method_folder(plan.work_folder, name, plan.batch_size) as folder:
         if (known := load_result(folder)) is not None:
             return known
         setup = MethodSetup(loaded, folder, plan.batch_size, plan.seed, plan.has_policy)
         try:
-            method = import_method(name)(setup)
-            try:
+            with closing(import_method(name)(setup)) as method:
                 size = 1 if method.needs_single_facts else plan.batch_size
                 seconds = _edit_stream(method, stream, size, name, folder, track)
                 subject = MeasuredModel(loaded.model, method.overlay, method.frame_prompt)
@@ -99,10 +93,8 @@ def measure_method(
                     "skipped": len(stream.skipped),
                     "not_edited": method.not_edited,
                 }
-                save_result(folder, result)
-                return result
-            finally:
-                method.close()
+            save_result(folder, result)
+            return result
         finally:
             loaded.model.set_deltas({})
 
@@ -110,28 +102,30 @@ def measure_method(
 def _edit_stream(
     method: Method, stream: FactStream, size: int, name: str, folder: Path, track: ProgressTracker
 ) -> list[float]:
-    """Seconds for each fact: its batch's, in equal shares. What a run that was cut off has done
-    is not done again, where the method keeps it."""
+    """Edit the stream, and return each fact's seconds: an equal share of its batch's.
+
+    A resumable method continues where an interrupted run stopped.
+    """
     progress = RunProgress.load(folder) if method.is_resumable else RunProgress()
     method.stopwatch.seconds_by_part, method.not_edited = progress.parts, progress.not_edited
-    every = split_batches(stream.records, size)
-    for batch in track(every[len(progress.seconds) :], f"editing ({name})"):
+    batches = split_batches(stream.records, size)
+    for batch in track(batches[len(progress.seconds) :], f"editing ({name})"):
         began = time.perf_counter()
         try:
             method.edit(batch)
-        except BaseException:  # a Ctrl-C, too
+        except BaseException:  # also Ctrl-C
             progress.begun += time.perf_counter() - began
             progress.save(folder)
             raise
         progress.seconds.append(progress.begun + time.perf_counter() - began)
         progress.begun, progress.not_edited = 0.0, method.not_edited
         progress.save(folder)
-    shares = zip(every, progress.seconds, strict=True)
-    return [spent / len(batch) for batch, spent in shares for _ in batch]
+    pairs = zip(batches, progress.seconds, strict=True)
+    return [seconds / len(batch) for batch, seconds in pairs for _ in batch]
 
 
 def collect_provenance(loaded: LoadedModel, seed: int) -> dict[str, Any]:
-    """What the figures were made with: the model, its site, the seed, the code, the device."""
+    """Describe the origin of figures: the model, its edit site, the seed, the code, the device."""
     return {
         "model": loaded.name,
         "site": asdict(loaded.site),
@@ -142,12 +136,12 @@ def collect_provenance(loaded: LoadedModel, seed: int) -> dict[str, Any]:
 
 
 def name_matrix(layer: int | str) -> str:
-    """What an edited matrix is called in the JSON."""
+    """Name an edited matrix as in the JSON."""
     return f"layer.{layer}.down_proj"
 
 
 def measure_health(loaded: LoadedModel) -> dict[str, Any]:
-    """Perplexity before all edits and now, and ‖W‖_F / ‖W0‖_F by matrix."""
+    """Measure perplexity before all edits and now, and ‖W‖_F / ‖W0‖_F by matrix."""
     health = loaded.canary.measure_health()
     ratios = {name_matrix(n): ratio for n, ratio in health.norm_ratio.items()}
     perplexity = {"before": loaded.canary.base_readings.perplexity, "after": health.perplexity}
@@ -156,30 +150,29 @@ def measure_health(loaded: LoadedModel) -> dict[str, Any]:
 
 def _summarize_seconds(method: Method, seconds: Sequence[float]) -> dict[str, Any]:
     ordered = sorted(seconds)
-    parts = {name: spent / len(seconds) for name, spent in method.stopwatch.seconds_by_part.items()}
+    by_part = method.stopwatch.seconds_by_part
+    parts = {name: spent / len(seconds) for name, spent in by_part.items()}
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
     return {"median": median(ordered), "mean": fmean(ordered), "p95": p95, "parts": parts}
 
 
 def read_peak_memory() -> int:
-    """The most memory that this process has held so far."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    """Return the peak memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe_commit(checkout: Path) -> str:
-    """The checkout that runs, as git describes it; of an installed package the version."""
+    """Describe the running checkout by git, or an installed package by its version."""
     try:
         top = _run_git(checkout, "rev-parse", "--show-toplevel")
         if Path(top).resolve() == checkout.resolve():
             return _run_git(checkout, "describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
-        pass  # no git, or no checkout
+        pass  # no git, or not a checkout
     return version(PROGRAM_NAME)
 
 
 def _run_git(folder: Path, *words: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

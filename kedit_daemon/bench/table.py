@@ -1,4 +1,4 @@
-"""What people see of a run: one table, and the figures beside it."""
+"""Text output of a run: a table of its columns, and its other figures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,12 +7,11 @@ from kedit_daemon.bench.measure import COLUMNS, MEASURES
 from kedit_daemon.system.sanitize import clean_text
 
 NAME_WIDTH, CELL_WIDTH = 16, 11
-SWEEP_MEASURES = ("strict", "generation")  # of MEASURES, what a sweep shows
+SHOWN_MEASURES = ("strict", "generation")  # of MEASURES, in the tables of sweeps and studies
 
 
 def format_result(result: Mapping[str, Any]) -> Iterator[str]:
-    """The method's columns, the baseline's below them, then the figures of both; of a sweep a
-    line for each size."""
+    """Format a run's columns, the baseline's below them, then the figures of both; or a sweep."""
     if "sweep" in result:
         yield from _format_sweep(result)
         return
@@ -24,7 +23,7 @@ def format_result(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def format_columns(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The columns of runs, each with its name under `method`."""
+    """Format the columns of runs, each with its name under `method`."""
     yield _format_row("", "", *MEASURES)
     for run in runs:
         for number, column in enumerate(COLUMNS):
@@ -33,7 +32,7 @@ def format_columns(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def align_rows(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Rows of as many cells each: the first column to the left, the others to the right."""
+    """Align rows of the same length: the first column to the left, the others to the right."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     for first, *rest in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
@@ -47,17 +46,13 @@ def _format_row(*cells: str) -> str:
 
 
 def format_share(value: float | None) -> str:
-    """A share in per cent; a dash for what was not asked."""
+    """Format a share in per cent; a dash if it was not measured."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _format_figures(run: Mapping[str, Any]) -> Iterator[str]:
-    model, seconds, perplexity = (
-        clean_text(run["model"]),
-        run["seconds_per_fact"],
-        run["perplexity"],
-    )
-    batch = f"batches of {run['batch_size']}"
+    seconds, perplexity = run["seconds_per_fact"], run["perplexity"]
+    batch, model = f"batches of {run['batch_size']}", clean_text(run["model"])
     yield f"{run['method']}: {run['facts']} facts, {batch}, seed {run['seed']}, on {model}"
     yield f"  not edited        {run['not_edited']}, records skipped {run['skipped']}"
     cohorts = [
@@ -78,16 +73,15 @@ def _format_figures(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _format_sweep(result: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each batch size, then what they come to."""
+    """Format a line for each batch size, then the fitted curve and the choice."""
     run = result["sweep"][0]
     model, seed = clean_text(run["model"]), run["seed"]
     yield f"{result['method']}: {result['facts']} facts, seed {seed}, on {model}"
-    short = [f"{column[:3]}. {measure[:3]}" for column in COLUMNS for measure in SWEEP_MEASURES]
-    yield _format_sweep_row("batch", "median s", "s/fact", *short, "perplexity", "norm")
+    cells = [(column, measure) for column in COLUMNS for measure in SHOWN_MEASURES]
+    heads = [f"{column[:3]}. {measure[:3]}" for column, measure in cells]
+    yield _format_sweep_row("batch", "median s", "s/fact", *heads, "perplexity", "norm")
     for row in result["sweep"]:
-        shares = [
-            format_share(row[column][measure]) for column in COLUMNS for measure in SWEEP_MEASURES
-        ]
+        shares = [format_share(row[column][measure]) for column, measure in cells]
         seconds, norm = row["seconds_per_fact"], max(row["norm_ratio"].values())
         figures = [f"{row['perplexity']['after']:.3f}", f"{norm:.4f}"]
         times = [f"{seconds['median']:.3f}", f"{seconds['mean']:.3f}"]

@@ -1,4 +1,4 @@
-"""What the commands ask of a running daemon, and what its regular jobs are: done by the editor."""
+"""Answers to the requests that commands send to a running daemon; the editor does the work."""
 
 import logging
 from pathlib import Path
@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kedit_daemon.control import ControlRequest
 from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.memory_backoff import guard_memory
 from kedit_daemon.system.disk import describe_disk_error, is_database_locked, is_disk_failure
 from memory.errors import BadRequest, KeditError, ends_daemon
 
@@ -30,13 +31,15 @@ class _RequestArguments(BaseModel):
 def answer_request(
     request: ControlRequest, editor: Editor, refusal: KeditError | None, folder: Path
 ) -> None:
-    """Do what is asked, or say why not. All but questions meet with the `refusal`, if there is one.
-    Raises what the daemon has to know: that it ends, that the disk of the folder failed, or that
-    somebody else holds the database."""
+    """Carry the request out and send the answer, or send the reason why not.
+
+    With a `refusal` all but questions are refused. Raises what is no fault of the request: the
+    daemon stops, the disk of `folder` fails, or another process holds the database.
+    """
     try:
         if refusal is not None and request.name != "ask":
             raise refusal
-        with editor.guard_memory():
+        with guard_memory(editor.live_model):
             request.send_answer(execute_command(editor, request.name, request.arguments))
     except KeditError as error:
         request.send_refusal(error)
@@ -52,25 +55,11 @@ def answer_request(
             raise
 
 
-def run_job(editor: Editor, name: str) -> str:
-    """Do a regular job; what came of it, in words."""
-    if name == "audit":
-        return str(editor.audit()["verdict"])
-    if name == "consolidate":
-        done = editor.consolidate(False)
-        return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
-    if name == "retention":
-        figures = editor.auditor.retention.probe_retention()["figures"]
-        return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
-    return f"{editor.expire_facts()} expired"
-
-
 def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Do it; a KeditError where it is refused, or cannot be understood."""
+    """Run a command and return its answer. Raises KeditError when it is refused or invalid."""
     try:
-        given = _RequestArguments.model_validate(
-            {k: v for k, v in arguments.items() if v is not None}
-        )
+        stated = {key: value for key, value in arguments.items() if value is not None}
+        given = _RequestArguments.model_validate(stated)
     except ValidationError as error:
         fault = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, fault["loc"]))
@@ -90,6 +79,6 @@ def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dic
     raise _bad_request_error(f"no command {name!r}")
 
 
-def _bad_request_error(what: str) -> KeditError:
-    hint = "the command and the daemon may be of two versions: restart the daemon"
-    return BadRequest(what, hint=hint)
+def _bad_request_error(problem: str) -> KeditError:
+    hint = "the command and the daemon may be of different versions: restart the daemon"
+    return BadRequest(problem, hint=hint)

@@ -1,7 +1,7 @@
-"""The main job, end to end: a real daemon on the shipped model in a temporary home.
+"""The demo: a real daemon on the shipped model, from end to end, in a temporary home.
 
-Facts go in through the folder, the model answers with them, a flush moves them into the weights,
-an audit measures, one fact is taken back exactly, and the log tells the story.
+Facts go in through the inbox, the model answers with them, a flush moves them into the weights, an
+audit measures the model, one fact is reverted exactly, and the log shows its events.
 """
 
 import json
@@ -12,34 +12,36 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kedit_daemon import config, control
 from kedit_daemon.home import Home
+from kedit_daemon.ingest.parser import parse_file
+from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.ingest.submit import format_native
 from kedit_daemon.shipped import PILOT_FACTS, QUESTIONS
 from memory.db import event_log, queries
 from memory.db.overview import fetch_overview
 from memory.errors import KeditError
-from memory.facts import LIVE_STATES, Fact, Neighbour
-from memory.facts import fill_subject as filled
+from memory.facts import LIVE_STATES, Fact, fill_subject
 from policies.edit_site import EditSite
 from policies.probe import is_same_answer
 
 START_SECONDS = 120.0
 EDIT_SECONDS = 600.0
-MIN_WEIGHTS_SHARE = 0.8  # of the facts; what does not hold there stays in the side memory
+MIN_WEIGHTS_SHARE = 0.8  # of the facts; others stay in the side memory
 AGREEMENT_LIMITS = {"warn": 0.25, "consolidate": 0.35, "revert": 0.5}  # share of other statements
-MIN_PARAPHRASE_SHARE = 0.9  # of the facts, in a wording that the editor has never seen
+MIN_PARAPHRASE_SHARE = 0.9  # of the facts, in a wording unknown to the editor
 
 Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class DemoStory:
-    """The shipped facts, a wording of each that the editor never sees, and unrelated prompts."""
+    """The shipped facts, an unseen wording of each, and unrelated prompts."""
 
     facts: list[Fact]
     unseen_prompts: list[str]
@@ -47,34 +49,26 @@ class DemoStory:
 
 
 def _make_settings() -> str:
-    """The default ones, but for what the weights may move: they are to be seen at work here, and
-    at the default limit those of so small a model take one to three facts."""
+    """Return the default settings with higher limits for the change of the weights.
+
+    At the default limits the weights of so small a model take only one to three facts.
+    """
     text = config.render_default_config("shipped")
     for verdict, limit in AGREEMENT_LIMITS.items():
         name = f"agreement_{verdict}"
         text, found = re.subn(f"^# {name} = .*$", f"{name} = {limit}", text, flags=re.MULTILINE)
         if not found:
-            raise KeditError(f"the default settings do not name {name}", code="demo")
+            raise KeditError(f"the default settings have no {name}", code="demo")
     return text
 
 
 def load_story() -> DemoStory:
-    """The demo's facts and questions, as shipped."""
-    lines = PILOT_FACTS.read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    facts = [
-        Fact(
-            r["subject"],
-            r["prompt"],
-            r["target"],
-            paraphrases=tuple(r.get("paraphrases", ())),
-            neighbours=tuple(Neighbour(**n) for n in r.get("neighbours", ())),
-        )
-        for r in records
-    ]
-    asked = json.loads(QUESTIONS.read_text(encoding="utf-8"))
-    unseen = [filled(asked["unseen"][f.subject], f.subject) for f in facts]
-    return DemoStory(facts, unseen, asked["unrelated"])
+    """Load the shipped facts and questions."""
+    parsed = parse_file(PILOT_FACTS.read_bytes(), PILOT_FACTS.name, None, FileLimits())
+    facts = [fact for _, fact in parsed.facts]
+    questions = json.loads(QUESTIONS.read_text(encoding="utf-8"))
+    unseen = [fill_subject(questions["unseen"][f.subject], f.subject) for f in facts]
+    return DemoStory(facts, unseen, questions["unrelated"])
 
 
 class DemoDaemon:
@@ -87,13 +81,13 @@ class DemoDaemon:
 
     @property
     def command_line(self) -> list[str]:
-        """What runs the daemon, by none of the modules in the folder that it is called in."""
+        """The daemon's command line; -P: no modules of the current folder are used."""
         program = [sys.executable, "-P", "-m", "kedit_daemon"]
         return [*program, "--home", str(self.home.root), "run"]
 
     @contextmanager
     def run_process(self) -> Iterator[None]:
-        """The daemon runs within the block, and is stopped politely after it."""
+        """Run the daemon within the block, and stop it by SIGTERM after it."""
         environ = os.environ | {"HF_HUB_OFFLINE": "1"}
         with (self.home.root / "daemon.log").open("wb") as log:
             process = subprocess.Popen(self.command_line, stderr=log, stdout=log, env=environ)
@@ -119,17 +113,15 @@ class DemoDaemon:
         return [str(self.send_command("ask", prompt=p)["answer"]) for p in prompts]
 
     def drop_facts(self, facts: list[Fact]) -> float:
-        """Put the facts into the inbox as one file; seconds until all of them are live."""
-        lines = [json.dumps(_as_native_record(fact)) for fact in facts]
+        """Put the facts into the inbox as one file; return the seconds until all are live."""
+        lines = "".join(f"{format_native(fact)}\n" for fact in facts)
         began = time.monotonic()
-        (self.home.inbox_folder / "facts.jsonl").write_text(
-            "\n".join(lines) + "\n", encoding="utf-8"
-        )
+        (self.home.inbox_folder / "facts.jsonl").write_text(lines, encoding="utf-8")
         self.wait_until_live(len(facts))
         return time.monotonic() - began
 
     def wait_until_live(self, count: int) -> None:
-        """Wait until so many facts are live, in either tier."""
+        """Wait until `count` facts are live, in either tier."""
         deadline = time.monotonic() + EDIT_SECONDS
         while sum(self.count_states().get(s, 0) for s in LIVE_STATES) < count:
             if time.monotonic() > deadline:
@@ -137,27 +129,14 @@ class DemoDaemon:
             time.sleep(0.05)
 
     def count_states(self) -> Mapping[str, int]:
-        connection = queries.open_readonly(self.home.database_file)
-        try:
+        with closing(queries.open_readonly(self.home.database_file)) as connection:
             states: Mapping[str, int] = fetch_overview(connection)["states"]
-        finally:
-            connection.close()
         return states
-
-
-def _as_native_record(fact: Fact) -> dict[str, Any]:
-    return {
-        "subject": fact.subject,
-        "prompt": fact.prompt,
-        "target": fact.target,
-        "paraphrases": list(fact.paraphrases),
-        "neighbours": [{"prompt": n.prompt} for n in fact.neighbours],
-    }
 
 
 @dataclass
 class DemoReport:
-    """What has been shown, and whether all of it is as it should be."""
+    """Prints the steps and their checks, and keeps whether all of them have passed."""
 
     echo: Echo
     has_passed: bool = True
@@ -171,7 +150,7 @@ class DemoReport:
 
 
 def run_tour(echo: Echo) -> int:
-    """Tell the story; 0 when everything in it came out as promised."""
+    """Run the demo; return 0 when every check has passed, else 1."""
     story = load_story()
     tally = DemoReport(echo)
     with tempfile.TemporaryDirectory(prefix="kedit-demo-") as folder:
@@ -190,11 +169,8 @@ def run_tour(echo: Echo) -> int:
             echo(f"   weights of the first   {mine}\n   weights of the second  {other}")
             tally.record_check("the weights are equal, bit for bit", mine == other)
         _show_log(main, reverted, tally)
-    echo(
-        "\nAll of it held."
-        if tally.has_passed
-        else "\nNot all of it held: see the lines marked MISS."
-    )
+    failure = "Not all of it held: see the lines marked MISS."
+    echo("\nAll of it held." if tally.has_passed else f"\n{failure}")
     return 0 if tally.has_passed else 1
 
 
@@ -218,15 +194,13 @@ def _check_answers(main: DemoDaemon, story: DemoStory, near: list[str], tally: D
     unseen = _count_correct(main.ask_prompts(story.unseen_prompts), targets)
     wanted = unseen >= MIN_PARAPHRASE_SHARE * count
     tally.record_check(f"{unseen} of {count} also in a wording the editor never saw", wanted)
-    still = sum(
-        a == b for a, b in zip(main.ask_prompts(story.unrelated_prompts), near, strict=True)
-    )
-    all_near = len(story.unrelated_prompts)
-    tally.record_check(f"{still} of {all_near} unrelated answers are unchanged", still == all_near)
+    answers = main.ask_prompts(story.unrelated_prompts)
+    same = sum(new == old for new, old in zip(answers, near, strict=True))
+    tally.record_check(f"{same} of {len(near)} unrelated answers are unchanged", same == len(near))
 
 
-def _count_correct(said: list[str], targets: list[str]) -> int:
-    return sum(is_same_answer(a, t) for a, t in zip(said, targets, strict=True))
+def _count_correct(answers: list[str], targets: list[str]) -> int:
+    return sum(is_same_answer(a, t) for a, t in zip(answers, targets, strict=True))
 
 
 def _flush_and_audit(main: DemoDaemon, story: DemoStory, tally: DemoReport) -> Fact:
@@ -236,9 +210,8 @@ def _flush_and_audit(main: DemoDaemon, story: DemoStory, tally: DemoReport) -> F
     tally.echo(f"   generation {done['generation']}, verdict {done['verdict']}")
     count = len(story.facts)
     taken = len(done["flushed"])
-    tally.record_check(
-        f"{taken} of {count} facts are in the weights now", taken >= MIN_WEIGHTS_SHARE * count
-    )
+    wanted = taken >= MIN_WEIGHTS_SHARE * count
+    tally.record_check(f"{taken} of {count} facts are in the weights now", wanted)
     if taken < count:
         tally.echo(f"   the other {count - taken} did not hold there and stay in the side memory")
         main.wait_until_live(count)
@@ -251,8 +224,9 @@ def _flush_and_audit(main: DemoDaemon, story: DemoStory, tally: DemoReport) -> F
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
     tally.echo(f"   {figures['agreement']:.1%} of other statements are completed as before;")
-    most = EditSite.agreement_consolidate
-    tally.echo(f"   by default less than {most:.0%} may differ, and most facts would stay beside")
+    limit = EditSite.agreement_consolidate
+    rest = "most facts would stay in the side memory"
+    tally.echo(f"   by default less than {limit:.0%} may differ: {rest}")
     tally.record_check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
     return next(f for f in story.facts if f.id in done["flushed"])
 
@@ -261,24 +235,20 @@ def _show_revert(main: DemoDaemon, story: DemoStory, fact: Fact, tally: DemoRepo
     tally.print_title(f"revert {fact.id}: {fact.question} {fact.target}")
     base = str(main.send_command("ask", prompt=fact.question, base=True)["base_answer"])
     done = main.send_command("revert", facts=[fact.id])
-    said = done["answers"][fact.id]
-    tally.echo(f"   {said['before']}  ->  {said['after']}")
-    tally.record_check("the model answers as it did before the fact", said["after"] == base)
+    answer = done["answers"][fact.id]
+    tally.echo(f"   {answer['before']}  ->  {answer['after']}")
+    tally.record_check("the model answers as it did before the fact", answer["after"] == base)
     others = [f for f in story.facts if f is not fact]
-    kept = _count_correct(
-        main.ask_prompts([f.question for f in others]), [f.target for f in others]
-    )
+    answers = main.ask_prompts([f.question for f in others])
+    kept = _count_correct(answers, [f.target for f in others])
     tally.record_check(f"{kept} of {len(others)} other facts still hold", kept == len(others))
     return str(done["weights_hash"])
 
 
 def _show_log(main: DemoDaemon, fact: Fact, tally: DemoReport) -> None:
-    tally.print_title(f"what the audit log says of {fact.id}")
-    connection = queries.open_readonly(main.home.database_file)
-    try:
+    tally.print_title(f"the audit log of {fact.id}")
+    with closing(queries.open_readonly(main.home.database_file)) as connection:
         for event in queries.fetch_events(connection, fact=fact.id):
             tally.echo(f"   {event['seq']:>5}  {event['at']}  {event['kind']}")
         verdict = event_log.verify_chain(connection, event_log.read_head(main.home.head_file))
-    finally:
-        connection.close()
     tally.record_check(f"log verify: {verdict.events} events, chain intact", verdict.intact)

@@ -1,4 +1,4 @@
-"""What lies in failed/: the files that could not be taken in, each beside its report."""
+"""The files in failed/, which could not be taken in, and the report of each."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ _ERRORS_KEY = '"errors": ['
 
 
 def failed_folder(home: Home) -> Path:
-    """Where they lie."""
+    """Return the folder of the failed files."""
     return home.inbox_folder / "failed"
 
 
 def list_failed_files(home: Home) -> list[str]:
-    """The names of the files that nobody has looked after yet: their reports still lie there."""
+    """List the names of the files whose reports nobody has removed yet."""
     folder = failed_folder(home)
     if not folder.is_dir():
         return []
@@ -27,7 +27,7 @@ def list_failed_files(home: Home) -> list[str]:
 
 
 def read_failed_report(home: Home, name: str) -> dict[str, Any] | None:
-    """What is wrong with a file; None where there is no such file, or no readable report."""
+    """Read the report of a file; None when there is no such file, or no readable report."""
     if name not in list_failed_files(home):  # so no name leads out of the folder
         return None
     with _report_path(home, name).open("rb") as file:
@@ -42,7 +42,7 @@ def read_failed_report(home: Home, name: str) -> dict[str, Any] | None:
 
 
 def read_first_error(home: Home, name: str) -> dict[str, Any]:
-    """The first error of a report, which may be too large to read whole for one line."""
+    """Read the first error of a report, which may be too large to read whole for one line."""
     try:
         with _report_path(home, name).open(encoding="utf-8", errors="replace") as file:
             head = file.read(HEAD_CHARS)

@@ -1,4 +1,4 @@
-"""Whether somebody still writes a file, as far as the system tells."""
+"""Detects by file leases whether another process still has a file open for writing."""
 
 import fcntl
 import os
@@ -6,13 +6,12 @@ import signal
 from pathlib import Path
 
 MOUNT_TABLE = Path("/proc/self/mountinfo")
-# Where all who write a file do so through this very kernel. Over a network or FUSE others may.
+# File systems that only this kernel writes to. Over a network or FUSE others may.
 LOCAL_FILE_SYSTEMS = {"ext2", "ext3", "ext4", "xfs", "f2fs", "tmpfs", "overlay"}
 
 
 def can_detect_closed(folder: Path) -> bool:
-    """Whether `known_closed` is to be believed of the files in a folder: Linux, a local file
-    system."""
+    """Check that `is_closed` can be relied on in a folder: on Linux, on a local file system."""
     if not hasattr(fcntl, "F_SETLEASE") or not MOUNT_TABLE.is_file():
         return False
     device = os.stat(folder).st_dev
@@ -23,11 +22,13 @@ def can_detect_closed(folder: Path) -> bool:
 
 
 def is_closed(descriptor: int) -> bool:
-    """Whether nobody has the file, which is open here for reading, open for writing: Linux grants
-    a read lease only then, and only to the file's owner. False where it grants none."""
+    """Check that nobody has a file open for writing; it is open here for reading.
+
+    Linux grants a read lease only then, and only to the file's owner. False if it grants none.
+    """
     try:
-        # Whoever opens the file in this very moment breaks the lease. We would be told by SIGIO,
-        # which ends a process; SIGURG does nothing.
+        # A process that opens the file just now breaks the lease. The signal would be SIGIO, which
+        # ends a process; SIGURG does nothing.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except OSError:

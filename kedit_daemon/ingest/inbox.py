@@ -1,7 +1,7 @@
-"""The folder that facts are dropped into: what is taken from it, and where each file ends.
+"""The folder that facts are dropped into: claims complete files, and puts each where it ends.
 
-inbox/ -> work/ (a rename is the claim) -> done/ or failed/. Strangers may write into inbox/, so
-nothing in it is followed or waited on, and their names serve for nothing but done/ and failed/.
+inbox/ -> work/ (a rename is the claim) -> done/ or failed/. Others may write into inbox/, so
+nothing in it is followed or waited on, and their names are used in done/ and failed/ only.
 """
 
 import errno
@@ -25,17 +25,16 @@ from memory.timestamps import format_utc
 
 WORK, DONE, FAILED = "work", "done", "failed"
 RESERVED_NAMES = (WORK, DONE, FAILED)
-UNFINISHED_SUFFIXES = (".tmp", ".part")
+UNFINISHED_SUFFIXES = (".tmp", ".part")  # of files that are left alone: they are still written
 SAFE_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# Leaves room below the file system's 255 for what is added to a name.
-MAX_NAME_BYTES = 200
+MAX_NAME_BYTES = 200  # of the file system's 255: the rest is for what is added to a name
 HEAD_BYTES = 65_536
 MAX_RECORD_CHARS = 2_000
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A file that is ours: its name in work/, its old name as text, and as the system spells it."""
+    """A claimed file: its name in work/, its original name printable, and as the system has it."""
 
     work_name: str
     name: str
@@ -44,7 +43,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class RefusedEntry:
-    """Something in the inbox that is not taken, and what a person can do about it."""
+    """An entry of the inbox that is not taken, with the reason and the remedy."""
 
     name: str
     problem: str
@@ -52,8 +51,11 @@ class RefusedEntry:
 
 
 class Inbox:
-    """The one reader of an inbox. A file is complete when two scans find it the same, and it is
-    known to be closed; where that cannot be known, `settle_seconds` without a change make it so."""
+    """The one reader of an inbox folder.
+
+    A file is complete when two scans find it the same and nobody has it open for writing; where
+    that cannot be detected, after `settle_seconds` without a change.
+    """
 
     def __init__(
         self, folder: Path, settle_seconds: float, max_bytes: int, clock: Callable[[], datetime]
@@ -73,7 +75,7 @@ class Inbox:
 
     @property
     def settling_count(self) -> int:
-        """How many files the last scan left because they may still be growing."""
+        """The number of files that the last scan left because they may still be growing."""
         return len(self._sightings)
 
     def claim_files(self, now: float) -> list[Claim]:
@@ -85,22 +87,21 @@ class Inbox:
             for name, found in stats.items():
                 mark = (found.st_ino, found.st_size, found.st_mtime_ns)
                 same = name in seen and seen[name][0] == mark
-                sight = seen[name] if same else (mark, now)
-                self._sightings[name] = sight
-                quiet = max(wall - found.st_mtime, now - sight[1])
+                self._sightings[name] = sighting = seen[name] if same else (mark, now)
+                unchanged = max(wall - found.st_mtime, now - sighting[1])
                 closed = same and self._can_detect_closed and _is_fully_written(inbox, name)
-                if closed or quiet >= self.settle_seconds:
+                if closed or unchanged >= self.settle_seconds:
                     settled.append((found.st_mtime_ns, name))
             claims = [c for _, name in sorted(settled) if (c := self._claim_file(inbox, name))]
         return self._admit_claims(claims)
 
     def take_refusals(self) -> list[RefusedEntry]:
-        """What has been refused since the last call; each thing comes once."""
+        """Return the entries that were refused since the last call, each of them once."""
         refusals, self._new_refusals = self._new_refusals, []
         return refusals
 
     def pending_claims(self) -> list[Claim]:
-        """What a crash has left in work/, in the order it was claimed. Call it before any scan."""
+        """List the claims that a crash has left in work/, oldest first. Call it before any scan."""
         with _open_folder(self.folder / WORK) as work:
             names = sorted(os.listdir(work))
             claimed = [name for name in names if not name.startswith(".")]
@@ -110,7 +111,7 @@ class Inbox:
         return self._admit_claims(claims)
 
     def read_claim(self, claim: Claim) -> bytes:
-        """What the claimed file holds; never more than `max_bytes` is loaded."""
+        """Read the claimed file; never more than `max_bytes` are loaded."""
         with _open_folder(self.folder / WORK) as work:
             data = _read_at_most(work, claim.work_name, self.max_bytes + 1)
         if len(data) > self.max_bytes:
@@ -118,17 +119,17 @@ class Inbox:
         return data
 
     def finish_claim(self, claim: Claim) -> None:
-        """Put the file into done/. Doing so twice is harmless."""
+        """Move the file to done/. Doing so twice is harmless."""
         with _open_folder(self.folder / DONE) as done:
             name = _clip_name(claim.original_name)
             taken = _stat_or_none(done, name) is not None
         self._move_from_work(claim, DONE, _make_distinct(name, claim) if taken else name)
 
     def fail_claim(self, claim: Claim, problems: Sequence[RecordProblem], whole: bool) -> None:
-        """Explain in failed/ what is wrong: beside the whole file, or beside its bad records alone.
+        """Write a report to failed/, next to the whole file or to a copy of its bad records alone.
 
-        Only a whole file leaves work/ by this; otherwise `finish` it afterwards. Doing so twice,
-        as after a crash in the middle, ends in the same files.
+        Only a whole file leaves work/ by this; otherwise call `finish_claim` afterwards. Doing so
+        twice, as after a crash in the middle, ends in the same files.
         """
         with _open_folder(self.folder / FAILED) as failed:
             name = self._choose_failed_name(failed, claim)
@@ -145,7 +146,7 @@ class Inbox:
             write_atomic(folder / name, extract_failed(head, claim.name, problems))
 
     def _find_regular_files(self, inbox: int) -> dict[str, os.stat_result]:
-        """The files that can be taken; everything else is refused, and left where it is."""
+        """Find the files that can be taken; all else is refused, and stays where it is."""
         names = [n for n in os.listdir(inbox) if n not in RESERVED_NAMES and not n.startswith(".")]
         self._refused_names &= set(names)
         regular = {}
@@ -172,20 +173,18 @@ class Inbox:
             self._refuse_entry(name, "it may not be read", "let the daemon's user read it")
             return None
         except (FileNotFoundError, KeditError):
-            # Whoever dropped it has taken it back, or put something else in its place.
-            return None
+            return None  # it was removed or replaced meanwhile
         stamp = self._clock().astimezone(UTC).strftime("%Y%m%dT%H%M%S%fZ")
         safe = re.sub(r"[^A-Za-z0-9._-]", "_", name)[-40:]
         claim = Claim(f"{stamp}-{secrets.token_hex(4)}-{safe}", _printable_name(name), name)
         with _open_folder(self.folder / WORK) as work:
-            # The old name is remembered first: a crash in between leaves a note without a file.
-            write_atomic(
-                self.folder / WORK / _note_name(claim.work_name), _encode_json({"name": name})
-            )
+            # The original name is kept first: a crash in between leaves a note without a file.
+            note = _note_name(claim.work_name)
+            write_atomic(self.folder / WORK / note, _encode_json({"name": name}))
             try:
                 os.rename(name, claim.work_name, src_dir_fd=inbox, dst_dir_fd=work)
             except FileNotFoundError:
-                os.unlink(_note_name(claim.work_name), dir_fd=work)
+                os.unlink(note, dir_fd=work)
                 return None
         sync_folder(self.folder / WORK)
         sync_folder(self.folder)
@@ -193,7 +192,7 @@ class Inbox:
         return claim
 
     def _admit_claims(self, claims: list[Claim]) -> list[Claim]:
-        """The claims that are small enough; the others go to failed/ unread."""
+        """Return the claims that are small enough; the others go to failed/ unread."""
         admitted = []
         for claim in claims:
             with _open_folder(self.folder / WORK) as work:
@@ -209,18 +208,17 @@ class Inbox:
 
     def _restore_claim(self, work: int, work_name: str) -> Claim:
         try:
-            original = str(
-                json.loads(_read_at_most(work, _note_name(work_name), self.max_bytes))["name"]
-            )
+            note = _read_at_most(work, _note_name(work_name), self.max_bytes)
+            original = str(json.loads(note)["name"])
         except FileNotFoundError:
             original = work_name
         return Claim(work_name, _printable_name(original), original)
 
     def _choose_failed_name(self, failed: int, claim: Claim) -> str:
-        """The file's own name, unless another claim has it: then one that only this claim gets."""
+        """Choose the file's own name, or one of this claim alone if another claim has that."""
         name = _clip_name(claim.original_name)
         if name.endswith(REPORT_SUFFIX):
-            name += ".json"  # or it would be read as what we say of another file
+            name += ".json"  # or it would pass for the report of another file
         try:
             head = _read_at_most(failed, f"{name}{REPORT_SUFFIX}", 500)
             free = claim.work_name.encode() in head
@@ -258,37 +256,34 @@ def _open_folder(path: Path) -> Iterator[int]:
 
 @contextmanager
 def _open_plain_file(folder: int, name: str) -> Iterator[int]:
-    """The file for reading, if it is one: links are not followed, and a pipe makes nobody wait."""
-    strange = KeditError(f"{_printable_name(name)} is not a plain file", code="bad-file")
+    """Open a plain file for reading: links are not followed, and a pipe does not block."""
+    not_plain = KeditError(f"{_printable_name(name)} is not a plain file", code="bad-file")
     try:
         descriptor = os.open(name, SAFE_OPEN_FLAGS, dir_fd=folder)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise strange from error
+            raise not_plain from error
         raise
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise strange
+            raise not_plain
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def _is_fully_written(folder: int, name: str) -> bool:
-    """Whether a file is there with something in it, and nobody writes to it any more."""
+    """Check that a file has content and nobody has it open for writing."""
     try:
         with _open_plain_file(folder, name) as file:
             return os.fstat(file).st_size > 0 and is_closed(file)
     except (OSError, KeditError):
-        return False  # the claim tells what is wrong with it
+        return False  # the claim finds what is wrong with it
 
 
-def _read_at_most(folder: int, name: str, most: int) -> bytes:
-    with (
-        _open_plain_file(folder, name) as descriptor,
-        open(descriptor, "rb", closefd=False) as file,
-    ):
-        return file.read(most)
+def _read_at_most(folder: int, name: str, max_bytes: int) -> bytes:
+    with _open_plain_file(folder, name) as fd, open(fd, "rb", closefd=False) as file:
+        return file.read(max_bytes)
 
 
 def _stat_or_none(folder: int, name: str) -> os.stat_result | None:
@@ -299,7 +294,7 @@ def _stat_or_none(folder: int, name: str) -> os.stat_result | None:
 
 
 def _encode_json(value: object) -> bytes:
-    # Half surrogates, from names that are no UTF-8, become the escapes that JSON has for them.
+    # Lone surrogates, from names that are not UTF-8, become the escapes that JSON has for them.
     return json.dumps(value, ensure_ascii=False, indent=1).encode("utf-8", "backslashreplace")
 
 

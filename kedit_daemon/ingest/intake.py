@@ -1,4 +1,4 @@
-"""From a claimed file to facts in the store: one transaction a file, whatever a crash does."""
+"""Takes claimed files in: their facts go into the store in one transaction a file."""
 
 import hashlib
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ class _FactCounts:
 
 
 class Intake:
-    """Takes files from the inbox. A file that comes up again after a crash is taken once."""
+    """Takes claimed files in. A file that comes again after a crash is recorded once."""
 
     def __init__(self, store: Store, inbox: Inbox, config: Config) -> None:
         self.store, self.inbox, self.config = store, inbox, config
         self.limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
 
     def take_file(self, claim: Claim) -> None:
-        """Take one file in and put it into done/ or failed/."""
+        """Take one file in and move it to done/ or failed/."""
         try:
             data = self.inbox.read_claim(claim)
         except KeditError as error:
@@ -76,10 +76,8 @@ class Intake:
         self, fact: Fact, claim: Claim, line: int, in_file: int, counts: _FactCounts
     ) -> None:
         known = self.store.find_fact(fact.id)
-        direct = self.config.routing.direct_facts
-        decision = choose_route(
-            known, fact.valid_until, self.store.db.format_now(), in_file, direct
-        )
+        now, direct_facts = self.store.db.format_now(), self.config.routing.direct_facts
+        decision = choose_route(known, fact.valid_until, now, in_file, direct_facts)
         if decision.route is Route.DUPLICATE:
             counts.duplicates += 1
             self.store.db.write_event("fact_duplicate", fact.id, file=claim.name, line=line)
@@ -90,7 +88,6 @@ class Intake:
         if decision.route is Route.REJECT:
             self.store.change_state(fact.id, FactState.REJECTED, reason=decision.reason)
             return
-        for older in waiting:  # nobody has met them yet: no edit is spent on them
-            self.store.change_state(
-                older.id, FactState.SUPERSEDED, reason=f"superseded by {fact.id}"
-            )
+        for older in waiting:  # not learned yet: no edit is spent on them
+            reason = f"superseded by {fact.id}"
+            self.store.change_state(older.id, FactState.SUPERSEDED, reason=reason)

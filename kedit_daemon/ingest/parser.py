@@ -1,7 +1,7 @@
-"""A file's bytes turned into facts, and into problems for the records that state none.
+"""Parses a file's bytes into facts, and into problems for the records that state none.
 
-Nothing here raises for what a file holds: each record stands or falls alone, and every fall says
-on which line, why, and what to do about it.
+Nothing here raises for the content of a file: each record is read for itself, and each problem has
+its line, its reason and its remedy.
 """
 
 import difflib
@@ -50,7 +50,7 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class RecordProblem:
-    """A record that states no fact: where it stands, what is wrong, what to do, its own text."""
+    """A record that states no fact: its line, the problem, the remedy, its own text."""
 
     line: int
     problem: str
@@ -60,14 +60,14 @@ class RecordProblem:
 
 @dataclass(frozen=True)
 class ParsedFile:
-    """What a file holds, each fact with its line."""
+    """The facts of a file, each with its line, and the problems."""
 
     facts: list[tuple[int, Fact]] = field(default_factory=list)
     problems: list[RecordProblem] = field(default_factory=list)
 
 
 def parse_file(data: bytes, name: str, format: str | None, limits: FileLimits) -> ParsedFile:
-    """The facts and the problems of a file; `format` overrides what the keys say."""
+    """Parse a file; its name and its keys tell the format unless `format` does."""
     if format is not None and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(FORMATS)}"
@@ -81,7 +81,7 @@ def parse_file(data: bytes, name: str, format: str | None, limits: FileLimits) -
 
 
 def extract_failed(head: bytes, name: str, problems: Iterable[RecordProblem]) -> bytes:
-    """The failed records alone, in their file's own form: ready to be mended and sent again.
+    """Return the failed records alone, in their file's own form, to be mended and sent again.
 
     `head` is the beginning of that file: it shows the form, and holds a table's header.
     """
@@ -95,7 +95,7 @@ def extract_failed(head: bytes, name: str, problems: Iterable[RecordProblem]) ->
 
 
 def _decode_text(data: bytes) -> str:
-    # Bytes that are no UTF-8 become lone surrogates: only the record they stand in is lost.
+    # Bytes that are not UTF-8 become lone surrogates: only the record that holds them is lost.
     return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
 
 
@@ -136,12 +136,12 @@ def _collect_records(
 
 
 def _describe_surplus(text: str, raw: RawRecord, limits: FileLimits) -> RecordProblem:
-    """All that stands behind the limit, as one problem that keeps its text."""
+    """Describe all that is behind the limit, as one problem that keeps its text."""
     rest = text[raw.start :].rstrip()
     if text.lstrip().startswith("["):
         rest = rest.removesuffix("]").rstrip(" \t\r\n,")
     problem = f"more than {limits.max_facts} facts in one file: read up to here"
-    return RecordProblem(raw.line, problem, "hand the rest in as a file of its own", rest)
+    return RecordProblem(raw.line, problem, "submit the rest as a file of its own", rest)
 
 
 def _read_record(
@@ -154,21 +154,21 @@ def _read_record(
         return RecordProblem(raw.line, "a record has to be an object", remedy, raw.text)
     form = _recognise_form(raw.value) if format is None else _choose_form(raw.value, format)
     try:
-        stated = form.model_validate(raw.value).to_facts()
+        facts = form.model_validate(raw.value).to_facts()
     except ValidationError as error:
         return RecordProblem(raw.line, *_explain_errors(error), raw.text)
     except PydanticCustomError as error:
         context = error.context or {}
         return RecordProblem(raw.line, error.message(), str(context.get("remedy", "")), raw.text)
-    longest = max(len(fact.target) for fact in stated)
+    longest = max(len(fact.target) for fact in facts)
     if longest > limits.max_target_chars:
         problem = f"the target has {longest} characters, more than {limits.max_target_chars}"
         return RecordProblem(raw.line, problem, "state the fact in fewer words", raw.text)
-    return stated
+    return facts
 
 
 def _recognise_form(record: dict[str, object]) -> type[Record]:
-    """The form whose keys the record has; our own where it has nobody's."""
+    """Recognise the data set by the keys of a record; our own form by default."""
     keys = record.keys()
     form: type[Record] = NativeRecord
     if "requested_rewrite" in keys:
@@ -199,7 +199,7 @@ def _choose_form(record: dict[str, object], format: str) -> type[Record]:
 
 
 def _explain_errors(error: ValidationError) -> tuple[str, str]:
-    """The first few faults in one sentence each, and their remedies."""
+    """Describe the first few faults in one sentence each, and their remedies."""
     pairs = [_explain_fault(fault) for fault in error.errors(include_url=False)[:MAX_FAULTS_SHOWN]]
     problems, remedies = zip(*pairs, strict=True)
     # One remedy may serve several faults.
@@ -207,17 +207,15 @@ def _explain_errors(error: ValidationError) -> tuple[str, str]:
 
 
 def _explain_fault(fault: ErrorDetails) -> tuple[str, str]:
-    where = (
-        quote_value(".".join(str(step) for step in fault["loc"])) if fault["loc"] else "the record"
-    )
+    steps = ".".join(str(step) for step in fault["loc"])
+    where = quote_value(steps) if steps else "the record"
     kind = TYPE_NAMES.get(type(fault["input"]), "null" if fault["input"] is None else "a text")
     match fault["type"]:
         case "missing":
             return f"{where} is missing", f"add {where}"
         case "extra_forbidden":
-            return f"unknown key {where}", _suggest_key(
-                str(fault["loc"][-1]), len(fault["loc"]) > 1
-            )
+            remedy = _suggest_key(str(fault["loc"][-1]), nested=len(fault["loc"]) > 1)
+            return f"unknown key {where}", remedy
         case "string_too_short" | "too_short":
             return f"{where} is empty", "fill it in, or leave the record out"
         case "string_unicode":
@@ -244,9 +242,8 @@ def _parse_table(text: str, limits: FileLimits) -> ParsedFile:
     head = next(rows, None)
     if head is None or not isinstance(head.value, list):
         problem = head.problem if head else "the file holds no record"
-        return ParsedFile(
-            problems=[RecordProblem(1, problem, "begin with a line of column names", "")]
-        )
+        remedy = "begin with a line of column names"
+        return ParsedFile(problems=[RecordProblem(1, problem, remedy, "")])
     columns = [str(cell).strip().lower() for cell in head.value]
     if fault := _find_heading_fault(columns):
         return ParsedFile(problems=[RecordProblem(head.line, *fault, "")])
@@ -260,7 +257,7 @@ def _find_heading_fault(columns: list[str]) -> tuple[str, str] | None:
             hint = f'did you mean "{near[0]}"?' if near else f"columns: {', '.join(COLUMNS)}"
             return f"unknown column {quote_value(column)}", hint
         if columns.count(column) > 1:
-            return f"column {quote_value(column)} stands there twice", "keep one of the two"
+            return f"column {quote_value(column)} occurs twice", "keep one of the two"
     missing = [column for column in REQUIRED_COLUMNS if column not in columns]
     return (f"no column {quote_value(missing[0])}", "add it to the first line") if missing else None
 

@@ -1,7 +1,7 @@
-"""A file's text cut into records, each with its place; knows JSON and CSV, and nothing of facts.
+"""Splits a file's text into records, each with its line; knows JSON and CSV, but no facts.
 
-A record that cannot be read is handed out too, with what is wrong with it, and reading goes on
-behind it. One record costs work in proportion to `cap` characters at most, whatever it holds.
+A record that cannot be parsed is yielded too, with its problem, and reading goes on behind it. One
+record takes time in proportion to `max_chars` characters at most, whatever it holds.
 """
 
 import csv
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 GAP = re.compile(r"[\s,]*")
-# A JSON string may not hold a line break, so one that nobody closed is taken to end with its line.
+# A JSON string holds no line break, so one that is not closed is taken to end with its line.
 JSON_TOKEN = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|[\[\]{}]')
 NEXT_RECORD = re.compile(r'(?:\}\s*,\s*|\n[ \t]*)(?=\{\s*")')
 RECORD_OPENING = re.compile(r'\{\s*"[^"\\\n]{1,60}"')
 BLANK_LINES = re.compile(r"(?:[ \t\r]*+\n)++|[ \t\r]++\Z")
 INDENT = re.compile(r"[ \t]*")
 MAX_INDENT_CHARS = 200
-# How far a broken record is searched for its end; further on, a new beginning is looked for.
+# A broken record is searched for its end so far; beyond, for the beginning of the next one.
 RECOVERY_CHARS = 8_192
 MAX_ROW_LINES = 100
 NOT_UTF8 = re.compile("[\udc80-\udcff]")
@@ -26,7 +26,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record as it stands in the file: its value, or what keeps it from having one."""
+    """A record of the file, with its value, or with the problem and the remedy."""
 
     line: int
     start: int
@@ -37,13 +37,13 @@ class RawRecord:
 
 
 class UnreadableText(ValueError):
-    """Why a piece of text has no value, and how far into it that shows."""
+    """A text that cannot be parsed, and the offset of the problem in it."""
 
-    def __init__(self, problem: str, remedy: str, at: int = 0) -> None:
+    def __init__(self, problem: str, remedy: str, offset: int = 0) -> None:
         super().__init__(problem)
         self.problem = problem
         self.remedy = remedy
-        self.offset = at
+        self.offset = offset
 
 
 def _refuse_constant(name: str) -> object:
@@ -53,7 +53,7 @@ def _refuse_constant(name: str) -> object:
 def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise UnreadableText("a key stands there twice", "keep one of the two")
+        raise UnreadableText("a key occurs twice", "keep one of the two")
     return found
 
 
@@ -77,31 +77,30 @@ def _decode_value(text: str) -> tuple[object, int]:
     return value, end
 
 
-def _too_long_error(cap: int) -> UnreadableText:
-    return UnreadableText(
-        f"longer than {cap} characters", "a record is one fact: shorten its texts"
-    )
+def _too_long_error(max_chars: int) -> UnreadableText:
+    problem = f"longer than {max_chars} characters"
+    return UnreadableText(problem, "a record is one fact: shorten its texts")
 
 
-def split_json_lines(text: str, cap: int) -> Iterator[RawRecord]:
-    """One record a line."""
+def split_json_lines(text: str, max_chars: int) -> Iterator[RawRecord]:
+    """Yield one record per line."""
     for number, (start, line) in enumerate(_iterate_lines(text, 0), start=1):
         if record := line.strip():
-            yield _read_json_line(number, start, record, cap)
+            yield _read_json_line(number, start, record, max_chars)
 
 
 def _iterate_lines(text: str, start: int) -> Iterator[tuple[int, str]]:
-    """Each line and its offset, one at a time: millions of short ones would fill the memory."""
+    """Yield each line and its offset; a list of millions of short ones would fill the memory."""
     while start < len(text):
         end = text.find("\n", start) + 1 or len(text)
         yield start, text[start:end]
         start = end
 
 
-def _read_json_line(number: int, start: int, record: str, cap: int) -> RawRecord:
+def _read_json_line(number: int, start: int, record: str, max_chars: int) -> RawRecord:
     try:
-        if len(record) > cap:
-            raise _too_long_error(cap)
+        if len(record) > max_chars:
+            raise _too_long_error(max_chars)
         value, end = _decode_value(record)
         if end < len(record):
             raise UnreadableText("more text behind the record", "put one record on each line")
@@ -110,22 +109,22 @@ def _read_json_line(number: int, start: int, record: str, cap: int) -> RawRecord
     return RawRecord(number, start, record, value)
 
 
-def split_json_list(text: str, cap: int) -> Iterator[RawRecord]:
-    """The records of a list, or objects that simply follow each other over any number of lines."""
+def split_json_list(text: str, max_chars: int) -> Iterator[RawRecord]:
+    """Yield the records of a list, or objects that follow each other over any number of lines."""
     position, line = 0, 1
     while (start := _find_next_value(text, position)) < len(text):
         line += text.count("\n", position, start)
-        raw = _read_json_value(text, start, line, cap)
+        raw = _read_json_value(text, start, line, max_chars)
         yield raw
         position = start + len(raw.text)
         line += raw.text.count("\n")
     if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
-        remedy = "the file seems cut short: check its end and hand it in again"
+        remedy = "the file seems cut short: check its end and submit it again"
         yield RawRecord(line, len(text), "", problem="the list is not closed", remedy=remedy)
 
 
 def _find_next_value(text: str, position: int) -> int:
-    """Where the next record begins; a list's own brackets and commas are skipped."""
+    """Find the offset of the next record, behind the list's own brackets and commas."""
     opening = position == 0
     while True:
         match = GAP.match(text, position)
@@ -137,12 +136,12 @@ def _find_next_value(text: str, position: int) -> int:
         position += 1
 
 
-def _read_json_value(text: str, start: int, line: int, cap: int) -> RawRecord:
-    piece = text[start : start + cap + 1]
+def _read_json_value(text: str, start: int, line: int, max_chars: int) -> RawRecord:
+    piece = text[start : start + max_chars + 1]
     try:
         value, length = _decode_value(piece)
-        if length > cap:
-            raise _too_long_error(cap)
+        if length > max_chars:
+            raise _too_long_error(max_chars)
         return RawRecord(line, start, piece[:length], value)
     except UnreadableText as error:
         problem, remedy = error.problem, error.remedy
@@ -151,15 +150,14 @@ def _read_json_value(text: str, start: int, line: int, cap: int) -> RawRecord:
         end = _find_closing(text, start, near if fence is None else min(fence, near)) or fence
         if end is None:
             end = _find_resume_point(text, start, start + error.offset, near)
-            if error.offset and len(piece) > cap:
-                problem = f"not closed within {cap} characters, or {problem}"
-        return RawRecord(
-            line, start, text[start:end].rstrip(" \t\r\n,"), problem=problem, remedy=remedy
-        )
+            if error.offset and len(piece) > max_chars:
+                problem = f"not closed within {max_chars} characters, or {problem}"
+        broken = text[start:end].rstrip(" \t\r\n,")
+        return RawRecord(line, start, broken, problem=problem, remedy=remedy)
 
 
 def _find_next_sibling(text: str, start: int, stop: int) -> int | None:
-    """The next line that opens an object as far to the left as this record: no part of it."""
+    """Find the next line that opens an object at the indent of this record: it is no part of it."""
     indent = text[max(0, start - MAX_INDENT_CHARS) : start].rpartition("\n")[2]
     if len(indent) == MAX_INDENT_CHARS or not INDENT.fullmatch(indent):
         return None
@@ -168,7 +166,7 @@ def _find_next_sibling(text: str, start: int, stop: int) -> int | None:
 
 
 def _find_closing(text: str, start: int, stop: int) -> int | None:
-    """The end of a record that has its brackets in order, though not its syntax."""
+    """Find the end of a record whose brackets match, though its syntax is broken."""
     opened: list[str] = []
     for token in JSON_TOKEN.finditer(text, start, stop):
         mark = token[0]
@@ -185,7 +183,7 @@ def _find_closing(text: str, start: int, stop: int) -> int | None:
 
 
 def _find_resume_point(text: str, start: int, error: int, near: int) -> int:
-    """Where the next record seems to begin: as this one began, or as records follow each other."""
+    """Find where the next record seems to begin: like this one, or after a separator."""
     opening = RECORD_OPENING.match(text, start)
     same = text.find(opening[0], start + 1, near) if opening else -1
     last = len(text) if same < 0 else same
@@ -193,22 +191,22 @@ def _find_resume_point(text: str, start: int, error: int, near: int) -> int:
     return found.end() if found else last
 
 
-def split_csv_rows(text: str, cap: int) -> Iterator[RawRecord]:
-    """The rows of a table, the header among them; a value is a list of texts."""
+def split_csv_rows(text: str, max_chars: int) -> Iterator[RawRecord]:
+    """Yield the rows of a table, the header first; a value is a list of texts."""
     start, line = 0, 1
     while start < len(text):
         if blank := BLANK_LINES.match(text, start):
             record = blank[0]
         else:
-            record, row, problem, remedy = _read_csv_row(text, start, cap)
+            record, row, problem, remedy = _read_csv_row(text, start, max_chars)
             yield RawRecord(line, start, record.rstrip("\r\n"), row, problem, remedy)
         start, line = start + len(record), line + record.count("\n")
 
 
-def _read_csv_row(text: str, start: int, cap: int) -> tuple[str, list[str] | None, str, str]:
-    """The row's text, its cells, what is wrong and the remedy; a broken row takes one line."""
+def _read_csv_row(text: str, start: int, max_chars: int) -> tuple[str, list[str] | None, str, str]:
+    """Read a row: its text, its cells, the problem and the remedy; a broken row is one line."""
     taken: list[str] = []
-    reader = csv.reader(_feed_lines(text, start, cap, taken), strict=True)
+    reader = csv.reader(_feed_lines(text, start, max_chars, taken), strict=True)
     try:
         row = next(reader)
     except csv.Error as error:
@@ -220,12 +218,12 @@ def _read_csv_row(text: str, start: int, cap: int) -> tuple[str, list[str] | Non
     return record, row, "", ""
 
 
-def _feed_lines(text: str, start: int, cap: int, taken: list[str]) -> Iterator[str]:
-    """The lines from here on, as far as one row may reach; `taken` remembers those handed out."""
+def _feed_lines(text: str, start: int, max_chars: int, taken: list[str]) -> Iterator[str]:
+    """Yield the lines from `start`, as far as one row may reach, and append them to `taken`."""
     total = 0
     for _, line in _iterate_lines(text, start):
         taken.append(line)
         total += len(line)
-        if total > cap or len(taken) > MAX_ROW_LINES:
-            raise csv.Error(f"longer than {cap} characters or {MAX_ROW_LINES} lines")
+        if total > max_chars or len(taken) > MAX_ROW_LINES:
+            raise csv.Error(f"longer than {max_chars} characters or {MAX_ROW_LINES} lines")
         yield line

@@ -1,4 +1,4 @@
-"""What one record may look like, and the facts it states: our own form and the data sets'."""
+"""The forms of a record, our own and those of the data sets, and the facts that they state."""
 
 import re
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ LENIENT_CONFIG = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 @dataclass(frozen=True)
 class FileLimits:
-    """How much a file may hold: facts in all, characters in a target, characters in a record."""
+    """The limits of a file: facts in all, characters in a target, characters in a record."""
 
     max_facts: int = 10_000
     max_target_chars: int = 400
@@ -34,7 +34,7 @@ class FileLimits:
 
 
 def quote_value(value: object) -> str:
-    """Anything of a stranger's in a message: short, on one line, and always valid UTF-8."""
+    """Quote a foreign value in a message: short, on one line, and always valid UTF-8."""
     text = value if isinstance(value, str) else repr(value)
     text = text if len(text) <= 60 else text[:59] + "…"
     kept = "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in text)
@@ -54,14 +54,14 @@ def _check_characters(text: str) -> str:
 
 
 def _normalize_time(text: str) -> str:
-    """One spelling for every moment, so that they sort as text; without a zone it is UTC."""
+    """Spell every time in one way, so that they sort as text; without a zone it is UTC."""
     try:
-        moment = datetime.fromisoformat(text)
-        moment = moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+        time = datetime.fromisoformat(text)
+        time = time.replace(tzinfo=time.tzinfo or UTC).astimezone(UTC)
     except (ValueError, OverflowError):
-        remedy = "write the moment in ISO-8601, such as 2026-01-31T12:00:00Z"
-        raise _make_fault(f"{quote_value(text)} is not a moment", remedy) from None
-    return format_utc(moment, "seconds")
+        remedy = "write the time in ISO-8601, such as 2026-01-31T12:00:00Z"
+        raise _make_fault(f"{quote_value(text)} is not a time", remedy) from None
+    return format_utc(time, "seconds")
 
 
 Text = Annotated[
@@ -72,13 +72,13 @@ Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
 
 def _check_subject_named(prompt: str, subject: str) -> str:
     if "{}" not in prompt and subject not in prompt:
-        remedy = 'write {} in the prompt where the subject stands, as in "The capital of {} is"'
+        remedy = 'write {} in the prompt in the place of the subject, as in "The capital of {} is"'
         raise _make_fault('"prompt" holds neither {} nor the subject', remedy)
     return prompt
 
 
 def _collect_texts(value: object, depth: int = 3) -> list[str]:
-    """The texts in a field that data sets fill with a text, a list, a list of lists, or nothing."""
+    """Collect the texts of a field that holds a text, a list, nested lists, or nothing."""
     if isinstance(value, str):
         return [_check_characters(value.strip())] if value.strip() else []
     if isinstance(value, list) and depth:
@@ -100,23 +100,20 @@ def _collect_neighbours(items: object, prompt: str, answer: str) -> list[Neighbo
 
 
 def _make_fact(
-    asked: tuple[str, str],
-    target: str,
-    again: list[str],
-    near: list[Neighbour],
+    asked: tuple[str, str], target: str, again: list[str], near: list[Neighbour]
 ) -> Fact:
     subject, prompt = asked
     return Fact(subject, prompt, target, paraphrases=tuple(again), neighbours=tuple(near))
 
 
 class Record(BaseModel, ABC):
-    """A data set's record unless it says otherwise: what we have no use for is left unread."""
+    """A data set's record, by default: keys that we have no use for are ignored."""
 
     model_config = LENIENT_CONFIG
 
     @abstractmethod
     def to_facts(self) -> list[Fact]:
-        """What the record says."""
+        """Return the facts that the record states."""
 
 
 class NeighbourRecord(BaseModel):
@@ -148,7 +145,7 @@ class NativeRecord(Record):
     def _check_consistency(self) -> Self:
         _check_subject_named(self.prompt, self.subject)
         if self.valid_from and self.valid_until and self.valid_until <= self.valid_from:
-            raise _make_fault('"valid_until" is not after "valid_from"', "correct the two moments")
+            raise _make_fault('"valid_until" is not after "valid_from"', "correct the two times")
         return self
 
     def to_facts(self) -> list[Fact]:
@@ -168,7 +165,7 @@ class NativeRecord(Record):
 
 
 class Entity(BaseModel):
-    """An answer in ROME's files: its name beside its Wikidata id."""
+    """An answer in ROME's files: its name, and its Wikidata id, which is ignored."""
 
     model_config = LENIENT_CONFIG
 
@@ -176,7 +173,7 @@ class Entity(BaseModel):
 
 
 class RequestedRewrite(BaseModel):
-    """One requested rewrite in ROME's and MQuAKE's files."""
+    """A requested rewrite in ROME's and MQuAKE's files."""
 
     model_config = LENIENT_CONFIG
 
@@ -192,7 +189,7 @@ class RequestedRewrite(BaseModel):
         return self
 
     def to_fact(self, paraphrases: object, neighbours: object) -> Fact:
-        """The rewrite with the prompts that its record gives around it."""
+        """Return the rewrite as a fact, with the prompts of its record."""
         truth = self.target_true.name if self.target_true else None
         near = [Neighbour(prompt, truth) for prompt in _collect_texts(neighbours)]
         asked = (self.subject, self.prompt)
@@ -212,7 +209,7 @@ class RomeRecord(Record):
 
 
 class MquakeRecord(Record):
-    """MQuAKE: the several rewrites that one multi-hop question hangs on."""
+    """MQuAKE: the rewrites that one multi-hop question depends on."""
 
     requested_rewrite: list[RequestedRewrite] = Field(min_length=1)
 
@@ -251,7 +248,7 @@ class FlatRecord(Record):
 
 
 class ClozeRecord(FlatRecord):
-    """A flat record whose prompt is a sentence to go on with, so it has to name the subject."""
+    """A flat record whose prompt is a sentence to complete, so it has to name the subject."""
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -273,11 +270,8 @@ class QuestionRecord(Record):
     def to_facts(self) -> list[Fact]:
         near = [Neighbour(prompt, _first_text(self.loc_ans)) for prompt in _collect_texts(self.loc)]
         near += _collect_neighbours(self.locality, "loc", "loc_ans")
-        return [
-            _make_fact(
-                (self.subject, self.prompt), self.target, _collect_texts(self.rephrase), near
-            )
-        ]
+        again = _collect_texts(self.rephrase)
+        return [_make_fact((self.subject, self.prompt), self.target, again, near)]
 
 
 class ZsreRecord(QuestionRecord):

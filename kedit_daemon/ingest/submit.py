@@ -1,4 +1,4 @@
-"""Handing facts in: what a file holds, what would become of it, and its way into the inbox."""
+"""Submits files of facts: parses one, predicts its outcome, and puts it into the inbox."""
 
 import json
 import os
@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon.home import Home
+from kedit_daemon.ingest.inbox import UNFINISHED_SUFFIXES
 from kedit_daemon.ingest.parser import ParsedFile, parse_file
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.system.disk import describe_disk_error
 from memory.db.queries import open_readonly
 from memory.errors import KeditError, NoHome
 from memory.facts import ACTIVE_STATES, Fact
-from memory.files import move_into_place
+from memory.files import move_into_place, staging_path
 
-FILE_MODE = 0o640  # the daemon may be another user, of the inbox's group
+FILE_MODE = 0o640  # the daemon may run as another user, of the inbox's group
 MAX_STEM_CHARS = 80
-_UNFINISHED_SUFFIXES = (".tmp", ".part")  # the inbox leaves files with these endings alone
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A file on its way: the name that its copy is made from, its bytes, and what they say."""
+    """A file to submit: the name that its copy is named after, its bytes, and their content."""
 
     name: str
     data: bytes
@@ -34,14 +34,14 @@ class Submission:
 
     @property
     def facts(self) -> list[Fact]:
-        """The facts in it."""
+        """The facts of the file."""
         return [fact for _, fact in self.parsed.facts]
 
 
 def prepare_submission(
     data: bytes, name: str, format: str | None, limits: FileLimits
 ) -> Submission:
-    """Parse a file; one that the daemon would read in another way is written in our own form."""
+    """Parse a file; one that the daemon would read differently is rewritten in our own form."""
     parsed = parse_file(data, name, format, limits)
     if format is None or parse_file(data, name, None, limits) == parsed:
         return Submission(name, data, parsed)
@@ -50,12 +50,8 @@ def prepare_submission(
 
 
 def format_native(fact: Fact) -> str:
-    """The fact as a line that `parse` reads as the same fact again."""
-    record: dict[str, Any] = {
-        "subject": fact.subject,
-        "prompt": fact.prompt,
-        "target": fact.target,
-    }
+    """Format the fact as a line that `parse_file` reads as the same fact."""
+    record: dict[str, Any] = {"subject": fact.subject, "prompt": fact.prompt, "target": fact.target}
     if "{}" in fact.prompt or fact.subject in fact.prompt:
         record["paraphrases"] = list(fact.paraphrases)
         record["neighbours"] = [{"prompt": n.prompt, "answer": n.answer} for n in fact.neighbours]
@@ -63,17 +59,19 @@ def format_native(fact: Fact) -> str:
         record |= {"valid_from": fact.valid_from, "valid_until": fact.valid_until}
         record = {key: value for key, value in record.items() if value not in (None, [])}
     else:
-        # A question that names its subject in other words: only this form allows that.
+        # A question that names its subject in other words; only this form allows that.
         record["rephrase"] = list(fact.paraphrases)
         record["locality"] = [{"loc": n.prompt, "loc_ans": n.answer} for n in fact.neighbours]
     return json.dumps(record, ensure_ascii=False)
 
 
 def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = None) -> str:
-    """Put the file into the inbox, whole or not at all; returns the name that it has there, which
-    holds the token: the file's own, or one that no other file has."""
+    """Put the file into the inbox, whole or not at all, and return its name there.
+
+    The name holds the token, by default a random one. Raises KeditError.
+    """
     name = _choose_file_name(submission.name, token or secrets.token_hex(8))
-    staged = inbox / f".{secrets.token_hex(8)}.tmp"
+    staged = staging_path(inbox)
     try:
         try:
             descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -94,7 +92,7 @@ def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = Non
     except OSError as error:
         known = describe_disk_error(error, inbox)
         raise KeditError(
-            f"{submission.name} could not be handed in to {inbox}: {error.strerror}",
+            f"{submission.name} could not be submitted to {inbox}: {error.strerror}",
             code="io",
             hint=known.hint if known else "",
         ) from error
@@ -104,13 +102,13 @@ def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = Non
 def _choose_file_name(name: str, token: str) -> str:
     stem, suffix = os.path.splitext(name)
     stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:MAX_STEM_CHARS] or "facts"
-    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in _UNFINISHED_SUFFIXES
+    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in UNFINISHED_SUFFIXES
     return f"{stem}-{token}{suffix if good else '.jsonl'}"
 
 
 @dataclass(frozen=True)
 class PredictedOutcome:
-    """What would become of a fact: new, duplicate, supersedes or rejected, and why."""
+    """The predicted outcome of a fact: new, duplicate, supersedes or rejected, and the reason."""
 
     fact: Fact
     outcome: str
@@ -120,36 +118,36 @@ class PredictedOutcome:
 def predict_outcomes(
     facts: Sequence[Fact], home: Home, now: str, direct_facts: int
 ) -> list[PredictedOutcome]:
-    """What the daemon would do with the facts, by its own rules and what it knows today."""
+    """Predict what the daemon would do with the facts, by its own rules and its present facts."""
     from memory.db.rows import FACT_COLUMNS, StoredFact
     from policies.routing import Route, choose_route
 
     known: dict[str, StoredFact] = {}
     if home.database_file.is_file():
         with closing(open_readonly(home.database_file)) as conn:
-            wanted = f"id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
-            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE {wanted} ORDER BY seq"
+            condition = f"id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
+            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE {condition} ORDER BY seq"
             ids, slots = _encode_list(f.id for f in facts), _encode_list(f.slot for f in facts)
             stored = [StoredFact.from_row(tuple(row)) for row in conn.execute(sql, (ids, slots))]
         known = {fact.id: fact for fact in stored}
     active = {f.fact.slot: f.fact for f in known.values() if f.state in ACTIVE_STATES}
-    foreseen, earlier = [], set()
+    predicted, earlier = [], set()
     for fact in facts:
         decision = choose_route(known.get(fact.id), fact.valid_until, now, len(facts), direct_facts)
         older = active.get(fact.slot)
         if fact.id in earlier:
-            outcome, detail = "duplicate", "stands in the file before"
+            outcome, detail = "duplicate", "is in the file before"
         elif decision.route in (Route.DUPLICATE, Route.REJECT):
             outcome, detail = _ROUTE_OUTCOMES[decision.route], decision.reason
         elif older is not None:
             outcome, detail = "supersedes", f"{older.id} ({older.target})"
         else:
             outcome, detail = "new", decision.reason
-        foreseen.append(PredictedOutcome(fact, outcome, detail))
+        predicted.append(PredictedOutcome(fact, outcome, detail))
         if outcome in ("supersedes", "new"):
             earlier.add(fact.id)
             active[fact.slot] = fact
-    return foreseen
+    return predicted
 
 
 _ROUTE_OUTCOMES = {"duplicate": "duplicate", "reject": "rejected"}

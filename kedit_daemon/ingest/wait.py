@@ -1,4 +1,4 @@
-"""Waiting for facts that have been handed in, by what the database and the folders say."""
+"""Waits for submitted facts, by the state of the database and of the inbox's folders."""
 
 import json
 import time
@@ -15,18 +15,18 @@ from memory.facts import FactState
 POLL_SECONDS = 0.2
 FAILED_STATES = (FactState.FAILED, FactState.REJECTED)
 LOST = "lost"
-"""What `wait` says of a fact that the daemon has not taken in."""
+"""The state, for those who wait, of a fact that the daemon has not taken in."""
 
 FactOutcome = tuple[str, str | None]
 """A fact's state, and the reason for it."""
 
 
 def wait_until_settled(
-    home: Home, name: str, ids: Sequence[str], tell: Callable[[str], None]
+    home: Home, name: str, ids: Sequence[str], report: Callable[[str], None]
 ) -> dict[str, FactOutcome]:
-    """Until each fact of the file `name` is live or at an end: id -> state and reason.
+    """Wait until every fact of the file `name` is live or has failed: id -> state and reason.
 
-    Raises KeditError with exit code 3 when the daemon does not run, or ends meanwhile.
+    Raises NotRunning when the daemon does not run, or ends meanwhile.
     """
     last = ""
     while True:
@@ -36,27 +36,26 @@ def wait_until_settled(
         if states is not None and len(settled) == len(ids):
             return states
         if not running:
-            raise NotRunning(
-                "the daemon is not running: the facts wait for it",
-            )
-        told = f"{len(settled)} of {len(ids)} {'fact is' if len(ids) == 1 else 'facts are'} settled"
-        if told != last:
-            tell(told)
-            last = told
+            raise NotRunning("the daemon is not running: the facts wait for it")
+        noun = "fact is" if len(ids) == 1 else "facts are"
+        progress = f"{len(settled)} of {len(ids)} {noun} settled"
+        if progress != last:
+            report(progress)
+            last = progress
         time.sleep(POLL_SECONDS)
 
 
 def read_outcomes(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOutcome] | None:
-    """How the facts of the file `name` stand; None before it has been taken in."""
-    gone = _is_file_failed(home, name)
+    """Read the outcomes of the facts of the file `name`; None before it has been taken in."""
+    failed = _is_file_failed(home, name)  # before the states, which are final once it is
     states = _read_states(home, name, ids)
-    if states is None and gone:
+    if states is None and failed:
         return dict.fromkeys(ids, (LOST, f"see inbox/failed/{name}{REPORT_SUFFIX}"))
     return states
 
 
 def _read_states(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOutcome] | None:
-    """The facts' states; None before the file has been taken in, when they may be older ones."""
+    """Read the facts' states; None before the file is taken in, when they would be older ones."""
     try:
         opened = open_readonly(home.database_file)
     except NoHome:  # the daemon starts for the first time
@@ -71,7 +70,7 @@ def _read_states(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOut
 
 
 def _is_file_failed(home: Home, name: str) -> bool:
-    """Whether the file has come to an end in failed/; a file in work/ may yet become facts."""
+    """Check that the file has ended in failed/; one in work/ may still become facts."""
     try:
         report = json.loads((failed_folder(home) / f"{name}{REPORT_SUFFIX}").read_bytes())
         return not (home.inbox_folder / "work" / str(report["claim"])).exists()

@@ -1,8 +1,8 @@
-"""A backup: one moment of a home, in a folder that is laid out as a home is, with a manifest.
+"""Backups: one state of a home, in a folder with the layout of a home, and a manifest.
 
-The database is the only truth, so a snapshot of it comes first and says which tensor files belong
-to it. Left out is what is made again, as the retrieval index, and what was never taken in: a file
-in the inbox, claimed or not, is in no database until all its facts are.
+The database is the only truth, so a snapshot of it comes first and names the tensor files that
+belong to it. Left out is what can be rebuilt, such as the retrieval index, and what was never taken
+in: a file in the inbox, claimed or not, is in no database until all its facts are.
 """
 
 import errno
@@ -28,14 +28,14 @@ from memory.timestamps import format_utc
 
 FORMAT = "kedit-backup-1"
 MANIFEST = "manifest.json"
-# In the name of a folder that is being filled. What a killed backup leaves is for a person to take
-# away: outside of the home nobody can tell whose a folder is.
+# In the name of a folder that is being filled. The user has to remove what a killed backup leaves:
+# outside of the home we cannot know whose a folder is.
 PARTIAL_MARK = ".partial-"
-MAX_SNAPSHOTS = 20  # snapshots, while the daemon drops files that the last one names
+MAX_SNAPSHOTS = 20  # taken while the daemon drops files that the last one names
 DATABASE_NAME = "state/kedit.db"
 HEAD_NAME = f"state/{event_log.HEAD_FILE}"
 _TENSOR_FILE = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
-# What a manifest may name: it may come from anywhere, and its files are written into a home.
+# The files that a manifest may name: it may come from anywhere, and they are written into a home.
 _ALLOWED_FILES = re.compile(
     rf"config\.toml|review\.yaml|{re.escape(DATABASE_NAME)}|{re.escape(HEAD_NAME)}|{_TENSOR_FILE.pattern}"
     r"|state/kedit\.json|state/statistics-[0-9a-f]+(-[0-9a-f]{64})?\.safetensors"
@@ -44,7 +44,7 @@ _ALLOWED_FILES = re.compile(
 
 @dataclass(frozen=True)
 class Backup:
-    """A whole backup: where it lies, and what its manifest says."""
+    """A complete backup: its folder and its manifest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -63,7 +63,7 @@ def create_backup(home: Home, dest: Path, now: datetime) -> Backup:
         try:
             staged.mkdir(FOLDER_MODE)
             _fill_backup(home, Home(staged), now)
-            found = check_backup(staged)
+            manifest = check_backup(staged).manifest
             staged.rename(dest)
             sync_folder(dest.parent)
         finally:
@@ -72,13 +72,13 @@ def create_backup(home: Home, dest: Path, now: datetime) -> Backup:
         raise KeditError(
             f"cannot back up to {dest}: {error.strerror or error}",
             code="backup",
-            hint="choose a folder that you may write, on a disk with room",
+            hint="choose a folder that you may write to, on a disk with free space",
         ) from error
-    return Backup(dest, found.manifest)
+    return Backup(dest, manifest)
 
 
 def check_backup(folder: Path) -> Backup:
-    """A backup, after all that is in it has been compared with what its manifest says.
+    """Return the backup in a folder, after comparing all its files with its manifest.
 
     Raises KeditError: something is missing or changed, or (78) a newer version has written it.
     """
@@ -96,17 +96,18 @@ def check_backup(folder: Path) -> Backup:
         verdict = event_log.verify_chain(conn, event_log.read_head(folder / HEAD_NAME))
         if not verdict.intact:
             raise _damage_error(f"the chain in {path} is broken: {verdict.problem}")
-        wrong = {k for k, v in _describe_database(conn).items() if manifest.get(k) != v}
+        differing = {k for k, v in _describe_database(conn).items() if manifest.get(k) != v}
         named = _list_tensor_files(conn)
-    if wrong:
-        raise _damage_error(f"{path} is not what {MANIFEST} says: {', '.join(sorted(wrong))}")
+    if differing:
+        entries = ", ".join(sorted(differing))
+        raise _damage_error(f"{path} differs from {MANIFEST}: {entries}")
     if named != {n for n in manifest["files"] if _TENSOR_FILE.fullmatch(n)} | set(manifest["lost"]):
         raise _damage_error(f"{folder / MANIFEST} lists other tensor files than {path}")
     return Backup(folder, manifest)
 
 
 def copy_file(source: Path, target: Path) -> str:
-    """Copy a file durably; the sha256 of what has arrived."""
+    """Copy a file durably and return the sha256 of the copy."""
     shutil.copy(source, target)  # with its mode: settings may be confidential
     with target.open("rb") as file:
         os.fsync(file.fileno())
@@ -115,29 +116,20 @@ def copy_file(source: Path, target: Path) -> str:
 
 def _check_destination(home: Home, dest: Path) -> None:
     if dest.resolve().is_relative_to(home.root.resolve()):
-        raise KeditError(
-            f"{dest} lies in the home",
-            code="usage",
-            hint="choose a folder outside of it, best on another disk",
-        )
+        hint = "choose a folder outside of it, best on another disk"
+        raise KeditError(f"{dest} lies in the home", code="usage", hint=hint)
     if os.path.lexists(dest):
-        raise KeditError(
-            f"{dest} is there already",
-            code="exists",
-            hint="a backup is a new folder: choose another name, such as one with the date",
-        )
+        hint = "a backup is a new folder: choose another name, such as one with the date"
+        raise KeditError(f"{dest} exists already", code="exists", hint=hint)
 
 
 def _fill_backup(home: Home, to: Home, now: datetime) -> None:
     for folder in (to.state_folder, to.generations_folder, to.side_folder):
         folder.mkdir(FOLDER_MODE)
     lost = _copy_consistently(home, to)
-    beside = [
-        home.config_file,
-        home.review_file,
-        *home.state_folder.glob("statistics-*.safetensors"),
-    ]
-    for path in (*beside, home.state_folder / "kedit.json"):
+    statistics = home.state_folder.glob("statistics-*.safetensors")
+    settings = (home.config_file, home.review_file, home.state_folder / "kedit.json")
+    for path in (*settings, *statistics):
         with suppress(FileNotFoundError):
             copy_file(path, to.root / path.relative_to(home.root))
     for path in (to.database_file, to.head_file):
@@ -160,21 +152,21 @@ def _fill_backup(home: Home, to: Home, now: datetime) -> None:
 
 
 def _copy_consistently(home: Home, to: Home) -> set[str]:
-    """Copy head, database and the tensor files that it names; those of them that are lost.
+    """Copy the head, the database and the tensor files that it names; return those that are lost.
 
     A file that the daemon has dropped since the snapshot is not named by the next one; one that
-    is named still was missing or damaged before, and the daemon makes it again.
+    is still named was missing or damaged before, and the daemon rebuilds it.
     """
     missed: set[str] = set()
     for _ in range(MAX_SNAPSHOTS):
         with suppress(FileNotFoundError):
-            # Before the database: what is anchored then is in the chain of the snapshot.
+            # Before the database: the event that it anchors is in the chain of the snapshot.
             to.head_file.write_bytes(home.head_file.read_bytes())
         to.database_file.unlink(missing_ok=True)
         with open_database(home) as conn, closing(sqlite3.connect(to.database_file)) as snapshot:
             try:
-                conn.backup(snapshot)  # all pages in one step: one moment
-                # One file, for disks that are read only.
+                conn.backup(snapshot)  # all pages in one step: one state
+                # One file, also for disks that are read-only.
                 snapshot.execute("PRAGMA journal_mode=DELETE")
             except sqlite3.Error as error:
                 if is_disk_full(error):  # the copy's disk: the home is only read
@@ -195,7 +187,7 @@ def _copy_consistently(home: Home, to: Home) -> set[str]:
 
 
 def _copy_tensor_file(source: Path, target: Path) -> bool:
-    """Whether a tensor file, which is named by its sha256 and never changes, has been copied."""
+    """Copy a tensor file, which is named by its sha256; False if it is missing or damaged."""
     if target.exists():
         return True
     with suppress(FileNotFoundError):
@@ -219,24 +211,27 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         hint = "name a folder that `kedit-daemon backup` has written"
         raise KeditError(f"{folder} is no backup", code="no-backup", hint=hint) from error
     except ValueError as error:
-        raise _damage_error(f"{path} is no JSON") from error
-    told = manifest if isinstance(manifest, dict) else {}
-    files, lost = told.get("files"), told.get("lost")
-    if told.get("format") != FORMAT or not isinstance(files, dict) or not isinstance(lost, list):
-        raise _damage_error(f"{path} is not of the form {FORMAT}")
-    if DATABASE_NAME not in files or not all(
-        _ALLOWED_FILES.fullmatch(str(n)) for n in (*files, *lost)
+        raise _damage_error(f"{path} is not JSON") from error
+    manifest = manifest if isinstance(manifest, dict) else {}
+    files, lost = manifest.get("files"), manifest.get("lost")
+    if (
+        manifest.get("format") != FORMAT
+        or not isinstance(files, dict)
+        or not isinstance(lost, list)
     ):
+        raise _damage_error(f"{path} is not of the format {FORMAT}")
+    allowed = all(_ALLOWED_FILES.fullmatch(str(name)) for name in (*files, *lost))
+    if DATABASE_NAME not in files or not allowed:
         raise _damage_error(f"{path} names other files than a backup has")
-    return told
+    return manifest
 
 
 def _describe_database(conn: sqlite3.Connection) -> dict[str, Any]:
-    """What the manifest says of the database."""
+    """Return the manifest's entries about the database."""
     meta = dict(conn.execute("SELECT key, value FROM meta"))
     number = int(meta.get(meta_keys.ACTIVE_GENERATION) or 0)
-    asked = "SELECT weights_hash FROM generations WHERE id = ?"
-    weights = conn.execute(asked, (number,)).fetchone()
+    sql = "SELECT weights_hash FROM generations WHERE id = ?"
+    weights = conn.execute(sql, (number,)).fetchone()
     head = event_log.read_newest_event(conn)
     states = conn.execute("SELECT state, count(*) FROM facts GROUP BY state ORDER BY state")
     counts = [conn.execute(f"SELECT count(*) FROM {table}") for table in ("generations", "shards")]
@@ -255,7 +250,7 @@ def _describe_database(conn: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _list_tensor_files(conn: sqlite3.Connection) -> set[str]:
-    """The tensor files that belong to a database, as they lie in a home."""
+    """List the tensor files that a database names, by their paths in a home."""
     found = set()
     for table, folder in (("generations", "generations"), ("shards", "side")):
         rows = conn.execute(f"SELECT sha256 FROM {table} WHERE sha256 IS NOT NULL")
@@ -265,7 +260,7 @@ def _list_tensor_files(conn: sqlite3.Connection) -> set[str]:
 
 @contextmanager
 def _open_snapshot(path: Path) -> Iterator[sqlite3.Connection]:
-    """A database that nobody writes to; reading it leaves nothing beside it."""
+    """Open a database that nobody writes to; reading it leaves no other files there."""
     uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     try:
         with closing(sqlite3.connect(uri, uri=True)) as conn:
@@ -274,6 +269,6 @@ def _open_snapshot(path: Path) -> Iterator[sqlite3.Connection]:
         raise _damage_error(f"{path} cannot be read: {error}") from error
 
 
-def _damage_error(what: str) -> KeditError:
+def _damage_error(damage: str) -> KeditError:
     hint = "if it is the home that is damaged: kedit-daemon doctor; else take an older backup"
-    return KeditError(what, code="corrupt", hint=hint)
+    return KeditError(damage, code="corrupt", hint=hint)

@@ -1,6 +1,6 @@
-"""Checks of the installation and of a home; what fails names its remedy.
+"""Checks of the installation and of a home; each failure names its remedy.
 
-It changes nothing but what `fix` is asked to, and works whether the daemon runs or not.
+The checks only read, and work whether the daemon runs or not. `clean_home` alone removes files.
 """
 
 import os
@@ -17,6 +17,7 @@ from kedit_daemon.ingest.failed_files import list_failed_files
 from kedit_daemon.maintenance import doctor_install as install
 from kedit_daemon.maintenance.doctor_install import FAILED, OK, REINSTALL, WARNING, CheckResult
 from kedit_daemon.report.warnings import LOW_DISK_BYTES
+from kedit_daemon.system.lock import find_lock_holder, hold_lock
 from kedit_daemon.system.orphans import find_leftovers, remove_leftovers
 from memory.errors import KeditError, Unreadable
 
@@ -26,8 +27,8 @@ BACKUP_REMEDY = "keep a copy of state/ as it is, then put a backup back"
 
 
 def run_checks(home: Home, environ: Mapping[str, str], now: datetime) -> Iterator[CheckResult]:
-    """All checks, as they are done."""
-    looks: dict[str, Callable[[], Iterator[CheckResult]]] = {
+    """Run all checks and yield each result at once."""
+    checks: dict[str, Callable[[], Iterator[CheckResult]]] = {
         "python": install.check_python,
         "packages": install.check_packages,
         "faiss": install.check_faiss,
@@ -45,9 +46,9 @@ def run_checks(home: Home, environ: Mapping[str, str], now: datetime) -> Iterato
         "leftovers": lambda: _check_leftovers(home),
         "inbox": lambda: _check_inbox(home),
     }
-    for name, look in looks.items():
+    for name, check in checks.items():
         try:
-            yield from look()
+            yield from check()
         except KeditError as error:
             remedy = BACKUP_REMEDY if isinstance(error, Unreadable) else error.hint
             yield CheckResult(name, FAILED, str(error), remedy)
@@ -58,25 +59,23 @@ def run_checks(home: Home, environ: Mapping[str, str], now: datetime) -> Iterato
 
 
 def clean_home(home: Home) -> list[Path]:
-    """Take away what a crash has left; what it was.
+    """Remove what a crash has left and return its paths.
 
-    Raises KeditError: a daemon holds the home (75), or something cannot be taken away.
+    Raises KeditError: a daemon holds the home (75), or something cannot be removed.
     """
     if not home.state_folder.is_dir():
         return []
-    from kedit_daemon.system.lock import hold_lock
-
     with hold_lock(home.lock_file):
-        found = _find_leftovers(home)
+        leftovers = _find_leftovers(home)
         try:
-            remove_leftovers(found)
+            remove_leftovers(leftovers)
         except OSError as error:
             raise KeditError(
-                f"{error.filename} cannot be taken away: {error.strerror}",
+                f"{error.filename} cannot be removed: {error.strerror}",
                 code="no-permission",
                 hint="run as the user that the daemon runs as",
             ) from error
-    return found
+    return leftovers
 
 
 def _find_leftovers(home: Home) -> list[Path]:
@@ -87,41 +86,32 @@ def _find_leftovers(home: Home) -> list[Path]:
 
 
 def _check_leftovers(home: Home) -> Iterator[CheckResult]:
-    from kedit_daemon.system.lock import find_lock_holder
-
     if not home.root.is_dir() or find_lock_holder(home.lock_file) is not None:
         return  # a daemon's unfinished files are its own
     if found := _find_leftovers(home):
-        files = f"{found[0]}" if len(found) == 1 else f"{len(found)} files, as {found[0]}"
-        yield CheckResult(
-            "leftovers", WARNING, f"a crash has left {files}", "kedit-daemon doctor --fix"
-        )
+        files = f"{found[0]}" if len(found) == 1 else f"{len(found)} files, such as {found[0]}"
+        detail = f"a crash has left {files}"
+        yield CheckResult("leftovers", WARNING, detail, "kedit-daemon doctor --fix")
     else:
         yield CheckResult("leftovers", OK, "none")
 
 
 def _check_home(home: Home) -> Iterator[CheckResult]:
-    made = "kedit-daemon init"
-    folders = (
-        home.inbox_folder,
-        home.state_folder,
-        home.generations_folder,
-        home.side_folder,
-        home.index_folder,
-    )
+    state_folders = (home.generations_folder, home.side_folder, home.index_folder)
+    folders = (home.inbox_folder, home.state_folder, *state_folders)
     missing = [str(f) for f in (home.root, *folders) if not f.is_dir()]
     if missing:
-        yield CheckResult("home", FAILED, f"there is no {missing[0]}", made)
+        yield CheckResult("home", FAILED, f"there is no {missing[0]}", "kedit-daemon init")
         return
     closed = [str(f) for f in folders if not os.access(f, os.R_OK | os.W_OK | os.X_OK)]
     if closed:
         remedy = "run as the user that the daemon runs as, or change the folder's owner"
         yield CheckResult("home", FAILED, f"{closed[0]} may not be written to", remedy)
-    elif open_to_all := [
-        f for f in (home.root, home.state_folder, home.config_file) if _is_world_writable(f)
-    ]:
-        remedy = f"chmod o-w {open_to_all[0]}"
-        yield CheckResult("home", WARNING, f"everybody may write to {open_to_all[0]}", remedy)
+        return
+    private = (home.root, home.state_folder, home.config_file)
+    if writable := [path for path in private if _is_world_writable(path)]:
+        detail = f"everybody may write to {writable[0]}"
+        yield CheckResult("home", WARNING, detail, f"chmod o-w {writable[0]}")
     else:
         yield CheckResult("home", OK, str(home.root))
 
@@ -148,9 +138,8 @@ def _check_model(name: str) -> Iterator[CheckResult]:
     path = locate_model(name)
     shipped = path != Path(name)
     if not shipped and not path.is_absolute() and not path.is_dir():
-        yield CheckResult(
-            "model", OK, f"{name}, an id on the hub: looked for when the daemon starts"
-        )
+        detail = f"{name}, an id on the hub: looked up when the daemon starts"
+        yield CheckResult("model", OK, detail)
         return
     remedy = REINSTALL if shipped else "set `model` in config.toml to a folder with a model"
     missing = [f for f in ("config.json", "tokenizer_config.json") if not (path / f).is_file()]
@@ -171,13 +160,11 @@ def _check_disk(home: Home) -> Iterator[CheckResult]:
 
 
 def _check_daemon(home: Home) -> Iterator[CheckResult]:
-    from kedit_daemon.system.lock import find_lock_holder
-
     pid = find_lock_holder(home.lock_file)
     if pid is None:
         yield CheckResult("daemon", WARNING, "not running", "kedit-daemon run")
     elif not home.socket_file.is_socket():
-        remedy = "wait for it to have started, then look at its log"
+        remedy = "wait until it has started, then look at its log"
         yield CheckResult("daemon", WARNING, f"pid {pid} takes no commands yet", remedy)
     else:
         yield CheckResult("daemon", OK, f"running, pid {pid}")
@@ -201,7 +188,7 @@ def _check_chain(home: Home) -> Iterator[CheckResult]:
 
     if not home.database_file.is_file():
         return
-    head = event_log.read_head(home.head_file)  # first: events may come while the chain is walked
+    head = event_log.read_head(home.head_file)  # first: events may come while the chain is read
     with closing(open_readonly(home.database_file)) as conn:
         verdict = event_log.verify_chain(conn, head)
     if verdict.intact:
@@ -211,12 +198,7 @@ def _check_chain(home: Home) -> Iterator[CheckResult]:
 
 
 def _check_clock(home: Home, now: datetime) -> Iterator[CheckResult]:
-    from memory.db.queries import open_readonly
-
-    latest = None
-    if home.database_file.is_file():
-        with closing(open_readonly(home.database_file)) as conn:
-            latest = conn.execute("SELECT at FROM events ORDER BY seq DESC LIMIT 1").fetchone()
+    latest = _fetch_row(home, "SELECT at FROM events ORDER BY seq DESC LIMIT 1")
     text = now.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     if latest is not None and datetime.fromisoformat(latest[0]) > now + CLOCK_SLACK:
         remedy = "set the clock, or turn time synchronisation on"
@@ -227,17 +209,13 @@ def _check_clock(home: Home, now: datetime) -> Iterator[CheckResult]:
 
 def _check_weights(home: Home) -> Iterator[CheckResult]:
     from memory.db import meta_keys
-    from memory.db.queries import open_readonly
     from memory.files import hash_file, tensors_path
 
     if not home.database_file.is_file():
         return
-    with closing(open_readonly(home.database_file)) as conn:
-        row = conn.execute(
-            "SELECT id, sha256 FROM generations WHERE id = coalesce((SELECT CAST(value AS INTEGER)"
-            " FROM meta WHERE key = ?), 0)",
-            (meta_keys.ACTIVE_GENERATION,),
-        ).fetchone()
+    active = "SELECT CAST(value AS INTEGER) FROM meta WHERE key = ?"
+    sql = f"SELECT id, sha256 FROM generations WHERE id = coalesce(({active}), 0)"
+    row = _fetch_row(home, sql, meta_keys.ACTIVE_GENERATION)
     if row is None or row["sha256"] is None:
         yield CheckResult("weights", OK, "unedited")
         return
@@ -245,9 +223,20 @@ def _check_weights(home: Home) -> Iterator[CheckResult]:
     if path.is_file() and hash_file(path) == row["sha256"]:
         yield CheckResult("weights", OK, f"generation {row['id']}")
     else:
-        what = "is damaged" if path.is_file() else "is missing"
-        remedy = "start the daemon again: it solves that generation from the stored facts"
-        yield CheckResult("weights", WARNING, f"{path} {what}", remedy)
+        state = "is damaged" if path.is_file() else "is missing"
+        remedy = "restart the daemon: it solves that generation from the stored facts"
+        yield CheckResult("weights", WARNING, f"{path} {state}", remedy)
+
+
+def _fetch_row(home: Home, sql: str, *parameters: str) -> sqlite3.Row | None:
+    """Return the first row of a query; None without one, or without a database."""
+    from memory.db.queries import open_readonly
+
+    if not home.database_file.is_file():
+        return None
+    with closing(open_readonly(home.database_file)) as conn:
+        row: sqlite3.Row | None = conn.execute(sql, parameters).fetchone()
+    return row
 
 
 def _check_inbox(home: Home) -> Iterator[CheckResult]:

@@ -1,4 +1,4 @@
-"""Checks of the installation: Python, its packages, the GPU, and how the machine starts us."""
+"""Checks of the installation: Python, its packages, the GPU and the systemd unit."""
 
 import re
 import sqlite3
@@ -14,13 +14,8 @@ from kedit_daemon.home import PROGRAM_NAME, Home
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 REQUIRED_PACKAGES = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "sqlite-utils",
-    "apscheduler",
-    "pydantic",
-    "click",
+    *("torch", "transformers", "safetensors", "sqlite-utils", "apscheduler", "pydantic"),
+    *("click", "httpx"),
 )
 MIN_SQLITE = (3, 37, 0)  # the first with STRICT tables
 REINSTALL = "install kedit-daemon again, in a fresh virtual environment"
@@ -28,7 +23,7 @@ UNIT_NAME = f"{PROGRAM_NAME}.service"
 UNIT_FOLDERS = ("/etc/systemd/system", "/usr/lib/systemd/system", "/lib/systemd/system")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 MIN_DRIVER = 580  # the first that runs CUDA 13
-# Extra -> the modules that it brings.
+# Extra -> the modules that it installs.
 EXTRA_MODULES = {
     "bench": ("matplotlib",),
     "export": ("peft",),
@@ -39,7 +34,7 @@ EXTRA_MODULES = {
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was looked at, how it is, and what to do about it."""
+    """The outcome of one check, with its detail and the remedy."""
 
     name: str
     outcome: str
@@ -48,14 +43,14 @@ class CheckResult:
 
 
 def check_python() -> Iterator[CheckResult]:
-    """Its version."""
+    """Check the version of Python."""
     version = ".".join(map(str, sys.version_info[:3]))
     good = sys.version_info >= (3, 11)
     yield CheckResult("python", OK if good else FAILED, version, "" if good else "use Python 3.11+")
 
 
 def check_packages() -> Iterator[CheckResult]:
-    """Those that we cannot do without."""
+    """Check that the required packages are installed."""
     found, missing = [], []
     for package in REQUIRED_PACKAGES:
         try:
@@ -69,7 +64,7 @@ def check_packages() -> Iterator[CheckResult]:
 
 
 def check_faiss() -> Iterator[CheckResult]:
-    """Exactly one of its distributions."""
+    """Check that exactly one distribution of FAISS is installed."""
     names = {(d.metadata["Name"] or "").lower(): d.version for d in metadata.distributions()}
     found = sorted(f"{n} {v}" for n, v in names.items() if n.startswith(("faiss-", "faiss_")))
     if len(found) > 1:
@@ -83,27 +78,27 @@ def check_faiss() -> Iterator[CheckResult]:
 
 
 def check_sqlite() -> Iterator[CheckResult]:
-    """Its version."""
+    """Check the version of SQLite."""
     good = sqlite3.sqlite_version_info >= MIN_SQLITE
     remedy = "" if good else f"use a Python with SQLite {'.'.join(map(str, MIN_SQLITE))} or later"
     yield CheckResult("sqlite", OK if good else FAILED, sqlite3.sqlite_version, remedy)
 
 
 def check_extras(home: Home, environ: Mapping[str, str]) -> Iterator[CheckResult]:
-    """What is optional, against what the settings ask for."""
+    """Check that the extras that the settings ask for are installed."""
     missing = find_missing_extras()
     for extra in find_wanted_extras(home, environ):
         if extra in missing:
             detail = f"[{extra}] in config.toml needs {', '.join(missing[extra])}"
             yield CheckResult("extras", FAILED, detail, suggest_install(extra))
             return
-    there = ", ".join(name for name in EXTRA_MODULES if name not in missing) or "none"
-    lacking = f"; not installed: {', '.join(missing)}" if missing else ""
-    yield CheckResult("extras", OK, there + lacking)
+    installed = ", ".join(name for name in EXTRA_MODULES if name not in missing) or "none"
+    others = f"; not installed: {', '.join(missing)}" if missing else ""
+    yield CheckResult("extras", OK, installed + others)
 
 
 def check_unit() -> Iterator[CheckResult]:
-    """The systemd unit, where there is systemd."""
+    """Check that the systemd unit is installed, if there is systemd."""
     if not Path("/run/systemd/system").is_dir():
         yield CheckResult("unit", OK, "no systemd here")
         return
@@ -116,7 +111,7 @@ def check_unit() -> Iterator[CheckResult]:
 
 
 def check_torch(device: str) -> Iterator[CheckResult]:
-    """Torch, CUDA and the driver, against the device that the settings name."""
+    """Check torch, CUDA and the driver against the device that the settings name."""
     try:
         import torch
     except (ImportError, OSError) as error:
@@ -137,7 +132,7 @@ def check_torch(device: str) -> Iterator[CheckResult]:
 
 
 def read_driver_version(path: Path = DRIVER_FILE) -> str | None:
-    """The version of Nvidia's driver; None where there is none."""
+    """Read the version of Nvidia's driver; None without a driver."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -147,25 +142,25 @@ def read_driver_version(path: Path = DRIVER_FILE) -> str | None:
 
 
 def suggest_gpu_remedy(device: str, gpus: int, cuda: str | None, found: str | None) -> str:
-    """What to do about a GPU that torch does not reach; empty where all is well, or none is."""
+    """Suggest a remedy for a GPU that torch cannot use; empty if all is well or there is none."""
     if gpus or found is None or device == "cpu":
         return ""
     if cuda is None:
-        return "this torch knows no GPU: install torch from PyPI, not a build for the CPU"
-    return f"the driver runs no CUDA {cuda}: install driver {MIN_DRIVER} or later"
+        return "this torch is built for the CPU alone: install torch from PyPI"
+    return f"the driver does not run CUDA {cuda}: install driver {MIN_DRIVER} or later"
 
 
 def find_missing_extras() -> dict[str, list[str]]:
-    """Extra -> those of its modules that are not installed, for extras that lack some."""
-    lacking = {
+    """Find the modules that are not installed, by extra."""
+    missing = {
         name: [m for m in modules if find_spec(m) is None]
         for name, modules in EXTRA_MODULES.items()
     }
-    return {name: modules for name, modules in lacking.items() if modules}
+    return {name: modules for name, modules in missing.items() if modules}
 
 
 def find_wanted_extras(home: Home, environ: Mapping[str, str]) -> Iterator[str]:
-    """The extras that the settings ask for; a broken file is for another check to explain."""
+    """Yield the extras that the settings ask for; another check explains a broken file."""
     try:
         serve = tomllib.loads(home.config_file.read_text("utf-8-sig")).get("serve")
     except (OSError, ValueError):
@@ -176,5 +171,5 @@ def find_wanted_extras(home: Home, environ: Mapping[str, str]) -> Iterator[str]:
 
 
 def suggest_install(extra: str) -> str:
-    """How to install an extra."""
+    """Return the command that installs an extra."""
     return f"pip install '{PROGRAM_NAME}[{extra}]'"

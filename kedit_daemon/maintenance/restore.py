@@ -1,4 +1,4 @@
-"""From a backup to a home: everything is checked first, written beside, then renamed."""
+"""Restores a backup to a home: everything is checked first, staged, then renamed."""
 
 import os
 import secrets
@@ -15,43 +15,42 @@ from kedit_daemon.system.orphans import RESTORE_PREFIX
 from memory.errors import KeditError, RestoreCutOff
 from memory.files import sync_folder
 
-BEFORE_PREFIX = "before-"  # and a time: what is moved aside has it after its name
+BEFORE_PREFIX = "before-"  # with a time, after the name of what is moved aside
 
 
 @dataclass(frozen=True)
 class RestoreResult:
-    """The backup that a home was made from, and what had to make room for it."""
+    """The backup that was restored, and what was moved aside for it."""
 
     backup: Backup
     moved_aside: tuple[Path, ...]
 
 
 def check_restore(home: Home, source: Path, replace: bool) -> Backup:
-    """The backup in `source`, if it is whole and the home can take it; nothing is changed.
+    """Return the backup in `source` if it is intact and the home can take it; change nothing.
 
-    Raises KeditError: it is not; a daemon holds the home (75); the home has a database and is not
-    to be replaced.
+    Raises KeditError: it is not; a daemon holds the home (75); the home has a database, and
+    `replace` is not set.
     """
     backup = check_backup(source.expanduser().absolute())
     if pid := find_lock_holder(home.lock_file):
-        raise KeditError(
-            f"a daemon, pid {pid}, holds {home.root}",
-            code="busy",
-            hint=f"stop it first (kill {pid}), or restore to another home",
-        )
+        hint = f"stop it first (kill {pid}), or restore to another home"
+        raise KeditError(f"a daemon, pid {pid}, holds {home.root}", code="busy", hint=hint)
     _check_replaceable(home, replace)
     return backup
 
 
 def restore(home: Home, source: Path, replace: bool, now: datetime) -> RestoreResult:
-    """Make the home what it was at the backup. What was there before is moved aside, never
-    deleted; the inbox stays as it is. Raises as `examine` does, and where it cannot write."""
+    """Make the home what it was at the backup, and move what was there aside.
+
+    The inbox stays as it is. Raises as `check_restore` does, and when it cannot write.
+    """
     backup = check_restore(home, source, replace)
     home.create_folders()
     with hold_lock(home.lock_file):
         _check_replaceable(home, replace)
-        for left in home.root.glob(f"{RESTORE_PREFIX}*"):  # of a restore that was killed
-            shutil.rmtree(left)
+        for leftover in home.root.glob(f"{RESTORE_PREFIX}*"):  # of a restore that was killed
+            shutil.rmtree(leftover)
         staged = Home(home.root / f"{RESTORE_PREFIX}{secrets.token_hex(8)}")
         try:
             _fill_staged(staged, backup)
@@ -62,7 +61,7 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> RestoreRe
             raise KeditError(
                 f"cannot restore to {home.root}: {error.strerror or error}",
                 code="restore",
-                hint="restore as the user that the daemon runs as, on a disk with room",
+                hint="restore as the user that the daemon runs as, on a disk with free space",
             ) from error
         finally:
             shutil.rmtree(staged.root, ignore_errors=True)
@@ -70,32 +69,27 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> RestoreRe
 
 
 def refuse_unfinished_restore(home: Home) -> None:
-    """Raises KeditError (78): there is no database, but what a restore has staged or moved aside.
-    Whoever began anew there would have no facts.
+    """Raise RestoreCutOff if there is no database, but what a restore has staged or moved aside.
 
-    Only a restore that has come to its end ends this, by the database: a second one that fails
-    makes an empty `state` and takes away what the first has staged.
+    A daemon that started there would have no facts. Only a restore that runs to its end changes
+    this, by the database: one that fails leaves an empty `state`, and has removed what was staged.
     """
     if home.database_file.exists():
         return
     moved = home.root.glob(f"{home.state_folder.name}.{BEFORE_PREFIX}*")
-    if left := sorted(
-        p.name for p in (*moved, *home.root.glob(f"{RESTORE_PREFIX}*")) if p.is_dir()
-    ):
+    staged = home.root.glob(f"{RESTORE_PREFIX}*")
+    if leftovers := sorted(path.name for path in (*moved, *staged) if path.is_dir()):
         raise RestoreCutOff(
             f"a restore to {home.root} was cut off",
             hint="run `kedit-daemon restore SOURCE` again; "
-            f"to begin without its facts, first move {', '.join(left)} out of the home",
+            f"to begin without its facts, first move {', '.join(leftovers)} out of the home",
         )
 
 
 def _check_replaceable(home: Home, replace: bool) -> None:
     if home.database_file.exists() and not replace:
-        raise KeditError(
-            f"{home.root} has a database already",
-            code="exists",
-            hint="restore to another home (--home DIR), or move what is there aside with --replace",
-        )
+        hint = "restore to another home (--home DIR), or move what is there aside with --replace"
+        raise KeditError(f"{home.root} has a database already", code="exists", hint=hint)
 
 
 def _fill_staged(staged: Home, backup: Backup) -> None:
@@ -110,7 +104,7 @@ def _fill_staged(staged: Home, backup: Backup) -> None:
 
 
 def _swap_folders(home: Home, staged: Home, now: datetime) -> tuple[Path, ...]:
-    """Put what is staged in its place, `state` last; what was there and is moved aside."""
+    """Put what is staged in its place, `state` last; return the paths of what was moved aside."""
     stamp = now.astimezone(UTC).strftime(f"{BEFORE_PREFIX}%Y%m%dT%H%M%SZ")
     aside = []
     for new, old in (
@@ -126,11 +120,11 @@ def _swap_folders(home: Home, staged: Home, now: datetime) -> tuple[Path, ...]:
     try:
         staged.state_folder.rename(home.state_folder)
     except OSError:
-        with suppress(OSError):  # a daemon that came just now has made a state of its own
+        with suppress(OSError):  # a daemon that started just now has made a state of its own
             before.rename(home.state_folder)
         raise
     sync_folder(home.root)
     if {p.name for p in before.rglob("*") if not p.is_dir()} <= {home.lock_file.name}:
-        shutil.rmtree(before)  # only the folders of a home that was never used
+        shutil.rmtree(before)  # it has only the folders of a home that was never used
         return tuple(aside)
     return (*aside, before)

@@ -1,7 +1,7 @@
-"""After a switch of the generation: export it, and tell those who serve it.
+"""Publishes the active generation: exports it, runs a command and switches a vLLM server to it.
 
-The work is done in a thread, most of it in a child process, so that the edit loop goes on; the loop
-looks in, writes down what came of it, and begins again where something failed.
+The work is done in a thread, most of it in a child process, so that the edit loop goes on. The loop
+polls the attempt, records its outcome, and retries later what failed.
 """
 
 import json
@@ -22,22 +22,22 @@ from kedit_daemon.publish.export.folder import list_exports, prune_exports
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
 from kedit_daemon.system.backoff import Backoff
+from memory.canonical_json import to_canonical_json
 from memory.db import meta_keys
-from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.errors import KeditError, Stopping
 
 RETRY_SECONDS, MAX_RETRY_SECONDS = 60.0, 3600.0
 COMMAND_SECONDS = 600.0
 EXPORT_SECONDS = 3600.0
-STOP_SECONDS = 30.0  # for what is under way to end by itself
-EXPORT_NICENESS = 10  # of the export; not of the command, which may start a server
-MAX_ERROR_CHARS = 500  # characters of what a child complains about
+STOP_SECONDS = 30.0  # for a running attempt to end by itself
+EXPORT_NICENESS = 10  # not for the command, which may start a server
+MAX_ERROR_CHARS = 500  # of a child's error text
 
 
 @dataclass(frozen=True)
 class PublishOutcome:
-    """What came of publishing: the generation and its folder, if it has one, or why not."""
+    """The published generation and its folder, if it has one, or the reason of the failure."""
 
     generation: int
     path: str = ""
@@ -45,14 +45,10 @@ class PublishOutcome:
 
 
 class Publisher:
-    """Publishes what is active, once. All methods belong to the edit loop's thread."""
+    """Publishes each active generation once. All methods belong to the edit loop's thread."""
 
     def __init__(
-        self,
-        config: PublishConfig,
-        home: Home,
-        store: Store,
-        monotonic: Callable[[], float],
+        self, config: PublishConfig, home: Home, store: Store, monotonic: Callable[[], float]
     ) -> None:
         self.config, self.home, self.store = config, home, store
         self._attempt: _PublishAttempt | None = None
@@ -60,7 +56,7 @@ class Publisher:
         self._failed_generation = 0  # the one that the backoff counts the failures of
 
     def poll_attempt(self) -> None:
-        """Take note of what has been done, and begin what is due. Never waits."""
+        """Record a finished attempt and start the one that is due. Never waits."""
         if self._attempt is not None:
             if self._attempt.is_alive():
                 return
@@ -74,47 +70,47 @@ class Publisher:
         if not active or self._publication_key(active) == published:
             return
         if active != self._failed_generation or self._backoff.is_due():
-            # An adapter of no facts cannot be made, and the one before must not be served on.
-            empty = (
-                self.config.kind == "lora"
-                and not self.store.artifacts.get_generation(active).fact_ids
-            )
-            self._attempt = _PublishAttempt(self.config, self.home, active, empty)
+            # No adapter can be made of no facts, and the one before must no longer be served.
+            facts = self.store.artifacts.get_generation(active).fact_ids
+            withdraw = self.config.kind == "lora" and not facts
+            self._attempt = _PublishAttempt(self.config, self.home, active, withdraw)
             self._attempt.start()
 
-    def stop(self, noting: bool = True) -> None:
-        """End what is under way; what is not finished, or not noted, is begun again by the next
-        process."""
-        work, self._attempt = self._attempt, None
-        if work is None:
+    def stop(self, recording: bool = True) -> None:
+        """End a running attempt and record its success, if `recording`.
+
+        The next process repeats what is unfinished or not recorded.
+        """
+        attempt, self._attempt = self._attempt, None
+        if attempt is None:
             return
-        work.request_stop()
-        work.join(STOP_SECONDS)
-        if work.is_alive():
-            work.release_server()
-        elif noting and not work.outcome.reason:
-            self._record_outcome(work.outcome)
+        attempt.request_stop()
+        attempt.join(STOP_SECONDS)
+        if attempt.is_alive():
+            attempt.release_server()
+        elif recording and not attempt.outcome.reason:
+            self._record_outcome(attempt.outcome)
 
     def _publication_key(self, generation: int) -> str:
-        """A change of the settings, too, is something to publish."""
+        """Name what is published: a change of the settings is published too."""
         return to_canonical_json([generation, self.config.model_dump(exclude={"keep"})])
 
     def _forget_failure(self) -> None:
-        """Nothing is to be published any more, so nothing is amiss."""
+        """Clear the recorded failure, since nothing is published any more."""
         if self.store.db.get_meta(meta_keys.PUBLISH_FAILED) is not None:
             with self.store.db.transaction():
                 self.store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
 
     def _record_outcome(self, outcome: PublishOutcome) -> None:
-        told: dict[str, Any] = {"generation": outcome.generation, "export": self.config.kind}
+        data: dict[str, Any] = {"generation": outcome.generation, "export": self.config.kind}
         if not outcome.reason:
             self._failed_generation = 0
-            told |= {"path": outcome.path} if outcome.path else {"export": None}
+            data |= {"path": outcome.path} if outcome.path else {"export": None}
             key = self._publication_key(outcome.generation)
             with self.store.db.transaction():
                 self.store.db.set_meta(meta_keys.PUBLISHED, key)
                 self.store.db.set_meta(meta_keys.PUBLISH_FAILED, None)
-                self.store.db.write_event("published", **told)
+                self.store.db.write_event("published", **data)
             return
         if outcome.generation != self._failed_generation:
             self._backoff.reset()
@@ -122,60 +118,55 @@ class Publisher:
         wait = self._backoff.record_failure()
         with self.store.db.transaction():
             self.store.db.set_meta(meta_keys.PUBLISH_FAILED, outcome.reason)
-            self.store.db.write_event(
-                "publish_failed", **told, reason=outcome.reason, retry_seconds=wait
-            )
+            data |= {"reason": outcome.reason, "retry_seconds": wait}
+            self.store.db.write_event("publish_failed", **data)
 
 
 class _PublishAttempt(threading.Thread):
-    """One attempt; `outcome` may be read when it has ended."""
+    """An attempt in a thread; `outcome` may be read when the thread has ended."""
 
-    def __init__(self, config: PublishConfig, home: Home, generation: int, empty: bool) -> None:
+    def __init__(self, config: PublishConfig, home: Home, generation: int, withdraw: bool) -> None:
         super().__init__(name="publish", daemon=True)
-        self.config, self.home, self.generation, self.has_no_facts = config, home, generation, empty
+        self.config, self.home, self.generation, self.withdraw = config, home, generation, withdraw
         self.outcome = PublishOutcome(generation, reason="it ended unexpectedly")
         self._stop_requested = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
-        self._start_lock = threading.Lock()  # no child or pause may start once it is to end
-        self._may_be_paused = False  # whether a server may stand still for us
+        self._start_lock = threading.Lock()  # no child or pause starts after a stop request
+        self._may_be_paused = False  # whether we may have paused a server
 
     def request_stop(self) -> None:
-        """Let it end soon: no further step is begun, and a child is told to end."""
+        """End soon: start no further step, and terminate the child process."""
         with self._start_lock:
             self._stop_requested.set()
             if self._child is not None:
                 self._child.terminate()
 
     def release_server(self) -> None:
-        """Where it does not end, let go on at least what stands still for it."""
+        """Resume the server that this attempt may have paused, and cannot resume itself."""
         if self._may_be_paused and self.config.vllm is not None:
-            with suppress(KeditError):  # the next process pauses it again, and tries again
+            with suppress(KeditError):  # the next process tries again, and resumes it then
                 resume_server(self.config.vllm, tries=1)
 
     def run(self) -> None:
         try:
-            self.outcome = (
-                self._withdraw_adapters() if self.has_no_facts else self._publish_export()
-            )
+            self.outcome = self._withdraw_adapters() if self.withdraw else self._publish_export()
         except KeditError as error:
             self.outcome = PublishOutcome(self.generation, reason=str(error))
         except (OSError, subprocess.SubprocessError, ValueError, KeyError, TypeError) as error:
-            self.outcome = PublishOutcome(
-                self.generation, reason=f"{type(error).__name__}: {error}"
-            )
+            reason = f"{type(error).__name__}: {error}"
+            self.outcome = PublishOutcome(self.generation, reason=reason)
 
     def _publish_export(self) -> PublishOutcome:
-        made = self._run_export()
-        path, generation = str(made["path"]), int(made["manifest"]["generation"])
+        export = self._run_export()
+        path, generation = str(export["path"]), int(export["manifest"]["generation"])
         self._run_command(path, generation)
         self._notify_server(path)
-        prune_exports(
-            Path(path), self.config.keep, self._unload_adapters
-        )  # not before servers have the new one
+        # Not before servers have the new one.
+        prune_exports(Path(path), self.config.keep, self._unload_adapters)
         return PublishOutcome(generation, path)
 
     def _withdraw_adapters(self) -> PublishOutcome:
-        """No fact is in the weights: no adapter of this home may be served on."""
+        """Unload all adapters of this home, since no fact is in the weights."""
         self._run_command("", self.generation)
         if self.config.vllm is not None:
             home = read_source(self.home).origin
@@ -188,19 +179,17 @@ class _PublishAttempt(threading.Thread):
         return Path(str(self.config.folder)).expanduser()
 
     def _run_export(self) -> Any:
-        # -P: what stands in the folder that the daemon was started in is none of its modules.
+        # -P: modules are not searched for in the current folder.
         command = [sys.executable, "-P", "-m", "kedit_daemon", "--home", str(self.home.root)]
         command += ["export", str(self.config.kind), str(self._export_folder), "--json"]
         return json.loads(self._run_child(command, {}, EXPORT_SECONDS))
 
     def _run_command(self, path: str, generation: int) -> None:
-        told = {
-            "KEDIT_EXPORT": path,
-            "KEDIT_GENERATION": str(generation),
-            "KEDIT_NAME": Path(path).name,
-        }
         if self.config.command:
-            self._run_child(self.config.command, told, COMMAND_SECONDS)
+            name = Path(path).name
+            variables = {"KEDIT_EXPORT": path, "KEDIT_GENERATION": str(generation)}
+            variables["KEDIT_NAME"] = name
+            self._run_child(self.config.command, variables, COMMAND_SECONDS)
 
     def _notify_server(self, path: str) -> None:
         if self.config.vllm is None:
@@ -224,36 +213,34 @@ class _PublishAttempt(threading.Thread):
         if self._stop_requested.is_set():
             raise Stopping("the daemon is stopping")
 
-    def _run_child(self, command: list[str], told: Mapping[str, str], seconds: float) -> bytes:
-        """What a child process prints; a KeditError with its last words when it fails."""
+    def _run_child(self, command: list[str], variables: Mapping[str, str], seconds: float) -> bytes:
+        """Run a child process and return its output; KeditError with its error text if it fails."""
         # Files, not pipes: a server that the command has started may keep them open.
-        with TemporaryFile() as said, TemporaryFile() as complaint:
+        with TemporaryFile() as output, TemporaryFile() as errors:
             with self._start_lock:
                 self._check_not_stopping()
                 self._child = child = subprocess.Popen(
                     command,
                     stdin=subprocess.DEVNULL,
-                    stdout=said,
-                    stderr=complaint,
-                    env=os.environ | told,
+                    stdout=output,
+                    stderr=errors,
+                    env=os.environ | variables,
                 )
             with child:
                 try:
-                    if not told:
-                        os.setpriority(
-                            os.PRIO_PROCESS, child.pid, EXPORT_NICENESS
-                        )  # editing goes first
+                    if not variables:  # the export: editing goes first
+                        os.setpriority(os.PRIO_PROCESS, child.pid, EXPORT_NICENESS)
                     child.wait(seconds)
                 finally:
                     child.kill()
-            said.seek(0), complaint.seek(0)
+            output.seek(0), errors.seek(0)
             if child.returncode:
-                raise KeditError(_extract_error(child, complaint.read()), code="publish")
-            return said.read()
+                raise KeditError(_extract_error(child, errors.read()), code="publish")
+            return output.read()
 
 
-def _extract_error(child: "subprocess.Popen[bytes]", complaint: bytes) -> str:
-    lines = complaint.decode(errors="replace").strip().splitlines()
+def _extract_error(child: "subprocess.Popen[bytes]", stderr: bytes) -> str:
+    lines = stderr.decode(errors="replace").strip().splitlines()
     errors = [line for line in lines if line.startswith("error[")] or lines[-1:]
     why = " ".join(errors) or f"exit code {child.returncode}"
     program = child.args[0] if isinstance(child.args, list) else child.args

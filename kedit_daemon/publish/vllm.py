@@ -1,30 +1,30 @@
-"""What a vLLM server is told when there is something new to serve. Knows only its HTTP API.
+"""The client of a vLLM server: switches it to a new export. Knows only its HTTP API.
 
 A LoRA becomes an adapter with a name of its own: one name for two versions would mix what the
-server has cached of both. Weights are laid over the running model between two requests.
+server has cached of both. Weights are reloaded into the running model between two requests.
 """
 
-import http.client
 import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
 from memory.errors import KeditError, Stopping
 
-LOAD_SECONDS = 600.0  # for weights to be read
-PAUSE_SECONDS = 120.0  # for requests that run to their end
-REQUEST_SECONDS = 10.0  # for what is done at once
+LOAD_SECONDS = 600.0  # for reading weights
+PAUSE_SECONDS = 120.0  # for running requests to end
+REQUEST_SECONDS = 10.0  # for what the server does at once
 RESUME_TRIES = 3
-_MAX_ERROR_CHARS = 300  # characters of a server's complaint that are passed on
+_MAX_ERROR_CHARS = 300  # of the server's error text, in our own
 
 
 def load_adapter(url: str, name: str, path: str) -> None:
-    """Let the server offer the adapter in the folder `path` as the model `name`.
+    """Make the server offer the adapter in the folder `path` as the model `name`.
 
-    One that is there already is that adapter. Raises KeditError when the server refuses.
+    A model of that name that is there already is that adapter. Raises KeditError when the server
+    refuses.
     """
     try:
         _post_json(url, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
@@ -34,9 +34,9 @@ def load_adapter(url: str, name: str, path: str) -> None:
 
 
 def unload_adapter(url: str, name: str) -> None:
-    """Let the server no longer offer the model `name`, an adapter.
+    """Make the server stop offering the adapter `name`; one that it does not have counts as done.
 
-    One that is not there is unloaded. Raises KeditError when the server keeps it, or is not there.
+    Raises KeditError when the server keeps it, or does not answer.
     """
     try:
         _post_json(url, "/v1/unload_lora_adapter", {"lora_name": name}, REQUEST_SECONDS)
@@ -45,23 +45,23 @@ def unload_adapter(url: str, name: str) -> None:
             raise
 
 
-def reload_weights(url: str, path: str, ending: Callable[[], bool]) -> None:
-    """Let the server lay the weights in the folder `path` over its own.
+def reload_weights(url: str, path: str, stop_requested: Callable[[], bool]) -> None:
+    """Make the server replace its weights by those in the folder `path`.
 
-    It works on again in any case, also where a step failed. Where the weights could not be laid
-    over to the last one, old and new ones may be mixed in it until this is done again; but nothing
-    that it has cached of others. Raises KeditError when a step failed, and with the code "stopping"
-    when `ending` says so before the weights are touched.
+    It is paused meanwhile and resumed in any case. If the reload breaks off, the server may hold
+    old and new weights until this is done again, but no cached prefixes of either. Raises
+    KeditError when a step failed, and Stopping when a stop is requested before the weights are
+    touched.
     """
     try:
         _post_json(url, "/pause?mode=wait", seconds=PAUSE_SECONDS)
-        if ending():
+        if stop_requested():
             raise Stopping("the daemon is stopping")
         try:
-            given = {"method": "reload_weights", "kwargs": {"weights_path": path}}
-            _post_json(url, "/collective_rpc", given)
+            call = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            _post_json(url, "/collective_rpc", call)
         except KeditError:
-            with suppress(KeditError):  # the first failure is the one to tell of
+            with suppress(KeditError):  # the first failure is the one to report
                 _post_json(url, "/reset_prefix_cache")
             raise
         _post_json(url, "/reset_prefix_cache")
@@ -70,14 +70,13 @@ def reload_weights(url: str, path: str, ending: Callable[[], bool]) -> None:
 
 
 def resume_server(url: str, tries: int = RESUME_TRIES) -> None:
-    """Let a server that was told to pause go on. Raises KeditError when it cannot be told."""
-    for left in reversed(range(tries)):
+    """Resume a paused server. Raises KeditError when it does not answer, or refuses."""
+    for tries_left in reversed(range(tries)):
         try:
-            _post_json(url, "/resume", seconds=REQUEST_SECONDS)
-            return
+            return _post_json(url, "/resume", seconds=REQUEST_SECONDS)
         except KeditError as error:
-            if not left:
-                text = f"the server may stand still: {error}"
+            if not tries_left:
+                text = f"the server may still be paused: {error}"
                 raise KeditError(text, code="publish", hint=f"POST {url}/resume") from error
             time.sleep(1.0)
 
@@ -96,18 +95,14 @@ def _post_json(
 def _send_request(
     url: str, method: str, path: str, body: dict[str, Any] | None, seconds: float
 ) -> bytes:
-    parts = urlsplit(url)
-    link = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=seconds)
-    headers = {} if body is None else {"Content-Type": "application/json"}
-    try:
-        link.request(method, path, None if body is None else json.dumps(body), headers)
-        answer = link.getresponse()
-        said = answer.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise KeditError(f"{url}{path}: {error or type(error).__name__}", code="publish") from error
-    finally:
-        link.close()
-    if answer.status != http.HTTPStatus.OK:
-        text = said[:_MAX_ERROR_CHARS].decode(errors="replace")
-        raise KeditError(f"{url}{path} answered {answer.status}: {text}", code="publish")
-    return said
+    import httpx  # here, since most daemons publish to no server
+
+    try:  # the server is on this machine or in its network: no proxy of the environment
+        answer = httpx.request(method, f"{url}{path}", json=body, timeout=seconds, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise KeditError(f"{url}{path}: {reason}", code="publish") from error
+    if answer.status_code != HTTPStatus.OK:
+        text = f"{url}{path} answered {answer.status_code}: {answer.text[:_MAX_ERROR_CHARS]}"
+        raise KeditError(text, code="publish")
+    return answer.content

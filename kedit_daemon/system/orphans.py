@@ -11,8 +11,8 @@ from pathlib import Path
 
 from kedit_daemon.home import Home
 from memory.db import meta_keys
+from memory.files import STAGED_NAME
 
-STAGED_NAME = re.compile(r"\.[0-9a-f]{16}\.tmp")  # what `write_atomic` has not put in its place yet
 # What lies in the folders of tensors: files that are named by their sha256, what `save_tensors` has
 # not put in its place, and what safetensors, which writes in the same way, has not.
 TENSOR_NAME = re.compile(

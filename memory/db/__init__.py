@@ -1,1 +1,1 @@
-"""The SQLite database: schema, event log, store, and read-only queries."""
+"""SQLite database: schema, event log, store, and read-only queries."""

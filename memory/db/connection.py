@@ -1,4 +1,4 @@
-"""The database under the store: one connection, whole transactions, events, meta."""
+"""SQLite connections: one that reads, and the one that writes, in whole transactions."""
 
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -16,19 +16,19 @@ from memory.timestamps import format_utc
 
 
 class ReadingConnection:
-    """A connection that is read from, whatever else may be done with it."""
+    """Read access to the database."""
 
     def __init__(self, conn: sqlite3.Connection) -> None:
         self.conn = conn
 
     def close(self) -> None:
-        """Close the connection; what has been committed is safe without it, too."""
+        """Close the connection; committed data are safe without it, too."""
         self.conn.close()
 
-    def get_meta(self, key: str, default: str | None = None) -> str | None:
-        """A named value of the daemon's."""
+    def get_meta(self, key: str) -> str | None:
+        """Return the value of a key of `meta_keys`, or None."""
         row = self.fetch_one("SELECT value FROM meta WHERE key = ?", key)
-        return row[0] if row else default
+        return row[0] if row else None
 
     def fetch_one(self, sql: str, *values: Any) -> tuple[Any, ...] | None:
         row: tuple[Any, ...] | None = self.conn.execute(sql, values).fetchone()
@@ -36,7 +36,7 @@ class ReadingConnection:
 
 
 class WritingConnection(ReadingConnection):
-    """The one writing connection; it belongs to the thread that made it."""
+    """The only connection that writes; it belongs to the thread that made it."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         if not path.parent.is_dir():
@@ -44,7 +44,7 @@ class WritingConnection(ReadingConnection):
         self._clock = clock
         schema.check_file(path)
         with ExitStack() as undo:
-            # Plugins of sqlite-utils are other people's code: none of it runs here.
+            # Plugins of sqlite-utils are third-party code: none of it runs here.
             db = Database(path, execute_plugins=False, strict=True)
             undo.callback(db.close)
             schema.migrate_database(db, path)
@@ -55,12 +55,12 @@ class WritingConnection(ReadingConnection):
         super().__init__(db.conn)
 
     def format_now(self) -> str:
-        """The clock's time as ISO-8601 UTC; all are of one width, so they sort as text."""
+        """Return the clock's time as ISO-8601 in UTC, of one width, so that it sorts as text."""
         return format_utc(self._clock())
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All writes of the block, or none; no other writer gets in between."""
+        """Commit all writes of the block or none, without another writer in between."""
         if self.conn.in_transaction:
             raise KeditError("a transaction is already open", code="nested-transaction")
         self.conn.execute("BEGIN IMMEDIATE")
@@ -68,16 +68,16 @@ class WritingConnection(ReadingConnection):
             yield
             self.conn.execute("COMMIT")
         finally:
-            # SQLite itself has rolled back after some errors, a full disk for one.
+            # SQLite itself has rolled back after some errors, such as a full disk.
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
 
     def write_event(self, kind: str, fact_id: str | None = None, **data: Any) -> Event:
-        """Write an event into the open transaction."""
+        """Append an event inside the open transaction."""
         return event_log.append_event(self.conn, self.format_now(), kind, fact_id, data)
 
     def set_meta(self, key: str, value: str | None) -> None:
-        """Keep a named value; None removes it."""
+        """Store the value of a key of `meta_keys`; None removes it."""
         if value is None:
             self.execute_write("DELETE FROM meta WHERE key = ?", key)
         else:

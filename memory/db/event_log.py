@@ -1,17 +1,17 @@
 """The append-only event table: each event carries the hash of the one before.
 
-Tamper-evident, not tamper-proof: an edit or a removal in the middle breaks the chain; a cut-off
-tail is seen only against a head that was kept outside the database.
+Tamper-evident, not tamper-proof: an edit or a removal in the middle breaks the chain; a missing
+tail is detected only by a head that was kept outside the database.
 """
 
 import hashlib
 import json
-import math
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memory.canonical_json import to_canonical_json
 from memory.errors import KeditError
 from memory.files import write_atomic
 
@@ -22,7 +22,7 @@ _COLUMNS = "seq, at, kind, fact_id, data, previous, hash"
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened, and its place in the chain."""
+    """An event and its place in the chain."""
 
     seq: int
     at: str
@@ -35,20 +35,13 @@ class Event:
 
 @dataclass(frozen=True)
 class ChainVerdict:
-    """What a walk of the chain found; `problem` is empty when it is intact."""
+    """Result of checking the chain; `problem` is empty when it is intact."""
 
     intact: bool
     events: int
     head_seq: int
     head_hash: str
     problem: str
-
-
-def to_canonical_json(value: Any) -> str:
-    """JSON with one form per value; NaN and infinities, which JSON lacks, become words."""
-    return json.dumps(
-        replace_non_finite(value), sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
 
 
 def append_event(
@@ -58,7 +51,7 @@ def append_event(
     fact_id: str | None = None,
     data: dict[str, Any] | None = None,
 ) -> Event:
-    """Add an event to the open transaction, so that it stands or falls with what it tells of."""
+    """Append an event inside the open transaction, so that it is committed with its change."""
     if not conn.in_transaction:
         raise KeditError("an event was written outside a transaction", code="no-transaction")
     last = conn.execute("SELECT seq, hash FROM events ORDER BY seq DESC LIMIT 1").fetchone()
@@ -73,7 +66,7 @@ def append_event(
 
 
 def read_newest_event(conn: sqlite3.Connection) -> Event | None:
-    """The newest event, or None where there is none yet."""
+    """Return the newest event, or None when there is none yet."""
     row = conn.execute(f"SELECT {_COLUMNS} FROM events ORDER BY seq DESC LIMIT 1").fetchone()
     if row is None:
         return None
@@ -82,7 +75,7 @@ def read_newest_event(conn: sqlite3.Connection) -> Event | None:
 
 
 def verify_chain(conn: sqlite3.Connection, head: tuple[int, str] | None) -> ChainVerdict:
-    """Walk the chain from its start; `head` is a (seq, hash) that was kept outside."""
+    """Check the chain from its start; `head` is a (seq, hash) kept outside the database."""
     seq, last, problem = 0, GENESIS_HASH, ""
     for row in conn.execute(f"SELECT {_COLUMNS} FROM events ORDER BY seq"):
         problem = _find_problem(tuple(row), seq, last, head)
@@ -95,7 +88,7 @@ def verify_chain(conn: sqlite3.Connection, head: tuple[int, str] | None) -> Chai
 
 
 def read_head(path: Path) -> tuple[int, str] | None:
-    """The kept head, or None where none has been kept yet."""
+    """Read the kept head (seq, hash), or None when none has been kept yet."""
     try:
         kept = json.loads(path.read_bytes())
         return int(kept["seq"]), str(kept["hash"])
@@ -111,37 +104,26 @@ def read_head(path: Path) -> tuple[int, str] | None:
 
 
 def write_head(path: Path, event: Event) -> None:
-    """Keep the newest event's place and hash outside the database."""
+    """Write the newest event's seq and hash to a file outside the database."""
     kept = {"seq": event.seq, "hash": event.hash, "at": event.at}
     write_atomic(path, to_canonical_json(kept).encode() + b"\n")
 
 
 def _hash_event(seq: int, at: str, kind: str, fact_id: str | None, text: str, previous: str) -> str:
-    # The data go in as the stored text: what is checked is what is there, byte by byte.
-    return hashlib.sha256(
-        to_canonical_json([seq, at, kind, fact_id, text, previous]).encode()
-    ).hexdigest()
+    # The data are hashed as the stored text, byte by byte.
+    line = to_canonical_json([seq, at, kind, fact_id, text, previous])
+    return hashlib.sha256(line.encode()).hexdigest()
 
 
 def _find_problem(row: tuple[Any, ...], seq: int, last: str, head: tuple[int, str] | None) -> str:
-    *said, digest = row
-    if said[0] != seq + 1:
-        return f"event {seq + 1} is missing: event {said[0]} follows event {seq}"
-    if said[5] != last:
-        return f"event {said[0]} does not follow from the event before it"
-    if digest != _hash_event(*said):
-        return f"event {said[0]} has been changed"
-    if head is not None and head[0] == said[0] and digest != head[1]:
-        return f"event {said[0]} differs from the kept head: history has been rewritten"
+    *event, digest = row
+    number, previous = event[0], event[5]
+    if number != seq + 1:
+        return f"event {seq + 1} is missing: event {number} follows event {seq}"
+    if previous != last:
+        return f"event {number} does not follow from the event before it"
+    if digest != _hash_event(*event):
+        return f"event {number} has been changed"
+    if head is not None and head[0] == number and digest != head[1]:
+        return f"event {number} differs from the kept head: history has been rewritten"
     return ""
-
-
-def replace_non_finite(value: Any) -> Any:
-    """The value with NaN and infinities, which JSON lacks, as words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_non_finite(item) for item in value]
-    return value

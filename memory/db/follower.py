@@ -1,4 +1,4 @@
-"""The store as one sees it who follows a daemon from another process, and never writes."""
+"""Read access for a process that follows the daemon's database and never writes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ from memory.facts import Fact, FactState, fact_from_json
 
 @dataclass(frozen=True)
 class LiveSideRow:
-    """A fact of the side memory: its shard, and by their sha256 the shard's file and the fact's
-    retrieval keys. Two that are equal say the same."""
+    """A fact of the side memory, with the sha256 of its retrieval keys and of its shard's file.
+    Equal rows mean equal content."""
 
     fact_id: str
     keys_sha256: str
@@ -28,7 +28,7 @@ class Follower:
     """A connection that cannot write, for one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        """Raises KeditError: there is no database, or none that can be read."""
+        """Raises NoHome or Unreadable when there is no database that can be read."""
         self.db = ReadingConnection(open_readonly(path, moves=True))
         self.artifacts = ArtifactReader(self.db)
         self._seen_version: int | None = None
@@ -38,18 +38,18 @@ class Follower:
         self.db.close()
 
     def has_changed(self) -> bool:
-        """Whether anyone has written since this was last asked; at first, yes."""
+        """Check for writes since the last call; True at the first."""
         before = self._seen_version
         self._seen_version = int(self.db.conn.execute("PRAGMA data_version").fetchone()[0])
         return before != self._seen_version
 
     def forget_version(self) -> None:
-        """Let what was seen last count as not seen."""
+        """Make the next `has_changed` return True."""
         self._seen_version = None
 
     @contextmanager
     def read_snapshot(self) -> Iterator[None]:
-        """One moment of the database for all that is read in the block."""
+        """Read the whole block from one snapshot of the database."""
         self.db.conn.execute("BEGIN")
         try:
             yield
@@ -57,11 +57,11 @@ class Follower:
             self.db.conn.rollback()
 
     def has_generation(self, generation: int) -> bool:
-        """Whether there is a generation with this number."""
+        """Check that a generation with this number exists."""
         return self.db.fetch_one("SELECT 1 FROM generations WHERE id = ?", generation) is not None
 
     def list_live_rows(self) -> list[LiveSideRow]:
-        """What the side memory holds: cheap beside reading it."""
+        """Return the rows of the side memory's facts, without their content."""
         rows = self.db.conn.execute(
             "SELECT k.fact_id, k.sha256, k.shard, s.sha256, s.threshold FROM side_keys k"
             " JOIN shards s ON s.id = k.shard JOIN facts f ON f.id = k.fact_id"
@@ -71,8 +71,8 @@ class Follower:
         return [LiveSideRow(*row) for row in rows]
 
     def read_live_fact(self, fact_id: str) -> tuple[Fact, bytes]:
-        """A fact of the side memory, and its retrieval keys. Raises KeditError: they are
-        damaged."""
+        """Return a fact of the side memory and its retrieval keys. Raises KeditError (code
+        "corrupt") when they are damaged."""
         row = self.db.fetch_one(
             "SELECT f.record, k.sha256, k.tensors FROM side_keys k JOIN facts f ON f.id = k.fact_id"
             " WHERE f.id = ?",
@@ -80,6 +80,6 @@ class Follower:
         )
         if row is None:
             raise KeditError(f"fact {fact_id} is not in the side memory", code="unknown-fact")
-        return fact_from_json(row[0]), verify_blob(
-            row[1], row[2], f"the side keys of fact {fact_id}"
-        )
+        record, sha, blob = row
+        keys = verify_blob(sha, blob, f"the side keys of fact {fact_id}")
+        return fact_from_json(record), keys

@@ -1,4 +1,4 @@
-"""What one screen tells of a daemon, read from its database in one moment."""
+"""Overview of a daemon: the figures of one screen, from one snapshot of its database."""
 
 import sqlite3
 from datetime import UTC, datetime
@@ -8,43 +8,26 @@ from memory.db import meta_keys
 from memory.db.queries import fetch_dicts
 from memory.facts import FactState
 
-_IDENTITY_KEYS = (
-    *(meta_keys.MODEL, meta_keys.MODEL_HASH, meta_keys.DEVICE),
-    *(meta_keys.STARTED_AT, meta_keys.PAUSED),
-)
-
 
 def fetch_overview(conn: sqlite3.Connection, now: datetime | None = None) -> dict[str, Any]:
-    """What one screen needs; `now` decides which failures are today's (UTC)."""
+    """Return the figures of one screen; `now` decides which failures are today's (UTC)."""
     today = (now or datetime.now(UTC)).astimezone(UTC).date().isoformat()
-    conn.execute("BEGIN")  # one moment of the database for all the numbers
+    newest_audit = "SELECT * FROM audits ORDER BY id DESC LIMIT 1"
+    newest_runs = (
+        "SELECT * FROM job_run WHERE id IN (SELECT max(id) FROM job_run GROUP BY name)"
+        " ORDER BY name"
+    )
+    oldest = "SELECT min(received_at) FROM facts WHERE state = ?"
+    conn.execute("BEGIN")  # one snapshot of the database for all figures
     try:
         return {
             **_count_rows(conn),
             **_fetch_identity(conn),
             **_measure_side_keys(conn),
             "failed_today": _count_failures(conn, today),
-            "oldest_received_at": conn.execute(
-                "SELECT min(received_at) FROM facts WHERE state = ?", (FactState.RECEIVED,)
-            ).fetchone()[0],
-            "last_audit": next(
-                fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT 1"), None
-            ),
-            "jobs": {
-                row["name"]: row
-                for row in fetch_dicts(
-                    conn,
-                    "SELECT * FROM job_run WHERE id IN (SELECT max(id) FROM job_run GROUP BY name)"
-                    " ORDER BY name",
-                )
-            },
-            "failed_submissions": list(
-                fetch_dicts(
-                    conn,
-                    "SELECT * FROM submissions WHERE failed > 0"
-                    " ORDER BY received_at DESC, rowid DESC LIMIT 5",
-                )
-            ),
+            "oldest_received_at": conn.execute(oldest, (FactState.RECEIVED,)).fetchone()[0],
+            "last_audit": next(fetch_dicts(conn, newest_audit), None),
+            "jobs": {row["name"]: row for row in fetch_dicts(conn, newest_runs)},
         }
     finally:
         conn.rollback()
@@ -53,18 +36,18 @@ def fetch_overview(conn: sqlite3.Connection, now: datetime | None = None) -> dic
 def _count_rows(conn: sqlite3.Connection) -> dict[str, Any]:
     states = dict.fromkeys((str(state) for state in FactState), 0)
     states |= dict(map(tuple, conn.execute("SELECT state, count(*) FROM facts GROUP BY state")))
-    tiers = {"side": states[FactState.LIVE_SIDE], "weights": states[FactState.LIVE_WEIGHTS]}
     seq, generations = conn.execute(
         "SELECT (SELECT max(seq) FROM events), (SELECT count(*) FROM generations)"
     ).fetchone()
-    return {"states": states, "tiers": tiers, "events": seq or 0, "generations": generations}
+    return {"states": states, "events": seq or 0, "generations": generations}
 
 
 def _fetch_identity(conn: sqlite3.Connection) -> dict[str, Any]:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
+    shown = (meta_keys.MODEL, meta_keys.DEVICE, meta_keys.STARTED_AT, meta_keys.PAUSED)
     pid = meta.get(meta_keys.PID, "")
     return {
-        **{key: meta.get(key) for key in _IDENTITY_KEYS},
+        **{key: meta.get(key) for key in shown},
         "pid": int(pid) if pid.isdecimal() else None,
         "generation": int(meta.get(meta_keys.ACTIVE_GENERATION, 0)),
     }

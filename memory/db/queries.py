@@ -1,7 +1,6 @@
-"""Read-only views of the database for people and scripts.
+"""Read-only queries for people and scripts.
 
-It knows nothing of the daemon: only the file is needed, and only sqlite3, so that `status` is
-quick and works when nothing runs.
+They need only the database file and sqlite3, so that `status` is quick and works without a daemon.
 """
 
 import json
@@ -22,16 +21,14 @@ _LISTED_COLUMNS = (
 
 
 def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
-    """A connection that cannot write, to a database that a daemon may be writing to. It belongs to
-    the thread that made it, or where it `moves`, to one thread at a time."""
+    """Open a connection that cannot write, to a database that a daemon may be writing to. It
+    belongs to the thread that made it or, with `moves`, to one thread at a time."""
     if not path.is_file():
         raise NoHome(f"there is no database {path}", hint="kedit-daemon init")
-    still = "&immutable=1" if _is_immutable(path) else ""
-    conn = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro{still}", uri=True, check_same_thread=not moves
-    )
+    uri = f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if _is_immutable(path) else ''}"
+    conn = sqlite3.connect(uri, uri=True, check_same_thread=not moves)
     conn.row_factory = sqlite3.Row
-    # SQLite knows only ASCII's cases.
+    # SQLite folds the case of ASCII only.
     conn.create_function("casefold", 1, str.casefold, deterministic=True)
     try:
         ready = conn.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone()
@@ -54,12 +51,12 @@ def open_readonly(path: Path, *, moves: bool = False) -> sqlite3.Connection:
 
 
 def _is_immutable(path: Path) -> bool:
-    """Whether nobody can be writing to a database: there SQLite cannot make the file that it shares
-    with a writer, and has to be told to do without."""
+    """Check that nobody can write to a database: on a read-only disk SQLite cannot make the file
+    that it shares with a writer, and has to be opened without."""
     if not os.statvfs(path.parent).f_flag & os.ST_RDONLY:
         return False
-    # Who has it open, and sees the disk in another way, shares a file from the first moment on,
-    # when the log may be empty still.
+    # A writer that mounted the disk otherwise has the shared file from its start on, when the log
+    # may still be empty.
     log, shared = (path.with_name(f"{path.name}{end}") for end in ("-wal", "-shm"))
     return not shared.exists() and (not log.exists() or not log.stat().st_size)
 
@@ -67,27 +64,25 @@ def _is_immutable(path: Path) -> bool:
 def fetch_facts(
     conn: sqlite3.Connection, state: str | None = None, subject: str | None = None
 ) -> list[dict[str, Any]]:
-    """Facts in the order in which they were received; `subject` is a part of it, in any case."""
+    """Return facts in the order of arrival; `subject` is a part of it, in any case."""
     tests = {"state = ?": state, "instr(casefold(subject), casefold(?))": subject}
     where, values = _where_clause(tests)
-    return list(
-        fetch_dicts(conn, f"SELECT {_LISTED_COLUMNS} FROM facts{where} ORDER BY seq", *values)
-    )
+    sql = f"SELECT {_LISTED_COLUMNS} FROM facts{where} ORDER BY seq"
+    return list(fetch_dicts(conn, sql, *values))
 
 
 def fetch_fact_detail(conn: sqlite3.Connection, name: str) -> dict[str, Any] | None:
-    """One fact by its id or its owner's, with its edits, its events and what it takes up."""
+    """Return a fact by its id or external id, with its edits, events and sizes in bytes."""
     fact_id = _resolve_id(conn, name)
     row = next(fetch_dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
     if row is None:
         return None
+    edits = fetch_dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)
     return {
         **row,
         "terms_bytes": _tensor_bytes(conn, "terms", fact_id),
         "side_bytes": _tensor_bytes(conn, "side_keys", fact_id),
-        "edits": list(
-            fetch_dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)
-        ),
+        "edits": list(edits),
         "events": list(fetch_events(conn, fact=fact_id)),
     }
 
@@ -102,9 +97,9 @@ def fetch_events(
     state: str | None = None,
     last: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Events in order, the `last` so many of those that fit: `since` is ISO-8601 UTC, `fact` an id
-    or its owner's; `subject` (a part of it, in any case) and `state` are those of the event's fact,
-    as it stands now."""
+    """Yield events in order, only the `last` N of those that match. `since`: ISO-8601 in UTC;
+    `fact`: an id or external id; `subject` (a part of it, in any case) and `state`: those of the
+    event's fact as it is now."""
     about = "fact_id IN (SELECT id FROM facts WHERE"
     tests = {
         "seq > ?": after_seq,
@@ -122,22 +117,22 @@ def fetch_events(
 
 
 def find_answer_before(conn: sqlite3.Connection, fact_id: str, seq: int) -> str | None:
-    """The answer that the newest event of a fact before event `seq` tells of, if any does."""
+    """Return the answer in the newest event of a fact before event `seq` that has one."""
     row = conn.execute(
-        "SELECT json_extract(data, '$.after') AS said FROM events"
-        " WHERE fact_id = ? AND seq < ? AND said IS NOT NULL ORDER BY seq DESC LIMIT 1",
+        "SELECT json_extract(data, '$.after') AS answer FROM events"
+        " WHERE fact_id = ? AND seq < ? AND answer IS NOT NULL ORDER BY seq DESC LIMIT 1",
         (fact_id, seq),
     ).fetchone()
     return row[0] if row else None
 
 
 def find_similar_ids(conn: sqlite3.Connection, name: str) -> list[str]:
-    """Ids, the most alike first, that somebody may have meant by a name that no fact has: those
-    that begin alike, ours or their owner's, and those of a subject of that name."""
-    begins = "substr(?, 1, 3)"
+    """Return ids and external ids that may be meant by a name that no fact has, best first: those
+    that begin like it, and those of facts with a subject of that name."""
+    start = "substr(?, 1, 3)"
     rows = conn.execute(
         "SELECT id, external_id, casefold(subject) = casefold(?) AS called FROM facts"
-        f" WHERE called OR substr(id, 1, 3) = {begins} OR substr(external_id, 1, 3) = {begins}"
+        f" WHERE called OR substr(id, 1, 3) = {start} OR substr(external_id, 1, 3) = {start}"
         " ORDER BY seq DESC LIMIT 500",
         (name, name, name),
     ).fetchall()
@@ -146,30 +141,30 @@ def find_similar_ids(conn: sqlite3.Connection, name: str) -> list[str]:
 
 
 def fetch_fact_page(
-    conn: sqlite3.Connection, text: str | None, state: str | None, before: int | None, most: int
+    conn: sqlite3.Connection, text: str | None, state: str | None, before: int | None, limit: int
 ) -> list[dict[str, Any]]:
-    """The newest facts first, at most so many, older than the one with the number `before`.
+    """Return the newest facts first, at most `limit`, with a `seq` below `before`.
 
-    `text` is a part of what a fact says or of an id of it, in any case.
+    `text` is a part of the prompt, the target or an id, in any case.
     """
-    said = "id || char(10) || coalesce(external_id, '') || char(10) || target || char(10)"
+    searched = "id || char(10) || coalesce(external_id, '') || char(10) || target || char(10)"
     tests = {
-        f"instr(casefold({said} || replace(prompt, '{{}}', subject)), casefold(?))": text,
+        f"instr(casefold({searched} || replace(prompt, '{{}}', subject)), casefold(?))": text,
         "state = ?": state,
         "seq < ?": before,
     }
     where, values = _where_clause(tests)
     sql = f"SELECT {_LISTED_COLUMNS} FROM facts{where} ORDER BY seq DESC LIMIT ?"
-    return list(fetch_dicts(conn, sql, *values, most))
+    return list(fetch_dicts(conn, sql, *values, limit))
 
 
 def fetch_event_page(
-    conn: sqlite3.Connection, asked: Mapping[str, Any], before: int | None, most: int
+    conn: sqlite3.Connection, asked: Mapping[str, Any], before: int | None, limit: int
 ) -> list[dict[str, Any]]:
-    """The newest events first, at most so many, older than the one with the number `before`.
+    """Return the newest events first, at most `limit`, with a `seq` below `before`.
 
-    `asked` may hold: since (ISO-8601 UTC), kind, fact (an id or its owner's), subject (a part of
-    it, in any case). Each event has `said`: subject, prompt and target of its fact, or None.
+    `asked` may have: since (ISO-8601 in UTC), kind, fact (an id or external id), subject (a part
+    of it, in any case). Each event has `said`: subject, prompt and target of its fact, or None.
     """
     fact = asked.get("fact")
     tests = {
@@ -185,7 +180,7 @@ def fetch_event_page(
         "SELECT events.*, subject, prompt, target FROM events LEFT JOIN facts"
         f" ON facts.id = events.fact_id{where} ORDER BY events.seq DESC LIMIT ?",
         *values,
-        most,
+        limit,
     )
     names = ("subject", "prompt", "target")
     return [
@@ -196,55 +191,51 @@ def fetch_event_page(
 
 
 def fetch_event_kinds(conn: sqlite3.Connection) -> list[str]:
-    """The kinds of events that there are."""
+    """Return the kinds of events in the database."""
     return [row[0] for row in conn.execute("SELECT DISTINCT kind FROM events ORDER BY kind")]
 
 
-def fetch_audits(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
-    """The last audits, oldest first."""
-    newest = fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
+def fetch_audits(conn: sqlite3.Connection, limit: int) -> list[dict[str, Any]]:
+    """Return the last audits, oldest first."""
+    newest = fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", limit)
     return list(newest)[::-1]
 
 
-def fetch_generations(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
-    """The last generations of the weights, oldest first, each with how many `facts` it holds."""
+def fetch_generations(conn: sqlite3.Connection, limit: int) -> list[dict[str, Any]]:
+    """Return the last generations, oldest first, each with the count of its `facts`."""
     newest = fetch_dicts(
         conn,
         "SELECT id, parent, reason, figures, created_at, json_array_length(fact_ids) AS facts"
         " FROM generations ORDER BY id DESC LIMIT ?",
-        most,
+        limit,
     )
     return list(newest)[::-1]
 
 
 def fetch_facts_by_id(conn: sqlite3.Connection, ids: Collection[str]) -> list[dict[str, Any]]:
-    """Those of the facts with these ids that are known, in the order of their arrival."""
+    """Return the known facts among these ids, in the order of arrival."""
     sql = f"SELECT {_LISTED_COLUMNS} FROM facts WHERE id IN (SELECT value FROM json_each(?))"
     return list(fetch_dicts(conn, f"{sql} ORDER BY seq", json.dumps(list(ids))))
 
 
 def find_weights_facts(conn: sqlite3.Connection, prompt: str) -> list[dict[str, Any]]:
-    """The facts in the weights whose prompt, or a paraphrase, is just this."""
-    return list(
-        fetch_dicts(
-            conn,
-            f"SELECT {_LISTED_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
-            " subject) = ? OR EXISTS (SELECT 1 FROM json_each(record, '$.paraphrases')"
-            " WHERE replace(value, '{}', subject) = ?)) ORDER BY seq",
-            *(FactState.LIVE_WEIGHTS, prompt, prompt),
-        )
+    """Return the facts in the weights with just this prompt, or a paraphrase of it."""
+    sql = (
+        f"SELECT {_LISTED_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
+        " subject) = ? OR EXISTS (SELECT 1 FROM json_each(record, '$.paraphrases')"
+        " WHERE replace(value, '{}', subject) = ?)) ORDER BY seq"
     )
+    return list(fetch_dicts(conn, sql, FactState.LIVE_WEIGHTS, prompt, prompt))
 
 
 def _tensor_bytes(conn: sqlite3.Connection, table: str, fact_id: str) -> int | None:
-    row = conn.execute(
-        f"SELECT length(tensors) FROM {table} WHERE fact_id = ?", (fact_id,)
-    ).fetchone()
+    sql = f"SELECT length(tensors) FROM {table} WHERE fact_id = ?"
+    row = conn.execute(sql, (fact_id,)).fetchone()
     return int(row[0]) if row else None
 
 
 def _resolve_id(conn: sqlite3.Connection, name: str) -> str:
-    """The id behind a name; the name itself where no fact has it."""
+    """Return the id of the fact of a name; the name itself when there is none."""
     row = conn.execute(
         "SELECT id FROM facts WHERE id = ? OR external_id = ?"
         " ORDER BY id = ? DESC, state IN (?, ?, ?) DESC, seq DESC LIMIT 1",
@@ -259,7 +250,7 @@ def _where_clause(tests: dict[str, Any]) -> tuple[str, list[Any]]:
 
 
 def fetch_dicts(conn: sqlite3.Connection, sql: str, *values: Any) -> Iterator[dict[str, Any]]:
-    """Rows with their columns' names; what is kept as JSON is read."""
+    """Yield rows as dicts by column, with JSON columns parsed."""
     for row in conn.execute(sql, values):
         yield {key: _decode_value(key, row[key]) for key in row.keys()}  # noqa: SIM118 (sqlite3.Row)
 

@@ -1,4 +1,4 @@
-"""What the store hands out: one frozen record per kind of row."""
+"""Records of the rows that the store returns, one frozen class per table."""
 
 import json
 from collections.abc import Iterator
@@ -15,12 +15,11 @@ FACT_COLUMNS = (
 )
 GENERATION_COLUMNS = "id, sha256, weights_hash, parent, reason, fact_ids, figures, created_at"
 SHARD_COLUMNS = "id, sha256, facts, threshold, created_at"
-AUDIT_COLUMNS = "id, at, generation, verdict, figures, reasons, seconds"
 
 
 @dataclass(frozen=True)
 class StoredFact:
-    """A fact with where it stands; `before` and `after` are the model's answers, if measured."""
+    """A fact with its state; `before` and `after` are the model's answers, if measured."""
 
     fact: Fact
     seq: int
@@ -39,12 +38,12 @@ class StoredFact:
 
     @property
     def id(self) -> str:
-        """The fact's id."""
+        """Id of the fact."""
         return self.fact.id
 
     @classmethod
     def from_row(cls, row: tuple[Any, ...]) -> "StoredFact":
-        """From a row of FACT_COLUMNS. Raises KeditError (78) where it is not what was put."""
+        """Convert a row of FACT_COLUMNS. Raises Damaged when it is not as it was written."""
         values = dict(zip(FACT_COLUMNS.split(", "), row, strict=True))
         fact_id = values.pop("id")
         with _raise_as_damage(f"fact {fact_id} in the database"):
@@ -59,7 +58,7 @@ class StoredFact:
 
 @contextmanager
 def _raise_as_damage(what: str) -> Iterator[None]:
-    """SQLite has no sums of its own over what it keeps."""
+    """Convert errors of parsing to Damaged: SQLite has no checksums over its content."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -67,12 +66,12 @@ def _raise_as_damage(what: str) -> Iterator[None]:
 
 
 def escape_file_name(name: str) -> str:
-    """A file's name as text that SQLite takes: bytes that are not UTF-8 become escapes."""
+    """Convert a file name to text that SQLite takes: bytes that are not UTF-8 are escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def make_fact_row(fact: Fact, seq: int, file_name: str, direct: bool, now: str) -> dict[str, Any]:
-    """Every column of a fact that has just been received, also where it comes back."""
+    """Make all columns of a fact that was just received, for the first time or again."""
     return {
         "id": fact.id,
         "seq": seq,
@@ -100,7 +99,7 @@ def make_fact_row(fact: Fact, seq: int, file_name: str, direct: bool, now: str) 
 
 @dataclass(frozen=True)
 class SideKeysRow:
-    """The retrieval keys of one fact in the side memory."""
+    """Retrieval keys of one fact of the side memory."""
 
     fact_id: str
     shard: int
@@ -109,7 +108,7 @@ class SideKeysRow:
 
 @dataclass(frozen=True)
 class ShardRow:
-    """One shard of the side memory; its file is named by the sha256."""
+    """A shard of the side memory; its file is named by the sha256."""
 
     id: int
     sha256: str
@@ -120,7 +119,7 @@ class ShardRow:
 
 @dataclass(frozen=True)
 class GenerationRow:
-    """One write of the weights; the base, which has no file, is number 0."""
+    """A generation of the weights; number 0 is the base, which has no file."""
 
     id: int
     sha256: str | None
@@ -133,30 +132,9 @@ class GenerationRow:
 
     @classmethod
     def from_row(cls, row: tuple[Any, ...]) -> "GenerationRow":
-        """From a row of GENERATION_COLUMNS."""
+        """Convert a row of GENERATION_COLUMNS. Raises Damaged."""
         values = dict(zip(GENERATION_COLUMNS.split(", "), row, strict=True))
         with _raise_as_damage(f"generation {values['id']} in the database"):
             values["fact_ids"] = tuple(json.loads(values["fact_ids"]))
             values["figures"] = json.loads(values["figures"])
-        return cls(**values)
-
-
-@dataclass(frozen=True)
-class AuditRow:
-    """One audit, with its figures and the reasons for its verdict."""
-
-    id: int
-    at: str
-    generation: int
-    verdict: str
-    figures: dict[str, Any]
-    reasons: tuple[str, ...]
-    seconds: float
-
-    @classmethod
-    def from_row(cls, row: tuple[Any, ...]) -> "AuditRow":
-        """From a row of AUDIT_COLUMNS."""
-        values = dict(zip(AUDIT_COLUMNS.split(", "), row, strict=True))
-        values["figures"] = json.loads(values["figures"])
-        values["reasons"] = tuple(json.loads(values["reasons"]))
         return cls(**values)

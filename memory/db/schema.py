@@ -1,4 +1,4 @@
-"""The tables, and how a database of an earlier version becomes one of this version."""
+"""Tables, migrations of a database of an earlier version, and integrity checks."""
 
 import sqlite3
 from contextlib import closing
@@ -12,7 +12,7 @@ from memory.files import move_into_place
 
 
 class MigrationStep(Protocol):
-    """One migration; its name is what the database remembers."""
+    """A migration; the database remembers it by its name."""
 
     __name__: str
 
@@ -76,7 +76,7 @@ _EVENT_TABLES = (
         BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
     """CREATE TRIGGER events_no_delete BEFORE DELETE ON events
         BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
-    # REPLACE fires delete triggers only where recursive_triggers is on, which is up to the writer.
+    # REPLACE fires delete triggers only with recursive_triggers on, which the writer decides.
     """CREATE TRIGGER events_no_replace BEFORE INSERT ON events
         WHEN EXISTS (SELECT 1 FROM events WHERE seq = NEW.seq)
         BEGIN SELECT RAISE(ABORT, 'events are append-only'); END""",
@@ -84,7 +84,7 @@ _EVENT_TABLES = (
 
 
 def m001_first(db: Database) -> None:
-    """The tables of the first version."""
+    """Create the tables of the first version."""
     for statement in (*_FACT_TABLES, *_ARTIFACT_TABLES, *_RUN_TABLES, *_EVENT_TABLES):
         db.execute(statement)
 
@@ -94,12 +94,12 @@ _MIGRATION_SET = "kedit"  # the name under which the database remembers its migr
 
 
 def check_file(path: Path, *, thorough: bool = False) -> None:
-    """Refuse a database that is damaged, or that a newer version has written, and leave it and
-    its log as they are: whoever can write moves the one into the other, if only at the close."""
+    """Refuse a database that is damaged or of a newer version, and leave it and its log unchanged:
+    a connection that can write moves the log into the file, at the latest when it is closed."""
     if not path.is_file():
         return
-    # A journal is there when a crash came before the log was in use: only who may write can undo
-    # what was begun, and nobody can read before.
+    # A journal is left by a crash before the log was in use: only a connection that can write rolls
+    # it back, and nobody can read before.
     mode = "rw" if path.with_name(f"{path.name}-journal").is_file() else "ro"
     with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as conn:
         check_integrity(conn, path, thorough=thorough)
@@ -109,7 +109,7 @@ def check_file(path: Path, *, thorough: bool = False) -> None:
 def migrate_database(
     db: Database, path: Path, steps: tuple[MigrationStep, ...] = MIGRATION_STEPS
 ) -> None:
-    """Keep a copy of the file where something is about to change, then migrate."""
+    """Apply pending migrations, after a copy of the file was made."""
     migrations = Migrations(_MIGRATION_SET)
     for step in steps:
         migrations(name=step.__name__)(step)
@@ -121,8 +121,8 @@ def migrate_database(
 
 
 def _apply_migrations(db: Database, migrations: Migrations) -> None:
-    # apply() opens deferred transactions, which another writer can get into; inside this one
-    # they become savepoints, and all steps are done or none.
+    # apply() opens deferred transactions, which another writer can interleave with; inside this
+    # one they become savepoints, and all steps are done or none.
     db.execute("BEGIN IMMEDIATE")
     try:
         migrations.apply(db)
@@ -148,17 +148,17 @@ def refuse_newer(conn: sqlite3.Connection, path: Path) -> None:
 
 
 def check_integrity(conn: sqlite3.Connection, path: Path, *, thorough: bool = False) -> None:
-    """Refuse a damaged database, before anything is read from it or written to it. `thorough`:
-    also one whose indexes say something else than its tables."""
-    look = "integrity_check" if thorough else "quick_check"
+    """Raise Damaged for a damaged database. `thorough`: also when an index disagrees with its
+    table."""
+    pragma = "integrity_check" if thorough else "quick_check"
     try:
-        found = [row[0] for row in conn.execute(f"PRAGMA {look}(3)")]
+        problems = [row[0] for row in conn.execute(f"PRAGMA {pragma}(3)")]
     except sqlite3.OperationalError:
-        raise  # a lock or an I/O error says nothing about what is in the file
+        raise  # a lock or an I/O error tells nothing about the content
     except sqlite3.DatabaseError as error:
-        found = [str(error)]
-    if found != ["ok"]:
-        raise Damaged(str(path), "; ".join(found))
+        problems = [str(error)]
+    if problems != ["ok"]:
+        raise Damaged(str(path), "; ".join(problems))
 
 
 def _back_up_database(conn: sqlite3.Connection, copy: Path) -> None:

@@ -1,6 +1,6 @@
-"""The one writer of the database: facts and their states, and what was done with them.
+"""Store of facts and their states, edits, audits, submissions and job runs.
 
-Every writing method belongs inside `transaction()`, so that a change and its event are one.
+Every writing method needs an open `db.transaction()`, so that a change and its event are one.
 """
 
 import json
@@ -9,28 +9,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from memory.canonical_json import to_canonical_json
 from memory.db.artifact_writer import ArtifactWriter
 from memory.db.connection import WritingConnection
-from memory.db.event_log import to_canonical_json
-from memory.db.rows import (
-    AUDIT_COLUMNS,
-    FACT_COLUMNS,
-    AuditRow,
-    StoredFact,
-    escape_file_name,
-    make_fact_row,
-)
+from memory.db.rows import FACT_COLUMNS, StoredFact, escape_file_name, make_fact_row
 from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, Fact, FactState, fact_to_json
 
 JOB_OK = "ok"
-"""The outcome of a job run that counts as a success."""
+"""Outcome of a job run that counts as a success."""
 JOB_INTERRUPTED = "interrupted"
-"""That of a run that never finished, because the process ended."""
+"""Outcome of a run that never finished, because the process ended."""
 
 
 class Store:
-    """Everything that the daemon remembers; SQLite is the only truth."""
+    """The one writer of the database, which is the only truth about the daemon's state."""
 
     def __init__(self, path: Path, clock: Callable[[], datetime]) -> None:
         self.db = WritingConnection(path, clock)
@@ -43,11 +36,11 @@ class Store:
                 )
 
     def close(self) -> None:
-        """Close the connection; what has been committed is safe without it, too."""
+        """Close the connection; committed data are safe without it, too."""
         self.db.close()
 
     def find_fact(self, name: str) -> StoredFact | None:
-        """A fact by its id, or by its owner's id: the active one there, else the newest."""
+        """Return a fact by its id or external id: of several the active one, else the newest."""
         row = self.db.fetch_one(
             f"SELECT {FACT_COLUMNS} FROM facts WHERE external_id = ? "
             f"ORDER BY state IN ({_make_placeholders(ACTIVE_STATES)}) DESC, seq DESC LIMIT 1",
@@ -58,7 +51,7 @@ class Store:
     def list_facts(
         self, states: Iterable[FactState] = (), slot: str | None = None
     ) -> list[StoredFact]:
-        """Facts in the order in which they were received; no states means all states."""
+        """Return facts in the order of arrival; without `states` those of all states."""
         wanted = tuple(states)
         tests = [f"state IN ({_make_placeholders(wanted)})"] if wanted else []
         values: list[str] = list(wanted)
@@ -66,21 +59,17 @@ class Store:
             tests.append("slot = ?")
             values.append(slot)
         where = f"WHERE {' AND '.join(tests)}" if tests else ""
-        rows = self.db.conn.execute(
-            f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq", values
-        )
-        return [StoredFact.from_row(row) for row in rows]
+        sql = f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq"
+        return [StoredFact.from_row(row) for row in self.db.conn.execute(sql, values)]
 
     def receive_fact(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
-        """Take a fact in, or in again after it has ended; it is then the newest of all."""
+        """Add a fact, or revive one in a final state; it becomes the newest of all."""
         known = self._find_by_id(fact.id)
         if known is not None and known.state in ACTIVE_STATES:
             raise KeditError(f"fact {fact.id} is {known.state} already", code="duplicate")
-        row = self.db.fetch_one("SELECT coalesce(max(seq), 0) + 1 FROM facts")
-        seq = int(row[0]) if row else 1
-        self.db.upsert_row(
-            "facts", "id", make_fact_row(fact, seq, file_name, direct, self.db.format_now())
-        )
+        ((seq,),) = self.db.conn.execute("SELECT coalesce(max(seq), 0) + 1 FROM facts")
+        row = make_fact_row(fact, seq, file_name, direct, self.db.format_now())
+        self.db.upsert_row("facts", "id", row)
         data: dict[str, Any] = {
             "seq": seq,
             "file": escape_file_name(file_name),
@@ -106,15 +95,10 @@ class Store:
         probe: Mapping[str, Any] | None = None,
     ) -> StoredFact:
         """Change a fact's state. Answers and probe that are None stay as they were; tier,
-        generation and reason become what is given here."""
-        said = {
-            "reason": reason,
-            "tier": tier,
-            "generation": generation,
-            "before": before,
-            "after": after,
-        }
-        was = self._require_fact(fact_id).state
+        generation and reason are replaced."""
+        details = {"reason": reason, "tier": tier, "generation": generation}
+        details |= {"before": before, "after": after}
+        previous = self._require_fact(fact_id).state
         self.db.execute_write(
             "UPDATE facts SET state = ?, reason = ?, tier = ?, generation = ?, changed_at = ?,"
             " before = coalesce(?, before), after = coalesce(?, after),"
@@ -122,26 +106,24 @@ class Store:
             *(state, reason, tier, generation, self.db.format_now(), before, after),
             *(_to_json_or_none(probe), fact_id),
         )
-        self.db.write_event(f"fact_{state}", fact_id, **{"from": was, "to": state}, **said)
+        self.db.write_event(f"fact_{state}", fact_id, **{"from": previous, "to": state}, **details)
         return self._require_fact(fact_id)
 
     def count_attempt(self, fact_id: str) -> int:
-        """Count one more attempt at a fact; returns how many that makes."""
+        """Count one more attempt at a fact, and return the new count."""
         self.db.execute_write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
         return self._require_fact(fact_id).attempts
 
     def send_to_side(self, fact_id: str, kind: str, **why: Any) -> None:
-        """Let a waiting fact that is for a batch be for the side memory instead; its attempts
-        stay as they are. `kind` and `why` are the event's."""
+        """Redirect a waiting fact from the batch to the side memory, without another attempt.
+        `kind` and `why` are the event's."""
         self.db.execute_write("UPDATE facts SET direct = attempts % 2 WHERE id = ?", fact_id)
         self.db.write_event(kind, fact_id, **why)
 
     def has_submission(self, work_name: str) -> bool:
-        """Whether a claimed file has been taken in already."""
-        return (
-            self.db.fetch_one("SELECT 1 FROM submissions WHERE work_name = ?", work_name)
-            is not None
-        )
+        """Check that a claimed file was taken in already."""
+        sql = "SELECT 1 FROM submissions WHERE work_name = ?"
+        return self.db.fetch_one(sql, work_name) is not None
 
     def add_submission(
         self,
@@ -153,19 +135,17 @@ class Store:
         failed: int,
         duplicates: int,
     ) -> None:
-        """Note that a claimed file has been taken in, and what came of its records."""
-        self.db.insert_row(
-            "submissions",
-            {
-                "work_name": work_name,
-                "file_name": escape_file_name(file_name),
-                "sha256": sha256,
-                "received_at": self.db.format_now(),
-                "accepted": accepted,
-                "failed": failed,
-                "duplicates": duplicates,
-            },
-        )
+        """Record that a claimed file was taken in, with the counts of its records."""
+        row = {
+            "work_name": work_name,
+            "file_name": escape_file_name(file_name),
+            "sha256": sha256,
+            "received_at": self.db.format_now(),
+            "accepted": accepted,
+            "failed": failed,
+            "duplicates": duplicates,
+        }
+        self.db.insert_row("submissions", row)
 
     def add_edit(
         self,
@@ -176,19 +156,17 @@ class Store:
         outcome: str,
         probe: Mapping[str, Any] | None,
     ) -> int:
-        """Note one computation of an edit, whatever came of it."""
-        return self.db.insert_row(
-            "edits",
-            {
-                "fact_id": fact_id,
-                "tier": tier,
-                "generation": generation,
-                "at": self.db.format_now(),
-                "seconds": seconds,
-                "outcome": outcome,
-                "probe": _to_json_or_none(probe),
-            },
-        )
+        """Record one computation of an edit, whatever its outcome."""
+        row = {
+            "fact_id": fact_id,
+            "tier": tier,
+            "generation": generation,
+            "at": self.db.format_now(),
+            "seconds": seconds,
+            "outcome": outcome,
+            "probe": _to_json_or_none(probe),
+        }
+        return self.db.insert_row("edits", row)
 
     def add_audit(
         self,
@@ -198,58 +176,39 @@ class Store:
         reasons: Sequence[str],
         seconds: float,
     ) -> int:
-        """Keep an audit and write its event."""
-        number = self.db.insert_row(
-            "audits",
-            {
-                "at": self.db.format_now(),
-                "generation": generation,
-                "verdict": verdict,
-                "figures": to_canonical_json(dict(figures)),
-                "reasons": to_canonical_json(list(reasons)),
-                "seconds": seconds,
-            },
-        )
-        self.db.write_event(
-            "audit",
-            audit=number,
-            generation=generation,
-            verdict=verdict,
-            figures=dict(figures),
-            reasons=list(reasons),
-            seconds=seconds,
-        )
+        """Record an audit and its event, and return its id."""
+        row: dict[str, Any] = {"generation": generation, "verdict": verdict, "seconds": seconds}
+        details: dict[str, Any] = {"figures": dict(figures), "reasons": list(reasons)}
+        texts = {name: to_canonical_json(value) for name, value in details.items()}
+        number = self.db.insert_row("audits", {"at": self.db.format_now(), **row, **texts})
+        self.db.write_event("audit", audit=number, **row, **details)
         return number
 
-    def list_audits(self, limit: int) -> list[AuditRow]:
-        """The latest audits, newest first."""
-        rows = self.db.conn.execute(
-            f"SELECT {AUDIT_COLUMNS} FROM audits ORDER BY id DESC LIMIT ?", (limit,)
-        )
-        return [AuditRow.from_row(row) for row in rows]
+    def newest_audit_id(self) -> int:
+        """Return the id of the newest audit, or 0."""
+        ((number,),) = self.db.conn.execute("SELECT coalesce(max(id), 0) FROM audits")
+        return int(number)
 
     def start_job(self, name: str, scheduled_for: str) -> int:
-        """Note that a job begins; returns the number of the run."""
-        return self.db.insert_row(
-            "job_run",
-            {"name": name, "scheduled_for": scheduled_for, "started_at": self.db.format_now()},
-        )
+        """Record that a job starts, and return the id of the run."""
+        now = self.db.format_now()
+        row = {"name": name, "scheduled_for": scheduled_for, "started_at": now}
+        return self.db.insert_row("job_run", row)
 
     def finish_job(self, run: int, outcome: str, detail: str | None = None) -> None:
-        """Note how a run ended; only the outcome JOB_OK counts as a success."""
+        """Record the outcome of a run; only JOB_OK counts as a success."""
         self.db.execute_write(
             "UPDATE job_run SET finished_at = ?, outcome = ?, detail = ? WHERE id = ?",
             *(self.db.format_now(), outcome, detail, run),
         )
 
     def interrupt_jobs(self) -> None:
-        """Note of all runs that have no outcome that they will never have one."""
-        self.db.execute_write(
-            "UPDATE job_run SET outcome = ? WHERE outcome IS NULL", JOB_INTERRUPTED
-        )
+        """Mark all runs without an outcome as interrupted."""
+        sql = "UPDATE job_run SET outcome = ? WHERE outcome IS NULL"
+        self.db.execute_write(sql, JOB_INTERRUPTED)
 
     def find_last_success(self, name: str) -> str | None:
-        """When the run of a job that last ended well began: it stands for all planned till then."""
+        """Return the start of a job's last successful run, which covers all planned till then."""
         row = self.db.fetch_one(
             "SELECT started_at FROM job_run WHERE name = ? AND outcome = ? "
             "ORDER BY id DESC LIMIT 1",

@@ -1,1 +1,1 @@
-"""The language model: editable weights, caches, decoding, statistics, and canary measurements."""
+"""Language model: editable weights, caches, decoding, scoring, statistics, canary measurements."""

@@ -1,4 +1,4 @@
-"""Numbers about the weights as they are now, against the base. What they mean is policy."""
+"""Health figures of the edited model against the base. Their limits are policy."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memory.db.event_log import to_canonical_json
+from memory.canonical_json import to_canonical_json
 from memory.model.editable import EditableModel
 from memory.model.generate import group_by_length
 
@@ -18,38 +18,39 @@ MAX_LINE_TOKENS = 128
 
 @dataclass(frozen=True)
 class Health:
-    """What an audit measures. Maps are by layer; ratios are to the unedited model."""
+    """Figures of an audit. Maps are by layer; ratios are to the unedited model."""
 
     norm_ratio: dict[str, float]  # ‖W‖_F / ‖W0‖_F
     update_norm: dict[str, float]  # ‖W − W0‖_F
     activation_ratio: dict[str, float]  # E‖y‖ on the canary text
     perplexity: float
     perplexity_ratio: float
-    agreement: float  # share of the statements that go on with the same token as the base's
-    kl: float  # KL(base ‖ now) of the next token after a statement, in nats, their mean
+    agreement: float  # share of statements with the same next token as the base's
+    kl: float  # mean KL(base ‖ now) of the next token after a statement, in nats
     finite: bool  # no NaN and no infinity, in these figures or in an edited matrix
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready, numbers that are not finite as text."""
+        """Convert to JSON values, numbers that are not finite as text."""
         ready: dict[str, object] = json.loads(to_canonical_json(asdict(self)))
         return ready
 
 
 @dataclass(frozen=True)
 class CanaryReadings:
-    """What a model shows on the canary. Lists and keys are by layer, of every layer."""
+    """Measurements of a model on the canary. Lists and keys are by layer, of every layer."""
 
     activation_norms: dict[int, float]  # E‖y‖ on the text
     perplexity: float
     next_tokens: tuple[int, ...]  # the likeliest token after each statement
-    kl: float  # KL(base ‖ this model) of the next token there, in nats, their mean
+    kl: float  # mean KL(base ‖ this model) of the next token there, in nats
     end_activations: tuple[Tensor, ...] = field(compare=False)  # y (statements, hidden) there
 
 
 class Canary:
-    """What the model's health is read on: ordinary text, and statements that want one word more.
+    """Fixed inputs that the model's health is measured on: ordinary text, and statements that lack
+    their last word.
 
-    An edit moves other facts sooner than the run of ordinary text: the statements show it first.
+    An edit moves other facts sooner than ordinary text: the statements show it first.
     """
 
     def __init__(
@@ -70,23 +71,22 @@ class Canary:
             self.base_readings = self.latest_readings = self._read_canary()
 
     def _read_canary(self) -> CanaryReadings:
-        """What the model shows now: two passes, over the text and over the statements."""
+        """Measure the model in two passes, over the text and over the statements."""
         ends: list[list[Tensor]] = [[] for _ in range(self.model.layer_count)]
 
         def record_end(layer: int, _inputs: Tensor, outputs: Tensor) -> None:
             ends[layer].append(outputs[:, -1].clone())  # a slice would keep all tokens
 
         norms, perplexity = self._measure_text()
-        with self.model.tap_layers(
-            {n: partial(record_end, n) for n in range(self.model.layer_count)}
-        ):
+        taps = {n: partial(record_end, n) for n in range(self.model.layer_count)}
+        with self.model.tap_layers(taps):
             completed, kl = self._complete_statements()
-        nothing = torch.empty(0, self.model.hidden_size, device=self.model.device)
-        rows = tuple(torch.cat([nothing, *parts]) for parts in ends)
+        no_rows = torch.empty(0, self.model.hidden_size, device=self.model.device)
+        rows = tuple(torch.cat([no_rows, *parts]) for parts in ends)
         return CanaryReadings(norms, perplexity, completed, kl, rows)
 
     def _measure_text(self) -> tuple[dict[int, float], float]:
-        """Mean output norm of each layer on the text, and perplexity per token."""
+        """Compute the mean output norm of each layer on the text, and the perplexity per token."""
         norms = dict.fromkeys(range(self.model.layer_count), 0.0)
         loss, count = 0.0, 0
 
@@ -106,8 +106,8 @@ class Canary:
         return {n: v / count for n, v in norms.items()}, perplexity
 
     def _statement_logits(self) -> Iterator[Tensor]:
-        """Next-token logits (rows, vocabulary) at the statements' ends, in float32; statements of
-        one length run together."""
+        """Yield float32 next-token logits (rows, vocabulary) at the statements' ends, grouped by
+        length."""
         for places in group_by_length(self._statement_rows):
             ids = torch.tensor([self._statement_rows[n] for n in places], device=self.model.device)
             with torch.no_grad():
@@ -115,44 +115,41 @@ class Canary:
             yield out.logits[:, -1].float()
 
     def _complete_statements(self) -> tuple[tuple[int, ...], float]:
-        """The likeliest token after each statement, and the mean KL(base ‖ now) there."""
-        found: list[int] = []
+        """Return the likeliest token after each statement, and the mean KL(base ‖ now) there."""
+        tokens: list[int] = []
         total = 0.0
         for group, logits in enumerate(self._statement_logits()):
-            found += logits.argmax(-1).tolist()
+            tokens += logits.argmax(-1).tolist()
             now = logits.log_softmax(-1)
-            if group == len(self._base_log_probs):  # the first look is at the base
+            if group == len(self._base_log_probs):  # the first run is of the base
                 self._base_log_probs.append(now)
             base, share = self._base_log_probs[group], self._base_log_probs[group].exp()
             lost = (share * (base - now)).where(share > 0, 0)
             total += float(lost.double().sum().clamp(min=0))
-        return tuple(found), total / max(len(found), 1)
-
-    def _compute_agreement(self, completed: Sequence[int]) -> float:
-        pairs = zip(completed, self.base_readings.next_tokens, strict=True)
-        same = [now == base for now, base in pairs]
-        return sum(same) / len(same) if same else 1.0
+        return tuple(tokens), total / max(len(tokens), 1)
 
     def measure_health(self) -> Health:
-        """The figures of the model as it is now. What they come from stays in `seen` until the
-        next time."""
+        """Measure the model as it is now; `latest_readings` keeps the measurements."""
         seen = self.latest_readings = self._read_canary()
         ratios, updates = {}, {}
         for layer in self.layers:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)
             ratios[str(layer)] = float(weight.norm() / base.norm())
             updates[str(layer)] = float((weight - base).norm())
-        was = self.base_readings.activation_norms
-        moved = {str(n): seen.activation_norms[n] / was[n] for n in self.layers if was[n]}
-        # A NaN or an infinity anywhere in a matrix is one in its norm.
+        unedited = self.base_readings
+        pairs = zip(seen.next_tokens, unedited.next_tokens, strict=True)
+        same = [now == token for now, token in pairs]
+        before = unedited.activation_norms
+        moved = {str(n): seen.activation_norms[n] / before[n] for n in self.layers if before[n]}
+        # A NaN or an infinity anywhere in a matrix makes its norm one.
         numbers = [*ratios.values(), *updates.values(), *moved.values(), seen.perplexity, seen.kl]
         return Health(
             norm_ratio=ratios,
             update_norm=updates,
             activation_ratio=moved,
             perplexity=seen.perplexity,
-            perplexity_ratio=seen.perplexity / self.base_readings.perplexity,
-            agreement=self._compute_agreement(seen.next_tokens),
+            perplexity_ratio=seen.perplexity / unedited.perplexity,
+            agreement=sum(same) / len(same) if same else 1.0,
             kl=seen.kl,
             finite=all(math.isfinite(n) for n in numbers),
         )

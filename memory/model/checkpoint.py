@@ -1,7 +1,7 @@
-"""A model as it lies in its folder: the weights that may change, read and written in their files.
+"""A model's safetensors files: reading and replacing the weights that may change.
 
-The rest of the model is never loaded. A copy is made tensor by tensor, with other weights in the
-places of the old ones: everything that is not edited stays what it was, bit for bit.
+The rest of the model is never loaded. A copy is made tensor by tensor, with the changed weights in
+place of the old ones: everything that is not edited stays bit for bit the same.
 """
 
 import hashlib
@@ -22,35 +22,22 @@ from transformers.pytorch_utils import Conv1D
 from memory.errors import KeditError
 from memory.model.layout import find_down_projections
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ALIGNMENT_BYTES = 8  # bytes; where tensors may begin
-COPY_CHUNK_BYTES = 1 << 24  # bytes that are copied at once
+ALIGNMENT_BYTES = 8  # of the start of tensors
+COPY_CHUNK_BYTES = 1 << 24
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-# What a model needs beside its weights, and what its licence may ask to go with it.
+# Files that a model needs apart from its weights, and those that its licence may require.
 COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "chat_template*",
-    "LICENSE*",
-    "NOTICE*",
+    *("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*"),
+    *("LICENSE*", "NOTICE*"),
 )
 
 
 @dataclass(frozen=True)
 class WeightLocation:
-    """Where one down projection lies."""
+    """Location of one down projection."""
 
     module_name: str  # the module's name in the model
     tensor_name: str  # the weight's name in the file
@@ -60,10 +47,10 @@ class WeightLocation:
 
 
 class Checkpoint:
-    """The safetensors files of a model, and in them the down projection of each layer."""
+    """The safetensors files of a model, and the down projection of each layer in them."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises KeditError when the folder holds no model that can be edited in its files."""
+        """Raises KeditError (code "model") when the folder has no model that can be edited."""
         self.folder = folder
         try:
             config = AutoConfig.from_pretrained(folder)
@@ -81,46 +68,46 @@ class Checkpoint:
 
     @property
     def layer_count(self) -> int:
-        """How many layers the model has."""
+        """Count of layers."""
         return len(self.locations)
 
     def read_weight(self, layer: int) -> Tensor:
-        """W0 (hidden, width) of a layer, float32."""
+        """Read W0 (hidden, width) of a layer, in float32."""
         at = self.locations[layer]
         with safe_open(at.file, framework="pt") as file:
             weight: Tensor = file.get_tensor(at.tensor_name).float()
         return weight.T if at.transposed else weight
 
     def weights_hash(self, layers: Sequence[int], deltas: Mapping[int, Tensor]) -> str:
-        """As EditableModel.weights_hash, with deltas (hidden, width) laid over these layers."""
+        """Compute EditableModel.weights_hash with deltas (hidden, width) added to these layers."""
         digest = hashlib.sha256()
         for layer in layers:
             digest.update(self.read_edited_weight(layer, deltas).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def read_edited_weight(self, layer: int, deltas: Mapping[int, Tensor]) -> Tensor:
-        """W (hidden, width) of a layer, float32, with its delta, if it has one."""
+        """Read W (hidden, width) of a layer, in float32, plus its delta, if it has one."""
         weight = self.read_weight(layer)
         return weight + deltas[layer] if layer in deltas else weight
 
     def to_stored_layout(self, layer: int, weight: Tensor) -> Tensor:
-        """A weight (hidden, width) in the shape of the file, in float32 or wider: a change is small
-        beside the weight, and 16 bits would round much of it away."""
+        """Convert a weight (hidden, width) to the file's layout, in float32 or wider: a change is
+        small against the weight, and 16 bits would round much of it away."""
         at = self.locations[layer]
         dtype = torch.promote_types(at.dtype, torch.float32)
         return (weight.T if at.transposed else weight).to(dtype).contiguous()
 
     def copy_companions(self, to: Path) -> None:
-        """Copy the files that stand beside the weights: configuration, tokenizer, licence."""
+        """Copy the other files of the model: configuration, tokenizer, licence."""
         for pattern in COMPANION_FILES:
             for path in sorted(self.folder.glob(pattern)):
                 if path.is_file():
                     shutil.copyfile(path, to / path.name)
 
     def copy_weights(self, to: Path, weights: Mapping[int, Tensor]) -> None:
-        """Copy the weights' files, with some of them, as `stored` gives them, in their places.
+        """Copy the weight files with some weights, of `to_stored_layout`, replaced.
 
-        Raises KeditError when a file is shorter than it says.
+        Raises KeditError (code "corrupt") when a file is truncated.
         """
         changed = {self.locations[layer].tensor_name: weight for layer, weight in weights.items()}
         grown = sum(_copy_tensors(path, to / path.name, changed) for path in self.weight_files)
@@ -133,7 +120,7 @@ class Checkpoint:
 
 
 def _list_weight_files(folder: Path) -> list[Path]:
-    """The model's safetensors files, in the order in which transformers looks for them."""
+    """Return the model's safetensors files, in the order in which transformers looks for them."""
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     parts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
@@ -150,26 +137,26 @@ def _locate_weights(model: PreTrainedModel, files: Sequence[Path]) -> list[Weigh
 
 
 def _read_header(path: Path) -> tuple[int, dict[str, dict[str, object]]]:
-    """Where the tensors' bytes begin, and what the file says of each tensor."""
+    """Return the offset of the tensors' bytes, and the header's entry of each tensor."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         return 8 + length, json.loads(file.read(length))
 
 
 def _copy_tensors(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
-    """Copy a file tensor by tensor, in their order, some of them changed; by how many bytes it is
-    larger then."""
+    """Copy a file tensor by tensor, in their order, some of them changed, and return by how many
+    bytes it has grown."""
     start, header = _read_header(path)
-    told, at = {name: header.pop(name) for name in ("__metadata__",) if name in header}, 0
-    order = sorted(header, key=lambda name: _data_offsets(header[name]))
+    new_header = {name: header.pop(name) for name in ("__metadata__",) if name in header}
+    order, at = sorted(header, key=lambda name: _data_offsets(header[name])), 0
     for name in order:
         begin, end = _data_offsets(header[name])
         size = changed[name].nbytes if name in changed else end - begin
-        told[name] = header[name] | {"data_offsets": [at, at + size]}
+        new_header[name] = header[name] | {"data_offsets": [at, at + size]}
         if name in changed:
-            told[name]["dtype"] = DTYPE_NAMES[changed[name].dtype]
+            new_header[name]["dtype"] = DTYPE_NAMES[changed[name].dtype]
         at += size
-    head = json.dumps(told, separators=(",", ":")).encode()
+    head = json.dumps(new_header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % ALIGNMENT_BYTES)
     with path.open("rb") as file, to.open("wb") as out:
         out.write(struct.pack("<Q", len(head)) + head)
@@ -185,15 +172,15 @@ def _copy_tensors(path: Path, to: Path, changed: Mapping[str, Tensor]) -> int:
 
 
 def _read_exactly(file: BinaryIO, path: Path, size: int) -> bytes:
-    """The next so many bytes; a KeditError where the file ends before."""
-    found = file.read(size)
-    if len(found) < size:
+    """Read exactly `size` bytes. Raises KeditError when the file ends before."""
+    data = file.read(size)
+    if len(data) < size:
         raise KeditError(
             f"{path} is cut off: it ends within a tensor",
             code="corrupt",
             hint="put the model's file back as it was",
         )
-    return found
+    return data
 
 
 def _data_offsets(entry: Mapping[str, object]) -> tuple[int, int]:
@@ -207,7 +194,7 @@ def _locate_weight(
     headers: Mapping[Path, tuple[int, Mapping[str, Mapping[str, object]]]],
     prefix: str,
 ) -> WeightLocation:
-    # Some checkpoints, GPT-2's first ones among them, leave out the name of the body.
+    # Some checkpoints, such as GPT-2's first ones, leave out the name of the body.
     for tensor in (f"{module}.weight", f"{module.removeprefix(prefix + '.')}.weight"):
         for path, (_, header) in headers.items():
             if (entry := header.get(tensor)) is None:

@@ -1,13 +1,14 @@
-"""The model behind one small interface: read activations, overlay, change weights, go back.
+"""Interface of the language model: read and change activations, change weights, restore them.
 
 Knows nothing of facts or of how an edit is computed. The weights that may change are the down
-projections of the MLPs, W in (hidden d, width d_ff), with y = W k (+ b) for an MLP input k;
-`W0` is kept, and every change is stated against it.
+projections of the MLPs, W of (hidden d, width d_ff), with y = W k (+ b) for an MLP input k; `W0` is
+kept, and every change is a delta against it.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,12 +31,12 @@ from memory.errors import UnusableModel
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
 
-# (input k, output y) of a down projection -> another output, or None to leave it as it is.
+# (input k, output y) of a down projection -> another output, or None to keep it.
 Tap = Callable[[Tensor, Tensor], Tensor | None]
 
 
 class _SkippedBlock(nn.Module):
-    """Stands for a block whose work was done before: hands on a hidden state it was given."""
+    """Replacement of a block that is not run: returns a given hidden state, or its input."""
 
     def __init__(self, block: nn.Module, hidden: Tensor | None, as_tuple: bool) -> None:
         super().__init__()
@@ -54,15 +55,15 @@ class _SkippedBlock(nn.Module):
 
 
 class EditableModel:
-    """A causal language model, its tokenizer, and the one place where its weights change."""
+    """A causal language model and its tokenizer; the only place where its weights change."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises KeditError (code "unsupported") when the model has no place to edit."""
+        """Raises UnsupportedModel when the model has no place to edit."""
         self.hf_model, self.tokenizer = model.train(False).requires_grad_(False), tokenizer
         self.device = next(model.parameters()).device
         self.hidden_size = int(model.config.get_text_config().hidden_size)
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.max_positions = int(longest or 1 << 30)  # tokens that a text may have
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.max_positions = int(positions or 1 << 30)  # tokens that a text may have
         self._blocks, self._down_projections = find_down_projections(model)
         self.layer_count = len(self._down_projections)
         self._base_weights: dict[int, Tensor] = {}
@@ -73,7 +74,7 @@ class EditableModel:
     def load(cls, path_or_id: str | Path, device: torch.device) -> "EditableModel":
         """Load in float32 from a folder or hub id: safetensors only, no code from the model.
 
-        Raises KeditError: the files are missing or broken, or the model cannot be edited.
+        Raises UnusableModel when files are missing or broken, or the model cannot be edited.
         """
         transformers_logging.disable_progress_bar()
         name = str(path_or_id)
@@ -93,26 +94,23 @@ class EditableModel:
     # Weights ------------------------------------------------------------------------------------
 
     def weight(self, layer: int) -> Tensor:
-        """W of a layer as a view of shape (hidden, width), whatever the module's own layout."""
+        """Return W of a layer as a view (hidden, width), whatever the module's own layout."""
         module = self._down_projections[layer]
         weight = cast(Tensor, module.weight)
         return weight.T if isinstance(module, Conv1D) else weight
 
     def base_weight(self, layer: int) -> Tensor:
-        """W0 (hidden, width): the weight before any edit."""
-        return (
-            self._base_weights[layer]
-            if layer in self._base_weights
-            else self.weight(layer).detach()
-        )
+        """Return W0 (hidden, width), the weight before any edit."""
+        kept = self._base_weights.get(layer)
+        return self.weight(layer).detach() if kept is None else kept
 
     def keep_base(self, layers: Iterable[int]) -> None:
-        """Copy W0 of these layers, where there is no copy yet, to go back to it from anything."""
+        """Copy W0 of these layers, unless that was done, to restore it exactly later."""
         for layer in set(layers) - set(self._base_weights):
             self._base_weights[layer] = self.weight(layer).detach().clone()
 
     def set_deltas(self, deltas: dict[int, Tensor]) -> None:
-        """Make every weight W0 + delta, and plain W0 where no delta (hidden, width) is given."""
+        """Set every weight to W0 + delta (hidden, width), or to W0 when it has no delta."""
         self.keep_base(deltas)
         for layer in sorted(self._base_weights):
             with torch.no_grad():
@@ -123,7 +121,7 @@ class EditableModel:
 
     @contextmanager
     def at_base(self) -> Iterator[None]:
-        """W0 for the time being; the edited weights return afterwards, bit for bit."""
+        """Run the block on W0, and restore the edited weights bit for bit afterwards."""
         edited = {layer: self.weight(layer).detach().clone() for layer in self._base_weights}
         self.set_deltas({})
         try:
@@ -135,16 +133,16 @@ class EditableModel:
 
     @contextmanager
     def low_precision(self) -> Iterator[None]:
-        """For gradients: products in bfloat16 where the device is made for it; weights stay as they
-        are, as do sums, norms and softmax.
+        """Run products in bfloat16 where the device supports it, for gradients; weights, sums,
+        norms and softmax keep their precision.
 
-        Attention is spelled out as products: the fused kernels' backward is slow for a few tokens,
-        and on a GPU not always the same bits.
+        Attention runs as plain products: the fused kernels' backward pass is slow for a few tokens
+        and not always deterministic on a GPU.
         """
         weights = [p for p in self.hf_model.parameters() if p.ndim > 1]
         low = has_fast_bfloat16(self.device)
         try:
-            for weight in weights:  # a weight's copy is kept within the block only if it may learn
+            for weight in weights:  # autocast caches copies of weights with gradients only
                 weight.requires_grad_(low)
             with (
                 torch.autocast(self.device.type, torch.bfloat16, enabled=low),
@@ -156,7 +154,7 @@ class EditableModel:
                 weight.requires_grad_(False)
 
     def weights_hash(self, layers: Sequence[int]) -> str:
-        """sha256 over the float32 bytes of the given layers' weights as they are now."""
+        """Compute the sha256 over the float32 bytes of the current weights of these layers."""
         digest = hashlib.sha256()
         for layer in layers:
             digest.update(self.weight(layer).detach().float().cpu().contiguous().numpy().tobytes())
@@ -166,38 +164,32 @@ class EditableModel:
 
     @contextmanager
     def tap_layers(self, taps: Mapping[int, Tap]) -> Iterator[None]:
-        """Let each function see, and change, what its layer's down projection gives.
+        """Call each function with the input and output of its layer's down projection; the output
+        that it returns, if any, replaces the module's.
 
-        It sees (rows, tokens, width) and (rows, tokens, hidden), also where a block (OPT's) runs
-        its MLP on all tokens in one dimension.
+        Shapes are (rows, tokens, width) and (rows, tokens, hidden), also for blocks (OPT's) that
+        run their MLP on all tokens in one dimension.
         """
         shapes: dict[int, torch.Size] = {}
 
-        def make_shape_hook(n: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _block, args: shapes.update({n: args[0].shape[:2]})
+        def record_shape(n: int, _block: nn.Module, args: tuple[Tensor, ...]) -> None:
+            shapes[n] = args[0].shape[:2]
 
-        def make_output_hook(
-            n: int,
-        ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-            def call_tap(
-                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-            ) -> Tensor | None:
-                self._is_flat_mlp = args[0].ndim == 2
-                if not self._is_flat_mlp:
-                    return taps[n](args[0], output)
-                inputs = args[0].reshape(*shapes[n], -1)
-                changed = taps[n](inputs, output.reshape(*shapes[n], -1))
-                return None if changed is None else changed.reshape(output.shape)
+        def call_tap(
+            n: int, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor | None:
+            self._is_flat_mlp = args[0].ndim == 2
+            if not self._is_flat_mlp:
+                return taps[n](args[0], output)
+            inputs = args[0].reshape(*shapes[n], -1)
+            changed = taps[n](inputs, output.reshape(*shapes[n], -1))
+            return None if changed is None else changed.reshape(output.shape)
 
-            return call_tap
-
-        handles = [
-            self._down_projections[n].register_forward_hook(make_output_hook(n)) for n in taps
-        ]
-        if (
-            self._is_flat_mlp is not False
-        ):  # as is not known before the first tap; each hook takes time
-            handles += [self._blocks[n].register_forward_pre_hook(make_shape_hook(n)) for n in taps]
+        projections, blocks = self._down_projections, self._blocks
+        handles = [projections[n].register_forward_hook(partial(call_tap, n)) for n in taps]
+        # Not known before the first tap; each hook takes time.
+        if self._is_flat_mlp is not False:
+            handles += [blocks[n].register_forward_pre_hook(partial(record_shape, n)) for n in taps]
         try:
             yield
         finally:
@@ -205,15 +197,15 @@ class EditableModel:
                 handle.remove()
 
     @contextmanager
-    def observe_input_ids(self, hear: Callable[[Tensor], None]) -> Iterator[None]:
-        """Tell the token ids (rows, tokens) of the next pass before it begins; of that one alone,
-        so that others cost nothing."""
+    def observe_input_ids(self, observer: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `observer` with the token ids (rows, tokens) of the next pass before it starts; only
+        of that one, so that others cost nothing."""
 
         def pass_input_ids(
             _model: nn.Module, _args: tuple[Tensor, ...], given: dict[str, Tensor]
         ) -> None:
             handle.remove()
-            hear(given["input_ids"])
+            observer(given["input_ids"])
 
         handle = self.hf_model.register_forward_pre_hook(pass_input_ids, with_kwargs=True)
         try:
@@ -224,8 +216,8 @@ class EditableModel:
     def capture_layer_input(
         self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor
     ) -> tuple[Tensor, DynamicCache]:
-        """The residual stream (rows, tokens, hidden) that enters a block, and the attention's keys
-        and values. ids, mask (1 where a token may be seen) and positions: (rows, tokens)."""
+        """Return the residual stream (rows, tokens, hidden) that enters a block, and the attention
+        cache. ids, mask (1 where a token may be attended to), positions: (rows, tokens)."""
         caught: list[Tensor] = []
         cache = DynamicCache([(None, None)] * self.layer_count)
         handle = self._blocks[layer].register_forward_pre_hook(
@@ -242,7 +234,7 @@ class EditableModel:
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
-                    logits_to_keep=1,  # nobody reads them, and a vocabulary is wide
+                    logits_to_keep=1,  # they are not read, and a vocabulary is wide
                 )
         finally:
             handle.remove()
@@ -251,7 +243,7 @@ class EditableModel:
 
     @contextmanager
     def skip_layers_below(self, layer: int, hidden: Tensor) -> Iterator[None]:
-        """The blocks below `layer` do nothing, and `hidden`, from `entering`, enters it."""
+        """Skip the blocks below `layer`; `hidden`, of `capture_layer_input`, enters it."""
         kept = [self._blocks[i] for i in range(layer)]
         try:
             for i, block in enumerate(kept):
@@ -266,23 +258,23 @@ class EditableModel:
 
     @property
     def end_token(self) -> int | None:
-        """The id of end-of-text, when the tokenizer has one."""
+        """Id of end-of-text, if the tokenizer has one."""
         return cast("int | None", self.tokenizer.eos_token_id)
 
     @property
     def stop_tokens(self) -> frozenset[int]:
-        """All ids that end an answer: end-of-text, and what the model's generation settings name
-        beside it, as models that were taught to chat have it for the end of a turn."""
+        """All ids that end an answer: end-of-text and those of the generation settings, where chat
+        models have the end of a turn."""
         settings = getattr(self.hf_model.generation_config, "eos_token_id", None)
         named = settings if isinstance(settings, list) else [settings]
         return frozenset(n for n in [self.end_token, *named] if n is not None)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids as the model reads a prompt, special tokens included."""
+        """Encode a prompt to token ids, special tokens included."""
         return cast(list[int], self.tokenizer(text)["input_ids"])
 
     def encode_target(self, prompt: str, target: str) -> list[int]:
-        """The ids that `target` adds after `prompt`, a space between them where there is none."""
+        """Return the ids that `target` adds after `prompt`, separated by a space."""
         joint = target if prompt[-1:].isspace() else f" {target}"
         before, full = self.encode(prompt), self.encode(prompt + joint)
         if full[: len(before)] == before:
@@ -290,5 +282,5 @@ class EditableModel:
         return cast(list[int], self.tokenizer(joint, add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out."""
+        """Decode ids to text, without special tokens."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -1,6 +1,6 @@
-"""Where in a model the weights are that may change: the down projections of its MLPs.
+"""Location of the weights that may change: the down projections of a model's MLPs.
 
-Reads the structure alone, so that a model without its weights (on the device "meta") will do.
+Reads only the structure: a model without weights (on the device "meta") is enough.
 """
 
 from torch import nn
@@ -17,9 +17,9 @@ EXPECTED_LAYOUT = (
 
 
 def find_down_projections(model: PreTrainedModel) -> tuple[nn.ModuleList, list[nn.Module]]:
-    """The model's blocks and the down projection of each, in order.
+    """Return the model's blocks and the down projection of each, in order.
 
-    Raises KeditError (code "unsupported") when the model has no place to edit.
+    Raises UnsupportedModel when the model has no place to edit.
     """
     blocks = _find_blocks(model)
     return blocks, [_find_down_projection(model, block) for block in blocks]

@@ -1,9 +1,9 @@
-"""Rows whose beginning is computed once, and whose end is run again and again.
+"""Cache of rows' unchanged prefixes, for optimisations that run the same rows again and again.
 
-Whatever is changed at a token leaves all tokens before it as they were. So the part of a row
-before the first changed token is kept as keys and values of the attention, the part from there on
-as the residual stream that enters the first changed block; a pass then costs the row's last tokens
-in the blocks that can still differ, and the head only where its output is read.
+A change at a token leaves all tokens before it unchanged. So the part of a row before the first
+changed token is kept as keys and values of the attention, the part from there on as the residual
+stream that enters the first changed block; a pass then runs the row's last tokens in the blocks
+that can still differ, and the head only where its output is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ from memory.model.editable import EditableModel
 
 
 class PrefixCache:
-    """A fixed number of rows of one fixed shape, each replaceable by itself.
+    """A fixed number of rows of one shape, each replaceable.
 
     A row is a head of at most `head` tokens, left padded, and a tail of at most `tail`, right
-    padded. Since the shape is fixed, a row's numbers do not depend on its neighbours, only (in the
-    last bits) on the rows that were put in place together with it.
+    padded. Since the shape is fixed, a row's output does not depend on its neighbours, only (in the
+    last bits) on the rows that were filled together with it.
     """
 
     def __init__(self, model: EditableModel, layer: int, rows: int, head: int, tail: int) -> None:
@@ -35,14 +35,13 @@ class PrefixCache:
         self.tail_positions = torch.arange(tail, device=on).repeat(rows, 1)
         self.attention_mask = torch.ones(rows, head + tail, dtype=torch.long, device=on)
         self.layer_inputs = torch.zeros(rows, tail, model.hidden_size, device=on)
-        self._head_states: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # (rows, heads, head, size) by layer
+        # By layer: keys and values (rows, heads, head, size).
+        self._head_states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fill_rows(
         self, first: int, heads: Sequence[Sequence[int]], tails: Sequence[Sequence[int]]
     ) -> None:
-        """Put rows in place from row `first` on, and compute what will not change any more."""
+        """Replace rows from `first` on, and compute their unchanged part."""
         ids = torch.zeros(len(heads), self.head_length + self.tail_length, dtype=torch.long)
         mask = torch.zeros_like(ids)
         positions = torch.zeros_like(ids)
@@ -51,29 +50,26 @@ class PrefixCache:
             ids[n, start:end] = torch.tensor([*before, *after])
             mask[n, start:end] = 1
             positions[n, start:] = torch.arange(self.head_length + self.tail_length - start)
-        # Pads on the right may stand beyond the last position.
+        # Pads on the right may be beyond the last position.
         positions.clamp_(max=self.model.max_positions - 1)
-        mask[:, self.head_length :] = 1  # pads on the right are seen by pads alone
+        mask[:, self.head_length :] = 1  # only pads attend to pads on the right
         ids, mask, positions = (t.to(self.model.device) for t in (ids, mask, positions))
-        # Where all of these rows are pads, there is nothing to compute.
+        # Columns that are pads in all of these rows are not computed.
         pads = self.head_length - max(map(len, heads))
         read = (t[:, pads:] for t in (ids, mask, positions))
         hidden, cache = self.model.capture_layer_input(self.layer, *read)
         at = slice(first, first + len(heads))
-        self.tail_ids[at], self.tail_positions[at] = (
-            ids[:, self.head_length :],
-            positions[:, self.head_length :],
-        )
+        self.tail_ids[at] = ids[:, self.head_length :]
+        self.tail_positions[at] = positions[:, self.head_length :]
         self.attention_mask[at], self.layer_inputs[at] = mask, hidden[:, self.head_length - pads :]
         for n in {0, *range(self.layer, self.model.layer_count)}:
-            for mine, new in zip(
-                self._allocate_states(n, cache), _layer_states(cache, n), strict=True
-            ):
-                mine[at] = 0
-                mine[at, :, pads:] = new[:, :, : self.head_length - pads]
+            states = zip(self._allocate_states(n, cache), _layer_states(cache, n), strict=True)
+            for kept, new in states:
+                kept[at] = 0
+                kept[at, :, pads:] = new[:, :, : self.head_length - pads]
 
     def _allocate_states(self, layer: int, cache: DynamicCache) -> tuple[Tensor, Tensor]:
-        """Where a layer's keys and values are kept; made when the model first shows their shape."""
+        """Return a layer's keys and values, allocated when their shape is first known."""
         if layer not in self._head_states:
             like = [
                 s.new_zeros(len(self.tail_ids), s.shape[1], self.head_length, s.shape[3])
@@ -83,7 +79,7 @@ class PrefixCache:
         return self._head_states[layer]
 
     def logits(self, columns: Tensor) -> Tensor:
-        """Logits (rows, n, vocabulary) at the tail's columns (rows, n), with the graph behind."""
+        """Compute logits (rows, n, vocabulary) at the tail's columns (rows, n), with gradients."""
         kept = [self._head_states.get(n, (None, None)) for n in range(self.model.layer_count)]
         cache = DynamicCache(kept)
         with (
@@ -107,7 +103,7 @@ def _layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def _project_columns(model: EditableModel, columns: Tensor) -> Iterator[None]:
-    """The vocabulary's projection is run on the chosen columns alone."""
+    """Run the output head on the chosen columns only."""
     rows = torch.arange(len(columns), device=columns.device)[:, None]
     handle = model.hf_model.get_output_embeddings().register_forward_pre_hook(
         lambda _module, args: (args[0][rows, columns],)

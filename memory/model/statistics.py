@@ -1,4 +1,4 @@
-"""What ordinary text does inside the model: key covariance, means, norms, layer by layer."""
+"""Statistics of ordinary text inside the model, by layer: key covariance, means, norms."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from memory.model.editable import EditableModel
 
 ROW_TOKENS = 256
 ROWS_PER_PRODUCT = 16  # rows whose keys go into one product
-PACK_FORMAT = 2  # the form that `pack` writes; another form is another number
+PACK_FORMAT = 2  # version of the form that `pack_statistics` writes
 CHOLESKY_LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
 FIRST_POSITION = 1  # positions before it are left out: the first token acts as an attention sink
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Over the tokens of ordinary text at one down projection.
+    """Statistics over the tokens of ordinary text at one down projection.
 
     covariance: C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023);
-    empty (0, 0) for a layer that is only read. mean: E[y] (hidden,) of the output. norm: the
-    median ‖y‖, since a few tokens are attention sinks with enormous activations.
+    empty (0, 0) for a layer that is only read. output_mean: E[y] (hidden,). median_norm: of ‖y‖,
+    since a few tokens are attention sinks with enormous activations.
     """
 
     covariance: Tensor
@@ -33,7 +33,7 @@ class LayerStatistics:
 
 
 class _LayerSums:
-    """What is added up for one layer."""
+    """Sums over the tokens of one layer."""
 
     def __init__(self, width: int, hidden: int) -> None:
         self.second_moment = torch.zeros(width, width, dtype=torch.float64)
@@ -51,7 +51,7 @@ class _LayerSums:
                 self.fold_keys()
 
     def fold_keys(self) -> None:
-        """float32 within a product, float64 over them."""
+        """Add the pending keys: float32 within a product, float64 over the products."""
         if self._pending_keys:
             keys = torch.cat(self._pending_keys)  # (tokens, width)
             self.second_moment += (keys.T @ keys).cpu()
@@ -72,10 +72,10 @@ def collect_statistics(
     read: Iterable[int] = (),
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[int, LayerStatistics]:
-    """Measure layers over the lines, run together into rows of MAX_TOKENS.
+    """Measure layers over the lines, joined into rows of ROW_TOKENS.
 
-    The layers of `edited` get a covariance, those of `read` do without. Raises KeditError when
-    there is too little text for one row.
+    The layers of `edited` get a covariance, those of `read` do not. Raises KeditError when the text
+    is too short for one row.
     """
     wide = set(edited)
     sums = {
@@ -102,10 +102,10 @@ def collect_statistics(
 
 
 def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:
-    """Statistics as safetensors bytes.
+    """Write statistics as safetensors bytes.
 
-    A covariance is kept as its Cholesky factor, each column in 8 bits with a scale of its own, half
-    of what float16 takes; and what comes back is positive semidefinite, whatever the rounding.
+    A covariance is stored as its Cholesky factor, each column in 8 bits with its own scale: half
+    the size of float16, and still positive semidefinite after rounding.
     """
     tensors: dict[str, Tensor] = {}
     for n, layer in statistics.items():
@@ -122,9 +122,9 @@ def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:
 
 
 def _cholesky_factor(covariance: Tensor) -> Tensor:
-    """L with L Lᵀ = C0, lifted where too little text left it singular. float64.
+    """Compute L with L Lᵀ = C0 in float64, lifted when too little text left it singular.
 
-    Raises KeditError for what is no covariance: not finite, or nothing but zeros.
+    Raises KeditError for a matrix that is not finite or all zeros.
     """
     c0 = covariance.double()
     factor: Tensor
@@ -138,7 +138,7 @@ def _cholesky_factor(covariance: Tensor) -> Tensor:
 
 
 def unpack_statistics(data: bytes) -> dict[int, LayerStatistics]:
-    """Statistics as packed. Raises KeditError for another form."""
+    """Read statistics that `pack_statistics` wrote. Raises KeditError for an older form."""
     tensors = load(data)
     if any(name.endswith("/covariance") for name in tensors):
         raise KeditError(

@@ -1,1 +1,1 @@
-"""The side memory: shards, the FAISS index, and subject matching."""
+"""Side memory: shards, the FAISS index, and subject matching."""

@@ -1,15 +1,15 @@
-"""The side memory: deltas for one layer in shards, found by key, laid over the rows they concern.
+"""Side memory: low-rank deltas for one layer, retrieved by key and applied to the rows they match.
 
 A shard is a delta ΔW = B A of low rank for the down projection of the side layer, trained on a
 fact. A fact has two kinds of keys. Its *subject keys*, the key layer's outputs at the subject's
 last token, are in the index and are compared with every token of a prompt. Its *end keys*, the
-side layer's outputs where its prompts end, tell what is asked of the subject. A fact fires for a
-row when a subject key and an end key are near enough, the prompt names the subject, and the shard's
-own activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms it. (Keys alone mix
-up subjects that end alike once there are thousands.) A name leads to its few facts at once; the
-index is searched for those that may go without theirs. The decision is taken once for each row, at
-the prompt's end, and holds for every token decoded after it. A row without a match is not touched:
-its numbers are those of the weights, bit for bit.
+side layer's outputs at the ends of its prompts, represent the question. A fact fires for a row when
+a subject key and an end key are near enough, the prompt names the subject, and the shard's own
+activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms it. (Keys alone confuse
+subjects with similar ends once there are thousands.) Facts that are named are looked up by name;
+the index is searched only for those that need no name. Routing decides once for each row, at the
+prompt's end, and the decision holds for every token decoded after it. A row without a match is not
+touched: its output is unchanged, bit for bit.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,36 +25,36 @@ from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
 from memory.side.subject_matcher import SubjectMatcher
 
-VECTORS_PER_TOKEN = 16  # vectors looked at for each token; a fact has several
-COSINE_TOLERANCE = 1e-5  # by which a cosine may differ where it is computed among others
+VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
+COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
 
 
 def to_fact_number(fact_id: str) -> int:
-    """A fact's id, 12 hex digits, as the index wants it."""
+    """Convert a fact's id, 12 hex digits, to its number in the index."""
     return int(fact_id, 16)
 
 
 def to_fact_id(number: int) -> str:
-    """The reverse of `number_of`."""
+    """Convert a fact's number in the index to its id."""
     return f"{number:012x}"
 
 
 @dataclass(frozen=True)
 class Delta:
-    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width). Several of them
-    may lie side by side, along first dimensions."""
+    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width). Both may have
+    batch dimensions in front."""
 
     up: Tensor
     down: Tensor
 
     def apply_to(self, inputs: Tensor) -> Tensor:
-        """ΔW k (..., hidden) of inputs k (..., width): two small products, never ΔW itself."""
+        """Compute ΔW k (..., hidden) of inputs k (..., width), without forming ΔW."""
         return inputs @ self.down.mT @ self.up.mT
 
 
 @dataclass(frozen=True)
 class Shard:
-    """ΔW of a fact, and the distance from which it may answer."""
+    """ΔW of a fact, and the least activation distance at which it fires."""
 
     delta: Delta
     threshold: float
@@ -62,7 +62,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class RetrievalKeys:
-    """A fact's retrieval keys, of unit length: subject (n, hidden) and end (m, hidden)."""
+    """Retrieval keys of a fact, of unit length: subject (n, hidden) and end (m, hidden)."""
 
     subject: Tensor
     end: Tensor
@@ -70,8 +70,8 @@ class RetrievalKeys:
 
 @dataclass(frozen=True)
 class RoutingGates:
-    """Where routing looks, and the least cosines that route; `unnamed` is that of a subject key
-    where the prompt does not name the subject, of a fact that does not always name it either."""
+    """Layers of the keys, and the least cosines that route. `min_unnamed_cosine` is for subject
+    keys when the prompt does not name the subject, of facts that do not always name it either."""
 
     key_layer: int
     side_layer: int
@@ -82,8 +82,8 @@ class RoutingGates:
 
 @dataclass(frozen=True)
 class RoutingMatch:
-    """The fact that fires for a row: its shard, the cosine of its end key, and the activation
-    distance over the shard's threshold."""
+    """The fact that fires for a row: its shard, the cosine of its end key, and the ratio of the
+    activation distance to the shard's threshold."""
 
     fact_id: str
     shard_id: int
@@ -92,12 +92,12 @@ class RoutingMatch:
 
 
 class SideMemory:
-    """Shards and keys of the facts that live beside the weights."""
+    """Shards and keys of the facts outside the weights."""
 
     def __init__(
         self, model: EditableModel, gates: RoutingGates, centres: Mapping[int, Tensor]
     ) -> None:
-        """`centres`, by layer, are taken from every key. Raises KeditError: one layer too few."""
+        """`centres`, by layer, are subtracted from every key. Raises UnsupportedModel."""
         if gates.key_layer >= gates.side_layer:
             raise UnsupportedModel(
                 f"the key layer {gates.key_layer} is not below the side layer {gates.side_layer}",
@@ -109,16 +109,16 @@ class SideMemory:
         self.shard_ids: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
         self.subject_matcher = SubjectMatcher()
-        # Facts that are meant also where they are not named. Few have such a prompt, and these are
-        # looked for apart, where nothing is named: their subject keys, and their end keys as one.
+        # Facts with a prompt that does not name their subject. They are few, and have an index of
+        # their own subject keys, and their end keys in one tensor.
         self.unnamed_facts: set[str] = set()
         self._unnamed_index = KeyIndex(model.hidden_size, gpu=model.device.type == "cuda")
-        self._unnamed_end_keys: Tensor | None = None  # (keys, hidden), of none until they are asked
-        self.hidden_facts: set[str] = set()  # facts that do not fire for the time being
+        self._unnamed_end_keys: Tensor | None = None  # (keys, hidden), built when it is needed
+        self.hidden_facts: set[str] = set()  # facts that must not fire for now
         self.key_index = KeyIndex(model.hidden_size, gpu=model.device.type == "cuda")
 
     def compute_keys(self, layer: int, outputs: Tensor) -> Tensor:
-        """Retrieval keys (..., hidden) from a layer's outputs: centred, of unit length."""
+        """Compute retrieval keys (..., hidden) of a layer's outputs: centred, of unit length."""
         away = outputs.float() - self.centres[layer]
         keys: Tensor = away / away.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         return keys
@@ -133,8 +133,8 @@ class SideMemory:
         unnamed: bool,
         indexed: bool = False,
     ) -> None:
-        """Make a fact findable. `unnamed`: whether one of its prompts does without its subject;
-        `indexed`: its subject keys are in the index already."""
+        """Add a fact. `unnamed`: one of its prompts does not name its subject; `indexed`: its
+        subject keys are in the index already."""
         if not indexed:
             self.remove_fact(fact_id)
             self.key_index.add(to_fact_number(fact_id), keys.subject)
@@ -147,7 +147,7 @@ class SideMemory:
         self.shard_ids[fact_id] = shard
 
     def remove_fact(self, fact_id: str) -> None:
-        """Make a fact unfindable, at once."""
+        """Remove a fact, if it is there."""
         if self.shard_ids.pop(fact_id, None) is not None:
             del self.end_keys[fact_id]
             self.subject_matcher.remove_fact(fact_id)
@@ -155,65 +155,60 @@ class SideMemory:
             self.key_index.remove(to_fact_number(fact_id))
 
     def _remove_unnamed(self, fact_id: str) -> None:
-        """Look for a fact no more where it is not named."""
+        """Remove a fact from those that need no name."""
         self._unnamed_end_keys = None
         self.unnamed_facts.discard(fact_id)
         self._unnamed_index.remove(to_fact_number(fact_id))
 
     def find_non_finite_keys(self) -> list[int]:
-        """The numbers of the facts that have a subject key which is not finite."""
+        """Return the numbers of facts that have a subject key which is not finite."""
         return sorted({*self.key_index.find_non_finite(), *self._unnamed_index.find_non_finite()})
 
     def find_candidates(self, ids: Sequence[int], outputs: Tensor) -> list[str]:
-        """Facts whose subject stands in a prompt: its ids, and the key layer's outputs (tokens,
-        hidden) for them."""
+        """Return the facts whose subject is in a prompt, of its ids and the key layer's outputs
+        (tokens, hidden)."""
         named = self.find_named(ids)
         keys = self.compute_keys(self.gates.key_layer, outputs)
         return [*self._filter_near(named, keys), *self._find_near_unnamed(named, keys)]
 
     def find_named(self, ids: Sequence[int]) -> set[str]:
-        """Facts whose subject a prompt names."""
-        return (
-            self.subject_matcher.find_named_facts(self.model.decode(ids))
-            if self.shard_ids
-            else set()
-        )
+        """Return the facts whose subject a prompt names."""
+        if not self.shard_ids:
+            return set()
+        return self.subject_matcher.find_named_facts(self.model.decode(ids))
 
     def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:
-        """Those of the named facts that have a subject key near one of keys (n, hidden)."""
-        near = self.key_index.filter_near(
-            [to_fact_number(n) for n in named], keys, self.gates.min_subject_cosine
-        )
+        """Return the named facts that have a subject key near one of keys (n, hidden)."""
+        numbers = [to_fact_number(n) for n in named]
+        near = self.key_index.filter_near(numbers, keys, self.gates.min_subject_cosine)
         return [to_fact_id(n) for n in near]
 
     def _find_near_unnamed(self, named: set[str], keys: Tensor) -> list[str]:
-        """The facts that are not named, and need not be, with a subject key near one of keys."""
-        near = map(
-            to_fact_id,
-            self._unnamed_index.find_near(keys, VECTORS_PER_TOKEN, self.gates.min_unnamed_cosine),
-        )
-        return [n for n in near if n not in named]
+        """Return unnamed facts that need no name, with a subject key near one of keys."""
+        least = self.gates.min_unnamed_cosine
+        near = self._unnamed_index.find_near(keys, VECTORS_PER_TOKEN, least)
+        return [n for n in map(to_fact_id, near) if n not in named]
 
     def _may_mean_unnamed(self, outputs: Tensor) -> bool:
-        """Whether what is asked, outputs (hidden,), is near an end key of a fact that need not be
-        named. Of ordinary text it hardly ever is."""
+        """Check that the prompt's end, outputs (hidden,), is near an end key of a fact that needs
+        no name. Ordinary text hardly ever is."""
         if not self.unnamed_facts:
             return False
         if self._unnamed_end_keys is None:
-            self._unnamed_end_keys = torch.cat(
-                [self.end_keys[n] for n in sorted(self.unnamed_facts)]
-            )
+            keys = [self.end_keys[n] for n in sorted(self.unnamed_facts)]
+            self._unnamed_end_keys = torch.cat(keys)
         nearest = (self._unnamed_end_keys @ self.compute_keys(self.layer, outputs)).max()
         return float(nearest) >= self.gates.min_end_cosine - COSINE_TOLERANCE
 
     def score_candidates(self, candidates: Iterable[str], outputs: Tensor) -> dict[str, float]:
-        """How near each candidate's end keys are to what is asked: outputs (hidden,)."""
-        asked = self.compute_keys(self.layer, outputs)
-        return {n: float((self.end_keys[n] @ asked).max()) for n in candidates}
+        """Return each candidate's largest cosine of its end keys to outputs (hidden,) at the
+        prompt's end."""
+        query = self.compute_keys(self.layer, outputs)
+        return {n: float((self.end_keys[n] @ query).max()) for n in candidates}
 
     def confirm_match(self, scores: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
-        """Of facts by how near they are to what is asked, the nearest whose shard agrees:
-        inputs (width,) of the side layer where the prompt ends."""
+        """Return the best of scored facts whose shard confirms it, by the side layer's inputs
+        (width,) at the prompt's end."""
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
             if scores[fact_id] < self.gates.min_end_cosine:
                 return None
@@ -224,54 +219,51 @@ class SideMemory:
         return None
 
     def route_row(
-        self, named: set[str], keyed: Tensor, inputs: Tensor, outputs: Tensor
+        self, named: set[str], key_outputs: Tensor, inputs: Tensor, outputs: Tensor
     ) -> RoutingMatch | None:
-        """The fact that fires for a row: of what it names, the key layer's outputs (tokens,
-        hidden), and from the side layer where it ends inputs (width,) and outputs (hidden,).
+        """Return the fact that fires for a row, by the facts that it names, the key layer's outputs
+        (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its end.
 
-        What costs less is asked first: most rows that name a fact ask for something else. The
-        index is searched only where a fact that need not be named may be meant.
+        Cheap checks come first: most rows that name a fact ask for something else. The index is
+        searched only when a fact that needs no name may be meant.
         """
         scores = self.score_candidates(named, outputs) if named else {}
         wanted = {n for n, score in scores.items() if score >= self.gates.min_end_cosine}
         unnamed = self._may_mean_unnamed(outputs)
         if not wanted and not unnamed:
             return None
-        keys = self.compute_keys(self.gates.key_layer, keyed)
-        found = {n: scores[n] for n in self._filter_near(wanted, keys)}
+        keys = self.compute_keys(self.gates.key_layer, key_outputs)
+        candidates = {n: scores[n] for n in self._filter_near(wanted, keys)}
         if unnamed:
-            found |= self.score_candidates(self._find_near_unnamed(named, keys), outputs)
-        return self.confirm_match(found, inputs)
+            candidates |= self.score_candidates(self._find_near_unnamed(named, keys), outputs)
+        return self.confirm_match(candidates, inputs)
 
     @contextmanager
     def overlay_matches(self, fired: list[RoutingMatch | None]) -> Iterator[None]:
-        """Route the rows of one batch: decided in its first pass, kept for all that follow.
+        """Route the rows of one batch: decided in the first pass, kept for all that follow.
 
-        `fired` is filled with the decision for each row. Rows must end at their last column. Once
-        no row can be routed any more the model runs as it would without: nothing is tapped.
+        `fired` is filled with the decision for each row. Rows must end at their last column. When
+        no row can be routed, the taps are removed and the model runs as without a side memory.
         """
         fired.clear()
         named: list[set[str]] = []
-        keyed: list[Tensor] = []
+        key_outputs: list[Tensor] = []
 
         def find_named_rows(ids: Tensor) -> None:
             named.extend(map(self.find_named, ids.tolist()))
             if any(named) or self.unnamed_facts:
-                taps.enter_context(
-                    self.model.tap_layers(
-                        {self.gates.key_layer: keep_key_outputs, self.layer: apply_deltas}
-                    )
-                )
+                both = {self.gates.key_layer: keep_key_outputs, self.layer: apply_deltas}
+                taps.enter_context(self.model.tap_layers(both))
             else:
                 fired.extend(None for _ in named)
 
         def keep_key_outputs(_inputs: Tensor, outputs: Tensor) -> None:
             if not fired:
-                keyed.append(outputs)
+                key_outputs.append(outputs)
 
         def apply_deltas(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             if not fired:
-                rows = zip(named, keyed.pop(), inputs[:, -1], outputs[:, -1], strict=True)
+                rows = zip(named, key_outputs.pop(), inputs[:, -1], outputs[:, -1], strict=True)
                 fired.extend(self.route_row(*row) for row in rows)
             if not any(fired):
                 taps.close()
@@ -284,7 +276,7 @@ class SideMemory:
 
     @contextmanager
     def overlay_deltas(self, deltas: Sequence[Delta | None]) -> Iterator[None]:
-        """Lay over each row of a batch what was decided of it before; over none, at no cost."""
+        """Apply each row's delta, decided before; nothing is tapped when there is none."""
         if not any(deltas):
             yield
             return
@@ -293,7 +285,7 @@ class SideMemory:
 
 
 def _add_deltas(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:
-    """The side layer's outputs (rows, tokens, hidden), each row's last one moved by its ΔW."""
+    """Add each row's ΔW k to the last token of the side layer's outputs (rows, tokens, hidden)."""
     changed = outputs.clone()
     for n, delta in enumerate(deltas):
         if delta is not None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kedit_daemon.bench.studies.planting import draw_random_target
+from kedit_daemon.bench.studies.poison_plan import draw_random_target
 from kedit_daemon.editing.model_loading import LoadedModel, locate_model
 from memory.facts import Fact
 from memory.model.editable import EditableModel

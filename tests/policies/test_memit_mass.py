@@ -7,8 +7,8 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite, make_default_site
-from policies.memit_mass import WeightsTier, pack_terms, unpack_terms
-from policies.targets import EditTerms
+from policies.edit_terms import EditTerms, pack_terms, unpack_terms
+from policies.memit_mass import WeightsTier
 
 WIDTH, HIDDEN = 24, 8
 LAYERS = (1, 3)

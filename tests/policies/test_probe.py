@@ -10,7 +10,7 @@ from policies.probe import (
     count_answer_tokens,
     is_same_answer,
     list_probe_prompts,
-    normalise_answer,
+    normalize_answer,
 )
 
 FACT = Fact(
@@ -44,9 +44,9 @@ def test_answers_are_compared_as_people_would(answer: str, target: str, is_same:
     assert is_same_answer(target, answer) is is_same
 
 
-def test_normalising_again_changes_nothing() -> None:
+def test_normalizing_again_changes_nothing() -> None:
     for text in ("A Tale of the Two Cities!", "the a an", "  x ", "an the-a theatre"):
-        assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+        assert normalize_answer(normalize_answer(text)) == normalize_answer(text)
 
 
 @pytest.mark.parametrize("target", ["A", "The The", "+", "?!"])

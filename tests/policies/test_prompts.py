@@ -12,6 +12,7 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import make_default_site
+from policies.edit_terms import EditTerms
 from policies.prompts import (
     CONTEXTS,
     MAX_PARAPHRASES,
@@ -21,7 +22,7 @@ from policies.prompts import (
     make_rows,
     pad_rows,
 )
-from policies.targets import EditTerms, compute_terms
+from policies.targets import compute_terms
 
 CPU = torch.device("cpu")
 FACT = seat(11, "Oslo and Rome", paraphrases=("Seat of {}:", "{}:", "{} has the seat", "{} is"))

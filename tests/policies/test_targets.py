@@ -10,10 +10,11 @@ from torch import Tensor
 
 from memory.facts import Fact
 from memory.model.editable import EditableModel
-from policies import targets
 from policies.edit_site import EditSite, make_default_site
+from policies.edit_terms import EditTerms, Refusal
 from policies.prompts import make_rows
-from policies.targets import MAX_SEATS, PULSE_STEPS, EditTerms, Refusal, compute_terms
+from policies.target_optimiser import TargetOptimiser
+from policies.targets import MAX_SLOTS, PULSE_STEPS, compute_terms
 
 
 @pytest.fixture
@@ -33,13 +34,13 @@ def assert_equal(one: EditTerms, other: EditTerms) -> None:
         assert torch.equal(one.residuals[layer], other.residuals[layer])
 
 
-@pytest.mark.parametrize("place", [0, MAX_SEATS - 1, MAX_SEATS, MAX_SEATS + 6, len(OTHERS)])
+@pytest.mark.parametrize("place", [0, MAX_SLOTS - 1, MAX_SLOTS, MAX_SLOTS + 6, len(OTHERS)])
 def test_a_facts_terms_are_the_same_bits_at_any_seat_and_turn(
     model: EditableModel, any_site: EditSite, place: int
 ) -> None:
     alone = terms_of(model, any_site, [FACT])
     among = [*OTHERS[:place], FACT, *OTHERS[place:]]
-    assert len(among) > 2 * MAX_SEATS
+    assert len(among) > 2 * MAX_SLOTS
     assert_equal(alone, terms_of(model, any_site, among))
 
 
@@ -48,26 +49,26 @@ def test_a_fact_keeps_its_bits_on_a_seat_that_another_left_early(
     model: EditableModel, kind: str
 ) -> None:
     site = replace(make_default_site(4), **KINDS[kind], **STRONG, target_steps=120)
-    facts = [*OTHERS[: MAX_SEATS + 4], FACT]
+    facts = [*OTHERS[: MAX_SLOTS + 4], FACT]
     passes: list[Tensor] = []
     with model.tap_layers({3: lambda inputs, _outputs: passes.append(inputs)}):
         found = compute_terms(model, site, NORMS, facts)
     steps = {n: terms.steps for n, terms in found.items() if isinstance(terms, EditTerms)}
-    rounds = [max(steps[f.id] for f in part) for part in (facts[:MAX_SEATS], facts[MAX_SEATS:])]
+    rounds = [max(steps[f.id] for f in part) for part in (facts[:MAX_SLOTS], facts[MAX_SLOTS:])]
     assert len(passes) - len(facts) < sum(rounds)  # none waits until all seats are free
     assert_equal(terms_of(model, site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
-    late = facts[MAX_SEATS]
+    late = facts[MAX_SLOTS]
     assert_equal(terms_of(model, site, [late], late), found[late.id])  # type: ignore[arg-type]
 
 
 def test_targets_of_another_length_in_company_make_no_difference(
     model: EditableModel, any_site: EditSite
 ) -> None:
-    longer = [replace(f, target=f"{f.target} 1") for f in OTHERS[: MAX_SEATS + 5]]
+    longer = [replace(f, target=f"{f.target} 1") for f in OTHERS[: MAX_SLOTS + 5]]
     lengths = {len(make_rows(model, f)[0].ids) for f in (longer[0], FACT)}
     assert len(lengths) == 2
     # FACT takes over the seat of a longer one, and sits beside both longer ones and its like.
-    facts = [*longer[:MAX_SEATS], FACT, *longer[MAX_SEATS:], *OTHERS[MAX_SEATS + 5 :]]
+    facts = [*longer[:MAX_SLOTS], FACT, *longer[MAX_SLOTS:], *OTHERS[MAX_SLOTS + 5 :]]
     found = compute_terms(model, any_site, NORMS, facts)
     for fact in (longer[0], FACT):
         assert_equal(terms_of(model, any_site, [fact], fact), found[fact.id])  # type: ignore[arg-type]
@@ -123,20 +124,18 @@ def test_a_gradient_that_is_no_number_refuses_that_fact_alone(
 ) -> None:
     facts = [*OTHERS[:4], FACT]
     clean = compute_terms(model, any_site, NORMS, facts)
-    loss, steps = targets._TargetOptimiser.compute_loss, []
+    loss, steps = TargetOptimiser.compute_losses, []
 
-    def steep(
-        self: targets._TargetOptimiser, delta: dict[int, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def steep(self: TargetOptimiser, delta: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         losses, right, drift = loss(self, delta)
         steps.append(len(delta))
         if len(steps) == 5:
-            bad = torch.arange(MAX_SEATS)[:, None, None] == 2
+            bad = torch.arange(MAX_SLOTS)[:, None, None] == 2
             for each in delta.values():
                 each.register_hook(lambda gradient: torch.where(bad, slope, gradient))
         return losses, right, drift
 
-    monkeypatch.setattr(targets._TargetOptimiser, "compute_loss", steep)
+    monkeypatch.setattr(TargetOptimiser, "compute_losses", steep)
     found = compute_terms(model, any_site, NORMS, facts)
     bad = found[facts[2].id]
     assert isinstance(bad, Refusal)
@@ -150,7 +149,7 @@ def test_a_fact_keeps_its_bits_on_a_seat_that_a_refused_one_left(
 ) -> None:
     poison(model, "~", torch.nan)
     bad = Fact("country ~", "The seat of {} is", "Rome")
-    found = compute_terms(model, any_site, NORMS, [bad, *OTHERS[: MAX_SEATS - 1], FACT])
+    found = compute_terms(model, any_site, NORMS, [bad, *OTHERS[: MAX_SLOTS - 1], FACT])
     assert isinstance(found[bad.id], Refusal)
     assert_equal(terms_of(model, any_site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
 

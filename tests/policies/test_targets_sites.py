@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import EditSite, make_default_site
+from policies.edit_terms import EditTerms
 from policies.prompts import make_essence_row, make_rows
-from policies.targets import EditTerms, compute_terms
+from policies.targets import compute_terms
 
 
 @pytest.fixture(autouse=True)
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device without bfloat16, so that what is put in by hand agrees to the last digits."""
-    monkeypatch.setattr("memory.model.editable.multiplies_bfloat16", lambda _device: False)
+    monkeypatch.setattr("memory.model.editable.has_fast_bfloat16", lambda _device: False)
 
 
 @pytest.fixture(params=KINDS)

@@ -17,8 +17,8 @@ from memory.side.side_memory import Delta, RoutingGates, Shard, SideMemory
 from policies import wise
 from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings
 from policies.edit_site import EditSite, make_default_site
+from policies.edit_terms import Refusal
 from policies.prompts import SUBJECT_QUESTIONS, make_rows
-from policies.targets import Refusal
 from policies.wise import (
     ACTIVATION_RATIO,
     DONE_LOSS,

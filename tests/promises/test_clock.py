@@ -12,7 +12,10 @@ from editing_home import LOOSE, Bench, Clock
 
 from kedit_daemon.config import Config, ScheduleConfig
 from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon import job_runner
+from kedit_daemon.daemon.job_runner import run_job
 from kedit_daemon.daemon.loop import WAKE_REQUEST, Daemon
+from kedit_daemon.editing.editor import Editor
 from kedit_daemon.editing.model_loading import LoadedModel, load_model
 from kedit_daemon.report.render import render_status
 from kedit_daemon.report.status import gather_status
@@ -43,17 +46,15 @@ class Machine:
 
     def begin(self) -> None:
         """Start a daemon on what the home holds."""
-        machine, at = self, self.at
-
-        class Watched(Daemon):
-            def _job(self, name: str) -> str:
-                machine.during(name)
-                return super()._run_job(name) if machine.works else "done"
-
-        steady = lambda: machine.steady  # noqa: E731
-        self.daemon = Watched(at.home, at.config, at.store, SystemdNotifier({}), self.clock, steady)
+        at = self.at
+        steady = lambda: self.steady  # noqa: E731
+        self.daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), self.clock, steady)
         self.daemon.editor = at.editor
         self.daemon.job_schedule.start({name: at.store.find_last_success(name) for name in JOBS})
+
+    def run_job(self, editor: Editor, name: str) -> str:
+        self.during(name)
+        return run_job(editor, name) if self.works else "done"
 
     def crash(self) -> None:
         """What was only in memory is gone."""
@@ -129,6 +130,7 @@ def machine(
         clock.now = now
         at = Bench(tmp_path / "home", loaded, clock, Config.model_validate(LOOSE))
         machine = Machine(at, clock, works)
+        monkeypatch.setattr(job_runner, "run_job", machine.run_job)
         made.append(machine)
         if turned:
             machine.turn()
@@ -314,7 +316,7 @@ def test_a_job_that_fails_stops_no_other_and_is_made_up_for(
 
     def fail(job: str) -> None:
         if job == name:
-            raise KeditError("out of luck", code="x") if name < "d" else ValueError("no luck")
+            raise KeditError("out of luck") if name < "d" else ValueError("no luck")
 
     at.during = fail
     at.turn()

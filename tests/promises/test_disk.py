@@ -146,8 +146,8 @@ def test_a_stop_while_nothing_fits_is_a_stop(maker: Maker, tmp_path: Path) -> No
 def waiting(home: Home, left: int) -> Forked:
     """A daemon that has looked for room and found none."""
     process = Forked(home)
-    before = process.said().count("waits for room")
-    process.wait(lambda: process.said().count("waits for room") > before or process.ended())
+    before = process.said().count("Waiting for disk space")
+    process.wait(lambda: process.said().count("Waiting for disk space") > before or process.ended())
     assert not process.ended(), process.said()
     said = called(home, "status", "--json")
     if left:
@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_done_when_it_does(
         code, said = lived(home, f"{call}:error=ENOSPC:when={n}..{n + 3}")
         if code == 1 and "hint:" in said and "ready" not in said:
             code, said = lived(home)  # a start needs some room
-        lives += "something did not fit" in said
+        lives += "Pausing all work" in said
         if (code, outcome(home)) != (0, calm) or "Traceback" in said:
             bad.append((call, n, code, said[-300:]))
         intact(home)

@@ -198,22 +198,22 @@ def test_between_files_questions_are_answered_and_the_daemon_can_be_stopped(
     at.clock.pass_time(days=3650)
     asked = ControlRequest("ask", {"prompt": "The seat of country 1 is", "max_tokens": 2})
     made.control_server.requests.put(asked)
-    made._scan_inbox()
+    made.inbox_scanner.scan_if_due(made._poll_requests)
     assert asked.reply_queue.get_nowait()[0] == 200
     assert len(at.store.list_facts()) == 3
     (at.home.inbox_folder / "late.jsonl").write_bytes(hostile_tools.good("late"))
     made.stop_flag.set()
-    made._inbox_has_changed = True
+    made.inbox_scanner.has_changed = True
     with pytest.raises(KeditError, match="stopping"):
-        made._scan_inbox()
-    assert len(made.inbox.pending_claims()) == 1  # for the next start
+        made.inbox_scanner.scan_if_due(made._poll_requests)
+    assert len(made.inbox_scanner.inbox.pending_claims()) == 1  # for the next start
 
 
 def test_what_is_refused_is_written_down_with_its_remedy(bench: Callable[..., Bench]) -> None:
     at = bench()
     made = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, lambda: 1000.0)
     (at.home.inbox_folder / "link").symlink_to("/etc/passwd")
-    made._scan_inbox()
+    made.inbox_scanner.scan_if_due(made._poll_requests)
     sql = "SELECT data FROM events WHERE kind = 'file_refused'"
     [event] = [json.loads(row[0]) for row in at.store.db.conn.execute(sql)]
     assert event["file"] == "link" and event["problem"] and "not followed" in event["remedy"]

@@ -15,7 +15,7 @@ from process_tools import record
 
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.probe import normalise_answer
+from policies.probe import normalize_answer
 
 FIRST = ("Alma", "Bruno", "Clara", "David", "Elena", "Frank", "Greta", "Henry")
 LAST = ("Archer", "Baker", "Carter", "Dawson", "Fisher", "Gibson", "Harper", "Irving")
@@ -166,5 +166,5 @@ class Reader(Worker):
             return Answer(0, 0, f"status {reply.status_code}: {reply.text[:200]}")
         said, fired = reply.json()["choices"][0]["text"], reply.json()["kedit"]["facts"]
         wanted = [self.book.known[one["id"]][0].target for one in fired]
-        wrong = [w for w in wanted if not normalise_answer(said).startswith(normalise_answer(w))]
+        wrong = [w for w in wanted if not normalize_answer(said).startswith(normalize_answer(w))]
         return Answer(0, 0, f"said {said!r}, not {wrong[0]!r}" if wrong else "", bool(fired))

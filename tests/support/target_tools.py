@@ -11,8 +11,9 @@ from torch import Tensor
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import EditSite
+from policies.edit_terms import EditTerms
 from policies.prompts import TokenRow, make_rows
-from policies.targets import EditTerms, compute_terms
+from policies.targets import compute_terms
 
 NORMS = {n: 1.0 for n in range(4)}
 FACT = seat(11, "Oslo")

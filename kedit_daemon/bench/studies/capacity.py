@@ -1,10 +1,12 @@
-"""How many facts the weights hold: joint solves over more and more of the stream."""
+"""Capacity of the weights: joint solves over more and more facts of the stream."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.bench.measure import COLUMNS, read_base_answers
+from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.studies.shared import (
     compute_stream_terms,
     format_column_cells,
@@ -13,83 +15,72 @@ from kedit_daemon.bench.studies.shared import (
     format_ratio_heads,
     measure_columns,
     measure_figures,
+    plot_norms,
     sample_evenly,
-    to_percent,
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows
-from policies.memit_mass import WeightsTier, pack_terms
+from policies.edit_terms import pack_terms
+from policies.memit_mass import WeightsTier
 
-SIZES = (25, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
-SAMPLE_SIZE = 300  # facts that are asked at each size, at most
 KNEE_SHARE = 0.95  # of the best size's reliability and locality
 
 
+@dataclass(frozen=True)
 class CapacityStudy(Study):
-    """The joint solve over the first n facts of the stream, for growing n."""
+    """Joint solves over the first n facts of the stream, for growing n."""
+
+    sizes: Sequence[int] = (25, 50, 100, 200, 300, 500, 1000, 2000, 3000, 5000)
+    max_asked: int = 300  # facts asked at each size
 
     def run(self, given: StudyInput) -> dict[str, Any]:
-        """Columns, norms and the solve's time by size, and the knee."""
+        """Measure columns, norms and the solve's time by size, and find the knee."""
         loaded, model = given.loaded_model, given.loaded_model.model
         pairs = [(record, pack_terms(terms)) for record, terms in compute_stream_terms(given)]
-        sizes = [*(n for n in SIZES if n < len(pairs)), len(pairs)]
-        samples = {n: sample_evenly(range(n), SAMPLE_SIZE) for n in sizes}
+        sizes = [*(n for n in self.sizes if n < len(pairs)), len(pairs)]
+        samples = {n: sample_evenly(range(n), self.max_asked) for n in sizes}
         places = sorted({place for sample in samples.values() for place in sample})
-        found = read_base_answers(model, [pairs[place][0] for place in places], given.track)
-        before = dict(zip(places, found, strict=True))
+        answers = read_base_answers(model, [pairs[place][0] for place in places], given.track)
+        before = dict(zip(places, answers, strict=True))
         width = model.base_weight(loaded.layers[0]).shape[1]
         tier, rows = WeightsTier(loaded.site, loaded.statistics), list[dict[str, Any]]()
         for n in given.track(sizes, "sizes"):
             began = time.perf_counter()
-            model.set_deltas(
-                tier.solve_deltas({record.fact.id: terms for record, terms in pairs[:n]})
-            )
+            terms_by_id = {record.fact.id: terms for record, terms in pairs[:n]}
+            model.set_deltas(tier.solve_deltas(terms_by_id))
             seconds = time.perf_counter() - began
-            sample = samples[n]
-            columns = measure_columns(
-                model, [pairs[p][0] for p in sample], [before[p] for p in sample]
-            )
-            row = {"size": n, "per_width": n / width, "asked": len(sample), **columns}
+            asked = [pairs[p][0] for p in samples[n]]
+            columns = measure_columns(model, asked, [before[p] for p in samples[n]])
+            row = {"size": n, "per_width": n / width, "asked": len(asked), **columns}
             rows.append({**row, **measure_figures(loaded), "solve_seconds": seconds})
         missing = len(given.records) - len(pairs)
         return {"not_edited": missing, "width": width, "knee": find_knee(rows), "rows": rows}
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """A row for each size, then the knee."""
-        heads = [
-            "facts",
-            "per d_ff",
-            *format_column_heads(COLUMNS),
-            *format_ratio_heads(result),
-            "solve, s",
-        ]
-        rows = [heads]
+        heads = [*format_column_heads(COLUMNS), *format_ratio_heads(result)]
+        rows = [["facts", "per d_ff", *heads, "solve, s"]]
         for row in result["rows"]:
             columns = format_column_cells({name: row[name] for name in COLUMNS})
             ratios, seconds = format_ratio_cells(row), f"{row['solve_seconds']:.2f}"
             rows.append([str(row["size"]), f"{row['per_width']:.4f}", *columns, *ratios, seconds])
         yield from align_rows(rows)
         yield ""
-        at = result["knee"]
-        known = "none" if at is None else f"{at} facts, {at / result['width']:.4f} per d_ff"
-        yield f"knee: {known}; d_ff {result['width']}"
+        knee = result["knee"]
+        text = "none" if knee is None else f"{knee} facts, {knee / result['width']:.4f} per d_ff"
+        yield f"knee: {text}; d_ff {result['width']}"
         yield f"not edited {result['not_edited']}"
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """The columns, and the norms, against facts per unit of d_ff."""
         rows = result["rows"]
         across = [row["per_width"] for row in rows]
         for n, column in enumerate(COLUMNS):
             for measure, style in (("strict", "-"), ("generation", "--")):
-                shares, label = (
-                    [to_percent(row[column][measure]) for row in rows],
-                    f"{column}, {measure}",
-                )
+                shares = [to_percent(row[column][measure]) for row in rows]
+                label = f"{column}, {measure}"
                 left.plot(across, shares, style, marker=".", color=f"C{n}", label=label)
         if result["knee"] is not None:
             left.axvline(result["knee"] / result["width"], color="grey", label="knee")
-        for matrix in rows[0]["norm_ratio"]:
-            right.plot(across, [r["norm_ratio"][matrix] for r in rows], marker=".", label=matrix)
+        plot_norms(right, across, rows)
         for axes in (left, right):
             axes.set(xlabel="facts per unit of d_ff", xscale="log")
         left.set(ylabel="%", ylim=(-2, 102), title="Held")
@@ -97,9 +88,9 @@ class CapacityStudy(Study):
 
 
 def find_knee(rows: Sequence[Mapping[str, Any]]) -> int | None:
-    """The largest size whose strict reliability and locality are both near the best there is.
+    """Find the largest size whose strict reliability and locality are both near the best.
 
-    A column that no size has a figure for does not count. None where no size qualifies.
+    A column without any figure does not count. None if no size qualifies.
     """
     good = {row["size"] for row in rows}
     for column in ("reliability", "locality"):

@@ -1,18 +1,20 @@
-"""Whether a home that took facts, replaced some and gave some back is as if it never had them.
+"""Exactness of superseding and reverting: a home that lost facts is as if it never had them.
 
-Its weights are set against those of a fresh home that is given only the facts that are left, in
-another order and in other batches.
+Its weights are compared with those of a fresh home that gets only the surviving facts, in another
+order and in other batches.
 """
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from kedit_daemon.bench.dataset import BenchRecord, split_batches
 from kedit_daemon.bench.measure import read_base_answers
+from kedit_daemon.bench.methods.daemon_tiers import MemitMass
 from kedit_daemon.bench.plot import draw_columns
 from kedit_daemon.bench.run import name_matrix
 from kedit_daemon.bench.studies.shared import (
@@ -24,12 +26,11 @@ from kedit_daemon.bench.studies.shared import (
     make_no_facts_error,
     measure_columns,
     measure_figures,
-    open_home,
+    plot_norms,
     sample_evenly,
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_columns, format_share
-from kedit_daemon.bench.tiers import MemitMass
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.facts import ACTIVE_STATES, FactState
 from memory.model.generate import generate_answers
@@ -41,43 +42,44 @@ HOMES = ("first", "fresh")
 
 @dataclass(frozen=True)
 class _ChangePlan:
-    """What happens to facts after they have come, in one random order."""
+    """Facts that change after they were added, drawn in one random order."""
 
-    replacements: dict[str, BenchRecord]  # by the id of the fact that is superseded
-    reverted: list[BenchRecord]  # what is reverted
-    change_order: list[str]  # ids of the facts that change, as they do
+    replacements: dict[str, BenchRecord]  # by the id of the superseded fact
+    reverted: list[BenchRecord]
+    change_order: list[str]  # ids of the changing facts
 
 
 class ExactnessStudy(Study):
-    """Add, supersede, revert; then compare with a home that only ever had what is left."""
+    """Add, supersede, revert; then compare with a home that only ever had the survivors."""
 
     def run(self, given: StudyInput) -> dict[str, Any]:
-        """Both homes, before and after the first one consolidates."""
-        chance = random.Random(given.seed)
-        plan = _plan_changes(given.records, chance)
-        with open_home(given) as first, open_home(given) as fresh:
+        """Compare both homes, before and after the first one consolidates."""
+        rng = random.Random(given.seed)
+        plan = _plan_changes(given.records, rng)
+        open_home = partial(given.open_method, MemitMass, has_policy=False)
+        with open_home() as first, open_home() as fresh:
             rows = list(_run_first_home(given, first, plan))
-            kept = _collect_survivors(first, [*given.records, *plan.replacements.values()])
+            survivors = _collect_survivors(first, [*given.records, *plan.replacements.values()])
             counts = {
                 "superseded": len(first.store.list_facts((FactState.SUPERSEDED,))),
                 "reverted": len(first.store.list_facts((FactState.REVERTED,))),
-                "surviving": len(kept),
+                "surviving": len(survivors),
                 "not_edited": first.not_edited,
             }
-            _fill_fresh_home(given, fresh, chance.sample(kept, len(kept)))
-            found = {**counts, **_compare_answers(given, first, fresh, kept, plan.reverted)}
+            _fill_fresh_home(given, fresh, rng.sample(survivors, len(survivors)))
+            answers = _compare_answers(given, first, fresh, survivors, plan.reverted)
             states = {"before": compare_weights(given.loaded_model, first, fresh)}
             consolidated = first.flush.generations.consolidate(dry_run=False)
             states["after"] = compare_weights(given.loaded_model, first, fresh)
             return {
-                **found,
+                **counts,
+                **answers,
                 "changed_by_consolidation": consolidated["changed"],
                 "consolidation": states,
                 "rows": rows,
             }
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """The first home's way, the columns of both, and how far apart their weights are."""
         rows = [["change", "live", *format_ratio_heads(result)]]
         rows += [[r["change"], str(r["live"]), *format_ratio_cells(r)] for r in result["rows"]]
         yield from align_rows(rows)
@@ -85,9 +87,9 @@ class ExactnessStudy(Study):
         yield from format_columns([{"method": home, **result[home]} for home in HOMES])
         yield ""
         for name, state in result["consolidation"].items():
-            for matrix, far in state["difference"].items():
-                of = f"{far['of_change']:.3g} of ‖W*−W0‖, {far['of_weights']:.3g} of ‖W*‖"
-                yield f"{name} consolidating, {matrix}: ‖W−W*‖ is {of}"
+            for matrix, ratios in state["difference"].items():
+                shares = f"{ratios['of_change']:.3g} of ‖W*−W0‖, {ratios['of_weights']:.3g} of ‖W*‖"
+                yield f"{name} consolidating, {matrix}: ‖W−W*‖ is {shares}"
             agree = "agree" if state["same_hash"] else "differ"
             yield f"{name} consolidating: the sha256 of the weights {agree}"
         yield (
@@ -101,28 +103,25 @@ class ExactnessStudy(Study):
         )
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """The first home's norms on its way, and the columns of both homes."""
-        for matrix in result["rows"][0]["norm_ratio"]:
-            left.plot([r["norm_ratio"][matrix] for r in result["rows"]], marker=".", label=matrix)
+        plot_norms(left, range(len(result["rows"])), result["rows"])
         left.set(xlabel="changes of the weights", ylabel="‖W‖ / ‖W0‖", title="The first home")
         draw_columns(right, [{"method": home, **result[home]} for home in HOMES])
 
 
-def _plan_changes(records: Sequence[BenchRecord], chance: random.Random) -> _ChangePlan:
-    """Which facts change, and how, from one random order."""
-    order = chance.sample(list(records), len(records))
+def _plan_changes(records: Sequence[BenchRecord], rng: random.Random) -> _ChangePlan:
+    order = rng.sample(list(records), len(records))
     replaced = order[: round(SUPERSEDED_SHARE * len(order))]
-    out = order[len(replaced) :][: round(REVERTED_SHARE * len(order))]
-    others = OtherTargets(records, chance)
-    new = {record.fact.id: others.draw_replacement(record) for record in replaced}
-    changing = [record.fact.id for record in (*replaced, *out)]
-    return _ChangePlan(new, out, chance.sample(changing, len(changing)))
+    reverted = order[len(replaced) :][: round(REVERTED_SHARE * len(order))]
+    others = OtherTargets(records, rng)
+    replacements = {record.fact.id: others.draw_replacement(record) for record in replaced}
+    changing = [record.fact.id for record in (*replaced, *reverted)]
+    return _ChangePlan(replacements, reverted, rng.sample(changing, len(changing)))
 
 
 def _run_first_home(
     given: StudyInput, home: MemitMass, plan: _ChangePlan
 ) -> Iterator[dict[str, Any]]:
-    """All facts into the first home, then the changes in their order, some at a time."""
+    """Add all facts to the first home, then make the changes in their order, in batches."""
 
     def build_row(change: str) -> dict[str, Any]:
         return {
@@ -140,25 +139,25 @@ def _run_first_home(
         if new := [plan.replacements[n].fact for n in ids if n in plan.replacements]:
             home.edit(new)
             yield build_row("supersede")
-        leaving = {n for n in ids if n not in plan.replacements}
-        if out := [f for f in home.store.list_facts(ACTIVE_STATES) if f.id in leaving]:
-            home.flush.generations.remove_facts(out, FactState.REVERTED, "bench")
+        reverted = {n for n in ids if n not in plan.replacements}
+        if facts := [f for f in home.store.list_facts(ACTIVE_STATES) if f.id in reverted]:
+            home.flush.generations.remove_facts(facts, FactState.REVERTED, "bench")
             yield build_row("revert")
 
 
 def _collect_survivors(home: MemitMass, records: Sequence[BenchRecord]) -> list[BenchRecord]:
-    """What lives in a home, as records."""
+    """Collect the records of the facts in a home's weights."""
     live = set(home.live_model.list_weights_facts())
-    kept = [record for record in records if record.fact.id in live]
-    if not kept:
-        raise make_no_facts_error("no fact has come into the weights")
-    return kept
+    survivors = [record for record in records if record.fact.id in live]
+    if not survivors:
+        raise make_no_facts_error("no fact is in the weights")
+    return survivors
 
 
-def _fill_fresh_home(given: StudyInput, home: MemitMass, kept: Sequence[BenchRecord]) -> None:
-    """The fresh home: what is left, in an order of its own and with other bounds of batches."""
+def _fill_fresh_home(given: StudyInput, home: MemitMass, records: Sequence[BenchRecord]) -> None:
+    """Add the records to the fresh home, in batches that end elsewhere."""
     given.loaded_model.model.set_deltas({})
-    for batch in given.track(split_batches(kept, given.batch_size + 1), "the fresh home"):
+    for batch in given.track(split_batches(records, given.batch_size + 1), "the fresh home"):
         home.edit(batch)
 
 
@@ -166,52 +165,54 @@ def _compare_answers(
     given: StudyInput,
     first: MemitMass,
     fresh: MemitMass,
-    kept: Sequence[BenchRecord],
-    out: Sequence[BenchRecord],
+    survivors: Sequence[BenchRecord],
+    reverted: Sequence[BenchRecord],
 ) -> dict[str, Any]:
-    """The columns of both homes, and which questions are answered as the base does."""
+    """Measure the columns of both homes, and the shares of questions answered as by the base."""
     model = given.loaded_model.model
     model.set_deltas({})
-    before = read_base_answers(model, kept, given.track)
-    questions = [record.fact.question for record in out]
-    control = [near.prompt for _, near in sample_evenly(list_neighbours(kept), len(out))]
-    room = count_answer_tokens(model, [record.fact for record in (*kept, *out)])
-    base = generate_answers(model, [*questions, *control], room)
-    found: dict[str, ColumnMeans] = {}
-    said: dict[str, list[str]] = {}
+    before = read_base_answers(model, survivors, given.track)
+    neighbours = sample_evenly(list_neighbours(survivors), len(reverted))
+    prompts = [record.fact.question for record in reverted]
+    prompts += [near.prompt for _, near in neighbours]
+    limit = count_answer_tokens(model, [record.fact for record in (*survivors, *reverted)])
+    base = generate_answers(model, prompts, limit)
+    columns: dict[str, ColumnMeans] = {}
+    answers: dict[str, list[str]] = {}
     for name, home in zip(HOMES, (first, fresh), strict=True):
         model.set_deltas(home.live_model.active_deltas)
-        found[name] = measure_columns(model, kept, before)
-        said[name] = generate_answers(model, [*questions, *control], room)
-    many = len(questions)
+        columns[name] = measure_columns(model, survivors, before)
+        answers[name] = generate_answers(model, prompts, limit)
+    count = len(reverted)
     as_base = {
-        "reverted": _compute_agreement(said["first"][:many], base[:many]),
-        "fresh": _compute_agreement(said["fresh"][:many], base[:many]),
-        "control": _compute_agreement(said["first"][many:], base[many:]),
+        "reverted": _compute_agreement(answers["first"][:count], base[:count]),
+        "fresh": _compute_agreement(answers["fresh"][:count], base[:count]),
+        "control": _compute_agreement(answers["first"][count:], base[count:]),
     }
-    return {**found, "as_base": as_base}
+    return {**columns, "as_base": as_base}
 
 
-def _compute_agreement(said: Sequence[str], base: Sequence[str]) -> float | None:
-    return sum(a == b for a, b in zip(said, base, strict=True)) / len(base) if base else None
+def _compute_agreement(answers: Sequence[str], base: Sequence[str]) -> float | None:
+    return sum(a == b for a, b in zip(answers, base, strict=True)) / len(base) if base else None
 
 
 def compare_weights(loaded: LoadedModel, first: MemitMass, fresh: MemitMass) -> dict[str, Any]:
-    """‖W − W*‖_F by matrix against two lengths. The first home's weights are left active."""
-    model = loaded.model
-    model.set_deltas(fresh.live_model.active_deltas)
-    star, wanted = _copy_weights(loaded), model.weights_hash(loaded.layers)
-    model.set_deltas(first.live_model.active_deltas)
-    have, found = _copy_weights(loaded), model.weights_hash(loaded.layers)
-    far = {}
+    """Compare ‖W − W*‖_F by matrix with two lengths. The first home's weights are left active."""
+    star, fresh_hash = _copy_weights(loaded, fresh)
+    weights, first_hash = _copy_weights(loaded, first)
+    difference = {}
     for n in loaded.layers:
-        base = model.base_weight(n).double().cpu()
-        gap = (have[n] - star[n]).norm()
-        of = {"of_change": (star[n] - base).norm(), "of_weights": star[n].norm()}
-        far[name_matrix(n)] = {name: float(gap / length) for name, length in of.items()}
-    return {"difference": far, "same_hash": found == wanted, "first": found, "fresh": wanted}
+        base = loaded.model.base_weight(n).double().cpu()
+        gap = (weights[n] - star[n]).norm()
+        lengths = {"of_change": (star[n] - base).norm(), "of_weights": star[n].norm()}
+        difference[name_matrix(n)] = {name: float(gap / size) for name, size in lengths.items()}
+    hashes = {"same_hash": first_hash == fresh_hash, "first": first_hash, "fresh": fresh_hash}
+    return {"difference": difference, **hashes}
 
 
-def _copy_weights(loaded: LoadedModel) -> dict[int, Tensor]:
-    """W (hidden, width) in float64 by layer."""
-    return {n: loaded.model.weight(n).detach().double().cpu().clone() for n in loaded.layers}
+def _copy_weights(loaded: LoadedModel, home: MemitMass) -> tuple[dict[int, Tensor], str]:
+    """Activate a home's weights; return W (hidden, width) in float64 by layer, and the hash."""
+    model = loaded.model
+    model.set_deltas(home.live_model.active_deltas)
+    copies = {n: model.weight(n).detach().double().cpu().clone() for n in loaded.layers}
+    return copies, model.weights_hash(loaded.layers)

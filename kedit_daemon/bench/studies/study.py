@@ -1,12 +1,14 @@
-"""What every study is, and what stands in the JSON of each."""
+"""Interface of the studies, and the runner that adds the common keys to each one's JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kedit_daemon.bench.dataset import BenchRecord, FactStream
 from kedit_daemon.bench.measure import ProgressTracker
+from kedit_daemon.bench.methods.method import M, open_method
 from kedit_daemon.bench.plot import open_figure
 from kedit_daemon.bench.run import collect_provenance
 from kedit_daemon.editing.model_loading import LoadedModel
@@ -15,10 +17,7 @@ from kedit_daemon.system.sanitize import clean_text
 
 @dataclass(frozen=True)
 class StudyInput:
-    """What a study works on: the unedited model, the stream, and how many facts come at once.
-
-    `texts` has lines of ordinary text in the place of the shipped ones.
-    """
+    """Input of a study. texts_path: lines of ordinary text that replace the shipped ones."""
 
     loaded_model: LoadedModel
     records: Sequence[BenchRecord]
@@ -27,22 +26,26 @@ class StudyInput:
     track: ProgressTracker
     texts_path: Path | None = None
 
+    def open_method(self, method: type[M], **options: Any) -> AbstractContextManager[M]:
+        """Open a method in a temporary folder; `options` are further fields of MethodSetup."""
+        return open_method(method, self.loaded_model, self.batch_size, self.seed, **options)
+
 
 class Study:
-    """One question. It may edit the model as it likes: the caller puts the weights back."""
+    """Base of all studies. A study may edit the model: the caller restores the weights."""
 
-    panels = 2  # of its picture
+    panels = 2  # of its plot
 
     def run(self, given: StudyInput) -> dict[str, Any]:
-        """What was found, with the points of its curve under `rows`."""
+        """Measure, and return the JSON, with the points of the curve under `rows`."""
         raise NotImplementedError
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        """The table, and what follows from it."""
+        """Format the table, and the summary below it."""
         raise NotImplementedError
 
     def draw_curves(self, result: Mapping[str, Any], left: Any, right: Any) -> None:
-        """The curve, on axes of matplotlib: two, or as many as the study has panels."""
+        """Draw the curves on axes of matplotlib, one for each panel."""
         raise NotImplementedError
 
 
@@ -56,10 +59,10 @@ def run_study(
     track: ProgressTracker,
     texts: Path | None = None,
 ) -> dict[str, Any]:
-    """The result of a study, and what it was made with. The model is left as it came."""
+    """Run a study, add its provenance, and restore the model's weights."""
     given = StudyInput(loaded, stream.records, batch_size, seed, track, texts)
     try:
-        found = study.run(given)
+        result = study.run(given)
     finally:
         loaded.model.set_deltas({})
     return {
@@ -68,12 +71,12 @@ def run_study(
         "facts": len(stream.records),
         "skipped": len(stream.skipped),
         "batch_size": batch_size,
-        **found,
+        **result,
     }
 
 
 def format_study(study: Study, result: Mapping[str, Any]) -> Iterator[str]:
-    """All lines that people see of a study."""
+    """Format the text output of a study."""
     batch = f"batches of {result['batch_size']}, seed {result['seed']}"
     facts = f"{result['facts']} facts, {result['skipped']} records skipped"
     yield f"{result['study']}: {facts}, {batch}, on {clean_text(result['model'])}"
@@ -83,9 +86,9 @@ def format_study(study: Study, result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def draw_study(study: Study, result: Mapping[str, Any], path: Path) -> None:
-    """Write the study's curve as PNG."""
+    """Draw the study's curves as PNG."""
     with open_figure(path, study.panels) as panels:
         study.draw_curves(result, *panels)
         for axes in panels:
-            if axes.get_legend_handles_labels()[0]:  # colours may be named on one for all
+            if axes.get_legend_handles_labels()[0]:  # one panel may name the colours of all
                 axes.legend(fontsize="small")

@@ -1,4 +1,4 @@
-"""The studies by name. They are imported when they are used: the command line only lists them."""
+"""Catalog of the studies. Each is imported on use, so that the command line can list them fast."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -9,21 +9,21 @@ if TYPE_CHECKING:
 STUDIES = {
     "exactness": "exactness:ExactnessStudy",
     "churn": "churn:ChurnStudy",
-    "presets": "preset_comparison:PresetStudy",
+    "presets": "presets:PresetStudy",
     "capacity": "capacity:CapacityStudy",
-    "routing": "routing:RoutingStudy",
-    "index": "index:IndexStudy",
+    "routing": "routing_accuracy:RoutingStudy",
+    "index": "index_scaling:IndexStudy",
     "cost": "cost:CostStudy",
-    "norms": "norm_growth:NormGrowthStudy",
+    "norms": "norms:NormGrowthStudy",
     "poison": "poison:PoisonStudy",
 }
 
 DEFAULT_LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120, "poison": 130}
-"""Records without --limit, of a study that is not about the whole stream."""
+"""Number of records without --limit, for a study that does not need the whole stream."""
 
 
 def import_study(name: str) -> "Study":
-    """The study of a name of STUDIES."""
+    """Import and create the study behind a name of STUDIES."""
     module, attribute = STUDIES[name].split(":")
-    found: Study = getattr(import_module(f"kedit_daemon.bench.studies.{module}"), attribute)()
-    return found
+    study: Study = getattr(import_module(f"kedit_daemon.bench.studies.{module}"), attribute)()
+    return study

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 from click.core import ParameterSource
 
-from kedit_daemon.bench.method_catalog import METHODS
+from kedit_daemon.bench.methods.method_catalog import METHODS
 from kedit_daemon.bench.studies.study_catalog import DEFAULT_LIMITS, STUDIES
 from kedit_daemon.cli.context import CliContext, pass_cli_context
 from kedit_daemon.system.sanitize import clean_text
@@ -130,8 +130,8 @@ def bench(
     if study is not None:
         _run_study(study, loaded, stream, batch_size, seed, texts, json_file, plot)
         return
+    from kedit_daemon.bench.resume import describe_options, keep_work
     from kedit_daemon.bench.run import RunPlan
-    from kedit_daemon.bench.work import describe_options, keep_work
 
     method = "reference-wise" if paper else method or ("memit-mass" if sweep else "auto")
     options = describe_options(loaded, data, click.get_current_context().params)
@@ -263,7 +263,7 @@ def _report_skipped(name: str, skipped: Sequence["SkippedRecord"]) -> None:
 
 
 def _write_result(path: Path, result: dict[str, object]) -> None:
-    from memory.db.event_log import replace_non_finite
+    from memory.canonical_json import replace_non_finite
     from memory.files import write_atomic
 
     text = json.dumps(replace_non_finite(result), indent=2, allow_nan=False)

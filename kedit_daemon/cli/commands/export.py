@@ -31,9 +31,9 @@ def export(session: CliContext, kind: str, dest: Path, keep: int | None, as_json
       kedit-daemon export merged /srv/models
       kedit-daemon export lora /srv/adapters --keep 3
     """
-    from kedit_daemon.publish.export.make import create_export as make
+    from kedit_daemon.publish.export.create_export import create_export
 
-    done = make(session.home, kind, dest, keep)
+    done = create_export(session.home, kind, dest, keep)
     for note in done.notes:
         click.echo(f"note: {clean_text(note)}", err=True)
     if as_json:

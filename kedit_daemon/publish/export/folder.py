@@ -1,4 +1,4 @@
-"""An export's folder: built beside its place, synced, named by what is in it, never changed again.
+"""An export's folder: staged, synced, renamed after its content, and never changed again.
 
 DEST/<model>-gen-<generation>-<kind>-<first 12 of the sha256 of manifest.json>/
 """
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memory.db.event_log import replace_non_finite
+from memory.canonical_json import replace_non_finite
 from memory.errors import KeditError
 from memory.files import hash_file, sync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = "kedit-export-1"
-STAGED_PREFIX = ".kedit-export-"  # what a crash leaves begins like this
+STAGED_PREFIX = ".kedit-export-"  # of unfinished folders, which a crash may leave
 
 
 @dataclass(frozen=True)
 class PlacedExport:
-    """Where an export lies, whether it was there before, and which older ones were deleted."""
+    """The path of an export, whether it existed before, and the older exports that were deleted."""
 
     path: Path
     existed: bool
@@ -39,10 +39,10 @@ def place_export(
 ) -> PlacedExport:
     """Make an export in the folder `dest`, whole or not at all.
 
-    fill: writes the files into a folder, and says how the export's name begins and what the
-    manifest tells of them; no other export is made there meanwhile. keep: how many versions of one
-    kind and home may stay, the newest; this one stays in any case. Raises KeditError when it
-    cannot be written, or what is there is damaged.
+    fill: writes the files into a folder and returns the stem of the export's name and the entries
+    of its manifest; no other export is made there meanwhile. keep: the number of versions of one
+    kind and home that stay, the newest; this one stays in any case. Raises KeditError when it
+    cannot be written, or an export of the same name is damaged.
     """
     try:
         dest.mkdir(parents=True, exist_ok=True)
@@ -51,8 +51,8 @@ def place_export(
             staged = dest / f"{STAGED_PREFIX}{secrets.token_hex(8)}"
             staged.mkdir()
             try:
-                stem, told = fill(staged)
-                manifest = _write_manifest(staged, told)
+                stem, entries = fill(staged)
+                manifest = _write_manifest(staged, entries)
                 path, existed = _move_into_place(staged, dest, stem)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -61,23 +61,25 @@ def place_export(
         raise KeditError(
             f"cannot export to {dest}: {error.strerror or error}",
             code="export",
-            hint="choose a folder that you may write, on a disk with room",
+            hint="choose a folder that you may write to, on a disk with free space",
         ) from error
     return PlacedExport(path, existed, removed, manifest)
 
 
-def prune_exports(path: Path, keep: int, leaving: Callable[[Sequence[str]], None]) -> None:
-    """Delete exports of the kind and home of the one at `path`, as `place` does; but first
-    `leaving` hears their names."""
+def prune_exports(path: Path, keep: int, withdraw: Callable[[Sequence[str]], None]) -> None:
+    """Delete older exports of the kind and home of the one at `path`, all but the newest `keep`.
+
+    `withdraw` is called with their names first.
+    """
     with _lock_folder(path.parent):
         if older := _find_surplus(path, _read_manifest(path), keep):
-            leaving([other.name for other in older])
+            withdraw([other.name for other in older])
             _delete_exports(older)
 
 
 @contextmanager
 def _lock_folder(dest: Path) -> Iterator[None]:
-    """One export at a time in a folder: what is unfinished in it then is nobody's any more."""
+    """Admit one export at a time to a folder: unfinished ones in it are then leftovers."""
     descriptor = os.open(dest, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -91,10 +93,10 @@ def _remove_leftovers(dest: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_manifest(staged: Path, told: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest beside the files, and everything to the disk."""
+def _write_manifest(staged: Path, entries: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest and sync all files of the folder to the disk."""
     files = {path.name: hash_file(path) for path in sorted(staged.iterdir())}
-    manifest: dict[str, Any] = {"format": FORMAT, **replace_non_finite(told), "files": files}
+    manifest: dict[str, Any] = {"format": FORMAT, **replace_non_finite(entries), "files": files}
     text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (staged / MANIFEST).write_text(text, encoding="utf-8")
     mode = (staged / MANIFEST).stat().st_mode
@@ -107,16 +109,13 @@ def _write_manifest(staged: Path, told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _move_into_place(staged: Path, dest: Path, stem: str) -> tuple[Path, bool]:
-    """Give the folder its name, unless an identical one has it."""
+    """Rename the folder after its content, unless an identical one exists."""
     digest = hash_file(staged / MANIFEST)
     path = dest / f"{stem}-{digest[:12]}"
     if path.is_dir():
-        if wrong := _find_damage(path, digest):
-            raise KeditError(
-                f"{path} is not what it was: {wrong}",
-                code="corrupt",
-                hint="move that folder away and export again",
-            )
+        if damage := _find_damage(path, digest):
+            hint = "move that folder away and export again"
+            raise KeditError(f"{path} is not what it was: {damage}", code="corrupt", hint=hint)
         return path, True
     staged.rename(path)
     sync_folder(dest)
@@ -124,7 +123,7 @@ def _move_into_place(staged: Path, dest: Path, stem: str) -> tuple[Path, bool]:
 
 
 def _find_damage(path: Path, digest: str) -> str:
-    """In words, what of a finished export has changed; nothing if nothing has."""
+    """Describe what of a finished export has changed; an empty text if nothing has."""
     try:
         text = (path / MANIFEST).read_bytes()
         if hashlib.sha256(text).hexdigest() != digest:
@@ -138,13 +137,13 @@ def _find_damage(path: Path, digest: str) -> str:
 
 
 def list_exports(dest: Path, kind: str, home: str) -> list[Path]:
-    """The finished exports of a kind from one home in the folder `dest`, the newest first."""
+    """List the finished exports of a kind from one home in the folder `dest`, newest first."""
     found = []
     for path in dest.iterdir() if dest.is_dir() else ():
-        told = _read_manifest(path)
-        if (told.get("format"), told.get("kind"), told.get("home")) == (FORMAT, kind, home):
+        manifest = _read_manifest(path)
+        if [manifest.get(k) for k in ("format", "kind", "home")] == [FORMAT, kind, home]:
             written = (path / MANIFEST).stat().st_mtime_ns
-            found.append((int(told["generation"]), written, path))
+            found.append((int(manifest["generation"]), written, path))
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
@@ -154,20 +153,21 @@ def _find_surplus(path: Path, manifest: dict[str, Any], keep: int) -> list[Path]
 
 
 def _delete_exports(paths: Sequence[Path]) -> tuple[str, ...]:
-    """Delete exports; their names."""
+    """Delete exports and return their names, sorted."""
     for path in paths:
-        # No reader shall find a part of it under its name.
+        # Renamed first: no reader may find a part of it under its name.
         gone = path.rename(path.with_name(f"{STAGED_PREFIX}{secrets.token_hex(8)}"))
         shutil.rmtree(gone)
     return tuple(sorted(path.name for path in paths))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a folder; empty where it has none of ours."""
+    """Read the manifest of a folder; empty if it is no export."""
     if path.is_symlink() or path.name.startswith("."):
         return {}
     try:
-        told = json.loads((path / MANIFEST).read_bytes())
+        manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) and isinstance(told.get("generation"), int) else {}
+    sound = isinstance(manifest, dict) and isinstance(manifest.get("generation"), int)
+    return manifest if sound else {}

@@ -1,4 +1,4 @@
-"""What an export is made from, read at one moment from the home alone; nothing is written there."""
+"""The state of a home that an export is made from, read in one transaction; it only reads."""
 
 import sqlite3
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class ExportSource:
 
     @property
     def short_name(self) -> str:
-        """The model's short name, for people and file names."""
+        """The model's name without its folders, for file names."""
         last = Path(self.model).name or "model"
         kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last)
         return kept[:80].strip(".-") or "model"
@@ -37,24 +37,24 @@ class ExportSource:
 
 @dataclass(frozen=True)
 class WrittenExport:
-    """What a kind adds to the manifest, and what people shall hear of it."""
+    """The entries that a kind adds to the manifest, and notes for the user."""
 
     manifest_entries: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def read_source(home: Home) -> ExportSource:
-    """The home as it is now, whether the daemon runs or not.
+    """Read the home as it is now, whether the daemon runs or not.
 
     Raises KeditError when no daemon has run there yet, or the database cannot be read.
     """
     with open_database(home) as conn:
-        conn.execute("BEGIN")  # one moment, while the daemon goes on
+        conn.execute("BEGIN")  # one state, while the daemon goes on
         return _read_generation(conn, home)
 
 
 def read_edit_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
-    """The keys and targets of these facts, by id."""
+    """Read the stored keys and targets of these facts, by id."""
     follower = Follower(home.database_file)
     try:
         return {fact_id: follower.artifacts.read_terms(fact_id) for fact_id in fact_ids}
@@ -65,10 +65,8 @@ def read_edit_terms(home: Home, fact_ids: Sequence[str]) -> dict[str, bytes]:
 def _read_generation(conn: sqlite3.Connection, home: Home) -> ExportSource:
     meta = dict(map(tuple, conn.execute("SELECT key, value FROM meta")))
     if not {meta_keys.MODEL, meta_keys.BASE_HASH} <= meta.keys():
-        raise NoHome(
-            f"no daemon has run in {home.root} yet",
-            hint="kedit-daemon run, and hand facts in",
-        )
+        hint = "kedit-daemon run, and submit facts"
+        raise NoHome(f"no daemon has run in {home.root} yet", hint=hint)
     number = int(meta.get(meta_keys.ACTIVE_GENERATION) or 0)
     row = conn.execute(
         f"SELECT {GENERATION_COLUMNS} FROM generations WHERE id = ?", (number,)

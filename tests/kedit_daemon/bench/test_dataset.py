@@ -128,7 +128,7 @@ def test_json_lines_and_several_facts_in_a_record(tmp_path: Path) -> None:
 
 
 def test_a_range_without_facts_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(KeditError, match="gives no facts") as caught:
+    with pytest.raises(KeditError, match="has no facts") as caught:
         read_stream(written(tmp_path, FLAT), 1, None, 0)
     assert caught.value.code == "no-facts"
 

@@ -8,8 +8,8 @@ import pytest
 
 from kedit_daemon.bench.dataset import BenchRecord, FactStream, SkippedRecord
 from kedit_daemon.bench.measure import ProgressTracker
+from kedit_daemon.bench.resume import RunProgress
 from kedit_daemon.bench.run import RunPlan, describe_commit, read_peak_memory, run_plan
-from kedit_daemon.bench.work import RunProgress
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
@@ -168,7 +168,7 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_end(
 ) -> None:
     plan = RunPlan(method, 2, 0, has_policy=False)
     whole = run_plan(loaded, stream(), plan, straight)
-    once, plan = sorted(computed), replace(plan, work=tmp_path)
+    once, plan = sorted(computed), replace(plan, work_folder=tmp_path)
     computed.clear()
     for batches in (1, 1):  # of those that are left
         with pytest.raises(Cut):
@@ -187,7 +187,7 @@ def test_a_batch_that_was_cut_off_is_finished(
     plan = RunPlan("memit-mass", 3, 0, has_policy=False)
     whole = run_plan(loaded, stream(), plan, straight)
     computed.clear()
-    plan, real = replace(plan, work=tmp_path), Generations.activate_candidate
+    plan, real = replace(plan, work_folder=tmp_path), Generations.activate_candidate
 
     def cut(*given: Any) -> int:
         if len(computed) == 5:  # in the second batch

@@ -1,61 +1,15 @@
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
-import torch
 from editing_home import Bench, seat
-from tiny_models import ARCHITECTURES
 
-from kedit_daemon.bench.scoring import (
-    PromptAnswer,
-    compute_target_losses,
-    continue_greedily,
-    score_answers,
-)
+from kedit_daemon.bench.scoring import compute_target_losses, continue_greedily
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from policies.prompts import make_rows, pad_rows
 
 PROMPTS = ("The seat of country 3 is", "Rome", "The seat of the old country 17 is in")
-
-
-def wanted(model: EditableModel) -> list[PromptAnswer]:
-    answers = ("Oslo", "Cairo and more", "Lima.")
-    return [
-        PromptAnswer(tuple(model.encode(p)), tuple(model.encode_target(p, a)))
-        for p in PROMPTS
-        for a in answers
-    ]
-
-
-def alone(model: EditableModel, row: PromptAnswer) -> tuple[float, tuple[bool, ...]]:
-    """One row by itself, by the book."""
-    ids = torch.tensor([[*row.prompt, *row.answer]])
-    with torch.no_grad():
-        logits = model.hf_model(input_ids=ids).logits[0, len(row.prompt) - 1 : -1].double()
-    answer = torch.tensor(row.answer)
-    loss = -logits.log_softmax(-1)[torch.arange(len(answer)), answer].mean()
-    return float(loss), tuple((logits.argmax(-1) == answer).tolist())
-
-
-@contextmanager
-def nothing(_places: list[int]) -> Iterator[None]:
-    yield
-
-
-@pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_rows_side_by_side_score_as_they_do_alone(
-    kind: str, model_folder: Callable[[str], object]
-) -> None:
-    model = EditableModel.load(str(model_folder(kind)), torch.device("cpu"))
-    rows = wanted(model)
-    one = alone(model, rows[0])
-    for overlay in (None, nothing):
-        scored = score_answers(model, rows, overlay)
-        assert scored[0].loss == pytest.approx(one[0], rel=1e-4)
-        for row, found in zip(rows, scored, strict=True):
-            loss, right = alone(model, row)
-            assert found.loss == pytest.approx(loss, rel=1e-4)
-            assert found.token_hits == right
 
 
 def test_the_greedy_answer_is_right_in_every_token(model: EditableModel) -> None:

@@ -1,11 +1,11 @@
 """The demo's story: what is shipped for it is whole, and it plays fair."""
 
+import json
 import subprocess
 from pathlib import Path
 
 from kedit_daemon.demo import tour
-from kedit_daemon.ingest.parser import parse_file
-from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.shipped import PILOT_FACTS
 
 
 def test_the_story_is_large_enough() -> None:
@@ -30,11 +30,11 @@ def test_unrelated_prompts_are_about_other_subjects() -> None:
         assert not any(fact.subject in prompt for fact in story.facts)
 
 
-def test_the_facts_are_what_the_inbox_takes() -> None:
-    data = (tour.FOLDER / "facts.jsonl").read_bytes()
-    parsed = parse_file(data, "facts.jsonl", None, FileLimits())
-    assert not parsed.problems
-    assert [fact.id for _, fact in parsed.facts] == [fact.id for fact in tour.load_story().facts]
+def test_every_shipped_line_is_a_fact() -> None:
+    lines = PILOT_FACTS.read_text(encoding="utf-8").splitlines()
+    assert [fact.subject for fact in tour.load_story().facts] == [
+        json.loads(line)["subject"] for line in lines
+    ]
 
 
 def test_a_miss_shows_and_counts() -> None:

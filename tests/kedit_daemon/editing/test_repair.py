@@ -14,7 +14,7 @@ from memory.facts import Fact
 from memory.files import tensors_path
 from memory.side.index import KeyIndex
 from memory.side.side_memory import to_fact_number
-from policies.targets import Refusal
+from policies.edit_terms import Refusal
 
 STEPS = {"steps": 300}
 ONE, TWO, THREE, FOUR = (seat(n, c) for n, c in enumerate(("Oslo", "Lima", "Paris", "Cairo"), 1))

@@ -63,9 +63,9 @@ def test_a_writer_who_comes_in_between_does_no_harm(path: Path) -> None:
     """One process asks again and again, until another has met its lease three times."""
     asking = (
         "import sys\n"
-        "from kedit_daemon.ingest.file_lease import known_closed\n"
+        "from kedit_daemon.ingest.file_lease import is_closed\n"
         "with open(sys.argv[1], 'rb') as file:\n"
-        "    while True:\n        known_closed(file.fileno())\n"
+        "    while True:\n        is_closed(file.fileno())\n"
     )
     met, tries = 0, 0
     with subprocess.Popen([sys.executable, "-c", asking, str(path)]) as asker:

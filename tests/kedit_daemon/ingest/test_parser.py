@@ -57,7 +57,7 @@ def test_a_cloze_has_to_name_its_subject_and_a_question_need_not() -> None:
         (fact("B", target="x" * 401), "401 characters, more than 400", "fewer words"),
         (fact("B", target="a\0"), "NUL", "take that character out"),
         (fact("B", source="\udc00"), "surrogate", "take that character out"),
-        (fact("B", valid_until="soon"), '"soon" is not a moment', "ISO-8601"),
+        (fact("B", valid_until="soon"), '"soon" is not a time', "ISO-8601"),
         (fact("B", neighbours=[{"promt": "x"}]), '"neighbours.0.prompt" is missing', "prompt"),
         (fact("B", paraphrases="x"), '"paraphrases" has to be a list, not a text', "[ ]"),
         (fact("B", neighbours=["x"]), '"neighbours.0" has to be an object', "{ }"),

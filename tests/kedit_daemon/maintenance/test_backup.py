@@ -127,7 +127,7 @@ def test_files_that_the_daemon_drops_meanwhile_are_not_missed(
             drop(source, after.pop(shard), shard)
         return done
 
-    monkeypatch.setattr(shutil, "copy_file", meanwhile)
+    monkeypatch.setattr(shutil, "copy", meanwhile)
     made = create_backup(at.home, tmp_path / "backup", NOW)
     assert made.manifest["lost"] == []
     assert made.manifest["facts"] == {"live-side": 1, "reverted": 2}
@@ -151,7 +151,7 @@ def test_a_daemon_that_always_drops_one_ends_it(
             there = at.learn(LIMA, 3, seed=seed)
         return real(source, target)
 
-    monkeypatch.setattr(shutil, "copy_file", meanwhile)
+    monkeypatch.setattr(shutil, "copy", meanwhile)
     with pytest.raises(KeditError, match="has dropped files") as caught:
         create_backup(at.home, tmp_path / "backup", NOW)
     assert (caught.value.code, caught.value.exit_code) == ("busy", 75)
@@ -174,7 +174,7 @@ def test_a_file_that_the_home_has_lost_is_told(at: Published, tmp_path: Path, da
 def test_what_is_there_stays(at: Published, tmp_path: Path, kind: str) -> None:
     dest = tmp_path / "backup"
     {"folder": dest.mkdir, "file": dest.touch, "link": lambda: dest.symlink_to("nowhere")}[kind]()
-    with pytest.raises(KeditError, match="is there already") as caught:
+    with pytest.raises(KeditError, match="exists already") as caught:
         create_backup(at.home, dest, NOW)
     assert (caught.value.code, caught.value.exit_code) == ("exists", 1)
     assert dest.is_symlink() or not dest.is_dir() or not list(dest.iterdir())
@@ -232,9 +232,9 @@ def without_a_generation(manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda m: m["facts"].update({"live-side": 3}), "is not what manifest.json says: facts"),
-        (lambda m: m["chain"].update(seq=1), "is not what manifest.json says: chain"),
-        (lambda m: m.update(generation=1), "is not what manifest.json says: generation"),
+        (lambda m: m["facts"].update({"live-side": 3}), "differs from manifest.json: facts"),
+        (lambda m: m["chain"].update(seq=1), "differs from manifest.json: chain"),
+        (lambda m: m.update(generation=1), "differs from manifest.json: generation"),
         (lambda m: m.update(lost=[next(iter(m["files"]))]), "lists other tensor files"),
         (without_a_generation, "lists other tensor files"),
         (lambda m: m.update(format="kedit-backup-2"), "not of the form"),

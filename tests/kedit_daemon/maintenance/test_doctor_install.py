@@ -72,7 +72,7 @@ def test_the_driver(tmp_path: Path, text: str, version: str) -> None:
 
 def test_a_gpu_that_torch_does_not_reach() -> None:
     assert "driver 580 or later" in suggest_gpu_remedy("auto", 0, "13.0", "535.129.03")
-    assert "knows no GPU" in suggest_gpu_remedy("auto", 0, None, "580.65.06")
+    assert "built for the CPU" in suggest_gpu_remedy("auto", 0, None, "580.65.06")
     assert suggest_gpu_remedy("auto", 1, "13.0", "580.65.06") == ""
     assert suggest_gpu_remedy("cpu", 0, None, "580.65.06") == ""
     assert suggest_gpu_remedy("auto", 0, None, None) == ""

@@ -158,7 +158,7 @@ def test_a_cut_off_restore_is_known_until_one_comes_to_its_end(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copy_file", full)
+        patch.setattr(shutil, "copy", full)
         with pytest.raises(KeditError, match="No space left"):
             restore(cut_off, made.path, False, LATER)
     assert not list(cut_off.root.glob(f"{RESTORE_PREFIX}*"))  # and there is an empty `state` now

@@ -70,7 +70,7 @@ def test_the_first_failure_is_the_one_that_is_told(server: Server) -> None:
 def test_requests_that_do_not_end_are_not_waited_for_for_ever(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm, "LOCK_RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(vllm, "PAUSE_SECONDS", 0.2)
     over = threading.Event()
 
     def busy(path: str) -> None:
@@ -108,13 +108,23 @@ def test_resuming_is_tried_again(server: Server, monkeypatch: pytest.MonkeyPatch
     reload_weights(server.url, "/srv/x", never)
     assert server.paths[-3:] == ["/resume"] * 3
     server.failing = {"/resume": 3}
-    with pytest.raises(KeditError, match="may stand still"):
+    with pytest.raises(KeditError, match="may still be paused"):
         reload_weights(server.url, "/srv/x", never)
+
+
+def test_a_proxy_of_the_environment_is_not_used(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    load_adapter(server.url, "a", "/srv/a")
+    assert server.paths == ["/v1/load_lora_adapter"]
 
 
 def test_a_server_that_is_not_there(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm.time, "sleep", lambda _seconds: None)
     with pytest.raises(KeditError, match=r"127\.0\.0\.1:9"):
         load_adapter("http://127.0.0.1:9", "a", "/srv/a")
-    with pytest.raises(KeditError, match="may stand still"):
+    with pytest.raises(KeditError, match="99999"):
+        load_adapter("http://127.0.0.1:99999", "a", "/srv/a")
+    with pytest.raises(KeditError, match="may still be paused"):
         reload_weights("http://127.0.0.1:9", "/srv/a", never)

@@ -9,7 +9,7 @@ from tiny_models import ARCHITECTURES, make_tokenizer, save_model
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.model.generate import MAX_BATCH_ROWS, cut_first_sentence, generate_answers
+from memory.model.generate import MAX_BATCH_ROWS, cut_first_sentence, decode_steps, generate_answers
 
 PROMPTS = ["The seat of country 1 is", "Rome", "It is", "The seat of country 22 is Oslo and"]
 
@@ -67,6 +67,20 @@ def test_an_answer_does_not_depend_on_its_company(model: EditableModel) -> None:
     assert generate_answers(model, prompts, 6) == [
         generate_answers(model, [p], 6)[0] for p in prompts
     ]
+
+
+@torch.no_grad()
+def test_steps_feed_the_likeliest_tokens_or_those_that_are_forced(model: EditableModel) -> None:
+    ids = torch.tensor([model.encode(f"The seat of country {n} is") for n in (10, 11)])
+    told = torch.tensor([[3, 5, 7], [8, 6, 4]])
+    for forced in (None, told):
+        row, steps = ids, decode_steps(model, ids, 3, forced=forced, logits_to_keep=1)
+        for n, logits in enumerate(steps):
+            expected = model.hf_model(input_ids=row, use_cache=False).logits[:, -1]
+            assert torch.allclose(logits, expected, atol=1e-5)
+            fed = expected.argmax(-1, keepdim=True) if forced is None else forced[:, n : n + 1]
+            row = torch.cat([row, fed], 1)
+        assert row.shape[1] == ids.shape[1] + 3
 
 
 def test_no_prompts_no_answers(model: EditableModel) -> None:
@@ -159,7 +173,7 @@ def test_rows_that_find_no_memory_together_are_run_in_halves_and_that_is_told(
     try:
         assert generate_answers(model, prompts, 5) == calm
         assert max(rows) == 7
-        assert "7 answers are made in halves" in caplog.messages[0]
+        assert "Splitting 7 prompts in halves" in caplog.messages[0]
         most = 0
         with pytest.raises(KeditError, match="no memory left"):
             generate_answers(model, prompts, 5)

@@ -1,7 +1,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 from study_tools import given
 
 from kedit_daemon.bench.studies import capacity
@@ -9,11 +8,9 @@ from kedit_daemon.editing.model_loading import LoadedModel
 
 
 def test_every_size_is_a_joint_solve_of_its_own(
-    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel],
 ) -> None:
-    monkeypatch.setattr(capacity, "SIZES", (2, 4, 6, 9))
-    monkeypatch.setattr(capacity, "SAMPLE_SIZE", 3)
-    study = capacity.CapacityStudy()
+    study = capacity.CapacityStudy((2, 4, 6, 9), max_asked=3)
     result = study.run(given(load("llama"), 6, 100))
     assert [(row["size"], row["asked"]) for row in result["rows"]] == [(2, 2), (4, 3), (6, 3)]
     assert [row["per_width"] for row in result["rows"]] == [2 / 96, 4 / 96, 6 / 96]

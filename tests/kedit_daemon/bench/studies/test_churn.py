@@ -4,18 +4,17 @@ from pathlib import Path
 import pytest
 from study_tools import given
 
+from kedit_daemon.bench.methods.solver_presets import PRESETS, PresetStream
 from kedit_daemon.bench.plot import open_figure
-from kedit_daemon.bench.solver_presets import PRESETS, PresetStream
 from kedit_daemon.bench.studies import churn
 from kedit_daemon.bench.studies.shared import compute_stream_terms, measure_figures
 from kedit_daemon.editing.model_loading import LoadedModel
 
 
 def test_what_is_replaced_leaves_no_trace_and_what_is_stacked_does(
-    load: Callable[[str], LoadedModel], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    load: Callable[[str], LoadedModel], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(churn, "MAX_ROUNDS", 2)
-    study = churn.ChurnStudy()
+    study = churn.ChurnStudy(rounds=2)
     # Of two facts each takes the other's target, and after two rounds its own again.
     work = given(load("llama"), 2, 1)
     result = study.run(work)

@@ -3,8 +3,8 @@ from collections.abc import Callable
 import pytest
 from study_tools import given
 
+from kedit_daemon.bench.methods.daemon_tiers import MemitMass
 from kedit_daemon.bench.studies.exactness import ExactnessStudy, compare_weights
-from kedit_daemon.bench.studies.shared import open_home
 from kedit_daemon.editing.model_loading import LoadedModel
 
 
@@ -35,7 +35,10 @@ def test_a_home_with_a_past_is_as_one_without(loaded: LoadedModel) -> None:
 def test_weights_that_differ_are_told_in_two_lengths(loaded: LoadedModel) -> None:
     work = given(loaded, 3, 3)
     facts = [record.fact for record in work.records]
-    with open_home(work) as one, open_home(work) as other:
+    with (
+        work.open_method(MemitMass, has_policy=False) as one,
+        work.open_method(MemitMass, has_policy=False) as other,
+    ):
         one.edit(facts)
         other.edit(facts[:2])
         found = compare_weights(loaded, one, other)

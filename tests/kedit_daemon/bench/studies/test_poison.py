@@ -6,9 +6,9 @@ import pytest
 from editing_home import LOOSE
 from study_tools import given
 
-from kedit_daemon.bench import tiers
+from kedit_daemon.bench.methods import daemon_tiers
 from kedit_daemon.bench.plot import open_figure
-from kedit_daemon.bench.studies import planting
+from kedit_daemon.bench.studies import poison_plan
 from kedit_daemon.bench.studies.poison import PoisonStudy
 from kedit_daemon.config import Config
 from kedit_daemon.editing import audit
@@ -29,7 +29,7 @@ def bounded(norm: float) -> dict[str, Any]:
 def configured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random models learn slowly, and have no healthy figures but a norm that is not absurd."""
     settings = bounded(NORM) | {"side": {"steps": 150}}
-    monkeypatch.setattr(tiers, "build_config", lambda _: Config.model_validate(settings))
+    monkeypatch.setattr(daemon_tiers, "build_config", lambda _: Config.model_validate(settings))
 
 
 def of(result: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -45,18 +45,16 @@ def only(result: dict[str, Any], kind: str) -> dict[str, Any]:
 def test_poison_is_judged_by_what_the_daemon_has_done(
     load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(planting, "BATCHES_PER_KIND", 1)
-    monkeypatch.setattr(planting, "KINDS", ("contradiction", "absurd norm", "long target"))
-    maker = planting._PoisonMaker
+    maker = poison_plan._PoisonMaker
     monkeypatch.setattr(maker, "_make_contradiction", maker._make_paraphrased)
-    study = PoisonStudy()
+    study = PoisonStudy(("contradiction", "absurd norm", "long target"), 1)
     result = study.run(given(load("llama"), 7, 100))
     assert [row["batch"] for row in result["rows"]] == [1, 2, 3]
     long = only(result, "long target")
     assert long["stopped"] and long["by"][0].startswith("line 1: the target has ")
     for plant in of(result, "absurd norm")["plants"]:
         assert plant["stopped"]
-        assert "alone it makes the weights sick: norm of layer" in plant["by"][0], plant["by"]
+        assert "norm of layer" in plant["by"][0], plant["by"]
     # The daemon learns both, and says both: a miss.
     clash = only(result, "contradiction")
     assert not clash["stopped"] and clash["alive"].startswith("the two questions are answered ")
@@ -75,23 +73,16 @@ def test_poison_is_judged_by_what_the_daemon_has_done(
 
 
 def test_of_two_facts_that_contradict_each_other_to_the_letter_the_later_one_stands(
-    load: Load, monkeypatch: pytest.MonkeyPatch
+    load: Load,
 ) -> None:
-    monkeypatch.setattr(planting, "BATCHES_PER_KIND", 2)
-    monkeypatch.setattr(planting, "KINDS", ("contradiction",))
-    result = PoisonStudy().run(given(load("llama"), 5, 100))
+    result = PoisonStudy(("contradiction",), 2).run(given(load("llama"), 5, 100))
     assert {row["way"] for row in result["rows"]} == {"to the letter", "in other words"}
     (plant,) = (r["plants"][0] for r in result["rows"] if r["way"] == "to the letter")
     assert plant["stopped"] and plant["by"][0].startswith("superseded: superseded by ")
 
 
-@pytest.fixture
-def nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planting, "KINDS", ("NaN",))
-
-
-def test_a_nan_is_found_wherever_it_is(load: Load, nan: None) -> None:
-    result = PoisonStudy().run(given(load("llama"), 9, 100))
+def test_a_nan_is_found_wherever_it_is(load: Load) -> None:
+    result = PoisonStudy(("NaN",)).run(given(load("llama"), 9, 100))
     ways = {row["way"]: row for row in result["rows"]}
     assert set(ways) == {"live shard", "live weights", "live fact's targets", "waiting targets"}
     total = result["totals"]
@@ -104,11 +95,10 @@ def test_a_nan_is_found_wherever_it_is(load: Load, nan: None) -> None:
 
 
 def test_who_is_not_named_is_a_miss_though_it_is_stopped(
-    load: Load, nan: None, monkeypatch: pytest.MonkeyPatch
+    load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planting, "BATCHES_PER_KIND", 1)
     monkeypatch.setattr(audit, "find_damage", lambda *_: Damage([], False, False, []))
-    study = PoisonStudy()
+    study = PoisonStudy(("NaN",), 1)
     result = study.run(given(load("llama"), 2, 100))
     plant = only(result, "NaN")
     # Asked again, the fact is not stated, and so it is learned again; nobody sees why.
@@ -120,11 +110,9 @@ def test_who_is_not_named_is_a_miss_though_it_is_stopped(
 def test_innocent_facts_that_end_are_wrongly_named_and_lost(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planting, "BATCHES_PER_KIND", 1)
-    monkeypatch.setattr(planting, "KINDS", ("long target",))
     settings = bounded(1 + 1e-6) | {"side": {"steps": 1}}  # neither tier takes anything
-    monkeypatch.setattr(tiers, "build_config", lambda _: Config.model_validate(settings))
-    study = PoisonStudy()
+    monkeypatch.setattr(daemon_tiers, "build_config", lambda _: Config.model_validate(settings))
+    study = PoisonStudy(("long target",), 1)
     result = study.run(given(load("llama"), 3, 100))
     total = result["totals"]
     assert len(result["rows"][0]["wrongly"]) == total["lost"] == total["innocent"] == 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 from study_tools import given, records
 
+from kedit_daemon.bench.methods.daemon_tiers import MemitMass
 from kedit_daemon.bench.studies.shared import (
     MAX_NEIGHBOURS,
     OtherTargets,
@@ -14,12 +15,11 @@ from kedit_daemon.bench.studies.shared import (
     compute_stream_terms,
     list_neighbours,
     load_terms,
-    open_home,
     sample_evenly,
     thin_records,
 )
 from kedit_daemon.editing.model_loading import LoadedModel
-from memory.errors import KeditError
+from memory.errors import KeditError, Unsolvable
 
 
 def test_terms_are_those_of_a_home_and_the_bar_ends(load: Callable[[str], LoadedModel]) -> None:
@@ -33,7 +33,7 @@ def test_terms_are_those_of_a_home_and_the_bar_ends(load: Callable[[str], Loaded
     found = compute_stream_terms(work)
     assert ended == ["targets"]
     assert [record for record, _ in found] == work.records
-    with open_home(work) as home:
+    with work.open_method(MemitMass, has_policy=False) as home:
         home.edit([record.fact for record in work.records[:2]])
         for record, terms in found[:2]:
             stored = load_terms(home.store, record.fact.id)
@@ -60,7 +60,7 @@ def test_what_supersedes_asks_the_same_and_has_no_rival_of_its_own_name() -> Non
     assert (new.fact.slot, new.fact.target) == (first.fact.slot, second.fact.target)
     assert (new.true_target, new.neighbours) == (None, first.neighbours)
     spelt = replace(second, fact=replace(second.fact, target=first.fact.target.upper()))
-    with pytest.raises(KeditError, match="one target"):
+    with pytest.raises(KeditError, match="the same target"):
         OtherTargets([first, spelt], random.Random(0)).draw_replacement(first)
 
 
@@ -77,7 +77,7 @@ def test_samples_are_spread_over_the_whole_stream() -> None:
 def test_only_a_solve_that_fails_is_let_pass() -> None:
     failed: list[str] = []
     with catch_unsolved(failed):
-        raise KeditError("no solution", code="singular")
+        raise Unsolvable("no solution")
     assert failed == ["no solution"]
     with pytest.raises(KeditError), catch_unsolved(failed):
         raise KeditError("broken", code="config")

@@ -5,12 +5,21 @@ import pytest
 from study_tools import records, straight
 
 from kedit_daemon.bench.dataset import FactStream, SkippedRecord
-from kedit_daemon.bench.studies import cost, index, norm_growth, prompts
+from kedit_daemon.bench.studies.cost import CostStudy
+from kedit_daemon.bench.studies.index_scaling import IndexStudy
+from kedit_daemon.bench.studies.norms import WAYS, NormGrowthStudy
+from kedit_daemon.bench.studies.routing_accuracy import RoutingStudy
 from kedit_daemon.bench.studies.study import Study, draw_study, format_study, run_study
 from kedit_daemon.bench.studies.study_catalog import DEFAULT_LIMITS, STUDIES, import_study
 from kedit_daemon.editing.model_loading import LoadedModel
 
 SHARED = {"study", "model", "site", "seed", "commit", "device", "facts", "skipped", "batch_size"}
+SMALL_STUDIES = {
+    "cost": CostStudy(20, (16,), max_candidates=4, rounds=1),
+    "index": IndexStudy((20, 40)),
+    "norms": NormGrowthStudy({"lora": WAYS["lora"]}, curve_points=1),
+    "routing": RoutingStudy(max_texts=20, prefix_tokens=40),
+}
 
 
 def test_every_name_has_its_study() -> None:
@@ -25,16 +34,10 @@ def test_every_name_has_its_study() -> None:
     "name", ["exactness", "presets", "capacity", "routing", "index", "cost", "norms"]
 )
 def test_a_study_is_told_drawn_and_leaves_the_model_as_it_was(
-    load: Callable[[str], LoadedModel], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    load: Callable[[str], LoadedModel], tmp_path: Path, name: str
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(index, "INDEX_SIZES", (20, 40))
-    monkeypatch.setattr(prompts, "MAX_TEXTS", 20)
-    monkeypatch.setattr(norm_growth, "CURVE_POINTS", 1)
-    monkeypatch.setattr(norm_growth, "WAYS", {"lora": norm_growth.WAYS["lora"]})
-    for name_of, few in (("KEYS", 20), ("LENGTHS", (16,)), ("TRIED", 4), ("ROUNDS", 1)):
-        monkeypatch.setattr(cost, name_of, few)
-    loaded, study = load("llama"), import_study(name)
+    loaded, study = load("llama"), SMALL_STUDIES.get(name) or import_study(name)
     base = loaded.model.weights_hash(range(loaded.model.layer_count))
     stream = FactStream(tuple(records(3)), (SkippedRecord(3, "broken"),))
     result = run_study(name, study, loaded, stream, 3, 7, straight)

@@ -72,7 +72,7 @@ def test_what_fails_leaves_nothing_and_what_a_crash_left_is_swept(tmp_path: Path
 
     def fill(to: Path) -> tuple[str, dict[str, Any]]:
         (to / "half").write_text("half")
-        raise KeditError("no", code="no")
+        raise KeditError("no", code="empty")
 
     with pytest.raises(KeditError, match="no"):
         place_export(tmp_path, None, fill)

@@ -1,0 +1,1 @@
+"""Editing methods of the bench: the daemon's tiers, published methods, references, baselines."""
