@@ -14,6 +14,8 @@ from memory.errors import KeditError
 from memory.facts import FactState
 from memory.model.editable import EditableModel
 
+# Of the first kind, with rotary positions and gates, and with biases and parallel blocks.
+TYPICAL = ("gpt2", "llama", "phi")
 STEPS = {"side": {"steps": 300}}
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2}
 SPARSE = {
@@ -29,7 +31,9 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "kind", [k if k in TYPICAL else pytest.param(k, marks=pytest.mark.whole) for k in ARCHITECTURES]
+)
 def test_an_edit_goes_live_moves_to_the_weights_and_is_taken_back(
     kind: str, bench: Callable[..., Bench]
 ) -> None:

@@ -1,4 +1,4 @@
-"""Calibration: a pilot of facts, what an edit does to it, and the site and limits that follow."""
+"""Calibration: edit a pilot of facts, and derive the site and the limits from the effect."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ from policies.probe import MAX_NEIGHBOURS
 from policies.prompts import MAX_PARAPHRASES, TokenRow, make_rows
 
 MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
-ROWS_PER_PASS = 8  # that run together; all of their logits are held at once
+ROWS_PER_PASS = 8  # whose logits are all held at once
 UPDATE_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
@@ -51,12 +51,12 @@ RULES = {
 
 ReportProgress = Callable[[str], None]
 StartProgress = Callable[[int], ReportProgress]
-"""Told of the pieces of work to come, it gives what is to hear of each."""
+"""Called with the number of units of work; returns what to call at the start of each."""
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """Facts to edit, and what to ask then: wordings and prompts that no edit has seen."""
+    """Facts to edit, and prompts to ask then, which no edit has seen."""
 
     facts: tuple[Fact, ...]
     held_out: tuple[tuple[int, str, str], ...]  # place of the fact, prompt and target
@@ -65,14 +65,14 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The site that was chosen, and why."""
+    """The chosen site and the evidence for it."""
 
     site: EditSite
     evidence: dict[str, Any]
 
 
 def refuse_if_in_use(home: Home) -> None:
-    """Terms belong to the layers they were computed for: KeditError where some are stored."""
+    """Raise KeditError if terms are stored: they belong to the layers they were computed for."""
     if not home.database_file.is_file():
         return
     with open_database(home) as conn:
@@ -90,7 +90,7 @@ def refuse_if_in_use(home: Home) -> None:
 
 
 def read_pilot(path: Path, limits: FileLimits) -> list[Fact]:
-    """The facts of a file in any accepted form, one for each question; broken records are left."""
+    """Read the facts of a file in any accepted form, one for each question; skip broken records."""
     parsed = parse_file(path.read_bytes(), path.name, None, limits)
     if not parsed.facts:
         first = parsed.problems[0]
@@ -99,8 +99,8 @@ def read_pilot(path: Path, limits: FileLimits) -> list[Fact]:
 
 
 def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot:
-    """At most `count` facts to edit. Without paraphrases, the question behind other words is held
-    out; without neighbours, the questions of facts that are not edited are near."""
+    """Make a pilot of at most `count` facts. Without paraphrases, the question after other words is
+    held out; without neighbours, the questions of facts that are not edited are near."""
     usable = [fact for fact in facts if _is_readable(model, fact)]
     edited, others = usable[:count], usable[count : 2 * count]
     if not any(fact.neighbours for fact in edited) and not others:
@@ -123,14 +123,14 @@ def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot
 
 def _select_held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
     placed = list(enumerate(facts))
-    found = [
+    held_out = [
         (n, p, fact.target) for n, fact in placed for p in fact.filled_paraphrases[:MAX_PARAPHRASES]
     ]
-    if not found:
+    if not held_out:
         lines = [" ".join(line.split()[:8]).rstrip(".") for line in read_ordinary_lines()]
         pairs = zip(lines, placed, strict=False)
-        found = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
-    return [one for one in found if len(model.encode(one[1])) <= MAX_PROMPT_TOKENS]
+        held_out = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
+    return [one for one in held_out if len(model.encode(one[1])) <= MAX_PROMPT_TOKENS]
 
 
 def _is_readable(model: EditableModel, fact: Fact) -> bool:
@@ -142,8 +142,8 @@ def _is_readable(model: EditableModel, fact: Fact) -> bool:
 
 
 class PilotExaminer:
-    """Asks the pilot's questions. An answer is right when every token of the target is the
-    likeliest; a near prompt has stayed when its likeliest next token is the same as before."""
+    """Scores an edit on the pilot. An answer is right if every token of the target is the
+    likeliest; a near prompt is unchanged if its likeliest next token is that of the base."""
 
     def __init__(self, model: EditableModel, pilot: Pilot) -> None:
         self.model = model
@@ -155,16 +155,12 @@ class PilotExaminer:
         self._near_before = self._predict_targets(self._near_rows)
 
     def __call__(self, deltas: Mapping[int, Tensor]) -> EditQuality:
-        """The quality of the unedited weights plus ΔW; the model ends unedited."""
+        """Measure the quality of the unedited weights plus ΔW; the model ends unedited."""
         model = self.model
         model.set_deltas(dict(deltas))
         try:
-            same = [
-                a == b
-                for a, b in zip(
-                    self._predict_targets(self._near_rows), self._near_before, strict=True
-                )
-            ]
+            pairs = zip(self._predict_targets(self._near_rows), self._near_before, strict=True)
+            same = [now == before for now, before in pairs]
             ratios = [float(model.weight(n).norm() / model.base_weight(n).norm()) for n in deltas]
             return EditQuality(
                 reliability=self._score_rows(self._fact_rows),
@@ -179,35 +175,35 @@ class PilotExaminer:
         return self.model.encode(prompt), self.model.encode_target(prompt, target)
 
     def _score_rows(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-        said = self._predict_targets(rows)
-        return sum(a == target for a, (_, target) in zip(said, rows, strict=True)) / len(rows)
+        pairs = zip(self._predict_targets(rows), rows, strict=True)
+        return sum(predicted == target for predicted, (_, target) in pairs) / len(rows)
 
     def _predict_targets(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
-        """The likeliest tokens in the places of each row's target, given prompt and target."""
-        said: list[list[int]] = []
+        """Return the likeliest tokens at the positions of each row's target (teacher forcing)."""
+        predicted: list[list[int]] = []
         for start in range(0, len(rows), ROWS_PER_PASS):
-            some = rows[start : start + ROWS_PER_PASS]
-            full = [prompt + target[:-1] for prompt, target in some]
-            # Pads on the right are behind every token whose prediction is read.
-            ids = torch.zeros(len(some), max(map(len, full)), dtype=torch.long)
+            batch = rows[start : start + ROWS_PER_PASS]
+            full = [prompt + target[:-1] for prompt, target in batch]
+            # Pads on the right come after every token whose prediction is read.
+            ids = torch.zeros(len(batch), max(map(len, full)), dtype=torch.long)
             for n, tokens in enumerate(full):
                 ids[n, : len(tokens)] = torch.tensor(tokens)
             with torch.no_grad():
                 out = self.model.hf_model(input_ids=ids.to(self.model.device), use_cache=False)
             best = out.logits.argmax(-1).tolist()
-            said += [
+            predicted += [
                 line[len(prompt) - 1 : len(tokens)]
-                for line, (prompt, _), tokens in zip(best, some, full, strict=True)
+                for line, (prompt, _), tokens in zip(best, batch, full, strict=True)
             ]
-        return said
+        return predicted
 
 
 def calibrate(
     opened: OpenedModel, pilot: Pilot, false_routes: float, watch: StartProgress
 ) -> Calibration:
-    """Search for the site of an unedited model, and set its limits and its end gate.
+    """Search for the site of an unedited model, and derive its limits and its end gate.
 
-    `false_routes`: the share of unrelated text that may pass the gate, as of `end_gate`.
+    `false_routes`: the share of unrelated text that may pass the end gate.
     """
     began, model = time.monotonic(), opened.model
     statistics = opened.resolve_statistics((), range(model.layer_count), iter)
@@ -220,9 +216,9 @@ def calibrate(
         norms,
         lambda layers: opened.resolve_statistics(layers, (), iter),
     )
-    told = watch(search.max_units + 1)
-    chosen = search.run_stages(told)
-    told("limits")
+    report = watch(search.max_units + 1)
+    chosen = search.run_stages(report)
+    report("limits")
     site, figures = _derive_limits(model, chosen.site, search.solve_deltas(chosen.site))
     side = SideMemory(model, site.gates, {n: s.output_mean for n, s in statistics.items()})
     asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
@@ -246,7 +242,7 @@ def calibrate(
 def _derive_limits(
     model: EditableModel, site: EditSite, deltas: Mapping[int, Tensor]
 ) -> tuple[EditSite, dict[str, Any]]:
-    """The site with its limits, by RULES, and the figures behind them."""
+    """Derive the limits of a site by RULES. Return the site with them, and the figures used."""
     lines = read_canary_lines()
     halves = [Canary(model, half, site.layers).base_readings for half in (lines[::2], lines[1::2])]
     one, other = (half.activation_norms for half in halves)
@@ -268,7 +264,7 @@ def _derive_limits(
 def _measure_curve(
     model: EditableModel, canary: Canary, deltas: Mapping[int, Tensor], far: float
 ) -> list[tuple[float, float]]:
-    """The largest norm ratio and activation change under the update, scaled up until the
+    """Measure the largest norm ratio and activation change under the update, scaled up until the
     activations have changed by `far`."""
     curve: list[tuple[float, float]] = []
     try:
@@ -289,20 +285,17 @@ def _measure_curve(
 def _measure_clean_norms(
     model: EditableModel, site: EditSite, facts: Sequence[Fact]
 ) -> dict[int, float]:
-    """By layer the median ‖y‖ of the unedited model where facts are edited."""
-    found: dict[int, list[Tensor]] = {n: [] for n in site.layers}
+    """Measure the median ‖y‖ of the unedited model by layer, at the tokens that are edited."""
+    norms: dict[int, list[Tensor]] = {n: [] for n in site.layers}
     for row in (row for fact in facts for row in make_rows(model, fact)):
 
         def keep(n: int, _inputs: Tensor, outputs: Tensor, row: TokenRow = row) -> None:
-            ends = slice(row.prompt_length - 1, len(row.ids) - 1)
-            at = (
-                slice(row.subject_index, row.subject_index + 1)
-                if n in site.subject_layers
-                else ends
-            )
-            found[n].append(outputs[0, at].norm(dim=-1).cpu())
+            tokens = slice(row.prompt_length - 1, len(row.ids) - 1)
+            if n in site.subject_layers:
+                tokens = slice(row.subject_index, row.subject_index + 1)
+            norms[n].append(outputs[0, tokens].norm(dim=-1).cpu())
 
         taps = {n: partial(keep, n) for n in site.layers}
         with torch.no_grad(), model.tap_layers(taps):
             model.hf_model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False)
-    return {n: float(torch.cat(norms).median()) for n, norms in found.items()}
+    return {n: float(torch.cat(parts).median()) for n, parts in norms.items()}

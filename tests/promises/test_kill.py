@@ -15,7 +15,7 @@ from memory.db import queries
 from memory.db.event_log import read_head, verify_chain
 from memory.facts import FactState
 
-KILLS, KILLS_WHOLE = 2, 8
+KILLS = 8
 
 
 class CrashError(BaseException):
@@ -51,10 +51,9 @@ def test_a_crash_at_every_step_of_an_edit_changes_nothing_of_the_end(
     assert hard.weights_hash() == calm.weights_hash()
 
 
+@pytest.mark.whole
 @pytest.mark.timeout(600)
-def test_kills_at_random_moments_change_nothing_of_the_end(
-    tmp_path: Path, whole: bool, tally: Tally
-) -> None:
+def test_kills_at_random_moments_change_nothing_of_the_end(tmp_path: Path, tally: Tally) -> None:
     model = save_model("llama", tmp_path / "model")
     calm, hard = make_home(tmp_path / "calm", model), make_home(tmp_path / "hard", model)
     drop(calm)
@@ -67,9 +66,8 @@ def test_kills_at_random_moments_change_nothing_of_the_end(
 
     moments = random.Random(20260101)
     drop(hard)
-    kills = KILLS_WHOLE if whole else KILLS
-    tally.tried(kills, kills=kills)
-    for _ in range(kills):
+    tally.tried(KILLS, kills=KILLS)
+    for _ in range(KILLS):
         process = started(hard)
         time.sleep(moments.uniform(0, length / 2))
         process.kill()

@@ -1,6 +1,4 @@
-"""Each test of a promise can fail: with a bug put in, it does.
-
-All bugs are tried with `--whole`, else the first one of each file of tests."""
+"""Each test of a promise can fail: with a bug put in, it does. The bugs are tried by `--whole`."""
 
 import json
 import os
@@ -32,7 +30,6 @@ class Bug:
 
 
 BUGS = [Bug(**bug) for bug in tomllib.loads(LIST.read_text("utf-8"))["bug"]]
-FIRST = {bug.test.partition("::")[0]: bug.name for bug in reversed(BUGS)}.values()
 EACH = {bug.name.replace(" ", "-"): bug for bug in BUGS}
 
 
@@ -55,13 +52,8 @@ def test_what_a_bug_changes_is_there(bug: Bug, report: Report) -> None:
     assert (ROOT / "tests/promises" / bug.test.partition("::")[0]).is_file()
 
 
-@pytest.mark.parametrize(
-    "bug",
-    [
-        pytest.param(bug, id=name, marks=[] if bug.name in FIRST else pytest.mark.whole)
-        for name, bug in EACH.items()
-    ],
-)
+@pytest.mark.whole
+@pytest.mark.parametrize("bug", EACH.values(), ids=EACH)
 def test_a_bug_is_seen(bug: Bug, report: Report) -> None:
     done = seeded(bug)
     # 1: a test has failed. All else would be a run that could not be, which shows nothing.

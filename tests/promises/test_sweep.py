@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import ROOT
 from durability import faults
+from paths import ROOT, TESTS
 from promise_table import Tally
 from sweep_life import PARTS
 from sweep_process import CALLS
@@ -71,7 +71,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), environ.get("PYTHONPATH", "")])
-    command = [sys.executable, str(ROOT / "tests" / "sweep_process.py"), str(folder)]
+    command = [sys.executable, str(TESTS / "support" / "sweep_process.py"), str(folder)]
     pipe = subprocess.PIPE
     with (folder / "errors").open("wb") as log:
         process = subprocess.Popen(
