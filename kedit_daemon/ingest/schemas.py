@@ -100,10 +100,7 @@ def _collect_neighbours(items: object, prompt: str, answer: str) -> list[Neighbo
 
 
 def _make_fact(
-    asked: tuple[str, str],
-    target: str,
-    again: list[str],
-    near: list[Neighbour],
+    asked: tuple[str, str], target: str, again: list[str], near: list[Neighbour]
 ) -> Fact:
     subject, prompt = asked
     return Fact(subject, prompt, target, paraphrases=tuple(again), neighbours=tuple(near))

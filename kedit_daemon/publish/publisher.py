@@ -48,11 +48,7 @@ class Publisher:
     """Publishes each active generation once. All methods belong to the edit loop's thread."""
 
     def __init__(
-        self,
-        config: PublishConfig,
-        home: Home,
-        store: Store,
-        monotonic: Callable[[], float],
+        self, config: PublishConfig, home: Home, store: Store, monotonic: Callable[[], float]
     ) -> None:
         self.config, self.home, self.store = config, home, store
         self._attempt: _PublishAttempt | None = None

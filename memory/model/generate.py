@@ -98,10 +98,7 @@ Overlay = Callable[[list[int]], AbstractContextManager[object]]
 
 
 def generate_answers(
-    model: EditableModel,
-    prompts: Sequence[str],
-    max_tokens: int,
-    overlay: Overlay | None = None,
+    model: EditableModel, prompts: Sequence[str], max_tokens: int, overlay: Overlay | None = None
 ) -> list[str]:
     """Generate one answer a prompt, cut at its natural stop. Out of memory, a group of rows is
     split in halves. Raises OutOfMemory when one row does not fit."""
