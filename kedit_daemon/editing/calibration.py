@@ -44,8 +44,8 @@ RULES = {
     f" error of the best, {SCORE_SPREAD} / √facts, the smallest norm ratio",
     "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
     f" halves of the canary text, from {vars(ACTIVATION_RANGE[0])} to {vars(ACTIVATION_RANGE[1])}",
-    "end_gate": "the cosine that at most so many of the pairs of a pilot's fact and a piece of"
-    " ordinary text reach as false_routes says",
+    "end_gate": "the cosine that at most a share false_routes of the pairs of a pilot's fact and a"
+    " piece of ordinary text reach",
     "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
     f" their limits, from {vars(NORM_RANGE[0])} to {vars(NORM_RANGE[1])}",
 }
