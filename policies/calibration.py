@@ -1,10 +1,10 @@
-"""Where this model takes facts: the search for its site, on a pilot batch of facts.
+"""Search for a model's edit site, on a pilot batch of facts.
 
 Staged, so that little is tried at great cost: the target loss of every group of layers; the
 quality of the best groups over a grid of λ and λ_n, each point only a solve; the best subject
-layers together with each end layer; the clamp. The choice is by `Quality.score`, the harmonic mean
-of reliability, generality and locality; what lies within one standard error of the best is as good,
-and then the smaller norm ratio decides, since that is what facts to come have to share.
+layers together with each end layer; the clamp. The choice is by `EditQuality.score`, the harmonic
+mean of reliability, generality and locality. Scores within one standard error of the best are as
+good, and then the smaller norm ratio decides, since future facts have to share it.
 """
 
 import math
@@ -26,12 +26,9 @@ from policies.norm_anchor import compute_anchor
 from policies.stability import Limits
 from policies.targets import compute_terms
 
-MAX_WINDOW = 3  # subject layers that are tried together, at most
-MAX_WINDOW_STARTS, MAX_END_LAYERS = (
-    8,
-    6,
-)  # of windows, and end layers, that are tried on a deep model
-SCREEN_STEPS = 30  # steps of a target while groups of layers are compared
+MAX_WINDOW = 3  # subject layers that are tried together
+MAX_WINDOW_STARTS, MAX_END_LAYERS = 8, 6  # that are tried on a deep model
+SCREEN_STEPS = 30  # of a target, while groups of layers are compared
 FINALISTS = 3  # groups of subject layers whose quality is measured, of different lowest layers
 # λ as a share of a layer's width, since a fact's kᵀ C0⁻¹ k is of the width's order.
 PRIOR_SHARES = (0.005, 0.05, 0.5)
@@ -40,7 +37,7 @@ END_PRIOR_FACTORS = (1.0, 10.0)  # λ of the end layer, in units of the subject 
 END_RATE_FACTOR = 0.3  # Adam's in an end layer that helps, in units of the subject layers'
 CLAMPS = (2.0, 4.0, 6.0)
 SCREEN_CLAMP = 4.0
-SCORE_SPREAD = 0.2  # of the score over one fact, where its shares are near 0.9: its standard error
+SCORE_SPREAD = 0.2  # standard error of one fact's score, where its shares are near 0.9
 
 StatisticsSource = Callable[[Collection[int]], Mapping[int, LayerStatistics]]
 MeasureQuality = Callable[[Mapping[int, Tensor]], "EditQuality"]
@@ -48,7 +45,7 @@ MeasureQuality = Callable[[Mapping[int, Tensor]], "EditQuality"]
 
 @dataclass(frozen=True)
 class EditQuality:
-    """What an edit with all of the pilot's facts does; shares, and ‖W‖/‖W0‖, the largest."""
+    """Quality of an edit with all pilot facts: shares, and the largest ‖W‖/‖W0‖ of a layer."""
 
     reliability: float
     generality: float
@@ -57,18 +54,18 @@ class EditQuality:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of the shares; 0 where one of them is."""
+        """Harmonic mean of the shares; 0 where one of them is 0."""
         shares = (self.reliability, self.generality, self.locality)
         return 3 / sum(1 / share for share in shares) if all(shares) else 0.0
 
     def as_dict(self) -> dict[str, float]:
-        """JSON-ready."""
+        """Return the shares and the score as JSON-ready values."""
         return asdict(self) | {"score": self.score}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A site that was tried, and what came of it; no quality where only the loss was measured."""
+    """A site that was tried, with its results; no quality where only the loss was measured."""
 
     stage: str
     site: EditSite
@@ -77,7 +74,7 @@ class Candidate:
     quality: EditQuality | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-ready: what the stages vary, and the figures."""
+        """Return the settings that the stages vary, and the figures, as JSON-ready values."""
         site, quality = self.site, self.quality
         result: dict[str, Any] = {
             "stage": self.stage,
@@ -94,22 +91,22 @@ class Candidate:
 
 
 def list_windows(layers: int) -> list[tuple[int, ...]]:
-    """Groups of consecutive subject layers in the lower two thirds."""
+    """List groups of consecutive subject layers in the lower two thirds."""
     top = max(1, round(layers * 2 / 3))
     starts = range(0, top, math.ceil(top / MAX_WINDOW_STARTS))
-    found = [tuple(range(a, a + n)) for n in range(1, MAX_WINDOW + 1) for a in starts]
-    return [group for group in found if group[-1] < top]
+    groups = [tuple(range(a, a + n)) for n in range(1, MAX_WINDOW + 1) for a in starts]
+    return [group for group in groups if group[-1] < top]
 
 
 def list_end_layers(layers: int) -> list[int]:
-    """Single layers above the lower third."""
-    found = range(layers // 3, layers)
-    return list(found[:: math.ceil(len(found) / MAX_END_LAYERS)])
+    """List end layers above the lower third."""
+    upper = range(layers // 3, layers)
+    return list(upper[:: math.ceil(len(upper) / MAX_END_LAYERS)])
 
 
 def choose_candidate(candidates: Sequence[Candidate], facts: int) -> Candidate:
-    """The one to choose after a pilot of so many facts; KeditError where none of them makes the
-    model say anything."""
+    """Return the best candidate after a pilot of this number of facts; raises KeditError where none
+    has a score above 0."""
     scored = [(c.quality, c) for c in candidates if c.quality is not None]
     top = max((quality.score for quality, _ in scored), default=0.0)
     if not top:
@@ -124,36 +121,37 @@ def choose_candidate(candidates: Sequence[Candidate], facts: int) -> Candidate:
 
 
 class SiteSearch:
-    """The stages, in order. `found` keeps all that was tried; the model ends as it began."""
+    """Stages of the search; `candidates` holds all that was tried. The model is left unchanged."""
 
     def __init__(
         self,
         model: EditableModel,
         base: EditSite,
         facts: Sequence[Fact],
-        examine: MeasureQuality,
+        measure_quality: MeasureQuality,
         norms: Mapping[int, float],
-        measured: StatisticsSource,
+        load_covariances: StatisticsSource,
     ) -> None:
-        """`base` gives what is not searched; `examine` the quality of weights changed by ΔW;
-        `norms` the median ‖y‖ of all layers; `measured` the covariances of some."""
+        """base: the site with the settings that are not searched. measure_quality: of the weights
+        changed by ΔW. norms: the median ‖y‖ of all layers."""
         self.model, self.base_site, self.facts, self.norms = model, base, tuple(facts), norms
-        self._measure_quality, self._load_covariances = examine, measured
+        self._measure_quality, self._load_covariances = measure_quality, load_covariances
         self._report_progress: Callable[[str], None] = lambda _what: None
         self._statistics: Mapping[int, LayerStatistics] = {}
-        self._packed_terms: dict[EditSite, dict[str, bytes]] = {}  # terms, by what they depend on
-        self._target_lengths: dict[EditSite, list[Mapping[int, float]]] = {}  # of their targets
+        # By the site without the settings of the solve, on which they do not depend.
+        self._packed_terms: dict[EditSite, dict[str, bytes]] = {}
+        self._target_lengths: dict[EditSite, list[Mapping[int, float]]] = {}
         self.candidates: list[Candidate] = []
 
     @property
     def max_units(self) -> int:
-        """Pieces of work, at most."""
+        """Largest number of units of work."""
         ends = len(list_end_layers(self.model.layer_count))
         return len(list_windows(self.model.layer_count)) + 2 * ends + FINALISTS + 2 + len(CLAMPS)
 
-    def run_stages(self, told: Callable[[str], None]) -> Candidate:
-        """The candidate to choose; `told` hears of each of `units` pieces of work, at most."""
-        self._report_progress, depth = told, self.model.layer_count
+    def run_stages(self, report_progress: Callable[[str], None]) -> Candidate:
+        """Return the best candidate; `report_progress` hears of each unit of work."""
+        self._report_progress, depth = report_progress, self.model.layer_count
         groups = self._rank_sites([self._make_subject_site(group) for group in list_windows(depth)])
         ends = self._rank_sites([self._make_end_site(n) for n in list_end_layers(depth)])
         lowest = {site.layers[0]: site for site in reversed(groups)}  # the best group above each
@@ -161,43 +159,36 @@ class SiteSearch:
         finalists = [*apart[:FINALISTS], *ends[:1]]
         self._load_statistics([self.base_site, *finalists])
         self._try_variants("start", self.base_site, [self.base_site])
-        judged = [
-            c
-            for site in finalists
-            for c in self._try_variants("quality", site, self._vary_priors(site))
-        ]
+        judged: list[Candidate] = []
+        for site in finalists:
+            judged += self._try_variants("quality", site, self._vary_priors(site))
         subjects = [c for c in judged if c.site.subject_layers and c.quality and c.quality.score]
         if subjects:
-            self._try_combinations(self._choose_best(subjects).site)
-        chosen = self._choose_best(self.candidates).site
+            self._try_combinations(choose_candidate(subjects, len(self.facts)).site)
+        chosen = choose_candidate(self.candidates, len(self.facts)).site
         self._load_statistics([chosen])
-        for clamp in CLAMPS:
-            if clamp != chosen.clamp:
-                site = replace(chosen, clamp=clamp)
+        for site in (replace(chosen, clamp=clamp) for clamp in CLAMPS):
+            if site != chosen:
                 self._try_variants("clamp", site, [site])
-        return self._choose_best(self.candidates)
+        return choose_candidate(self.candidates, len(self.facts))
 
     def solve_deltas(self, site: EditSite) -> dict[int, Tensor]:
-        """ΔW of all the facts at a site whose quality was measured."""
+        """Solve ΔW by layer of all pilot facts, at a site whose quality was measured."""
         self._load_statistics([site])
-        return WeightsTier(site, self._statistics).solve_deltas(
-            self._packed_terms[_strip_solve_fields(site)]
-        )
+        packed = self._packed_terms[_strip_solve_fields(site)]
+        return WeightsTier(site, self._statistics).solve_deltas(packed)
 
     def compute_anchors(self, site: EditSite) -> dict[int, float]:
-        """The norm anchors of a site whose quality was measured, by layer."""
+        """Return the norm anchors by layer of a site whose quality was measured."""
         lengths = self._target_lengths[_strip_solve_fields(site)]
         return {n: round(compute_anchor([one[n] for one in lengths]), 3) for n in site.layers}
-
-    # The sites ----------------------------------------------------------------------------------
 
     def _make_subject_site(self, group: tuple[int, ...]) -> EditSite:
         return replace(self.base_site, subject_layers=group, end_layers=(), clamp=SCREEN_CLAMP)
 
     def _make_end_site(self, layer: int) -> EditSite:
-        rate = self.base_site.target_rate
         end = replace(self.base_site, subject_layers=(), end_layers=(layer,), clamp=SCREEN_CLAMP)
-        return replace(end, end_from=0, end_rate=rate)
+        return replace(end, end_from=0, end_rate=self.base_site.target_rate)
 
     def _vary_priors(self, site: EditSite) -> Iterator[EditSite]:
         width = self.model.weight(site.layers[0]).shape[1]
@@ -207,41 +198,33 @@ class SiteSearch:
                 yield replace(site, prior=prior, end_prior=prior, ridge=ridge)
 
     def _try_combinations(self, subject: EditSite) -> None:
-        """The subject layers, and each end layer above them that joins in half way."""
+        """Try the subject layers with each end layer above them, which joins in half way."""
         above = [n for n in list_end_layers(self.model.layer_count) if n > subject.layers[-1]]
         sites = [replace(subject, end_layers=(n,)) for n in above]
         self._load_statistics(sites)
+        start, rate = subject.target_steps // 2, END_RATE_FACTOR * subject.target_rate
         for site in sites:
-            helped = replace(
-                site, end_from=site.target_steps // 2, end_rate=END_RATE_FACTOR * site.target_rate
-            )
-            priors = [factor * site.prior for factor in END_PRIOR_FACTORS]
-            self._try_variants(
-                "combination", helped, [replace(helped, end_prior=p) for p in priors]
-            )
-
-    def _choose_best(self, candidates: Sequence[Candidate]) -> Candidate:
-        return choose_candidate(candidates, len(self.facts))
+            both = replace(site, end_from=start, end_rate=rate)
+            variants = [replace(both, end_prior=f * site.prior) for f in END_PRIOR_FACTORS]
+            self._try_variants("combination", both, variants)
 
     def _load_statistics(self, sites: Sequence[EditSite]) -> None:
-        """Have the covariances of the sites' layers, and of no other: they are large."""
+        """Hold the covariances of the sites' layers, and of no other: they are large."""
         wanted = {n for site in sites for n in site.layers}
         missing = sorted(wanted - set(self._statistics))
         known = {**self._statistics, **(self._load_covariances(missing) if missing else {})}
         self._statistics = {n: known[n] for n in sorted(wanted)}
 
-    # What comes of them -------------------------------------------------------------------------
-
     def _rank_sites(self, sites: Sequence[EditSite]) -> list[EditSite]:
-        """The sites, best first: by the loss, then by the share of facts that are reached."""
+        """Sort sites, best first, by the loss and then by the share of facts that are reached."""
         ranked: list[tuple[float, float, int]] = []
-        for site in sites:
+        for n, site in enumerate(sites):
             quick = replace(site, target_steps=min(SCREEN_STEPS, site.target_steps))
             _, candidate = self._compute_terms("screening", quick)
             self.candidates.append(candidate)
             loss = math.inf if candidate.loss is None else candidate.loss
-            ranked.append((loss, -candidate.reached_share, len(ranked)))
-        return [sites[number] for *_, number in sorted(ranked)]
+            ranked.append((loss, -candidate.reached_share, n))
+        return [sites[n] for *_, n in sorted(ranked)]
 
     def _compute_terms(self, stage: str, site: EditSite) -> tuple[dict[str, EditTerms], Candidate]:
         self._report_progress(f"{stage}: {format_layers(site)}")
@@ -256,10 +239,9 @@ class SiteSearch:
     ) -> list[Candidate]:
         """Solve for each variant of a site, all from the site's own terms, and measure it."""
         terms, candidate = self._compute_terms(stage, site)
-        packed = self._packed_terms[_strip_solve_fields(site)] = {
-            n: pack_terms(t) for n, t in terms.items()
-        }
-        self._target_lengths[_strip_solve_fields(site)] = [t.lengths for t in terms.values()]
+        stripped, packed = _strip_solve_fields(site), {n: pack_terms(t) for n, t in terms.items()}
+        self._packed_terms[stripped] = packed
+        self._target_lengths[stripped] = [t.lengths for t in terms.values()]
         tried = []
         for variant in variants:
             try:
@@ -273,44 +255,46 @@ class SiteSearch:
 
 
 def _strip_solve_fields(site: EditSite) -> EditSite:
-    """The site without what only the solve reads."""
+    """Return the site without the fields that only the solve reads."""
     return replace(site, prior=0.0, end_prior=0.0, ridge=0.0)
 
 
 def format_layers(site: EditSite) -> str:
-    """A site's layers, as people read them."""
+    """Return a site's layers as readable text."""
     parts = (("subject", site.subject_layers), ("end", site.end_layers))
     return " + ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in parts if layers)
 
 
 # Limits -----------------------------------------------------------------------------------------
 
+# Tightest and widest limits. Of ‖W‖/‖W0‖: editors have collapsed near 2 and beyond 10.
 NORM_RANGE = (Limits(1.15, 1.3, 1.6), Limits(3.0, 5.0, 8.0))
-"""The tightest and the widest limits of ‖W‖/‖W0‖: editors have collapsed near 2 and beyond 10."""
+# Of the change of the activation norms, as a share.
 ACTIVATION_RANGE = (Limits(0.03, 0.05, 0.10), Limits(0.1, 0.2, 0.4))
-"""The same of the change of the activation norms, as a share."""
 VARIATION_FACTORS = (1.0, 2.0, 4.0)
 
 
 def derive_activation_limits(variation: float) -> Limits:
-    """One, two and four times what two halves of ordinary text differ by, within ACTIVATION."""
+    """Return 1, 2 and 4 times the variation between two halves of ordinary text, within
+    ACTIVATION_RANGE."""
     return _clamp_limits([factor * variation for factor in VARIATION_FACTORS], *ACTIVATION_RANGE)
 
 
 def derive_norm_limits(curve: Sequence[tuple[float, float]], activation: Limits) -> Limits:
-    """The norm ratios at which an update, scaled up, has moved the activation norms by their
-    limits, within NORM. `curve`: norm ratio and activation change, in rising order of scale."""
+    """Return the norm ratios at which an update, scaled up, has moved the activation norms to their
+    limits, within NORM_RANGE. curve: norm ratio and activation change, by rising scale."""
     wanted = (activation.warn, activation.consolidate, activation.revert)
     return _clamp_limits([_find_crossing(curve, change) for change in wanted], *NORM_RANGE)
 
 
 def _find_crossing(curve: Sequence[tuple[float, float]], wanted: float) -> float:
-    for (norm, change), (wider, more) in pairwise([(1.0, 0.0), *curve]):
-        if more >= wanted:
-            return norm + (wider - norm) * (wanted - change) / (more - change)
+    """Return the norm ratio at which the activation change reaches `wanted`, by interpolation."""
+    for (norm, change), (next_norm, next_change) in pairwise([(1.0, 0.0), *curve]):
+        if next_change >= wanted:
+            return norm + (next_norm - norm) * (wanted - change) / (next_change - change)
     return math.inf
 
 
-def _clamp_limits(found: Sequence[float], least: Limits, most: Limits) -> Limits:
-    bounds = zip(vars(least).values(), found, vars(most).values(), strict=True)
+def _clamp_limits(values: Sequence[float], tightest: Limits, widest: Limits) -> Limits:
+    bounds = zip(vars(tightest).values(), values, vars(widest).values(), strict=True)
     return Limits(*(round(min(max(low, n), high), 3) for low, n, high in bounds))

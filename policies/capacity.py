@@ -1,9 +1,9 @@
-"""How many facts the weights bear: learned from what the generations so far have measured.
+"""Capacity of the weights in facts, estimated from the figures of the generations so far.
 
-Every judged figure moves away from the unedited model's as facts come in. A power law
-a · n^b through the origin, fitted to the generations, foretells the count at which a figure
-reaches the limit from which a solve would have to be consolidated; the joint solve is consolidated
-already, so that count is the end. The first figure to get there decides.
+Every judged figure moves away from the unedited model's as facts come in. A power law a · n^b
+through the origin, fitted to the generations, predicts the count at which a figure reaches the
+limit from which a solve would have to be consolidated; the joint solve is consolidated already, so
+that count is the capacity. The first figure to reach its limit decides.
 """
 
 import math
@@ -13,17 +13,14 @@ from typing import Any
 
 from policies.stability import Thresholds
 
-MIN_EXPONENT, MAX_EXPONENT = (
-    0.3,
-    3.0,
-)  # of b: what lies outside comes from too few or odd observations
-MAX_PREDICTED_FACTS = 1e12  # facts: a figure that gets there later sets no limit
-MAX_EXTRAPOLATION = 2  # times the largest count seen: no fit is believed further
+MIN_EXPONENT, MAX_EXPONENT = 0.3, 3.0  # of b: others come from too few or odd observations
+MAX_PREDICTED_FACTS = 1e12  # a figure that reaches its limit later sets none
+MAX_EXTRAPOLATION = 2  # times the largest count seen: no fit is trusted further
 
 
 @dataclass(frozen=True)
 class Observation:
-    """How far the figures moved, by name, with so many facts in the weights."""
+    """Changes of the figures, by name, with a number of facts in the weights."""
 
     facts: int
     changes: Mapping[str, float]
@@ -31,8 +28,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Capacity:
-    """The largest count that keeps every figure below its limit, the figure that is the first to
-    reach it, and that limit; neither where no figure does as far as can be foreseen."""
+    """The largest count of facts that keeps every figure below its limit.
+
+    figure and limit: the figure that is the first to reach its limit, and that limit; None where
+    none does within the extrapolation.
+    """
 
     facts: int
     figure: str | None
@@ -40,44 +40,46 @@ class Capacity:
 
     def __str__(self) -> str:
         if self.figure is None:
-            return f"they bear at least {self.facts} facts"
-        return f"they bear about {self.facts} facts ({self.figure})"
+            return f"their capacity is at least {self.facts} facts"
+        return f"their capacity is about {self.facts} facts ({self.figure})"
 
 
 def make_observation(facts: int, figures: Mapping[str, Any]) -> Observation:
-    """From the figures of a generation, as `Health.as_dict` gives them. Those of an older version
-    may lack some, and what was not finite is text."""
-    moved: dict[str, float] = {}
+    """Return the changes in a generation's figures, which are as `Health.as_dict` returns them.
+
+    Those of an older version may lack some, and a value that was not finite is text.
+    """
+    changes: dict[str, float] = {}
     for layer, ratio in figures.get("norm_ratio", {}).items():
-        moved[f"norm of layer {layer}"] = float(ratio) - 1
+        changes[f"norm of layer {layer}"] = float(ratio) - 1
     for layer, ratio in figures.get("activation_ratio", {}).items():
-        moved[f"activations of layer {layer}"] = abs(float(ratio) - 1)
+        changes[f"activations of layer {layer}"] = abs(float(ratio) - 1)
     if "perplexity_ratio" in figures:
-        moved["perplexity"] = float(figures["perplexity_ratio"]) - 1
+        changes["perplexity"] = float(figures["perplexity_ratio"]) - 1
     if "agreement" in figures:
-        moved["agreement"] = 1 - float(figures["agreement"])
-    return Observation(facts, moved)
+        changes["agreement"] = 1 - float(figures["agreement"])
+    return Observation(facts, changes)
 
 
 def estimate_capacity(
     observations: Sequence[Observation], thresholds: Thresholds
 ) -> Capacity | None:
-    """What the weights bear by all that has been observed; None before there is anything."""
+    """Estimate the capacity from all observations; None before there are any."""
     seen = [o for o in observations if o.facts > 0]
     if not seen:
         return None
-    foreseen = MAX_EXTRAPOLATION * max(o.facts for o in seen)
-    found = [Capacity(foreseen, None, None)]
+    horizon = MAX_EXTRAPOLATION * max(o.facts for o in seen)
+    found = [Capacity(horizon, None, None)]
     for figure in sorted({name for o in seen for name in o.changes}):
         limit = _find_limit(figure, thresholds)
         points = [(o.facts, o.changes[figure]) for o in seen if figure in o.changes]
-        if (most := _predict_capacity(points, limit)) < foreseen:
-            found.append(Capacity(int(most), figure, limit))
+        if (facts := _predict_capacity(points, limit)) < horizon:
+            found.append(Capacity(int(facts), figure, limit))
     return min(found, key=lambda c: c.facts)
 
 
 def _find_limit(figure: str, thresholds: Thresholds) -> float:
-    """How far a figure may move."""
+    """Return the limit of a figure's change."""
     limits = {
         "norm": thresholds.norm.consolidate - 1,
         "activations": thresholds.activation.consolidate,
@@ -88,27 +90,28 @@ def _find_limit(figure: str, thresholds: Thresholds) -> float:
 
 
 def _predict_capacity(points: Sequence[tuple[int, float]], limit: float) -> float:
-    """The largest count below the limit by the fit, and below every count that reached it."""
+    """Return the largest count below the limit by the fit, and below every count that met it."""
     if limit <= 0:
         return 0
-    most = min((n - 1.0 for n, value in points if not value < limit), default=math.inf)
+    facts = min((n - 1.0 for n, value in points if not value < limit), default=math.inf)
     usable = [(n, value) for n, value in points if 0 < value < math.inf]
     if usable:
         a, b = _fit_power_law(usable)
-        crossing = (math.log(limit) - a) / b  # in logs: it may lie beyond all numbers
+        crossing = (math.log(limit) - a) / b  # in logs: it may overflow
         if crossing < math.log(MAX_PREDICTED_FACTS):
-            most = min(most, math.ceil(math.exp(crossing) - 1e-9) - 1)
-    return max(0, most)
+            facts = min(facts, math.ceil(math.exp(crossing) - 1e-9) - 1)
+    return max(0, facts)
 
 
 def _fit_power_law(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
-    """log a and b of value = a · n^b, by least squares in logs; b is 1 where there is one count."""
+    """Fit value = a · n^b by least squares in logs; returns log a and b, 1 for a single count."""
     xs = [math.log(n) for n, _ in points]
     ys = [math.log(value) for _, value in points]
     x, y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((one - x) ** 2 for one in xs)
+    variance = sum((log_n - x) ** 2 for log_n in xs)
     slope = 1.0
-    if spread > 1e-12:
-        slope = sum((one - x) * (other - y) for one, other in zip(xs, ys, strict=True)) / spread
+    if variance > 1e-12:
+        covariance = sum((log_n - x) * (log_v - y) for log_n, log_v in zip(xs, ys, strict=True))
+        slope = covariance / variance
     b = min(max(slope, MIN_EXPONENT), MAX_EXPONENT)
     return y - b * x, b

@@ -1,7 +1,7 @@
-"""Where and how strongly this model is edited: measured once per model, kept in its folder.
+"""The edit site: layers, tokens and strengths, measured once per model and kept in its folder.
 
 The published site (the subject's last token) is not a constant of nature: on small models it
-cannot be optimised at all. So the site is data, with the evidence beside it (`kedit.json`).
+cannot be optimised at all. So the site is data, kept with its evidence (`kedit.json`).
 """
 
 import json
@@ -24,7 +24,7 @@ class EditSite:
 
     The weights tier edits some layers at the subject's last token, where the fact belongs to the
     subject alone, and some at the tokens that predict the target, where a change always reaches
-    the answer, but other subjects with that answer are near. The latter help from a step on, so
+    the answer, but other subjects with that answer are near. The latter join in at a later step, so
     that they do only what the former could not.
     """
 
@@ -36,20 +36,20 @@ class EditSite:
     end_prior: float  # the same in the end layers
     ridge: float  # λ_n: weight of the squared change of the weights, in units of E[k²]
     clamp: float  # longest δ of a target
-    essence: float  # weight of the KL on what the subject is; 0 does without
+    essence: float  # weight of the KL on "<subject> is a"; 0 omits it
     target_steps: int
     target_rate: float  # Adam's in the subject layers, in lengths
     side_layer: int
     side_rate: float  # Adam's, for the B of a shard's ΔW = B A, in lengths
-    key_layer: int  # where subject keys are read
+    key_layer: int  # in which subject keys are read
     subject_gate: float  # least cosine of a subject key that may route
     end_gate: float  # least cosine of an end key that may route
-    alpha: float  # WISE margins: distance outside a shard's facts, at most
-    beta: float  # distance on the shard's facts, at least
+    alpha: float  # WISE margins: largest activation distance outside a shard's facts
+    beta: float  # least activation distance on the shard's facts
     gamma: float  # least gap between the two
     unnamed_gate: float = 0.95  # the subject gate of a fact with a prompt that does not name it
-    # ‖W‖/‖W0‖ at which an audit warns, consolidates, reverts. These start values are judged from
-    # what large models bear; how many facts a layer holds per unit of norm is the model's own.
+    # ‖W‖/‖W0‖ at which an audit warns, consolidates, reverts. These start values are
+    # judged from large models; how many facts a layer holds per unit of norm depends on the model.
     norm_warn: float = 1.15
     norm_consolidate: float = 1.3
     norm_revert: float = 1.6
@@ -59,30 +59,30 @@ class EditSite:
     agreement_warn: float = 0.02  # share of the canary's statements completed differently
     agreement_consolidate: float = 0.03
     agreement_revert: float = 0.10
-    # By layer the mean ‖v‖ of targets on the unedited model, in lengths: targets far beyond are
-    # refused. None is where it is not measured. Not hashed, since a mapping cannot be.
+    # By measured layer, the mean ‖v‖ of targets on the unedited model in lengths: those far beyond
+    # are refused. Not hashed, since a mapping cannot be.
     anchors: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     @property
     def gates(self) -> RoutingGates:
-        """Where and from which cosines on the side memory fires."""
+        """Key layers and the least cosines at which the side memory fires."""
         return RoutingGates(
             self.key_layer, self.side_layer, self.subject_gate, self.end_gate, self.unnamed_gate
         )
 
     @property
     def has_essence(self) -> bool:
-        """Whether targets are held to what the subject is. An end layer changes nothing there."""
+        """Check that targets keep the subject's essence, which no end layer changes."""
         return bool(self.essence and self.subject_layers)
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers that the weights tier edits, in order."""
+        """Layers that the weights tier edits, in order."""
         return tuple(sorted((*self.subject_layers, *self.end_layers)))
 
 
 def make_default_site(layers: int) -> EditSite:
-    """A start for a model without a measured site: the prompt's end, past the middle."""
+    """Return a start for a model without a measured site: the prompt's end, past the middle."""
     upper = min(layers - 1, max(0, round(layers * 0.6)))
     return EditSite(
         subject_layers=(),
@@ -109,7 +109,7 @@ def make_default_site(layers: int) -> EditSite:
 
 @dataclass(frozen=True)
 class _PublishedSite:
-    """Where MEMIT was published to edit a model: its subject layers of so many, and λ."""
+    """Published MEMIT site of a model: its layer count, first and last subject layer, and λ."""
 
     layers: int
     first: int
@@ -131,31 +131,26 @@ _MIN_LAYERS = 12
 
 
 def make_start_site(kind: str, layers: int) -> EditSite:
-    """A start for an unmeasured model: at the published relative depth where there is one for
-    its type (the configuration's `model_type`), at the subject's last token; else the default.
-    """
-    start, known = make_default_site(layers), _PUBLISHED_SITES.get(kind)
-    if known is None or layers < _MIN_LAYERS:
+    """Return a start for an unmeasured model: the published relative depth of its type (the
+    configuration's `model_type`), at the subject's last token; else the default."""
+    start, published = make_default_site(layers), _PUBLISHED_SITES.get(kind)
+    if published is None or layers < _MIN_LAYERS:
         return start
-    scale = (layers - 1) / (known.layers - 1)
-    subject = range(round(known.first * scale), round(known.last * scale) + 1)
-    return replace(start, subject_layers=tuple(subject), end_layers=(), prior=known.prior)
+    scale = (layers - 1) / (published.layers - 1)
+    subject = range(round(published.first * scale), round(published.last * scale) + 1)
+    return replace(start, subject_layers=tuple(subject), end_layers=(), prior=published.prior)
 
 
 def load_site(model_path: Path, layers: int, kind: str = "") -> EditSite:
-    """The site measured for the model in this folder, or a start for a model of this kind.
-
-    Raises KeditError when `kedit.json` is there and cannot be used.
-    """
+    """Return the site measured for the model in this folder, or a start for a model of this kind;
+    raises KeditError for a `kedit.json` that cannot be used."""
     path = model_path / SITE_FILE
     return read_site(path, layers) if path.is_file() else make_start_site(kind, layers)
 
 
 def read_site(path: Path, layers: int) -> EditSite:
-    """The site that a file of `site_text`'s form holds.
-
-    Raises KeditError when it cannot be used for a model of so many layers.
-    """
+    """Read the site from a file as `format_site` writes it; raises KeditError for a site that does
+    not fit a model of this number of layers."""
     try:
         raw = json.dumps(json.loads(path.read_text(encoding="utf-8"))["site"])
         site = TypeAdapter(EditSite).validate_json(raw, strict=True)
@@ -168,25 +163,21 @@ def read_site(path: Path, layers: int) -> EditSite:
     if not site.layers:
         raise KeditError(f"{path}: no layer to edit", code="config")
     if len(set(site.layers)) < len(site.layers):
-        raise KeditError(
-            f"{path}: a layer is named as subject layer and as end layer",
-            code="config",
-        )
+        raise KeditError(f"{path}: a layer is named twice", code="config")
     if not all(0 <= n < layers for n in (*site.layers, site.side_layer, site.key_layer)):
         raise KeditError(f"{path}: a layer is not one of the model's {layers}", code="config")
     return site
 
 
 def format_site(site: EditSite, evidence: Mapping[str, Any]) -> str:
-    """A site and the figures behind it, as `kedit.json` holds them; numbers have to be finite."""
-    held = {"evidence": dict(evidence), "site": asdict(site)}
-    return json.dumps(held, indent=1, allow_nan=False) + "\n"
+    """Return a site and its evidence as the text of `kedit.json`; numbers have to be finite."""
+    content = {"evidence": dict(evidence), "site": asdict(site)}
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def read_weights_hash(path: Path) -> str | None:
-    """The sha256 of the weights that the site in a file was measured on, where it says so."""
+    """Return the sha256 of the weights on which a file's site was measured, if it holds one."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["evidence"]["weights"]
+        return str(json.loads(path.read_text(encoding="utf-8"))["evidence"]["weights"])
     except (ValueError, KeyError, TypeError):
         return None
-    return str(found)

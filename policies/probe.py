@@ -1,4 +1,4 @@
-"""Does the model say it? Answers before and after an edit, compared as people would."""
+"""Probes of an edit: the model's answers before and after, compared as people would."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,26 +7,26 @@ from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
 from memory.side.subject_matcher import normalize_text
+from policies.prompts import MAX_PARAPHRASES
 
 MAX_NEIGHBOURS = 3
-MAX_PARAPHRASES = 2
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, no punctuation or articles, single spaces: SQuAD's form for exact match."""
+    """Return lower case, no punctuation or articles, single spaces: SQuAD's exact-match form."""
     words = normalize_text(text).split()
     short = " ".join(word for word in words if word not in ("a", "an", "the"))
     return short or text.strip().casefold()  # an answer may be "A", or "+"
 
 
 def is_same_answer(answer: str, target: str) -> bool:
-    """Exact match after normalizing."""
+    """Check that answer and target match exactly after normalizing."""
     return normalize_answer(answer) == normalize_answer(target)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How an edit turned out. Counts are of those asked."""
+    """Result of an edit; counts are of the prompts that were asked."""
 
     answer: str
     right: bool
@@ -36,12 +36,12 @@ class Probe:
     neighbours_unchanged: int
 
     def as_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """Return the result as JSON-ready values."""
         return asdict(self)
 
 
 def list_probe_prompts(fact: Fact) -> list[str]:
-    """What a probe asks: the prompt, paraphrases, neighbours, in this order."""
+    """List the prompts of a probe: the fact's own, paraphrases, neighbours, in this order."""
     return [
         fact.question,
         *fact.filled_paraphrases[:MAX_PARAPHRASES],
@@ -50,37 +50,35 @@ def list_probe_prompts(fact: Fact) -> list[str]:
 
 
 def count_answer_tokens(model: EditableModel, facts: Sequence[Fact]) -> int:
-    """Tokens to allow an answer: the longest target, and room to stop."""
+    """Return the tokens to allow an answer: the longest target and a few to stop in."""
     return max(len(model.encode_target(f.question, f.target)) for f in facts) + 4
 
 
 def answer_probes(
     model: EditableModel, facts: Sequence[Fact], overlay: Overlay | None = None
 ) -> dict[str, list[str]]:
-    """The model's answers to every fact's probe prompts, by fact id."""
+    """Return the model's answers to every fact's probe prompts, by fact id."""
     if not facts:
         return {}
     asked = [(fact.id, prompt) for fact in facts for prompt in list_probe_prompts(fact)]
-    said = generate_answers(
-        model, [p for _, p in asked], count_answer_tokens(model, facts), overlay
-    )
+    max_tokens = count_answer_tokens(model, facts)
+    answers = generate_answers(model, [p for _, p in asked], max_tokens, overlay)
     result: dict[str, list[str]] = {fact.id: [] for fact in facts}
-    for (fact_id, _), answer in zip(asked, said, strict=True):
+    for (fact_id, _), answer in zip(asked, answers, strict=True):
         result[fact_id].append(answer)
     return result
 
 
 def compare_answers(fact: Fact, before: Sequence[str], after: Sequence[str]) -> Probe:
-    """A probe from the answers of the unedited and the edited model to `prompts_of(fact)`."""
+    """Compare the unedited and the edited model's answers to `list_probe_prompts(fact)`."""
     rephrased = len(fact.filled_paraphrases[:MAX_PARAPHRASES])
     after_rephrased, after_near = after[1 : 1 + rephrased], after[1 + rephrased :]
+    pairs = zip(after_near, before[1 + rephrased :], strict=True)
     return Probe(
         answer=after[0],
         right=is_same_answer(after[0], fact.target),
         paraphrases=rephrased,
         paraphrases_right=sum(is_same_answer(a, fact.target) for a in after_rephrased),
         neighbours=len(after_near),
-        neighbours_unchanged=sum(
-            a == b for a, b in zip(after_near, before[1 + rephrased :], strict=True)
-        ),
+        neighbours_unchanged=sum(a == b for a, b in pairs),
     )

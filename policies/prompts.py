@@ -1,4 +1,4 @@
-"""A fact as rows of tokens: its prompt in several contexts, its target after it, its site."""
+"""Token rows of a fact: its prompt in several contexts, each followed by the target."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,11 @@ from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.edit_site import EditSite
 
-# Unrelated sentences before the prompt, so that an edit does not hang on standing first.
-CONTEXTS = (
-    "",
-    "It rained for most of the afternoon. ",
-)
+# Unrelated sentences before the prompt, so that an edit does not depend on being first in the text.
+CONTEXTS = ("", "It rained for most of the afternoon. ")
 MAX_PARAPHRASES = 2
-# What may be asked of people, places, works and companies. An edit is about one thing of its
-# subject, and these stand for everything else.
+# Questions about people, places, works and companies. An edit is about one relation of its subject,
+# and these stand for all others.
 SUBJECT_QUESTIONS = (
     "{} was born in the city of",
     "The mother tongue of {} is",
@@ -45,12 +42,13 @@ SUBJECT_QUESTIONS = (
     "{} died of",
     "{} was released in",
 )
-IGNORE_LABEL = -100  # the label of a token that is not the target's
+IGNORE_LABEL = -100  # of a token that is not part of a target
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """Prompt and target ids, and where the subject ends: at the prompt's end if it is not in it."""
+    """Prompt and target ids, and the index of the subject's last token (the prompt's end if the
+    subject is not in it)."""
 
     ids: tuple[int, ...]
     prompt_length: int
@@ -69,7 +67,7 @@ class TokenRow:
 class TokenBatch:
     """Rows padded to one width: ids (rows, tokens), ends of subject and prompt (rows,).
 
-    Pads stand on the right, where causal attention keeps them from every real token.
+    Pads are on the right, where causal attention hides them from every real token.
     """
 
     ids: Tensor
@@ -78,24 +76,20 @@ class TokenBatch:
 
 
 def find_subject_end(model: EditableModel, text: str, subject: str) -> int | None:
-    """The position of the subject's last token in the encoded prompt, if the subject is in it."""
+    """Return the index of the subject's last token in the encoded text; None if it is not there."""
     ids = model.encode(text)
-    at = text.rfind(subject)
-    if at < 0:
+    start = text.rfind(subject)
+    if start < 0:
         return None
-    before = model.encode(text[: at + len(subject)])
-    shared = next(
-        (n for n, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b),
-        min(len(before), len(ids)),
-    )
+    head = model.encode(text[: start + len(subject)])
+    pairs = enumerate(zip(head, ids, strict=False))
+    shared = next((n for n, (a, b) in pairs if a != b), min(len(head), len(ids)))
     return max(shared - 1, 0)
 
 
 def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
-    """The rows that an edit of this fact learns from.
-
-    Raises Rejected when the model cannot read the fact.
-    """
+    """Return the rows from which an edit learns; raises Rejected for a fact that does not fit the
+    model."""
     texts = [context + fact.question for context in CONTEXTS]
     texts += fact.filled_paraphrases[:MAX_PARAPHRASES]
     rows = []
@@ -112,13 +106,13 @@ def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
             )
         ids = (*prompt, *target)
         subject = find_subject_end(model, text, fact.subject)
-        at = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
-        rows.append(TokenRow(ids, len(prompt), at))
+        end = len(prompt) - 1
+        rows.append(TokenRow(ids, len(prompt), end if subject is None else min(subject, end)))
     return rows
 
 
 def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
-    """What a fact's keys take in a solve, in float32: in each edited layer a key for every
+    """Return the float32 bytes of a fact's keys in a solve: per edited layer one key for every
     context, and in an end layer for every token of the target."""
     contexts = len(CONTEXTS) + len(fact.filled_paraphrases[:MAX_PARAPHRASES])
     tokens = len(model.encode_target(fact.question, fact.target)) + (model.end_token is not None)
@@ -127,15 +121,15 @@ def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
 
 
 def make_essence_row(model: EditableModel, fact: Fact) -> TokenRow:
-    """The row on which an edit must leave the subject what it is (Meng et al. 2022, section 3.1):
-    a prompt with no relation in it. Its last token stands for a target."""
-    ids = tuple(model.encode(f"{fact.subject} is a"))
-    subject = find_subject_end(model, f"{fact.subject} is a", fact.subject)
+    """Return the row of the essence KL (Meng et al. 2022, section 3.1): a prompt that names no
+    relation, on which an edit must not change the subject. Its last token stands for a target."""
+    prompt = f"{fact.subject} is a"
+    ids, subject = tuple(model.encode(prompt)), find_subject_end(model, prompt, fact.subject)
     return TokenRow((*ids, ids[-1]), len(ids), len(ids) - 1 if subject is None else subject)
 
 
 def pad_rows(rows: list[TokenRow], width: int, filler: int, device: torch.device) -> TokenBatch:
-    """Rows side by side."""
+    """Pad rows on the right to `width` tokens with the id `filler`."""
     ids = torch.full((len(rows), width), filler)
     for n, row in enumerate(rows):
         ids[n, : len(row.ids)] = torch.tensor(row.ids)

@@ -7,9 +7,9 @@ weights, past ones too: MEMIT's normal equations (Meng et al. 2023, eq. 14) over
 solved from W0 each time. Adding a fact, replacing it and taking it back are the same operation on
 the rows, and the order in which facts came cannot matter.
 
-The same solve gives the published methods that the bench compares with, by what its presets hand
-in: other rows, other weights of the prior, and here the two switches that change the solve
-itself, AlphaEdit's projector (Fang et al. 2025) and EMMET's equality (Gupta et al. 2024).
+The same solve gives the published methods that the bench compares with, by what its presets pass
+in: other rows, other weights of the prior, and here the two switches that change the solve itself,
+AlphaEdit's projector (Fang et al. 2025) and EMMET's equality (Gupta et al. 2024).
 """
 
 from collections.abc import Sequence
@@ -19,14 +19,12 @@ from torch import Tensor
 
 from memory.errors import NotFinite, Singular
 
-SAME_KEYS_RCOND = (
-    1e-6  # of the largest singular value: keys are float32, what differs by less is noise
-)
+SAME_KEYS_RCOND = 1e-6  # of the largest singular value: smaller ones are noise in float32 keys
 
 
 def stack_facts(facts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Keys (n, width) and residuals (n, hidden) of one layer, a row for each context and site of
-    each fact, from the facts' keys (contexts, sites, width) and residuals (sites, hidden)."""
+    """Return keys (n, width) and residuals (n, hidden) of one layer, a row for each context and
+    site, from the facts' keys (contexts, sites, width) and residuals (sites, hidden)."""
     keys = torch.cat([k.flatten(0, 1) for k, _ in facts])
     return keys, torch.cat([r.repeat(len(k), 1) for k, r in facts])
 
@@ -47,7 +45,7 @@ class RidgeSolver:
 
         projector: if given, weights change only along C0's eigenvectors whose eigenvalue is below
         it, in units of E[k²] too; K is then K U0 and C0 is U0ᵀ C0 U0 in all formulas, U0 (width,
-        free). equality: meet the residuals, at whatever cost in A0, rather than weigh the two.
+        free). equality: match the residuals at any cost in A0, rather than weigh the two.
         Raises KeditError when A0 is not positive definite, or no direction is left.
         """
         c0 = covariance.double().cpu()
@@ -59,14 +57,14 @@ class RidgeSolver:
         self._cholesky = _factor_matrix(self._a0)
 
     def solve(self, keys: Tensor, residuals: Tensor) -> Tensor:
-        """ΔW (hidden, width) float32 from keys (n, width) and residuals (n, hidden).
+        """Solve ΔW (hidden, width) in float32 from keys (n, width) and residuals (n, hidden).
 
-        Raises NotFinite rather than give back NaN or Inf.
+        Raises NotFinite rather than return NaN or Inf.
         """
         return narrow_to_float32(self.solve_exact(keys, residuals))
 
     def solve_exact(self, keys: Tensor, residuals: Tensor) -> Tensor:
-        """ΔW as of `solve`, in float64 and not yet known to be finite."""
+        """Solve ΔW as `solve` does, in float64 and unchecked."""
         k, r = keys.double().cpu(), residuals.double().cpu()
         if not (torch.isfinite(k).all() and torch.isfinite(r).all()):
             raise NotFinite("a key or a target is not finite")
@@ -76,7 +74,7 @@ class RidgeSolver:
         return (delta if self._basis is None else self._basis @ delta).T
 
     def _solve_ridge(self, k: Tensor, r: Tensor) -> Tensor:
-        """ΔWᵀ (width, hidden) that minimises ‖K ΔWᵀ − R‖² + tr(ΔW A0 ΔWᵀ).
+        """Solve for the ΔWᵀ (width, hidden) that minimises ‖K ΔWᵀ − R‖² + tr(ΔW A0 ΔWᵀ).
 
         By Woodbury the cost of fewer rows than the layer is wide is an (n, n) system, not another
         (width, width) factor: (A0 + Kᵀ K)⁻¹ Kᵀ = A0⁻¹ Kᵀ (I + K A0⁻¹ Kᵀ)⁻¹.
@@ -89,7 +87,7 @@ class RidgeSolver:
         return torch.cholesky_solve(k.T @ r, _factor_matrix(torch.addmm(self._a0, k.T, k)))
 
     def _solve_equality(self, k: Tensor, r: Tensor) -> Tensor:
-        """ΔWᵀ (width, hidden) that minimises tr(ΔW A0 ΔWᵀ) subject to K ΔWᵀ = R.
+        """Solve for the ΔWᵀ (width, hidden) that minimises tr(ΔW A0 ΔWᵀ) subject to K ΔWᵀ = R.
 
         That is A0⁻¹ Kᵀ (K A0⁻¹ Kᵀ)⁻¹ R, as the shortest least-squares solution in coordinates in
         which A0 = L Lᵀ is the identity: it is defined, and a compromise, also where keys repeat
@@ -102,7 +100,7 @@ class RidgeSolver:
 
 
 def narrow_to_float32(delta: Tensor) -> Tensor:
-    """ΔW in float32. Raises NotFinite when it does not fit there."""
+    """Return ΔW in float32; raises NotFinite when it does not fit there."""
     result = delta.float().contiguous()
     if not torch.isfinite(result).all():
         raise NotFinite("the solve did not give finite weights")
@@ -110,7 +108,7 @@ def narrow_to_float32(delta: Tensor) -> Tensor:
 
 
 def _find_null_space(covariance: Tensor, limit: float) -> Tensor:
-    """U0 (width, free): the eigenvectors of C0 whose eigenvalue is below the limit."""
+    """Return U0 (width, free), the eigenvectors of C0 whose eigenvalue is below the limit."""
     if not torch.isfinite(covariance).all():
         raise NotFinite("the key covariance is not finite")
     values, vectors = torch.linalg.eigh(covariance)
@@ -124,7 +122,7 @@ def _find_null_space(covariance: Tensor, limit: float) -> Tensor:
 
 
 def _factor_matrix(matrix: Tensor) -> Tensor:
-    """The Cholesky factor of a symmetric matrix."""
+    """Return the Cholesky factor of a symmetric matrix; raises Singular."""
     factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:

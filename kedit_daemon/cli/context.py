@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kedit_daemon.home import PROGRAM_NAME, Home
-from memory.db.event_log import replace_non_finite
+from memory.canonical_json import replace_non_finite
 from memory.errors import KeditError
 
 if TYPE_CHECKING:

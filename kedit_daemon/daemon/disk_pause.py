@@ -80,7 +80,7 @@ class DiskPause:
 
 
 def wait_for_disk_space(folder: Path, notifier: SystemdNotifier) -> bool:
-    """Wait until the disk has space for a start; False when told to stop meanwhile.
+    """Wait until the disk has space for a start; False when a signal stops it meanwhile.
 
     A process that ended instead would be restarted by systemd a few times, and then never again.
     """

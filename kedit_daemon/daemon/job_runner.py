@@ -4,6 +4,7 @@ import logging
 
 from kedit_daemon.daemon.job_schedule import JobSchedule
 from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.memory_backoff import guard_memory
 from kedit_daemon.system.disk import is_database_locked, is_disk_failure
 from memory.db.store import JOB_OK, Store
 from memory.errors import KeditError, ends_daemon
@@ -23,7 +24,7 @@ def run_due_jobs(schedule: JobSchedule, store: Store, editor: Editor) -> None:
             number = store.start_job(name, planned)
         outcome, detail = JOB_OK, ""
         try:
-            with editor.guard_memory():
+            with guard_memory(editor.live_model):
                 detail = run_job(editor, name)
         except KeditError as error:
             if ends_daemon(error):

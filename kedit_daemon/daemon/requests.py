@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kedit_daemon.control import ControlRequest
 from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.memory_backoff import guard_memory
 from kedit_daemon.system.disk import describe_disk_error, is_database_locked, is_disk_failure
 from memory.errors import BadRequest, KeditError, ends_daemon
 
@@ -38,7 +39,7 @@ def answer_request(
     try:
         if refusal is not None and request.name != "ask":
             raise refusal
-        with editor.guard_memory():
+        with guard_memory(editor.live_model):
             request.send_answer(execute_command(editor, request.name, request.arguments))
     except KeditError as error:
         request.send_refusal(error)

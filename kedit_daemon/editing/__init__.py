@@ -1,1 +1,1 @@
-"""Changes what the model says: learns, flushes, reverts, audits and repairs."""
+"""Changes what the model answers: learns, flushes, reverts, audits and repairs."""

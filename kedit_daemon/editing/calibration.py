@@ -1,4 +1,4 @@
-"""Calibration: a pilot of facts, what an edit does to it, and the site and limits that follow."""
+"""Calibration: edit a pilot of facts, and derive the site and the limits from the effect."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ from memory.errors import KeditError
 from memory.facts import Fact, FactState
 from memory.model.canary import Canary
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from memory.side.side_memory import SideMemory
 from policies.calibration import (
     ACTIVATION_RANGE,
@@ -31,11 +32,11 @@ from policies.calibration import (
 )
 from policies.edit_site import EditSite
 from policies.gate import fit_end_gate
-from policies.probe import MAX_NEIGHBOURS, MAX_PARAPHRASES
-from policies.prompts import TokenRow, make_rows
+from policies.probe import MAX_NEIGHBOURS
+from policies.prompts import MAX_PARAPHRASES, TokenRow, make_rows
 
 MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
-ROWS_PER_PASS = 8  # that run together; all of their logits are held at once
+ROWS_PER_PASS = 8  # whose logits are all held at once
 UPDATE_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
@@ -43,20 +44,20 @@ RULES = {
     f" error of the best, {SCORE_SPREAD} / √facts, the smallest norm ratio",
     "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
     f" halves of the canary text, from {vars(ACTIVATION_RANGE[0])} to {vars(ACTIVATION_RANGE[1])}",
-    "end_gate": "the cosine that at most so many of the pairs of a pilot's fact and a piece of"
-    " ordinary text reach as false_routes says",
+    "end_gate": "the cosine that at most a share false_routes of the pairs of a pilot's fact and a"
+    " piece of ordinary text reach",
     "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
     f" their limits, from {vars(NORM_RANGE[0])} to {vars(NORM_RANGE[1])}",
 }
 
 ReportProgress = Callable[[str], None]
 StartProgress = Callable[[int], ReportProgress]
-"""Told of the pieces of work to come, it gives what is to hear of each."""
+"""Called with the number of units of work; returns what to call at the start of each."""
 
 
 @dataclass(frozen=True)
 class Pilot:
-    """Facts to edit, and what to ask then: wordings and prompts that no edit has seen."""
+    """Facts to edit, and prompts to ask then, which no edit has seen."""
 
     facts: tuple[Fact, ...]
     held_out: tuple[tuple[int, str, str], ...]  # place of the fact, prompt and target
@@ -65,14 +66,14 @@ class Pilot:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The site that was chosen, and why."""
+    """The chosen site and the evidence for it."""
 
     site: EditSite
     evidence: dict[str, Any]
 
 
 def refuse_if_in_use(home: Home) -> None:
-    """Terms belong to the layers they were computed for: KeditError where some are stored."""
+    """Raise KeditError if terms are stored: they belong to the layers they were computed for."""
     if not home.database_file.is_file():
         return
     with open_database(home) as conn:
@@ -90,7 +91,7 @@ def refuse_if_in_use(home: Home) -> None:
 
 
 def read_pilot(path: Path, limits: FileLimits) -> list[Fact]:
-    """The facts of a file in any accepted form, one for each question; broken records are left."""
+    """Read the facts of a file in any accepted form, one for each question; skip broken records."""
     parsed = parse_file(path.read_bytes(), path.name, None, limits)
     if not parsed.facts:
         first = parsed.problems[0]
@@ -99,8 +100,8 @@ def read_pilot(path: Path, limits: FileLimits) -> list[Fact]:
 
 
 def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot:
-    """At most `count` facts to edit. Without paraphrases, the question behind other words is held
-    out; without neighbours, the questions of facts that are not edited are near."""
+    """Make a pilot of at most `count` facts. Without paraphrases, the question after other words is
+    held out; without neighbours, the questions of facts that are not edited are near."""
     usable = [fact for fact in facts if _is_readable(model, fact)]
     edited, others = usable[:count], usable[count : 2 * count]
     if not any(fact.neighbours for fact in edited) and not others:
@@ -123,14 +124,14 @@ def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot
 
 def _select_held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
     placed = list(enumerate(facts))
-    found = [
+    held_out = [
         (n, p, fact.target) for n, fact in placed for p in fact.filled_paraphrases[:MAX_PARAPHRASES]
     ]
-    if not found:
+    if not held_out:
         lines = [" ".join(line.split()[:8]).rstrip(".") for line in read_ordinary_lines()]
         pairs = zip(lines, placed, strict=False)
-        found = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
-    return [one for one in found if len(model.encode(one[1])) <= MAX_PROMPT_TOKENS]
+        held_out = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
+    return [one for one in held_out if len(model.encode(one[1])) <= MAX_PROMPT_TOKENS]
 
 
 def _is_readable(model: EditableModel, fact: Fact) -> bool:
@@ -142,29 +143,23 @@ def _is_readable(model: EditableModel, fact: Fact) -> bool:
 
 
 class PilotExaminer:
-    """Asks the pilot's questions. An answer is right when every token of the target is the
-    likeliest; a near prompt has stayed when its likeliest next token is the same as before."""
+    """Scores an edit on the pilot. An answer is right if every token of the target is the
+    likeliest; a near prompt is unchanged if its likeliest next token is that of the base."""
 
     def __init__(self, model: EditableModel, pilot: Pilot) -> None:
         self.model = model
         self._fact_rows = [self._encode_row(fact.question, fact.target) for fact in pilot.facts]
-        self._held_out_rows = [
-            self._encode_row(prompt, target) for _, prompt, target in pilot.held_out
-        ]
-        self._near_rows = [(model.encode(prompt), [0]) for prompt in pilot.near]
-        self._near_before = self._predict_targets(self._near_rows)
+        self._held_out_rows = [self._encode_row(prompt, end) for _, prompt, end in pilot.held_out]
+        self._near_rows = [PromptAnswer(tuple(model.encode(prompt)), (0,)) for prompt in pilot.near]
+        self._near_before = self._predict_next(self._near_rows)
 
     def __call__(self, deltas: Mapping[int, Tensor]) -> EditQuality:
-        """The quality of the unedited weights plus ΔW; the model ends unedited."""
+        """Measure the quality of the unedited weights plus ΔW; the model ends unedited."""
         model = self.model
         model.set_deltas(dict(deltas))
         try:
-            same = [
-                a == b
-                for a, b in zip(
-                    self._predict_targets(self._near_rows), self._near_before, strict=True
-                )
-            ]
+            pairs = zip(self._predict_next(self._near_rows), self._near_before, strict=True)
+            same = [now == before for now, before in pairs]
             ratios = [float(model.weight(n).norm() / model.base_weight(n).norm()) for n in deltas]
             return EditQuality(
                 reliability=self._score_rows(self._fact_rows),
@@ -175,39 +170,26 @@ class PilotExaminer:
         finally:
             model.set_deltas({})
 
-    def _encode_row(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
-        return self.model.encode(prompt), self.model.encode_target(prompt, target)
+    def _encode_row(self, prompt: str, target: str) -> PromptAnswer:
+        answer = self.model.encode_target(prompt, target)
+        return PromptAnswer(tuple(self.model.encode(prompt)), tuple(answer))
 
-    def _score_rows(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-        said = self._predict_targets(rows)
-        return sum(a == target for a, (_, target) in zip(said, rows, strict=True)) / len(rows)
+    def _score_rows(self, rows: Sequence[PromptAnswer]) -> float:
+        scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
+        return sum(all(score.token_hits) for score in scores) / len(rows)
 
-    def _predict_targets(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
-        """The likeliest tokens in the places of each row's target, given prompt and target."""
-        said: list[list[int]] = []
-        for start in range(0, len(rows), ROWS_PER_PASS):
-            some = rows[start : start + ROWS_PER_PASS]
-            full = [prompt + target[:-1] for prompt, target in some]
-            # Pads on the right are behind every token whose prediction is read.
-            ids = torch.zeros(len(some), max(map(len, full)), dtype=torch.long)
-            for n, tokens in enumerate(full):
-                ids[n, : len(tokens)] = torch.tensor(tokens)
-            with torch.no_grad():
-                out = self.model.hf_model(input_ids=ids.to(self.model.device), use_cache=False)
-            best = out.logits.argmax(-1).tolist()
-            said += [
-                line[len(prompt) - 1 : len(tokens)]
-                for line, (prompt, _), tokens in zip(best, some, full, strict=True)
-            ]
-        return said
+    def _predict_next(self, rows: Sequence[PromptAnswer]) -> list[tuple[int, ...]]:
+        """Return the likeliest next token of each prompt."""
+        scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
+        return [score.tokens for score in scores]
 
 
 def calibrate(
     opened: OpenedModel, pilot: Pilot, false_routes: float, watch: StartProgress
 ) -> Calibration:
-    """Search for the site of an unedited model, and set its limits and its end gate.
+    """Search for the site of an unedited model, and derive its limits and its end gate.
 
-    `false_routes`: the share of unrelated text that may pass the gate, as of `end_gate`.
+    `false_routes`: the share of unrelated text that may pass the end gate.
     """
     began, model = time.monotonic(), opened.model
     statistics = opened.resolve_statistics((), range(model.layer_count), iter)
@@ -220,9 +202,9 @@ def calibrate(
         norms,
         lambda layers: opened.resolve_statistics(layers, (), iter),
     )
-    told = watch(search.max_units + 1)
-    chosen = search.run_stages(told)
-    told("limits")
+    report = watch(search.max_units + 1)
+    chosen = search.run_stages(report)
+    report("limits")
     site, figures = _derive_limits(model, chosen.site, search.solve_deltas(chosen.site))
     side = SideMemory(model, site.gates, {n: s.output_mean for n, s in statistics.items()})
     asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
@@ -246,7 +228,7 @@ def calibrate(
 def _derive_limits(
     model: EditableModel, site: EditSite, deltas: Mapping[int, Tensor]
 ) -> tuple[EditSite, dict[str, Any]]:
-    """The site with its limits, by RULES, and the figures behind them."""
+    """Derive the limits of a site by RULES. Return the site with them, and the figures used."""
     lines = read_canary_lines()
     halves = [Canary(model, half, site.layers).base_readings for half in (lines[::2], lines[1::2])]
     one, other = (half.activation_norms for half in halves)
@@ -268,7 +250,7 @@ def _derive_limits(
 def _measure_curve(
     model: EditableModel, canary: Canary, deltas: Mapping[int, Tensor], far: float
 ) -> list[tuple[float, float]]:
-    """The largest norm ratio and activation change under the update, scaled up until the
+    """Measure the largest norm ratio and activation change under the update, scaled up until the
     activations have changed by `far`."""
     curve: list[tuple[float, float]] = []
     try:
@@ -289,20 +271,17 @@ def _measure_curve(
 def _measure_clean_norms(
     model: EditableModel, site: EditSite, facts: Sequence[Fact]
 ) -> dict[int, float]:
-    """By layer the median ‖y‖ of the unedited model where facts are edited."""
-    found: dict[int, list[Tensor]] = {n: [] for n in site.layers}
+    """Measure the median ‖y‖ of the unedited model by layer, at the tokens that are edited."""
+    norms: dict[int, list[Tensor]] = {n: [] for n in site.layers}
     for row in (row for fact in facts for row in make_rows(model, fact)):
 
         def keep(n: int, _inputs: Tensor, outputs: Tensor, row: TokenRow = row) -> None:
-            ends = slice(row.prompt_length - 1, len(row.ids) - 1)
-            at = (
-                slice(row.subject_index, row.subject_index + 1)
-                if n in site.subject_layers
-                else ends
-            )
-            found[n].append(outputs[0, at].norm(dim=-1).cpu())
+            tokens = slice(row.prompt_length - 1, len(row.ids) - 1)
+            if n in site.subject_layers:
+                tokens = slice(row.subject_index, row.subject_index + 1)
+            norms[n].append(outputs[0, tokens].norm(dim=-1).cpu())
 
         taps = {n: partial(keep, n) for n in site.layers}
         with torch.no_grad(), model.tap_layers(taps):
             model.hf_model(input_ids=torch.tensor([row.ids], device=model.device), use_cache=False)
-    return {n: float(torch.cat(norms).median()) for n, norms in found.items()}
+    return {n: float(torch.cat(parts).median()) for n, parts in norms.items()}

@@ -1,4 +1,4 @@
-"""From a name in the configuration to a model with its site, statistics and canary."""
+"""Loading of the configured model, with its site, its statistics and its canary."""
 
 import hashlib
 import json
@@ -37,7 +37,7 @@ WrapProgress = Callable[[Iterable[str]], Iterable[str]]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything about a model that does not change while the daemon runs."""
+    """A model with everything about it that does not change while the daemon runs."""
 
     name: str
     model: EditableModel
@@ -53,7 +53,7 @@ class LoadedModel:
 
 
 def locate_model(name: str) -> Path:
-    """Where a configured model lies; a hub id stays what it is."""
+    """Return the path of a configured model; a hub id stays as it is."""
     return shipped.MODEL if name == SHIPPED_MODEL else Path(name)
 
 
@@ -77,50 +77,40 @@ def read_canary_texts() -> CanaryTexts:
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model that has been loaded, and where what was measured of it lies."""
+    """A model that has been loaded, and the folders with its measurements."""
 
     model: EditableModel
     base_hash: str
-    model_folder: Path  # the model's own
+    model_folder: Path
     cache_folder: Path  # for what is measured here; a home's `state`
 
-    @property
-    def site_path(self) -> Path:
-        """Where `calibrate` keeps the site that it measured."""
-        return self.cache_folder / SITE_FILE
-
     def resolve_site(self) -> EditSite:
-        """The site measured in the home, else the one with the model, else a start for its type."""
-        kind = str(self.model.hf_model.config.model_type)
-        return find_site(
-            self.model_folder, self.cache_folder, self.base_hash, self.model.layer_count, kind
-        )
+        """Find the site, as `find_site` does."""
+        kind, layers = str(self.model.hf_model.config.model_type), self.model.layer_count
+        return find_site(self.model_folder, self.cache_folder, self.base_hash, layers, kind)
 
     def resolve_statistics(
         self, edited: Collection[int], read: Collection[int], progress: WrapProgress
     ) -> dict[int, LayerStatistics]:
-        """Of the layers to edit (with covariance) and those only read: shipped with the model,
-        else cached, else measured now and cached."""
-        kept = find_statistics(self.model_folder, self.cache_folder, self.base_hash, edited, read)
-        if kept.missing_path is not None:
-            texts = read_ordinary_lines()
-            found = collect_statistics(
-                self.model, texts, kept.edited_layers, kept.read_layers, progress
-            )
-            data = pack_statistics(found)
-            # Named by what is in it, too: by that a later start sees that it is whole.
-            name = f"{kept.missing_path.stem}-{hashlib.sha256(data).hexdigest()}"
-            write_atomic(kept.missing_path.with_stem(name), data)
-            for path in {kept.missing_path, *_list_cached(kept.missing_path)} - {
-                kept.missing_path.with_stem(name)
-            }:
-                path.unlink(missing_ok=True)  # it was damaged
-            return kept.statistics | unpack_statistics(data)
-        return kept.statistics
+        """Return the statistics of the layers to edit (with covariance) and of those only read:
+        shipped with the model, else cached, else measured now and cached."""
+        known = find_statistics(self.model_folder, self.cache_folder, self.base_hash, edited, read)
+        if known.missing_path is None:
+            return known.statistics
+        layers = known.edited_layers, known.read_layers
+        measured = collect_statistics(self.model, read_ordinary_lines(), *layers, progress)
+        data = pack_statistics(measured)
+        # The sha256 in its name shows a later start that the file is whole.
+        digest = hashlib.sha256(data).hexdigest()
+        path = known.missing_path.with_stem(f"{known.missing_path.stem}-{digest}")
+        write_atomic(path, data)
+        for damaged in {known.missing_path, *_list_cached(known.missing_path)} - {path}:
+            damaged.unlink(missing_ok=True)
+        return known.statistics | unpack_statistics(data)
 
 
 def find_site(folder: Path, cache: Path, base_hash: str, layers: int, kind: str) -> EditSite:
-    """The site measured in the home, else the one with the model, else a start for its type.
+    """Find the site measured in the home, else the model's own, else a start for its type.
 
     A file in the home that was measured on other weights is not for this model.
     """
@@ -132,10 +122,10 @@ def find_site(folder: Path, cache: Path, base_hash: str, layers: int, kind: str)
 
 @dataclass(frozen=True)
 class KnownStatistics:
-    """Statistics that were measured before, and what is to be measured still."""
+    """Statistics that were measured before, and those still missing."""
 
     statistics: dict[int, LayerStatistics]
-    missing_path: Path | None = None  # where the rest belongs, but for its sha256, of these layers
+    missing_path: Path | None = None  # of the file for these layers, but for its sha256
     edited_layers: tuple[int, ...] = ()
     read_layers: tuple[int, ...] = ()
 
@@ -143,9 +133,9 @@ class KnownStatistics:
 def find_statistics(
     folder: Path, cache: Path, base_hash: str, edited: Collection[int], read: Collection[int]
 ) -> KnownStatistics:
-    """The statistics of a model's layers as far as they are shipped with it or cached whole.
+    """Find the statistics of a model's layers that are shipped with it or cached whole.
 
-    Raises KeditError with exit code 78 when those with the model cannot be read.
+    Raises UnusableModel if those with the model cannot be read.
     """
     path = folder / STATISTICS_FILE
     try:
@@ -163,15 +153,15 @@ def find_statistics(
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() == path.stem.rpartition("-")[2]:
             return KnownStatistics(shipped | unpack_statistics(data))
-        log.warning("%s is damaged: its sha256 differs; the model is measured again", path)
+        log.warning("%s is damaged: its sha256 differs. Measuring the model again.", path)
     if older := _load_unhashed(cached, {*wide, *narrow}):
         return KnownStatistics(shipped | older)
     return KnownStatistics(shipped, cached, tuple(wide), tuple(narrow))
 
 
 def _load_unhashed(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
-    """What an older version has measured, which put no sha256 into a file's name: it gets one.
-    Nothing where there is no such file, or a damaged one."""
+    """Load a file of an older version, which put no sha256 into its name, and rename it. Return
+    nothing if it is missing or damaged."""
     if not path.is_file():
         return {}
     data = path.read_bytes()
@@ -180,27 +170,27 @@ def _load_unhashed(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
     except (SafetensorError, KeyError, ValueError):
         found = {}
     if found.keys() != layers:
-        log.warning("%s is damaged; the model is measured again", path)
+        log.warning("%s is damaged. Measuring the model again.", path)
         return {}
-    with suppress(OSError):  # a home may be read only, and somebody else may have been quicker
+    with suppress(OSError):  # the home may be read-only, or another process quicker
         path.rename(path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}"))
     return found
 
 
 def _list_cached(path: Path) -> list[Path]:
-    """The files that were made for this path, each with a sha256 in its name."""
+    """List the files that were made for this path, each with a sha256 in its name."""
     return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
 
 
 def open_model(name: str, device: str, cache: Path) -> OpenedModel:
-    """Load the configured model, without what depends on where it is edited.
+    """Load the configured model, without what depends on its site.
 
-    Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
+    Raises UnusableModel if there is no such model, or it cannot be edited.
     """
     path = locate_model(name)
     if name == SHIPPED_MODEL and not path.is_dir():
         raise UnusableModel(f"{path} is missing", hint="install again")
-    # An id on the hub is no path, and its name alone may not be looked up as one.
+    # A hub id is no path, and its name alone must not be looked up as one.
     model = EditableModel.load(path if path.is_dir() else name, resolve_device(device))
     return OpenedModel(model, model.weights_hash(range(model.layer_count)), path, cache)
 
@@ -217,7 +207,7 @@ def load_model(
     `cache`: folder that keeps what is measured on first use; a site that `calibrate` has left
     there comes first. `canary_texts`: the shipped ones by default.
 
-    Raises KeditError with exit code 78 when there is no such model, or none that can be edited.
+    Raises UnusableModel if there is no such model, or it cannot be edited.
     """
     opened = open_model(name, device, cache)
     model, site = opened.model, opened.resolve_site()

@@ -1,7 +1,7 @@
-"""Quarantine: the facts that make the weights sick are found, named, and taken out of both tiers.
+"""Quarantine: find the facts that make the weights unhealthy, and take them out of both tiers.
 
-What is innocent stays where it is. A fact in quarantine has ended; it comes back when a person
-hands it in again, and its targets are then computed anew.
+The other facts stay where they are. A fact in quarantine has ended; it comes back when it is
+submitted again, and its targets are then computed again.
 """
 
 import math
@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from kedit_daemon.editing.generations import FactRemoval, Generations
+from kedit_daemon.editing.generations import Generations
+from kedit_daemon.editing.lifecycle import FactRemoval, Lifecycle
 from memory.db.rows import StoredFact
+from memory.db.store import Store
 from memory.facts import FactState
 from policies.culprits import Culprits, find_culprits
 from policies.stability import Action, Verdict
@@ -18,86 +20,95 @@ from policies.stability import Action, Verdict
 QUARANTINED = "quarantined"
 
 SelectIds = Callable[[Sequence[StoredFact]], Sequence[str]]
+"""Return the ids of all facts in the weights once some suspects are."""
 
 
 class Quarantine:
-    """Tries parts of a batch on the weights, and locks up who makes them sick alone."""
+    """Searches for culprits by solving for parts of a batch."""
 
-    def __init__(self, weights: Generations, pulse: Callable[[], None]) -> None:
-        self.generations, self.store, self.pulse = weights, weights.store, pulse
+    def __init__(
+        self,
+        store: Store,
+        lifecycle: Lifecycle,
+        generations: Generations,
+        pulse: Callable[[], None],
+    ) -> None:
+        self.store, self.lifecycle, self.generations = store, lifecycle, generations
+        self.pulse = pulse
 
     def find_lone_culprits(
-        self, batch: Sequence[StoredFact], ids: SelectIds
+        self, batch: Sequence[StoredFact], select_ids: SelectIds
     ) -> list[tuple[StoredFact, Verdict]]:
-        """Who of a batch would make the weights sick all by itself, and how. `ids`: all that is in
-        the weights with some of the batch.
+        """Find the facts that make the weights unhealthy each on its own, in a batch that makes
+        them so.
 
-        Where even the fact that asks most of them is well alone, there are taken to be too many,
-        and no single one to be to blame.
+        If even the fact with the largest strain is healthy alone, the batch is taken to be too
+        large, and no single fact to be the cause.
         """
-        if self._judge_with(ids, batch).action < Action.REVERT:
-            return []
         strains = self._measure_strains(batch)
         worst = max(batch, key=lambda fact: strains[fact.id])
-        sick = self._judge_alone(worst).action >= Action.REVERT
-        return self._search_ranked(batch, strains, ids).culprits if sick else []
+        if self._judge_ids([worst.id]).action < Action.REVERT:
+            return []
+        return self._search_ranked(batch, strains, select_ids).culprits
 
-    def find_culprits(self, suspects: Sequence[StoredFact], ids: SelectIds) -> Culprits[StoredFact]:
-        """Who of the suspects is to blame, of weights that are sick with all of them."""
+    def find_culprits(
+        self, suspects: Sequence[StoredFact], select_ids: SelectIds
+    ) -> Culprits[StoredFact]:
+        """Find the culprits among suspects with all of which the weights are unhealthy."""
         with self.generations.serve_candidates():
-            if self._judge_with(ids, []).action >= Action.REVERT:
+            if self._judge_ids(select_ids([])).action >= Action.REVERT:
                 return Culprits(list(suspects), [], [])
-            return self._search_ranked(suspects, self._measure_strains(suspects), ids)
+            return self._search_ranked(suspects, self._measure_strains(suspects), select_ids)
 
     def _search_ranked(
-        self, suspects: Sequence[StoredFact], strains: Mapping[str, float], ids: SelectIds
+        self, suspects: Sequence[StoredFact], strains: Mapping[str, float], select_ids: SelectIds
     ) -> Culprits[StoredFact]:
-        """What cannot even be solved for is guilty in any company. Of the others, who asks most of
-        the weights comes last, and is found to be too many, if any is."""
+        """Search in the order of strain, so that the surplus, if any, has the largest. A fact that
+        cannot be solved for alone is a culprit in any company."""
         broken = [fact for fact in suspects if strains[fact.id] == math.inf]
         others = [fact for fact in suspects if fact not in broken]
         ranked = sorted(others, key=lambda fact: strains[fact.id])
         found = find_culprits(
-            ranked, partial(self._judge_with, ids), self._judge_alone, Action.REVERT
+            ranked,
+            lambda part: self._judge_ids(select_ids(part)),
+            lambda fact: self._judge_ids([fact.id]),
+            Action.REVERT,
         )
-        guilty = [(fact, self._judge_alone(fact)) for fact in broken]
-        return replace(found, culprits=[*guilty, *found.culprits])
+        culprits = [(fact, self._judge_ids([fact.id])) for fact in broken]
+        return replace(found, culprits=[*culprits, *found.culprits])
 
     def _measure_strains(self, facts: Sequence[StoredFact]) -> dict[str, float]:
-        found = dict[str, float]()
+        strains = dict[str, float]()
         for fact in facts:
-            found[fact.id] = self.generations.measure_strain(fact.id)
+            strains[fact.id] = self.generations.measure_strain(fact.id)
             self.generations.pulse_with_active(self.pulse)
-        return found
+        return strains
 
-    def _judge_with(self, ids: SelectIds, some: Sequence[StoredFact]) -> Verdict:
+    def _judge_ids(self, ids: Sequence[str]) -> Verdict:
         self.generations.pulse_with_active(self.pulse)
-        return self.generations.judge_facts(ids(some))
-
-    def _judge_alone(self, fact: StoredFact) -> Verdict:
-        self.generations.pulse_with_active(self.pulse)
-        return self.generations.judge_facts([fact.id])
+        return self.generations.judge_facts(ids)
 
     def quarantine_facts(
         self,
-        guilty: Sequence[tuple[StoredFact, Verdict]],
-        crowd: Sequence[StoredFact] = (),
-        why: str = QUARANTINED,
+        culprits: Sequence[tuple[StoredFact, Verdict]],
+        surplus: Sequence[StoredFact] = (),
+        reason: str = QUARANTINED,
     ) -> None:
-        """End the guilty, each with the measures that condemned it, and let the crowd wait for the
-        side memory; all in one change."""
-        leaving = [FactRemoval(fact, FactState.RECEIVED, why) for fact in crowd]
-        for fact, verdict in guilty:
-            said = f"{QUARANTINED}: alone it makes the weights sick: {'; '.join(verdict.reasons)}"
-            leaving.append(FactRemoval(fact, FactState.REVERTED, said))
-        if leaving:
-            also = partial(self._record_culprits, guilty, crowd)
-            self.generations.apply_removals(leaving, why, also=also)
+        """End the culprits, each with the figures that condemned it, and route the surplus to the
+        side memory, all in one change."""
+        removals = [FactRemoval(fact, FactState.RECEIVED, reason) for fact in surplus]
+        for fact, verdict in culprits:
+            figures = "; ".join(verdict.reasons)
+            why = f"{QUARANTINED}: alone it makes the weights unhealthy: {figures}"
+            removals.append(FactRemoval(fact, FactState.REVERTED, why))
+        if removals:
+            also = partial(self._record_culprits, culprits, surplus)
+            self.generations.apply_removals(removals, reason, also=also)
 
     def _record_culprits(
-        self, guilty: Sequence[tuple[StoredFact, Verdict]], crowd: Sequence[StoredFact]
+        self, culprits: Sequence[tuple[StoredFact, Verdict]], surplus: Sequence[StoredFact]
     ) -> None:
-        for fact, verdict in guilty:
+        for fact, verdict in culprits:
             self.store.artifacts.drop_terms(fact.id)
             self.store.db.write_event(QUARANTINED, fact.id, reasons=list(verdict.reasons))
-        self.generations.redirect_to_side(crowd)
+        self.lifecycle.redirect_to_side(surplus)

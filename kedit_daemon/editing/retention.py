@@ -1,4 +1,4 @@
-"""Retention: live facts are asked again, and what is not stated any more is learned anew."""
+"""Retention: ask live facts again, and relearn those that are not stated any more."""
 
 import random
 from collections.abc import Sequence
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_daemon.editing.generations import Generations
+from kedit_daemon.editing.live_model import LiveModel
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
+from memory.db.store import Store
 from memory.facts import LIVE_STATES, FactState
-from policies.probe import count_answer_tokens, is_same_answer
+from policies.probe import is_same_answer
 
 OLDEST_COUNT = 50  # live facts that are asked again at every audit
 ROTATING_COUNT = 100  # more of them, of those in the weights
@@ -18,20 +20,21 @@ SAMPLE_SIZE = 200  # of all live facts, in a probe of retention
 
 @dataclass(frozen=True)
 class RetentionResult:
-    """Share of some live facts that are still stated, if there are any, and the others."""
+    """Share of some live facts that are stated, None if there are no facts, and the others."""
 
     stated_share: float | None
     lost_facts: list[StoredFact]
 
 
 class Retention:
-    """Asks the model that is served for what it has been told."""
+    """Checks that the model still states the facts that it has learned."""
 
-    def __init__(self, weights: Generations) -> None:
-        self.generations, self.live_model, self.store = weights, weights.live_model, weights.store
+    def __init__(self, live_model: LiveModel, store: Store, generations: Generations) -> None:
+        self.live_model, self.store, self.generations = live_model, store, generations
 
     def probe_retention(self) -> dict[str, Any]:
-        """Ask the oldest live facts, and a sample of all, and write down what came of it."""
+        """Ask the oldest live facts and a sample of all, record the result, relearn what is
+        lost."""
         number = int(self.store.db.get_meta(meta_keys.RETENTION_PROBES) or "0") + 1
         live = self.store.list_facts(LIVE_STATES)
         sample = self._ask_facts(random.Random(number).sample(live, min(SAMPLE_SIZE, len(live))))
@@ -48,8 +51,7 @@ class Retention:
         return self._ask_facts(self.store.list_facts(LIVE_STATES)[:OLDEST_COUNT])
 
     def ask_rotating(self, turn: int) -> RetentionResult:
-        """Ask others that are in the weights, where any solve may spoil what was there: at each
-        turn the next ones."""
+        """Ask others in the weights, the next ones in each turn: any solve may spoil those."""
         oldest = {fact.id for fact in self.store.list_facts(LIVE_STATES)[:OLDEST_COUNT]}
         others = [f for f in self.store.list_facts((FactState.LIVE_WEIGHTS,)) if f.id not in oldest]
         first = turn * ROTATING_COUNT % max(len(others), 1)
@@ -58,15 +60,15 @@ class Retention:
     def _ask_facts(self, facts: Sequence[StoredFact]) -> RetentionResult:
         if not facts:
             return RetentionResult(None, [])
-        longest = count_answer_tokens(self.live_model.model, [f.fact for f in facts])
-        said = self.live_model.answer_prompts([f.fact.question for f in facts], longest)
-        pairs = zip(said, facts, strict=True)
+        answers = self.live_model.answer_questions([f.fact for f in facts])
+        pairs = zip(answers, facts, strict=True)
         lost = [f for answer, f in pairs if not is_same_answer(answer.text, f.fact.target)]
         return RetentionResult(1 - len(lost) / len(facts), lost)
 
     def relearn_facts(self, lost: Sequence[StoredFact]) -> list[str]:
-        """Let those that are still live be learned again, in the side memory; their ids."""
-        live = [f for n in lost if (f := self.store.find_fact(n.id)) and f.state in LIVE_STATES]
+        """Relearn facts that are still live, in the side memory. Return their ids."""
+        current = [f for one in lost if (f := self.store.find_fact(one.id))]
+        live = [f for f in current if f.state in LIVE_STATES]
         if live:
-            self.generations.send_to_side(live, "an audit found that it is not stated any more")
+            self.generations.move_to_side(live, "an audit found that it is not stated any more")
         return [f.id for f in live]

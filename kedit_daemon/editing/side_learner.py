@@ -1,7 +1,7 @@
-"""The hot tier at work: waiting facts are learned into shards of their own, probed, and live.
+"""The side memory at work: learn waiting facts into shards of their own, probe them, go live.
 
-A shard is never opened again: what is live stays as it was probed, and one fact more costs no more
-when there are many. A fact that goes takes its shard with it.
+A shard is never trained again: what is live stays as it was probed, and the cost of another fact
+does not grow with their number. A fact that ends takes its shard with it.
 """
 
 import time
@@ -11,12 +11,14 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from kedit_daemon.editing.flush import Flush
+from kedit_daemon.editing.generations import Generations
+from kedit_daemon.editing.lifecycle import Lifecycle
+from kedit_daemon.editing.live_model import LiveModel, add_side_fact
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.db.rows import StoredFact
-from memory.errors import KeditError
-from memory.facts import Fact, FactState
+from memory.db.store import Store
+from memory.facts import Fact
 from memory.side.side_memory import RetrievalKeys, Shard
 from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
@@ -28,115 +30,116 @@ from policies.wise import (
     read_prompt_ends,
 )
 
-OUTSIDE_LINES = 200
+OUTSIDE_LINES = 200  # of ordinary text, on which every shard must stay quiet
 OUTSIDE_NEIGHBOURS = 4  # of each fact
-LONG_TARGET_TOKENS = 16  # tokens; with one of 55 a batch of 16 facts of 1 or 2 took 9 times as long
+LONG_TARGET_TOKENS = 16  # with one target of 55, a batch of 16 facts of 1 or 2 took 9 times as long
 
 
 class SideLearner:
-    """Takes facts into the side memory."""
+    """Learns facts into the side memory."""
 
     def __init__(
         self,
-        flush: Flush,
+        live_model: LiveModel,
+        store: Store,
+        lifecycle: Lifecycle,
+        generations: Generations,
         batch_facts: int,
         steps: int,
         pulse: Callable[[], None],
         outside_lines: int = OUTSIDE_LINES,
     ) -> None:
-        self.flush, self.live_model, self.store = flush, flush.live_model, flush.store
+        """`batch_facts`: learned together at most. `steps`: of gradient descent."""
+        self.live_model, self.model, self.store = live_model, live_model.model, store
+        self.lifecycle, self.generations = lifecycle, generations
         self.batch_facts, self.steps, self.pulse = batch_facts, steps, pulse
-        layer = self.live_model.site.side_layer
         lines = [" ".join(line.split()[:12]) for line in read_ordinary_lines()[:outside_lines]]
-        with self.live_model.model.at_base():
-            self._ordinary_inputs, _ = read_prompt_ends(self.live_model.model, lines, layer)
+        with self.model.at_base():
+            layer = live_model.site.side_layer
+            self._ordinary_inputs, _ = read_prompt_ends(self.model, lines, layer)
 
-    def learn_batch(self, waiting: Sequence[StoredFact], most: int | None = None) -> list[str]:
-        """Learn as many of the waiting facts as are learned at once, or `most`; those now live.
+    def learn_batch(self, waiting: Sequence[StoredFact], max_facts: int | None = None) -> list[str]:
+        """Learn the first waiting facts, at most `batch_facts` or `max_facts`. Return the ids of
+        those that are live now.
 
-        One that goes out of range while it is learned fails alone, as does one that is not said.
-        Raises KeditError when one of them cannot be learned at all; nothing is changed then.
+        A fact whose training diverges fails alone, as does one that is not answered then. Raises
+        KeditError if one of them cannot be learned at all; nothing has changed then.
         """
-        together = self._reject_gibberish(self._select_batch(waiting, most or self.batch_facts))
-        if not together:
+        selected = self._select_batch(waiting, max_facts or self.batch_facts)
+        batch = self._reject_gibberish(selected)
+        if not batch:
             return []
         began = time.monotonic()
-        keys = compute_keys(self.live_model.model, self.live_model.side, [f.fact for f in together])
-        found = self._train_shards([f.fact for f in together], keys)
-        seconds = (time.monotonic() - began) / len(together)
-        shards = {n: one for n, one in found.items() if isinstance(one, Shard)}
-        failed = {n: one.reason for n, one in found.items() if isinstance(one, Refusal)}
-        new = [f for f in together if f.id in shards]
+        keys = compute_keys(self.model, self.live_model.side, [f.fact for f in batch])
+        trained = self._train_shards([f.fact for f in batch], keys)
+        seconds = (time.monotonic() - began) / len(batch)
+        failed = {n: one.reason for n, one in trained.items() if isinstance(one, Refusal)}
+        shards = {n: one for n, one in trained.items() if isinstance(one, Shard)}
+        new = [f for f in batch if f.id in shards]
         before = self.live_model.probe_unedited([f.fact for f in new])
         try:
             self._insert_shards(new, shards, keys)
             after = self._probe_new(new)
             probes = {f.id: compare_answers(f.fact, before[f.id], after[f.id]) for f in new}
-            self._save_learned(
-                [f for f in new if probes[f.id].right], keys, before, probes, seconds
-            )
+            right = [f for f in new if probes[f.id].right]
+            self._save_learned(right, keys, before, probes, seconds)
         except BaseException:
             self._remove_unsaved(new)
             raise
         wrong = {n: probe.answer for n, probe in probes.items() if not probe.right}
         failed |= {n: f"the side memory answered {answer!r}" for n, answer in wrong.items()}
         with self.store.db.transaction():
-            for fact in (f for f in together if f.id in failed):
-                self.flush.record_failed_attempt(fact, "side", failed[fact.id])
+            for fact in (f for f in batch if f.id in failed):
+                self.lifecycle.record_failed_attempt(fact, "side", failed[fact.id])
         self.live_model.prune_side()
-        return [f.id for f in together if f.id not in failed]
+        return [f.id for f in batch if f.id not in failed]
 
-    def _select_batch(self, waiting: Sequence[StoredFact], most: int) -> list[StoredFact]:
-        """The facts to learn at once. In company a long target would be waited for by all, since
-        every row is as long as the longest; so it comes after the short ones, and alone."""
+    def _select_batch(self, waiting: Sequence[StoredFact], max_facts: int) -> list[StoredFact]:
+        """Select the facts to learn together. Every row is as long as the longest, so a long
+        target would make all wait: it comes after the short ones, and alone."""
         short = (f for f in waiting if not self._has_long_target(f.fact))
-        return list(islice(short, most)) or list(waiting[:1])
+        return list(islice(short, max_facts)) or list(waiting[:1])
+
+    def _has_long_target(self, fact: Fact) -> bool:
+        return len(self.model.encode_target(fact.question, fact.target)) > LONG_TARGET_TOKENS
 
     def _reject_gibberish(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
-        """Those of the facts that are no nonsense; the others are rejected."""
+        """Reject the facts whose targets are gibberish, and return the others."""
         refused = self.live_model.find_gibberish([f.fact for f in facts])
         with self.store.db.transaction():
             for fact in (f for f in facts if f.id in refused):
-                self.store.change_state(fact.id, FactState.REJECTED, reason=refused[fact.id].reason)
-                self.store.add_edit(fact.id, "side", None, 0.0, "rejected", None)
+                self.lifecycle.reject(fact, "side", refused[fact.id].reason)
         return [f for f in facts if f.id not in refused]
-
-    def _has_long_target(self, fact: Fact) -> bool:
-        return (
-            len(self.live_model.model.encode_target(fact.question, fact.target))
-            > LONG_TARGET_TOKENS
-        )
 
     def _train_shards(
         self, facts: Sequence[Fact], keys: Mapping[str, RetrievalKeys]
     ) -> dict[str, Shard | Refusal]:
-        """By fact id."""
-        norm = self.live_model.loaded_model.statistics[self.live_model.site.side_layer].median_norm
-        found = learn_shards(
-            self.live_model.model,
-            self.live_model.site,
+        """Train a shard for each fact; by fact id."""
+        site = self.live_model.site
+        shards = learn_shards(
+            self.model,
+            site,
             facts,
             outside=self._ordinary_inputs,
             others=[self._collect_quiet_inputs(fact, keys[fact.id]) for fact in facts],
-            scale=norm,
+            scale=self.live_model.loaded_model.statistics[site.side_layer].median_norm,
             steps=self.steps,
             pulse=lambda _step: self.pulse(),
         )
-        return dict(zip((fact.id for fact in facts), found, strict=True))
+        return dict(zip((fact.id for fact in facts), shards, strict=True))
 
     def _collect_quiet_inputs(self, fact: Fact, keys: RetrievalKeys) -> Tensor:
-        """Inputs on which the fact's shard must stay quiet: its neighbours, and other questions
-        about its subject."""
-        model, side = self.live_model.model, self.live_model.side
-        prompts = [n.prompt for n in fact.neighbours[:OUTSIDE_NEIGHBOURS]]
-        near, _ = read_prompt_ends(model, filter_fitting(model, prompts), side.layer)
-        return torch.cat([near.to(model.device), read_other_questions(model, side, fact, keys)])
+        """Read the inputs (rows, width) on which the fact's shard must stay quiet: its neighbours,
+        and other questions about its subject."""
+        side, prompts = self.live_model.side, [n.prompt for n in fact.neighbours]
+        fitting = filter_fitting(self.model, prompts[:OUTSIDE_NEIGHBOURS])
+        near, _ = read_prompt_ends(self.model, fitting, side.layer)
+        others = read_other_questions(self.model, side, fact, keys)
+        return torch.cat([near.to(self.model.device), others])
 
     def _probe_new(self, new: Sequence[StoredFact]) -> dict[str, list[str]]:
-        """Answers by fact id, without the older facts whose place the new ones take."""
-        self.live_model.side.hidden_facts = {
-            older.id for f in new for older in self.flush.find_superseded(f)
-        }
+        """Probe new facts, with the older facts that they replace hidden; by fact id."""
+        self.live_model.side.hidden_facts = self.lifecycle.find_all_superseded(new)
         try:
             return self.live_model.probe_edited([f.fact for f in new])
         finally:
@@ -149,11 +152,9 @@ class SideLearner:
         keys: Mapping[str, RetrievalKeys],
     ) -> None:
         side = self.live_model.side
-        first = max(side.shards, default=0) + 1
-        for number, fact in enumerate(new, first):
+        for number, fact in enumerate(new, max(side.shards, default=0) + 1):
             side.shards[number] = shards[fact.id]
-            subject, unnamed = fact.fact.subject, fact.fact.omits_subject
-            side.add_fact(fact.id, number, keys[fact.id], subject, unnamed=unnamed)
+            add_side_fact(side, fact.fact, number, keys[fact.id])
 
     def _remove_unsaved(self, new: Sequence[StoredFact]) -> None:
         side, kept = self.live_model.side, self.store.artifacts.list_side_fact_ids()
@@ -166,43 +167,25 @@ class SideLearner:
         self,
         right: Sequence[StoredFact],
         keys: Mapping[str, RetrievalKeys],
-        before: dict[str, list[str]],
-        probes: dict[str, Probe],
+        before: Mapping[str, list[str]],
+        probes: Mapping[str, Probe],
         seconds: float,
     ) -> None:
-        """Write down what is live now, and let what it takes the place of leave both tiers with
+        """Record the facts that are live now, and end those that they replace in both tiers with
         it: a crash leaves either the older facts or these."""
-        side = self.live_model.side
+        side, folder = self.live_model.side, self.live_model.home.side_folder
         numbers = {fact.id: side.shard_ids[fact.id] for fact in right}
-        shas = {
-            n: save_shard(self.live_model.home.side_folder, side.shards[n])
-            for n in numbers.values()
-        }
+        shas = {n: save_shard(folder, side.shards[n]) for n in numbers.values()}
 
-        def write(_generation: int) -> None:
+        def record_live(_generation: int) -> None:
             for fact in right:
-                number, probe = numbers[fact.id], probes[fact.id]
-                self.store.artifacts.add_shard(
-                    number, shas[number], 1, side.shards[number].threshold
-                )
-                self.flush.end_superseded(fact)
+                number = numbers[fact.id]
+                threshold = side.shards[number].threshold
+                self.store.artifacts.add_shard(number, shas[number], 1, threshold)
+                self.lifecycle.end_superseded(fact)
                 self.store.artifacts.put_side_keys(fact.id, number, pack_keys(keys[fact.id]))
-                self.store.change_state(
-                    fact.id,
-                    FactState.LIVE_SIDE,
-                    tier="side",
-                    before=before[fact.id][0],
-                    after=probe.answer,
-                    probe=probe.as_dict(),
-                )
-                self.store.add_edit(fact.id, "side", None, seconds, "live", probe.as_dict())
+                first, probe = before[fact.id][0], probes[fact.id]
+                self.lifecycle.mark_live(fact, "side", first, probe, seconds)
 
-        gone = {older.id for fact in right for older in self.flush.find_superseded(fact)}
-        self.flush.generations.solve_without(gone, "superseded facts taken out", write)
-
-
-def describe_failure(error: Exception) -> str:
-    """Return the reason to record for a fact that could not be learned."""
-    if isinstance(error, KeditError):
-        return str(error)
-    return f"unexpected: {type(error).__name__}: {error}"
+        gone = self.lifecycle.find_all_superseded(right)
+        self.generations.solve_without(gone, "superseded facts taken out", record_live)

@@ -1,4 +1,4 @@
-"""What a daemon publishes beside its database, as tensors: generations, shards, retrieval keys."""
+"""Tensors that a daemon publishes: generations and shards as files, retrieval keys as blobs."""
 
 from pathlib import Path
 
@@ -13,8 +13,10 @@ from memory.side.side_memory import Delta, RetrievalKeys, Shard
 
 
 def load_deltas(folder: Path, row: GenerationRow) -> dict[int, Tensor]:
-    """ΔW (hidden, width) by layer of a generation; nothing of the base. Raises KeditError: the
-    file is missing or damaged."""
+    """Load ΔW (hidden, width) by layer of a generation; empty for the base.
+
+    Raises KeditError if the file is missing or damaged.
+    """
     tensors = load_tensors(folder, row.sha256) if row.sha256 else {}
     return {int(name): tensor for name, tensor in tensors.items()}
 
@@ -24,19 +26,19 @@ def save_shard(folder: Path, shard: Shard) -> str:
     return save_tensors(folder, {"up": shard.delta.up, "down": shard.delta.down})
 
 
-def load_delta(folder: Path, sha: str, device: torch.device) -> Delta:
-    """A shard's ΔW, as `save_shard` wrote it. Raises KeditError: missing or damaged."""
+def load_shard(folder: Path, sha: str, threshold: float, device: torch.device) -> Shard:
+    """Load a shard. Raises KeditError if the file is missing or damaged."""
     tensors = load_tensors(folder, sha)
     if set(tensors) != {"up", "down"}:
         raise KeditError(f"shard {sha} is of a form that is no longer used", code="corrupt")
-    return Delta(tensors["up"].to(device), tensors["down"].to(device))
+    return Shard(Delta(tensors["up"].to(device), tensors["down"].to(device)), threshold)
 
 
 def pack_keys(keys: RetrievalKeys) -> bytes:
-    """Retrieval keys as the store keeps them."""
+    """Pack retrieval keys for the store."""
     return save({"subject": keys.subject.contiguous(), "end": keys.end.contiguous()})
 
 
 def unpack_keys(blob: bytes) -> RetrievalKeys:
-    """The reverse of `pack_keys`."""
+    """Unpack what `pack_keys` returned."""
     return RetrievalKeys(**load(blob))

@@ -257,7 +257,7 @@ def _find_heading_fault(columns: list[str]) -> tuple[str, str] | None:
             hint = f'did you mean "{near[0]}"?' if near else f"columns: {', '.join(COLUMNS)}"
             return f"unknown column {quote_value(column)}", hint
         if columns.count(column) > 1:
-            return f"column {quote_value(column)} stands there twice", "keep one of the two"
+            return f"column {quote_value(column)} occurs twice", "keep one of the two"
     missing = [column for column in REQUIRED_COLUMNS if column not in columns]
     return (f"no column {quote_value(missing[0])}", "add it to the first line") if missing else None
 

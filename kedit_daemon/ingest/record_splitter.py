@@ -26,7 +26,7 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record of the file, with its value, or with the problem and the remedy."""
+    """A record of the file, with its value, or with the problem and the remedy."""
 
     line: int
     start: int
@@ -53,7 +53,7 @@ def _refuse_constant(name: str) -> object:
 def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise UnreadableText("a key stands there twice", "keep one of the two")
+        raise UnreadableText("a key occurs twice", "keep one of the two")
     return found
 
 

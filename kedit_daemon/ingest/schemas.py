@@ -72,7 +72,7 @@ Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
 
 def _check_subject_named(prompt: str, subject: str) -> str:
     if "{}" not in prompt and subject not in prompt:
-        remedy = 'write {} in the prompt where the subject stands, as in "The capital of {} is"'
+        remedy = 'write {} in the prompt in the place of the subject, as in "The capital of {} is"'
         raise _make_fault('"prompt" holds neither {} nor the subject', remedy)
     return prompt
 
@@ -100,10 +100,7 @@ def _collect_neighbours(items: object, prompt: str, answer: str) -> list[Neighbo
 
 
 def _make_fact(
-    asked: tuple[str, str],
-    target: str,
-    again: list[str],
-    near: list[Neighbour],
+    asked: tuple[str, str], target: str, again: list[str], near: list[Neighbour]
 ) -> Fact:
     subject, prompt = asked
     return Fact(subject, prompt, target, paraphrases=tuple(again), neighbours=tuple(near))
@@ -176,7 +173,7 @@ class Entity(BaseModel):
 
 
 class RequestedRewrite(BaseModel):
-    """One requested rewrite in ROME's and MQuAKE's files."""
+    """A requested rewrite in ROME's and MQuAKE's files."""
 
     model_config = LENIENT_CONFIG
 

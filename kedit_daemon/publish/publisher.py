@@ -22,8 +22,8 @@ from kedit_daemon.publish.export.folder import list_exports, prune_exports
 from kedit_daemon.publish.export.source import read_source
 from kedit_daemon.publish.vllm import load_adapter, reload_weights, resume_server, unload_adapter
 from kedit_daemon.system.backoff import Backoff
+from memory.canonical_json import to_canonical_json
 from memory.db import meta_keys
-from memory.db.event_log import to_canonical_json
 from memory.db.store import Store
 from memory.errors import KeditError, Stopping
 
@@ -48,11 +48,7 @@ class Publisher:
     """Publishes each active generation once. All methods belong to the edit loop's thread."""
 
     def __init__(
-        self,
-        config: PublishConfig,
-        home: Home,
-        store: Store,
-        monotonic: Callable[[], float],
+        self, config: PublishConfig, home: Home, store: Store, monotonic: Callable[[], float]
     ) -> None:
         self.config, self.home, self.store = config, home, store
         self._attempt: _PublishAttempt | None = None
@@ -127,7 +123,7 @@ class Publisher:
 
 
 class _PublishAttempt(threading.Thread):
-    """One attempt in a thread; `outcome` may be read when the thread has ended."""
+    """An attempt in a thread; `outcome` may be read when the thread has ended."""
 
     def __init__(self, config: PublishConfig, home: Home, generation: int, withdraw: bool) -> None:
         super().__init__(name="publish", daemon=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
+from kedit_daemon.system.backoff import Backoff
 from memory.errors import KeditError
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a restart
@@ -124,18 +125,18 @@ class ProcessKeeper:
         self._thread.join()
 
     def _keep_running(self) -> None:
-        pause = self._first_pause
+        backoff = Backoff(self._first_pause, LONGEST_PAUSE, time.monotonic)
         while True:
             started_at = time.monotonic()
             outcome = self._run_child()
             if self._stop_event.is_set():
                 return
             if time.monotonic() - started_at >= STEADY_SECONDS:
-                pause = self._first_pause
+                backoff.reset()
+            pause = backoff.record_failure()
             log.warning("The HTTP server %s; it starts again in %g s", outcome, pause)
             if self._stop_event.wait(pause):
                 return
-            pause = min(2 * pause, LONGEST_PAUSE)
 
     def _run_child(self) -> str:
         """Run the child once; return how it ended."""

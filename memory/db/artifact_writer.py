@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from memory.canonical_json import to_canonical_json
 from memory.db import meta_keys
 from memory.db.artifact_reader import ArtifactReader
 from memory.db.connection import WritingConnection
-from memory.db.event_log import to_canonical_json
 
 
 class ArtifactWriter(ArtifactReader):

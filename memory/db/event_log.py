@@ -6,12 +6,12 @@ tail is detected only by a head that was kept outside the database.
 
 import hashlib
 import json
-import math
 import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from memory.canonical_json import to_canonical_json
 from memory.errors import KeditError
 from memory.files import write_atomic
 
@@ -42,12 +42,6 @@ class ChainVerdict:
     head_seq: int
     head_hash: str
     problem: str
-
-
-def to_canonical_json(value: Any) -> str:
-    """Write JSON in one form per value, with NaN and infinities, which JSON lacks, as words."""
-    finite = replace_non_finite(value)
-    return json.dumps(finite, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def append_event(
@@ -133,14 +127,3 @@ def _find_problem(row: tuple[Any, ...], seq: int, last: str, head: tuple[int, st
     if head is not None and head[0] == number and digest != head[1]:
         return f"event {number} differs from the kept head: history has been rewritten"
     return ""
-
-
-def replace_non_finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, with words."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: replace_non_finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [replace_non_finite(item) for item in value]
-    return value

@@ -141,9 +141,9 @@ def find_similar_ids(conn: sqlite3.Connection, name: str) -> list[str]:
 
 
 def fetch_fact_page(
-    conn: sqlite3.Connection, text: str | None, state: str | None, before: int | None, most: int
+    conn: sqlite3.Connection, text: str | None, state: str | None, before: int | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Return the newest facts first, at most `most`, with a `seq` below `before`.
+    """Return the newest facts first, at most `limit`, with a `seq` below `before`.
 
     `text` is a part of the prompt, the target or an id, in any case.
     """
@@ -155,13 +155,13 @@ def fetch_fact_page(
     }
     where, values = _where_clause(tests)
     sql = f"SELECT {_LISTED_COLUMNS} FROM facts{where} ORDER BY seq DESC LIMIT ?"
-    return list(fetch_dicts(conn, sql, *values, most))
+    return list(fetch_dicts(conn, sql, *values, limit))
 
 
 def fetch_event_page(
-    conn: sqlite3.Connection, asked: Mapping[str, Any], before: int | None, most: int
+    conn: sqlite3.Connection, asked: Mapping[str, Any], before: int | None, limit: int
 ) -> list[dict[str, Any]]:
-    """Return the newest events first, at most `most`, with a `seq` below `before`.
+    """Return the newest events first, at most `limit`, with a `seq` below `before`.
 
     `asked` may have: since (ISO-8601 in UTC), kind, fact (an id or external id), subject (a part
     of it, in any case). Each event has `said`: subject, prompt and target of its fact, or None.
@@ -180,7 +180,7 @@ def fetch_event_page(
         "SELECT events.*, subject, prompt, target FROM events LEFT JOIN facts"
         f" ON facts.id = events.fact_id{where} ORDER BY events.seq DESC LIMIT ?",
         *values,
-        most,
+        limit,
     )
     names = ("subject", "prompt", "target")
     return [
@@ -195,19 +195,19 @@ def fetch_event_kinds(conn: sqlite3.Connection) -> list[str]:
     return [row[0] for row in conn.execute("SELECT DISTINCT kind FROM events ORDER BY kind")]
 
 
-def fetch_audits(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
+def fetch_audits(conn: sqlite3.Connection, limit: int) -> list[dict[str, Any]]:
     """Return the last audits, oldest first."""
-    newest = fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", most)
+    newest = fetch_dicts(conn, "SELECT * FROM audits ORDER BY id DESC LIMIT ?", limit)
     return list(newest)[::-1]
 
 
-def fetch_generations(conn: sqlite3.Connection, most: int) -> list[dict[str, Any]]:
+def fetch_generations(conn: sqlite3.Connection, limit: int) -> list[dict[str, Any]]:
     """Return the last generations, oldest first, each with the count of its `facts`."""
     newest = fetch_dicts(
         conn,
         "SELECT id, parent, reason, figures, created_at, json_array_length(fact_ids) AS facts"
         " FROM generations ORDER BY id DESC LIMIT ?",
-        most,
+        limit,
     )
     return list(newest)[::-1]
 

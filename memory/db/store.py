@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from memory.canonical_json import to_canonical_json
 from memory.db.artifact_writer import ArtifactWriter
 from memory.db.connection import WritingConnection
-from memory.db.event_log import to_canonical_json
 from memory.db.rows import FACT_COLUMNS, StoredFact, escape_file_name, make_fact_row
 from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, Fact, FactState, fact_to_json
@@ -177,11 +177,7 @@ class Store:
         seconds: float,
     ) -> int:
         """Record an audit and its event, and return its id."""
-        row: dict[str, Any] = {
-            "generation": generation,
-            "verdict": verdict,
-            "seconds": seconds,
-        }
+        row: dict[str, Any] = {"generation": generation, "verdict": verdict, "seconds": seconds}
         details: dict[str, Any] = {"figures": dict(figures), "reasons": list(reasons)}
         texts = {name: to_canonical_json(value) for name, value in details.items()}
         number = self.db.insert_row("audits", {"at": self.db.format_now(), **row, **texts})

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from memory.db.event_log import to_canonical_json
+from memory.canonical_json import to_canonical_json
 from memory.model.editable import EditableModel
 from memory.model.generate import group_by_length
 
@@ -128,11 +128,6 @@ class Canary:
             total += float(lost.double().sum().clamp(min=0))
         return tuple(tokens), total / max(len(tokens), 1)
 
-    def _compute_agreement(self, completed: Sequence[int]) -> float:
-        pairs = zip(completed, self.base_readings.next_tokens, strict=True)
-        same = [now == base for now, base in pairs]
-        return sum(same) / len(same) if same else 1.0
-
     def measure_health(self) -> Health:
         """Measure the model as it is now; `latest_readings` keeps the measurements."""
         seen = self.latest_readings = self._read_canary()
@@ -141,7 +136,10 @@ class Canary:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)
             ratios[str(layer)] = float(weight.norm() / base.norm())
             updates[str(layer)] = float((weight - base).norm())
-        before = self.base_readings.activation_norms
+        unedited = self.base_readings
+        pairs = zip(seen.next_tokens, unedited.next_tokens, strict=True)
+        same = [now == token for now, token in pairs]
+        before = unedited.activation_norms
         moved = {str(n): seen.activation_norms[n] / before[n] for n in self.layers if before[n]}
         # A NaN or an infinity anywhere in a matrix makes its norm one.
         numbers = [*ratios.values(), *updates.values(), *moved.values(), seen.perplexity, seen.kl]
@@ -150,8 +148,8 @@ class Canary:
             update_norm=updates,
             activation_ratio=moved,
             perplexity=seen.perplexity,
-            perplexity_ratio=seen.perplexity / self.base_readings.perplexity,
-            agreement=self._compute_agreement(seen.next_tokens),
+            perplexity_ratio=seen.perplexity / unedited.perplexity,
+            agreement=sum(same) / len(same) if same else 1.0,
             kl=seen.kl,
             finite=all(math.isfinite(n) for n in numbers),
         )

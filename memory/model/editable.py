@@ -8,6 +8,7 @@ kept, and every change is a delta against it.
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -171,29 +172,24 @@ class EditableModel:
         """
         shapes: dict[int, torch.Size] = {}
 
-        def make_shape_hook(n: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            return lambda _block, args: shapes.update({n: args[0].shape[:2]})
+        def record_shape(n: int, _block: nn.Module, args: tuple[Tensor, ...]) -> None:
+            shapes[n] = args[0].shape[:2]
 
-        def make_output_hook(
-            n: int,
-        ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
-            def call_tap(
-                _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-            ) -> Tensor | None:
-                self._is_flat_mlp = args[0].ndim == 2
-                if not self._is_flat_mlp:
-                    return taps[n](args[0], output)
-                inputs = args[0].reshape(*shapes[n], -1)
-                changed = taps[n](inputs, output.reshape(*shapes[n], -1))
-                return None if changed is None else changed.reshape(output.shape)
+        def call_tap(
+            n: int, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+        ) -> Tensor | None:
+            self._is_flat_mlp = args[0].ndim == 2
+            if not self._is_flat_mlp:
+                return taps[n](args[0], output)
+            inputs = args[0].reshape(*shapes[n], -1)
+            changed = taps[n](inputs, output.reshape(*shapes[n], -1))
+            return None if changed is None else changed.reshape(output.shape)
 
-            return call_tap
-
-        projections = self._down_projections
-        handles = [projections[n].register_forward_hook(make_output_hook(n)) for n in taps]
+        projections, blocks = self._down_projections, self._blocks
+        handles = [projections[n].register_forward_hook(partial(call_tap, n)) for n in taps]
         # Not known before the first tap; each hook takes time.
         if self._is_flat_mlp is not False:
-            handles += [self._blocks[n].register_forward_pre_hook(make_shape_hook(n)) for n in taps]
+            handles += [blocks[n].register_forward_pre_hook(partial(record_shape, n)) for n in taps]
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from memory.db.event_log import to_canonical_json
+from memory.canonical_json import to_canonical_json
 from memory.model.canary import Canary, CanaryReadings
 from memory.model.spectra import (
     effective_rank,

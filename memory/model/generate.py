@@ -80,16 +80,16 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
 
 
 def group_by_length(
-    prompts: Sequence[Sequence[int]], most: int = MAX_BATCH_ROWS
+    prompts: Sequence[Sequence[int]], limit: int = MAX_BATCH_ROWS
 ) -> list[list[int]]:
-    """Group the places of prompts of one length, at most `most` together."""
+    """Group the places of prompts of one length, at most `limit` together."""
     groups: dict[int, list[int]] = defaultdict(list)
     for place, prompt in enumerate(prompts):
         groups[len(prompt)].append(place)
     return [
-        places[start : start + most]
+        places[start : start + limit]
         for places in groups.values()
-        for start in range(0, len(places), most)
+        for start in range(0, len(places), limit)
     ]
 
 
@@ -98,10 +98,7 @@ Overlay = Callable[[list[int]], AbstractContextManager[object]]
 
 
 def generate_answers(
-    model: EditableModel,
-    prompts: Sequence[str],
-    max_tokens: int,
-    overlay: Overlay | None = None,
+    model: EditableModel, prompts: Sequence[str], max_tokens: int, overlay: Overlay | None = None
 ) -> list[str]:
     """Generate one answer a prompt, cut at its natural stop. Out of memory, a group of rows is
     split in halves. Raises OutOfMemory when one row does not fit."""

@@ -276,7 +276,7 @@ class SideMemory:
 
     @contextmanager
     def overlay_deltas(self, deltas: Sequence[Delta | None]) -> Iterator[None]:
-        """Apply to each row of a batch the delta decided before; no tap if there is none."""
+        """Apply each row's delta, decided before; nothing is tapped when there is none."""
         if not any(deltas):
             yield
             return

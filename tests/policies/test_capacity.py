@@ -48,7 +48,7 @@ def test_no_fit_is_steeper_or_flatter_than_sense_allows() -> None:
 
 def test_nothing_is_foreseen_beyond_twice_what_was_seen() -> None:
     assert bears(*history(lambda n: 0.001 * n, 20, 50)) == Capacity(100, None, None)
-    assert str(bears(*history(lambda n: 0.001 * n, 50))) == "they bear at least 100 facts"
+    assert str(bears(*history(lambda n: 0.001 * n, 50))) == "their capacity is at least 100 facts"
 
 
 def test_the_figure_that_is_the_first_at_its_limit_decides() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from damaged_home import BESIDE, KINDS, Made, end_of, made, opened, wrong
 from promise_table import Tally
+from side_tools import fact_numbers
 
 from kedit_daemon.editing.model_loading import load_model
 from memory.facts import FactState
@@ -115,7 +116,7 @@ def test_an_index_that_belongs_to_another_moment(made: Made, tmp_path: Path) -> 
 
     def change(root: Path) -> None:
         index = KeyIndex.load(root / "state/index", made.file("index").stem)
-        for number in index.fact_numbers():
+        for number in fact_numbers(index):
             index.add(number, torch.ones(1, index.width))
         sha = index.save(root / "state/index")
         with closing(sqlite3.connect(root / "state/kedit.db")) as conn, conn:

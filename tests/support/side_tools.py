@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memory.model.editable import EditableModel
+from memory.side.index import ORDINAL_BITS, KeyIndex
 from memory.side.side_memory import Delta, RetrievalKeys, RoutingGates, Shard, SideMemory
 
 KEY, LAYER, RANK = 1, 2, 3
@@ -34,6 +35,12 @@ def keys_of(side: SideMemory, prompt: str) -> RetrievalKeys:
     return RetrievalKeys(
         side.compute_keys(KEY, low[at : at + 1]), side.compute_keys(LAYER, end[None])
     )
+
+
+def fact_numbers(index: KeyIndex) -> list[int]:
+    """The fact numbers that an index holds."""
+    ids, _ = index._read_all_vectors()
+    return sorted({int(n) >> ORDINAL_BITS for n in ids})
 
 
 def delta_of(model: EditableModel, seed: int) -> Delta:

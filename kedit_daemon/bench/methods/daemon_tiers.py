@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from torch import Tensor
+
 from kedit_daemon.bench.methods.method import Method, MethodSetup, Stopwatch
 from kedit_daemon.config import Config, FlushConfig, StabilityConfig
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.editing.editor import Editor
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
+from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.home import Home
 from memory.db.rows import StoredFact
@@ -105,13 +108,20 @@ class _DaemonMethod(Method):
 class _TimedGenerations(Generations):
     """Generations that time their solves and audits."""
 
-    def __init__(self, served: LiveModel, limits: Thresholds, watch: Stopwatch) -> None:
-        super().__init__(served, limits)
-        self.stopwatch = watch
+    def __init__(
+        self,
+        live_model: LiveModel,
+        store: Store,
+        lifecycle: Lifecycle,
+        thresholds: Thresholds,
+        stopwatch: Stopwatch,
+    ) -> None:
+        super().__init__(live_model, store, lifecycle, thresholds)
+        self.stopwatch = stopwatch
 
-    def solve(self, ids: Sequence[str]) -> None:
+    def solve(self, ids: Sequence[str]) -> dict[int, Tensor]:
         with self.stopwatch.time_part("solve"):
-            super().solve(ids)
+            return super().solve(ids)
 
     def measure_health(self) -> tuple[Health, Verdict]:
         with self.stopwatch.time_part("audit"):
@@ -123,10 +133,11 @@ class MemitMass(_DaemonMethod):
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
-        limits = make_thresholds(self.config, self.loaded_model.site)
-        generations = _TimedGenerations(self.live_model, limits, self.stopwatch)
-        attempts = self.config.inbox.max_attempts
-        self.flush = Flush(generations, attempts, self.note_progress, selective=setup.has_policy)
+        lifecycle = Lifecycle(self.store, self.config.inbox.max_attempts)
+        thresholds = make_thresholds(self.config, self.loaded_model.site)
+        parts = self.live_model, self.store, lifecycle
+        generations = _TimedGenerations(*parts, thresholds, self.stopwatch)
+        self.flush = Flush(*parts, generations, self.note_progress, selective=setup.has_policy)
 
     def goes_to_weights(self, in_batch: int) -> bool:
         return True

@@ -253,7 +253,7 @@ def _report_skipped(name: str, skipped: Sequence["SkippedRecord"]) -> None:
 
 
 def _write_result(path: Path, result: dict[str, object]) -> None:
-    from memory.db.event_log import replace_non_finite
+    from memory.canonical_json import replace_non_finite
     from memory.files import write_atomic
 
     text = json.dumps(replace_non_finite(result), indent=2, allow_nan=False)

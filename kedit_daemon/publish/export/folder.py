@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from memory.db.event_log import replace_non_finite
+from memory.canonical_json import replace_non_finite
 from memory.errors import KeditError
 from memory.files import hash_file, sync_folder
 

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kedit_daemon.serve.errors import RETRY_SECONDS, RequestError
+from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
 from kedit_daemon.serve.inference.replica import MODEL_ERRORS, Replica
 from kedit_daemon.serve.inference.stream import AnswerStream, StreamItem
 from kedit_daemon.serve.inference.types import EDITED, AnswerPart, AnswerStart, GenerationRequest
 from memory.errors import BadRequest, KeditError, Stopping
-from memory.model.batch_decoder import BatchDecoder
 from memory.model.sampling import choose_tokens
 
 IDLE_SECONDS = 1.0  # between two looks at the home while nobody asks

@@ -12,15 +12,15 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from kedit_daemon.editing.live_model import check_base, make_side_memory
+from kedit_daemon.editing.live_model import add_side_fact, check_base, make_side_memory
 from kedit_daemon.editing.model_loading import open_model
-from kedit_daemon.editing.tensor_files import load_delta, load_deltas, unpack_keys
+from kedit_daemon.editing.tensor_files import load_deltas, load_shard, unpack_keys
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.db import meta_keys
 from memory.db.follower import Follower, LiveSideRow
 from memory.errors import KeditError, Unreadable
-from memory.side.side_memory import Shard, SideMemory
+from memory.side.side_memory import SideMemory
 from policies.edit_site import EditSite
 
 RETRY_SECONDS = 5.0  # between two tries of a failed sync, which reads whole files
@@ -142,12 +142,10 @@ class Replica:
     def _add_fact(self, row: LiveSideRow) -> None:
         fact, blob = self._follower.read_live_fact(row.fact_id)
         if row.shard_id not in self.side.shards:
-            delta = load_delta(self.home.side_folder, row.file_sha256, self.model.device)
-            self.side.shards[row.shard_id] = Shard(delta, row.threshold)
-        keys = unpack_keys(blob)
-        self.side.add_fact(
-            row.fact_id, row.shard_id, keys, fact.subject, unnamed=fact.omits_subject
-        )
+            self.side.shards[row.shard_id] = load_shard(
+                self.home.side_folder, row.file_sha256, row.threshold, self.model.device
+            )
+        add_side_fact(self.side, fact, row.shard_id, unpack_keys(blob))
         self._side_rows[row.fact_id] = row
 
     # Weights ------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from editing_home import LOOSE, Bench, Clock, seat
+from side_tools import fact_numbers
 from tiny_models import CITIES
 
 from kedit_daemon import control
@@ -143,7 +144,7 @@ def test_the_index_is_written_when_the_daemon_stops(
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
         written = KeyIndex.load(home.index_folder, index_file(home))
-        assert set(written.fact_numbers()) == {
+        assert set(fact_numbers(written)) == {
             to_fact_number(f.id) for f in facts if f is not facts[1]
         }
     finally:

@@ -1,5 +1,7 @@
 from collections.abc import Callable
+from contextlib import closing
 from threading import Event
+from typing import Any
 
 import pytest
 import torch
@@ -7,12 +9,18 @@ from editing_home import LOOSE, Bench, seat
 from poison import poison
 
 from kedit_daemon.editing import audit
+from memory.db.queries import fetch_audits, open_readonly
 from memory.errors import KeditError
 from memory.model.evidence import Evidence
 
 STEPS = {"steps": 300}
 ONE, TWO, THREE, FOUR = (seat(n, c) for n, c in enumerate(("Oslo", "Lima", "Paris", "Cairo"), 1))
 Make = Callable[..., Bench]
+
+
+def list_audits(bench: Bench) -> list[dict[str, Any]]:
+    with closing(open_readonly(bench.home.database_file)) as conn:
+        return fetch_audits(conn, 5)
 
 
 def states(bench: Bench) -> dict[str, str]:
@@ -24,8 +32,9 @@ def test_an_audit_writes_its_figures_and_an_event(bench: Make) -> None:
     at.receive(seat(1, "Oslo"))
     at.settle()
     done = at.editor.audit()
-    (kept,) = at.store.list_audits(5)
-    assert (kept.id, kept.verdict, kept.figures) == (done["audit"], "keep", done["figures"])
+    (kept,) = list_audits(at)
+    assert kept["id"] == done["audit"]
+    assert (kept["verdict"], kept["figures"]) == ("keep", done["figures"])
     assert done["acted"] == "nothing"
     figures = done["figures"]
     assert (figures["retention"], figures["weights_as_written"]) == (1.0, True)
@@ -56,8 +65,8 @@ def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> No
     assert at.served.list_weights_facts()
     facts = len(at.served.list_weights_facts())
     done = at.editor.audit()
-    (kept,) = at.store.list_audits(1)
-    assert kept.figures == done["figures"]
+    (kept,) = list_audits(at)
+    assert kept["figures"] == done["figures"]
     figures = done["figures"]
     evidence, edited = figures["evidence"], {str(n) for n in at.loaded.layers}
     assert set(evidence) == set(Evidence.__dataclass_fields__)
@@ -87,7 +96,7 @@ def test_a_dry_run_shows_weights_that_hold_nan_as_they_are(bench: Make) -> None:
     )
     assert not done["figures"]["weights_as_written"]
     assert done["figures"]["evidence"]["spectral_ratio"][str(layer)] == "nan"
-    assert at.store.list_audits(5) == []
+    assert list_audits(at) == []
 
 
 def tightened(at: Bench, **limits: float) -> None:

@@ -178,5 +178,5 @@ def test_what_fails_after_facts_are_live_is_not_their_fault(
     assert (live.state, live.attempts) == (FactState.LIVE_SIDE, 0)
     with at.store.db.transaction():
         for _ in range(4):
-            at.editor.flush.record_failed_attempt(waiting, "side", "read before it was live")
+            at.editor.lifecycle.record_failed_attempt(waiting, "side", "read before it was live")
     assert at.store.find_fact(newer.id).state is FactState.LIVE_SIDE

@@ -139,7 +139,7 @@ def test_no_target_is_computed_for_what_finds_the_weights_full(bench: Make) -> N
     assert json.loads(data) == {"capacity": 1, "figure": "agreement", "limit": 2e6}
     asked = at.editor.run_flush(False)
     assert (asked["flushed"], asked["failed"], asked["generation"]) == ([], [], 1)
-    assert asked["reasons"] == ["weights full: they bear about 1 facts (agreement)"]
+    assert asked["reasons"] == ["weights full: their capacity is about 1 facts (agreement)"]
     assert not at.store.artifacts.has_terms(one.id)
     assert at.store.db.get_meta(meta_keys.FLUSH_HELD) is None
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from editing_home import Bench, seat
+from side_tools import fact_numbers
 
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.model_loading import LoadedModel
@@ -121,7 +122,7 @@ def test_a_damaged_index_is_built_again(at: Bench, data: bytes | None) -> None:
 
 
 def indexed(bench: Bench) -> list[str]:
-    return sorted(to_fact_id(n) for n in bench.served.side.key_index.fact_numbers())
+    return sorted(to_fact_id(n) for n in fact_numbers(bench.served.side.key_index))
 
 
 def test_an_index_file_that_is_behind_is_brought_to_what_the_store_says(at: Bench) -> None:

@@ -12,7 +12,6 @@ from kedit_daemon.editing.side_learner import (
     LONG_TARGET_TOKENS,
     OUTSIDE_NEIGHBOURS,
     SideLearner,
-    describe_failure,
 )
 from memory.errors import KeditError
 from memory.facts import Fact, FactState, Neighbour
@@ -250,7 +249,7 @@ def test_a_failure_between_learning_and_writing_undoes_the_learning(
     shard = at.served.side.shards[1]
 
     def broken(*_: object) -> None:
-        raise KeditError("the disk is full", code="disk")
+        raise KeditError("the disk is full", code="disk-full")
 
     monkeypatch.setattr(SideLearner, "_save_learned", broken)
     at.receive(TWO)
@@ -279,12 +278,6 @@ def test_a_key_that_cannot_be_put_in_place_leaves_nothing_of_its_batch(
         at.editor.side_learner.learn_batch(at.store.list_facts((FactState.RECEIVED,)))
     assert at.served.side.shard_ids == {ONE.id: 1}
     assert set(at.served.side.shards) == {1}
-
-
-def test_the_reason_of_a_failure_is_a_sentence() -> None:
-    assert describe_failure(KeditError("too long")) == "too long"
-    made = describe_failure(ValueError("no such layer"))
-    assert made == "unexpected: ValueError: no such layer"
 
 
 def test_a_newer_fact_that_is_not_said_leaves_the_older_one_in_place(

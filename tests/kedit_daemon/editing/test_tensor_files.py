@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from kedit_daemon.editing.tensor_files import (
-    load_delta,
     load_deltas,
+    load_shard,
     pack_keys,
     save_shard,
     unpack_keys,
@@ -24,13 +24,14 @@ def row_of(sha: str | None) -> GenerationRow:
 
 def test_a_shard_comes_back_as_it_was(tmp_path: Path) -> None:
     shard = Shard(Delta(torch.randn(8, 2), torch.randn(2, 24)), 0.5)
-    found = load_delta(tmp_path, save_shard(tmp_path, shard), CPU)
-    assert torch.equal(found.up, shard.delta.up) and torch.equal(found.down, shard.delta.down)
+    found = load_shard(tmp_path, save_shard(tmp_path, shard), 0.5, CPU)
+    assert torch.equal(found.delta.up, shard.delta.up) and found.threshold == 0.5
+    assert torch.equal(found.delta.down, shard.delta.down)
 
 
 def test_a_shard_of_an_older_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KeditError, match="no longer used") as caught:
-        load_delta(tmp_path, save_tensors(tmp_path, {"delta": torch.zeros(2)}), CPU)
+        load_shard(tmp_path, save_tensors(tmp_path, {"delta": torch.zeros(2)}), 0.5, CPU)
     assert caught.value.code == "corrupt"
 
 

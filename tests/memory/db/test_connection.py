@@ -122,9 +122,9 @@ from memory.facts import Fact
 from memory.db.store import Store
 store = Store(Path({str(path)!r}), lambda: datetime.now(UTC))
 with store.db.transaction():
-    store.receive(Fact("a", "b", "c"), "f", False)
+    store.receive_fact(Fact("a", "b", "c"), "f", False)
 with store.db.transaction():
-    store.receive(Fact("d", "e", "f"), "f", False)
+    store.receive_fact(Fact("d", "e", "f"), "f", False)
     {last}
 os._exit(9)
 """
@@ -135,7 +135,7 @@ os._exit(9)
 
 
 def test_meta_is_set_changed_and_removed(store: Store) -> None:
-    assert store.db.get_meta("paused", "no") == "no"
+    assert store.db.get_meta("paused") is None
     with store.db.transaction():
         store.db.set_meta("paused", "disk full")
         store.db.set_meta("paused", "by hand")

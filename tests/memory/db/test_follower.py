@@ -17,12 +17,12 @@ ROME, OSLO = seat(1, "Rome"), seat(2, "Oslo")
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     made = Store(tmp_path / "kedit.db", Clock())
-    with made.transaction():
+    with made.db.transaction():
         made.receive_fact(ROME, "test.jsonl", False)
         made.receive_fact(OSLO, "test.jsonl", False)
-        made.add_shard(1, "aa", 1, 0.5)
-        made.put_side_keys(ROME.id, 1, b"keys")
-        made.put_side_keys(OSLO.id, 1, b"other keys")
+        made.artifacts.add_shard(1, "aa", 1, 0.5)
+        made.artifacts.put_side_keys(ROME.id, 1, b"keys")
+        made.artifacts.put_side_keys(OSLO.id, 1, b"other keys")
         made.change_state(ROME.id, FactState.LIVE_SIDE, tier="side")
     yield made
     made.close()

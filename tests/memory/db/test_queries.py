@@ -93,8 +93,8 @@ def test_reading_and_writing_do_not_wait_for_each_other(path: Path, ids: list[st
     with closing(Store(path, lambda: TODAY)) as store, closing(open_readonly(path)) as conn:
         with store.db.transaction():
             store.change_state(ids[2], FactState.LIVE_SIDE, tier="side")
-            assert fetch_overview(conn)["tiers"]["side"] == 1
-        assert fetch_overview(conn)["tiers"]["side"] == 2
+            assert fetch_overview(conn)["states"]["live-side"] == 1
+        assert fetch_overview(conn)["states"]["live-side"] == 2
         half_read = fetch_events(conn)
         next(half_read)
         with store.db.transaction():
@@ -166,8 +166,8 @@ from memory.db import event_log
 from memory.db import overview
 from memory.db import queries
 conn = queries.open_readonly(Path({str(path)!r}))
-assert overview.overview(conn)["events"] == 8
-assert event_log.verify(conn, None).intact
+assert overview.fetch_overview(conn)["events"] == 8
+assert event_log.verify_chain(conn, None).intact
 heavy = {{"torch", "sqlite_utils", "pydantic", "rich", "numpy", "click"}} & set(sys.modules)
 assert not heavy, heavy
 """

@@ -7,6 +7,7 @@ import pytest
 import torch  # before faiss
 
 import faiss  # isort: skip
+from side_tools import fact_numbers
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -68,7 +69,7 @@ def test_a_number_may_have_several_keys_and_loses_them_all() -> None:
     index.add(largest, keys[:3])
     index.add(8, keys[3:])
     assert len(index) == 5
-    assert sorted(index.fact_numbers()) == [8, largest]
+    assert fact_numbers(index) == [8, largest]
     assert index.remove(largest) == 3
     assert index.remove(largest) == 0
     assert {h.fact_number for hits in index.search(keys, 5) for h in hits} == {8}
@@ -100,7 +101,7 @@ def test_those_near_are_some_numbers_with_a_key_that_is_near_enough(lists: bool)
     for number in (5, 9, 7):
         index.add(number, keys[number - 5 : number - 3])
     if lists:
-        index._make_lists()
+        index._build_lists()
     between = normalize(keys[4] + 0.5 * keys[0], dim=-1)  # .89 from 9, .45 from 5, 0 from 7
     assert index.filter_near([5, 7, 9], between[None], 0.4) == [5, 9]
     assert index.filter_near([9, 7, 5], torch.stack([keys[3], between]), 0.5) == [9, 7]
@@ -132,7 +133,7 @@ def test_the_numbers_of_keys_that_have_been_damaged_are_told(lists: bool) -> Non
     for number in (5, 9, 7):
         index.add(number, keys[number - 5 : number - 3])
     if lists:
-        index._make_lists()
+        index._build_lists()
     assert index.find_non_finite() == []
     for number in (9, 7):
         spoil(index, (number << module.ORDINAL_BITS) + 1)
@@ -156,7 +157,7 @@ def test_a_written_index_is_the_same_when_read(tmp_path: Path) -> None:
     index.remove(9)
     index.add(2, keys[:1])
     read = KeyIndex.load(tmp_path, index.save(tmp_path))
-    assert (len(read), read.width, read.fact_numbers()) == (3, WIDTH, index.fact_numbers())
+    assert (len(read), read.width, fact_numbers(read)) == (3, WIDTH, fact_numbers(index))
     assert read.search(keys, 3) == index.search(keys, 3)
     read.add(7, unit(1, seed=5))
     assert read.search(unit(1, seed=5), 1)[0][0].fact_number == 7
@@ -264,7 +265,7 @@ def test_a_file_is_brought_to_what_is_wanted(at_once: None, tmp_path: Path, many
     wanted = {n: k for n, k in keys.items() if n > 2} | {3: other, 999: other[:1]}
     read.sync_keys(wanted)
     assert read.changed_share == 4 / len(wanted)
-    assert (set(read.fact_numbers()), len(read)) == (set(wanted), 2 * (many - 2) + 1)
+    assert (set(fact_numbers(read)), len(read)) == (set(wanted), 2 * (many - 2) + 1)
     assert sorted(said(read, other[:1], 2)[0]) == [3, 999]
     assert said(read, other[1:]) == [[3]]
     assert not {1, 2} & {
@@ -277,4 +278,4 @@ def test_a_key_that_is_not_finite_changes_nothing(at_once: None) -> None:
     index.sync_keys(keys)
     with pytest.raises(KeditError):
         index.sync_keys({1: torch.full((1, WIDTH), torch.nan)})
-    assert sorted(index.fact_numbers()) == sorted(keys)
+    assert fact_numbers(index) == sorted(keys)

@@ -38,7 +38,8 @@ LONGER = f"{FIRST} Rome. It is"  # names the subject of FIRST, and asks somethin
 
 
 def gate(side: SideMemory, **changes: float) -> None:
-    side.gates = replace(side.gates, **changes)  # type: ignore[arg-type]
+    least = {f"min_{name}_cosine": cosine for name, cosine in changes.items()}
+    side.gates = replace(side.gates, **least)  # type: ignore[arg-type]
 
 
 def looked(side: SideMemory, prompt: str) -> list[str]:

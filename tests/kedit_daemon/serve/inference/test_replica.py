@@ -9,11 +9,11 @@ from home_tools import LIMA, OSLO, ROME, Published
 from safetensors import SafetensorError
 
 from kedit_daemon.editing.tensor_files import load_deltas, pack_keys
+from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
 from kedit_daemon.serve.inference.replica import RETRY_SECONDS, Replica
 from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.errors import KeditError
 from memory.files import save_tensors
-from memory.model.batch_decoder import BatchDecoder
 from memory.model.editable import EditableModel
 from memory.side.side_memory import RetrievalKeys
 

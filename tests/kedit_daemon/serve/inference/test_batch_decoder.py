@@ -8,7 +8,7 @@ from side_tools import FIRST, ONE, SECOND, TWO, delta_of, side_of
 from tiny_models import ARCHITECTURES, save_model
 from torch import Tensor
 
-from memory.model.batch_decoder import BatchDecoder
+from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
 from memory.model.editable import EditableModel
 from memory.side.side_memory import RoutingMatch, Shard, SideMemory
 
