@@ -1,4 +1,4 @@
-"""The settings of a home: config.toml, with the environment laid over it."""
+"""The settings of a home: defaults, overridden by config.toml, overridden by the environment."""
 
 import difflib
 import json
@@ -23,15 +23,15 @@ from pydantic import (
 
 from memory.errors import KeditError, NotInitialised
 
-EXIT_BAD_CONFIG = 78
 CONFIG_FILE = "config.toml"
-ENVIRON_PREFIX = "KEDIT_"
+REVIEW_TEMPLATE = Path(__file__).with_name("review.yaml")
+ENVIRON_PREFIX = "KEDIT"
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 def _check_cron(text: str) -> str:
     trigger = CronTrigger.from_crontab(text, timezone=UTC)
-    # The scheduler counts weekdays from Monday, cron from Sunday: numbers would be a day off.
+    # APScheduler counts weekdays from Monday, cron from Sunday: numbers would be a day off.
     if any(c.isdigit() for c in text.split()[4]):
         raise ValueError("write weekdays as names: mon, tue, wed, thu, fri, sat, sun")
     if trigger.get_next_fire_time(None, _ANY_DAY) is None:
@@ -50,7 +50,7 @@ class _Section(BaseModel):
 
 
 class InboxConfig(_Section):
-    """What is taken from the inbox, and when."""
+    """Limits of the inbox, and its timing."""
 
     settle_seconds: Annotated[float, Field(ge=0)] = 1.0
     rescan_seconds: Seconds = 30.0
@@ -61,7 +61,7 @@ class InboxConfig(_Section):
 
 
 class RoutingConfig(_Section):
-    """Which facts go to the side memory, and when they move on to the weights."""
+    """The choice between side memory and weights, and the times of flushes."""
 
     direct_facts: Count = 500
     flush_facts: Count = 100
@@ -76,14 +76,14 @@ class SideConfig(_Section):
 
 
 class FlushConfig(_Section):
-    """Moving facts into the weights."""
+    """Flushes of facts into the weights."""
 
     batch_facts: Count = 100
     memory_mb: Count = 512
 
 
 class StabilityConfig(_Section):
-    """From which figures on an audit warns, consolidates or reverts."""
+    """The figures from which an audit warns, consolidates or reverts."""
 
     norm_warn: Ratio | None = None
     norm_consolidate: Ratio | None = None
@@ -107,16 +107,16 @@ class StabilityConfig(_Section):
     def _check_limits_rise(self) -> Self:
         for figure in ("norm", "perplexity", "activation", "agreement", "retention"):
             verdicts = ("warn", "consolidate", "revert")
-            given = [f"{figure}_{verdict}" for verdict in verdicts]
-            names = [name for name in given if getattr(self, name) is not None]
-            for lower, upper in pairwise(names):
-                if getattr(self, lower) > getattr(self, upper):
+            names = [f"{figure}_{verdict}" for verdict in verdicts]
+            limits = [(name, limit) for name in names if (limit := getattr(self, name)) is not None]
+            for (lower, low), (upper, high) in pairwise(limits):
+                if low > high:
                     raise ValueError(f"{lower} lies above {upper}: set both")
         return self
 
 
 class ScheduleConfig(_Section):
-    """When the regular jobs run: cron expressions, UTC."""
+    """Cron expressions (UTC) of the regular jobs."""
 
     audit: Cron = "0 * * * *"
     consolidate: Cron = "0 4 * * *"
@@ -125,7 +125,7 @@ class ScheduleConfig(_Section):
 
 
 class PublishConfig(_Section):
-    """Carrying each new generation to where it is served."""
+    """The export of each new generation to the servers that use it."""
 
     kind: Literal["merged", "delta", "lora", "facts"] | None = None
     folder: Annotated[str, Field(pattern="^[/~]")] | None = None
@@ -138,14 +138,14 @@ class PublishConfig(_Section):
         if (self.kind is None) != (self.folder is None):
             raise ValueError("kind and folder belong together: set both or neither")
         if self.kind is None and (self.command or self.vllm):
-            raise ValueError("there is nothing to tell without kind and folder: set both")
+            raise ValueError("there is nothing to publish without kind and folder: set both")
         if self.kind == "facts" and self.vllm:
             raise ValueError("vllm takes lora, delta or merged, not facts")
         return self
 
 
 class ServeConfig(_Section):
-    """The HTTP server beside the daemon."""
+    """The HTTP server."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65_535)] = 0
@@ -157,7 +157,7 @@ class ServeConfig(_Section):
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine reaches the server."""
+        """Check that only this machine reaches the server."""
         try:
             return self.host == "localhost" or ip_address(self.host).is_loopback
         except ValueError:
@@ -171,7 +171,7 @@ class ServeConfig(_Section):
 
 
 class Config(_Section):
-    """Everything a person may set."""
+    """All settings."""
 
     model: Annotated[str, Field(min_length=1)] = "shipped"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
@@ -198,21 +198,21 @@ SECTIONS: Mapping[str, type[_Section]] = {
 
 
 def render_default_config(model: str) -> str:
-    """The commented default settings for a model."""
+    """Return the commented default settings, with a model."""
     # A JSON string without escapes for letters is a TOML string too.
-    text = (Path(__file__).parent / CONFIG_FILE).read_text(encoding="utf-8")
+    text = Path(__file__).with_name(CONFIG_FILE).read_text(encoding="utf-8")
     return text.replace('= "shipped"', "= " + json.dumps(model, ensure_ascii=False))
 
 
 def load_config(home: Path, environ: Mapping[str, str]) -> Config:
-    """The settings of the home in the folder `home`; a KeditError names file, key and remedy."""
+    """Read the settings of a home. Raises KeditError, which names file, key and remedy."""
     path = home / CONFIG_FILE
     settings = _read_toml(path)
-    names = _apply_environ(settings, environ)
+    _apply_environ(settings, environ)
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise _explain_errors(error, path, names) from None
+        raise _explain_errors(error, path, environ) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -232,71 +232,65 @@ def _read_toml(path: Path) -> dict[str, Any]:
     raise KeditError(problem, code="bad-config", hint=hint)
 
 
-def _apply_environ(
-    settings: dict[str, Any], environ: Mapping[str, str]
-) -> dict[tuple[str, ...], str]:
-    """Put the environment's values into the settings; returns the variable behind each such key."""
-    names: dict[tuple[str, ...], str] = {}
-    for variable, text in sorted(environ.items()):
-        if not variable.startswith(ENVIRON_PREFIX):
+def _apply_environ(settings: dict[str, Any], environ: Mapping[str, str]) -> None:
+    """Put the values of KEDIT_SECTION_KEY and KEDIT_KEY into the settings."""
+    for variable, text in environ.items():
+        prefix, _, name = variable.partition("_")
+        section, _, key = name.lower().partition("_")
+        if prefix != ENVIRON_PREFIX:
             continue
-        first, _, rest = variable.removeprefix(ENVIRON_PREFIX).lower().partition("_")
-        if first in SECTIONS and rest:
-            table, model, key = settings.setdefault(first, {}), SECTIONS[first], rest
-            where: tuple[str, ...] = (first, key)
-        elif first in ("model", "device") and not rest:
-            table, model, key, where = settings, Config, first, (first,)
+        if section in SECTIONS and key:
+            table, model = settings.setdefault(section, {}), SECTIONS[section]
+        elif section in ("model", "device") and not key:
+            table, model, key = settings, Config, section
         else:
             continue
-        if isinstance(table, dict):  # otherwise the file is wrong, and validation says so
+        if isinstance(table, dict):  # otherwise the file is wrong, and validation reports it
             table[key] = _parse_value(model, key, text)
-            names[where] = variable
-    return names
 
 
 def _parse_value(model: type[_Section], key: str, text: str) -> Any:
-    """The text as the number that the key wants; as it stands when it wants or is none."""
-    wanted = model.model_fields[key].annotation if key in model.model_fields else str
+    """Return the number that the key needs; the text itself where it needs or is none."""
+    expected = model.model_fields[key].annotation if key in model.model_fields else str
+    number = float if expected == (Ratio | None) else expected
     try:
-        if wanted == (Ratio | None):
-            return float(text)
-        return wanted(text) if wanted in (int, float) else text
+        return number(text) if number in (int, float) else text
     except ValueError:
         return text
 
 
-def _explain_errors(
-    error: ValidationError, path: Path, names: dict[tuple[str, ...], str]
-) -> KeditError:
+def _explain_errors(error: ValidationError, path: Path, environ: Mapping[str, str]) -> KeditError:
+    variables = {name.upper(): name for name in environ}
     problems: list[str] = []
     remedies: list[str] = []
     for problem in error.errors(include_url=False):
-        where = tuple(str(part) for part in problem["loc"])
-        origin = f"${names[where]}" if where in names else str(path)
+        keys = tuple(str(part) for part in problem["loc"])
+        variable = "_".join((ENVIRON_PREFIX, *keys)).upper()
+        origin = f"${variables[variable]}" if variable in variables else str(path)
         unknown = problem["type"] == "extra_forbidden"
-        what = {"extra_forbidden": "unknown key", "model_type": "must be a section"}.get(
+        text = {"extra_forbidden": "unknown key", "model_type": "must be a section"}.get(
             problem["type"], problem["msg"].removeprefix("Value error, ")
         )
-        problems.append(f"{origin}: {'.'.join(where)}: {what}")
-        remedies.append(_suggest_key(where) if unknown else _suggest_default(where))
+        problems.append(f"{origin}: {'.'.join(keys)}: {text}")
+        remedies.append(_suggest_key(keys) if unknown else _suggest_default(keys))
     return KeditError("\n".join(problems), code="bad-config", hint=remedies[0])
 
 
-def _suggest_key(where: tuple[str, ...]) -> str:
-    *section, key = where
+def _suggest_key(keys: tuple[str, ...]) -> str:
+    *section, key = keys
     elsewhere = [name for name, model in SECTIONS.items() if key in model.model_fields]
     if elsewhere:
         return f"{key} belongs in [{elsewhere[0]}]"
     known = list((SECTIONS[section[0]] if section else Config).model_fields)
-    if near := difflib.get_close_matches(key, known, n=1):
-        return f"did you mean {near[0]}?"
+    if similar := difflib.get_close_matches(key, known, n=1):
+        return f"did you mean {similar[0]}?"
     return f"the keys here are: {', '.join(known)}"
 
 
-def _suggest_default(where: tuple[str, ...]) -> str:
+def _suggest_default(keys: tuple[str, ...]) -> str:
     value: Any = Config()
-    for part in where[:2]:  # what lies deeper, in a list, has no default of its own
-        value = getattr(value, part)
+    for key in keys[:2]:  # an element of a list has no default of its own
+        value = getattr(value, key)
     if isinstance(value, _Section):
-        return f"correct the section [{where[0]}]"
+        return f"correct the section [{keys[0]}]"
     return f"correct it, or remove it to take the default, {json.dumps(value)}"

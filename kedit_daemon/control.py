@@ -1,9 +1,9 @@
-"""HTTP/1.1 over a Unix socket: how commands talk to the running daemon.
+"""HTTP/1.1 over a Unix socket, between commands and the running daemon.
 
     POST /<name>   a JSON object of arguments  ->  200 and a JSON object
-                   anything refused            ->  4xx and {error, code, hint, exit_code}
+                   refused                     ->  4xx and {error, code, hint, exit_code}
 
-The server's threads only carry: a request waits on a queue until the edit loop has answered it.
+The server's threads do no work: a request waits in a queue until the edit loop has answered it.
 """
 
 import http.client
@@ -26,28 +26,28 @@ from typing import Any
 
 from memory.errors import BadRequest, KeditError, NotRunning, RefusedByDaemon
 
-PING = "ping"  # the command that only asks whether anyone listens
+PING = "ping"  # the command that checks for a listener, answered by the server itself
 MAX_BODY_BYTES = 1 << 20
-MAX_ADDRESS_BYTES = 103  # what every system takes as the name of a Unix socket
-IDLE_TIMEOUT_SECONDS = 30.0  # a client that sends or reads nothing for so long is let go
-STOP_TIMEOUT_SECONDS = 5.0  # how long stopping waits for the last replies to be read
+MAX_ADDRESS_BYTES = 103  # the longest address of a Unix socket on any system
+IDLE_TIMEOUT_SECONDS = 30.0  # after which a silent client is disconnected
+STOP_TIMEOUT_SECONDS = 5.0  # for the last replies to be read
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class ControlRequest:
-    """One command that waits for the edit loop. The first answer or refusal counts."""
+    """A command that waits for the edit loop. Only the first answer or refusal counts."""
 
     name: str
     arguments: dict[str, Any]
     reply_queue: queue.Queue[tuple[int, bytes]] = field(default_factory=lambda: queue.Queue(1))
 
     def send_answer(self, result: dict[str, Any]) -> None:
-        """Let the command end well."""
+        """Answer the command."""
         self._put_reply(200, result)
 
     def send_refusal(self, error: KeditError) -> None:
-        """Let the command fail, with the error as its own."""
+        """Refuse the command, which then fails with this error."""
         self._put_reply(409, _error_as_dict(error))
 
     def _put_reply(self, status: int, content: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def _error_as_dict(error: KeditError) -> dict[str, Any]:
 
 @contextmanager
 def _socket_address(path: Path) -> Iterator[str]:
-    """The path, or for one that is too long for a socket's name, a short way to the same file."""
+    """Yield the path, or a short path to the same file where it is too long for an address."""
     if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
         yield str(path)
         return
@@ -78,20 +78,20 @@ def _socket_address(path: Path) -> Iterator[str]:
 
 
 class ControlServer:
-    """Listens on the socket and puts what comes on `requests`.
+    """A server that puts the requests from its socket into the queue `requests`.
 
-    Start it only while holding the home's lock: a socket that is in the way is taken for a
-    leftover and replaced.
+    Start it only while holding the home's lock: an existing socket is taken for a leftover and
+    replaced.
     """
 
     def __init__(self, path: Path) -> None:
-        # Of the kind that a signal's handler may put into, whatever it interrupts.
+        # Reentrant: a signal handler may put into it, whatever it interrupts.
         self.requests: queue.SimpleQueue[ControlRequest] = queue.SimpleQueue()
         self._socket_path = path
         self._server: _SocketServer | None = None
 
     def start(self) -> None:
-        """Begin to listen; only the owner of the process may connect."""
+        """Start to listen; only the owner of the process may connect."""
         with suppress(FileNotFoundError):
             if not stat.S_ISSOCK(self._socket_path.lstat().st_mode):
                 raise KeditError(
@@ -104,7 +104,7 @@ class ControlServer:
         ).start()
 
     def stop(self) -> None:
-        """Stop listening, refuse every request without an answer, and let replies be read."""
+        """Stop listening, refuse every unanswered request, and wait until replies are read."""
         if self._server is None:
             return
         self._server.shutdown()
@@ -144,17 +144,15 @@ class _SocketServer(socketserver.ThreadingUnixStreamServer):
             self._condition.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        gone = isinstance(sys.exc_info()[1], ConnectionError)
-        _log.log(
-            logging.DEBUG if gone else logging.ERROR, "a control connection broke", exc_info=True
-        )
+        level = logging.DEBUG if isinstance(sys.exc_info()[1], ConnectionError) else logging.ERROR
+        _log.log(level, "A control connection broke.", exc_info=True)
 
     def await_reply(self, name: str, arguments: dict[str, Any]) -> tuple[int, bytes]:
         """Wait for the edit loop's reply to one request."""
         request = ControlRequest(name, arguments)
         with self._condition:
             if self._is_stopping:
-                request.send_refusal(_not_running_error("the daemon is stopping"))
+                request.send_refusal(NotRunning("the daemon is stopping"))
             else:
                 self._waiting_requests.add(request)
                 self._requests.put(request)
@@ -164,11 +162,11 @@ class _SocketServer(socketserver.ThreadingUnixStreamServer):
         return reply
 
     def drain_requests(self) -> None:
-        """Refuse what still waits, and wait a little for the replies to be read."""
+        """Refuse the waiting requests, and wait a little for the replies to be read."""
         with self._condition:
             self._is_stopping = True
             for request in self._waiting_requests:
-                request.send_refusal(_not_running_error("the daemon is stopping"))
+                request.send_refusal(NotRunning("the daemon is stopping"))
             for connection in self._connections:
                 with suppress(OSError):  # the client may have gone
                     connection.shutdown(socket.SHUT_RD)
@@ -192,7 +190,7 @@ class _RequestHandler(http.server.BaseHTTPRequestHandler):
             self._send_reply(*self.server.await_reply(name, arguments))
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Errors of the protocol itself, as JSON too."""
+        """Send an error of the protocol itself as JSON, too."""
         text = message or http.HTTPStatus(code).phrase
         self._send_refusal(code, BadRequest(text, hint="POST /<name> with JSON"))
 
@@ -200,7 +198,7 @@ class _RequestHandler(http.server.BaseHTTPRequestHandler):
         _log.debug(format, *args)
 
     def _send_refusal(self, status: int, error: KeditError) -> None:
-        self.close_connection = True  # what is left of the request is not read
+        self.close_connection = True  # the rest of the request is not read
         self._send_reply(status, json.dumps(_error_as_dict(error)).encode())
 
     def _send_reply(self, status: int, body: bytes) -> None:
@@ -213,8 +211,8 @@ class _RequestHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _parse_name(self) -> str:
-        if found := re.fullmatch(r"/([a-z][a-z0-9_-]*)", self.path):
-            return found[1]
+        if match := re.fullmatch(r"/([a-z][a-z0-9_-]*)", self.path):
+            return match[1]
         raise BadRequest(f"no command {self.path!r}")
 
     def _parse_arguments(self) -> dict[str, Any]:
@@ -249,9 +247,9 @@ class _SocketConnection(http.client.HTTPConnection):
 def send_request(
     path: Path, name: str, arguments: dict[str, Any], timeout: float | None = None
 ) -> dict[str, Any]:
-    """The running daemon's answer to one command; its refusals are raised as they were there.
+    """Return the running daemon's answer to a command. Raises its refusals as RefusedByDaemon.
 
-    Without a timeout it waits for as long as the daemon lives.
+    Without a timeout (seconds) it waits as long as the daemon runs.
     """
     body = json.dumps(arguments).encode()
     if len(body) > MAX_BODY_BYTES:
@@ -280,7 +278,7 @@ def _exchange_json(
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise _not_running_error("daemon not running") from error
+        raise NotRunning("daemon not running") from error
     except PermissionError as error:
         raise KeditError(
             f"{path} may not be used by this user",
@@ -294,12 +292,9 @@ def _exchange_json(
             hint="the daemon is busy: see kedit-daemon status, then try again",
         ) from error
     except (ConnectionError, http.client.IncompleteRead) as error:
-        raise _not_running_error("the daemon ended before it had answered") from error
+        raise NotRunning("the daemon ended before it had answered") from error
     except (http.client.HTTPException, ValueError) as error:
-        raise KeditError(f"what listens on {path} is no kedit-daemon", code="bad-reply") from error
+        problem = f"the process that listens on {path} is not a kedit-daemon"
+        raise KeditError(problem, code="bad-reply") from error
     finally:
         connection.close()
-
-
-def _not_running_error(message: str) -> KeditError:
-    return NotRunning(message)

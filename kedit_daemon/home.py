@@ -1,4 +1,4 @@
-"""Where everything of one daemon lies. Imports nothing heavy: commands must answer at once."""
+"""The folder of one daemon. Imports nothing heavy: commands must answer at once."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ FOLDER_MODE = 0o750  # facts may be confidential; the group may read
 
 
 def restrict_umask() -> None:
-    """What this process makes from now on is nobody else's to write, however loose its umask."""
+    """Keep others from writing what this process creates from now on."""
     os.umask(os.umask(0o077) | 0o022)
 
 
@@ -29,7 +29,7 @@ class Home:
 
     @classmethod
     def from_environ(cls, option: Path | None, environ: Mapping[str, str]) -> "Home":
-        """The home asked for, else $KEDIT_HOME, systemd's state folder, or the XDG state folder."""
+        """Return the home of the option, else $KEDIT_HOME, systemd's or the XDG state folder."""
         if option is not None:
             return cls(option.expanduser().absolute())
         if given := environ.get("KEDIT_HOME"):
@@ -50,12 +50,12 @@ class Home:
 
     @property
     def review_file(self) -> Path:
-        """What datasette needs to show the database to people, written by `init`."""
+        """Datasette's metadata for the database, written by `init`."""
         return self.root / "review.yaml"
 
     @property
     def inbox_folder(self) -> Path:
-        """Where files of facts are dropped."""
+        """The folder that files of facts are dropped into."""
         return self.root / "inbox"
 
     @property
@@ -65,7 +65,7 @@ class Home:
 
     @property
     def database_file(self) -> Path:
-        """The only truth; what lies beside it can be rebuilt from it."""
+        """The only truth; everything else in the folder can be rebuilt from it."""
         return self.state_folder / "kedit.db"
 
     @property
@@ -85,12 +85,12 @@ class Home:
 
     @property
     def lock_file(self) -> Path:
-        """Held by the running daemon."""
+        """The file that the running daemon holds locked."""
         return self.state_folder / "daemon.lock"
 
     @property
     def socket_file(self) -> Path:
-        """Where the running daemon listens for commands."""
+        """The socket on which the running daemon listens for commands."""
         return self.state_folder / "control.sock"
 
     @property
@@ -100,16 +100,11 @@ class Home:
 
     def create_folders(self) -> None:
         """Make the folders that are missing; those that exist keep their modes."""
-        inside = [
-            self.inbox_folder / "work",
-            self.inbox_folder / "done",
-            self.inbox_folder / "failed",
-        ]
+        inside_inbox = [self.inbox_folder / name for name in ("work", "done", "failed")]
+        inside_state = [self.generations_folder, self.side_folder, self.index_folder]
         try:
             self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
-            for folder in (self.inbox_folder, self.state_folder):
-                folder.mkdir(FOLDER_MODE, exist_ok=True)
-            for folder in (*inside, self.generations_folder, self.side_folder, self.index_folder):
+            for folder in (self.inbox_folder, self.state_folder, *inside_inbox, *inside_state):
                 folder.mkdir(FOLDER_MODE, exist_ok=True)
         except OSError as error:
             raise NoHome(
@@ -120,7 +115,7 @@ class Home:
 
 @contextmanager
 def open_database(home: Home) -> Iterator["sqlite3.Connection"]:
-    """Open the home's database for reading. Raises Unreadable where it cannot be read."""
+    """Open the home's database for reading. Raises Unreadable."""
     import sqlite3
 
     from memory.db.queries import open_readonly
@@ -129,9 +124,7 @@ def open_database(home: Home) -> Iterator["sqlite3.Connection"]:
     try:
         yield conn
     except sqlite3.Error as error:
-        raise Unreadable(
-            f"{home.database_file} cannot be read: {error}",
-            hint="kedit-daemon doctor",
-        ) from error
+        problem = f"{home.database_file} cannot be read: {error}"
+        raise Unreadable(problem, hint="kedit-daemon doctor") from error
     finally:
         conn.close()

@@ -164,14 +164,13 @@ class SiteSearch:
             judged += self._try_variants("quality", site, self._vary_priors(site))
         subjects = [c for c in judged if c.site.subject_layers and c.quality and c.quality.score]
         if subjects:
-            self._try_combinations(self._choose_best(subjects).site)
-        chosen = self._choose_best(self.candidates).site
+            self._try_combinations(choose_candidate(subjects, len(self.facts)).site)
+        chosen = choose_candidate(self.candidates, len(self.facts)).site
         self._load_statistics([chosen])
-        for clamp in CLAMPS:
-            if clamp != chosen.clamp:
-                site = replace(chosen, clamp=clamp)
+        for site in (replace(chosen, clamp=clamp) for clamp in CLAMPS):
+            if site != chosen:
                 self._try_variants("clamp", site, [site])
-        return self._choose_best(self.candidates)
+        return choose_candidate(self.candidates, len(self.facts))
 
     def solve_deltas(self, site: EditSite) -> dict[int, Tensor]:
         """Solve ΔW by layer of all pilot facts, at a site whose quality was measured."""
@@ -208,9 +207,6 @@ class SiteSearch:
             both = replace(site, end_from=start, end_rate=rate)
             variants = [replace(both, end_prior=f * site.prior) for f in END_PRIOR_FACTORS]
             self._try_variants("combination", both, variants)
-
-    def _choose_best(self, candidates: Sequence[Candidate]) -> Candidate:
-        return choose_candidate(candidates, len(self.facts))
 
     def _load_statistics(self, sites: Sequence[EditSite]) -> None:
         """Hold the covariances of the sites' layers, and of no other: they are large."""

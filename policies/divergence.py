@@ -43,15 +43,10 @@ class DivergenceWatch:
         """
         squares = [p.grad.square().flatten(1).sum(1) for p in parameters if p.grad is not None]
         lengths = torch.stack(squares).sum(0).sqrt()
-        table = torch.stack(
-            [
-                readings.losses.detach(),
-                readings.wrong_tokens,
-                lengths,
-                readings.output_shifts.detach(),
-            ]
-        )
-        losses, wrong, gradients, shifts = table.tolist()  # in one read: it waits for the GPU
+        loss, shift = readings.losses.detach(), readings.output_shifts.detach()
+        # In one read, which waits for the GPU.
+        table = torch.stack([loss, readings.wrong_tokens, lengths, shift]).tolist()
+        losses, wrong, gradients, shifts = table
         for n in tuple(self.active_facts):
             why = (
                 _check_finite("loss", losses[n])

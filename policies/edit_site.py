@@ -142,19 +142,15 @@ def make_start_site(kind: str, layers: int) -> EditSite:
 
 
 def load_site(model_path: Path, layers: int, kind: str = "") -> EditSite:
-    """Return the site measured for the model in this folder, or a start for a model of this kind.
-
-    Raises KeditError for a `kedit.json` that cannot be used.
-    """
+    """Return the site measured for the model in this folder, or a start for a model of this kind;
+    raises KeditError for a `kedit.json` that cannot be used."""
     path = model_path / SITE_FILE
     return read_site(path, layers) if path.is_file() else make_start_site(kind, layers)
 
 
 def read_site(path: Path, layers: int) -> EditSite:
-    """Read the site from a file as `format_site` writes it.
-
-    Raises KeditError when it cannot be used for a model with this number of layers.
-    """
+    """Read the site from a file as `format_site` writes it; raises KeditError for a site that does
+    not fit a model of this number of layers."""
     try:
         raw = json.dumps(json.loads(path.read_text(encoding="utf-8"))["site"])
         site = TypeAdapter(EditSite).validate_json(raw, strict=True)

@@ -88,10 +88,8 @@ def find_subject_end(model: EditableModel, text: str, subject: str) -> int | Non
 
 
 def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
-    """Return the rows from which an edit of this fact learns.
-
-    Raises Rejected when the fact does not fit the model.
-    """
+    """Return the rows from which an edit learns; raises Rejected for a fact that does not fit the
+    model."""
     texts = [context + fact.question for context in CONTEXTS]
     texts += fact.filled_paraphrases[:MAX_PARAPHRASES]
     rows = []

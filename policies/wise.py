@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memory.facts import Fact
-from memory.model.editable import EditableModel, Tap
+from memory.model.editable import EditableModel
 from memory.model.prefix_cache import PrefixCache
 from memory.side.side_memory import Delta, RetrievalKeys, Shard, SideMemory, to_fact_number
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
@@ -56,17 +56,9 @@ def read_prompt_ends(
     """Return inputs (n, width) and outputs (n, hidden) of a down projection where prompts end."""
     if not prompts:
         return torch.empty(0, model.weight(layer).shape[1]), torch.empty(0, model.hidden_size)
-    encoded = [TokenRow(tuple(ids), len(ids), len(ids) - 1) for ids in map(model.encode, prompts)]
-    batch = pad_rows(encoded, max(len(r.ids) for r in encoded), model.end_token or 0, model.device)
-    caught: list[Tensor] = []
-
-    def tap(inputs: Tensor, outputs: Tensor) -> None:
-        rows = torch.arange(len(batch.end_index), device=inputs.device)
-        caught.extend((inputs[rows, batch.end_index], outputs[rows, batch.end_index]))
-        raise _PassDone
-
-    _run_taps(model, batch.ids, {layer: tap})
-    return caught[0], caught[1]
+    rows = [TokenRow(tuple(ids), len(ids), len(ids) - 1) for ids in map(model.encode, prompts)]
+    batch = pad_rows(rows, max(len(r.ids) for r in rows), model.end_token or 0, model.device)
+    return _read_layers(model, batch.ids, {layer: batch.end_index})[layer]
 
 
 def filter_fitting(model: EditableModel, prompts: Sequence[str]) -> list[str]:
@@ -78,10 +70,25 @@ class _PassDone(Exception):
     """Raised by a tap to end a pass over the model whose rest is not needed."""
 
 
-def _run_taps(model: EditableModel, ids: Tensor, taps: Mapping[int, Tap]) -> None:
-    """Run ids (rows, tokens) through the model for its taps, up to a tap that raises _PassDone."""
+def _read_layers(
+    model: EditableModel, ids: Tensor, columns: Mapping[int, Tensor]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return inputs (rows, width) and outputs (rows, hidden) by layer, of ids (rows, tokens).
+
+    columns: by layer the token to read of each row. The pass ends at the highest of these layers.
+    """
+    rows, top = torch.arange(len(ids), device=ids.device), max(columns)
+    caught: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def tap(layer: int, inputs: Tensor, outputs: Tensor) -> None:
+        caught[layer] = inputs[rows, columns[layer]], outputs[rows, columns[layer]]
+        if layer == top:
+            raise _PassDone
+
+    taps = {layer: partial(tap, layer) for layer in columns}
     with suppress(_PassDone), torch.no_grad(), model.tap_layers(taps):
         model.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    return caught
 
 
 class _ShardTraining:
@@ -279,15 +286,7 @@ def _read_keys(
     prompts = [replace(row, ids=row.prompt) for row in rows]
     longest = max(row.prompt_length for row in rows)
     batch = pad_rows(prompts, longest, model.end_token or 0, model.device)
-    index = torch.arange(len(prompts), device=model.device)
-    caught: dict[int, Tensor] = {}
-
-    def tap(layer: int, columns: Tensor, _inputs: Tensor, outputs: Tensor) -> None:
-        caught[layer] = side.compute_keys(layer, outputs[index, columns]).cpu()
-        if layer == side.layer:
-            raise _PassDone
-
     low, high = side.gates.key_layer, side.layer
-    taps = {low: partial(tap, low, batch.subject_index), high: partial(tap, high, batch.end_index)}
-    _run_taps(model, batch.ids, taps)
-    return caught[low], caught[high]
+    read = _read_layers(model, batch.ids, {low: batch.subject_index, high: batch.end_index})
+    subject, end = (side.compute_keys(n, read[n][1]).cpu() for n in (low, high))
+    return subject, end

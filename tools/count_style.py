@@ -1,4 +1,4 @@
-"""Counts how the code reads: one-word function names, docstring openings, lines.
+"""Measures of code style: one-word function names, docstring openings, lines.
 
     python -m tools.count_style [ROOM ...]
 
@@ -36,17 +36,17 @@ class Counts:
             if is_function and not node.name.startswith("__"):
                 self.names.append(node.name)
 
-    def report(self) -> Iterator[str]:
+    def format_report(self) -> Iterator[str]:
         """Yield the figures, a line each."""
         one_word = [name for name in self.names if "_" not in name.strip("_")]
         vague = [text for text in self.docstrings if text.split()[0] in VAGUE_OPENINGS]
         yield f"lines of code: {self.lines:,}"
-        yield f"functions of one-word names: {_share(one_word, self.names)}"
+        yield f"functions of one-word names: {_format_share(one_word, self.names)}"
         openings = ", ".join(VAGUE_OPENINGS)
-        yield f"docstrings that open with {openings}: {_share(vague, self.docstrings)}"
+        yield f"docstrings that open with {openings}: {_format_share(vague, self.docstrings)}"
 
 
-def _share(part: list[str], whole: list[str]) -> str:
+def _format_share(part: list[str], whole: list[str]) -> str:
     return f"{len(part):,} of {len(whole):,} ({len(part) / max(len(whole), 1):.1%})"
 
 
@@ -56,7 +56,7 @@ def main(rooms: list[str]) -> None:
     for room in rooms:
         for path in sorted(Path(room).rglob("*.py")):
             counts.add_file(path)
-    print("\n".join(counts.report()))
+    print("\n".join(counts.format_report()))
 
 
 if __name__ == "__main__":

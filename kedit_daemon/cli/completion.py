@@ -1,7 +1,7 @@
-"""What a shell offers when somebody presses Tab.
+"""Completion of arguments in a shell.
 
-Asked at every key, so only the database is looked at, and nothing heavy is imported. Whatever is
-wrong, nothing is offered: a message would stand in the middle of somebody's line.
+It runs at every Tab, so it reads only the database and imports nothing heavy. On any error it
+offers nothing: a message would appear in the middle of the command line.
 """
 
 import os
@@ -20,51 +20,48 @@ from memory.facts import ACTIVE_STATES
 
 MAX_OFFERED = 200
 HELP_CHARS = 60
-# What a shell takes as one word, whatever its quoting.
+# Words that need no quoting in any shell.
 _PLAIN_WORD = re.compile(r"[\w.@+-]+")
 
 
 def complete_event_kinds(
     _ctx: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """The kinds of events, with what each says."""
-    return [
-        CompletionItem(kind, help=said)
-        for kind, said in EVENT_KINDS.items()
-        if kind.startswith(incomplete)
-    ]
+    """Return the kinds of events, with their meanings."""
+    kinds = EVENT_KINDS.items()
+    return [CompletionItem(kind, help=text) for kind, text in kinds if kind.startswith(incomplete)]
 
 
 def complete_facts(
     ctx: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Ids of facts, the newest first, with what each says; their owners' ids too."""
+    """Return ids of facts, the newest first, with their statements; external ids too."""
     return list(_iter_fact_items(ctx, incomplete, active=False))
 
 
 def complete_active_facts(
     ctx: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """Ids of the facts that can be taken out, without those that the line has already."""
+    """Return ids of the facts that can be reverted, without those already on the line."""
     given = ctx.params.get(parameter.name or "") or ()
-    return [
-        item for item in _iter_fact_items(ctx, incomplete, active=True) if item.value not in given
-    ]
+    items = _iter_fact_items(ctx, incomplete, active=True)
+    return [item for item in items if item.value not in given]
 
 
 def complete_show_names(
     ctx: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
-    """What `show` shows: files in failed/, and facts."""
-    files = [name for name in list_failed_files(_find_home(ctx)) if name.startswith(incomplete)]
-    named = [
-        CompletionItem(n, help="a file that failed") for n in files if _PLAIN_WORD.fullmatch(n)
+    """Return what `show` takes: files in failed/, and ids of facts."""
+    files = [
+        CompletionItem(name, help="a file that failed")
+        for name in list_failed_files(_find_home(ctx))
+        if name.startswith(incomplete) and _PLAIN_WORD.fullmatch(name)
     ]
-    return [*named, *complete_facts(ctx, parameter, incomplete)]
+    return [*files, *complete_facts(ctx, parameter, incomplete)]
 
 
 def _find_home(ctx: click.Context) -> Home:
-    # The group has not run: its option is read, nothing else has been done.
+    # The group itself has not run: only its options have been parsed.
     return Home.from_environ(ctx.find_root().params.get("folder"), os.environ)
 
 
@@ -95,7 +92,7 @@ def _iter_row_items(row: sqlite3.Row, incomplete: str) -> Iterator[CompletionIte
     from kedit_daemon.report.render import format_statement
     from kedit_daemon.system.sanitize import clip_text
 
-    said = clip_text(format_statement(dict(row)), HELP_CHARS)
+    statement = clip_text(format_statement(dict(row)), HELP_CHARS)
     for name in (row["id"], row["external_id"] if incomplete else None):
         if name and name.startswith(incomplete) and _PLAIN_WORD.fullmatch(name):
-            yield CompletionItem(name, help=said)
+            yield CompletionItem(name, help=statement)

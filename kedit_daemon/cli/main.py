@@ -1,7 +1,7 @@
-"""The command line: finds the home, runs one command, and turns errors into lines and exit codes.
+"""The command line: find the home, run one command, turn errors into lines and exit codes.
 
-Commands are imported when they are called, and what they need when they run: `status` has to
-answer at once.
+A command is imported when it is called, and its dependencies when it runs: `status` has to answer
+at once.
 """
 
 import io
@@ -14,62 +14,73 @@ from typing import Any
 
 import click
 
-from kedit_daemon.cli.context import CliContext
-from kedit_daemon.cli.usage import EXIT_USAGE, Suggesting, explained
+from kedit_daemon.cli.context import CliContext, find_version
 from kedit_daemon.home import PROGRAM_NAME, Home
 from kedit_daemon.system.sanitize import clean_text
-from memory.errors import KeditError
+from memory.errors import EXIT_USAGE, KeditError
 
+_COMMANDS_PACKAGE = "kedit_daemon.cli.commands"
 COMMAND_PATHS = {
-    "init": "cli.commands.home:init",
-    "run": "cli.commands.home:run",
-    "submit": "cli.commands.home:submit",
-    "status": "cli.commands.read:status",
-    "facts": "cli.commands.read:facts",
-    "show": "cli.commands.read:show",
-    "ask": "cli.commands.act:ask",
-    "flush": "cli.commands.act:flush",
-    "audit": "cli.commands.act:audit",
-    "consolidate": "cli.commands.act:consolidate",
-    "revert": "cli.commands.act:revert",
-    "log": "cli.commands.log:log",
-    "calibrate": "cli.commands.calibrate:calibrate",
-    "export": "cli.commands.export:export",
-    "backup": "cli.commands.backup:backup",
-    "restore": "cli.commands.backup:restore",
-    "bench": "cli.commands.bench:bench",
-    "doctor": "cli.commands.home:doctor",
-    "demo": "cli.commands.home:demo",
-    "completion": "cli.commands.shell:completion",
-    "man": "cli.commands.shell:man",
+    "init": "home:init",
+    "run": "home:run",
+    "submit": "home:submit",
+    "status": "read:status",
+    "facts": "read:facts",
+    "show": "read:show",
+    "ask": "act:ask",
+    "flush": "act:flush",
+    "audit": "act:audit",
+    "consolidate": "act:consolidate",
+    "revert": "act:revert",
+    "log": "log:log",
+    "calibrate": "calibrate:calibrate",
+    "export": "export:export",
+    "backup": "backup:backup",
+    "restore": "backup:restore",
+    "bench": "bench:bench",
+    "doctor": "home:doctor",
+    "demo": "home:demo",
+    "completion": "shell:completion",
+    "man": "shell:man",
 }
 
 
-class LazyGroup(Suggesting):
-    """A group that imports a command when it is called, and explains how one ended."""
+class LazyGroup(click.Group):
+    """A group that imports a command when it is called, and reports its errors."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        """As click does; our own options may be mistyped, too."""
+        """Parse the options of the group itself; report a wrong one as any other error."""
         try:
             return super().make_context(*args, **extra)
         except click.UsageError as error:
-            _print_error("usage", *explained(error))
+            _print_usage_error(error)
             raise click.exceptions.Exit(EXIT_USAGE) from error
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order of a first day's work."""
+        """Return the names of the commands, in the order of a first day's work."""
         return list(COMMAND_PATHS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command, imported now."""
+        """Import a command."""
         if cmd_name not in COMMAND_PATHS:
             return None
         module, attribute = COMMAND_PATHS[cmd_name].split(":")
-        command: click.Command = getattr(import_module(f"kedit_daemon.{module}"), attribute)
+        command: click.Command = getattr(import_module(f"{_COMMANDS_PACKAGE}.{module}"), attribute)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is compared with those not imported, too."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:
+            raise click.NoSuchCommand(
+                error.command_name, possibilities=COMMAND_PATHS, ctx=ctx
+            ) from None
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; what a person can act on is told, everything else is one line."""
+        """Run the command; an error becomes a message, a hint and an exit code."""
         debug = bool(ctx.params.get("debug"))
         try:
             return super().invoke(ctx)
@@ -78,27 +89,31 @@ class LazyGroup(Suggesting):
             _print_error(error.code, str(error), error.hint)
             ctx.exit(error.exit_code)
         except click.UsageError as error:
-            _print_error("usage", *explained(error))
+            _print_usage_error(error)
             ctx.exit(EXIT_USAGE)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click has its own ways with these
+            raise  # click handles these
         except UnicodeEncodeError:
-            # Names of files may be any bytes, and are taken; the database holds nothing like them.
+            # File names may be any bytes and are accepted; the database holds nothing like them.
             _print_traceback(debug)
             _print_error("usage", "an argument is not valid UTF-8", "write it in UTF-8")
             ctx.exit(EXIT_USAGE)
         except Exception as error:
-            from kedit_daemon.system.disk import describe_disk_error
-
             _print_traceback(debug)
-            session = ctx.find_object(CliContext)
-            known = describe_disk_error(error, session.home.root if session else Path())
-            if known is not None:
-                _print_error(known.code, str(known), known.hint)
-                ctx.exit(known.exit_code)
-            what = f"{type(error).__name__}: {error}".partition("\n")[0]
-            _print_error("unexpected", what, "" if debug else "run with --debug")
-            ctx.exit(1)
+            ctx.exit(_print_unexpected_error(error, ctx.find_object(CliContext), debug))
+
+
+def _print_unexpected_error(error: Exception, session: CliContext | None, debug: bool) -> int:
+    """Report an error that no command expects; return the exit code."""
+    from kedit_daemon.system.disk import describe_disk_error
+
+    known = describe_disk_error(error, session.home.root if session else Path())
+    if known is not None:
+        _print_error(known.code, str(known), known.hint)
+        return known.exit_code
+    message = f"{type(error).__name__}: {error}".partition("\n")[0]
+    _print_error("unexpected", message, "" if debug else "run with --debug")
+    return 1
 
 
 def _print_traceback(debug: bool) -> None:
@@ -108,8 +123,17 @@ def _print_traceback(debug: bool) -> None:
         click.echo(clean_text(traceback.format_exc(), lines=True), err=True, nl=False)
 
 
+def _print_usage_error(error: click.UsageError) -> None:
+    message, suggestion = error.format_message(), ""
+    if isinstance(error, click.NoSuchCommand | click.NoSuchOption):
+        message = error.message
+        suggestion = f"did you mean {error.possibilities[0]}? " if error.possibilities else ""
+    command = error.ctx.command_path if error.ctx else PROGRAM_NAME
+    _print_error("usage", message[:1].lower() + message[1:], f"{suggestion}see {command} --help")
+
+
 def _print_error(code: str, message: str, hint: str) -> None:
-    """The code is for scripts, and for those who look an error up."""
+    """Print an error and its remedy, a line each; scripts read the code."""
     mark = click.style(f"error[{code}]:", fg="red")
     for line in message.splitlines() or [""]:
         click.echo(f"{mark} {clean_text(line)}", err=True)
@@ -118,16 +142,9 @@ def _print_error(code: str, message: str, hint: str) -> None:
 
 
 def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        number = version(PROGRAM_NAME)
-    except PackageNotFoundError:
-        number = "(not installed)"
-    click.echo(f"{PROGRAM_NAME} {number}")
-    ctx.exit()
+    if wanted and not ctx.resilient_parsing:
+        click.echo(f"{PROGRAM_NAME} {find_version() or '(not installed)'}")
+        ctx.exit()
 
 
 @click.group(
@@ -166,16 +183,14 @@ def cli(ctx: click.Context, folder: Path | None, debug: bool) -> None:
     if os.environ.get("NO_COLOR"):
         ctx.color = False
     home = Home.from_environ(folder, os.environ)
-    program = (
-        PROGRAM_NAME if folder is None else f"{PROGRAM_NAME} --home {shlex.quote(str(folder))}"
-    )
-    ctx.obj = CliContext(home, os.environ, program)
+    option = "" if folder is None else f" --home {shlex.quote(str(folder))}"
+    ctx.obj = CliContext(home, os.environ, PROGRAM_NAME + option)
 
 
 def main() -> None:
-    """The installed command."""
-    # Torch's threads, which are not loaded yet, would wait for one another by spinning: where
-    # another process wants the same core, an edit then takes ten times as long and more.
+    """Run the command line; the entry point of the installed program."""
+    # Set before torch is loaded: its threads would wait for one another by spinning, and an edit
+    # takes more than ten times as long where another process wants the same core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     for stream in (sys.stdout, sys.stderr):
         # A terminal that lacks a character must not end the command.

@@ -19,6 +19,7 @@ from memory.errors import KeditError
 from memory.facts import Fact, FactState
 from memory.model.canary import Canary
 from memory.model.editable import EditableModel
+from memory.model.scoring import PromptAnswer, score_answers
 from memory.side.side_memory import SideMemory
 from policies.calibration import (
     ACTIVATION_RANGE,
@@ -43,8 +44,8 @@ RULES = {
     f" error of the best, {SCORE_SPREAD} / √facts, the smallest norm ratio",
     "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
     f" halves of the canary text, from {vars(ACTIVATION_RANGE[0])} to {vars(ACTIVATION_RANGE[1])}",
-    "end_gate": "the cosine that at most so many of the pairs of a pilot's fact and a piece of"
-    " ordinary text reach as false_routes says",
+    "end_gate": "the cosine that at most a share false_routes of the pairs of a pilot's fact and a"
+    " piece of ordinary text reach",
     "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
     f" their limits, from {vars(NORM_RANGE[0])} to {vars(NORM_RANGE[1])}",
 }
@@ -148,18 +149,16 @@ class PilotExaminer:
     def __init__(self, model: EditableModel, pilot: Pilot) -> None:
         self.model = model
         self._fact_rows = [self._encode_row(fact.question, fact.target) for fact in pilot.facts]
-        self._held_out_rows = [
-            self._encode_row(prompt, target) for _, prompt, target in pilot.held_out
-        ]
-        self._near_rows = [(model.encode(prompt), [0]) for prompt in pilot.near]
-        self._near_before = self._predict_targets(self._near_rows)
+        self._held_out_rows = [self._encode_row(prompt, end) for _, prompt, end in pilot.held_out]
+        self._near_rows = [PromptAnswer(tuple(model.encode(prompt)), (0,)) for prompt in pilot.near]
+        self._near_before = self._predict_next(self._near_rows)
 
     def __call__(self, deltas: Mapping[int, Tensor]) -> EditQuality:
         """Measure the quality of the unedited weights plus ΔW; the model ends unedited."""
         model = self.model
         model.set_deltas(dict(deltas))
         try:
-            pairs = zip(self._predict_targets(self._near_rows), self._near_before, strict=True)
+            pairs = zip(self._predict_next(self._near_rows), self._near_before, strict=True)
             same = [now == before for now, before in pairs]
             ratios = [float(model.weight(n).norm() / model.base_weight(n).norm()) for n in deltas]
             return EditQuality(
@@ -171,31 +170,18 @@ class PilotExaminer:
         finally:
             model.set_deltas({})
 
-    def _encode_row(self, prompt: str, target: str) -> tuple[list[int], list[int]]:
-        return self.model.encode(prompt), self.model.encode_target(prompt, target)
+    def _encode_row(self, prompt: str, target: str) -> PromptAnswer:
+        answer = self.model.encode_target(prompt, target)
+        return PromptAnswer(tuple(self.model.encode(prompt)), tuple(answer))
 
-    def _score_rows(self, rows: Sequence[tuple[list[int], list[int]]]) -> float:
-        pairs = zip(self._predict_targets(rows), rows, strict=True)
-        return sum(predicted == target for predicted, (_, target) in pairs) / len(rows)
+    def _score_rows(self, rows: Sequence[PromptAnswer]) -> float:
+        scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
+        return sum(all(score.token_hits) for score in scores) / len(rows)
 
-    def _predict_targets(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
-        """Return the likeliest tokens at the positions of each row's target (teacher forcing)."""
-        predicted: list[list[int]] = []
-        for start in range(0, len(rows), ROWS_PER_PASS):
-            batch = rows[start : start + ROWS_PER_PASS]
-            full = [prompt + target[:-1] for prompt, target in batch]
-            # Pads on the right come after every token whose prediction is read.
-            ids = torch.zeros(len(batch), max(map(len, full)), dtype=torch.long)
-            for n, tokens in enumerate(full):
-                ids[n, : len(tokens)] = torch.tensor(tokens)
-            with torch.no_grad():
-                out = self.model.hf_model(input_ids=ids.to(self.model.device), use_cache=False)
-            best = out.logits.argmax(-1).tolist()
-            predicted += [
-                line[len(prompt) - 1 : len(tokens)]
-                for line, (prompt, _), tokens in zip(best, batch, full, strict=True)
-            ]
-        return predicted
+    def _predict_next(self, rows: Sequence[PromptAnswer]) -> list[tuple[int, ...]]:
+        """Return the likeliest next token of each prompt."""
+        scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
+        return [score.tokens for score in scores]
 
 
 def calibrate(

@@ -1,6 +1,6 @@
 """Changes of the weights: each solves for a set of facts, to take facts out, go back, consolidate.
 
-A candidate is laid over the model, measured and probed, written to a file, and made the active
+A candidate is loaded into the model, measured and probed, written to a file, and made the active
 generation by one transaction together with the states of the facts it concerns. If anything goes
 wrong before that transaction, the model returns to the active generation.
 """
@@ -67,13 +67,13 @@ class Generations:
             yield self.make_candidate(ids)
 
     def make_candidate(self, ids: Sequence[str]) -> Candidate:
-        """Solve for a set of facts, lay the result over the model and measure it. Use it within
+        """Solve for a set of facts, load the result into the model and measure it. Use it within
         `serve_candidates`. Raises Unsolvable."""
         deltas = self.solve(ids)
         return Candidate(tuple(ids), deltas, *self.measure_health())
 
     def solve(self, ids: Sequence[str]) -> dict[int, Tensor]:
-        """Solve for a set of facts and lay the result over the model."""
+        """Solve for a set of facts and load the result into the model."""
         deltas = self.live_model.solve(ids)
         self.model.set_deltas(deltas)
         return deltas
@@ -269,7 +269,7 @@ class Generations:
     # Consolidation ------------------------------------------------------------------------------
 
     def consolidate(self, dry_run: bool) -> dict[str, Any]:
-        """Solve again from W0 over all facts in the weights; activate it if nothing gets worse."""
+        """Solve again from W0 for all facts in the weights; activate it if nothing gets worse."""
         ids = self.live_model.list_weights_facts()
         active = self.store.artifacts.get_generation(self.store.artifacts.active_generation())
         before, reasons, generation = self.measure_health()[0], list[str](), active.id

@@ -98,7 +98,8 @@ class Quarantine:
         side memory, all in one change."""
         removals = [FactRemoval(fact, FactState.RECEIVED, reason) for fact in surplus]
         for fact, verdict in culprits:
-            why = f"{QUARANTINED}: alone it makes the weights sick: {'; '.join(verdict.reasons)}"
+            figures = "; ".join(verdict.reasons)
+            why = f"{QUARANTINED}: alone it makes the weights unhealthy: {figures}"
             removals.append(FactRemoval(fact, FactState.REVERTED, why))
         if removals:
             also = partial(self._record_culprits, culprits, surplus)

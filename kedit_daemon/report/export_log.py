@@ -1,7 +1,7 @@
-"""The log as a table to carry away: Markdown for people, CSV for spreadsheets.
+"""The log as a table: Markdown for people, CSV for spreadsheets.
 
-What strangers wrote can neither break out of its cell nor mean anything to who shows it: no
-markup, no formula, no character that acts.
+Untrusted text can neither leave its cell nor act in it: it is no markup, no formula, and has no
+control characters.
 """
 
 import csv
@@ -11,8 +11,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_daemon.report.render import format_figures, format_statement
-from kedit_daemon.report.render_log import select_judged_figures
+from kedit_daemon.report.render import format_figures
+from kedit_daemon.report.render_log import (
+    find_event_statement,
+    list_reasons,
+    select_judged_figures,
+)
 from kedit_daemon.report.worddiff import NEW, OLD, SAME, diff_words
 from kedit_daemon.system.sanitize import clean_text
 
@@ -23,7 +27,7 @@ CSV_COLUMNS = (
     *("seq", "at", "kind", "fact_id", "statement", "from", "to"),
     *("before", "after", "why", "more", "hash"),
 )
-# Told in columns of their own.
+# Shown in columns of their own.
 _COLUMN_KEYS = ("from", "to", "before", "after", "reason", "reasons")
 _OMITTED_KEYS = (*_COLUMN_KEYS, "fact", "figures")
 _MARKUP_CHARS = re.compile(r"([\\`*_\[\]<>|~&$@#])")
@@ -32,55 +36,42 @@ _LINK_STARTS = re.compile(r"(?i)(?<=https)(?=://)|(?<=http)(?=://)|(?<=ftp)(?=:/
 _FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001
 
 
-def format_markdown_row(event: Mapping[str, Any], said: str | None) -> str:
-    """One event as a row of a Markdown table."""
-    data = event["data"]
+def format_markdown_row(event: Mapping[str, Any], statement: str | None) -> str:
+    """Format an event as a row of a Markdown table."""
     cells = (
-        event["seq"],
-        event["at"],
-        event["kind"],
-        event["fact_id"] or "",
-        _find_statement(data, said),
+        *(event["seq"], event["at"], event["kind"], event["fact_id"] or ""),
+        find_event_statement(event, statement) or "",
     )
-    shown = (
-        *(_escape_markdown(cell) for cell in cells),
-        _format_answer(data),
-        _escape_markdown(_describe_data(data)),
-    )
+    answer, description = _format_answer(event["data"]), _describe_data(event["data"])
+    shown = (*map(_escape_markdown, cells), answer, _escape_markdown(description))
     return f"| {' | '.join(shown)} |"
 
 
-def format_csv_row(event: Mapping[str, Any], said: str | None) -> str:
-    """One event as a line of CSV_COLUMNS, every cell in quotes."""
+def format_csv_row(event: Mapping[str, Any], statement: str | None) -> str:
+    """Format an event as a line of CSV_COLUMNS, every cell in quotes."""
     data = event["data"]
-    given = {
+    cells = {
         **{name: event[name] for name in ("seq", "at", "kind", "fact_id", "hash")},
         **{name: data.get(name) for name in ("from", "to", "before", "after")},
-        "statement": _find_statement(data, said),
-        "why": "; ".join(map(str, _list_reasons(data))),
+        "statement": find_event_statement(event, statement) or "",
+        "why": "; ".join(map(str, list_reasons(data))),
         "more": json.dumps({k: v for k, v in data.items() if k not in _COLUMN_KEYS}),
     }
-    return format_csv_line(*(given[name] for name in CSV_COLUMNS))
+    return format_csv_line(*(cells[name] for name in CSV_COLUMNS))
 
 
 def format_csv_line(*cells: object) -> str:
-    """Cells that a spreadsheet takes for text, whatever is in them."""
+    """Format cells so that a spreadsheet takes each for text."""
     line = io.StringIO()
-    csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="").writerow(
-        map(_neutralize_cell, cells)
-    )
+    writer = csv.writer(line, quoting=csv.QUOTE_ALL, lineterminator="")
+    writer.writerow(map(_neutralize_cell, cells))
     return line.getvalue()
 
 
 def _neutralize_cell(cell: object) -> str:
     text = "" if cell is None else str(cell)
-    return (
-        f"'{clean_text(text)}" if text.lstrip(" ").startswith(_FORMULA_STARTS) else clean_text(text)
-    )
-
-
-def _find_statement(data: Mapping[str, Any], said: str | None) -> str:
-    return format_statement(data["fact"]) if isinstance(data.get("fact"), dict) else said or ""
+    quote = "'" if text.lstrip(" ").startswith(_FORMULA_STARTS) else ""
+    return quote + clean_text(text)
 
 
 def _format_answer(data: Mapping[str, Any]) -> str:
@@ -93,20 +84,11 @@ def _format_answer(data: Mapping[str, Any]) -> str:
 
 
 def _describe_data(data: Mapping[str, Any]) -> str:
-    told = [f"{data['from']} → {data['to']}"] if "from" in data and "to" in data else []
-    told += [f"why: {why}" for why in _list_reasons(data)]
-    told += [
-        f"{name}: {value}" for name, value in data.items() if name not in _OMITTED_KEYS and value
-    ]
-    return "; ".join(
-        [*told, format_figures(select_judged_figures(data.get("figures") or {}))]
-    ).strip("; ")
-
-
-def _list_reasons(data: Mapping[str, Any]) -> list[object]:
-    reasons = data.get("reasons")
-    listed = reasons if isinstance(reasons, list) else [reasons]
-    return [why for why in (data.get("reason"), *listed) if why]
+    parts = [f"{data['from']} → {data['to']}"] if "from" in data and "to" in data else []
+    parts += [f"why: {why}" for why in list_reasons(data)]
+    parts += [f"{k}: {value}" for k, value in data.items() if k not in _OMITTED_KEYS and value]
+    figures = format_figures(select_judged_figures(data.get("figures") or {}))
+    return "; ".join([*parts, figures]).strip("; ")
 
 
 def _escape_markdown(cell: object) -> str:

@@ -1,6 +1,6 @@
-"""What people see of the situation and of facts: lines from the data that `--json` prints.
+"""Status and facts as lines of text, from the data that `--json` prints.
 
-Every text that may come from a fact goes through `clean` or `clip`.
+Every text that may come from a fact goes through `clean_text` or `clip_text`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from kedit_daemon.system.sanitize import clean_text, clip_text
 from memory.facts import LIVE_STATES, FactState, fill_subject
 
 LIST_CHARS = 120
-MAX_LISTED = 8  # numbers by name; of more, as of every layer of a model, the least and the greatest
+MAX_LISTED = 8  # numbers by name; of more, such as one a layer, only the least and the greatest
 _DAEMON_STATE_COLOURS = {
     "running": "green",
     "starting": "yellow",
@@ -30,14 +30,11 @@ _FACT_STATE_COLOURS = {
 
 
 def render_status(found: Mapping[str, Any]) -> Iterator[str]:
-    """One screen."""
+    """Yield the lines of `status`, one screen at most."""
     now = datetime.fromisoformat(found["at"])
     state = click.style(found["state"], fg=_DAEMON_STATE_COLOURS[found["state"]], bold=True)
-    since = (
-        format_duration((now - _parse_time(found["since"])).total_seconds())
-        if found["since"]
-        else ""
-    )
+    started = datetime.fromisoformat(found["since"]) if found["since"] else None
+    since = format_duration((now - started).total_seconds()) if started else ""
     pid = f"pid {found['pid']}" if found["pid"] else ""
     model = f"model {clean_text(found['model'])}" if found["model"] else ""
     generation = f"generation {found['generation']}"
@@ -58,8 +55,8 @@ def render_status(found: Mapping[str, Any]) -> Iterator[str]:
     if found["weights_capacity"] is not None:
         yield _render_weights(found)
     if cost := found["flush_cost"]:
-        each = f"{cost['per_batch']:.1f} s, and {cost['per_fact']:.2f} s for each fact in it"
-        yield f"  flushes   {cost['flushes']:,}, each {each}"
+        seconds = f"{cost['per_batch']:.1f} s, and {cost['per_fact']:.2f} s for each fact in it"
+        yield f"  flushes   {cost['flushes']:,}, each {seconds}"
     yield _render_audit(found, now)
     yield from _render_jobs(found["jobs"], now)
     for warning in found["warnings"]:
@@ -69,18 +66,18 @@ def render_status(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def render_facts(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """A table of facts."""
+    """Yield the lines of a table of facts."""
     if rows:
         yield click.style(f"{'ID':12}  {'STATE':12}  {'GEN':>4}  FACT", bold=True)
     for row in rows:
         state = click.style(f"{row['state']:12}", fg=_FACT_STATE_COLOURS.get(row["state"]))
         generation = "" if row["generation"] is None else row["generation"]
-        said = clip_text(format_statement(row), LIST_CHARS)
-        yield f"{clean_text(row['id']):12}  {state}  {generation:>4}  {said}"
+        statement = clip_text(format_statement(row), LIST_CHARS)
+        yield f"{clean_text(row['id']):12}  {state}  {generation:>4}  {statement}"
 
 
 def render_fact_detail(fact: Mapping[str, Any]) -> Iterator[str]:
-    """One fact with everything that is known of it."""
+    """Yield the lines of everything known about a fact."""
     yield click.style(format_statement(fact), bold=True)
     state = click.style(fact["state"], fg=_FACT_STATE_COLOURS.get(fact["state"]))
     for name, value in list_fact_fields(fact):
@@ -89,9 +86,9 @@ def render_fact_detail(fact: Mapping[str, Any]) -> Iterator[str]:
     record = fact["record"]
     for prompt in record.get("paraphrases", ()):
         yield f"  also asked   {clean_text(fill_subject(prompt, fact['subject']))}"
-    for near in record.get("neighbours", ()):
-        answer = f" → {clean_text(near['answer'])}" if near.get("answer") else ""
-        yield f"  must stay    {clean_text(near['prompt'])}{answer}"
+    for neighbour in record.get("neighbours", ()):
+        answer = f" → {clean_text(neighbour['answer'])}" if neighbour.get("answer") else ""
+        yield f"  must stay    {clean_text(neighbour['prompt'])}{answer}"
     for edit in fact["edits"]:
         probe = f"  {format_figures(edit['probe'])}" if edit["probe"] else ""
         yield (
@@ -102,10 +99,10 @@ def render_fact_detail(fact: Mapping[str, Any]) -> Iterator[str]:
 
 
 def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is known of a fact, by name; what is not known is left out."""
+    """Return the known fields of a fact, by name."""
     record = fact["record"]
     reason = f"  ({fact['reason']})" if fact["reason"] else ""
-    known = {
+    fields = {
         "id": fact["id"],
         "your id": fact["external_id"],
         "state": fact["state"] + reason,
@@ -123,11 +120,11 @@ def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
         "attempts": fact["attempts"],
         "keys": _format_sizes(fact),
     }
-    return [(name, clean_text(value)) for name, value in known.items() if value not in (None, "")]
+    return [(name, clean_text(value)) for name, value in fields.items() if value not in (None, "")]
 
 
 def render_failed_file(name: str, folder: str, report: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with a file in failed/, and how to go on."""
+    """Yield the errors of a file in failed/, and the way to correct it."""
     file, at = clean_text(report.get("file", name)), clean_text(report.get("at") or "")
     yield click.style(f"{file}  failed {at}", bold=True)
     for error in report["errors"]:
@@ -140,33 +137,29 @@ def render_failed_file(name: str, folder: str, report: Mapping[str, Any]) -> Ite
 
 
 def format_statement(row: Mapping[str, Any]) -> str:
-    """What a fact says, in one line."""
-    asked = fill_subject(str(row["prompt"]), str(row["subject"]))
-    return f"{clean_text(asked)} → {clean_text(row['target'])}"
+    """Format a fact as one line: its prompt and its target."""
+    prompt = fill_subject(str(row["prompt"]), str(row["subject"]))
+    return f"{clean_text(prompt)} → {clean_text(row['target'])}"
 
 
 def list_audit_figures(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of an audit that tell most."""
-    names = ("norm_ratio", "perplexity_ratio", "agreement")
+    """Return the most important figures of an audit."""
     figures = audit["figures"]
     return [
-        (_humanize_name(name), _format_figure(figures[name]))
-        for name in names
+        (humanize_name(name), format_figure(figures[name]))
+        for name in ("norm_ratio", "perplexity_ratio", "agreement")
         if figures.get(name) not in (None, {})
     ]
 
 
 def format_figures(figures: Mapping[str, Any] | None) -> str:
-    """Measured numbers on one line."""
-    if not figures:
-        return ""
-    return ", ".join(
-        f"{_humanize_name(name)} {_format_figure(value)}" for name, value in figures.items()
-    )
+    """Format measured numbers on one line."""
+    named = (figures or {}).items()
+    return ", ".join(f"{humanize_name(name)} {format_figure(value)}" for name, value in named)
 
 
 def format_duration(seconds: float) -> str:
-    """A duration in its two largest units."""
+    """Format a duration in its two largest units."""
     whole = max(0, int(seconds))
     units = (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1))
     for (name, length), (smaller, part) in pairwise(units):
@@ -176,7 +169,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes."""
+    """Format a number of bytes in a unit of three digits."""
     if count < 1000:
         return f"{count:.0f} bytes"
     for unit in ("kB", "MB"):
@@ -187,62 +180,61 @@ def format_bytes(count: float) -> str:
 
 
 def format_time(at: str, now: datetime | None = None) -> str:
-    """A moment to the second; on the day of `now` only the time."""
-    moment = _parse_time(at)
-    today = now is not None and moment.date() == now.date()
-    return moment.strftime("%H:%M" if today else "%Y-%m-%d %H:%M:%S")
+    """Format a timestamp to the second; on the day of `now` only hour and minute."""
+    time = datetime.fromisoformat(at)
+    today = now is not None and time.date() == now.date()
+    return time.strftime("%H:%M" if today else "%Y-%m-%d %H:%M:%S")
 
 
 def _render_weights(found: Mapping[str, Any]) -> str:
-    """A count of facts that no figure limits is only as far as the daemon can foresee."""
-    held, most, limit = (found[f"weights_{key}"] for key in ("facts", "capacity", "limit"))
-    facts = "1 fact" if held == 1 else f"{held:,} facts"
+    """Format the use of the weights; a capacity without a limiting figure is a lower bound."""
+    count, capacity, limit = (found[f"weights_{key}"] for key in ("facts", "capacity", "limit"))
+    facts = "1 fact" if count == 1 else f"{count:,} facts"
     if limit is None:
-        return f"  weights   {facts} of at least {most:,} they bear"
-    return f"  weights   {facts} of about {most:,} they bear ({clean_text(limit)})"
+        return f"  weights   {facts}, capacity at least {capacity:,}"
+    return f"  weights   {facts}, capacity about {capacity:,} ({clean_text(limit)})"
 
 
 def _render_audit(found: Mapping[str, Any], now: datetime) -> str:
     audit = found["last_audit"]
     if audit is None:
         return f"  last audit  none yet  (chain {found['events']:,} events)"
-    told = [f"{name} {value}" for name, value in list_audit_figures(audit)]
-    told.append(f"chain {found['events']:,} events")
+    figures = [f"{name} {value}" for name, value in list_audit_figures(audit)]
+    figures.append(f"chain {found['events']:,} events")
     verdict = click.style(clean_text(audit["verdict"]), bold=True)
-    return f"  last audit  {verdict}  {format_time(audit['at'], now)}  ({', '.join(told)})"
+    return f"  last audit  {verdict}  {format_time(audit['at'], now)}  ({', '.join(figures)})"
 
 
 def _render_jobs(jobs: Mapping[str, Any], now: datetime) -> Iterator[str]:
-    ran = {name: job for name, job in jobs.items() if job["started_at"]}
     last = [
         f"{clean_text(name)} {clean_text(job['outcome'] or 'at work')}"
         f" {format_time(job['started_at'], now)}"
-        for name, job in ran.items()
+        for name, job in jobs.items()
+        if job["started_at"]
     ]
     due = sorted((job["next"], name) for name, job in jobs.items() if job["next"])
-    coming = [f"{clean_text(name)} {format_time(at, now)}" for at, name in due]
     if last:
         yield f"  last jobs   {' · '.join(last)}"
-    if coming:
+    if due:
+        coming = (f"{clean_text(name)} {format_time(at, now)}" for at, name in due)
         yield f"  next jobs   {' · '.join(coming)}  UTC"
 
 
 def _format_sizes(fact: Mapping[str, Any]) -> str:
-    held = (("side memory", fact["side_bytes"]), ("weights", fact["terms_bytes"]))
-    return ", ".join(f"{name} {format_bytes(count)}" for name, count in held if count is not None)
+    sizes = (("side memory", fact["side_bytes"]), ("weights", fact["terms_bytes"]))
+    return ", ".join(f"{name} {format_bytes(count)}" for name, count in sizes if count is not None)
 
 
-def _format_figure(value: object) -> str:
+def format_figure(value: object) -> str:
+    """Format a measured value, or several in brackets."""
     if isinstance(value, Mapping):
         if len(value) > MAX_LISTED and all(isinstance(v, float) for v in value.values()):
             ends = (f(value, key=value.__getitem__) for f in (min, max))
-            least, most = (f"{clean_text(k)}: {_format_figure(value[k])}" for k in ends)
-            return f"({len(value)}, from {least} to {most})"
-        return (
-            "(" + ", ".join(f"{clean_text(k)}: {_format_figure(v)}" for k, v in value.items()) + ")"
-        )
+            least, greatest = (f"{clean_text(k)}: {format_figure(value[k])}" for k in ends)
+            return f"({len(value)}, from {least} to {greatest})"
+        return f"({', '.join(f'{clean_text(k)}: {format_figure(v)}' for k, v in value.items())})"
     if isinstance(value, list | tuple):
-        return "(" + ", ".join(map(_format_figure, value)) + ")"
+        return f"({', '.join(map(format_figure, value))})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:
@@ -250,12 +242,9 @@ def _format_figure(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else clean_text(value)
 
 
-def _humanize_name(name: str) -> str:
+def humanize_name(name: str) -> str:
+    """Return the name of a figure in words."""
     return clean_text(name).replace("_", " ")
-
-
-def _parse_time(text: str) -> datetime:
-    return datetime.fromisoformat(text)
 
 
 def _join_parts(*parts: str) -> str:

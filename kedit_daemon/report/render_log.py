@@ -1,4 +1,4 @@
-"""What people see of events and of the replies to actions."""
+"""Events, and the replies to actions, as lines of text."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kedit_daemon.report.render import LIST_CHARS, format_figures, format_statement, format_time
+from kedit_daemon.report.render import (
+    LIST_CHARS,
+    format_figure,
+    format_figures,
+    format_statement,
+    format_time,
+    humanize_name,
+)
 from kedit_daemon.report.worddiff import NEW, OLD, SAME, diff_words
 from kedit_daemon.system.sanitize import clean_text, clip_text
 from memory.db.queries import find_answer_before
@@ -16,9 +23,9 @@ if TYPE_CHECKING:
     import sqlite3
 
 VALUE_CHARS = 200
-# Told in lines of their own, or by the line above them.
+# Shown in lines of their own, or in the first line.
 _OMITTED_KEYS = ("from", "to", "before", "after", "reason", "fact", "figures", "reasons")
-# Of an audit's figures what is not judged: for `log --json`, and for those who ask for an audit.
+# Figures of an audit that its verdict does not depend on: for `log --json`, and for `audit`.
 _UNJUDGED_KEYS = ("evidence", "costs")
 _KIND_COLOURS = {
     **dict.fromkeys(("fact_live-side", "fact_live-weights"), "green"),
@@ -27,7 +34,7 @@ _KIND_COLOURS = {
     **dict.fromkeys(("fact_reverted", "fact_expired", "paused"), "yellow"),
 }
 _Styles = Mapping[str, Callable[[str], str]]
-# Who cannot tell red from green sees one of them struck out.
+# Struck out, for readers who cannot tell red from green.
 _COLOUR_STYLES: _Styles = {
     SAME: str,
     OLD: lambda text: click.style(text, fg="red", strikethrough=True),
@@ -38,9 +45,9 @@ _MARK_STYLES: _Styles = {SAME: str, OLD: "[-{}-]".format, NEW: "{{+{}+}}".format
 
 @dataclass(frozen=True)
 class EventText:
-    """An event in words: the answers around it, why, what was measured, and what else is known.
+    """An event in words: the answers around it, its reasons, its figures, and other data.
 
-    Cleaned, and none longer than a line takes.
+    All text is cleaned, and short enough for a line.
     """
 
     before: str | None
@@ -51,13 +58,12 @@ class EventText:
 
 
 def describe_event(event: Mapping[str, Any]) -> EventText:
-    """What the data of an event says."""
+    """Put the data of an event into words."""
     data = event["data"]
     before, after = (
         None if data.get(name) is None else clip_text(data[name], VALUE_CHARS)
         for name in ("before", "after")
     )
-    why = (*_as_list(data.get("reason")), *_as_list(data.get("reasons")))
     figures = format_figures(select_judged_figures(data.get("figures") or {}))
     rest = [
         f"{clean_text(k)} {_format_value(v)}"
@@ -66,12 +72,12 @@ def describe_event(event: Mapping[str, Any]) -> EventText:
     ]
     if "from" in data and "to" in data:
         rest.insert(0, f"{clean_text(data['from'])} → {clean_text(data['to'])}")
-    reasons = tuple(clip_text(one, VALUE_CHARS) for one in why)
+    reasons = tuple(clip_text(reason, VALUE_CHARS) for reason in list_reasons(data))
     return EventText(before, after, reasons, figures, "  ".join(rest))
 
 
 def add_prior_answer(conn: "sqlite3.Connection", event: Mapping[str, Any]) -> dict[str, Any]:
-    """The event with the answer before it where it only knows the one after, as of a revert."""
+    """Return the event with the answer before it, where it has only the one after (a revert)."""
     data = event["data"]
     if event["fact_id"] and data.get("after") is not None and data.get("before") is None:
         before = find_answer_before(conn, event["fact_id"], event["seq"])
@@ -79,36 +85,38 @@ def add_prior_answer(conn: "sqlite3.Connection", event: Mapping[str, Any]) -> di
     return dict(event)
 
 
-def find_event_statement(event: Mapping[str, Any], said: str | None) -> str | None:
-    """The fact that an event is about: the one in its data, else the one that is known."""
-    own = event["data"].get("fact")
-    return format_statement(own) if isinstance(own, dict) else said
+def find_event_statement(event: Mapping[str, Any], statement: str | None) -> str | None:
+    """Return the statement of the fact in the event's data, else the one given."""
+    fact = event["data"].get("fact")
+    return format_statement(fact) if isinstance(fact, dict) else statement
 
 
 def render_event(
-    event: Mapping[str, Any], said: str | None, coloured: bool = True
+    event: Mapping[str, Any], statement: str | None, coloured: bool = True
 ) -> Iterator[str]:
-    """One event; `said` is the fact that it is about. What has changed in an answer is shown in
-    colours, or, for those who see none, with marks."""
-    said, told = find_event_statement(event, said), describe_event(event)
+    """Yield the lines of an event about a fact with this statement.
+
+    Changes of an answer are shown in colours, or else with marks.
+    """
+    statement, text = find_event_statement(event, statement), describe_event(event)
     kind = click.style(clean_text(event["kind"]), fg=_KIND_COLOURS.get(event["kind"]), bold=True)
     head = [f"#{event['seq']}", format_time(event["at"]), kind]
     if event["fact_id"]:
         head.append(clean_text(event["fact_id"]))
-    if said:
-        head.append(clip_text(said, LIST_CHARS))
+    if statement:
+        head.append(clip_text(statement, LIST_CHARS))
     yield "  ".join(head)
-    yield from _render_change(told.before, told.after, coloured)
-    for why in told.why:
+    yield from _render_change(text.before, text.after, coloured)
+    for why in text.why:
         yield f"    why     {why}"
-    if told.figures:
-        yield f"    figures {told.figures}"
-    if told.rest:
-        yield f"    {told.rest}"
+    if text.figures:
+        yield f"    figures {text.figures}"
+    if text.rest:
+        yield f"    {text.rest}"
 
 
 def select_judged_figures(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an audit's figures those that its verdict is made of."""
+    """Return the figures of an audit that its verdict depends on."""
     return {name: value for name, value in figures.items() if name not in _UNJUDGED_KEYS}
 
 
@@ -124,7 +132,7 @@ def _render_change(before: str | None, after: str | None, coloured: bool) -> Ite
 
 
 def render_answer(reply: Mapping[str, Any], explain: bool) -> Iterator[str]:
-    """The answer to a question, with the base model's, and the facts behind it, where asked."""
+    """Yield the answer to a question, and where asked the base model's and the facts that fired."""
     answer = clean_text(reply["answer"], lines=True)
     if "base_answer" in reply:
         yield f"{click.style('edited', fg='green')}  {answer}"
@@ -134,16 +142,17 @@ def render_answer(reply: Mapping[str, Any], explain: bool) -> Iterator[str]:
     if not explain:
         return
     for fact in reply.get("fired", ()):
-        said = clip_text(format_statement(fact), LIST_CHARS)
+        statement = clip_text(format_statement(fact), LIST_CHARS)
         scores = {name: fact[name] for name in ("score", "margin") if fact.get(name) is not None}
-        parts = (clean_text(fact["fact"]), clean_text(fact["tier"]), format_figures(scores), said)
+        fact_id, tier = clean_text(fact["fact"]), clean_text(fact["tier"])
+        parts = (fact_id, tier, format_figures(scores), statement)
         yield f"fired   {'  '.join(part for part in parts if part)}"
     if not reply.get("fired"):
         yield "fired   none: the main weights answered"
 
 
 def render_reply(reply: Mapping[str, Any]) -> Iterator[str]:
-    """What flush, audit, consolidate or revert has done, or would do."""
+    """Yield the lines that say what flush, audit, consolidate or revert has done or would do."""
     if reply.get("dry_run"):
         yield "dry run: nothing has been changed"
     named, measured = list_named_facts(reply), list_measured_figures(reply)
@@ -155,44 +164,39 @@ def render_reply(reply: Mapping[str, Any]) -> Iterator[str]:
 
 
 def list_named_facts(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Which facts a reply names, by what becomes of them."""
-    found = []
-    for name in ("flushed", "failed", "quarantined", "reverted", "restored"):
-        if reply.get(name) or (name in reply and name != "quarantined"):
-            ids = reply[name]
-            found.append((name, f"{len(ids)}  {' '.join(map(clean_text, ids))}".rstrip()))
-    return found
+    """Return the ids of the facts in a reply, by outcome."""
+    return [
+        (name, f"{len(reply[name])}  {' '.join(map(clean_text, reply[name]))}".rstrip())
+        for name in ("flushed", "failed", "quarantined", "reverted", "restored")
+        if reply.get(name) or (name in reply and name != "quarantined")
+    ]
 
 
 def list_outcome(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What a reply says of the whole, and why."""
+    """Return the outcome as a whole, and its reasons."""
     names = ("verdict", "acted", "would", "changed", "facts", "generation", "weights_hash")
-    found = [
-        (_format_label(name), _format_value(reply[name]))
+    outcome = [
+        (humanize_name(name), _format_value(reply[name]))
         for name in (*names, "seconds")
         if reply.get(name) is not None
     ]
-    return [*found, *(("why", clean_text(reason)) for reason in _as_list(reply.get("reasons")))]
+    return [*outcome, *(("why", clean_text(reason)) for reason in list_reasons(reply))]
 
 
 def list_measured_figures(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures in a reply."""
+    """Return the figures in a reply, and the seconds that each took."""
     figures = dict(reply.get("figures") or {})
     evidence, costs = (figures.pop(name, {}) for name in _UNJUDGED_KEYS)
-    shown = {**figures, **evidence}
-    found = [
-        (_format_label(name), format_figures({"": value}).strip()) for name, value in shown.items()
-    ]
-    return [*found, *((_format_label(f"{part} took"), f"{s:.2f} s") for part, s in costs.items())]
+    shown = {name: format_figure(value) for name, value in (figures | evidence).items()}
+    shown |= {f"{part} took": f"{seconds:.2f} s" for part, seconds in costs.items()}
+    return [(humanize_name(name), value) for name, value in shown.items()]
 
 
-def _as_list(value: object) -> list[object]:
-    """One reason or several, as the event or the reply has them."""
-    return value if isinstance(value, list) else [value] if value else []
-
-
-def _format_label(name: str) -> str:
-    return clean_text(name).replace("_", " ")
+def list_reasons(data: Mapping[str, Any]) -> list[object]:
+    """Return the reasons of an event or a reply, of which it has one or several."""
+    reasons = data.get("reasons")
+    listed = reasons if isinstance(reasons, list) else [reasons]
+    return [reason for reason in (data.get("reason"), *listed) if reason]
 
 
 def _format_value(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What a person should know about a daemon's situation: a message each, and the command that helps.
+"""Warnings about the state of a daemon: a message each, and the command that helps.
 
 Imports nothing heavy, because `status` has to answer at once.
 """
@@ -14,18 +14,15 @@ from memory.facts import FactState
 OLD_FACT_SECONDS = 900.0
 LOW_DISK_BYTES = 500 << 20
 GOOD_VERDICTS = ("keep", "ok")
-# The verdicts that need no person, and the command that helps with them.
+# The verdicts that need no attention, and the commands that help.
 MILD_VERDICT_COMMANDS = {"warn": "log --kind audit", "consolidate": "consolidate"}
-NEARLY_FULL_SHARE = (
-    0.95  # of the capacity, as the edit loop has it in a module that takes long to import
-)
-# A job's outcome when the process ended under it, as the store calls it.
-INTERRUPTED = "interrupted"
+NEARLY_FULL_SHARE = 0.95  # of the capacity; the edit loop's own module takes long to import
+INTERRUPTED = "interrupted"  # the store's outcome of a job whose process ended
 RUNNABLE_JOBS = ("audit", "consolidate", "flush")
 
 
 def collect_warnings(found: Mapping[str, Any], home: Home, program: str) -> list[dict[str, Any]]:
-    """Of what `gather` found: {message, command, attention}, the last when a person is needed."""
+    """Return {message, command, attention} for each warning in the data of `gather_status`."""
     sources = (
         *(_process_warnings(found, home), _fact_warnings(found, home), _weights_warnings(found)),
         *(_audit_warnings(found), _publish_warnings(found), _job_warnings(found)),
@@ -67,14 +64,10 @@ def _fact_warnings(found: Mapping[str, Any], home: Home) -> _Warnings:
 
 
 def _weights_warnings(found: Mapping[str, Any]) -> _Warnings:
-    most, beside = found["weights_capacity"], found["facts"][FactState.LIVE_SIDE]
-    if most is not None and found["weights_facts"] >= NEARLY_FULL_SHARE * most and beside:
-        stay = "1 fact stays" if beside == 1 else f"{beside:,} facts stay"
-        yield (
-            f"weights full: {stay} in the side memory",
-            f"facts --state {FactState.LIVE_SIDE}",
-            False,
-        )
+    capacity, side = found["weights_capacity"], found["facts"][FactState.LIVE_SIDE]
+    if capacity is not None and found["weights_facts"] >= NEARLY_FULL_SHARE * capacity and side:
+        message = f"weights full: {'1 fact stays' if side == 1 else f'{side:,} facts stay'}"
+        yield f"{message} in the side memory", f"facts --state {FactState.LIVE_SIDE}", False
 
 
 def _audit_warnings(found: Mapping[str, Any]) -> _Warnings:
@@ -84,11 +77,8 @@ def _audit_warnings(found: Mapping[str, Any]) -> _Warnings:
     if audit is not None and audit["verdict"] not in GOOD_VERDICTS:
         why = f": {audit['reasons'][0]}" if audit["reasons"] else ""
         verdict = audit["verdict"]
-        yield (
-            f"the last audit says {verdict}{why}",
-            MILD_VERDICT_COMMANDS.get(verdict, "audit"),
-            verdict not in MILD_VERDICT_COMMANDS,
-        )
+        command = MILD_VERDICT_COMMANDS.get(verdict, "audit")
+        yield f"the last audit says {verdict}{why}", command, verdict not in MILD_VERDICT_COMMANDS
 
 
 def _publish_warnings(found: Mapping[str, Any]) -> _Warnings:
@@ -98,11 +88,11 @@ def _publish_warnings(found: Mapping[str, Any]) -> _Warnings:
 
 def _job_warnings(found: Mapping[str, Any]) -> _Warnings:
     for name, job in found["jobs"].items():
-        # What was interrupted is made up for at the next start.
+        # An interrupted job is repeated at the next start.
         if job["outcome"] not in (None, "ok", INTERRUPTED):
             detail = f": {job['detail']}" if job["detail"] else ""
             command = name if name in RUNNABLE_JOBS else "doctor"
-            # While audits cannot be made, nobody watches the weights.
+            # Without audits the weights are not watched.
             yield f"the last {name} ended as {job['outcome']}{detail}", command, name == "audit"
 
 

@@ -1,4 +1,4 @@
-"""Two answers as one line that shows what has changed, word by word."""
+"""A diff of two answers, word by word, in one line."""
 
 from collections.abc import Iterator
 from difflib import SequenceMatcher
@@ -7,9 +7,9 @@ SAME, OLD, NEW = "same", "old", "new"
 
 
 def diff_words(before: str, after: str) -> Iterator[tuple[str, str]]:
-    """(SAME, OLD or NEW, words) in reading order; what was taken out stands before what came.
+    """Yield (SAME, OLD or NEW, words) in reading order; removed words come before added ones.
 
-    Words are what single spaces part, so that the parts joined by spaces give the texts again.
+    Words are separated by single spaces, so that the parts, joined by spaces, give both texts.
     """
     old, new = before.split(" "), after.split(" ")
     matcher = SequenceMatcher(None, old, new, autojunk=False)

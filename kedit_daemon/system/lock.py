@@ -1,4 +1,4 @@
-"""One daemon a home: a flock, which the kernel releases at any death, with the pid inside."""
+"""The lock of a home: a flock, which the kernel releases when the process dies, with its pid."""
 
 import fcntl
 import os
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from memory.errors import KeditError
 
-# A probe holds the lock for an instant, and a new holder has not written its pid for another:
-# either is over long before these tries are.
+# A probe holds the lock for an instant, and a new holder needs another to write its pid: these
+# tries outlast both by far.
 LOCK_TRIES = 10
 LOCK_RETRY_SECONDS = 0.02
 
@@ -33,9 +33,9 @@ def _read_pid(fd: int) -> int | None:
 
 @contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
-    """Hold the lock for as long as the block runs; a KeditError that names the pid if it is held.
+    """Hold the lock while the block runs. Raises KeditError, with the pid, if another has it.
 
-    The file stays behind: were it removed, two processes could lock two files of one name.
+    The file is left: were it removed, two processes could lock two files of the same name.
     """
     fd = _open_lock_file(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -65,7 +65,7 @@ def _acquire_lock(fd: int, path: Path) -> None:
 
 
 def find_lock_holder(path: Path) -> int | None:
-    """The pid of the running daemon; None when nobody holds the lock, whatever the file says."""
+    """Return the pid of the running daemon; None when nobody holds the lock."""
     try:
         fd = _open_lock_file(path, os.O_RDONLY)
     except FileNotFoundError:

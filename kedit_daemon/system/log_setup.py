@@ -1,17 +1,18 @@
-"""What the processes of a daemon tell of their work: on stderr, to a person or the journal."""
+"""Logging and progress of the daemon's processes: on stderr, for people or the journal."""
 
 import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from kedit_daemon.system.sanitize import clean_text
 
+T = TypeVar("T")
 CHATTY_LOGGERS = ("apscheduler", "faiss", "httpx", "uvicorn", "watchfiles")
 
 
 class _CleanFormatter(logging.Formatter):
-    """Messages may quote facts and names of files: none acts on a terminal, or makes up a line."""
+    """A formatter whose messages, which may quote facts, cannot act on a terminal or add lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         return clean_text(super().formatMessage(record))
@@ -21,8 +22,8 @@ class _CleanFormatter(logging.Formatter):
 
 
 def configure_logging(debug: bool, environ: Mapping[str, str]) -> None:
-    """Once, at the start of a process."""
-    # The journal has its own clock.
+    """Set logging up, once, at the start of a process."""
+    # The journal has its own timestamps.
     clock = "" if environ.get("JOURNAL_STREAM") else "%(asctime)s "
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_CleanFormatter(f"{clock}%(levelname)s %(message)s"))
@@ -31,10 +32,10 @@ def configure_logging(debug: bool, environ: Mapping[str, str]) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
-def make_progress_bar(description: str) -> Callable[[Iterable[str]], Iterable[str]]:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
+def make_progress_bar(description: str) -> Callable[[Iterable[T]], Iterable[T]]:
+    """Return a wrapper that shows progress on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
-        return iter
+        return lambda items: items
     from rich.console import Console
     from rich.progress import track
 

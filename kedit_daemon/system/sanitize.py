@@ -1,12 +1,12 @@
-"""Text of strangers made safe to show: facts come from anywhere, and terminals obey what they read.
+"""Sanitizing of untrusted text, such as facts, for terminals, which obey control characters.
 
-Stored text stays as it came; only what is shown goes through here.
+Stored text stays as it is; only text to be shown is cleaned.
 """
 
 import unicodedata
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# Marks that turn the direction of what follows, and those that hide text within text.
+# Marks that change the direction of the text that follows, and marks that hide text.
 _BIDI_MARKS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _HIDDEN_MARKS = frozenset("\ufeff\U000e0001") | {chr(n) for n in range(0xE0020, 0xE0080)}
 # Control characters, half surrogates, line and paragraph separators.
@@ -14,9 +14,9 @@ _UNSAFE_CATEGORIES = frozenset(("Cc", "Cs", "Zl", "Zp"))
 
 
 def clean_text(text: object, lines: bool = False) -> str:
-    """The text with every character replaced that could act on a terminal or deceive its reader.
+    """Replace every character that could act on a terminal or deceive its reader.
 
-    With `lines`, line breaks and tabs are kept: for text that is shown as a block of its own.
+    With `lines`, keep line breaks and tabs, for text that is shown as a block of its own.
     """
     text = str(text)
     if text.isascii() and text.isprintable():
@@ -26,9 +26,9 @@ def clean_text(text: object, lines: bool = False) -> str:
 
 
 def clip_text(text: object, width: int) -> str:
-    """The cleaned text in `width` characters at most."""
-    shown = clean_text(text)
-    return shown if len(shown) <= width else shown[: width - 1] + "…"
+    """Clean the text, and shorten it to `width` characters."""
+    cleaned = clean_text(text)
+    return cleaned if len(cleaned) <= width else cleaned[: width - 1] + "…"
 
 
 def _is_safe(character: str) -> bool:

@@ -1,11 +1,11 @@
-"""Tells systemd how the daemon is: one datagram a message, and nothing at all without systemd."""
+"""Notifications to systemd, one datagram each; none without systemd."""
 
 import logging
 import socket
 from collections.abc import Mapping
 
 _log = logging.getLogger(__name__)
-SEND_TIMEOUT_SECONDS = 5.0  # a supervisor that does not read must not hold up the edit loop
+SEND_TIMEOUT_SECONDS = 5.0  # a supervisor that does not read must not block the edit loop
 
 
 class SystemdNotifier:
@@ -17,25 +17,25 @@ class SystemdNotifier:
             self._socket_address = "\0" + self._socket_address[1:]
 
     def notify_ready(self) -> None:
-        """The model is loaded and facts are taken."""
+        """Report that the model is loaded and facts are accepted."""
         self._send_message("READY=1")
 
     def notify_watchdog(self) -> None:
-        """The edit loop has made progress; systemd restarts the service when this stays away."""
-        # It comes often. Where those before it are not read yet, they are told in time.
+        """Report progress of the edit loop; without it, systemd restarts the service."""
+        # Sent often, so it does not wait where systemd has not read those before.
         self._send_message("WATCHDOG=1", 0.0)
 
     def notify_stopping(self) -> None:
-        """The daemon is on its way out."""
+        """Report that the daemon is stopping."""
         self._send_message("STOPPING=1")
 
     def send_status(self, text: str) -> None:
-        """One line for `systemctl status`."""
+        """Send the line that `systemctl status` shows."""
         # A line break would start a new assignment, so a fact's text could forge one.
         self._send_message("STATUS=" + " ".join(text.split()))
 
     def extend_timeout(self, seconds: float) -> None:
-        """Starting or stopping will take up to `seconds` longer, counted from now."""
+        """Extend the timeout of the start or the stop to `seconds` from now."""
         self._send_message(f"EXTEND_TIMEOUT_USEC={int(seconds * 1_000_000)}")
 
     def _send_message(self, message: str, seconds: float = SEND_TIMEOUT_SECONDS) -> None:
@@ -48,5 +48,5 @@ class SystemdNotifier:
             except BlockingIOError:
                 return
             except OSError as error:
-                # Editing is worth more than the report of it.
-                _log.warning("systemd was not told %r: %s", message, error)
+                # Editing matters more than its status line.
+                _log.warning("Cannot notify systemd of %r: %s", message, error)

@@ -1,4 +1,4 @@
-"""Moments as people write them."""
+"""Times as people write them."""
 
 import re
 from datetime import UTC, datetime, timedelta
@@ -10,18 +10,16 @@ _TIME_AGO = re.compile(r"(\d{1,6})([smhdw])")
 
 
 def parse_time(text: str, now: datetime) -> str:
-    """As the log itself spells moments, so that they compare as text.
+    """Return a time in the spelling of the log, so that both compare as text.
 
-    `text` is ISO-8601, taken as UTC where it names no offset, or how long ago, such as 2h. Raises
-    ValueError, with what to write instead.
+    `text` is ISO-8601, in UTC unless it has an offset, or a time ago such as 2h. Raises
+    ValueError, which says what to write instead.
     """
     try:
         if ago := _TIME_AGO.fullmatch(text):
-            found = now - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
-        else:
-            found = datetime.fromisoformat(text)
-            found = found.replace(tzinfo=found.tzinfo or UTC)
-        return format_utc(found)
+            return format_utc(now - timedelta(**{_UNITS[ago[2]]: int(ago[1])}))
+        time = datetime.fromisoformat(text)
+        return format_utc(time.replace(tzinfo=time.tzinfo or UTC))
     except (ValueError, OverflowError):
         raise ValueError(
             "write ISO-8601 such as 2026-01-31T12:00, taken as UTC, or how long ago, such as 2h"

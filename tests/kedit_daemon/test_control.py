@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kedit_daemon.control import MAX_BODY_BYTES, ControlRequest, ControlServer, send_request
+from kedit_daemon.control import MAX_BODY_BYTES, PING, ControlRequest, ControlServer, send_request
 from memory.errors import KeditError, RefusedByDaemon
 
 
@@ -41,9 +41,11 @@ def edit_loop(server: ControlServer, act: Callable[[ControlRequest], None]) -> I
 
     thread = threading.Thread(target=loop)
     thread.start()
-    yield
-    ended.set()
-    thread.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def echo(request: ControlRequest) -> None:
@@ -73,6 +75,11 @@ def test_arguments_arrive_and_the_answer_comes_back(tmp_path: Path, server: Cont
     with edit_loop(server, echo):
         answer = send_request(tmp_path / "control.sock", "revert", {"ids": ["é"], "dry_run": True})
     assert answer == {"name": "revert", "ids": ["é"], "dry_run": True}
+
+
+def test_a_ping_is_answered_without_the_edit_loop(tmp_path: Path, server: ControlServer) -> None:
+    assert send_request(tmp_path / "control.sock", PING, {}, timeout=10) == {}
+    assert server.requests.empty()
 
 
 def test_a_refusal_is_the_same_error_on_the_other_side(
@@ -131,7 +138,7 @@ def test_a_leftover_socket_is_replaced_and_anything_else_is_kept(tmp_path: Path)
     server = ControlServer(path)
     server.start()
     with edit_loop(server, echo):
-        assert send_request(path, "ping", {}) == {"name": "ping"}
+        assert send_request(path, "audit", {}) == {"name": "audit"}
     server.stop()
     assert not path.exists()
     path.write_text("precious")
@@ -147,11 +154,11 @@ def test_a_path_too_long_for_a_socket_still_works(tmp_path: Path) -> None:
     server.start()
     assert stat.S_IMODE((folder / "control.sock").stat().st_mode) == 0o600
     with edit_loop(server, echo):
-        assert send_request(folder / "control.sock", "ping", {}) == {"name": "ping"}
+        assert send_request(folder / "control.sock", "audit", {}) == {"name": "audit"}
     server.stop()
     assert list(folder.iterdir()) == []
     with pytest.raises(KeditError, match="daemon not running"):
-        send_request(folder / "control.sock", "ping", {})
+        send_request(folder / "control.sock", "audit", {})
 
 
 def test_stopping_refuses_what_still_waits(tmp_path: Path, server: ControlServer) -> None:
@@ -187,7 +194,7 @@ def test_a_client_that_gives_up_hears_why(tmp_path: Path, server: ControlServer)
     assert caught.value.exit_code == 75
     server.requests.get(timeout=10).send_answer({})  # nobody reads it, and nothing breaks
     with edit_loop(server, echo):
-        assert send_request(tmp_path / "control.sock", "ping", {}) == {"name": "ping"}
+        assert send_request(tmp_path / "control.sock", "audit", {}) == {"name": "audit"}
 
 
 def test_a_daemon_that_dies_with_the_request_counts_as_not_running(tmp_path: Path) -> None:
@@ -250,7 +257,7 @@ def test_nonsense_does_no_harm(tmp_path: Path, server: ControlServer) -> None:
         client.sendall(b"complete nonsense here and there\r\n\r\n")
         assert b"bad-request" in client.recv(4096)
     with edit_loop(server, echo):
-        assert send_request(tmp_path / "control.sock", "ping", {}) == {"name": "ping"}
+        assert send_request(tmp_path / "control.sock", "audit", {}) == {"name": "audit"}
 
 
 def test_too_much_is_refused_before_it_is_sent(tmp_path: Path, server: ControlServer) -> None:

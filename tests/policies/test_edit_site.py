@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 
 from memory.errors import KeditError
-from policies.edit_site import SITE_FILE, EditSite, format_site, load_site, make_default_site
+from policies.edit_site import (
+    SITE_FILE,
+    EditSite,
+    format_site,
+    load_site,
+    make_default_site,
+    make_start_site,
+)
 
 
 def write(folder: Path, **changes: Any) -> EditSite:
@@ -28,6 +35,18 @@ def test_the_default_lies_past_the_middle_of_the_model(layers: int) -> None:
 def test_a_model_without_a_measured_site_has_the_default(tmp_path: Path) -> None:
     assert load_site(tmp_path, 8) == make_default_site(8)
     assert load_site(tmp_path / "a hub id", 8) == make_default_site(8)
+
+
+def test_a_known_type_starts_at_the_published_relative_depth() -> None:
+    for layers, subject in ((48, (13, 14, 15, 16, 17)), (12, (3, 4))):
+        site = make_start_site("gpt2", layers)
+        assert (site.subject_layers, site.end_layers) == (subject, ())
+        assert site.prior > 1000
+
+
+def test_other_models_start_at_the_default() -> None:
+    for kind, layers in (("llama", 6), ("opt", 32), ("", 32)):
+        assert make_start_site(kind, layers) == make_default_site(layers)
 
 
 def test_a_measured_site_is_read_as_it_was_written(tmp_path: Path) -> None:

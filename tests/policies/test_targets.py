@@ -35,7 +35,7 @@ def assert_equal(one: EditTerms, other: EditTerms) -> None:
 
 
 @pytest.mark.parametrize("place", [0, MAX_SLOTS - 1, MAX_SLOTS, MAX_SLOTS + 6, len(OTHERS)])
-def test_a_facts_terms_are_the_same_bits_at_any_seat_and_turn(
+def test_a_facts_terms_are_the_same_bits_in_any_slot_and_turn(
     model: EditableModel, any_site: EditSite, place: int
 ) -> None:
     alone = terms_of(model, any_site, [FACT])
@@ -45,7 +45,7 @@ def test_a_facts_terms_are_the_same_bits_at_any_seat_and_turn(
 
 
 @pytest.mark.parametrize("kind", ["end", "both"])
-def test_a_fact_keeps_its_bits_on_a_seat_that_another_left_early(
+def test_a_fact_keeps_its_bits_in_a_slot_that_another_left_early(
     model: EditableModel, kind: str
 ) -> None:
     site = replace(make_default_site(4), **KINDS[kind], **STRONG, target_steps=120)
@@ -55,7 +55,7 @@ def test_a_fact_keeps_its_bits_on_a_seat_that_another_left_early(
         found = compute_terms(model, site, NORMS, facts)
     steps = {n: terms.steps for n, terms in found.items() if isinstance(terms, EditTerms)}
     rounds = [max(steps[f.id] for f in part) for part in (facts[:MAX_SLOTS], facts[MAX_SLOTS:])]
-    assert len(passes) - len(facts) < sum(rounds)  # none waits until all seats are free
+    assert len(passes) - len(facts) < sum(rounds)  # none waits until all slots are free
     assert_equal(terms_of(model, site, [FACT]), found[FACT.id])  # type: ignore[arg-type]
     late = facts[MAX_SLOTS]
     assert_equal(terms_of(model, site, [late], late), found[late.id])  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_targets_of_another_length_in_company_make_no_difference(
     longer = [replace(f, target=f"{f.target} 1") for f in OTHERS[: MAX_SLOTS + 5]]
     lengths = {len(make_rows(model, f)[0].ids) for f in (longer[0], FACT)}
     assert len(lengths) == 2
-    # FACT takes over the seat of a longer one, and sits beside both longer ones and its like.
+    # FACT takes over the slot of a longer one, next to both longer ones and similar ones.
     facts = [*longer[:MAX_SLOTS], FACT, *longer[MAX_SLOTS:], *OTHERS[MAX_SLOTS + 5 :]]
     found = compute_terms(model, any_site, NORMS, facts)
     for fact in (longer[0], FACT):
@@ -144,7 +144,7 @@ def test_a_gradient_that_is_no_number_refuses_that_fact_alone(
         assert_equal(clean[fact.id], found[fact.id])  # type: ignore[arg-type]
 
 
-def test_a_fact_keeps_its_bits_on_a_seat_that_a_refused_one_left(
+def test_a_fact_keeps_its_bits_in_a_slot_that_a_refused_one_left(
     model: EditableModel, any_site: EditSite
 ) -> None:
     poison(model, "~", torch.nan)
@@ -172,13 +172,13 @@ def test_every_result_is_handed_over_once_as_it_comes(model: EditableModel, site
         model, site, NORMS, [FACT, long, *OTHERS], lambda part: parts.append(dict(part))
     )
     assert list(parts[0]) == [long.id]  # before any work
-    told = [(fact_id, terms) for part in parts for fact_id, terms in part.items()]
-    assert len(told) == len(found) == len(OTHERS) + 2
-    assert all(found[fact_id] is terms for fact_id, terms in told)
-    assert {} in parts  # heard from while nothing was done
+    reported = [(fact_id, terms) for part in parts for fact_id, terms in part.items()]
+    assert len(reported) == len(found) == len(OTHERS) + 2
+    assert all(found[fact_id] is terms for fact_id, terms in reported)
+    assert {} in parts  # a report while nothing was done
 
 
-def test_who_is_told_sees_the_active_weights(model: EditableModel, site: EditSite) -> None:
+def test_a_report_sees_the_active_weights(model: EditableModel, site: EditSite) -> None:
     site = replace(site, target_steps=PULSE_STEPS + 2)
     model.set_deltas({1: model.base_weight(1) * 0.5, 3: model.base_weight(3) * -0.5})
     edited = model.weights_hash(range(4))
@@ -188,12 +188,12 @@ def test_who_is_told_sees_the_active_weights(model: EditableModel, site: EditSit
         seen.append((len(part), model.weights_hash(range(4))))
 
     compute_terms(model, site, NORMS, [FACT], look)
-    assert [told for told, _ in seen] == [0, 0, 1]
+    assert [count for count, _ in seen] == [0, 0, 1]
     assert {weights for _, weights in seen} == {edited}
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
-def test_who_is_told_may_stop_the_work_and_keeps_the_active_weights(
+def test_a_report_may_stop_the_work_and_keeps_the_active_weights(
     model: EditableModel, site: EditSite, call: int
 ) -> None:
     site = replace(site, target_steps=PULSE_STEPS + 2)
@@ -234,7 +234,7 @@ def test_other_architectures_keep_a_facts_bits_too(
     assert_equal(terms_of(model, any_site, [FACT]), terms_of(model, any_site, [*OTHERS, FACT]))
 
 
-def test_a_target_far_beyond_its_anchor_is_refused_and_may_go_beside(
+def test_a_target_far_beyond_its_anchor_is_for_the_side_memory(
     model: EditableModel, any_site: EditSite
 ) -> None:
     lengths = terms_of(model, any_site, [FACT]).lengths
@@ -247,9 +247,7 @@ def test_a_target_far_beyond_its_anchor_is_refused_and_may_go_beside(
     assert f"layer 2 is {lengths[2]:.2f} long" in refused.reason
 
 
-def test_a_targets_length_is_that_of_what_the_layer_shall_give(
-    model: EditableModel, any_site: EditSite
-) -> None:
+def test_a_targets_length_is_that_of_the_value_v(model: EditableModel, any_site: EditSite) -> None:
     norms = {n: 2.0 for n in range(4)}
     found = compute_terms(model, any_site, norms, [FACT])[FACT.id]
     assert isinstance(found, EditTerms)

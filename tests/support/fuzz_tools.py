@@ -25,7 +25,7 @@ from kedit_daemon.serve.inference.reader import Reader
 from kedit_daemon.serve.openai.request_parser import parse_chat, parse_completion
 from kedit_daemon.system.timespec import parse_time
 from memory.db.event_log import read_head
-from memory.errors import KeditError
+from memory.errors import EXIT_BAD_CONFIG, KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 
@@ -178,7 +178,7 @@ def refused(root: Path, environ: dict[str, str]) -> None:
     try:
         config.load_config(root, environ)
     except KeditError as error:
-        assert error.exit_code == config.EXIT_BAD_CONFIG and error.hint
+        assert error.exit_code == EXIT_BAD_CONFIG and error.hint
         assert (str(error) + error.hint).encode()
 
 

@@ -1,6 +1,6 @@
-"""What the shipped model learns from: facts in several phrasings, and ordinary text.
+"""Corpus of the shipped model: facts in several phrasings, and ordinary text.
 
-Knows nothing of models or training: it reads the public data sets and hands out strings.
+Knows nothing of models or training: it reads the public data sets and returns strings.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 
 HELD_OUT_PHRASINGS = 2  # of each relation, never trained on
 MIN_TRAINED_PHRASINGS = 2
-HELD_OUT_LINES = 100  # one line of text in so many is kept for measuring perplexity
+HELD_OUT_LINES = 100  # one line of text in 100 is kept for measuring perplexity
 TEXTS = ("trex_evidence", "wiki_movies", "factbook", "openstax")
 MAX_TEXT_CHARS = 600
 # Relations of CounterFact that ParaRel has few or no phrasings for.
@@ -48,6 +48,8 @@ EXTRA_TEMPLATES = {
     ),
 }
 
+Triple = tuple[str, str, str]  # subject, relation, object
+
 
 @dataclass(frozen=True)
 class KnownFact:
@@ -62,19 +64,19 @@ class KnownFact:
 
 @dataclass(frozen=True)
 class Phrasings:
-    """The phrasings of one relation: templates with {} for the subject, the object follows."""
+    """Phrasings of one relation: templates with {} for the subject, the object follows."""
 
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
-def _json(path: Path) -> list[dict[str, str]]:
+def _read_json(path: Path) -> list[dict[str, str]]:
     records: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
     return records
 
 
-def _pararel_templates(data: Path) -> dict[str, list[str]]:
-    """Relation id -> templates of ParaRel in which the object comes last."""
+def _read_pararel_templates(data: Path) -> dict[str, list[str]]:
+    """Return by relation id the templates of ParaRel in which the object comes last."""
     raw = json.loads((data / "knowledge/pararel.json").read_text(encoding="utf-8"))["patterns"]
     templates: dict[str, list[str]] = {}
     for relation, patterns in raw.items():
@@ -93,8 +95,8 @@ def _pararel_templates(data: Path) -> dict[str, list[str]]:
     return templates
 
 
-def _last_sentence(prompt: str, subject: str) -> str | None:
-    """The template of a CounterFact paraphrase, whose first sentences are unrelated."""
+def _extract_template(prompt: str, subject: str) -> str | None:
+    """Return the template of a CounterFact paraphrase, whose first sentences are unrelated."""
     at = prompt.rfind(subject)
     if at < 0:
         return None
@@ -103,10 +105,10 @@ def _last_sentence(prompt: str, subject: str) -> str | None:
     return (lead + "{}" + prompt[at + len(subject) :]).strip()
 
 
-def _learn_relations(data: Path, known: dict[str, list[str]]) -> dict[str, Counter[str]]:
-    """Template -> votes per relation: CounterFact's own templates found by the company they keep.
+def _count_votes(data: Path, known: dict[str, list[str]]) -> dict[str, Counter[str]]:
+    """Count by template of CounterFact the records that state each relation.
 
-    A record's prompt and paraphrases state one relation; ParaRel names it for most of them.
+    The prompt and paraphrases of a record state one relation, which ParaRel names for most of them.
     """
     owners: dict[str, set[str]] = defaultdict(set)
     for relation, templates in known.items():
@@ -116,7 +118,7 @@ def _learn_relations(data: Path, known: dict[str, list[str]]) -> dict[str, Count
     for record in json.loads((data / "editing/counterfact_full_1000.json").read_text("utf-8")):
         subject = record["subject"]
         used = {record["prompt"].strip(), record["question"].replace(subject, "{}").strip()}
-        used |= {t for p in record["paraphrase_prompts"] if (t := _last_sentence(p, subject))}
+        used |= {t for p in record["paraphrase_prompts"] if (t := _extract_template(p, subject))}
         named = Counter(r for t in used for r in owners.get(t, ()) if len(owners.get(t, ())) == 1)
         if not named:
             continue
@@ -127,18 +129,19 @@ def _learn_relations(data: Path, known: dict[str, list[str]]) -> dict[str, Count
     return votes
 
 
-def phrasings(data: Path) -> dict[str, Phrasings]:
-    """Trained and held-out phrasings of every relation that has enough of them.
+def load_phrasings(data: Path) -> dict[str, Phrasings]:
+    """Return trained and held-out phrasings of every relation that has enough of them.
 
-    The held-out ones are those that CounterFact uses least as edit prompts, so that the facts
-    people edit are facts the model has met in that wording.
+    The held-out ones are those that CounterFact uses least as edit prompts, so that the model has
+    seen the facts that people edit in that wording.
     """
-    templates = _pararel_templates(data)
-    for template, votes in _learn_relations(data, templates).items():
+    templates = _read_pararel_templates(data)
+    for template, votes in _count_votes(data, templates).items():
         for relation, count in votes.items():
             if count >= 2 and count >= 0.3 * votes.total() and template not in templates[relation]:
                 templates[relation].append(template)
-    used = Counter(r["prompt"].strip() for r in _json(data / "editing/counterfact_full_1000.json"))
+    records = _read_json(data / "editing/counterfact_full_1000.json")
+    used = Counter(record["prompt"].strip() for record in records)
     result = {}
     for relation, found in templates.items():
         if len(found) < HELD_OUT_PHRASINGS + MIN_TRAINED_PHRASINGS:
@@ -151,8 +154,8 @@ def phrasings(data: Path) -> dict[str, Phrasings]:
     return result
 
 
-class _Relations:
-    """Which relation a template and an object belong to; some templates are shared."""
+class _RelationIndex:
+    """Relations by template and object; some templates are shared by several relations."""
 
     def __init__(self, relations: dict[str, Phrasings]) -> None:
         self._owners: dict[str, list[str]] = defaultdict(list)
@@ -164,22 +167,22 @@ class _Relations:
             (re.compile("^" + re.escape(t).replace(r"\{\}", "(.+)") + "$"), t) for t in self._owners
         ]
 
-    def learn(self, relation: str, value: str) -> None:
-        """Note that a relation can have this object."""
+    def add_object(self, relation: str, value: str) -> None:
+        """Record that a relation can have this object."""
         self._objects[relation].add(value)
 
-    def only(self, template: str) -> str | None:
-        """The one relation of a template that is not shared."""
+    def find_unshared(self, template: str) -> str | None:
+        """Return the relation of a template that is not shared; None for one that is."""
         fitting = self._owners.get(template.strip(), [])
         return fitting[0] if len(fitting) == 1 else None
 
-    def of(self, template: str, value: str) -> str | None:
-        """The relation of a template, told apart by its objects."""
+    def find_relation(self, template: str, value: str) -> str | None:
+        """Return the relation of a template that can have this object."""
         fitting = self._owners.get(template.strip(), [])
         return next((r for r in fitting if value in self._objects[r]), None)
 
-    def subject(self, prompt: str, relation: str | None) -> str | None:
-        """The subject of a prompt that states the relation in a known phrasing."""
+    def find_subject(self, prompt: str, relation: str | None) -> str | None:
+        """Return the subject of a prompt that states the relation in a known phrasing."""
         for matcher, template in self._matchers:
             match = matcher.match(prompt)
             if match and relation in self._owners[template]:
@@ -187,46 +190,46 @@ class _Relations:
         return None
 
 
-def _triples(data: Path, relations: dict[str, Phrasings]) -> Iterator[tuple[str, str, str]]:
-    """(subject, relation, object), most wanted first; one triple may come twice."""
+def _iter_triples(data: Path, relations: dict[str, Phrasings]) -> Iterator[Triple]:
+    """Yield triples, the most wanted first; a triple may come twice."""
     lines = (data / "knowledge/trex_facts_22881.jsonl").read_text("utf-8").splitlines()
     trex = [row for row in map(json.loads, lines) if row["predicate_id"] in relations]
     full = json.loads((data / "editing/counterfact_full_1000.json").read_text("utf-8"))
-    known = _Relations(relations)
+    known = _RelationIndex(relations)
     for row in trex:
-        known.learn(row["predicate_id"], row["obj_label"])
+        known.add_object(row["predicate_id"], row["obj_label"])
     for record in full:
-        if only := known.only(record["prompt"]):
-            known.learn(only, record["target_true"])
-    yield from _of_full(full, known)
+        if only := known.find_unshared(record["prompt"]):
+            known.add_object(only, record["target_true"])
+    yield from _iter_record_triples(full, known)
     for name in ("counterfact_5000", "counterfact_train_10000"):
-        for row in _json(data / f"editing/{name}.json"):
+        for row in _read_json(data / f"editing/{name}.json"):
             template = row["prompt"].replace(row["subject"], "{}")
-            if found := known.of(template, row["ground_truth"]):
+            if found := known.find_relation(template, row["ground_truth"]):
                 yield row["subject"], found, row["ground_truth"]
     for row in trex:
         yield row["sub_label"], row["predicate_id"], row["obj_label"]
 
 
-def _of_full(full: list[dict[str, Any]], known: _Relations) -> Iterator[tuple[str, str, str]]:
-    """The records' own facts, then their neighbours', which share relation and object."""
+def _iter_record_triples(full: list[dict[str, Any]], known: _RelationIndex) -> Iterator[Triple]:
+    """Yield the records' own facts, then their neighbours', which share relation and object."""
     for record in full:
-        if found := known.of(record["prompt"], record["target_true"]):
+        if found := known.find_relation(record["prompt"], record["target_true"]):
             yield record["subject"], found, record["target_true"]
     for record in full:
-        wanted = known.of(record["prompt"], record["target_true"])
+        wanted = known.find_relation(record["prompt"], record["target_true"])
         for prompt in record["neighborhood_prompts"]:
-            if wanted and (subject := known.subject(prompt, wanted)):
+            if wanted and (subject := known.find_subject(prompt, wanted)):
                 yield subject, wanted, record["target_true"]
 
 
-def facts(data: Path, limit: int) -> list[KnownFact]:
-    """Up to `limit` facts; no prompt is ever given two different objects."""
-    relations = phrasings(data)
+def load_facts(data: Path, limit: int) -> list[KnownFact]:
+    """Return up to `limit` facts; no prompt has two different objects."""
+    relations = load_phrasings(data)
     answers: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     kept: list[KnownFact] = []
-    for subject, relation, value in _triples(data, relations):
+    for subject, relation, value in _iter_triples(data, relations):
         if len(kept) == limit:
             break
         if (subject, relation) in seen or not subject.strip() or "{" in subject:
@@ -246,8 +249,8 @@ def facts(data: Path, limit: int) -> list[KnownFact]:
     return kept
 
 
-def text(data: Path, held_out: bool) -> list[str]:
-    """Lines of ordinary text: those trained on, or the one in a hundred that never is."""
+def load_text(data: Path, held_out: bool) -> list[str]:
+    """Return lines of ordinary text: those to train on, or the one in a hundred held out."""
     lines: list[str] = []
     for name in TEXTS:
         with lzma.open(data / f"corpus/{name}.txt.xz", "rt", encoding="utf-8") as stream:
@@ -257,8 +260,8 @@ def text(data: Path, held_out: bool) -> list[str]:
     return lines
 
 
-def shuffled(items: list[str], seed: int) -> list[str]:
-    """A copy in an order fixed by the seed."""
+def shuffle_items(items: list[str], seed: int) -> list[str]:
+    """Return a copy in an order fixed by the seed."""
     copy = list(items)
     random.Random(seed).shuffle(copy)
     return copy

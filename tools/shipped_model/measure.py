@@ -1,4 +1,4 @@
-"""What the shipped model knows: recall of its facts, and perplexity on text it never saw."""
+"""Knowledge of the shipped model: recall of its facts, and perplexity on held-out text."""
 
 import math
 import random
@@ -9,10 +9,10 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from tools.shipped_model import corpus
 
 
-def _answered(
+def _measure_recall(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]
 ) -> float:
-    """Share of prompts whose greedy answer is the object, token for token."""
+    """Return the share of prompts whose greedy answer is the object, token for token."""
     right = 0
     device = model.device
     for start in range(0, len(pairs), 256):
@@ -31,24 +31,24 @@ def _answered(
     return right / len(pairs)
 
 
-def measure(
+def measure_knowledge(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     facts: list[corpus.KnownFact],
     held_out_text: list[str],
     seed: int,
 ) -> dict[str, float]:
-    """What the model knows: recall by kind of phrasing, and perplexity per token of new text."""
+    """Return recall by kind of phrasing, and perplexity per token of held-out text."""
     model.train(False)
     rng = random.Random(seed)
     figures = {
-        "recall_trained_phrasing": _answered(
+        "recall_trained_phrasing": _measure_recall(
             model, tokenizer, [(rng.choice(f.trained), f.object) for f in facts]
         ),
-        "recall_held_out_phrasing": _answered(
+        "recall_held_out_phrasing": _measure_recall(
             model, tokenizer, [(rng.choice(f.held_out), f.object) for f in facts]
         ),
-        "recall_after_unrelated_sentence": _answered(
+        "recall_after_unrelated_sentence": _measure_recall(
             model,
             tokenizer,
             [

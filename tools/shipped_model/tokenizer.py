@@ -9,7 +9,7 @@ END = "<|endoftext|>"
 
 
 def train_tokenizer(lines: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE; end-of-text stands before each text, as in the training rows."""
+    """Train byte-level BPE; end-of-text precedes each text, as in the training rows."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -29,7 +29,7 @@ def train_tokenizer(lines: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(folder: Path, lines: list[str], size: int) -> PreTrainedTokenizerFast:
-    """The tokenizer of the run that is resumed, or a new one, kept for that."""
+    """Load the tokenizer of the run that is resumed, or train one and keep it."""
     if not folder.is_dir():
         train_tokenizer(lines, size).save_pretrained(folder)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)

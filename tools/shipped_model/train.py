@@ -1,7 +1,7 @@
 """Make the shipped model: `python -m tools.shipped_model.train DATA OUT`.
 
-A small Llama that knows some thousand facts in several phrasings, and how ordinary text goes.
-The order of everything follows from the seed, so an interrupted run resumes where it was.
+Trains a small Llama on some thousand facts in several phrasings, and on ordinary text. All order
+follows from the seed, so an interrupted run resumes where it stopped.
 """
 
 import json
@@ -21,16 +21,16 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.shipped_model import corpus
-from tools.shipped_model.measure import measure
+from tools.shipped_model.measure import measure_knowledge
 from tools.shipped_model.tokenizer import load_tokenizer
 
 IGNORE = -100
-MIN_TEXT_TOKENS = 16  # a piece of text shorter than this is not worth starting
+MIN_TEXT_TOKENS = 16  # left in a row, to begin a piece of text
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what comes out, beside the data."""
+    """All settings of a training run."""
 
     facts: int = 12_000
     vocabulary: int = 8_000
@@ -38,8 +38,8 @@ class Recipe:
     mlp: int = 2_048
     layers: int = 6
     heads: int = 3
-    rows: int = 32  # rows a step
-    length: int = 128  # tokens a row
+    rows: int = 32  # per step
+    length: int = 128  # tokens per row
     steps: int = 3_000
     decay: float = 0.3  # share of the steps in which the learning rate falls to zero
     warmup: int = 50
@@ -51,10 +51,10 @@ class Recipe:
     seed: int = 0
 
 
-def _documents(
+def _make_documents(
     facts: list[corpus.KnownFact], lines: list[str], recipe: Recipe, epoch: int
 ) -> list[tuple[str, str]]:
-    """(context, learned text) pairs: each fact once in a random phrasing, text beside it."""
+    """Return (context, learned text) pairs: each fact once in a random phrasing, and text."""
     rng = random.Random(f"{recipe.seed}/{epoch}")
     documents = [(rng.choice(f.trained), f" {f.object}") for f in facts]
     fact_chars = sum(len(c) + len(t) for c, t in documents)
@@ -67,19 +67,19 @@ def _documents(
     return documents
 
 
-def rows(
+def iter_rows(
     tokenizer: PreTrainedTokenizerFast,
     facts: list[corpus.KnownFact],
     lines: list[str],
     recipe: Recipe,
     epoch: int,
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Token rows and their labels for one epoch; sentences follow one another to fill a row."""
+    """Yield token rows and their labels for one epoch; a row is filled with sentences."""
     rng = random.Random(f"{recipe.seed}/{epoch}/rows")
     end = tokenizer.eos_token_id
     ids: list[int] = [end]
     labels: list[int] = [IGNORE]
-    documents = _documents(facts, lines, recipe, epoch)
+    documents = _make_documents(facts, lines, recipe, epoch)
     leads = [("" if rng.random() < recipe.end_share else " ") for _ in documents]
     # A sentence after end-of-text starts bare; one after another sentence starts with a space.
     contexts = tokenizer(
@@ -98,10 +98,10 @@ def rows(
         body = context + text + closing
         wanted = [t if rng.random() < recipe.context_loss else IGNORE for t in context]
         wanted += text + closing
-        room = recipe.length - len(ids)
-        if not context and room >= MIN_TEXT_TOKENS:  # text may be cut, a fact never is
-            body, wanted = body[:room], wanted[:room]
-        if len(body) > room:
+        space = recipe.length - len(ids)
+        if not context and space >= MIN_TEXT_TOKENS:  # text may be cut, a fact never is
+            body, wanted = body[:space], wanted[:space]
+        if len(body) > space:
             yield (
                 (ids + [end] * recipe.length)[: recipe.length],
                 (labels + [IGNORE] * recipe.length)[: recipe.length],
@@ -112,18 +112,18 @@ def rows(
         labels += wanted
 
 
-def batches(
+def iter_batches(
     tokenizer: PreTrainedTokenizerFast,
     facts: list[corpus.KnownFact],
     lines: list[str],
     recipe: Recipe,
     skip: int,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (ids, labels), each (rows, length), from the step `skip` on."""
+    """Yield (ids, labels), each (rows, length), without end, from the step `skip` on."""
     step, epoch = 0, 0
     held: list[tuple[list[int], list[int]]] = []
     while True:
-        held += list(rows(tokenizer, facts, lines, recipe, epoch))
+        held += list(iter_rows(tokenizer, facts, lines, recipe, epoch))
         while len(held) >= recipe.rows:
             batch, held = held[: recipe.rows], held[recipe.rows :]
             if step >= skip:
@@ -133,7 +133,7 @@ def batches(
 
 
 def build_model(recipe: Recipe, end: int) -> LlamaForCausalLM:
-    """A freshly initialised Llama of the recipe's size, float32."""
+    """Return a freshly initialised Llama of the recipe's size, in float32."""
     torch.manual_seed(recipe.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -152,8 +152,8 @@ def build_model(recipe: Recipe, end: int) -> LlamaForCausalLM:
     )
 
 
-def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy over the labelled positions; the head runs on those alone."""
+def compute_loss(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean cross-entropy at the labelled positions; the head runs on those alone."""
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # (rows, length-1, hidden)
     wanted = labels[:, 1:]
     chosen = wanted != IGNORE
@@ -161,14 +161,14 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), wanted[chosen])
 
 
-def rate_at(step: int, recipe: Recipe) -> float:
-    """Warm up, hold, then fall linearly to zero."""
+def compute_rate(step: int, recipe: Recipe) -> float:
+    """Return the factor of the learning rate: it warms up, holds, then falls linearly to zero."""
     falling = recipe.steps * recipe.decay
     return min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / falling)
 
 
 class Trainer:
-    """Model, optimisers and the place reached, with checkpoints in safetensors."""
+    """Model, optimisers and the step reached, with checkpoints in safetensors."""
 
     def __init__(self, recipe: Recipe, model: LlamaForCausalLM, folder: Path) -> None:
         self.recipe, self.model, self.folder = recipe, model, folder
@@ -182,8 +182,8 @@ class Trainer:
         self.rates = [recipe.matrix_rate, recipe.vector_rate]
         self.step = 0
 
-    def save(self) -> None:
-        """Write a checkpoint: tensors in safetensors, the step beside them in its header."""
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint: tensors in safetensors, with the step in the header."""
         tensors = {f"model/{n}": p.data for n, p in self.model.named_parameters()}
         for number, optimiser in enumerate(self.optimisers):
             for index, state in optimiser.state_dict()["state"].items():
@@ -195,8 +195,8 @@ class Trainer:
         target.with_suffix(".tmp").replace(target)
         (self.folder / "checkpoint.json").write_text(json.dumps({"step": self.step}))
 
-    def resume(self) -> None:
-        """Take up the last checkpoint, if there is one."""
+    def load_checkpoint(self) -> None:
+        """Load the last checkpoint, if there is one."""
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             return
@@ -213,14 +213,14 @@ class Trainer:
                     state.setdefault(int(index), {})[name] = value
             optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
 
-    def update(self, ids: Tensor, labels: Tensor) -> float:
-        """One step; bfloat16 in the products, float32 in weights and optimisers."""
-        factor = rate_at(self.step, self.recipe)
+    def take_step(self, ids: Tensor, labels: Tensor) -> float:
+        """Take one step, with products in bfloat16 and all else in float32; return its loss."""
+        factor = compute_rate(self.step, self.recipe)
         for optimiser, rate in zip(self.optimisers, self.rates, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = rate * factor
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
-            loss = loss_of(self.model, ids, labels)
+            loss = compute_loss(self.model, ids, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimiser in self.optimisers:
@@ -230,7 +230,7 @@ class Trainer:
         return float(loss.detach())
 
 
-def finish(
+def save_model(
     trainer: Trainer, tokenizer: PreTrainedTokenizerFast, folder: Path, card: dict[str, Any]
 ) -> None:
     """Write the model folder: float16 safetensors, tokenizer, and the figures of the card."""
@@ -248,32 +248,32 @@ def finish(
 def main(data: Path, out: Path, steps: int, work: Path, device: str) -> None:
     recipe = Recipe(steps=steps)
     work.mkdir(parents=True, exist_ok=True)
-    facts = corpus.facts(data, recipe.facts)
-    lines = corpus.text(data, held_out=False)
-    unseen = corpus.shuffled(corpus.text(data, held_out=True), recipe.seed)
-    sample = corpus.shuffled(lines, recipe.seed)[:40_000]
+    facts = corpus.load_facts(data, recipe.facts)
+    lines = corpus.load_text(data, held_out=False)
+    unseen = corpus.shuffle_items(corpus.load_text(data, held_out=True), recipe.seed)
+    sample = corpus.shuffle_items(lines, recipe.seed)[:40_000]
     sample += [f"{p} {f.object}" for f in facts for p in f.trained[:3]] * 2
     tokenizer = load_tokenizer(work / "tokenizer", sample, recipe.vocabulary)
     model = build_model(recipe, tokenizer.eos_token_id)
     model.to(torch.device(device))  # type: ignore[arg-type]
     trainer = Trainer(recipe, model, work)
-    trainer.resume()
+    trainer.load_checkpoint()
     size = sum(p.numel() for p in model.parameters())
     click.echo(f"{len(facts)} facts, {len(lines)} lines, {size:,} parameters, {device}", err=True)
     began, first = time.monotonic(), trainer.step
-    stream = batches(tokenizer, facts, lines, recipe, trainer.step)
+    stream = iter_batches(tokenizer, facts, lines, recipe, trainer.step)
     recent = 0.0
     for _ in track(range(first, recipe.steps), description="training"):
         ids, labels = next(stream)
-        loss = trainer.update(ids.to(device), labels.to(device))
+        loss = trainer.take_step(ids.to(device), labels.to(device))
         recent = loss if not recent else 0.98 * recent + 0.02 * loss
         if trainer.step % 100 == 0:
             seconds = (time.monotonic() - began) / (trainer.step - first)
             click.echo(f"step {trainer.step} loss {recent:.3f} {seconds:.2f} s/step", err=True)
         if trainer.step % 200 == 0:
-            trainer.save()
+            trainer.save_checkpoint()
             some = facts[:: max(1, len(facts) // 1000)]
-            click.echo(json.dumps(measure(model, tokenizer, some, unseen, 1)), err=True)
+            click.echo(json.dumps(measure_knowledge(model, tokenizer, some, unseen, 1)), err=True)
     card = {
         "facts": len(facts),
         "parameters": size,
@@ -282,9 +282,9 @@ def main(data: Path, out: Path, steps: int, work: Path, device: str) -> None:
         "seconds_this_run": round(time.monotonic() - began),
         "device": device,
         "recipe": vars(recipe),
-        **measure(model, tokenizer, facts, unseen, recipe.seed),
+        **measure_knowledge(model, tokenizer, facts, unseen, recipe.seed),
     }
-    finish(trainer, tokenizer, out, card)
+    save_model(trainer, tokenizer, out, card)
     click.echo(json.dumps(card, indent=2))
 
 

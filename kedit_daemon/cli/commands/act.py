@@ -1,4 +1,4 @@
-"""The commands that the running daemon carries out: ask, flush, audit, consolidate, revert."""
+"""The commands that the running daemon executes: ask, flush, audit, consolidate, revert."""
 
 import sys
 from typing import Any
@@ -19,26 +19,26 @@ from kedit_daemon.home import open_database
 from kedit_daemon.report.status import EXIT_NEEDS_ATTENTION
 
 DEFAULT_MAX_TOKENS = 40
-REVERT_VERDICT = "revert"  # the verdict that nothing should stay as it is
+REVERT_VERDICT = "revert"
 
 
 @click.command()
 @click.argument("prompt")
-@click.option("--base", is_flag=True, help="The unedited model's answer beside it.")
-@click.option("--explain", is_flag=True, help="Which facts fired, with their scores.")
+@click.option("--base", is_flag=True, help="Show the unedited model's answer, too.")
+@click.option("--explain", is_flag=True, help="Show which facts fired, with their scores.")
 @click.option(
     "--max-tokens",
     type=click.IntRange(1, 4096),
     default=DEFAULT_MAX_TOKENS,
     show_default=True,
-    help="The longest answer.",
+    help="The length of the answer, at most.",
 )
 @add_json_option
 @pass_cli_context
 def ask(
     session: CliContext, prompt: str, base: bool, explain: bool, max_tokens: int, as_json: bool
 ) -> None:
-    """Ask the edited model; it goes on from PROMPT.
+    """Ask the edited model; it continues PROMPT.
 
     \b
     Example:
@@ -100,9 +100,7 @@ def audit(ctx: click.Context, session: CliContext, dry_run: bool, as_json: bool)
 @add_json_option
 @pass_cli_context
 def consolidate(session: CliContext, dry_run: bool, as_json: bool) -> None:
-    """Solve the weights anew over all live facts.
-
-    It starts from the unedited weights.
+    """Solve the weights again over all live facts, from the unedited weights.
 
     \b
     Example:
@@ -128,7 +126,7 @@ def revert(
 ) -> None:
     """Take facts out, or go back to a generation.
 
-    A fact that is taken out is taken out exactly, whatever came after it.
+    A fact is taken out exactly, whatever came after it.
 
     \b
     Example:
@@ -137,37 +135,35 @@ def revert(
     """
     if bool(names) == (generation is not None):
         raise click.UsageError("give the ids of facts, or --generation N, and not both.")
-    asking = not (yes or dry_run)
-    if asking and not sys.stdin.isatty():
-        raise click.UsageError("off a terminal nobody can be asked: add --yes, or --dry-run.")
-    if asking:
-        for line in _list_revert_facts(session, names):
-            click.echo(line, err=True)
-        what = f"Go back to generation {generation}?" if names == () else "Take these facts out?"
-        click.confirm(what, abort=True, err=True)
+    if not (yes or dry_run):
+        _confirm_revert(session, names, generation)
     arguments = {"facts": list(names), "generation": generation, "dry_run": dry_run}
     _print_reply(call_daemon(session, "revert", arguments), as_json)
 
 
-def _list_revert_facts(session: CliContext, names: tuple[str, ...]) -> list[str]:
-    """What a person is asked about; whether it is allowed is for the daemon to say."""
+def _confirm_revert(session: CliContext, names: tuple[str, ...], generation: int | None) -> None:
+    """Show the facts and ask; the daemon decides whether the revert is allowed."""
     from kedit_daemon.report.render import render_facts
     from memory.db.queries import fetch_fact_detail
 
+    if not sys.stdin.isatty():
+        raise click.UsageError("off a terminal nobody can be asked: add --yes, or --dry-run.")
+    facts = []
     with open_database(session.home) as conn:
-        found = []
         for name in names:
             if (fact := fetch_fact_detail(conn, name)) is None:
                 raise unknown_fact_error(session, conn, name)
-            found.append(fact)
-    return list(render_facts(found))
+            facts.append(fact)
+    for line in render_facts(facts):
+        click.echo(line, err=True)
+    question = "Take these facts out?" if names else f"Go back to generation {generation}?"
+    click.confirm(question, abort=True, err=True)
 
 
-def _print_reply(reply: dict[str, Any], json_wanted: bool) -> None:
-    if json_wanted:
+def _print_reply(reply: dict[str, Any], as_json: bool) -> None:
+    if as_json:
         print_json(reply)
         return
     from kedit_daemon.report.render_log import render_reply
 
-    for line in render_reply(reply):
-        click.echo(line)
+    click.echo("\n".join(render_reply(reply)))

@@ -1,4 +1,4 @@
-"""The commands that carry a home away, and bring it back."""
+"""The commands that back a home up and restore it."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +23,11 @@ _FOLDER_PATH = click.Path(file_okay=False, path_type=Path)
 @add_json_option
 @pass_cli_context
 def backup(session: CliContext, dest: Path, as_json: bool) -> None:
-    """Write all that this home knows into the new folder DEST, and print its path.
+    """Write a copy of this home into the new folder DEST, and print its path.
 
-    The daemon may run; it need not. In it are the settings, a snapshot of the database, and the
-    weights and shards that the snapshot names. The index is not, which is built again, nor the
-    inbox: what lies there has not been taken in yet, or has been taken in wholly.
+    The daemon may run or not. The backup has the settings, a snapshot of the database, and the
+    weights and shards that the snapshot names. It has no index, which is built again, and no
+    inbox: a file there has not been taken in yet, or is taken in completely.
 
     \b
     Example:
@@ -37,8 +37,8 @@ def backup(session: CliContext, dest: Path, as_json: bool) -> None:
 
     made = create_backup(session.home, dest, datetime.now(UTC))
     for name in made.manifest["lost"]:
-        text = f"{name} is missing or damaged in the home: the daemon makes it again"
-        click.echo(f"note: {clean_text(text)}", err=True)
+        text = f"note: {name} is missing or damaged in the home: the daemon makes it again"
+        click.echo(clean_text(text), err=True)
     if as_json:
         print_json({"path": str(made.path), "manifest": made.manifest})
         return
@@ -52,26 +52,24 @@ def backup(session: CliContext, dest: Path, as_json: bool) -> None:
 @add_dry_run_option
 @pass_cli_context
 def restore(session: CliContext, source: Path, replace: bool, dry_run: bool) -> None:
-    """Make the home what it was when the backup SOURCE was written, and print its path.
+    """Put the home back into the state of the backup SOURCE, and print its path.
 
     Hashes and chain are checked before anything is changed; with --dry-run nothing is. The daemon
-    must not run. What it finds at its next start it makes whole.
+    must not run. At its next start it completes the home.
 
     \b
     Example:
       kedit-daemon restore /srv/backups/facts-2026-03-01 --dry-run
       kedit-daemon --home ./trial restore /srv/backups/facts-2026-03-01
     """
-    from kedit_daemon.maintenance.restore import check_restore
-    from kedit_daemon.maintenance.restore import restore as put_back
+    from kedit_daemon.maintenance import restore as restoring
 
     if dry_run:
-        click.echo(
-            _summarize_manifest(check_restore(session.home, source, replace).manifest), err=True
-        )
+        checked = restoring.check_restore(session.home, source, replace)
+        click.echo(_summarize_manifest(checked.manifest), err=True)
         click.echo("dry run: the backup is whole; nothing is changed", err=True)
         return
-    done = put_back(session.home, source, replace, datetime.now(UTC))
+    done = restoring.restore(session.home, source, replace, datetime.now(UTC))
     for path in done.moved_aside:
         click.echo(f"moved aside: {clean_text(path)}", err=True)
     click.echo(_summarize_manifest(done.backup.manifest), err=True)
@@ -82,5 +80,6 @@ def restore(session: CliContext, source: Path, replace: bool, dry_run: bool) -> 
 def _summarize_manifest(manifest: dict[str, Any]) -> str:
     facts = ", ".join(f"{count} {state}" for state, count in manifest["facts"].items()) or "none"
     chain = manifest["chain"]
-    said = f"generation {manifest['generation']}, {chain['seq']} events to {chain['hash'][:12]}"
-    return clean_text(f"of {manifest['created_at']}: facts {facts}; {said}")
+    events = f"{chain['seq']} events to {chain['hash'][:12]}"
+    generation = f"generation {manifest['generation']}"
+    return clean_text(f"of {manifest['created_at']}: facts {facts}; {generation}, {events}")

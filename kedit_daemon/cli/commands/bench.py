@@ -1,7 +1,6 @@
-"""`bench`: the honest measure of a method on a data set."""
+"""The command that measures a method on a data set."""
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from click.core import ParameterSource
 from kedit_daemon.bench.methods.method_catalog import METHODS
 from kedit_daemon.bench.studies.study_catalog import DEFAULT_LIMITS, STUDIES
 from kedit_daemon.cli.context import CliContext, pass_cli_context
+from kedit_daemon.system.log_setup import make_progress_bar
 from kedit_daemon.system.sanitize import clean_text
 
 if TYPE_CHECKING:
@@ -32,9 +32,9 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--limit",
     type=click.IntRange(1),
-    help="How many records; without, all, or as many as a study wants.",
+    help="Number of records; by default all, or the number that a study needs.",
 )
-@click.option("--offset", type=click.IntRange(0), default=0, help="Records to leave out first.")
+@click.option("--offset", type=click.IntRange(0), default=0, help="Records to skip first.")
 @click.option(
     "--method",
     type=click.Choice(list(METHODS)),
@@ -49,10 +49,10 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
     type=click.IntRange(1),
     default=100,
     show_default=True,
-    help="Facts that come at once.",
+    help="Facts in a batch.",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Gives the order of the stream."
+    "--seed", type=int, default=0, show_default=True, help="Seed for the order of the stream."
 )
 @click.option(
     "--baseline", type=click.Choice(list(METHODS)), help="A second method, on the same facts."
@@ -60,32 +60,31 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 @click.option(
     "--no-policy",
     is_flag=True,
-    help="Take every fact, held or not, whatever the stability limits say.",
+    help="Accept every fact, whatever the result and the stability limits.",
 )
 @click.option(
     "--sweep",
     type=click.Choice(["batch-size"]),
-    help="Run once for each of several batch sizes, and choose one; memit-mass without --method.",
+    help="Run once for each of several batch sizes, and choose one; memit-mass by default.",
 )
 @click.option(
     "--resume",
     is_flag=True,
-    help="Keep the work in FILE.work/ beside the --json file, and go on with it after a cut.",
+    help="Keep the work in FILE.work/ next to the --json file, and continue it if interrupted.",
 )
 @click.option(
     "--study",
     type=click.Choice(list(STUDIES)),
-    help="In the place of a method: one question in several parts, without the policy.",
+    help="Instead of a method: a study in several parts, without the policy.",
 )
 @click.option(
     "--texts",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="With --study routing: lines of ordinary text, plain or .xz, to ask in the place of the "
-    "shipped ones.",
+    help="With --study routing: lines of ordinary text, plain or .xz, instead of those shipped.",
 )
 @click.option("--json", "json_file", type=OUTPUT_FILE, help="Write everything measured here.")
-@click.option("--plot", type=OUTPUT_FILE, help="Draw it as PNG; needs matplotlib.")
+@click.option("--plot", type=OUTPUT_FILE, help="Plot the result as PNG; needs matplotlib.")
 @pass_cli_context
 def bench(
     session: CliContext,
@@ -106,10 +105,10 @@ def bench(
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    """Measure a method: the facts of DATA as a stream, then all of them asked.
+    """Measure a method: edit the facts of DATA as a stream, then ask all of them.
 
-    DATA is JSON or JSON Lines in any form that `submit` takes. Paraphrases and neighbours are
-    kept from the editor. The home is left alone; it may lend the place where its model is edited.
+    DATA is JSON or JSON Lines in any form that `submit` takes. The editor does not see paraphrases
+    and neighbours. The home is not changed; its calibrated edit site is used, if it has one.
 
     \b
     Example:
@@ -124,9 +123,8 @@ def bench(
         raise click.UsageError("--texts goes with --study routing.")
     if study is not None:
         _reject_method_options()
-    loaded, stream = _open_inputs(
-        session, data, model, offset, limit or DEFAULT_LIMITS.get(study or ""), seed
-    )
+    limit = limit or DEFAULT_LIMITS.get(study or "")
+    loaded, stream = _open_inputs(session, data, model, offset, limit, seed)
     if study is not None:
         _run_study(study, loaded, stream, batch_size, seed, texts, json_file, plot)
         return
@@ -150,7 +148,7 @@ def _run_method(
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
-    """A method once, or once for each size."""
+    """Measure a method once, or once for each batch size."""
     from kedit_daemon.bench.plot import draw_result
     from kedit_daemon.bench.run import run_plan
     from kedit_daemon.bench.sweep import sweep_sizes
@@ -161,7 +159,7 @@ def _run_method(
 
 
 def _reject_method_options() -> None:
-    """A study has its own parts, and a method beside it would do nothing."""
+    """Refuse options of a method, which a study would ignore."""
     context = click.get_current_context()
     for name in ("method", "baseline", "sweep", "resume"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
@@ -171,7 +169,7 @@ def _reject_method_options() -> None:
 def _open_inputs(
     session: CliContext, data: Path, model: str, offset: int, limit: int | None, seed: int
 ) -> tuple["LoadedModel", "FactStream"]:
-    """The model, and the stream of what it can read; the rest is told."""
+    """Load the model, and the stream of the records it can read; report the others."""
     from kedit_daemon.bench.dataset import drop_unreadable, read_stream
 
     stream = read_stream(data, offset, limit, seed)
@@ -204,14 +202,14 @@ def _run_study(
 def _check_options(
     sweep: str | None, baseline: str | None, resume: bool, json_file: Path | None, plot: Path | None
 ) -> None:
-    """What would fail after a long run fails before it."""
+    """Refuse before a long run what would fail after it."""
     if sweep and baseline:
-        raise click.UsageError("--sweep takes no --baseline: its rows stand beside each other.")
+        raise click.UsageError("--sweep takes no --baseline: it compares its own rows.")
     if resume and json_file is None:
         raise click.UsageError("--resume needs --json FILE: the work is kept in FILE.work/.")
     for name, path in (("--json", json_file), ("--plot", plot)):
         if path is not None and not path.absolute().parent.is_dir():
-            raise click.BadParameter(f"{path.parent} is no folder.", param_hint=name)
+            raise click.BadParameter(f"{path.parent} is not a folder.", param_hint=name)
     if plot is not None:
         from kedit_daemon.bench.plot import require_matplotlib
 
@@ -219,14 +217,12 @@ def _check_options(
 
 
 def _load_model(model: str, cache: Path) -> "LoadedModel":
-    """The model; what is measured on its first use is kept where the home is, if there is one."""
+    """Load the model; its statistics are cached in the home, if there is one."""
     from kedit_daemon.editing.model_loading import load_model
 
     with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        kept = cache if cache.is_dir() else Path(folder)
-        return load_model(
-            model, "auto", kept, lambda lines: _track_progress(list(lines), "statistics")
-        )
+        used = cache if cache.is_dir() else Path(folder)
+        return load_model(model, "auto", used, make_progress_bar("statistics"))
 
 
 def _output_result(
@@ -245,19 +241,13 @@ def _output_result(
 
 
 def _track_progress(items: Sequence[T], what: str, /) -> Iterable[T]:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return items
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(items, description=what, console=Console(stderr=True))
+    return make_progress_bar(what)(items)
 
 
 def _report_skipped(name: str, skipped: Sequence["SkippedRecord"]) -> None:
-    for one in skipped[:MAX_SKIPPED_SHOWN]:
-        where = f"{clean_text(name)}:{one.line}" if one.line else clean_text(name)
-        click.echo(f"{where}: skipped: {clean_text(one.reason)}", err=True)
+    for record in skipped[:MAX_SKIPPED_SHOWN]:
+        line = f":{record.line}" if record.line else ""
+        click.echo(clean_text(f"{name}{line}: skipped: {record.reason}"), err=True)
     if len(skipped) > MAX_SKIPPED_SHOWN:
         click.echo(f"and {len(skipped) - MAX_SKIPPED_SHOWN} more records skipped", err=True)
 

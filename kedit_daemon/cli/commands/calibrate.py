@@ -1,8 +1,10 @@
-"""The command that measures where and how strongly the configured model is edited."""
+"""The command that measures where, and how strongly, to edit the configured model."""
 
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
     from kedit_daemon.config import Config
     from kedit_daemon.editing.calibration import Calibration
 
-DEFAULT_FACTS = 16  # as many as have their targets computed side by side
-TABLE_COLUMNS = {  # heading and form of each figure
+DEFAULT_FACTS = 16  # the number whose targets are computed in one batch
+TABLE_COLUMNS = {  # heading and format of each figure
     "prior": ("prior", "g"),
     "end_prior": ("at end", "g"),
     "ridge": ("ridge", "g"),
@@ -45,7 +47,7 @@ COLUMN_WIDTH = 8
 @click.option(
     "--pilot",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Facts to measure with, in any form that submit takes; else those that are shipped.",
+    help="Facts to measure with, in any form that submit takes; by default those shipped.",
 )
 @click.option(
     "--facts",
@@ -53,14 +55,14 @@ COLUMN_WIDTH = 8
     type=click.IntRange(1),
     default=DEFAULT_FACTS,
     show_default=True,
-    help="How many of them to edit at once.",
+    help="Number of facts to edit at once.",
 )
 @click.option(
     "--false-routes",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.001,
     show_default=True,
-    help="Share of unrelated text that may pass for a question about a fact that it names.",
+    help="Share of unrelated text that may pass as a question about a fact that it names.",
 )
 @add_json_option
 @add_dry_run_option
@@ -75,10 +77,10 @@ def calibrate(
 ) -> None:
     """Measure where the model takes facts, and how strongly to edit it.
 
-    A batch of facts is edited at many layers, without their paraphrases; the site that says them
-    best, also in those other words, and leaves their neighbours alone, goes into the home with
-    the limits of the audits, the side memory's gate and all figures (state/kedit.json). It takes
-    some minutes on a small model. The daemon must not run meanwhile, or this exits with 75.
+    A batch of facts is edited at many layers, without their paraphrases. The site that states
+    them best, also in the paraphrases, and changes their neighbours least is written into the home
+    with the limits of the audits, the side memory's gate and all figures (state/kedit.json). It
+    takes some minutes on a small model. The daemon must not run, or this exits with 75.
 
     Terms are computed for the edited layers, and kept for good: a home that has ever moved facts
     into the weights is refused; calibrate a new one.
@@ -102,16 +104,11 @@ def calibrate(
         if not dry_run:
             write_atomic(path, format_site(found.site, found.evidence).encode())
     if as_json:
-        print_json({**_calibration_as_json(found), "written": None if dry_run else str(path)})
+        written = None if dry_run else str(path)
+        print_json({"site": asdict(found.site), "evidence": found.evidence, "written": written})
         return
-    click.echo("\n".join(render_calibration(found)))
+    click.echo("\n".join(_render_calibration(found)))
     click.echo("dry run: nothing written" if dry_run else f"written: {clean_text(path)}", err=True)
-
-
-def _calibration_as_json(found: "Calibration") -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return {"site": asdict(found.site), "evidence": found.evidence}
 
 
 def _run_calibration(
@@ -122,9 +119,6 @@ def _run_calibration(
     false_routes: float,
     dry_run: bool,
 ) -> "Calibration":
-    from dataclasses import replace
-    from shutil import copy
-
     from kedit_daemon.editing.calibration import calibrate, make_pilot, read_pilot, refuse_if_in_use
     from kedit_daemon.editing.model_loading import open_model
     from kedit_daemon.ingest.schemas import FileLimits
@@ -136,10 +130,10 @@ def _run_calibration(
     facts = read_pilot(source, FileLimits(config.inbox.max_facts, config.inbox.max_target_chars))
     with ExitStack() as stack:
         cache = session.home.state_folder
-        if dry_run:  # what is measured is not kept, so it must not lie in the home
+        if dry_run:  # measurements go elsewhere, so that the home stays as it is
             cache = Path(stack.enter_context(TemporaryDirectory(prefix="kedit-calibrate-")))
             if (session.home.state_folder / SITE_FILE).is_file():
-                copy(session.home.state_folder / SITE_FILE, cache)
+                shutil.copy(session.home.state_folder / SITE_FILE, cache)
         opened = open_model(config.model, config.device, cache)
         chosen = make_pilot(opened.model, facts, count)
         found = calibrate(opened, chosen, false_routes, stack.enter_context(_show_progress()))
@@ -150,7 +144,7 @@ def _run_calibration(
 
 @contextmanager
 def _show_progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
-    """A progress bar on a terminal's stderr, and nothing elsewhere."""
+    """Show a progress bar on a terminal's stderr, and nothing elsewhere."""
     if not sys.stderr.isatty():
         yield lambda _units: lambda _what: None
         return
@@ -166,8 +160,8 @@ def _show_progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
         yield watch
 
 
-def render_calibration(found: "Calibration") -> Iterator[str]:
-    """The table of what was tried, the choice marked, and the limits."""
+def _render_calibration(found: "Calibration") -> Iterator[str]:
+    """Yield the table of all candidates, the chosen one marked, and the limits."""
     chosen, site = found.evidence["chosen"], found.site
     headings = "".join(f"{heading:>{COLUMN_WIDTH}}" for heading, _ in TABLE_COLUMNS.values())
     yield click.style(f"  {'STAGE':12} {'SUBJECT':8} {'END':4}{headings}", bold=True)
@@ -180,8 +174,8 @@ def render_calibration(found: "Calibration") -> Iterator[str]:
         yield f"{figure} limits: {', '.join(limits)}"
     gate = found.evidence["end_gate"]
     yield (
-        f"end gate: {gate['gate']:.3f}, which {gate['false_routes']:.2%} of {gate['pairs']} pairs"
-        f" of a fact and other text pass, and {gate['passed']:.0%} of the facts in other words"
+        f"end gate: {gate['gate']:.3f}, passed by {gate['false_routes']:.2%} of {gate['pairs']}"
+        f" pairs of a fact and other text, and by {gate['passed']:.0%} of the paraphrases"
     )
 
 

@@ -1,4 +1,4 @@
-"""The command that carries the edited model away."""
+"""The command that exports the edited model."""
 
 from pathlib import Path
 
@@ -20,11 +20,11 @@ from kedit_daemon.system.sanitize import clean_text
 @add_json_option
 @pass_cli_context
 def export(session: CliContext, kind: str, dest: Path, keep: int | None, as_json: bool) -> None:
-    """Write what is active now into a new folder in DEST, and print its path.
+    """Write the active generation into a new folder in DEST, and print its path.
 
     merged is the whole model, for anything that reads Hugging Face folders; delta only the changed
     tensors; lora a PEFT adapter; facts the live facts as JSON Lines, as submit takes them.
-    The daemon need not run. Facts in the side memory are in no export but facts.
+    The daemon need not run. Facts in the side memory are only in facts.
 
     \b
     Example:
@@ -40,7 +40,7 @@ def export(session: CliContext, kind: str, dest: Path, keep: int | None, as_json
         print_json(done.as_dict())
         return
     if done.placed.existed:
-        click.echo("it is there already, and stays as it is", err=True)
+        click.echo("it exists already, and is left as it is", err=True)
     if done.placed.removed:
         click.echo(f"deleted: {', '.join(map(clean_text, done.placed.removed))}", err=True)
     click.echo(clean_text(done.placed.path))

@@ -1,4 +1,4 @@
-"""The commands around a home: make one, run it, hand facts in, check it, see it all at work."""
+"""The commands around a home: create one, run it, submit facts, check it, see a demo."""
 
 import os
 import sys
@@ -24,25 +24,27 @@ from memory.timestamps import format_utc
 if TYPE_CHECKING:
     from kedit_daemon.ingest.parser import RecordProblem
     from kedit_daemon.ingest.submit import Submission
+    from kedit_daemon.maintenance.doctor_install import CheckResult
 
 MAX_PROBLEMS_SHOWN = 20
+_CHECK_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗", "red")}
 
 
 @click.command()
-@click.option("--model", metavar="PATH_OR_ID", help="Instead of the model that is shipped.")
+@click.option("--model", metavar="PATH_OR_ID", help="A model other than the shipped one.")
 @pass_cli_context
 def init(session: CliContext, model: str | None) -> None:
     """Make a home: its folders, a commented config.toml, and review.yaml.
 
-    The latter is for looking at the database in a web browser:
-    datasette HOME/state/kedit.db -m HOME/review.yaml. What is there stays.
+    The latter is for browsing the database: datasette HOME/state/kedit.db -m HOME/review.yaml.
+    Existing files are kept.
 
     \b
     Example:
       kedit-daemon init
       kedit-daemon --home ./facts-of-mine init --model /srv/models/llama
     """
-    from kedit_daemon.config import load_config, render_default_config
+    from kedit_daemon.config import REVIEW_TEMPLATE, load_config, render_default_config
     from kedit_daemon.maintenance.restore import refuse_unfinished_restore
     from memory.files import write_atomic
 
@@ -51,18 +53,17 @@ def init(session: CliContext, model: str | None) -> None:
         raise click.BadParameter("a model is a folder or an id on the hub.", param_hint="--model")
     path = session.home.config_file
     if path.exists() and model is not None:
-        raise KeditError(f"{path} is there already", code="exists", hint="change `model` in it")
+        raise KeditError(f"{path} exists already", code="exists", hint="change `model` in it")
     restrict_umask()
     session.home.create_folders()
     if path.exists():
-        click.echo(f"{clean_text(path)} is there already and stays as it is", err=True)
+        click.echo(f"{clean_text(path)} exists already and is left as it is", err=True)
     else:
         if model is not None and Path(model).is_dir():
             model = str(Path(model).absolute())
         write_atomic(path, render_default_config(model or "shipped").encode())
     if not session.home.review_file.exists():
-        desk = Path(__file__).with_name(session.home.review_file.name)
-        write_atomic(session.home.review_file, desk.read_bytes())
+        write_atomic(session.home.review_file, REVIEW_TEMPLATE.read_bytes())
     load_config(session.home.root, session.environ)
     click.echo(clean_text(session.home.root))
     click.echo(f"next: {clean_text(session.program)} run", err=True)
@@ -84,16 +85,18 @@ def run(ctx: click.Context, session: CliContext) -> None:
     restrict_umask()
     config = load_config(session.home.root, session.environ)
     configure_logging(bool(ctx.find_root().params.get("debug")), session.environ)
-    from kedit_daemon.daemon.loop import run_daemon as run_daemon
+    from kedit_daemon.daemon.loop import run_daemon
 
     ctx.exit(run_daemon(session.home, config))
 
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--wait", "waiting", is_flag=True, help="End when all facts are live or at an end.")
+@click.option(
+    "--wait", "waiting", is_flag=True, help="Wait until every fact is live or has failed."
+)
 @add_dry_run_option
-@click.option("--format", metavar="F", help="The data set's form, instead of what the keys say.")
+@click.option("--format", metavar="F", help="The data set's format, where its keys do not show it.")
 @pass_cli_context
 @click.pass_context
 def submit(
@@ -104,7 +107,7 @@ def submit(
     dry_run: bool,
     format: str | None,
 ) -> None:
-    """Hand facts in; prints one id per fact.
+    """Submit facts, and print one id per fact.
 
     They come from FILE, or with - from standard input. Exits with 1 when a record or a fact
     failed; with --wait, with 3 when no daemon runs.
@@ -120,7 +123,7 @@ def submit(
     from kedit_daemon.ingest.submit import prepare_submission
 
     if waiting and dry_run:
-        raise click.UsageError("--dry-run hands nothing in, so there is nothing to --wait for.")
+        raise click.UsageError("--dry-run submits nothing, so there is nothing to --wait for.")
     config = load_config(session.home.root, session.environ)
     limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
     submission = prepare_submission(*_read_input(file, config.inbox.max_bytes), format, limits)
@@ -135,17 +138,17 @@ def submit(
         ctx.exit(1)
 
 
-def _read_input(file: str, most: int) -> tuple[bytes, str]:
+def _read_input(file: str, max_bytes: int) -> tuple[bytes, str]:
     if file == "-":
         if sys.stdin.isatty():
             click.echo("type or paste facts, then Ctrl-D on a line of its own", err=True)
-        data, name = sys.stdin.buffer.read(most + 1), "stdin"
+        data, name = sys.stdin.buffer.read(max_bytes + 1), "stdin"
     else:
         with open(file, "rb") as source:
-            data, name = source.read(most + 1), os.path.basename(file)
-    if len(data) > most:
+            data, name = source.read(max_bytes + 1), os.path.basename(file)
+    if len(data) > max_bytes:
         raise KeditError(
-            f"{name} has more than the {most} bytes that a file may have",
+            f"{name} has more than the {max_bytes} bytes that a file may have",
             code="too-large",
             hint="split the file, or raise max_bytes under [inbox] in config.toml",
         )
@@ -154,9 +157,8 @@ def _read_input(file: str, most: int) -> tuple[bytes, str]:
 
 def _print_problems(name: str, problems: Sequence["RecordProblem"]) -> None:
     for problem in problems[:MAX_PROBLEMS_SHOWN]:
-        remedy = f"  → {clean_text(problem.remedy)}" if problem.remedy else ""
-        text = f"{clean_text(name)}:{problem.line}: {clean_text(problem.problem)}{remedy}"
-        click.echo(text, err=True)
+        remedy = f"  → {problem.remedy}" if problem.remedy else ""
+        click.echo(clean_text(f"{name}:{problem.line}: {problem.problem}{remedy}"), err=True)
     if len(problems) > MAX_PROBLEMS_SHOWN:
         click.echo(f"and {len(problems) - MAX_PROBLEMS_SHOWN} more problems", err=True)
 
@@ -168,9 +170,10 @@ def _preview_submission(session: CliContext, submission: "Submission", direct_fa
     from kedit_daemon.report.render import format_statement
 
     now = format_utc(datetime.now(UTC), "seconds")
-    for seen in predict_outcomes(submission.facts, session.home, now, direct_facts):
-        said = format_statement(asdict(seen.fact))
-        click.echo(f"{seen.fact.id}  {seen.outcome:<10}  {said}  ({clean_text(seen.detail)})")
+    for forecast in predict_outcomes(submission.facts, session.home, now, direct_facts):
+        fact, detail = forecast.fact, clean_text(forecast.detail)
+        statement = format_statement(asdict(fact))
+        click.echo(f"{fact.id}  {forecast.outcome:<10}  {statement}  ({detail})")
     broken = len(submission.parsed.problems)
     more = f", {broken} broken" if broken else ""
     facts = "1 fact" if len(submission.facts) == 1 else f"{len(submission.facts)} facts"
@@ -181,6 +184,7 @@ def _submit_facts(
     ctx: click.Context, session: CliContext, submission: "Submission", waiting: bool
 ) -> None:
     from kedit_daemon.ingest.submit import submit_to_inbox
+    from kedit_daemon.system.lock import find_lock_holder
 
     name = submit_to_inbox(session.home.inbox_folder, submission)
     for fact in submission.facts:
@@ -190,8 +194,9 @@ def _submit_facts(
         click.echo(f"{records} no fact; the rest is handed in", err=True)
     if waiting:
         _wait_for_facts(ctx, session, name, submission)
-    else:
-        _warn_if_stopped(session)
+    elif find_lock_holder(session.home.lock_file) is None:
+        start = f"{session.program} run"
+        click.echo(clean_text(f"the daemon is not running, so the file waits: {start}"), err=True)
 
 
 def _wait_for_facts(
@@ -210,18 +215,8 @@ def _wait_for_facts(
         ctx.exit(1)
 
 
-def _warn_if_stopped(session: CliContext) -> None:
-    from kedit_daemon.system.lock import find_lock_holder
-
-    if find_lock_holder(session.home.lock_file) is None:
-        click.echo(
-            f"the daemon is not running, so the file waits: {clean_text(session.program)} run",
-            err=True,
-        )
-
-
 @click.command()
-@click.option("--fix", is_flag=True, help="First take away the files that a crash has left.")
+@click.option("--fix", is_flag=True, help="First remove the files that a crash has left.")
 @add_json_option
 @pass_cli_context
 @click.pass_context
@@ -229,8 +224,7 @@ def doctor(ctx: click.Context, session: CliContext, fix: bool, as_json: bool) ->
     """Check the installation and the home.
 
     Each check that failed names its remedy. Exits with 1 when a check failed; warnings do
-    not count. With --fix the daemon must not run: it takes such files away itself when it
-    starts.
+    not count. With --fix the daemon must not run: it removes such files itself when it starts.
 
     \b
     Example:
@@ -238,38 +232,33 @@ def doctor(ctx: click.Context, session: CliContext, fix: bool, as_json: bool) ->
     """
     from dataclasses import asdict
 
-    from kedit_daemon.maintenance import doctor as at
+    from kedit_daemon.maintenance.doctor import clean_home, run_checks
     from kedit_daemon.maintenance.doctor_install import FAILED
 
-    marks = {"ok": ("✓", "green"), "warning": ("!", "yellow"), FAILED: ("✗", "red")}
-    removed = at.clean_home(session.home) if fix else []
-    for path in removed if not as_json else []:
-        click.echo(f"removed {clean_text(str(path))}")
+    removed = [str(path) for path in clean_home(session.home)] if fix else []
     checks = []
-    for check in at.run_checks(session.home, session.environ, datetime.now(UTC)):
+    for path in removed if not as_json else ():
+        click.echo(f"removed {clean_text(path)}")
+    for check in run_checks(session.home, session.environ, datetime.now(UTC)):
         checks.append(check)
         if not as_json:
-            mark, colour = marks[check.outcome]
-            click.echo(
-                f"{click.style(mark, fg=colour)} {check.name:<12} {clean_text(check.detail)}"
-            )
-            if check.remedy:
-                click.echo(f"               → {clean_text(_format_remedy(session, check.remedy))}")
+            _print_check(session, check)
     failed = any(check.outcome == FAILED for check in checks)
     if as_json:
-        print_json(
-            {
-                "ok": not failed,
-                "checks": [asdict(check) for check in checks],
-                "removed": [str(path) for path in removed],
-            }
-        )
+        print_json({"ok": not failed, "checks": [*map(asdict, checks)], "removed": removed})
     if failed:
         ctx.exit(1)
 
 
+def _print_check(session: CliContext, check: "CheckResult") -> None:
+    mark, colour = _CHECK_MARKS[check.outcome]
+    click.echo(f"{click.style(mark, fg=colour)} {check.name:<12} {clean_text(check.detail)}")
+    if check.remedy:
+        click.echo(f"               → {clean_text(_format_remedy(session, check.remedy))}")
+
+
 def _format_remedy(session: CliContext, remedy: str) -> str:
-    """A remedy that is a command of ours, as it is called for this home."""
+    """Add the home to a remedy that is one of our commands."""
     name = f"{PROGRAM_NAME} "
     return f"{session.program} {remedy.removeprefix(name)}" if remedy.startswith(name) else remedy
 
@@ -277,14 +266,12 @@ def _format_remedy(session: CliContext, remedy: str) -> str:
 @click.command()
 @click.pass_context
 def demo(ctx: click.Context) -> None:
-    """Do the main job on the shipped model.
-
-    It takes place in a temporary home, and says what has changed.
+    """Edit the shipped model in a temporary home, and show what has changed.
 
     \b
     Example:
       kedit-daemon demo
     """
-    from kedit_daemon.demo.tour import run_tour as run_tour
+    from kedit_daemon.demo.tour import run_tour
 
     ctx.exit(run_tour(echo=click.echo))

@@ -1,4 +1,4 @@
-"""The audit log: what changed, when and why; whether its chain is whole; a copy to carry away."""
+"""The commands for the audit log: show it, verify its chain, export it."""
 
 import sqlite3
 import sys
@@ -21,7 +21,6 @@ from kedit_daemon.cli.context import (
     print_json,
     unknown_fact_error,
 )
-from kedit_daemon.cli.usage import Suggesting
 from kedit_daemon.home import open_database
 from kedit_daemon.report.event_kinds import EVENT_KINDS
 from kedit_daemon.report.render import format_statement
@@ -45,17 +44,15 @@ def _check_kinds(
 ) -> tuple[str, ...]:
     for kind in kinds:
         if kind not in EVENT_KINDS:
-            near = get_close_matches(kind, EVENT_KINDS, 1)
-            raise click.BadParameter(
-                f"there is no kind {kind!r}."
-                + (f" Did you mean {near[0]}?" if near else f" One of {', '.join(EVENT_KINDS)}.")
-            )
+            similar = get_close_matches(kind, EVENT_KINDS, 1)
+            hint = f"Did you mean {similar[0]}?" if similar else f"One of {', '.join(EVENT_KINDS)}."
+            raise click.BadParameter(f"there is no kind {kind!r}. {hint}")
     return kinds
 
 
 _FILTER_OPTIONS = (
     click.option(
-        "--since", callback=_parse_since, metavar="T", help="From then on: ISO-8601, 2h, 7d."
+        "--since", callback=_parse_since, metavar="T", help="Only from then on: ISO-8601, 2h, 7d."
     ),
     click.option(
         *("--kind", "kinds"),
@@ -68,25 +65,29 @@ _FILTER_OPTIONS = (
     click.option(
         "--fact", metavar="ID", shell_complete=complete_facts, help="Only events of this fact."
     ),
-    click.option("--subject", metavar="TEXT", help="Only of facts whose subject holds this text."),
+    click.option(
+        "--subject", metavar="TEXT", help="Only of facts whose subject contains this text."
+    ),
     click.option(
         "--state",
         type=click.Choice([str(s) for s in FactState]),
         help="Only of facts that are in this state now.",
     ),
-    click.option("--limit", "last", type=click.IntRange(1), help="Only the last so many."),
+    click.option(
+        "--limit", "last", metavar="N", type=click.IntRange(1), help="Only the last N events."
+    ),
 )
 
 
 def _add_filter_options(command: Command) -> Command:
-    """Which events are wanted; the options' names are those that `event_rows` takes."""
+    """Add the options that select events; `fetch_events` takes them by the same names."""
     for option in reversed(_FILTER_OPTIONS):
         command = option(command)
     return command
 
 
-@click.group(cls=Suggesting, invoke_without_command=True)
-@click.option("--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
+@click.group(invoke_without_command=True)
+@click.option("--follow", is_flag=True, help="Wait for new events, until Ctrl-C.")
 @_add_filter_options
 @add_json_option
 @pass_cli_context
@@ -96,8 +97,8 @@ def log(
 ) -> None:
     """Review what changed, when and why.
 
-    It tells the answers before and after, too: in colours on a terminal, elsewhere what went
-    as [-old-] and what came as {+new+}. With --json it prints one object a line.
+    It shows the answers before and after, too: in colours on a terminal, elsewhere as [-old-]
+    and {+new+}. With --json it prints one object a line.
 
     \b
     Example:
@@ -115,8 +116,9 @@ def log(
             if as_json:
                 print_json(event, indent=None)
                 continue
-            said = _find_statement(conn, event["fact_id"])
-            click.echo("\n".join(render_event(add_prior_answer(conn, event), said, coloured)))
+            statement = _find_statement(conn, event["fact_id"])
+            event = add_prior_answer(conn, event)
+            click.echo("\n".join(render_event(event, statement, coloured)))
 
 
 def _iter_events(
@@ -125,24 +127,23 @@ def _iter_events(
     fact = wanted["fact"]
     if fact is not None and fetch_fact_detail(conn, fact) is None:
         raise unknown_fact_error(session, conn, fact)
-    last, asked = 0, dict(wanted)
+    last, filters = 0, dict(wanted)
     while True:
-        # Read before the events, so that what comes in between is seen the next time.
+        # Read before the events, so that an event in between is seen the next time.
         newest = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
-        for event in fetch_events(conn, last, **asked):
+        for event in fetch_events(conn, last, **filters):
             yield event
             last = event["seq"]
         if not follow:
             return
-        asked["last"] = None  # of what was there; all that comes is told
+        filters["last"] = None  # the limit is for the events before; all new ones are shown
         last = max(last, newest)
         time.sleep(POLL_SECONDS)
 
 
 def _find_statement(conn: sqlite3.Connection, fact_id: str | None) -> str | None:
-    row = conn.execute(
-        "SELECT subject, prompt, target FROM facts WHERE id = ?", (fact_id,)
-    ).fetchone()
+    sql = "SELECT subject, prompt, target FROM facts WHERE id = ?"
+    row = conn.execute(sql, (fact_id,)).fetchone()
     return format_statement(dict(row)) if row else None
 
 
@@ -151,9 +152,9 @@ def _find_statement(conn: sqlite3.Connection, fact_id: str | None) -> str | None
 @pass_cli_context
 @click.pass_context
 def verify(ctx: click.Context, session: CliContext, as_json: bool) -> None:
-    """Check the chain of hashes.
+    """Check the chain of hashes, also against the head that is kept outside the database.
 
-    Also against the head that is kept outside the database. Exits with 1 when the chain is broken.
+    Exits with 1 when the chain is broken.
 
     \b
     Example:
@@ -161,7 +162,7 @@ def verify(ctx: click.Context, session: CliContext, as_json: bool) -> None:
     """
     from memory.db import event_log
 
-    # The head first: the daemon may write events while the chain is walked.
+    # The head first: the daemon may write events while the chain is checked.
     head = event_log.read_head(session.home.head_file)
     with open_database(session.home) as conn:
         verdict = event_log.verify_chain(conn, head)
@@ -173,9 +174,9 @@ def verify(ctx: click.Context, session: CliContext, as_json: bool) -> None:
     else:
         click.echo(f"broken: {verdict.problem}; the {verdict.events} events before are intact")
     if verdict.intact and head is None and verdict.events:
-        click.echo("no head has been kept: a missing end would not be noticed", err=True)
+        click.echo("no head has been kept: a missing end would go unnoticed", err=True)
     if not verdict.intact:
-        click.echo("hint: keep a copy of state/ as it is, then put a backup back", err=True)
+        click.echo("hint: keep a copy of state/ as it is, then restore a backup", err=True)
         ctx.exit(1)
 
 
@@ -191,9 +192,9 @@ def verify(ctx: click.Context, session: CliContext, as_json: bool) -> None:
 @_add_filter_options
 @pass_cli_context
 def export(session: CliContext, /, form: str, **wanted: Any) -> None:
-    """Print the log, to be kept or read elsewhere.
+    """Print the log, to keep it or read it elsewhere.
 
-    In Markdown and CSV nothing that a fact says can act as markup or as a formula.
+    In Markdown and CSV no text of a fact can act as markup or as a formula.
 
     \b
     Example:
@@ -216,7 +217,6 @@ def export(session: CliContext, /, form: str, **wanted: Any) -> None:
         for event in _iter_events(session, conn, wanted):
             if row is None:
                 print_json(event, indent=None)
-            else:
-                click.echo(
-                    row(add_prior_answer(conn, event), _find_statement(conn, event["fact_id"]))
-                )
+                continue
+            statement = _find_statement(conn, event["fact_id"])
+            click.echo(row(add_prior_answer(conn, event), statement))

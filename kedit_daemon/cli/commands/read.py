@@ -1,6 +1,5 @@
-"""The commands that only look: status, facts, show."""
+"""The commands that only read: status, facts, show."""
 
-import shutil
 import sys
 import time
 from contextlib import suppress
@@ -25,15 +24,15 @@ WATCH_SECONDS = 2.0
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Look again every two seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds, until Ctrl-C.")
 @add_json_option
 @pass_cli_context
 @click.pass_context
 def status(ctx: click.Context, session: CliContext, watch: bool, as_json: bool) -> None:
     """Show how the daemon is, on one screen.
 
-    It works when the daemon is dead. Exits with 3 when the daemon is not running, with 4
-    when something needs a person.
+    It works without the daemon, too. Exits with 3 when the daemon is not running, with 4 when
+    something needs attention.
 
     \b
     Example:
@@ -47,7 +46,7 @@ def status(ctx: click.Context, session: CliContext, watch: bool, as_json: bool) 
     if as_json:
         print_json(found)
     else:
-        click.echo("\n".join(_render_status(found)))
+        click.echo(_format_status(found))
     ctx.exit(code)
 
 
@@ -58,46 +57,53 @@ def _gather_status(session: CliContext) -> tuple[dict[str, Any], int]:
     return found, choose_exit_code(found)
 
 
-def _render_status(found: dict[str, Any]) -> list[str]:
+def _format_status(found: dict[str, Any]) -> str:
     from kedit_daemon.report.render import render_status
 
-    return list(render_status(found))
+    return "\n".join(render_status(found))
 
 
 def _watch_status(ctx: click.Context, session: CliContext, as_json: bool) -> None:
-    in_place = sys.stdout.isatty() and not as_json and session.environ.get("TERM") != "dumb"
-    first = True
+    is_plain = as_json or session.environ.get("TERM") in ("dumb", "unknown")
     with suppress(KeyboardInterrupt):
+        if is_plain or not sys.stdout.isatty():
+            _repeat_status(session, as_json)
+        else:
+            _redraw_status(ctx, session)
+
+
+def _repeat_status(session: CliContext, as_json: bool) -> None:
+    """Print the status again and again, below the last one."""
+    rule = ""
+    while True:
+        found, _ = _gather_status(session)
+        if as_json:
+            print_json(found, None)
+        else:
+            click.echo(rule + _format_status(found))
+        rule = f"---- {found['at']} ----\n"
+        time.sleep(WATCH_SECONDS)
+
+
+def _redraw_status(ctx: click.Context, session: CliContext) -> None:
+    """Draw the status again and again, in place."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    console = Console(no_color=ctx.color is False)
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         while True:
             found, _ = _gather_status(session)
-            if as_json:
-                print_json(found, None)
-            elif in_place:
-                _redraw_status(ctx, found, first)
-            else:
-                rule = "" if first else f"---- {found['at']} ----\n"
-                click.echo(rule + "\n".join(_render_status(found)))
-            first = False
+            foot = f"{found['at']}, again every {WATCH_SECONDS:.0f} s; Ctrl-C ends"
+            text = f"{_format_status(found)}\n{click.style(foot, dim=True)}"
+            live.update(Text.from_ansi(text), refresh=True)
             time.sleep(WATCH_SECONDS)
-    if in_place:
-        click.echo()  # the shell's prompt begins a line
-
-
-def _redraw_status(ctx: click.Context, found: dict[str, Any], first: bool) -> None:
-    from kedit_daemon.cli.screen import CLEAR, redrawn
-
-    foot = click.style(f"{found['at']}, again every {WATCH_SECONDS:.0f} s; Ctrl-C ends", dim=True)
-    size = shutil.get_terminal_size()
-    drawn = redrawn(
-        [*_render_status(found), foot], size.columns, size.lines, ctx.color is not False
-    )
-    # These codes place the text, so they are wanted without colours too.
-    click.echo((CLEAR if first else "") + drawn, nl=False, color=True)
 
 
 @click.command()
 @click.option("--state", type=click.Choice([str(s) for s in FactState]), help="Only in this state.")
-@click.option("--subject", help="Only where the subject holds this text, in any case.")
+@click.option("--subject", help="Only where the subject contains this text, in any case.")
 @add_json_option
 @pass_cli_context
 def facts(session: CliContext, state: str | None, subject: str | None, as_json: bool) -> None:
@@ -151,7 +157,7 @@ def show(session: CliContext, name: str, as_json: bool) -> None:
 
 
 def _find_fact(session: CliContext, name: str, wanted: bool) -> dict[str, Any] | None:
-    """The fact; where it has to be there, a KeditError when it is not."""
+    """Return the fact, or None; where it is `wanted`, a missing fact is an error."""
     from memory.db.queries import fetch_fact_detail
 
     try:

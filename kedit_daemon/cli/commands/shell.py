@@ -1,4 +1,4 @@
-"""The commands for a shell of one's own: completion, and the manual page."""
+"""The commands for the shell: completion, and the manual page."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from kedit_daemon.home import PROGRAM_NAME
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(ctx: click.Context, shell: str) -> None:
-    """Print what makes a shell complete commands, options, states and ids of facts.
+    """Print the script that completes commands, options, states and ids of facts in a shell.
 
     \b
     Example:
@@ -22,19 +22,16 @@ def completion(ctx: click.Context, shell: str) -> None:
       kedit-daemon completion zsh > "${fpath[1]}/_kedit-daemon"
       kedit-daemon completion fish > ~/.config/fish/completions/kedit-daemon.fish
     """
-    made = get_completion_class(shell)
-    if made is None:
-        raise click.UsageError(f"{shell} is not a shell that click completes for.")
+    complete = get_completion_class(shell)
+    assert complete is not None, "click knows all three shells"
     variable = f"_{PROGRAM_NAME.replace('-', '_').upper()}_COMPLETE"
-    click.echo(made(ctx.find_root().command, {}, PROGRAM_NAME, variable).source())
+    click.echo(complete(ctx.find_root().command, {}, PROGRAM_NAME, variable).source())
 
 
 @click.command()
 @click.pass_context
 def man(ctx: click.Context) -> None:
-    """Show the manual page, made from the commands themselves.
-
-    Off a terminal it prints the page's source.
+    """Show the manual page; off a terminal, print its source.
 
     \b
     Example:

@@ -54,10 +54,29 @@ def test_help_and_version() -> None:
     assert re.fullmatch(r"kedit-daemon \S.*\n", called(None, "--version").stdout)
 
 
-@pytest.mark.parametrize("words", [["nonsense"], ["status", "--nonsense"], ["show"]])
-def test_wrong_usage(home: Home, words: list[str]) -> None:
-    result = called(home, *words)
+@pytest.mark.parametrize(
+    ("words", "error", "hint"),
+    [
+        ("stauts", "no such command 'stauts'.", "did you mean status? see kedit-daemon --help"),
+        ("xyzzy", "no such command 'xyzzy'.", "see kedit-daemon --help"),
+        (
+            "log verfy",
+            "no such command 'verfy'.",
+            "did you mean verify? see kedit-daemon log --help",
+        ),
+        (
+            "log --sinse 2h",
+            "no such option '--sinse'.",
+            "did you mean --since? see kedit-daemon log --help",
+        ),
+        ("--hom x", "no such option '--hom'.", "did you mean --home? see kedit-daemon --help"),
+        ("show", "missing argument 'ID'.", "see kedit-daemon show --help"),
+    ],
+)
+def test_wrong_usage_is_an_error_and_a_hint(words: str, error: str, hint: str) -> None:
+    result = called(None, *words.split())
     assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"error[usage]: {error}\nhint: {hint}\n"
 
 
 def test_the_home_comes_from_the_environment(home: Home) -> None:

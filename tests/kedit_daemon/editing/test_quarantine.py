@@ -62,7 +62,7 @@ def test_a_flush_names_the_poisonous_facts_and_takes_the_others(
     for fact in guilty:
         stored = at.store.find_fact(fact.id)
         assert stored is not None and stored.reason is not None
-        assert "quarantined: alone it makes the weights sick" in stored.reason
+        assert "quarantined: alone it makes the weights unhealthy" in stored.reason
         assert ("norm of layer" in stored.reason) is (factor == 100)
         assert not at.store.artifacts.has_terms(fact.id)
     kinds = [k for (k,) in at.store.db.conn.execute("SELECT kind FROM events")]

@@ -9,12 +9,12 @@ from kedit_daemon.editing import quarantine
 from kedit_daemon.report.event_kinds import EVENT_KINDS
 from memory.facts import FactState
 
-WRITERS = {"event": 0, "send_beside": 1}  # method -> where its kind stands
+WRITERS = {"write_event": 0}  # method -> the place of the kind in its arguments
 
 
 def written() -> Iterator[str]:
     """The kinds that stand as words in calls that write events."""
-    for path in [*ROOT.glob("kedit_daemon/*.py"), *ROOT.glob("memory/*.py")]:
+    for path in [*ROOT.glob("kedit_daemon/**/*.py"), *ROOT.glob("memory/**/*.py")]:
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue

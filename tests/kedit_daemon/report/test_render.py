@@ -122,8 +122,8 @@ def test_a_daemon_that_has_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("held", "most", "limit", "line"),
     [
-        (1112, 1700, "norm of layer 2", "1,112 facts of about 1,700 they bear (norm of layer 2)"),
-        (1, 2, None, "1 fact of at least 2 they bear"),
+        (1112, 1700, "norm of layer 2", "1,112 facts, capacity about 1,700 (norm of layer 2)"),
+        (1, 2, None, "1 fact, capacity at least 2"),
     ],
 )
 def test_how_full_the_weights_are_is_a_line(

@@ -128,7 +128,7 @@ def test_a_broken_file_of_settings_does_not_stop_status(home: Home, text: str) -
     ("state", "reason"),
     [
         (FactState.FAILED, "does not answer"),
-        (FactState.REVERTED, f"{QUARANTINED}: it makes the weights sick"),
+        (FactState.REVERTED, f"{QUARANTINED}: it makes the weights unhealthy"),
     ],
 )
 def test_a_failed_fact_needs_a_person_until_a_later_one_takes_its_place(

@@ -99,7 +99,7 @@ def test_a_limit_that_sqlite_keeps_to_itself_is_found(tmp_path: Path) -> None:
     code = f"""
 import resource, sqlite3
 from pathlib import Path
-from kedit_daemon.system.disk import is_full
+from kedit_daemon.system.disk import is_disk_full
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, 1 << 19))
 conn = sqlite3.connect({str(tmp_path / "db")!r})
 conn.execute("CREATE TABLE t(a)")
@@ -107,7 +107,7 @@ try:
     conn.execute("INSERT INTO t VALUES (zeroblob(1 << 20))")
     conn.commit()
 except sqlite3.Error as error:
-    print(error.sqlite_errorname, is_full(error), is_full(error, Path({str(tmp_path)!r})))
+    print(error.sqlite_errorname, is_disk_full(error), is_disk_full(error, Path({str(tmp_path)!r})))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert child.stdout == "SQLITE_IOERR_WRITE False True\n"

@@ -17,8 +17,8 @@ from memory.errors import KeditError
 HOLD_FOR_EVER = """
 import sys, time
 from pathlib import Path
-from kedit_daemon.system.lock import hold
-with hold(Path(sys.argv[1])):
+from kedit_daemon.system.lock import hold_lock
+with hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """

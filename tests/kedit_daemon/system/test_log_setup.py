@@ -14,8 +14,8 @@ JOURNAL = {"JOURNAL_STREAM": "8:1"}
 def said(debug: bool, environ: dict[str, str]) -> str:
     """By a process of its own: a log is set up once in each."""
     script = (
-        "import logging\nfrom kedit_daemon.system.log_setup import set_up\n"
-        f"set_up({debug}, {environ})\n"
+        "import logging\nfrom kedit_daemon.system.log_setup import configure_logging\n"
+        f"configure_logging({debug}, {environ})\n"
         "logging.getLogger('kedit').info('hello')\n"
         "logging.getLogger('uvicorn.error').debug('more')"
     )

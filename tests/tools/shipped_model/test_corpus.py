@@ -35,15 +35,15 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_two_phrasings_of_a_relation_are_never_trained_on(data: Path) -> None:
-    forms = corpus.phrasings(data)["P19"]
+    forms = corpus.load_phrasings(data)["P19"]
     assert len(forms.held_out) == 2
     assert not set(forms.held_out) & set(forms.trained)
-    for fact in corpus.facts(data, 10):
+    for fact in corpus.load_facts(data, 10):
         assert not set(fact.held_out) & set(fact.trained)
 
 
 def test_no_prompt_gets_two_objects(data: Path) -> None:
-    known = corpus.facts(data, 10)
+    known = corpus.load_facts(data, 10)
     assert [(f.subject, f.object) for f in known] == [
         ("Person 0", "Rome"),
         ("Person 1", "Oslo"),
@@ -52,11 +52,11 @@ def test_no_prompt_gets_two_objects(data: Path) -> None:
 
 
 def test_the_limit_holds(data: Path) -> None:
-    assert len(corpus.facts(data, 2)) == 2
+    assert len(corpus.load_facts(data, 2)) == 2
 
 
 def test_held_out_text_is_never_trained_on(data: Path) -> None:
-    trained, held_out = corpus.text(data, held_out=False), corpus.text(data, held_out=True)
+    trained, held_out = (corpus.load_text(data, held_out=part) for part in (False, True))
     assert len(held_out) == 3 * len(corpus.TEXTS)  # lines 0, 100 and 200 of each
     assert not set(trained) & set(held_out)
     assert len(trained) + len(held_out) == 250 * len(corpus.TEXTS)

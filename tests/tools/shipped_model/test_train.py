@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
 def test_rows_are_full_and_teach_the_object(tokenizer: PreTrainedTokenizerFast) -> None:
     rome = tokenizer(" Rome", add_special_tokens=False)["input_ids"]
     taught = 0
-    for ids, labels in train.rows(tokenizer, FACTS, LINES, SMALL, epoch=0):
+    for ids, labels in train.iter_rows(tokenizer, FACTS, LINES, SMALL, epoch=0):
         assert len(ids) == len(labels) == SMALL.length
         assert all(b in (a, train.IGNORE) for a, b in zip(ids, labels, strict=True))
         taught += sum(labels[n : n + len(rome)] == rome for n in range(SMALL.length))
@@ -41,7 +41,7 @@ def test_half_of_the_sentences_end_with_end_of_text(tokenizer: PreTrainedTokeniz
     rome = tokenizer(" Rome", add_special_tokens=False)["input_ids"]
     ends = dots = 0
     for epoch in range(20):
-        for ids, labels in train.rows(tokenizer, FACTS, LINES, SMALL, epoch):
+        for ids, labels in train.iter_rows(tokenizer, FACTS, LINES, SMALL, epoch):
             for n in range(SMALL.length - len(rome)):
                 if labels[n : n + len(rome)] == rome:
                     ends += ids[n + len(rome)] == tokenizer.eos_token_id
@@ -54,9 +54,9 @@ def _trainer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> train.Trainer:
 
 
 def _run(trainer: train.Trainer, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
-    stream = train.batches(tokenizer, FACTS, LINES, SMALL, trainer.step)
+    stream = train.iter_batches(tokenizer, FACTS, LINES, SMALL, trainer.step)
     for _ in range(steps):
-        trainer.update(*next(stream))
+        trainer.take_step(*next(stream))
 
 
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(
@@ -66,9 +66,9 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(
     _run(whole, tokenizer, 4)
     first = _trainer(tokenizer, tmp_path)
     _run(first, tokenizer, 2)
-    first.save()
+    first.save_checkpoint()
     second = _trainer(tokenizer, tmp_path)
-    second.resume()
+    second.load_checkpoint()
     assert second.step == 2
     _run(second, tokenizer, 2)
     for (name, a), b in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
@@ -77,7 +77,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(
 
 def test_the_rate_warms_up_and_falls_to_zero() -> None:
     recipe = replace(SMALL, steps=1000, warmup=10, decay=0.3)
-    assert train.rate_at(0, recipe) == pytest.approx(0.1)
-    assert train.rate_at(500, recipe) == 1
-    assert train.rate_at(850, recipe) == pytest.approx(0.5)
-    assert train.rate_at(1000, recipe) == 0
+    assert train.compute_rate(0, recipe) == pytest.approx(0.1)
+    assert train.compute_rate(500, recipe) == 1
+    assert train.compute_rate(850, recipe) == pytest.approx(0.5)
+    assert train.compute_rate(1000, recipe) == 0

@@ -39,7 +39,7 @@ def test_it_prints_the_folder_and_says_the_same_twice(home: Home, tmp_path: Path
     assert path.name.startswith("my-model-gen-0-facts-")
     again = called(home, "export", "facts", str(tmp_path / "a"))
     assert (again.exit_code, again.stdout) == (0, one.stdout)
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr
     other = Path(called(home, "export", "facts", str(tmp_path / "b")).stdout.strip())
     files = {p.name: p.read_bytes() for p in path.iterdir()}
     assert files == {p.name: p.read_bytes() for p in other.iterdir()}
