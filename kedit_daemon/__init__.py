@@ -1,1 +1,1 @@
-"""Runs: process, configuration, command line, inbox, schedule."""
+"""The daemon: process, configuration, command line, inbox, schedule."""

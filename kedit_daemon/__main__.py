@@ -1,4 +1,4 @@
-"""Runs the command line: `python -m kedit_daemon`."""
+"""Entry point of `python -m kedit_daemon`."""
 
 from kedit_daemon.cli.main import main
 

@@ -60,7 +60,7 @@ class Home:
 
     @property
     def state_folder(self) -> Path:
-        """Everything the daemon writes for itself."""
+        """The files that the daemon writes for itself."""
         return self.root / "state"
 
     @property

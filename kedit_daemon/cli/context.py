@@ -20,7 +20,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class CliContext:
-    """One call of the command line."""
+    """A call of the command line: its home, its environment, its name."""
 
     home: Home
     environ: Mapping[str, str]

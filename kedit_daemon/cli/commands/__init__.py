@@ -1,1 +1,1 @@
-"""One file per group of commands; each parses, calls one function, and prints."""
+"""The commands, in groups: each parses, calls one function, and prints."""

@@ -9,7 +9,7 @@ from kedit_daemon.editing import quarantine
 from kedit_daemon.report.event_kinds import EVENT_KINDS
 from memory.facts import FactState
 
-WRITERS = {"write_event": 0}  # method -> the place of the kind in its arguments
+WRITERS = {"write_event": 0, "send_to_side": 1}  # method -> place of the kind in its arguments
 
 
 def written() -> Iterator[str]:
