@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from editing_home import LOOSE, Bench, Clock
+from editing_home import LOOSE, OUTSIDE_LINES, Bench, Clock
 from tiny_models import save_model
 
 from kedit_daemon.config import Config
@@ -83,9 +83,14 @@ def bench(
     """Makes benches; `settings` are tables of the config. Random models have no healthy norms."""
     made: list[Bench] = []
 
-    def make(name: str = "home", kind: str = "llama", **settings: Any) -> Bench:
+    def make(
+        name: str = "home",
+        kind: str = "llama",
+        outside_lines: int = OUTSIDE_LINES,
+        **settings: Any,
+    ) -> Bench:
         config = Config.model_validate(LOOSE | settings)
-        bench = Bench(tmp_path / name, load(kind), clock, config)
+        bench = Bench(tmp_path / name, load(kind), clock, config, outside_lines)
         made.append(bench)
         return bench
 

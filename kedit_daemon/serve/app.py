@@ -75,7 +75,7 @@ def build_app(
 
 
 def attach_reader(app: Starlette, reader: Reader) -> None:
-    """Let the application answer with a model from now on."""
+    """Set the model with which the application answers."""
     app.state.metrics.watch_engine(reader.engine)
     app.state.reader = reader
 

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _raise_oom_score() -> None:
-    """Let the kernel kill this process first if memory runs out: the daemon may be writing."""
+    """Make the kernel kill this process first if memory runs out: the daemon may be writing."""
     score = Path("/proc/self/oom_score_adj")
     with suppress(OSError):  # no Linux, or no permission
         if int(score.read_text()) < OOM_SCORE:
@@ -114,7 +114,7 @@ class HttpServer(uvicorn.Server):
             self.failure, self.should_exit = error, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let running answers end; break off those that take too long."""
+        """Wait until running answers end; break off those that take too long."""
         ending = asyncio.create_task(self._close_engine(STREAM_SECONDS))
         await super().shutdown(sockets)
         ending.cancel()

@@ -31,8 +31,16 @@ class Clock:
 class Bench:
     """A home with an editor on it, without a process around."""
 
-    def __init__(self, root: Path, loaded: LoadedModel, clock: Clock, config: Config) -> None:
+    def __init__(
+        self,
+        root: Path,
+        loaded: LoadedModel,
+        clock: Clock,
+        config: Config,
+        outside_lines: int = OUTSIDE_LINES,
+    ) -> None:
         self.home, self.loaded, self.clock, self.config = Home(root), loaded, clock, config
+        self.outside_lines = outside_lines
         self.home.create_folders()
         self.pulses = 0
         self.open()
@@ -41,7 +49,7 @@ class Bench:
         self.store = Store(self.home.database_file, self.clock)
         self.served = LiveModel(self.loaded, self.store, self.home)
         self.served.restore()
-        self.editor = Editor(self.served, self.config, self._pulse, OUTSIDE_LINES)
+        self.editor = Editor(self.served, self.config, self._pulse, self.outside_lines)
 
     def _pulse(self) -> None:
         self.pulses += 1

@@ -45,7 +45,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Dot:
-    """One value in the drawing; `index` is the number of its measurement."""
+    """A value in the drawing; `index` is the number of its measurement."""
 
     x: float
     y: float
@@ -55,7 +55,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: runs of dots, with a gap at a value that is not finite."""
+    """A line: runs of dots, with a gap at a value that is not finite."""
 
     name: str
     runs: tuple[tuple[Dot, ...], ...]

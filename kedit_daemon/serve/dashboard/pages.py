@@ -66,7 +66,7 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class DashboardContext:
-    """What the pages work with."""
+    """The dependencies of the pages."""
 
     home: Home
     get_thresholds: Callable[[], "Thresholds | None"]

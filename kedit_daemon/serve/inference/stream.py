@@ -1,4 +1,4 @@
-"""One answer as it grows: from the tokens of the model to the parts that are sent."""
+"""An answer as it grows: from the tokens of the model to the parts that are sent."""
 
 from collections.abc import Callable
 

@@ -30,7 +30,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """One token, the logarithm of its probability, and the most likely tokens with theirs."""
+    """A token, the logarithm of its probability, and the most likely tokens with theirs."""
 
     id: int
     logprob: float

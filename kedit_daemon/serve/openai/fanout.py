@@ -12,7 +12,7 @@ MAX_TRIES = 3
 
 
 class AnswerFanout:
-    """One row per generation request. Close it in any case: that ends the rows that still run."""
+    """A row per generation request. Close it in any case: that ends the rows that still run."""
 
     def __init__(
         self,

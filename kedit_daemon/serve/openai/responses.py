@@ -27,7 +27,7 @@ def build_usage(prompt_tokens: int, produced: int) -> dict[str, int]:
 
 @dataclass
 class Choice:
-    """One choice as it grows."""
+    """A choice as it grows."""
 
     text: str = ""
     tokens: list[TokenLogprobs] = field(default_factory=list)
