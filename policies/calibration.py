@@ -21,9 +21,9 @@ from memory.model.editable import EditableModel
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
 from policies.edit_terms import EditTerms, Refusal, pack_terms
+from policies.health_limits import Limits
 from policies.memit_mass import WeightsTier
 from policies.norm_anchor import compute_anchor
-from policies.stability import Limits
 from policies.targets import compute_terms
 
 MAX_WINDOW = 3  # subject layers that are tried together
@@ -111,8 +111,8 @@ def choose_candidate(candidates: Sequence[Candidate], facts: int) -> Candidate:
     top = max((quality.score for quality, _ in scored), default=0.0)
     if not top:
         raise KeditError(
-            "no site that was tried makes the model say the pilot facts, and say them again in "
-            "other words, and leave its other answers alone",
+            "no site makes the model state the pilot facts, also when paraphrased, without "
+            "changing its other answers",
             code="calibration",
             hint="give facts that the model can be expected to take with --pilot, or more of them",
         )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from policies.stability import Thresholds
+from policies.health_limits import Thresholds
 
 MIN_EXPONENT, MAX_EXPONENT = 0.3, 3.0  # of b: others come from too few or odd observations
 MAX_PREDICTED_FACTS = 1e12  # a figure that reaches its limit later sets none

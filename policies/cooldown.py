@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from policies.stability import Action
+from policies.health_limits import Action
 
 
 @dataclass(frozen=True)

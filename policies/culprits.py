@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from policies.stability import Action, Verdict
+from policies.health_limits import Action, Verdict
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Routing of facts: side memory, batch, in place of an older one, or nowhere."""
+"""Routing of facts: into the side memory, a batch, or nowhere; and which ones they supersede."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

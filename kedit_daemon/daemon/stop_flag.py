@@ -2,10 +2,7 @@
 
 
 class StopFlag:
-    """An event that nobody waits for, and so without a lock.
-
-    A signal's handler sets it, and may have interrupted code that was about to take such a lock.
-    """
+    """A flag without a lock, so that a signal handler can set it whatever code it interrupts."""
 
     def __init__(self) -> None:
         self._set = False

@@ -28,7 +28,7 @@ from memory.side.side_memory import RoutingMatch
 from policies.cooldown import Cooldown, PastAction, explain_hold
 from policies.culprits import Culprits
 from policies.edit_site import EditSite
-from policies.stability import Action, Limits, Thresholds, Verdict, judge_health
+from policies.health_limits import Action, Limits, Thresholds, Verdict, judge_health
 
 PULSE_SECONDS, MAX_PULSES = 1.0, 3600  # while the database is read
 

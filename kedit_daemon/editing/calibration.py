@@ -31,7 +31,7 @@ from policies.calibration import (
     derive_norm_limits,
 )
 from policies.edit_site import EditSite
-from policies.gate import fit_end_gate
+from policies.end_gate import fit_end_gate
 from policies.probe import MAX_NEIGHBOURS
 from policies.prompts import MAX_PARAPHRASES, TokenRow, make_rows
 

@@ -8,7 +8,7 @@ from memory.db import meta_keys
 from memory.db.store import Store
 from memory.model.canary import Health
 from policies.capacity import Capacity, Observation, estimate_capacity, make_observation
-from policies.stability import Thresholds
+from policies.health_limits import Thresholds
 
 MAX_TRIALS = 8
 FULL_SHARE = 0.95  # of the capacity

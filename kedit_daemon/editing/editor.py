@@ -8,9 +8,9 @@ from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.audit import Auditor, make_thresholds
+from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
-from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import EditRunner, MemoryBackoff
 from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner

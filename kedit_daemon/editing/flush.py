@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from kedit_daemon.editing.capacity_log import FULL_SHARE
+from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush_outcome import FlushRecorder, Trial, make_report
 from kedit_daemon.editing.generations import Candidate, Generations
-from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.quarantine import Quarantine
 from kedit_daemon.editing.tensor_files import unpack_keys
@@ -21,10 +21,10 @@ from memory.facts import Fact, FactState
 from policies.batch_selection import limit_total_size, select_members
 from policies.capacity import Capacity, make_observation
 from policies.edit_terms import EditTerms, Refusal, pack_terms
+from policies.health_limits import Action
 from policies.probe import Probe, answer_probes, compare_answers
 from policies.prompts import estimate_key_bytes
 from policies.routing import is_for_batch
-from policies.stability import Action
 from policies.targets import compute_terms
 
 MAX_SHRINK = 4  # an oversized batch is divided by at most this at once

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kedit_daemon.editing.capacity_log import CapacityLog
-from kedit_daemon.editing.lifecycle import Lifecycle
+from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import FactState
 from memory.model.canary import Health
 from policies.edit_terms import Refusal
+from policies.health_limits import Action, Verdict
 from policies.probe import Probe
-from policies.stability import Action, Verdict
 
 log = logging.getLogger(__name__)
 

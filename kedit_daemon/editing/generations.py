@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from kedit_daemon.editing.capacity_log import CapacityLog
-from kedit_daemon.editing.lifecycle import FactRemoval, Lifecycle
+from kedit_daemon.editing.fact_lifecycle import FactRemoval, Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
@@ -24,8 +24,8 @@ from memory.facts import ACTIVE_STATES, Fact, FactState
 from memory.files import save_tensors
 from memory.model.canary import Health
 from memory.model.generate import generate_answers
+from policies.health_limits import Action, Thresholds, Verdict, find_worsened, judge_health
 from policies.probe import count_answer_tokens, is_same_answer
-from policies.stability import Action, Thresholds, Verdict, find_worsened, judge_health
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Candidate:
 
 
 class Generations:
-    """Makes candidates, and is alone in activating one."""
+    """Makes candidate weights, and activates one as the next generation."""
 
     def __init__(
         self, live_model: LiveModel, store: Store, lifecycle: Lifecycle, thresholds: Thresholds

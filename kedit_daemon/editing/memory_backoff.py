@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
+from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
-from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.side_learner import SideLearner
 from memory.db.rows import StoredFact
@@ -44,7 +44,7 @@ class MemoryBackoff:
         self._shortages = {n: count for n, count in self._shortages.items() if n in ids}
 
     def is_active(self) -> bool:
-        """Check that it is too early to try again; a clock that was set back makes it no longer."""
+        """Check that it is too early to try again; a clock set back does not prolong the wait."""
         return self._started_at is not None and abs(self._clock() - self._started_at) < BACKOFF_TIME
 
     def record_success(self) -> None:

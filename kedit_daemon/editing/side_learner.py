@@ -11,8 +11,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.generations import Generations
-from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel, add_side_fact
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from kedit_daemon.shipped import read_ordinary_lines

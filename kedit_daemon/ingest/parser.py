@@ -209,7 +209,7 @@ def _explain_errors(error: ValidationError) -> tuple[str, str]:
 def _explain_fault(fault: ErrorDetails) -> tuple[str, str]:
     steps = ".".join(str(step) for step in fault["loc"])
     where = quote_value(steps) if steps else "the record"
-    kind = TYPE_NAMES.get(type(fault["input"]), "null" if fault["input"] is None else "a text")
+    kind = TYPE_NAMES.get(type(fault["input"]), "null" if fault["input"] is None else "a string")
     match fault["type"]:
         case "missing":
             return f"{where} is missing", f"add {where}"
@@ -221,7 +221,7 @@ def _explain_fault(fault: ErrorDetails) -> tuple[str, str]:
         case "string_unicode":
             return f"{where} holds half a surrogate pair", "take that character out"
         case "string_type":
-            return f"{where} has to be a text, not {kind}", "put the value in quotes"
+            return f"{where} must be a string, not {kind}", "put the value in quotes"
         case "list_type":
             return f"{where} has to be a list, not {kind}", "put the value in [ ]"
         case "model_type" | "dict_type":

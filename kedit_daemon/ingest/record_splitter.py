@@ -103,7 +103,7 @@ def _read_json_line(number: int, start: int, record: str, max_chars: int) -> Raw
             raise _too_long_error(max_chars)
         value, end = _decode_value(record)
         if end < len(record):
-            raise UnreadableText("more text behind the record", "put one record on each line")
+            raise UnreadableText("more text after the record", "put one record on each line")
     except UnreadableText as error:
         return RawRecord(number, start, record, problem=error.problem, remedy=error.remedy)
     return RawRecord(number, start, record, value)

@@ -69,7 +69,7 @@ def restore(home: Home, source: Path, replace: bool, now: datetime) -> RestoreRe
 
 
 def refuse_unfinished_restore(home: Home) -> None:
-    """Raise RestoreCutOff if there is no database, but what a restore has staged or moved aside.
+    """Raise RestoreCutOff if there is no database but files that a restore has left.
 
     A daemon that started there would have no facts. Only a restore that runs to its end changes
     this, by the database: one that fails leaves an empty `state`, and has removed what was staged.

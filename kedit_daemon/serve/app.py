@@ -38,7 +38,7 @@ from kedit_daemon.serve.post_facts import FactsEndpoint
 from memory.errors import KeditError
 
 if TYPE_CHECKING:
-    from policies.stability import Thresholds
+    from policies.health_limits import Thresholds
 
 
 def build_app(

@@ -86,7 +86,7 @@ def describe_disk_error(error: BaseException, folder: Path) -> KeditError | None
         return KeditError(
             f"{folder}: {error}, by another process, for too long",
             code="busy",
-            hint="try again; if it stays so, see who has the database open (fuser)",
+            hint="try again; if it persists, find out which process has the database open (fuser)",
         )
     if _sqlite_code(error) & 0xFF in DAMAGE_CODES:
         return Damaged(str(folder), str(error))

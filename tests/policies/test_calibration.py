@@ -28,7 +28,7 @@ from policies.calibration import (
     list_windows,
 )
 from policies.edit_site import make_default_site
-from policies.stability import Limits
+from policies.health_limits import Limits
 
 FACTS = [seat(n, city) for n, city in enumerate(("Rome", "Oslo", "Lima"))]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import pytest
 
 from policies.capacity import Capacity, Observation, estimate_capacity, make_observation
-from policies.stability import Limits, Thresholds
+from policies.health_limits import Limits, Thresholds
 
 THRESHOLDS = Thresholds(
     norm=Limits(2.0, 5.0, 8.0),

@@ -1,7 +1,7 @@
 import pytest
 
 from policies.cooldown import Cooldown, PastAction, explain_hold
-from policies.stability import Action
+from policies.health_limits import Action
 
 COOLDOWN = Cooldown(min_seconds=600, daily_budget=3)
 NOW = "2026-01-02T12:00:00.000Z"

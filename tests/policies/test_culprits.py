@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import pytest
 
 from policies.culprits import Culprits, find_culprits
-from policies.stability import Action, Verdict
+from policies.health_limits import Action, Verdict
 
 WELL, SICK = Verdict(Action.KEEP, ()), Verdict(Action.REVERT, ("sick",))
 

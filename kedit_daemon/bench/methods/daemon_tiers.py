@@ -11,9 +11,9 @@ from kedit_daemon.bench.methods.method import Method, MethodSetup, Stopwatch
 from kedit_daemon.config import Config, FlushConfig, StabilityConfig
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
-from kedit_daemon.editing.lifecycle import Lifecycle
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.home import Home
 from memory.db.rows import StoredFact
@@ -21,8 +21,8 @@ from memory.db.store import Store
 from memory.facts import LIVE_STATES, Fact, FactState
 from memory.model.canary import Health
 from memory.model.generate import Overlay
+from policies.health_limits import Thresholds, Verdict
 from policies.routing import Route, choose_route, is_for_batch
-from policies.stability import Thresholds, Verdict
 
 NO_LIMIT = 1e30  # every threshold under --no-policy
 FIGURES = ("norm", "perplexity", "activation", "agreement", "retention")

@@ -25,7 +25,7 @@ _FOLDER_PATH = click.Path(file_okay=False, path_type=Path)
 def backup(session: CliContext, dest: Path, as_json: bool) -> None:
     """Write a copy of this home into the new folder DEST, and print its path.
 
-    The daemon may run or not. The backup has the settings, a snapshot of the database, and the
+    The daemon may be running. The backup has the settings, a snapshot of the database, and the
     weights and shards that the snapshot names. It has no index, which is built again, and no
     inbox: a file there has not been taken in yet, or is taken in completely.
 

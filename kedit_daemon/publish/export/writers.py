@@ -117,8 +117,8 @@ def _measure_rounding(edited: EditedCheckpoint, weights: dict[int, Tensor]) -> W
     if worst := max(lost.values(), default=0.0):
         kept = {str(checkpoint.locations[n].dtype).removeprefix("torch.") for n in weights}
         notes = (
-            f"the edited weights are float32; what loads them as {'/'.join(sorted(kept))}, as the"
-            f" rest of the model is, loses {worst:.2g} of the change where it is most",
+            f"the edited weights are float32; loaded as {'/'.join(sorted(kept))}, the dtype of the"
+            f" rest of the model, they lose up to {worst:.2g} of the change",
         )
     return WrittenExport({"dtypes": dtypes, "rounding": lost}, notes)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from kedit_daemon.serve.dashboard.chart import Chart
 from memory.db.queries import fetch_audits, fetch_generations
-from policies.stability import Limits, Thresholds
+from policies.health_limits import Limits, Thresholds
 
 
 @dataclass(frozen=True)

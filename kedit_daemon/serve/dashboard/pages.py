@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import sqlite3
 
     from memory.side.side_memory import RoutingMatch
-    from policies.stability import Thresholds
+    from policies.health_limits import Thresholds
 
 LAST_EVENTS = 8  # changes on the overview
 PAGE_SIZE = 50  # events or facts

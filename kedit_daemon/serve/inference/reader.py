@@ -12,7 +12,7 @@ from kedit_daemon.serve.errors import bad_request
 if TYPE_CHECKING:  # they import torch, and the server answers before that is loaded
     from kedit_daemon.serve.inference.engine import BatchEngine
     from memory.model.editable import EditableModel
-    from policies.stability import Thresholds
+    from policies.health_limits import Thresholds
 
 
 @dataclass(frozen=True)

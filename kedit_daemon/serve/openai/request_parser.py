@@ -245,7 +245,7 @@ def _split_prompts(prompt: Any) -> list[Any]:
             return prompt
         if all(isinstance(p, list) and all(_is_token_id(n) for n in p) for p in prompt):
             return prompt
-    raise bad_request("prompt must be a text, ids of tokens, or a list of either", "prompt")
+    raise bad_request("prompt must be a string, token ids, or a list of either", "prompt")
 
 
 def _is_token_id(value: Any) -> bool:

@@ -12,7 +12,7 @@ from kedit_daemon.editing.capacity_log import MAX_TRIALS, CapacityLog
 from memory.db import meta_keys
 from memory.db.store import Store
 from memory.model.canary import Health
-from policies.stability import Limits, Thresholds
+from policies.health_limits import Limits, Thresholds
 
 LIMITS = Limits(2.0, 3.0, 4.0)
 THRESHOLDS = Thresholds(LIMITS, LIMITS, LIMITS, LIMITS, LIMITS)

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from memory.model.canary import Health
-from policies.stability import Action, Limits, Thresholds, find_worsened, judge_health
+from policies.health_limits import Action, Limits, Thresholds, find_worsened, judge_health
 
 LIMITS = Limits(1.1, 1.2, 1.3)
 THRESHOLDS = Thresholds(

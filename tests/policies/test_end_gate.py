@@ -8,7 +8,7 @@ from tiny_models import SENTENCES
 from memory.model.editable import EditableModel
 from memory.side.side_memory import SideMemory
 from policies.edit_site import EditSite, make_default_site
-from policies.gate import fit_end_gate
+from policies.end_gate import fit_end_gate
 from policies.wise import compute_keys, read_prompt_ends
 
 FACTS = [seat(n, "Oslo") for n in range(11, 15)]
