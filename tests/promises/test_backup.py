@@ -89,6 +89,7 @@ def test_a_backup_at_every_step_of_an_edit_comes_to_the_same_end(
 
 
 @pytest.mark.timeout(200)
+@pytest.mark.whole
 def test_backups_of_a_daemon_at_work_come_to_its_end(tmp_path: Path) -> None:
     home = make_home(tmp_path / "home", save_model("llama", tmp_path / "model"))
     drop(home)

@@ -94,8 +94,8 @@ def test_memory_that_runs_out_at_any_moment(
     said = [at.says(fact.question) for fact in FACTS]
     at.loaded.model.set_deltas({})
     moments = random.Random(int(direct))
-    for number in range(240 if whole else 2):
-        first, minutes = moments.randrange(1, calm.done + 1), number % 2 * 30  # 0: once alone
+    for number in range(24 if whole else 2):
+        first, minutes = moments.randrange(1, calm.done + 1), number % 2 * 8  # 0: once alone
         hard = bench(f"hard{number}", **SETTINGS)
         lacks = for_minutes(hard.clock, minutes) if minutes else lambda told: not told
         found = work(hard, direct, Device(first, lacks))
@@ -215,12 +215,12 @@ def test_a_fact_too_large_for_the_device_is_given_up_in_words(bench: Callable[..
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
-def test_a_shortage_of_half_an_hour_is_no_attempt_at_a_fact(
+def test_a_shortage_of_some_minutes_is_no_attempt_at_a_fact(
     direct: bool, bench: Callable[..., Bench]
 ) -> None:
     at = bench(**SETTINGS)
     at.receive(*FACTS, direct=direct)
-    with Device(0, for_minutes(at.clock, 30)).of(at.loaded.model):
+    with Device(0, for_minutes(at.clock, 8)).of(at.loaded.model):
         settle(at)
     assert {f.state for f in at.store.list_facts()} <= {FactState.LIVE_WEIGHTS, FactState.LIVE_SIDE}
     assert {f.attempts for f in at.store.list_facts()} == {0}

@@ -263,6 +263,7 @@ def test_the_watchdog_hears_of_progress_alone(
         forking.kill(pid)
 
 
+@pytest.mark.whole
 def test_the_watchdog_hears_of_long_work(
     prepared: Home, tmp_path: Path, supervisor: socket.socket
 ) -> None:

@@ -45,6 +45,7 @@ FEW, MORE = 3, 16  # facts: a picture wants some history
 pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver"),
     pytest.mark.timeout(400),
+    pytest.mark.whole,
 ]
 
 
