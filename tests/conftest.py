@@ -38,6 +38,12 @@ def pytest_report_header() -> str:
     return f"{versions}, SQLite {sqlite3.sqlite_version}, {gpu}"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run first what takes long, so that at the end no worker waits for another."""
+    long = ("test_docs.py", "promises/")
+    items.sort(key=lambda item: not any(part in item.nodeid for part in long))
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}

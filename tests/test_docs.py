@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -23,30 +22,6 @@ LANGUAGES = ("console", "sh", "text", "json", "toml", "diff", "python")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 
-@dataclass(frozen=True)
-class Toured:
-    """A shell after the tour, up to its first wrong exit code: (command, exit code, output)."""
-
-    shell: Shell
-    seen: list[tuple[str, int, str]]
-
-
-@pytest.fixture(scope="module")
-def toured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Toured]:
-    """Play the tour. Its daemon keeps running for the other documents."""
-    shell = Shell(tmp_path_factory.mktemp("docs") / "tour")
-    result = Toured(shell, [])
-    try:
-        for step in steps(TOUR.read_text("utf-8")):
-            code, seen = shell.play(step)
-            result.seen.append((step.command, code, seen))
-            if code != step.code:
-                break
-        yield result
-    finally:
-        shell.close()
-
-
 def check(path: Path, step: Step, code: int, seen: str) -> None:
     where = f"{path.name}, line {step.line}: $ {step.command}"
     if code != step.code:
@@ -56,25 +31,26 @@ def check(path: Path, step: Step, code: int, seen: str) -> None:
         pytest.fail(f"{where}\nshows:\n{shown}\nand prints:\n{seen}", pytrace=False)
 
 
-def test_the_tour_runs_as_shown(toured: Toured) -> None:
-    for step, (_, code, seen) in zip(steps(TOUR.read_text("utf-8")), toured.seen, strict=False):
-        check(TOUR, step, code, seen)
-
-
-def test_the_readme_is_part_of_the_tour(toured: Toured) -> None:
-    """Compare the README with the tour, which runs its commands in the same order: one daemon is
-    enough."""
-    happened = iter(toured.seen)
-    for step in steps(README.read_text("utf-8")):
-        found = next((one for one in happened if one[0] == step.command), None)
-        assert found is not None, f"not on the tour: {step.command}"
-        check(README, step, *found[1:])
-
-
-@pytest.mark.parametrize("path", AFTER, ids=lambda path: path.name)
-def test_other_documents_run_as_shown_after_the_tour(toured: Toured, path: Path) -> None:
-    for step in steps(path.read_text("utf-8")):
-        check(path, step, *toured.shell.play(step))
+def test_documents_run_as_shown(tmp_path: Path) -> None:
+    """Play the tour, and on with its daemon the other documents. The README's commands are part of
+    the tour, in the same order."""
+    shell = Shell(tmp_path / "tour")
+    played: list[tuple[str, int, str]] = []
+    try:
+        for step in steps(TOUR.read_text("utf-8")):
+            code, seen = shell.play(step)
+            check(TOUR, step, code, seen)
+            played.append((step.command, code, seen))
+        happened = iter(played)
+        for step in steps(README.read_text("utf-8")):
+            found = next((one for one in happened if one[0] == step.command), None)
+            assert found is not None, f"not on the tour: {step.command}"
+            check(README, step, *found[1:])
+        for path in AFTER:
+            for step in steps(path.read_text("utf-8")):
+                check(path, step, *shell.play(step))
+    finally:
+        shell.close()
 
 
 def test_the_worked_example_fails_before_the_change_and_passes_after(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def _read_record(
         return RecordProblem(raw.line, raw.problem, raw.remedy, raw.text)
     if not isinstance(raw.value, dict):
         remedy = 'write {"subject": …, "prompt": …, "target": …}'
-        return RecordProblem(raw.line, "a record has to be an object", remedy, raw.text)
+        return RecordProblem(raw.line, "a record must be an object", remedy, raw.text)
     form = _recognise_form(raw.value) if format is None else _choose_form(raw.value, format)
     try:
         facts = form.model_validate(raw.value).to_facts()
@@ -223,9 +223,9 @@ def _explain_fault(fault: ErrorDetails) -> tuple[str, str]:
         case "string_type":
             return f"{where} must be a string, not {kind}", "put the value in quotes"
         case "list_type":
-            return f"{where} has to be a list, not {kind}", "put the value in [ ]"
+            return f"{where} must be a list, not {kind}", "put the value in [ ]"
         case "model_type" | "dict_type":
-            return f"{where} has to be an object, not {kind}", "put the value in { }"
+            return f"{where} must be an object, not {kind}", "put the value in { }"
     context = fault.get("ctx", {})
     problem = str(context.get("problem", fault["msg"]))
     return f"{where}: {problem}" if fault["loc"] else problem, str(context.get("remedy", ""))

@@ -218,7 +218,7 @@ def test_a_fact_too_large_for_the_device_is_given_up_in_words(bench: Callable[..
 def test_a_shortage_of_some_minutes_is_no_attempt_at_a_fact(
     direct: bool, bench: Callable[..., Bench]
 ) -> None:
-    at = bench(**SETTINGS)
+    at = bench(outside_lines=200, **SETTINGS)
     at.receive(*FACTS, direct=direct)
     with Device(0, for_minutes(at.clock, 8)).of(at.loaded.model):
         settle(at)

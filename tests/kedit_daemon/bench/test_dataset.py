@@ -108,7 +108,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     assert sorted(r.fact.target for r in stream.records) == ["Chad", "Peru"]
     assert [s.reason for s in stream.skipped] == [
         '"prompt" is missing',
-        "a record has to be an object",
+        "a record must be an object",
         "an earlier record asks the same",
     ]
     assert read_stream(path, 0, 1, 0).skipped == ()  # behind the limit

@@ -188,7 +188,7 @@ def test_of_a_model_of_16_bits_only_what_is_edited_is_wider_and_the_loss_is_told
         delta = at.served.active_deltas[edited[name]].norm()
         assert lost == pytest.approx(float(off / delta), rel=1e-3)
         assert 0 < lost < 0.1
-    assert "loads them as bfloat16" in found.notes[0]
+    assert "loaded as bfloat16" in found.notes[0]
     with at.store.db.transaction():
         first = still(at, at.home, at.store)
     found = written(at.home, "delta", tmp_path / "still")
