@@ -90,7 +90,7 @@ def _parse_record(raw: RawRecord) -> list[BenchRecord | str]:
     if raw.problem:
         return [raw.problem]
     if not isinstance(raw.value, dict):
-        return ["a record has to be an object"]
+        return ["a record must be an object"]
     parsed = parse_file(json.dumps(raw.value).encode(), "record.jsonl", None, PARSER_LIMITS)
     if parsed.problems:
         return [parsed.problems[0].problem]
