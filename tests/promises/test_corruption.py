@@ -21,7 +21,7 @@ from memory.side.index import KeyIndex
 pytestmark = pytest.mark.timeout(280)
 
 __all__ = ["made"]  # a fixture
-FEW, MANY = 50, 500  # flips of each kind of file
+FEW, MANY = 50, 200  # flips of each kind of file
 
 
 def flip(path: Path, at: int, bit: int) -> None:

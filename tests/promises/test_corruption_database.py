@@ -57,7 +57,7 @@ def test_a_page_that_is_overwritten(made: Made, tmp_path: Path, tally: Tally, wh
 
 def test_a_flipped_bit(made: Made, tmp_path: Path, tally: Tally, whole: bool) -> None:
     path, drawn = made.root / DATABASE, random.Random(1)
-    count, bad, refused = (500 if whole else BITS), list[str](), list[str]()
+    count, bad, refused = (200 if whole else BITS), list[str](), list[str]()
     for _ in range(count):
         at, bit = drawn.randrange(path.stat().st_size), drawn.randrange(8)
 

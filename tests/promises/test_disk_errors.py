@@ -27,7 +27,7 @@ def test_the_daemon_ends_and_the_next_one_goes_on(
     call: str, calm: Any, maker: Maker, tmp_path: Path, tally: Tally, whole: bool
 ) -> None:
     last = {"fdatasync": 40, "fsync": 14, "pwrite64": 220, "rename": 6}[call]
-    moments = range(1, last, -(-last // 12)) if whole else (last // 2,)
+    moments = range(1, last, -(-last // 6)) if whole else (last // 2,)
     bad, fired, checkpoints = [], 0, 0
     for n in moments:
         home = maker(tmp_path / str(n) / "home")

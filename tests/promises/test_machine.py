@@ -313,7 +313,7 @@ def machine(tmp_path: Path, load: Callable[[str], LoadedModel], tally: Tally) ->
 def test_any_walk(machine: type[Machine], whole: bool, tally: Tally) -> None:
     phases = (Phase.generate, Phase.shrink) if whole else (Phase.generate,)
     wanted = settings(
-        max_examples=250 if whole else 6,
+        max_examples=100 if whole else 6,
         stateful_step_count=12,
         derandomize=True,
         database=None,

@@ -94,7 +94,7 @@ def test_memory_that_runs_out_at_any_moment(
     said = [at.says(fact.question) for fact in FACTS]
     at.loaded.model.set_deltas({})
     moments = random.Random(int(direct))
-    for number in range(24 if whole else 2):
+    for number in range(10 if whole else 2):
         first, minutes = moments.randrange(1, calm.done + 1), number % 2 * 8  # 0: once alone
         hard = bench(f"hard{number}", **SETTINGS)
         lacks = for_minutes(hard.clock, minutes) if minutes else lambda told: not told

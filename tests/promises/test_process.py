@@ -104,7 +104,7 @@ def test_told_to_end_at_any_moment_it_ends_whole(
     burst: int, calm: Calm, tmp_path: Path, tally: Tally, request: pytest.FixtureRequest
 ) -> None:
     moments = random.Random(burst)
-    for number in range(25 if request.config.getoption("--whole") else 1):
+    for number in range(8 if request.config.getoption("--whole") else 1):
         home = copied(calm.home, tmp_path / f"home{number}")
         for begun in (False, False, True):
             before = starts(home)
