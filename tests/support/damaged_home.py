@@ -32,7 +32,7 @@ KINDS = ("generations", "side", "index")
 
 @dataclass(frozen=True)
 class End:
-    """What people meet, of a home that is open."""
+    """The answers, states and weights of an open home."""
 
     weights: str
     answers: tuple[tuple[str, str | None], ...]  # and the fact that fired
@@ -114,7 +114,7 @@ def opened(root: Path, loaded: LoadedModel) -> Iterator[LiveModel]:
 
 
 def wrong(made: Made, root: Path, damage: Callable[[Path], object], refusals: list[str]) -> str:
-    """What is wrong with how a copy of the home fares that is damaged; nothing if nothing is.
+    """Return the faults of a damaged copy of the home; an empty text if there are none.
     Where it is refused, why goes to `refusals`."""
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(made.root, root)

@@ -19,7 +19,7 @@ from memory.db.event_log import read_head, verify_chain
 
 @pytest.fixture(scope="module")
 def measured(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What has been measured of the model, so that no life of it need do so again."""
+    """Path of the measured statistics of the model, copied into every home."""
     folder = tmp_path_factory.mktemp("measured")
     load_model(str(model_folder("llama")), "cpu", folder, iter)
     (path,) = folder.iterdir()

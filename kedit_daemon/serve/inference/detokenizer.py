@@ -25,7 +25,7 @@ class Detokenizer:
         self._stop_texts = [text for text in stop if text]
         self._held_text = ""  # may become a stop text
         self.is_stopped = False
-        """Whether a stop text has come; the piece that was then returned is the last."""
+        """Check that a stop text has come; the piece returned with it is the last."""
 
     def add_token(self, token: int) -> str:
         """Return the text that is certain after one more token."""

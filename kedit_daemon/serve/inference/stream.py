@@ -32,7 +32,7 @@ class AnswerStream:
         self.token = -1
         """The last token, once there is one."""
         self.is_over = False
-        """Whether the answer is whole, has failed, or is not read any more."""
+        """Check that the answer is complete, has failed, or has lost its reader."""
         self.token_count = 0
         """The number of tokens, without one that ends the text."""
         self._end_tokens = model.stop_tokens
