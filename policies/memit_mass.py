@@ -8,7 +8,7 @@ from torch import Tensor
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
 from policies.edit_terms import unpack_terms
-from policies.solver import RidgeSolver, narrow_to_float32, stack_facts
+from policies.solver import RidgeSolver, drop_sink_keys, narrow_to_float32, stack_facts
 
 
 class WeightsTier:
@@ -21,9 +21,11 @@ class WeightsTier:
                 statistics[n].covariance,
                 site.prior if n in site.subject_layers else site.end_prior,
                 site.ridge,
+                sink_key=statistics[n].sink_key,
             )
             for n in site.layers
         }
+        self._sink_keys = {n: statistics[n].sink_key for n in site.layers}
 
     def solve_deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:
         """Solve ΔW (hidden, width) by layer from packed terms by fact id; no layers for no facts.
@@ -60,7 +62,13 @@ class WeightsTier:
         """Return by layer the facts' keys and residuals, ordered by fact id."""
         unpacked = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
         layers = self.site.layers if unpacked else ()
-        return {layer: [(k[layer], r[layer]) for k, r in unpacked] for layer in layers}
+        return {
+            layer: [
+                (drop_sink_keys(keys[layer], self._sink_keys[layer]), residuals[layer])
+                for keys, residuals in unpacked
+            ]
+            for layer in layers
+        }
 
 
 def _index_residuals(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
