@@ -3,11 +3,12 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from kedit_daemon import shipped
@@ -100,13 +101,32 @@ class OpenedModel:
         layers = known.edited_layers, known.read_layers
         measured = collect_statistics(self.model, read_ordinary_lines(), *layers, progress)
         data = pack_statistics(measured)
-        # The sha256 in its name shows a later start that the file is whole.
-        digest = hashlib.sha256(data).hexdigest()
-        path = known.missing_path.with_stem(f"{known.missing_path.stem}-{digest}")
-        write_atomic(path, data)
-        for damaged in {known.missing_path, *_list_cached(known.missing_path)} - {path}:
-            damaged.unlink(missing_ok=True)
+        _write_cached(known.missing_path, data)
         return known.statistics | unpack_statistics(data)
+
+    def keep_statistics(
+        self,
+        statistics: Mapping[int, LayerStatistics],
+        edited: Collection[int],
+        read: Collection[int],
+    ) -> None:
+        """Write statistics that were measured elsewhere to where `resolve_statistics` finds them
+        for these layers, unless it does already."""
+        known = find_statistics(self.model_folder, self.cache_folder, self.base_hash, edited, read)
+        if known.missing_path is None:
+            return
+        bare = {n: replace(statistics[n], covariance=torch.empty(0, 0)) for n in known.read_layers}
+        wide = {n: statistics[n] for n in known.edited_layers}
+        _write_cached(known.missing_path, pack_statistics(bare | wide))
+
+
+def _write_cached(path: Path, data: bytes) -> None:
+    """Write statistics beside `path`, and remove what was there for the same layers."""
+    # The sha256 in its name shows a later start that the file is whole.
+    whole = path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}")
+    write_atomic(whole, data)
+    for damaged in {path, *_list_cached(path)} - {whole}:
+        damaged.unlink(missing_ok=True)
 
 
 def find_site(folder: Path, cache: Path, base_hash: str, layers: int, kind: str) -> EditSite:
