@@ -36,7 +36,7 @@ SCREEN_STEPS = 20  # of a target, while groups of layers are compared
 RIDGES = (0.1, 1.0, 10.0)
 END_PRIOR_FACTORS = (1.0, 10.0)  # λ of the end layer, in units of the subject layers'
 END_RATE_FACTOR = 0.3  # Adam's in an end layer that helps, in units of the subject layers'
-JOINED_ENDS = 2  # end layers that are tried together with the best subject layers
+KEPT_ENDS = 2  # end layers that go on, and are tried together with the best subject layers
 # Of the facts: where the subject layers reach so many targets, no end layer has to help.
 ENOUGH_REACHED = 0.9
 CLAMPS = (2.0, 4.0, 6.0)
@@ -51,7 +51,7 @@ MeasureQuality = Callable[[Mapping[int, Tensor], int], EditQuality]
 @dataclass(frozen=True)
 class Rung:
     """Stage in which sites are compared on some facts. time_share: of the time for the search, at
-    which it ends with the sites it has tried. kept: sites that go on."""
+    which it ends with the sites it has tried. kept: groups of subject layers that go on."""
 
     name: str
     facts: int
@@ -115,18 +115,17 @@ class SiteSearch:
         self._report_progress, depth = report_progress, self.model.layer_count
         subjects = [self._make_subject_site(group) for group in list_windows(depth)]
         ends = [self._make_end_site(n) for n in list_end_layers(depth)]
-        sites = [*subjects, *ends]
-        ranked_ends: list[EditSite] = []
         for rung in RUNGS:
-            best = self._try_rung(rung, sites)
-            ranked_ends = ranked_ends or [c.site for c in best if not c.site.subject_layers]
-            sites = [self._restore_steps(c.site) for c in best[: rung.kept]]
+            best = self._try_rung(rung, [*subjects, *ends])
+            places = [self._restore_steps(c.site) for c in best]
+            subjects = [site for site in places if site.subject_layers][: rung.kept]
+            ends = [site for site in places if not site.subject_layers][:KEPT_ENDS]
         last = Rung("final", len(self.facts), None, 1.0, 1)
-        tried = self._try_rung(last, sites)
+        tried = self._try_rung(last, [*subjects, *ends[:1]])
         self._try_variants("start", self.base_site)
         best_subject = next((c for c in tried if c.site.subject_layers), None)
         if best_subject is not None and best_subject.reached_share < ENOUGH_REACHED:
-            self._try_combinations(best_subject.site, ranked_ends)
+            self._try_combinations(best_subject.site, ends)
         self._try_ridges(choose_candidate(self.work.candidates).site)
         self._try_clamps(choose_candidate(self.work.candidates).site)
         return choose_candidate(self.work.candidates)
@@ -159,16 +158,9 @@ class SiteSearch:
 
     def _descend_prior(self, stage: str, site: EditSite, facts: int) -> list[Candidate]:
         """Try weaker and weaker λ, as long as the score rises: from the strongest but one on, or
-        from one decade above the one that was found before."""
-        known = max(
-            (c for c in self.work.candidates if _is_same_place(c.site, site)),
-            key=lambda c: (c.facts, c.quality.score),
-            default=None,
-        )
+        from one decade above the one that an earlier stage has found."""
         priors = list_priors(self.model.weight(site.layers[0]).shape[1])
-        first = 1
-        if known is not None and known.site.prior in priors:
-            first = max(0, priors.index(known.site.prior) - 1)
+        first = max(0, priors.index(site.prior) - 1) if site.prior in priors else 1
         tried: list[Candidate] = []
         attempt = _Attempt(self, stage, site, facts)
         for prior in priors[first:]:
@@ -190,7 +182,7 @@ class SiteSearch:
         """Try the subject layers with the best end layers above them, which join in half way."""
         start, rate = subject.target_steps // 2, END_RATE_FACTOR * subject.target_rate
         above = [s.end_layers for s in ends if s.end_layers[0] > subject.layers[-1]]
-        for layers in above[:JOINED_ENDS]:
+        for layers in above:
             both = replace(subject, end_layers=layers, end_from=start, end_rate=rate)
             variants = [replace(both, end_prior=f * subject.prior) for f in END_PRIOR_FACTORS]
             self._try_variants("combination", *variants)
@@ -215,11 +207,12 @@ class SiteSearch:
 
     def _make_subject_site(self, group: tuple[int, ...]) -> EditSite:
         site = replace(self.base_site, subject_layers=group, end_layers=(), clamp=SCREEN_CLAMP)
-        return replace(site, ridge=RIDGES[0])
+        return replace(site, ridge=RIDGES[0], prior=0.0, end_prior=0.0)
 
     def _make_end_site(self, layer: int) -> EditSite:
         end = replace(self.base_site, subject_layers=(), end_layers=(layer,), clamp=SCREEN_CLAMP)
-        return replace(end, end_from=0, end_rate=self.base_site.target_rate, ridge=RIDGES[0])
+        end = replace(end, ridge=RIDGES[0], prior=0.0, end_prior=0.0)
+        return replace(end, end_from=0, end_rate=self.base_site.target_rate)
 
     def _restore_steps(self, site: EditSite) -> EditSite:
         return replace(site, target_steps=self.base_site.target_steps)
@@ -273,7 +266,3 @@ class _Attempt:
         reached = sum(t.steps < self.site.target_steps for t in terms) / self.facts
         loss = sum(t.loss for t in terms) / len(terms) if terms else None
         return Candidate(self.stage, variant, self.facts, loss, reached, quality)
-
-
-def _is_same_place(one: EditSite, other: EditSite) -> bool:
-    return (one.subject_layers, one.end_layers) == (other.subject_layers, other.end_layers)
