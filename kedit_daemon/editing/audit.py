@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from threading import Thread
 from typing import Any
 
@@ -77,16 +77,13 @@ def make_thresholds(config: Config, site: EditSite) -> Thresholds:
     they are configured too. Raises KeditError if the limits of a figure do not rise.
     """
     configured, measured = vars(config.stability), vars(site)
+    verdicts = vars(ALL_STATEMENTS_LIMITS)
 
     def find_limits(figure: str) -> Limits:
-        limits = Limits(
-            **{
-                # Agreement on all statements is the one figure that a site may have no limits of.
-                verdict: configured[name] or measured.get(name) or start
-                for verdict, start in vars(ALL_STATEMENTS_LIMITS).items()
-                for name in [f"{figure}_{verdict}"]
-            }
-        )
+        names = {verdict: f"{figure}_{verdict}" for verdict in verdicts}
+        # Agreement on all statements is the one figure that a site may have no limits of.
+        values = {v: configured[n] or measured.get(n) or verdicts[v] for v, n in names.items()}
+        limits = Limits(**values)
         if not limits.warn <= limits.consolidate <= limits.revert:
             raise KeditError(
                 f"the {figure} limits do not rise: {limits}",
@@ -95,14 +92,13 @@ def make_thresholds(config: Config, site: EditSite) -> Thresholds:
             )
         return limits
 
-    def has_limits(source: Mapping[str, Any], figure: str) -> bool:
-        return any(source.get(f"{figure}_{verdict}") for verdict in vars(ALL_STATEMENTS_LIMITS))
+    def has_limits(figure: str, *sources: Mapping[str, Any]) -> bool:
+        return any(source.get(f"{figure}_{verdict}") for source in sources for verdict in verdicts)
 
-    limits = {field.name: find_limits(field.name) for field in fields(Thresholds)}
-    asks_all = has_limits(configured, "agreement") or has_limits(measured, "agreement")
-    if asks_all and not has_limits(configured, "confident"):
-        return Thresholds(**{**limits, "confident": None})
-    return Thresholds(**limits)
+    found = Thresholds(**{field.name: find_limits(field.name) for field in fields(Thresholds)})
+    if has_limits("agreement", configured, measured) and not has_limits("confident", configured):
+        return replace(found, confident=None)
+    return found
 
 
 class Auditor:

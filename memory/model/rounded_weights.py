@@ -21,8 +21,8 @@ def round_matrix(weight: Tensor, bits: int) -> Tensor:
     outputs, inputs = weight.shape
     groups = pad(weight, (0, -inputs % GROUP_SIZE)).reshape(outputs, -1, GROUP_SIZE)
     scale = groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    steps = (groups / scale.where(scale > 0, 1)).round()
-    return (steps * scale).reshape(outputs, -1)[:, :inputs]
+    rounded: Tensor = (groups / scale.where(scale > 0, 1)).round() * scale
+    return rounded.reshape(outputs, -1)[:, :inputs]
 
 
 @contextmanager
