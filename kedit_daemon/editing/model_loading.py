@@ -25,6 +25,7 @@ from memory.model.statistics import (
     pack_statistics,
     unpack_statistics,
 )
+from memory.model.strict_loading import check_model_folder
 from policies.edit_site import SITE_FILE, EditSite, load_site, read_site, read_weights_hash
 
 SHIPPED_MODEL = "shipped"
@@ -56,6 +57,34 @@ class LoadedModel:
 def locate_model(name: str) -> Path:
     """Return the path of a configured model; a hub id stays as it is."""
     return shipped.MODEL if name == SHIPPED_MODEL else Path(name)
+
+
+def find_model_folder(name: str) -> Path | None:
+    """Find the folder of a configured model; None where the name is an id on the hub.
+
+    Raises UnusableModel when it names a folder that is not there.
+    """
+    path = locate_model(name)
+    if path.is_dir():
+        return path
+    if name == SHIPPED_MODEL:
+        raise UnusableModel(f"{path} is missing", hint="install again")
+    if name.startswith(("/", ".", "~")):
+        hint = "set `model` to a folder with a model, or to an id on the hub"
+        raise UnusableModel(f"there is no folder {name}", hint=hint)
+    return None
+
+
+def check_model(name: str) -> Path | None:
+    """Check that the configured model is whole and can be edited, and return its folder; None for
+    an id on the hub, which is looked up when the daemon starts.
+
+    Raises UnusableModel.
+    """
+    folder = find_model_folder(name)
+    if folder is not None:
+        check_model_folder(folder)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -207,12 +236,10 @@ def open_model(name: str, device: str, cache: Path) -> OpenedModel:
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
-    path = locate_model(name)
-    if name == SHIPPED_MODEL and not path.is_dir():
-        raise UnusableModel(f"{path} is missing", hint="install again")
-    # A hub id is no path, and its name alone must not be looked up as one.
-    model = EditableModel.load(path if path.is_dir() else name, resolve_device(device))
-    return OpenedModel(model, model.weights_hash(range(model.layer_count)), path, cache)
+    folder = find_model_folder(name)
+    model = EditableModel.load(folder or name, resolve_device(device))
+    base_hash = model.weights_hash(range(model.layer_count))
+    return OpenedModel(model, base_hash, folder or Path(name), cache)
 
 
 def load_model(

@@ -19,7 +19,7 @@ from kedit_daemon.maintenance.doctor_install import FAILED, OK, REINSTALL, WARNI
 from kedit_daemon.report.warnings import LOW_DISK_BYTES
 from kedit_daemon.system.lock import find_lock_holder, hold_lock
 from kedit_daemon.system.orphans import find_leftovers, remove_leftovers
-from memory.errors import KeditError, Unreadable
+from memory.errors import KeditError, Unreadable, UnusableModel
 
 CRITICAL_BYTES = 50 << 20
 CLOCK_SLACK = timedelta(minutes=5)
@@ -131,23 +131,18 @@ def _check_config(home: Home, environ: Mapping[str, str]) -> Iterator[CheckResul
 
 def _check_model(name: str) -> Iterator[CheckResult]:
     try:
-        from kedit_daemon.editing.model_loading import locate_model
+        from kedit_daemon.editing.model_loading import SHIPPED_MODEL, check_model
     except ImportError as error:
         yield CheckResult("model", FAILED, f"cannot be loaded: {error}", REINSTALL)
         return
-    path = locate_model(name)
-    shipped = path != Path(name)
-    if not shipped and not path.is_absolute() and not path.is_dir():
-        detail = f"{name}, an id on the hub: looked up when the daemon starts"
-        yield CheckResult("model", OK, detail)
+    try:
+        folder = check_model(name)
+    except UnusableModel as error:
+        remedy = REINSTALL if name == SHIPPED_MODEL else error.hint
+        yield CheckResult("model", FAILED, str(error), remedy)
         return
-    remedy = REINSTALL if shipped else "set `model` in config.toml to a folder with a model"
-    missing = [f for f in ("config.json", "tokenizer_config.json") if not (path / f).is_file()]
-    if missing or not any(path.glob("*.safetensors")):
-        lacks = missing[0] if missing else "*.safetensors"
-        yield CheckResult("model", FAILED, f"{path} lacks {lacks}", remedy)
-    else:
-        yield CheckResult("model", OK, str(path))
+    hub = f"{name}, an id on the hub: looked up when the daemon starts"
+    yield CheckResult("model", OK, hub if folder is None else str(folder))
 
 
 def _check_disk(home: Home) -> Iterator[CheckResult]:

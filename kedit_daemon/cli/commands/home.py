@@ -54,19 +54,29 @@ def init(session: CliContext, model: str | None) -> None:
     path = session.home.config_file
     if path.exists() and model is not None:
         raise KeditError(f"{path} exists already", code="exists", hint="change `model` in it")
+    if model is not None and Path(model).is_dir():
+        model = str(Path(model).absolute())
+    if model is not None:
+        _check_model(model)
     restrict_umask()
     session.home.create_folders()
     if path.exists():
         click.echo(f"{clean_text(path)} exists already and is left as it is", err=True)
     else:
-        if model is not None and Path(model).is_dir():
-            model = str(Path(model).absolute())
         write_atomic(path, render_default_config(model or "shipped").encode())
     if not session.home.review_file.exists():
         write_atomic(session.home.review_file, REVIEW_TEMPLATE.read_bytes())
     load_config(session.home.root, session.environ)
     click.echo(clean_text(session.home.root))
     click.echo(f"next: {clean_text(session.program)} run", err=True)
+
+
+def _check_model(name: str) -> None:
+    """Refuse a model that `run` would refuse; the shipped one is known, and torch takes seconds."""
+    from kedit_daemon.editing.model_loading import SHIPPED_MODEL, check_model
+
+    if name != SHIPPED_MODEL:
+        check_model(name)
 
 
 @click.command()
