@@ -114,7 +114,7 @@ def collect_statistics(
                 continue
             count += ROW_TOKENS - FIRST_POSITION
             ids = torch.tensor([row[:ROW_TOKENS]], device=model.device)
-            model.hf_model(input_ids=ids, use_cache=False)
+            model.run_to_layer(ids, max(sums))
             row = []
     if not count:
         raise KeditError(f"less than {ROW_TOKENS} tokens of text to measure", code="statistics")

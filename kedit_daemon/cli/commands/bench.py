@@ -217,12 +217,13 @@ def _check_options(
 
 
 def _load_model(model: str, cache: Path) -> "LoadedModel":
-    """Load the model; its statistics are cached in the home, if there is one."""
+    """Load the model; what is measured of it is kept in the home, if there is one."""
     from kedit_daemon.editing.model_loading import load_model
 
-    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        used = cache if cache.is_dir() else Path(folder)
-        return load_model(model, "auto", used, make_progress_bar("statistics"))
+    if not cache.is_dir():
+        folder = tempfile.TemporaryDirectory(prefix="kedit-bench-")
+        cache = Path(click.get_current_context().with_resource(folder))
+    return load_model(model, "auto", cache, make_progress_bar("measuring the model"))
 
 
 def _output_result(
