@@ -14,7 +14,7 @@ from memory.errors import KeditError
 from policies.edit_site import EditSite
 
 WINDOW_WIDTHS = (4, 2, 1)  # subject layers that are tried together; as wide as published ones first
-MAX_WINDOW_STARTS, MAX_END_LAYERS = 10, 6  # that are tried on a deep model
+MAX_WINDOW_STARTS, MAX_END_LAYERS = 7, 6  # that are tried on a deep model
 # λ as a share of a layer's width, since a fact's kᵀ C0⁻¹ k is of the width's order. From nothing
 # taken to nothing kept: 30,000 to 3 where the MLP has 1,536 neurons.
 PRIOR_SHARES = (20.0, 2.0, 0.2, 0.02, 0.002)

@@ -30,7 +30,7 @@ from policies.edit_site import EditSite
 from policies.edit_terms import EditTerms, Refusal, pack_terms
 from policies.memit_mass import WeightsTier
 from policies.norm_anchor import compute_anchor
-from policies.targets import compute_terms
+from policies.targets import MAX_SLOTS, compute_terms
 
 SCREEN_STEPS = 20  # of a target, while groups of layers are compared
 RIDGES = (0.1, 1.0, 10.0)
@@ -60,7 +60,7 @@ class Rung:
     kept: int
 
 
-RUNGS = (Rung("screening", 4, SCREEN_STEPS, 0.45, 8), Rung("halving", 8, None, 0.7, 3))
+RUNGS = (Rung("screening", 4, SCREEN_STEPS, 0.5, 4), Rung("halving", 8, None, 0.7, 2))
 
 
 @dataclass
@@ -220,7 +220,9 @@ class SiteSearch:
     def _compute_terms(self, site: EditSite, facts: int) -> dict[str, EditTerms]:
         key = replace(site, prior=0.0, end_prior=0.0, ridge=0.0), facts
         if key not in self._terms:
-            found = compute_terms(self.model, site, self.norms, self.facts[:facts])
+            given = self.model, site, self.norms, self.facts[:facts]
+            # Empty slots would take as long as full ones.
+            found = compute_terms(*given, slots=min(facts, MAX_SLOTS))
             self._terms[key] = {n: t for n, t in found.items() if not isinstance(t, Refusal)}
         return self._terms[key]
 

@@ -34,6 +34,7 @@ from policies.site_search import SearchWork, SiteSearch, StatisticsSource
 
 # Covariances of all layers together, up to which they are measured in one pass and held.
 MAX_COVARIANCE_BYTES = 1 << 30
+SEARCH_SHARE = 0.75  # of the time after the statistics; the limits and the end gate take the rest
 WORK_FILE = "search.json"
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
@@ -85,9 +86,9 @@ def calibrate(
 ) -> Calibration:
     """Search for the site of an unedited model, and derive its limits and its end gate.
 
-    false_routes: the share of unrelated text that may pass the end gate. seconds: for the search;
-    measuring comes on top. work_folder: keeps the work, so that a calibration that was cut off is
-    taken up; it is gone at the end. report: hears of each step.
+    false_routes: the share of unrelated text that may pass the end gate. seconds: for all of it,
+    of which the search leaves some for what comes after it. work_folder: keeps the work, so that a
+    calibration that was cut off is taken up; it is gone at the end. report: hears of each step.
     """
     began, model = time.monotonic(), opened.model
     report("statistics of all layers")
@@ -105,7 +106,8 @@ def calibrate(
         _load_work(work_folder / WORK_FILE, key),
         partial(_save_work, work_folder / WORK_FILE, key),
     )
-    chosen = search.run_stages(seconds, report)
+    left = seconds - (time.monotonic() - began)
+    chosen = search.run_stages(SEARCH_SHARE * left, report)
     report("limits")
     site, figures = measure_limits(model, chosen.site, search.solve_deltas(chosen.site))
     report("end gate")

