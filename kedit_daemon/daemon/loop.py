@@ -37,6 +37,7 @@ from memory.errors import Stopping
 
 IDLE_WAIT_SECONDS = 1.0  # the longest wait for a request before the next turn
 SETTLE_WAIT_SECONDS = 0.1  # the same, while a file may still be growing
+START_GRACE_SECONDS = 20.0  # after a start, before the first long job
 JOB_PATIENCE_SECONDS = 60.0  # for which a long job waits while facts do
 WAKE_REQUEST = "wake"
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Daemon:
         self.stop_flag = StopFlag()
         self._postponed_requests: list[ControlRequest] = []
         self._monotonic = monotonic
+        self._long_jobs_from = monotonic()
         self._busy_since: float | None = None  # when the first of the facts that wait came
         self._anchored_seq = 0  # the newest event that is anchored
         self._needs_recovery = False  # whether a turn has ended in the middle
@@ -110,6 +112,7 @@ class Daemon:
         self.editor.finish_interrupted()
         self.control_server.start()
         self.job_schedule.start(self._find_last_runs())
+        self._long_jobs_from = self._monotonic() + START_GRACE_SECONDS
         threading.Thread(target=self._watch_inbox, name="inbox", daemon=True).start()
         self.notifier.notify_ready()
         log.info("ready: generation %d", self.store.artifacts.active_generation())
@@ -217,12 +220,13 @@ class Daemon:
         return busy
 
     def _list_postponed_jobs(self, busy: bool) -> Collection[str]:
-        """List the jobs that wait, since facts come first: those that take long, and only for
-        JOB_PATIENCE_SECONDS while one fact follows the other."""
+        """List the jobs that wait, since facts come first: those that take long, at most for
+        JOB_PATIENCE_SECONDS while one fact follows the other, and for the first that are submitted
+        after a start."""
+        now = self._monotonic()
         if not (busy or self.inbox_scanner.inbox.settling_count):
             self._busy_since = None
-            return ()
-        now = self._monotonic()
+            return LONG_JOBS if now < self._long_jobs_from else ()
         if self._busy_since is None:
             self._busy_since = now
         return LONG_JOBS if now - self._busy_since < JOB_PATIENCE_SECONDS else ()

@@ -20,7 +20,8 @@ from kedit_daemon.editing.calibration import (
     read_pilot,
     refuse_if_in_use,
 )
-from kedit_daemon.editing.model_loading import STATISTICS_FILE, OpenedModel, load_model, open_model
+from kedit_daemon.editing.known_measurements import STATISTICS_FILE
+from kedit_daemon.editing.model_loading import OpenedModel, load_model, open_model
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.shipped import PILOT_FACTS, read_ordinary_lines
