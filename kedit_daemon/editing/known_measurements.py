@@ -95,6 +95,7 @@ def _load_unhashed(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
         found = {}
     if found.keys() != layers:
         log.warning("%s is damaged. Measuring the model again.", path)
+        path.unlink(missing_ok=True)
         return {}
     with suppress(OSError):  # the home may be read-only, or another process quicker
         path.rename(path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}"))

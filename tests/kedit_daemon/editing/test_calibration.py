@@ -10,7 +10,8 @@ from pilot_facts import PILOT
 from tiny_models import SENTENCES, save_model
 
 from kedit_daemon.editing.calibration import WORK_FILE, Calibration, calibrate, refuse_if_in_use
-from kedit_daemon.editing.model_loading import STATISTICS_FILE, OpenedModel, load_model, open_model
+from kedit_daemon.editing.known_measurements import STATISTICS_FILE
+from kedit_daemon.editing.model_loading import OpenedModel, load_model, open_model
 from kedit_daemon.editing.pilot import make_pilot
 from kedit_daemon.home import Home
 from kedit_daemon.shipped import read_ordinary_lines
