@@ -14,6 +14,7 @@ from memory.errors import KeditError
 from policies.edit_site import EditSite
 
 WINDOW_WIDTHS = (4, 2, 1)  # subject layers that are tried together; as wide as published ones first
+LEAST_WIDTH_IN_DEPTH = 2  # of groups in a deep model, of which a single layer holds little
 MAX_WINDOW_STARTS, MAX_END_LAYERS = 7, 6  # that are tried on a deep model
 # λ as a share of a layer's width, since a fact's kᵀ C0⁻¹ k is of the width's order. From nothing
 # taken to nothing kept: 30,000 to 3 where the MLP has 1,536 neurons.
@@ -86,7 +87,9 @@ def list_windows(layers: int) -> list[tuple[int, ...]]:
     starts = range(0, top, math.ceil(top / MAX_WINDOW_STARTS))
     # Every second start, then those between them: a search that is cut off has seen every depth.
     order = [*starts[::2], *starts[1::2]]
-    groups = [tuple(range(a, a + width)) for width in WINDOW_WIDTHS for a in order]
+    least = LEAST_WIDTH_IN_DEPTH if len(starts) < top else 1
+    widths = [width for width in WINDOW_WIDTHS if width >= least]
+    groups = [tuple(range(a, a + width)) for width in widths for a in order]
     return [group for group in groups if group[-1] < top]
 
 

@@ -1,9 +1,9 @@
 """Search for a model's edit site by successive halving (Jamieson and Talwalkar 2016).
 
 Every group of subject layers and every end layer is tried on a few facts with short targets; the
-best are tried again on more facts, and the best of these on all. A try costs one optimisation of
-targets, and then only a solve for each λ: from the strongest on, as long as the score rises. So a
-group of layers whose edits wreck the model is left at its first solve.
+best are tried again on more facts with several λ, and the best of these on all. A try costs one
+optimisation of targets, and then only a solve for each λ. A group of layers whose edits wreck the
+model is left at its first solve.
 """
 
 import math
@@ -51,16 +51,22 @@ MeasureQuality = Callable[[Mapping[int, Tensor], int], EditQuality]
 @dataclass(frozen=True)
 class Rung:
     """Stage in which sites are compared on some facts. time_share: of the time for the search, at
-    which it ends with the sites it has tried. kept: groups of subject layers that go on."""
+    which it ends with the sites it has tried. kept: groups of subject layers that go on. climbs:
+    several λ are tried."""
 
     name: str
     facts: int
     steps: int | None
     time_share: float
     kept: int
+    climbs: bool = True
 
 
-RUNGS = (Rung("screening", 4, SCREEN_STEPS, 0.5, 4), Rung("halving", 8, None, 0.7, 2))
+RUNGS = (
+    Rung("screening", 4, SCREEN_STEPS, 0.5, 4, climbs=False),
+    Rung("halving", 8, None, 0.75, 2),
+)
+FIRST_PRIOR = 2  # place of the λ that is tried first, the middle one
 
 
 @dataclass
@@ -117,7 +123,7 @@ class SiteSearch:
         ends = [self._make_end_site(n) for n in list_end_layers(depth)]
         for rung in RUNGS:
             best = self._try_rung(rung, [*subjects, *ends])
-            places = [self._restore_steps(c.site) for c in best]
+            places = [self._restore_steps(c.site) for c in best if not c.quality.is_wrecked]
             subjects = [site for site in places if site.subject_layers][: rung.kept]
             ends = [site for site in places if not site.subject_layers][:KEPT_ENDS]
         last = Rung("final", len(self.facts), None, 1.0, 1)
@@ -152,22 +158,31 @@ class SiteSearch:
             if best and not self._has_time(rung.time_share):
                 break
             steps = min(rung.steps or site.target_steps, site.target_steps)
-            tried = self._descend_prior(rung.name, replace(site, target_steps=steps), facts)
+            tried = self._climb_priors(rung, replace(site, target_steps=steps), facts)
             best.append(max(tried, key=lambda c: c.quality.score))
         return sorted(best, key=lambda c: (-c.quality.score, c.loss or math.inf))
 
-    def _descend_prior(self, stage: str, site: EditSite, facts: int) -> list[Candidate]:
-        """Try weaker and weaker λ, as long as the score rises: from the strongest but one on, or
-        from one decade above the one that an earlier stage has found."""
+    def _climb_priors(self, rung: Rung, site: EditSite, facts: int) -> list[Candidate]:
+        """Try λ by decades, from the one that an earlier stage has found: weaker as long as the
+        score rises, or else stronger. A rung without it tries the first alone."""
         priors = list_priors(self.model.weight(site.layers[0]).shape[1])
-        first = max(0, priors.index(site.prior) - 1) if site.prior in priors else 1
-        tried: list[Candidate] = []
-        attempt = _Attempt(self, stage, site, facts)
-        for prior in priors[first:]:
-            tried.append(attempt.measure(replace(site, prior=prior, end_prior=prior)))
-            top = max(c.quality.score for c in tried)
-            if tried[-1].quality.is_wrecked or tried[-1].quality.score < top:
+        start = priors.index(site.prior) if site.prior in priors else FIRST_PRIOR
+        attempt = _Attempt(self, rung.name, site, facts)
+
+        def measure(place: int) -> Candidate:
+            prior = priors[place]
+            return attempt.measure(replace(site, prior=prior, end_prior=prior))
+
+        tried = [measure(start)]
+        weaker, stronger = range(start + 1, len(priors)), range(start - 1, -1, -1)
+        for places in (weaker, stronger) if rung.climbs else ():
+            if len(tried) > 2:  # weaker ones were better
                 break
+            for place in places:
+                top = max(c.quality.score for c in tried)
+                tried.append(measure(place))
+                if not tried[-1].quality.score > top:
+                    break
         return tried
 
     def _try_variants(self, stage: str, *variants: EditSite) -> None:

@@ -34,7 +34,7 @@ from policies.site_search import SearchWork, SiteSearch, StatisticsSource
 
 # Covariances of all layers together, up to which they are measured in one pass and held.
 MAX_COVARIANCE_BYTES = 1 << 30
-SEARCH_SHARE = 0.75  # of the time after the statistics; the limits and the end gate take the rest
+SEARCH_SHARE = 0.65  # of the time after the statistics; the limits and the end gate take the rest
 WORK_FILE = "search.json"
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",

@@ -5,6 +5,7 @@ import pytest
 
 from memory.errors import KeditError
 from policies.calibration import (
+    LEAST_WIDTH_IN_DEPTH,
     MAX_END_LAYERS,
     MAX_PERPLEXITY,
     MAX_WINDOW_STARTS,
@@ -41,7 +42,8 @@ def test_groups_are_consecutive_few_and_where_they_belong(layers: int) -> None:
         assert group[0] >= 0 and group[-1] < top
     assert all(layers // 3 <= n < layers for n in ends)
     assert groups[0][0] == 0
-    assert {len(group) for group in groups} == {width for width in WINDOW_WIDTHS if width <= top}
+    least = LEAST_WIDTH_IN_DEPTH if top > MAX_WINDOW_STARTS else 1
+    assert {len(g) for g in groups} == {w for w in WINDOW_WIDTHS if least <= w <= top}
 
 
 def test_the_first_groups_tell_of_the_whole_depth() -> None:

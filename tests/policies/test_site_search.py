@@ -10,7 +10,13 @@ from torch import Tensor
 
 from memory.model.editable import EditableModel
 from memory.model.statistics import LayerStatistics, collect_statistics
-from policies.calibration import EditQuality, choose_candidate, list_end_layers, list_windows
+from policies.calibration import (
+    EditQuality,
+    choose_candidate,
+    list_end_layers,
+    list_priors,
+    list_windows,
+)
 from policies.edit_site import make_default_site
 from policies.site_search import SearchWork, SiteSearch
 
@@ -72,9 +78,20 @@ def test_layers_that_wreck_the_model_are_left_at_the_first_solve(model: Editable
     examiner = Examiner({0}, wrecking={1})
     chosen = search(model, examiner).run_stages(LONG)
     assert 1 not in chosen.site.layers
-    solves = [layers for layers, facts in examiner.given if facts == 4]
-    assert all(solves.count(layers) == 1 for layers in solves if 1 in layers and len(layers) > 1)
-    assert solves.count({0}) > 1
+    solves = [layers for layers, _ in examiner.given if 1 in layers]
+    assert all(solves.count(layers) == 1 for layers in solves if layers != {1})
+    assert solves.count({1}) == 2  # as a subject's layer, and as an end layer
+
+
+def test_priors_are_climbed_as_long_as_the_score_rises(model: EditableModel) -> None:
+    found = search(model, Examiner({0}))
+    found.run_stages(LONG)
+    middle = list_priors(model.weight(0).shape[1])[2]
+    halved = [c for c in found.work.candidates if c.stage == "halving"]
+    priors = [c.site.prior for c in halved if c.site.layers == (0,)]
+    # Their scores are equal: one weaker and one stronger λ are tried.
+    assert len(priors) == 3 and priors[1] < priors[0] == middle < priors[2]
+    assert {c.site.prior for c in found.work.candidates if c.stage == "screening"} == {middle}
 
 
 def test_a_search_ends_in_time_with_a_choice(model: EditableModel) -> None:
