@@ -10,7 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from kedit_daemon import shipped
+from kedit_daemon.editing.gguf_cache import GgufCache
+from kedit_daemon.editing.model_location import find_model_folder
+from kedit_daemon.home import MODELS_FOLDER
 from kedit_daemon.shipped import read_ordinary_lines, read_statements
 from memory.errors import UnusableModel
 from memory.files import write_atomic
@@ -24,10 +26,8 @@ from memory.model.statistics import (
     pack_statistics,
     unpack_statistics,
 )
-from memory.model.strict_loading import check_model_folder
 from policies.edit_site import SITE_FILE, EditSite, load_site, read_site, read_weights_hash
 
-SHIPPED_MODEL = "shipped"
 # Not *.safetensors, though it is: servers take every such file in a folder for weights.
 STATISTICS_FILE = "statistics.kedit"
 CANARY_LINES = 40
@@ -51,39 +51,6 @@ class LoadedModel:
     def layers(self) -> tuple[int, ...]:
         """The layers whose weights may change."""
         return self.site.layers
-
-
-def locate_model(name: str) -> Path:
-    """Return the path of a configured model; a hub id stays as it is."""
-    return shipped.MODEL if name == SHIPPED_MODEL else Path(name)
-
-
-def find_model_folder(name: str) -> Path | None:
-    """Find the folder of a configured model; None where the name is an id on the hub.
-
-    Raises UnusableModel when it names a folder that is not there.
-    """
-    path = locate_model(name)
-    if path.is_dir():
-        return path
-    if name == SHIPPED_MODEL:
-        raise UnusableModel(f"{path} is missing", hint="install again")
-    if name.startswith(("/", ".", "~")):
-        hint = "set `model` to a folder with a model, or to an id on the hub"
-        raise UnusableModel(f"there is no folder {name}", hint=hint)
-    return None
-
-
-def check_model(name: str) -> Path | None:
-    """Check that the configured model is whole and can be edited, and return its folder; None for
-    an id on the hub, which is looked up when the daemon starts.
-
-    Raises UnusableModel.
-    """
-    folder = find_model_folder(name)
-    if folder is not None:
-        check_model_folder(folder)
-    return folder
 
 
 @dataclass(frozen=True)
@@ -211,13 +178,19 @@ def _list_cached(path: Path) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
 
 
-def open_model(name: str, device: str, cache: Path) -> OpenedModel:
+def open_model(
+    name: str, device: str, cache: Path, gguf_cache: GgufCache | None = None
+) -> OpenedModel:
     """Load the configured model, without what depends on its site.
+
+    `gguf_cache`: of converted files; by default a folder in `cache`.
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
-    folder = find_model_folder(name)
-    model = EditableModel.load(folder or name, resolve_device(device))
+    converted = gguf_cache or GgufCache(cache / MODELS_FOLDER)
+    folder = find_model_folder(name, converted)
+    with converted.explain_damage(folder):
+        model = EditableModel.load(folder or name, resolve_device(device))
     base_hash = model.weights_hash(range(model.layer_count))
     return OpenedModel(model, base_hash, folder or Path(name), cache)
 
@@ -228,15 +201,17 @@ def load_model(
     cache: Path,
     progress: WrapProgress,
     canary_texts: CanaryTexts | None = None,
+    gguf_cache: GgufCache | None = None,
 ) -> LoadedModel:
     """Load the configured model with its site, its statistics and its canary.
 
     `cache`: folder that keeps what is measured on first use; a site that `calibrate` has left
-    there comes first. `canary_texts`: the shipped ones by default.
+    there comes first. `canary_texts`: the shipped ones by default. `gguf_cache`: as in
+    `open_model`.
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
-    opened = open_model(name, device, cache)
+    opened = open_model(name, device, cache, gguf_cache)
     model, site = opened.model, opened.resolve_site()
     statistics = opened.resolve_statistics(site.layers, (site.key_layer, site.side_layer), progress)
     texts = canary_texts or read_canary_texts()
