@@ -19,7 +19,7 @@ from kedit_daemon.maintenance.doctor_install import FAILED, OK, REINSTALL, WARNI
 from kedit_daemon.report.warnings import LOW_DISK_BYTES
 from kedit_daemon.system.lock import find_lock_holder, hold_lock
 from kedit_daemon.system.orphans import find_leftovers, remove_leftovers
-from memory.errors import KeditError, Unreadable, UnusableModel
+from memory.errors import KeditError, Unreadable
 
 CRITICAL_BYTES = 50 << 20
 CLOCK_SLACK = timedelta(minutes=5)
@@ -126,18 +126,20 @@ def _check_config(home: Home, environ: Mapping[str, str]) -> Iterator[CheckResul
     config = load_config(home.root, environ)
     yield CheckResult("config", OK, str(home.config_file))
     yield from install.check_torch(config.device)
-    yield from _check_model(config.model)
+    yield from _check_model(config.model, home)
 
 
-def _check_model(name: str) -> Iterator[CheckResult]:
+def _check_model(name: str, home: Home) -> Iterator[CheckResult]:
     try:
-        from kedit_daemon.editing.model_loading import SHIPPED_MODEL, check_model
+        from kedit_daemon.config import SHIPPED_MODEL
+        from kedit_daemon.editing.gguf_cache import GgufCache
+        from kedit_daemon.editing.model_location import check_model
     except ImportError as error:
         yield CheckResult("model", FAILED, f"cannot be loaded: {error}", REINSTALL)
         return
     try:
-        folder = check_model(name)
-    except UnusableModel as error:
+        folder = check_model(name, GgufCache(home.models_folder))
+    except KeditError as error:
         remedy = REINSTALL if name == SHIPPED_MODEL else error.hint
         yield CheckResult("model", FAILED, str(error), remedy)
         return

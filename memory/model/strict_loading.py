@@ -56,14 +56,14 @@ def load_strictly(
     shape, or holds NaN or infinity; the checkpoint is quantised; the tokenizer does not fit.
     UnsupportedModel: it is no causal language model.
     """
-    with _refusing(f"config.json of {name}"):
+    with refuse_unreadable(f"config.json of {name}"):
         _check_config(name)
-    with _refusing(f"the weights of {name}"):
+    with refuse_unreadable(f"the weights of {name}"):
         model, found = _read_model(name, device)
-        _check_tensors(name, found)
+        check_tensors(name, found)
         _check_causal(model)
         _check_finite(name, () if device == META else model.named_parameters())
-    with _refusing(f"the tokenizer of {name}"):
+    with refuse_unreadable(f"the tokenizer of {name}"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         _check_tokenizer(name, tokenizer, rows)
@@ -77,13 +77,16 @@ def check_model_folder(folder: Path) -> None:
     """
     model, _ = load_strictly(str(folder), META)
     find_down_projections(model)
-    with _refusing(f"the weights of {folder}"):
+    with refuse_unreadable(f"the weights of {folder}"):
         _check_finite(str(folder), _read_tensors(list_weight_files(folder)))
 
 
 @contextmanager
-def _refusing(part: str) -> Iterator[None]:
-    """Turn any error of transformers about bad files into UnusableModel, and keep it quiet."""
+def refuse_unreadable(part: str, hint: str = HINT_FOLDER) -> Iterator[None]:
+    """Turn any error of transformers about bad files into UnusableModel, and keep it quiet.
+
+    `part` names what is read in the block; `hint` is the remedy.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -94,9 +97,7 @@ def _refusing(part: str) -> Iterator[None]:
     except Exception as error:  # which one a broken file leads to is nowhere defined
         if is_out_of_memory(error):
             raise
-        raise UnusableModel(
-            f"{part} cannot be read: {_summarise(error)}", hint=HINT_FOLDER
-        ) from error
+        raise UnusableModel(f"{part} cannot be read: {_summarise(error)}", hint=hint) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -157,10 +158,11 @@ def _read_model(name: str, device: torch.device) -> tuple[PreTrainedModel, dict[
     return model.to(device), found  # type: ignore[arg-type]
 
 
-def _check_tensors(name: str, found: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly the architecture's.
+def check_tensors(name: str, found: Mapping[str, Any]) -> None:
+    """Raise UnusableModel where the tensors are not exactly the architecture's.
 
-    transformers takes out of these lists what is tied, and most of what older versions saved.
+    `found` is transformers' loading information: without what is tied, and without most of what
+    older versions saved.
     """
     unknown = sorted(n for n in found["unexpected_keys"] if not SAVED_MASKS.search(n))
     shapes = [

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -133,6 +134,7 @@ def _run_calibration(
     dry_run: bool,
 ) -> "Calibration":
     from kedit_daemon.editing.calibration import calibrate, refuse_if_in_use
+    from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_loading import open_model
     from kedit_daemon.editing.pilot import make_pilot, read_pilot
     from kedit_daemon.ingest.schemas import FileLimits
@@ -148,7 +150,8 @@ def _run_calibration(
             cache = Path(stack.enter_context(TemporaryDirectory(prefix="kedit-calibrate-")))
             if (session.home.state_folder / SITE_FILE).is_file():
                 shutil.copy(session.home.state_folder / SITE_FILE, cache)
-        opened = open_model(config.model, config.device, cache)
+        converted = GgufCache(session.home.models_folder, partial(click.echo, err=True))
+        opened = open_model(config.model, config.device, cache, converted)
         chosen = make_pilot(opened.model, facts, count)
         report = stack.enter_context(_show_progress())
         work = cache / WORK_FOLDER
