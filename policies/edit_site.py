@@ -61,9 +61,9 @@ class EditSite:
     perplexity_revert: float = 1.15
     # Share of the statements completed differently, of those that the unedited model completes with
     # confidence, likewise. Real models change that many when they are rounded to 8, 6 and 5 bits.
-    confident_warn: float = 0.01
+    confident_warn: float = 0.015
     confident_consolidate: float = 0.025
-    confident_revert: float = 0.05
+    confident_revert: float = 0.04
     # The same share of all statements. Older versions wrote it, and it is then judged instead.
     agreement_warn: float | None = None
     agreement_consolidate: float | None = None

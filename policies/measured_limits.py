@@ -20,9 +20,10 @@ ACTIVATION_RANGE = (Limits(0.03, 0.05, 0.10), Limits(0.1, 0.2, 0.4))
 VARIATION_FACTORS = (1.0, 2.0, 4.0)
 # Of the perplexity ratio: less than a hundredth nobody reads out of a text.
 PERPLEXITY_RANGE = (Limits(1.01, 1.02, 1.05), Limits(1.05, 1.10, 1.15))
-# Of the share of statements that are completed differently; the tightest in statements, between two
-# counts, so that each verdict takes at least one statement more than the one before.
-MIN_CHANGED = (1.5, 2.5, 4.5)
+# Of the share of statements that are completed differently. The tightest are in statements, between
+# two counts: one or two of them turn by chance (8 bits change one on average in the models seen),
+# and each further verdict takes more than the one before.
+MIN_CHANGED = (2.5, 3.5, 5.5)
 MAX_CHANGED_SHARE = Limits(0.05, 0.10, 0.20)
 
 
@@ -34,11 +35,13 @@ def derive_agreement_limits(
     counted: the number of statements that the agreement was counted on, of the confident ones or of
     all. A width changes only a few of them, so that its own count is mostly chance. But a rounding
     error halves with each bit, and with it the share of completions near enough to a tie to turn:
-    the counts of all widths together give one estimate.
+    the counts of the widths from 5 bits on together give one estimate. (Fewer bits change more than
+    that: real models break there.)
     """
-    agreements = [e.confident_agreement if confident else e.agreement for e in effects]
+    fine = [e for e in effects if e.bits >= LIMIT_BITS[-1]]
+    agreements = [e.confident_agreement if confident else e.agreement for e in fine]
     changed = sum(1 - share for share in agreements if share is not None)
-    at_one_bit = changed / sum(2.0**-e.bits for e in effects)
+    at_one_bit = changed / sum(2.0**-e.bits for e in fine)
     shares = [at_one_bit * 2.0**-bits for bits in LIMIT_BITS]
     least = Limits(*(count / counted for count in MIN_CHANGED))
     return _clamp_limits(shares, least, MAX_CHANGED_SHARE, digits=4)

@@ -27,13 +27,14 @@ from memory.db import event_log, queries
 from memory.db.overview import fetch_overview
 from memory.errors import KeditError
 from memory.facts import LIVE_STATES, Fact, fill_subject
-from policies.edit_site import EditSite
+from policies.measured_limits import LIMIT_BITS
 from policies.probe import is_same_answer
 
 START_SECONDS = 120.0
 EDIT_SECONDS = 600.0
 MIN_WEIGHTS_SHARE = 0.8  # of the facts; others stay in the side memory
-AGREEMENT_LIMITS = {"warn": 0.25, "consolidate": 0.35, "revert": 0.5}  # share of other statements
+# Share of other statements, of those that the model is sure of.
+CONFIDENT_LIMITS = {"warn": 0.25, "consolidate": 0.35, "revert": 0.5}
 MIN_PARAPHRASE_SHARE = 0.9  # of the facts, in a wording unknown to the editor
 
 Echo = Callable[[str], None]
@@ -54,8 +55,8 @@ def _make_settings() -> str:
     At the default limits the weights of so small a model take only one to three facts.
     """
     text = config.render_default_config("shipped")
-    for verdict, limit in AGREEMENT_LIMITS.items():
-        name = f"agreement_{verdict}"
+    for verdict, limit in CONFIDENT_LIMITS.items():
+        name = f"confident_{verdict}"
         text, found = re.subn(f"^# {name} = .*$", f"{name} = {limit}", text, flags=re.MULTILINE)
         if not found:
             raise KeditError(f"the default settings have no {name}", code="demo")
@@ -223,10 +224,11 @@ def _flush_and_audit(main: DemoDaemon, story: DemoStory, tally: DemoReport) -> F
         moved = figures["activation_ratio"][layer]
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
-    tally.echo(f"   {figures['agreement']:.1%} of other statements are completed as before;")
-    limit = EditSite.agreement_consolidate
+    agreement, count = figures["confident_agreement"], figures["confident_statements"]
+    tally.echo(f"   {agreement:.1%} of {count} other statements are completed as before;")
+    tally.echo(f"   that is as much as rounding the weights to {figures['rounding_bits']:g} bits;")
     rest = "most facts would stay in the side memory"
-    tally.echo(f"   by default less than {limit:.0%} may differ: {rest}")
+    tally.echo(f"   by default they hold what changes less than {LIMIT_BITS[1]} bits do: {rest}")
     tally.record_check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
     return next(f for f in story.facts if f.id in done["flushed"])
 

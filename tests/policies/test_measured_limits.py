@@ -31,23 +31,22 @@ def round_all(
     ]
 
 
-def test_agreement_limits_pool_the_counts_of_all_widths() -> None:
-    # 29 statements in all, which halve with each bit: 14.97, 7.48, 3.74, 1.87 and 0.94.
-    found = derive_agreement_limits(round_all(), 138, confident=True)
-    assert found == Limits(round(1.5 / 138, 4), round(3.742 / 138, 4), round(7.484 / 138, 4))
-    same = derive_agreement_limits(round_all((0.935, 1.871, 3.742, 7.484, 14.97)), 138, True)
-    assert same == found
+def test_agreement_limits_pool_the_counts_from_5_bits_on() -> None:
+    # 30 statements in all, which halve with each bit: 16, 8, 4 and 2.
+    found = derive_agreement_limits(round_all((0, 6, 4, 20, 99), counted=200), 200, confident=True)
+    assert found == Limits(2.5 / 200, 8 / 200, 16 / 200)
+    exact = round_all((2, 4, 8, 16, 0), counted=200)
+    assert derive_agreement_limits(exact, 200, confident=True) == found
 
 
 def test_agreement_limits_of_all_statements_are_from_their_own_counts() -> None:
-    sure, every = (derive_agreement_limits(round_all(counted=300), 300, c) for c in (True, False))
-    assert every.consolidate == pytest.approx(3 * sure.consolidate, rel=0.01)
-    assert every.warn == pytest.approx(3 * 0.935 / 300, rel=0.01)
+    effects = round_all((0, 6, 4, 20, 99), counted=600)
+    assert derive_agreement_limits(effects, 600, confident=False) == Limits(0.01, 0.04, 0.08)
 
 
 def test_each_verdict_takes_a_statement_more_even_where_rounding_changes_none() -> None:
     found = derive_agreement_limits(round_all((0,) * 5), 138, confident=True)
-    assert [math.ceil(limit * 138) for limit in vars(found).values()] == [2, 3, 5]
+    assert [math.ceil(limit * 138) for limit in vars(found).values()] == [3, 4, 6]
 
 
 def test_agreement_limits_stay_below_their_caps() -> None:
