@@ -68,16 +68,23 @@ class RidgeSolver:
         Raises KeditError when A0 is not positive definite, or no direction is left.
         """
         c0 = covariance.double().cpu()
-        unit = c0.diagonal().mean()
-        self._basis = None if projector is None else _find_null_space(c0, projector * float(unit))
-        self._equality = equality
-        self._a0 = prior * (c0 if self._basis is None else self._basis.T @ c0 @ self._basis)
-        self._a0.diagonal().add_(ridge * unit)
-        if sink_key is not None and len(sink_key):
-            sink = sink_key.double().cpu()
+        unit = float(c0.diagonal().mean())
+        self._basis = None if projector is None else _find_null_space(c0, projector * unit)
+        self._equality, self._covariance = equality, covariance
+        self._prior, self._ridge, self._sink_key = prior, ridge, sink_key
+        self._cholesky = _factor_matrix(self._make_a0())
+
+    def _make_a0(self) -> Tensor:
+        """Make A0 (width, width) in float64. It is not kept: few solves need more than its
+        factor."""
+        c0 = self._covariance.double().cpu()
+        a0 = self._prior * (c0 if self._basis is None else self._basis.T @ c0 @ self._basis)
+        a0.diagonal().add_(self._ridge * c0.diagonal().mean())
+        if self._sink_key is not None and len(self._sink_key):
+            sink = self._sink_key.double().cpu()
             sink = sink * (c0.trace().sqrt() / sink.norm()).clamp(min=1.0)  # E‖k‖² = tr C0
-            self._a0.addr_(sink, sink)
-        self._cholesky = _factor_matrix(self._a0)
+            a0.addr_(sink, sink)
+        return a0
 
     def solve(self, keys: Tensor, residuals: Tensor) -> Tensor:
         """Solve ΔW (hidden, width) in float32 from keys (n, width) and residuals (n, hidden).
@@ -107,7 +114,7 @@ class RidgeSolver:
             gram = k @ whitened  # (n, n)
             gram.diagonal().add_(1.0)
             return whitened @ torch.cholesky_solve(r, _factor_matrix((gram + gram.T) / 2))
-        return torch.cholesky_solve(k.T @ r, _factor_matrix(torch.addmm(self._a0, k.T, k)))
+        return torch.cholesky_solve(k.T @ r, _factor_matrix(torch.addmm(self._make_a0(), k.T, k)))
 
     def _solve_equality(self, k: Tensor, r: Tensor) -> Tensor:
         """Solve for the ΔWᵀ (width, hidden) that minimises tr(ΔW A0 ΔWᵀ) subject to K ΔWᵀ = R.
