@@ -5,7 +5,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 PILOT_FACTS = FOLDER / "facts.jsonl"
-QUESTIONS = FOLDER / "questions.json"
+STORIES = FOLDER / "stories"  # of the demo, by model
 
 
 def read_ordinary_lines() -> list[str]:
