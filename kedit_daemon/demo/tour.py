@@ -15,6 +15,7 @@ from kedit_daemon.demo.demo_daemon import DemoDaemon
 from kedit_daemon.demo.report import DemoReport, Echo
 from kedit_daemon.demo.story import DemoStory
 from memory.db import event_log, queries
+from memory.errors import KeditError
 from memory.facts import Fact
 from policies.edit_site import EditSite
 from policies.probe import is_same_answer
@@ -31,9 +32,7 @@ class Answers:
     unrelated: list[str]
 
 
-def run_tour(
-    story: DemoStory, echo: Echo, monotonic: Callable[[], float] = time.monotonic
-) -> int:
+def run_tour(story: DemoStory, echo: Echo, monotonic: Callable[[], float] = time.monotonic) -> int:
     """Run the demo; return 0 when every check has passed, else 1."""
     began, tally = monotonic(), DemoReport(echo)
     with tempfile.TemporaryDirectory(prefix="kedit-demo-") as folder:
@@ -114,6 +113,8 @@ def _show_flush(
     is_moved = [fact.id in done["flushed"] for fact in story.facts]
     tally.record_share("facts are in the weights now", is_moved, story.minimum.weights)
     count, moved = len(story.facts), [f for f in story.facts if f.id in done["flushed"]]
+    if not moved:
+        raise KeditError(f"no fact went into the weights: {done['reasons']}", code="demo")
     if len(moved) < count:
         tally.echo(f"   the other {count - len(moved)} stay in the side memory")
         first.wait_until_live(count)

@@ -5,7 +5,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 PILOT_FACTS = FOLDER / "facts.jsonl"
-STORIES = FOLDER / "stories"  # of the demo, by model
+STORIES = FOLDER / "stories"  # of the demo, one for each of these models
+STORY_MODELS = ("smollm2", "shipped")
 
 
 def read_ordinary_lines() -> list[str]:

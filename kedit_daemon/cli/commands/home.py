@@ -17,6 +17,7 @@ from kedit_daemon.cli.context import (
     print_json,
 )
 from kedit_daemon.home import PROGRAM_NAME, restrict_umask
+from kedit_daemon.shipped import STORY_MODELS
 from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 from memory.timestamps import format_utc
@@ -266,9 +267,8 @@ def _format_remedy(session: CliContext, remedy: str) -> str:
 @click.command()
 @click.option(
     "--model",
-    type=click.Choice(["smollm2", "shipped"]),
-    help="The real model, or the small shipped one: faster, and always there.  "
-    "[default: smollm2 if it is installed]",
+    type=click.Choice(STORY_MODELS),
+    help="A real model, or the small shipped one, which is faster. Default: smollm2, if installed.",
 )
 @click.pass_context
 def demo(ctx: click.Context, model: str | None) -> None:
