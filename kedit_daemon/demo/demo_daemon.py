@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,7 @@ class DemoDaemon:
     def ask_prompts(self, prompts: list[str]) -> list[str]:
         return [str(self.send_command("ask", prompt=p)["answer"]) for p in prompts]
 
-    def drop_facts(self, facts: list[Fact]) -> float:
+    def drop_facts(self, facts: Sequence[Fact]) -> float:
         """Put the facts into the inbox as one file; return the seconds until all are live."""
         lines = "".join(f"{format_native(fact)}\n" for fact in facts)
         began = time.monotonic()
