@@ -88,12 +88,15 @@ class StabilityConfig(_Section):
     norm_warn: Ratio | None = None
     norm_consolidate: Ratio | None = None
     norm_revert: Ratio | None = None
-    perplexity_warn: Ratio = 1.05
-    perplexity_consolidate: Ratio = 1.10
-    perplexity_revert: Ratio = 1.15
+    perplexity_warn: Ratio | None = None
+    perplexity_consolidate: Ratio | None = None
+    perplexity_revert: Ratio | None = None
     activation_warn: Ratio | None = None
     activation_consolidate: Ratio | None = None
     activation_revert: Ratio | None = None
+    confident_warn: Ratio | None = None
+    confident_consolidate: Ratio | None = None
+    confident_revert: Ratio | None = None
     agreement_warn: Ratio | None = None
     agreement_consolidate: Ratio | None = None
     agreement_revert: Ratio | None = None
@@ -105,7 +108,7 @@ class StabilityConfig(_Section):
 
     @model_validator(mode="after")
     def _check_limits_rise(self) -> Self:
-        for figure in ("norm", "perplexity", "activation", "agreement", "retention"):
+        for figure in ("norm", "perplexity", "activation", "confident", "agreement", "retention"):
             verdicts = ("warn", "consolidate", "revert")
             names = [f"{figure}_{verdict}" for verdict in verdicts]
             limits = [(name, limit) for name in names if (limit := getattr(self, name)) is not None]

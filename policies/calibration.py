@@ -10,7 +10,6 @@ good, and then the smaller norm ratio decides, since future facts have to share 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +20,6 @@ from memory.model.editable import EditableModel
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
 from policies.edit_terms import EditTerms, Refusal, pack_terms
-from policies.health_limits import Limits
 from policies.memit_mass import WeightsTier
 from policies.norm_anchor import compute_anchor
 from policies.targets import compute_terms
@@ -263,38 +261,3 @@ def format_layers(site: EditSite) -> str:
     """Return a site's layers as readable text."""
     parts = (("subject", site.subject_layers), ("end", site.end_layers))
     return " + ".join(f"{name} {', '.join(map(str, layers))}" for name, layers in parts if layers)
-
-
-# Limits -----------------------------------------------------------------------------------------
-
-# Tightest and widest limits. Of ‖W‖/‖W0‖: editors have collapsed near 2 and beyond 10.
-NORM_RANGE = (Limits(1.15, 1.3, 1.6), Limits(3.0, 5.0, 8.0))
-# Of the change of the activation norms, as a share.
-ACTIVATION_RANGE = (Limits(0.03, 0.05, 0.10), Limits(0.1, 0.2, 0.4))
-VARIATION_FACTORS = (1.0, 2.0, 4.0)
-
-
-def derive_activation_limits(variation: float) -> Limits:
-    """Return 1, 2 and 4 times the variation between two halves of ordinary text, within
-    ACTIVATION_RANGE."""
-    return _clamp_limits([factor * variation for factor in VARIATION_FACTORS], *ACTIVATION_RANGE)
-
-
-def derive_norm_limits(curve: Sequence[tuple[float, float]], activation: Limits) -> Limits:
-    """Return the norm ratios at which an update, scaled up, has moved the activation norms to their
-    limits, within NORM_RANGE. curve: norm ratio and activation change, by rising scale."""
-    wanted = (activation.warn, activation.consolidate, activation.revert)
-    return _clamp_limits([_find_crossing(curve, change) for change in wanted], *NORM_RANGE)
-
-
-def _find_crossing(curve: Sequence[tuple[float, float]], wanted: float) -> float:
-    """Return the norm ratio at which the activation change reaches `wanted`, by interpolation."""
-    for (norm, change), (next_norm, next_change) in pairwise([(1.0, 0.0), *curve]):
-        if next_change >= wanted:
-            return norm + (next_norm - norm) * (wanted - change) / (next_change - change)
-    return math.inf
-
-
-def _clamp_limits(values: Sequence[float], tightest: Limits, widest: Limits) -> Limits:
-    bounds = zip(vars(tightest).values(), values, vars(widest).values(), strict=True)
-    return Limits(*(round(min(max(low, n), high), 3) for low, n, high in bounds))

@@ -13,6 +13,7 @@ from typing import Any
 
 from policies.health_limits import Thresholds
 
+CONFIDENT = "confident agreement"  # a figure
 MIN_EXPONENT, MAX_EXPONENT = 0.3, 3.0  # of b: others come from too few or odd observations
 MAX_PREDICTED_FACTS = 1e12  # a figure that reaches its limit later sets none
 MAX_EXTRAPOLATION = 2  # times the largest count seen: no fit is trusted further
@@ -58,6 +59,8 @@ def make_observation(facts: int, figures: Mapping[str, Any]) -> Observation:
         changes["perplexity"] = float(figures["perplexity_ratio"]) - 1
     if "agreement" in figures:
         changes["agreement"] = 1 - float(figures["agreement"])
+    if figures.get("confident_agreement") is not None:
+        changes[CONFIDENT] = 1 - float(figures["confident_agreement"])
     return Observation(facts, changes)
 
 
@@ -70,7 +73,11 @@ def estimate_capacity(
         return None
     horizon = MAX_EXTRAPOLATION * max(o.facts for o in seen)
     found = [Capacity(horizon, None, None)]
-    for figure in sorted({name for o in seen for name in o.changes}):
+    figures = {name for o in seen for name in o.changes}
+    # Of the two agreements one is judged.
+    figures -= {CONFIDENT} if thresholds.confident is None else set()
+    figures -= {"agreement"} if CONFIDENT in figures else set()
+    for figure in sorted(figures):
         limit = _find_limit(figure, thresholds)
         points = [(o.facts, o.changes[figure]) for o in seen if figure in o.changes]
         if (facts := _predict_capacity(points, limit)) < horizon:
@@ -79,7 +86,9 @@ def estimate_capacity(
 
 
 def _find_limit(figure: str, thresholds: Thresholds) -> float:
-    """Return the limit of a figure's change."""
+    """Return the limit of a judged figure's change."""
+    if figure == CONFIDENT and thresholds.confident is not None:
+        return thresholds.confident.consolidate
     limits = {
         "norm": thresholds.norm.consolidate - 1,
         "activations": thresholds.activation.consolidate,

@@ -56,11 +56,23 @@ class EditSite:
     activation_warn: float = 0.03  # change of the activation norms, likewise
     activation_consolidate: float = 0.05
     activation_revert: float = 0.10
-    agreement_warn: float = 0.02  # share of the canary's statements completed differently
-    agreement_consolidate: float = 0.03
-    agreement_revert: float = 0.10
+    perplexity_warn: float = 1.05  # of ordinary text, as a ratio, likewise
+    perplexity_consolidate: float = 1.10
+    perplexity_revert: float = 1.15
+    # Share of the statements completed differently, of those that the unedited model completes with
+    # confidence, likewise. Real models change that many when they are rounded to 8, 6 and 5 bits.
+    confident_warn: float = 0.015
+    confident_consolidate: float = 0.025
+    confident_revert: float = 0.04
+    # The same share of all statements. Older versions wrote it, and it is then judged instead.
+    agreement_warn: float | None = None
+    agreement_consolidate: float | None = None
+    agreement_revert: float | None = None
+    # By bits, the KL at the statements' ends after a rounding of the weights: the unit in which
+    # edits are reported. Not hashed, since a mapping cannot be.
+    rounding_kl: Mapping[int, float] = field(default_factory=dict, hash=False)
     # By measured layer, the mean ‖v‖ of targets on the unedited model in lengths: those far beyond
-    # are refused. Not hashed, since a mapping cannot be.
+    # are refused. Not hashed either.
     anchors: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     @property

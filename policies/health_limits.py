@@ -8,6 +8,7 @@ from memory.model.canary import Health
 
 HYSTERESIS = 0.1  # of the way from the unedited model's value to a limit
 TOLERANCE = 0.01  # by which a figure may get worse through rounding and chance
+AGREEMENT_TOLERANCE = 0.015  # two of 138 statements, as many as a real model is sure of
 
 
 class Action(IntEnum):
@@ -48,9 +49,12 @@ class Limits:
 class Thresholds:
     """Limits by figure.
 
-    norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|. agreement:
-    share of the canary's statements that are completed differently now. retention: share of the
-    oldest live facts that the model no longer states.
+    norm: ‖W‖/‖W0‖. perplexity: ratio to the base. activation: |ratio to the base − 1|. confident:
+    share of the statements that are completed differently now, of those that the unedited model
+    completes with confidence. agreement: the same share of all statements, judged only without the
+    former: where these are the limits that were asked for, or too few statements are confident.
+    Most of a real model's completions are coin tosses, which any change of the weights turns.
+    retention: share of the oldest live facts that the model no longer states.
     """
 
     norm: Limits
@@ -58,6 +62,7 @@ class Thresholds:
     activation: Limits
     agreement: Limits
     retention: Limits
+    confident: Limits | None = None
 
     def ease_limits(self) -> "Thresholds":
         """Return limits below which the figures are clearly healthy, not just for once."""
@@ -67,7 +72,12 @@ class Thresholds:
             self.activation.ease_limits(0.0),
             self.agreement.ease_limits(0.0),
             self.retention.ease_limits(0.0),
+            None if self.confident is None else self.confident.ease_limits(0.0),
         )
+
+
+# Of the agreement on all statements, where it is judged and nobody has given others.
+ALL_STATEMENTS_LIMITS = Limits(0.02, 0.03, 0.10)
 
 
 @dataclass(frozen=True)
@@ -100,8 +110,17 @@ def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action
         yield thresholds.activation.judge_value(abs(ratio - 1)), reason
     reason = f"canary perplexity is {health.perplexity_ratio:.3f} of the base"
     yield thresholds.perplexity.judge_value(health.perplexity_ratio), reason
-    reason = f"agreement with the base on statements is {health.agreement:.3f}"
-    yield thresholds.agreement.judge_value(1 - health.agreement), reason
+    yield _judge_agreement(health, thresholds)
+
+
+def _judge_agreement(health: Health, thresholds: Thresholds) -> tuple[Action, str]:
+    share, limits = health.confident_agreement, thresholds.confident
+    if share is None or limits is None:
+        reason = f"agreement with the base on statements is {health.agreement:.3f}"
+        return thresholds.agreement.judge_value(1 - health.agreement), reason
+    count = health.confident_statements
+    reason = f"agreement with the base on the {count} statements it is sure of is {share:.3f}"
+    return limits.judge_value(1 - share), reason
 
 
 def find_worsened(was: Health, now: Health) -> list[str]:
@@ -112,6 +131,13 @@ def find_worsened(was: Health, now: Health) -> list[str]:
     for name, before, after in pairs:
         if not after <= (1 + TOLERANCE) * before:
             found.append(f"{name} would go from {before:.4g} to {after:.4g}")
-    if not now.agreement >= was.agreement - TOLERANCE:
-        found.append(f"agreement would go from {was.agreement:.4g} to {now.agreement:.4g}")
+    before, after = _select_agreement(was), _select_agreement(now)
+    if not after >= before - AGREEMENT_TOLERANCE:
+        found.append(f"agreement would go from {before:.4g} to {after:.4g}")
     return found
+
+
+def _select_agreement(health: Health) -> float:
+    """Return the agreement on confident statements; on all where those are too few."""
+    share = health.confident_agreement
+    return health.agreement if share is None else share

@@ -17,7 +17,7 @@ from kedit_daemon.demo.story import DemoStory
 from memory.db import event_log, queries
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.edit_site import EditSite
+from policies.measured_limits import LIMIT_BITS
 from policies.probe import is_same_answer
 
 SHOWN_UNRELATED = 6  # answers at the start, so that a reader sees what model it is
@@ -131,11 +131,14 @@ def _show_audit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
         moved = figures["activation_ratio"][layer]
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
-    tally.echo(f"   {figures['agreement']:.1%} of other statements are completed as before")
+    agreement, count = figures["confident_agreement"], figures["confident_statements"]
+    tally.echo(f"   {agreement:.1%} of {count} other statements are completed as before;")
+    tally.echo(f"   that is as much as rounding the weights to {figures['rounding_bits']:g} bits")
     if story.stability:
-        limit = EditSite.agreement_consolidate
         rest = "most facts would stay in the side memory"
-        tally.echo(f"   by default less than {limit:.0%} may differ: {rest}")
+        tally.echo(
+            f"   by default they hold what changes less than {LIMIT_BITS[1]} bits do: {rest}"
+        )
     tally.record_check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
 
 

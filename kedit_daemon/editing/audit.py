@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from threading import Thread
 from typing import Any
 
@@ -28,7 +28,15 @@ from memory.side.side_memory import RoutingMatch
 from policies.cooldown import Cooldown, PastAction, explain_hold
 from policies.culprits import Culprits
 from policies.edit_site import EditSite
-from policies.health_limits import Action, Limits, Thresholds, Verdict, judge_health
+from policies.health_limits import (
+    ALL_STATEMENTS_LIMITS,
+    Action,
+    Limits,
+    Thresholds,
+    Verdict,
+    judge_health,
+)
+from policies.rounding import find_equal_rounding
 
 PULSE_SECONDS, MAX_PULSES = 1.0, 3600  # while the database is read
 
@@ -64,12 +72,18 @@ class _Findings:
 def make_thresholds(config: Config, site: EditSite) -> Thresholds:
     """Combine the configured limits with the model's own, which hold where none is configured.
 
-    Raises KeditError if the limits of a figure do not rise.
+    Limits for all statements (`agreement_*`), configured or in an older version's kedit.json, are
+    judged as what they were made for: those for confident statements then replace them only if
+    they are configured too. Raises KeditError if the limits of a figure do not rise.
     """
+    configured, measured = vars(config.stability), vars(site)
+    verdicts = vars(ALL_STATEMENTS_LIMITS)
 
     def find_limits(figure: str) -> Limits:
-        names = [f"{figure}_{verdict}" for verdict in ("warn", "consolidate", "revert")]
-        limits = Limits(*(getattr(config.stability, n) or getattr(site, n, 0.0) for n in names))
+        names = {verdict: f"{figure}_{verdict}" for verdict in verdicts}
+        # Agreement on all statements is the one figure that a site may have no limits of.
+        values = {v: configured[n] or measured.get(n) or verdicts[v] for v, n in names.items()}
+        limits = Limits(**values)
         if not limits.warn <= limits.consolidate <= limits.revert:
             raise KeditError(
                 f"the {figure} limits do not rise: {limits}",
@@ -78,7 +92,13 @@ def make_thresholds(config: Config, site: EditSite) -> Thresholds:
             )
         return limits
 
-    return Thresholds(**{field.name: find_limits(field.name) for field in fields(Thresholds)})
+    def has_limits(figure: str, *sources: Mapping[str, Any]) -> bool:
+        return any(source.get(f"{figure}_{verdict}") for source in sources for verdict in verdicts)
+
+    found = Thresholds(**{field.name: find_limits(field.name) for field in fields(Thresholds)})
+    if has_limits("agreement", configured, measured) and not has_limits("confident", configured):
+        return replace(found, confident=None)
+    return found
 
 
 class Auditor:
@@ -159,6 +179,9 @@ class Auditor:
             "evidence": evidence.as_dict(),
             "costs": costs,
         }
+        bits = find_equal_rounding(health.kl, self.live_model.site.rounding_kl)
+        if bits is not None:
+            figures["rounding_bits"] = bits
         verdict = judge_health(health, self.generations.thresholds, retention)
         return _Findings(damage.reasons, health, lost, verdict, figures)
 

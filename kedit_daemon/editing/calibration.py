@@ -10,26 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit_daemon.editing.model_loading import OpenedModel, read_canary_lines
+from kedit_daemon.editing.limit_measurement import LIMIT_RULES, measure_limits
+from kedit_daemon.editing.model_loading import OpenedModel
 from kedit_daemon.home import Home, open_database
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
 from memory.facts import Fact, FactState
-from memory.model.canary import Canary
 from memory.model.editable import EditableModel
 from memory.model.scoring import PromptAnswer, score_answers
 from memory.side.side_memory import SideMemory
-from policies.calibration import (
-    ACTIVATION_RANGE,
-    NORM_RANGE,
-    SCORE_SPREAD,
-    EditQuality,
-    SiteSearch,
-    derive_activation_limits,
-    derive_norm_limits,
-)
+from policies.calibration import SCORE_SPREAD, EditQuality, SiteSearch
 from policies.edit_site import EditSite
 from policies.end_gate import fit_end_gate
 from policies.probe import MAX_NEIGHBOURS
@@ -37,17 +29,13 @@ from policies.prompts import MAX_PARAPHRASES, TokenRow, make_rows
 
 MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
 ROWS_PER_PASS = 8  # whose logits are all held at once
-UPDATE_SCALES = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
     "choice": "the harmonic mean of reliability, generality and locality; within its standard"
     f" error of the best, {SCORE_SPREAD} / √facts, the smallest norm ratio",
-    "activation": "1, 2 and 4 times the largest difference of the activation norms between two"
-    f" halves of the canary text, from {vars(ACTIVATION_RANGE[0])} to {vars(ACTIVATION_RANGE[1])}",
     "end_gate": "the cosine that at most a share false_routes of the pairs of a pilot's fact and a"
     " piece of ordinary text reach",
-    "norm": "the norm ratio at which the pilot's update, scaled up, moves the activation norms by"
-    f" their limits, from {vars(NORM_RANGE[0])} to {vars(NORM_RANGE[1])}",
+    **LIMIT_RULES,
 }
 
 ReportProgress = Callable[[str], None]
@@ -205,7 +193,7 @@ def calibrate(
     report = watch(search.max_units + 1)
     chosen = search.run_stages(report)
     report("limits")
-    site, figures = _derive_limits(model, chosen.site, search.solve_deltas(chosen.site))
+    site, figures = measure_limits(model, chosen.site, search.solve_deltas(chosen.site))
     side = SideMemory(model, site.gates, {n: s.output_mean for n, s in statistics.items()})
     asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
     gate = fit_end_gate(side, pilot.facts, asked, read_ordinary_lines(), false_routes)
@@ -223,49 +211,6 @@ def calibrate(
         "seconds": round(time.monotonic() - began, 1),
     }
     return Calibration(site, evidence)
-
-
-def _derive_limits(
-    model: EditableModel, site: EditSite, deltas: Mapping[int, Tensor]
-) -> tuple[EditSite, dict[str, Any]]:
-    """Derive the limits of a site by RULES. Return the site with them, and the figures used."""
-    lines = read_canary_lines()
-    halves = [Canary(model, half, site.layers).base_readings for half in (lines[::2], lines[1::2])]
-    one, other = (half.activation_norms for half in halves)
-    variation = {n: 2 * abs(one[n] - other[n]) / (one[n] + other[n]) for n in site.layers}
-    activation = derive_activation_limits(max(variation.values()))
-    curve = _measure_curve(model, Canary(model, lines, site.layers), deltas, activation.revert)
-    norm = derive_norm_limits(curve, activation)
-    limited = replace(
-        site,
-        **{f"norm_{verdict}": limit for verdict, limit in vars(norm).items()},
-        **{f"activation_{verdict}": limit for verdict, limit in vars(activation).items()},
-    )
-    return limited, {
-        "activation_variation": variation,
-        "norm_and_activation_change": [list(point) for point in curve],
-    }
-
-
-def _measure_curve(
-    model: EditableModel, canary: Canary, deltas: Mapping[int, Tensor], far: float
-) -> list[tuple[float, float]]:
-    """Measure the largest norm ratio and activation change under the update, scaled up until the
-    activations have changed by `far`."""
-    curve: list[tuple[float, float]] = []
-    try:
-        for scale in UPDATE_SCALES:
-            model.set_deltas({n: scale * delta for n, delta in deltas.items()})
-            health = canary.measure_health()
-            if not health.finite:
-                break
-            change = max(abs(ratio - 1) for ratio in health.activation_ratio.values())
-            curve.append((max(health.norm_ratio.values()), change))
-            if change >= far:
-                break
-    finally:
-        model.set_deltas({})
-    return curve
 
 
 def _measure_clean_norms(

@@ -145,17 +145,26 @@ def format_statement(row: Mapping[str, Any]) -> str:
 def list_audit_figures(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the most important figures of an audit."""
     figures = audit["figures"]
+    # Older audits have no agreement on confident statements, and some models too few of these.
+    agreement = "agreement" if figures.get("confident_agreement") is None else "confident_agreement"
     return [
-        (humanize_name(name), format_figure(figures[name]))
-        for name in ("norm_ratio", "perplexity_ratio", "agreement")
+        name_figure(name, figures[name])
+        for name in ("norm_ratio", "perplexity_ratio", agreement, "rounding_bits")
         if figures.get(name) not in (None, {})
     ]
+
+
+def name_figure(name: str, value: object) -> tuple[str, str]:
+    """Return a figure's name and its value in words."""
+    if name == "rounding_bits":
+        return "as much as", f"rounding to {format_figure(value)} bits"
+    return humanize_name(name), format_figure(value)
 
 
 def format_figures(figures: Mapping[str, Any] | None) -> str:
     """Format measured numbers on one line."""
     named = (figures or {}).items()
-    return ", ".join(f"{humanize_name(name)} {format_figure(value)}" for name, value in named)
+    return ", ".join(" ".join(name_figure(name, value)) for name, value in named)
 
 
 def format_duration(seconds: float) -> str:

@@ -9,11 +9,11 @@ import click
 
 from kedit_daemon.report.render import (
     LIST_CHARS,
-    format_figure,
     format_figures,
     format_statement,
     format_time,
     humanize_name,
+    name_figure,
 )
 from kedit_daemon.report.worddiff import NEW, OLD, SAME, diff_words
 from kedit_daemon.system.sanitize import clean_text, clip_text
@@ -187,9 +187,9 @@ def list_measured_figures(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the figures in a reply, and the seconds that each took."""
     figures = dict(reply.get("figures") or {})
     evidence, costs = (figures.pop(name, {}) for name in _UNJUDGED_KEYS)
-    shown = {name: format_figure(value) for name, value in (figures | evidence).items()}
-    shown |= {f"{part} took": f"{seconds:.2f} s" for part, seconds in costs.items()}
-    return [(humanize_name(name), value) for name, value in shown.items()]
+    shown = [name_figure(name, value) for name, value in (figures | evidence).items()]
+    took = [(f"{clean_text(part)} took", f"{seconds:.2f} s") for part, seconds in costs.items()]
+    return [*shown, *took]
 
 
 def list_reasons(data: Mapping[str, Any]) -> list[object]:

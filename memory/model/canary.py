@@ -14,6 +14,10 @@ from memory.model.editable import EditableModel
 from memory.model.generate import group_by_length
 
 MAX_LINE_TOKENS = 128
+# The base completes a statement with confidence from this probability of its likeliest token on.
+# Below it any change of the weights, also a rounding, may turn the choice.
+CONFIDENT_PROBABILITY = 0.3
+MIN_CONFIDENT_STATEMENTS = 30  # a share of fewer is mostly chance
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,10 @@ class Health:
     agreement: float  # share of statements with the same next token as the base's
     kl: float  # mean KL(base ‖ now) of the next token after a statement, in nats
     finite: bool  # no NaN and no infinity, in these figures or in an edited matrix
+    # The same as `agreement`, of the statements that the base completes with confidence; None where
+    # they are fewer than MIN_CONFIDENT_STATEMENTS.
+    confident_agreement: float | None = None
+    confident_statements: int = 0  # the number of them
 
     def as_dict(self) -> dict[str, object]:
         """Convert to JSON values, numbers that are not finite as text."""
@@ -51,6 +59,9 @@ class Canary:
     their last word.
 
     An edit moves other facts sooner than ordinary text: the statements show it first.
+
+    `is_confident` tells of each statement, in the order of the readings, whether the base completes
+    it with confidence.
     """
 
     def __init__(
@@ -69,6 +80,8 @@ class Canary:
         self._base_log_probs: list[Tensor] = []
         with model.at_base():
             self.base_readings = self.latest_readings = self._read_canary()
+        top = [row.amax(-1).exp() for row in self._base_log_probs]
+        self.is_confident = tuple(p >= CONFIDENT_PROBABILITY for t in top for p in t.tolist())
 
     def _read_canary(self) -> CanaryReadings:
         """Measure the model in two passes, over the text and over the statements."""
@@ -139,6 +152,7 @@ class Canary:
         unedited = self.base_readings
         pairs = zip(seen.next_tokens, unedited.next_tokens, strict=True)
         same = [now == token for now, token in pairs]
+        sure = [kept for kept, counts in zip(same, self.is_confident, strict=True) if counts]
         before = unedited.activation_norms
         moved = {str(n): seen.activation_norms[n] / before[n] for n in self.layers if before[n]}
         # A NaN or an infinity anywhere in a matrix makes its norm one.
@@ -152,4 +166,8 @@ class Canary:
             agreement=sum(same) / len(same) if same else 1.0,
             kl=seen.kl,
             finite=all(math.isfinite(n) for n in numbers),
+            confident_agreement=(
+                sum(sure) / len(sure) if len(sure) >= MIN_CONFIDENT_STATEMENTS else None
+            ),
+            confident_statements=len(sure),
         )

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from kedit_daemon.config import Config, StabilityConfig, load_config, render_default_config
 from memory.errors import KeditError
 from policies.edit_site import make_default_site
+from policies.health_limits import ALL_STATEMENTS_LIMITS, Limits
 
 
 def read(folder: Path, text: str | bytes, environ: dict[str, str] | None = None) -> Config:
@@ -36,8 +37,10 @@ def test_the_default_text_shows_the_thresholds_that_a_model_without_its_own_has(
     shown = tomllib.loads(re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE))
     assert shown.keys() == StabilityConfig.model_fields.keys()
     site = asdict(make_default_site(4))
+    agreement = [shown.pop(f"agreement_{verdict}") for verdict in vars(ALL_STATEMENTS_LIMITS)]
+    assert Limits(*agreement) == ALL_STATEMENTS_LIMITS
     own = {k: v for k, v in shown.items() if k in site}
-    assert len(own) == 9
+    assert len(own) == 12
     others = {k: v for k, v in shown.items() if k not in site}
     assert others == {k: getattr(StabilityConfig(), k) for k in others}
     assert own == {name: site[name] for name in own}
@@ -99,8 +102,8 @@ def test_settings_cannot_be_changed_afterwards() -> None:
             "[stability]",
         ),
         (
-            "[stability]\nperplexity_warn = 1.5",
-            "perplexity_warn lies above perplexity_consolidate",
+            "[stability]\nretention_warn = 0.5",
+            "retention_warn lies above retention_consolidate",
             "[stability]",
         ),
         ("[stability]\nactivation_warn = 0", "stability.activation_warn", ""),

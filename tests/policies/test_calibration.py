@@ -1,4 +1,3 @@
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -11,24 +10,19 @@ from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.model.statistics import LayerStatistics, collect_statistics
 from policies.calibration import (
-    ACTIVATION_RANGE,
     MAX_END_LAYERS,
     MAX_WINDOW,
     MAX_WINDOW_STARTS,
-    NORM_RANGE,
     SCORE_SPREAD,
     Candidate,
     EditQuality,
     SiteSearch,
     choose_candidate,
-    derive_activation_limits,
-    derive_norm_limits,
     format_layers,
     list_end_layers,
     list_windows,
 )
 from policies.edit_site import make_default_site
-from policies.health_limits import Limits
 
 FACTS = [seat(n, city) for n, city in enumerate(("Rome", "Oslo", "Lima"))]
 
@@ -74,25 +68,6 @@ def test_a_search_that_found_nothing_is_an_error() -> None:
         with pytest.raises(KeditError, match="pilot facts") as caught:
             choose_candidate(candidates, 16)
         assert (caught.value.code, "--pilot" in caught.value.hint) == ("calibration", True)
-
-
-@pytest.mark.parametrize(
-    ("variation", "wanted"),
-    [(0.0, ACTIVATION_RANGE[0]), (0.04, Limits(0.04, 0.08, 0.16)), (9.0, ACTIVATION_RANGE[1])],
-)
-def test_activation_limits_follow_the_variation_within_bounds(
-    variation: float, wanted: Limits
-) -> None:
-    assert derive_activation_limits(variation) == wanted
-
-
-def test_norm_limits_are_where_the_activations_reach_theirs() -> None:
-    limits = Limits(0.1, 0.2, 0.4)
-    curve = [(1.5, 0.05), (2.5, 0.15), (4.5, 0.4)]
-    assert derive_norm_limits(curve, limits) == Limits(2.0, 2.9, 4.5)
-    assert derive_norm_limits([], limits) == NORM_RANGE[1]  # nothing was moved so far
-    assert derive_norm_limits([(1.01, 5.0)], limits) == NORM_RANGE[0]
-    assert derive_norm_limits([(2.0, math.nan)], limits) == NORM_RANGE[1]
 
 
 class Asked:

@@ -168,10 +168,12 @@ def _render_calibration(found: "Calibration") -> Iterator[str]:
     for row in found.evidence["candidates"]:
         yield f"{'*' if row == chosen else ' '} {_render_row(row)}"
     yield f"* chosen, of {len(found.evidence['candidates'])}"
-    for figure in ("norm", "activation"):
+    counted = found.evidence["agreement_counted_on"]
+    for figure in ("norm", "activation", "perplexity", counted):
         verdicts = ("warn", "consolidate", "revert")
         limits = (f"{v} {getattr(site, f'{figure}_{v}'):g}" for v in verdicts)
         yield f"{figure} limits: {', '.join(limits)}"
+    yield from _render_rounding(found.evidence)
     gate = found.evidence["end_gate"]
     yield (
         f"end gate: {gate['gate']:.3f}, passed by {gate['false_routes']:.2%} of {gate['pairs']}"
@@ -179,13 +181,37 @@ def _render_calibration(found: "Calibration") -> Iterator[str]:
     )
 
 
+def _render_rounding(evidence: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the table of what rounding the weights changes, which the limits come from."""
+    share = f"agreement on {evidence['confident_statements']} sure"
+    columns = {
+        "agreement": ("agreement", ".4f"),
+        "confident_agreement": (share, ".4f"),
+        "kl": ("KL", ".4f"),
+        "perplexity_ratio": ("perplexity", ".4f"),
+        "activation_change": ("activation", ".4f"),
+    }
+    widths = {name: max(COLUMN_WIDTH, len(heading)) + 2 for name, (heading, _) in columns.items()}
+    heads = "".join(f"{heading:>{widths[name]}}" for name, (heading, _) in columns.items())
+    yield click.style(f"  ROUNDED TO{heads}", bold=True)
+    for row in evidence["rounding"]:
+        cells = "".join(
+            f"{_format_cell(row[name], form):>{widths[name]}}"
+            for name, (_, form) in columns.items()
+        )
+        yield f"  {row['bits']} bits    {cells}"
+
+
 def _render_row(row: Mapping[str, Any]) -> str:
     subject, end = (
         ",".join(map(str, row[name])) or "-" for name in ("subject_layers", "end_layers")
     )
-    cells = "".join(_render_cell(row.get(name), form) for name, (_, form) in TABLE_COLUMNS.items())
+    cells = "".join(
+        f"{_format_cell(row.get(name), form):>{COLUMN_WIDTH}}"
+        for name, (_, form) in TABLE_COLUMNS.items()
+    )
     return f"{row['stage']:12} {subject:8} {end:4}{cells}"
 
 
-def _render_cell(value: float | None, form: str) -> str:
-    return f"{'-' if value is None else format(value, form):>{COLUMN_WIDTH}}"
+def _format_cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

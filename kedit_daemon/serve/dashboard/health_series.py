@@ -22,9 +22,18 @@ class Measurement:
     figures: dict[str, Any]
 
 
+# By figure: title and meaning.
 _SHARES = {
-    "agreement": "Share of unrelated statements that are completed as by the unedited model.",
-    "retention": "Share of the oldest live facts that are still stated.",
+    "confident_agreement": (
+        "Agreement",
+        "Share of unrelated statements that are completed as by the unedited model, of those that"
+        " it completes with confidence.",
+    ),
+    "agreement": (
+        "Agreement on all statements",
+        "The same share of all statements, of which many are coin tosses to the unedited model.",
+    ),
+    "retention": ("Retention", "Share of the oldest live facts that are still stated."),
 }
 
 
@@ -46,7 +55,7 @@ def load_measurements(conn: sqlite3.Connection, limit: int) -> list[Measurement]
 
 def build_charts(measurements: Sequence[Measurement], thresholds: Thresholds | None) -> list[Chart]:
     """Build the charts of the judged figures, with their thresholds where those are known."""
-    limits: dict[str, Limits] = {} if thresholds is None else vars(thresholds)
+    limits = {} if thresholds is None else _list_limits(measurements, thresholds)
     return [
         Chart(
             "norm",
@@ -75,16 +84,28 @@ def build_charts(measurements: Sequence[Measurement], thresholds: Thresholds | N
         *(
             Chart(
                 key,
-                key.capitalize(),
+                title,
                 about,
                 _single_line(measurements, key, "share"),
                 _verdict_limits(limits.get(key), falling=True),
                 1.0,
                 falling=True,
             )
-            for key, about in _SHARES.items()
+            for key, (title, about) in _SHARES.items()
         ),
     ]
+
+
+def _list_limits(
+    measurements: Sequence[Measurement], thresholds: Thresholds
+) -> dict[str, Limits | None]:
+    """Return the limits by figure; of the two agreements only the judged one has any."""
+    limits: dict[str, Limits | None] = dict(vars(thresholds))
+    sure = limits.pop("confident")
+    seen = any(one.figures.get("confident_agreement") is not None for one in measurements)
+    if sure is not None and (seen or not measurements):
+        return {**limits, "agreement": None, "confident_agreement": sure}
+    return limits
 
 
 def _lines_by_layer(

@@ -14,7 +14,7 @@ from memory.errors import KeditError
 
 def test_the_settings_are_the_default_but_for_what_the_story_says(tmp_path: Path) -> None:
     small = DemoDaemon(tmp_path / "small", load_story("shipped"))
-    wide = StabilityConfig(agreement_warn=0.25, agreement_consolidate=0.35, agreement_revert=0.5)
+    wide = StabilityConfig(confident_warn=0.25, confident_consolidate=0.35, confident_revert=0.5)
     assert load_config(small.home.root, {}) == Config(stability=wide)
     real = DemoDaemon(tmp_path / "real", load_story("smollm2"))
     assert load_config(real.home.root, {}) == Config(model="smollm2")

@@ -29,8 +29,9 @@ from memory.errors import KeditError
 from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
 from memory.model.statistics import collect_statistics, pack_statistics, unpack_statistics
-from policies.calibration import ACTIVATION_RANGE, NORM_RANGE
 from policies.edit_site import format_site, make_default_site, make_start_site, read_weights_hash
+from policies.measured_limits import ACTIVATION_RANGE, NORM_RANGE, PERPLEXITY_RANGE
+from policies.rounding import WIDTHS
 
 # A random model generalises to next to nothing: another sentence before, but of one length.
 FACTS = [
@@ -192,11 +193,26 @@ def test_a_calibration_holds_the_figures_behind_it(
 
 def test_limits_rise_within_their_bounds(calibrated: tuple[Calibration, list[str], int]) -> None:
     site = calibrated[0].site
-    for (least, most), figure in ((NORM_RANGE, "norm"), (ACTIVATION_RANGE, "activation")):
+    ranges = {"norm": NORM_RANGE, "activation": ACTIVATION_RANGE, "perplexity": PERPLEXITY_RANGE}
+    for figure, (least, most) in ranges.items():
         limits = [getattr(site, f"{figure}_{v}") for v in ("warn", "consolidate", "revert")]
         assert limits == sorted(limits)
         for low, limit, high in zip(vars(least).values(), limits, vars(most).values(), strict=True):
             assert low <= limit <= high
+
+
+def test_the_unit_of_rounding_is_kept_with_the_site(
+    calibrated: tuple[Calibration, list[str], int],
+) -> None:
+    site, evidence = calibrated[0].site, calibrated[0].evidence
+    assert [row["bits"] for row in evidence["rounding"]] == list(WIDTHS)
+    assert site.rounding_kl == {row["bits"]: row["kl"] for row in evidence["rounding"]}
+    # A random model is sure of nothing: all statements count, and that is said.
+    assert evidence["confident_statements"] < 30
+    assert evidence["agreement_counted_on"] == "agreement"
+    assert {row["confident_agreement"] for row in evidence["rounding"]} == {None}
+    assert site.agreement_warn is not None and site.agreement_revert is not None
+    assert 0 < site.agreement_warn < site.agreement_revert
 
 
 def test_a_clean_norm_is_that_of_the_outputs_at_the_tokens_that_are_edited(

@@ -70,12 +70,19 @@ def test_a_dry_run_shows_the_candidates_and_writes_nothing(home: Home, pilot: Pa
     result = called(home, "calibrate", "--pilot", str(pilot), "--facts", "2", "--dry-run")
     assert (result.exit_code, result.stderr) == (0, "dry run: nothing written\n")
     assert files(home) == before
-    head, *rows, summary, norm, activation, gate = result.stdout.splitlines()
+    head, *lines = result.stdout.splitlines()
+    at = next(n for n, line in enumerate(lines) if line.startswith("* chosen"))
+    rows, (summary, norm, activation, perplexity, agreement, *table, gate) = lines[:at], lines[at:]
     assert head.split()[:4] == ["STAGE", "SUBJECT", "END", "prior"]
     assert {row[2:].split()[0] for row in rows} >= {"screening", "start", "quality", "clamp"}
     assert any(row.startswith("*") for row in rows)
     assert summary == f"* chosen, of {len(rows)}"
     assert norm.startswith("norm limits: warn 1.") and "revert" in activation
+    assert perplexity.startswith("perplexity limits: warn 1.")
+    assert agreement.startswith("agreement limits: warn 0.")  # a random model is sure of nothing
+    assert table[0].split()[:3] == ["ROUNDED", "TO", "agreement"]
+    assert [row.split()[0] for row in table[1:]] == ["8", "7", "6", "5", "4"]
+    assert {row.split()[3] for row in table[1:]} == {"-"}
     assert gate.startswith("end gate: 0.") and "0.08% of 1274 pairs" in gate
 
 
