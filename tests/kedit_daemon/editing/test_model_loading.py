@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from kedit_daemon import shipped
+from kedit_daemon.config import SHIPPED_MODEL
 from kedit_daemon.editing import model_loading
-from kedit_daemon.editing.model_loading import (
-    SHIPPED_MODEL,
-    load_model,
-    locate_model,
-)
+from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
 from memory.model.generate import generate_answers
@@ -78,7 +76,7 @@ def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None
 
 
 def test_the_shipped_statistics_are_small_and_cover_every_layer_in_use() -> None:
-    folder = locate_model(SHIPPED_MODEL)
+    folder = shipped.MODEL
     data = (folder / model_loading.STATISTICS_FILE).read_bytes()
     assert len(data) < 10_000_000
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -99,7 +97,5 @@ def test_a_model_that_is_not_there_is_bad_configuration(tmp_path: Path) -> None:
     assert caught.value.exit_code == 78
 
 
-def test_names_become_places() -> None:
-    assert (locate_model(SHIPPED_MODEL) / "kedit.json").is_file()
-    assert locate_model("some/name") == Path("some/name")
+def test_there_is_ordinary_text() -> None:
     assert len(read_ordinary_lines()) > 200

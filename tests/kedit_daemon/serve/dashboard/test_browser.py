@@ -26,11 +26,10 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 from serve_tools import application, by_daemon
 
-from kedit_daemon import config
+from kedit_daemon import config, shipped
 from kedit_daemon.demo.demo_daemon import DemoDaemon
 from kedit_daemon.demo.story import load_story
 from kedit_daemon.editing.audit import make_thresholds
-from kedit_daemon.editing.model_loading import SHIPPED_MODEL, locate_model
 from kedit_daemon.home import Home, open_database
 from memory.db.queries import fetch_facts
 from memory.facts import FactState
@@ -53,7 +52,7 @@ pytestmark = [
 @contextmanager
 def served(home: Home) -> Iterator[str]:
     """The pages on a port of this machine; the address."""
-    site = load_site(locate_model(SHIPPED_MODEL), LAYERS)
+    site = load_site(shipped.MODEL, LAYERS)
     limits = make_thresholds(config.load_config(home.root, {}), site)
     app = application(home, get_thresholds=lambda: limits, ask_both=by_daemon(home))
     listening = socket.create_server(("127.0.0.1", 0))
@@ -152,7 +151,7 @@ class Person:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoDaemon]:
     """A daemon with some facts in the weights and one more beside them."""
-    story = load_story(SHIPPED_MODEL)
+    story = load_story(config.SHIPPED_MODEL)
     daemon = DemoDaemon(tmp_path_factory.mktemp("browser") / "home", story)
     facts = story.facts
     count = MORE if PICTURES else FEW
@@ -218,7 +217,7 @@ def test_a_fact_is_found_and_reverted(person: Person, running: DemoDaemon) -> No
 def test_both_answers_side_by_side(person: Person, running: DemoDaemon) -> None:
     person.sits_at(DESKTOP, dark=False)
     person.opens("/ask")
-    fact = load_story(SHIPPED_MODEL).facts[FEW if PICTURES is None else MORE]
+    fact = load_story(config.SHIPPED_MODEL).facts[FEW if PICTURES is None else MORE]
     person.driver.find_element(By.ID, "prompt").send_keys(fact.question)
     person.presses("Ask")
     seen = person.sees(lambda page: "Which fact fired" in page)
