@@ -6,7 +6,7 @@ FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
 KNOWN_MODELS = FOLDER / "known"  # measurements of models that are not shipped, by their weights
 PILOT_FACTS = FOLDER / "facts.jsonl"
-QUESTIONS = FOLDER / "questions.json"
+STORIES = FOLDER / "stories"  # of the demo, one for each of two models
 
 
 def read_ordinary_lines() -> list[str]:

@@ -286,14 +286,21 @@ def _format_remedy(session: CliContext, remedy: str) -> str:
 
 
 @click.command()
+@click.option(
+    "--model",
+    type=click.Choice(["smollm2", "shipped"]),
+    help="A real model, or the small shipped one, which is faster. Default: smollm2, if installed.",
+)
 @click.pass_context
-def demo(ctx: click.Context) -> None:
-    """Edit the shipped model in a temporary home, and show what has changed.
+def demo(ctx: click.Context, model: str | None) -> None:
+    """Edit a model in a temporary home, and show what has changed.
 
     \b
     Example:
       kedit-daemon demo
+      kedit-daemon demo --model shipped
     """
+    from kedit_daemon.demo.story import choose_story
     from kedit_daemon.demo.tour import run_tour
 
-    ctx.exit(run_tour(echo=click.echo))
+    ctx.exit(run_tour(choose_story(model, click.echo), click.echo))

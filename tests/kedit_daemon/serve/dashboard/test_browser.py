@@ -27,7 +27,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from serve_tools import application, by_daemon
 
 from kedit_daemon import config, shipped
-from kedit_daemon.demo.tour import DemoDaemon, load_story
+from kedit_daemon.demo.demo_daemon import DemoDaemon
+from kedit_daemon.demo.story import load_story
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.home import Home, open_database
 from memory.db.queries import fetch_facts
@@ -150,8 +151,9 @@ class Person:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoDaemon]:
     """A daemon with some facts in the weights and one more beside them."""
-    daemon = DemoDaemon(tmp_path_factory.mktemp("browser") / "home")
-    facts = load_story().facts
+    story = load_story(config.SHIPPED_MODEL)
+    daemon = DemoDaemon(tmp_path_factory.mktemp("browser") / "home", story)
+    facts = story.facts
     count = MORE if PICTURES else FEW
     with daemon.run_process():
         for start in range(0, count, 4):
@@ -215,7 +217,7 @@ def test_a_fact_is_found_and_reverted(person: Person, running: DemoDaemon) -> No
 def test_both_answers_side_by_side(person: Person, running: DemoDaemon) -> None:
     person.sits_at(DESKTOP, dark=False)
     person.opens("/ask")
-    fact = load_story().facts[FEW if PICTURES is None else MORE]
+    fact = load_story(config.SHIPPED_MODEL).facts[FEW if PICTURES is None else MORE]
     person.driver.find_element(By.ID, "prompt").send_keys(fact.question)
     person.presses("Ask")
     seen = person.sees(lambda page: "Which fact fired" in page)
