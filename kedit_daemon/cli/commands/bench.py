@@ -217,7 +217,7 @@ def _check_options(
         require_matplotlib()
 
 
-def _load_model(model: str, home: Home) -> "LoadedModel":
+def _load_model(model: str, home: "Home") -> "LoadedModel":
     """Load the model; what is measured of it is kept in the home, if there is one."""
     from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_loading import load_model
