@@ -101,7 +101,7 @@ def test_a_converted_model_that_is_damaged_is_made_again(file: Path, cache: Gguf
         lambda: check_model(str(file), cache),
         lambda: open_model(str(file), "cpu", file.parent, cache),
     ):
-        with pytest.raises(UnusableModel, match="the weights of .* cannot be read") as caught:
+        with pytest.raises(UnusableModel, match=r"the weights of .* cannot be read") as caught:
             use()
         assert caught.value.hint == f"remove {made}: it is made again from its GGUF file"
     shutil.rmtree(made)
