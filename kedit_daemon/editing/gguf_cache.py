@@ -22,11 +22,12 @@ from kedit_daemon.system.disk import (
 )
 from memory.errors import KeditError, UnusableModel
 from memory.files import STAGED_NAME, hash_file, staging_path, sync_folder, write_atomic
-from memory.model.gguf_conversion import convert_gguf, measure_converted
+from memory.model.gguf_conversion import FLOAT32_BYTES, convert_gguf, count_numbers
 from memory.model.strict_loading import check_model_folder
 
 LOCK_FILE = ".lock"
 SOURCE_FILE = "source.json"  # in each checkpoint: the identity of the file it was made from
+FILE_HINT = "put the file back, and let this user read it"
 CACHE_HINT = "set KEDIT_CACHE to a folder that you may write"
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class GgufCache:
         except OSError as error:
             if is_disk_full(error):
                 raise _disk_full_error(self.folder, "no space is left") from error
-            hint = "let this user read it" if str(error.filename) == str(file) else CACHE_HINT
+            hint = FILE_HINT if str(error.filename) == str(file) else CACHE_HINT
             problem = f"{error.filename or self.folder}: {error.strerror or error}"
             raise UnusableModel(problem, hint=hint) from error
 
@@ -75,29 +76,30 @@ class GgufCache:
         return None
 
     def _find_by_content(self, file: Path, identity: list[int]) -> Path:
-        needed = measure_converted(file)  # first: it finds most of what is wrong, at once
         folder = self.folder / hash_file(file)
         if not folder.is_dir():
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._hold_lock():
                 if not folder.is_dir():  # another process may have made it meanwhile
-                    self._convert(file, identity, needed, folder)
+                    self._convert(file, identity, folder)
         _refuse_change(file, identity)
         with suppress(OSError):  # the cache may be read-only: then the next start hashes again
             write_atomic(folder / SOURCE_FILE, json.dumps(identity).encode())
         return folder
 
-    def _convert(self, file: Path, identity: list[int], needed: int, folder: Path) -> None:
+    def _convert(self, file: Path, identity: list[int], folder: Path) -> None:
         for path in self.folder.iterdir():
             if STAGED_NAME.fullmatch(path.name):  # of a process that was killed: we hold the lock
                 shutil.rmtree(path)
+        numbers = count_numbers(file)
+        needed = numbers * FLOAT32_BYTES
         if measure_free_bytes(self.folder) < needed:
             raise _disk_full_error(self.folder, f"{file} takes {needed >> 20} MB when converted")
         self._tell(f"converting {file} to safetensors, once: {needed >> 20} MB in {folder}")
         began, staged = time.monotonic(), staging_path(self.folder)
         try:
             staged.mkdir()
-            convert_gguf(file, staged)
+            convert_gguf(file, staged, numbers)
             _check_converted(staged, file)
             _refuse_change(file, identity)
             _sync_files(staged)

@@ -6,11 +6,11 @@ format, so the same file gives the same checkpoint.
 
 import io
 from contextlib import redirect_stderr
-from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from gguf import GGUFReader
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -19,44 +19,43 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 
 from memory.errors import UnusableModel
 from memory.files import to_os_error
 from memory.model.strict_loading import check_tensors, refuse_unreadable
 
-HINT_GGUF = "take the whole file of a llama, mistral, qwen2, qwen3, gemma, phi or gpt2 model"
+HINT_GGUF = "take the whole file of a Llama, Mistral, Qwen2, Qwen3, Gemma 2, Gemma 3 or GPT-2"
 HINT_JOIN = "join its parts: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
 FLOAT32_BYTES = 4
 # Rotary frequencies that llama.cpp stores as tensors, and transformers computes.
 COMPUTED = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 
 
-def measure_converted(file: Path) -> int:
-    """Compute the bytes that a GGUF file's tensors take in float32.
+def count_numbers(file: Path) -> int:
+    """Count the numbers in the tensors of a GGUF file.
 
     Raises UnusableModel: it is no such file, is cut off, or is a part of a split one.
     """
     with refuse_unreadable(f"the GGUF file {file}", HINT_GGUF):
-        parts = read_gguf_metadata(str(file))[0].get("split.count", 1)
-        header = GgufHeader.from_file(str(file))
-        if parts > 1:
+        reader = GGUFReader(file)
+        split = reader.fields.get("split.count")
+        if split is not None and (parts := int(split.contents())) > 1:
             raise UnusableModel(f"{file} is one of {parts} parts of a file", hint=HINT_JOIN)
-        end = max((info.offset + info.nbytes for info in header.tensors), default=0)
-        if header.data_start + end > file.stat().st_size:
-            problem = f"the GGUF file {file} is cut off: it ends within a tensor"
-            raise UnusableModel(problem, hint=HINT_GGUF)
-        return FLOAT32_BYTES * sum(prod(info.shape) for info in header.tensors)
+        tensors = [part for part in reader.tensors if not part.name.startswith(COMPUTED)]
+        return sum(int(part.n_elements) for part in tensors)
 
 
-def convert_gguf(file: Path, to: Path) -> None:
+def convert_gguf(file: Path, to: Path, numbers: int) -> None:
     """Write the model of a GGUF file into a folder: config.json, safetensors and tokenizer.
+
+    `numbers`: of `count_numbers`.
 
     Raises UnusableModel: transformers does not know the architecture, or the file lacks a tensor
     of it, or has others. OSError: the disk fails or is full.
     """
     with refuse_unreadable(f"the GGUF file {file}", HINT_GGUF):
         model, tokenizer = _read_gguf(file)
+        _check_all_read(file, model, numbers)
     try:
         model.save_pretrained(to)
         tokenizer.save_pretrained(to)
@@ -80,16 +79,13 @@ def _read_gguf(file: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         tokenizer = AutoTokenizer.from_pretrained(**named)
     model, found = cast(tuple[PreTrainedModel, dict[str, Any]], read)
     check_tensors(str(file), found)
-    _check_all_read(file, model)
     return model, tokenizer
 
 
-def _check_all_read(file: Path, model: PreTrainedModel) -> None:
+def _check_all_read(file: Path, model: PreTrainedModel, numbers: int) -> None:
     """Refuse a file with more numbers than the model: transformers leaves out, without a word,
     tensors whose names it does not know."""
-    tensors = GgufHeader.from_file(str(file)).tensors
-    stored = {info.name: prod(info.shape) for info in tensors if not info.name.startswith(COMPUTED)}
     read = sum(parameter.numel() for parameter in model.parameters())
-    if sum(stored.values()) != read:
-        problem = f"the GGUF file {file} holds {sum(stored.values())} numbers, of which the"
-        raise UnusableModel(f"{problem} architecture has {read}", hint=HINT_GGUF)
+    if numbers != read:
+        problem = f"the GGUF file {file} holds {numbers} numbers, and its architecture has {read}"
+        raise UnusableModel(problem, hint=HINT_GGUF)

@@ -171,11 +171,11 @@ def check_tensors(name: str, found: Mapping[str, Any]) -> None:
     ]
     problems = [
         *_describe_tensors("missing", sorted(found["missing_keys"])),
-        *_describe_tensors("not of this architecture", unknown),
+        *_describe_tensors("unknown to it", unknown),
         *_describe_tensors("of another shape", shapes),
     ]
     if problems:
-        problem = f"the model {name} is not what its config.json says: {'; '.join(problems)}"
+        problem = f"the tensors of {name} are not those of its architecture: {'; '.join(problems)}"
         raise UnusableModel(problem, hint=HINT_WHOLE)
 
 

@@ -102,7 +102,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str, str]] = {
     ),
     "unexpected": (
         lambda folder: change_settings(folder, num_hidden_layers=3),
-        r"9 tensors are not of this architecture \(model.layers.3.* and 6 more\)",
+        r"9 tensors are unknown to it \(model.layers.3.* and 6 more\)",
         "all files of one model",
     ),
     "mismatched": (
