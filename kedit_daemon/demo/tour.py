@@ -52,7 +52,7 @@ class DemoStory:
 def _make_settings() -> str:
     """Return the default settings with higher limits for the change of the weights.
 
-    At the default limits the weights of so small a model take only one to three facts.
+    At the default limits the weights of so small a model take only one to four facts.
     """
     text = config.render_default_config("shipped")
     for verdict, limit in CONFIDENT_LIMITS.items():
