@@ -153,8 +153,9 @@ def _show_audit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
     agreement, count = figures["confident_agreement"], figures["confident_statements"]
-    tally.echo(f"   {agreement:.1%} of {count} other statements are completed as before;")
-    tally.echo(f"   that is as much as rounding the weights to {figures['rounding_bits']:g} bits")
+    tally.echo(f"   {agreement:.1%} of {count} other statements are completed as before")
+    if (bits := figures.get("rounding_bits")) is not None:
+        tally.echo(f"   that is as much as rounding the weights to {bits:g} bits")
     if story.settings:
         rest = "most facts would stay in the side memory"
         tally.echo(
