@@ -8,22 +8,26 @@ from torch import Tensor
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
 from policies.edit_terms import unpack_terms
-from policies.solver import RidgeSolver, narrow_to_float32, stack_facts
+from policies.solver import RidgeSolver, drop_sink_keys, narrow_to_float32, stack_facts
 
 
 class WeightsTier:
-    """The solvers of the edited layers, each with its prior factored once."""
+    """The solvers of the edited layers, each with its prior factored once, by the first solve: a
+    factor takes twice the memory of C0, and a home may have no fact in the weights."""
 
     def __init__(self, site: EditSite, statistics: Mapping[int, LayerStatistics]) -> None:
-        self.site = site
-        self._solvers = {
-            n: RidgeSolver(
-                statistics[n].covariance,
-                site.prior if n in site.subject_layers else site.end_prior,
-                site.ridge,
+        self.site, self._statistics = site, statistics
+        self._solvers: dict[int, RidgeSolver] = {}
+
+    def _get_solver(self, layer: int) -> RidgeSolver:
+        if layer not in self._solvers:
+            is_subject = layer in self.site.subject_layers
+            prior = self.site.prior if is_subject else self.site.end_prior
+            known = self._statistics[layer]
+            self._solvers[layer] = RidgeSolver(
+                known.covariance, prior, self.site.ridge, sink_key=known.sink_key
             )
-            for n in site.layers
-        }
+        return self._solvers[layer]
 
     def solve_deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:
         """Solve ΔW (hidden, width) by layer from packed terms by fact id; no layers for no facts.
@@ -31,7 +35,7 @@ class WeightsTier:
         The rows are ordered by fact id, so that the same facts give the same bytes.
         """
         return {
-            layer: self._solvers[layer].solve(*stack_facts(facts))
+            layer: self._get_solver(layer).solve(*stack_facts(facts))
             for layer, facts in self._unpack_by_layer(terms).items()
         }
 
@@ -47,7 +51,7 @@ class WeightsTier:
         for layer, facts in self._unpack_by_layer(terms).items():
             keys, _ = stack_facts(facts)
             rows = torch.eye(len(keys), dtype=torch.float64)
-            spread = self._solvers[layer].solve_exact(keys, rows)  # G (rows, width)
+            spread = self._get_solver(layer).solve_exact(keys, rows)  # G (rows, width)
             residuals = torch.cat([r for _, r in facts]).double()  # (rank, hidden)
             up = spread.new_zeros(len(residuals), spread.shape[1])
             up.index_add_(0, _index_residuals(facts), spread)
@@ -60,7 +64,13 @@ class WeightsTier:
         """Return by layer the facts' keys and residuals, ordered by fact id."""
         unpacked = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
         layers = self.site.layers if unpacked else ()
-        return {layer: [(k[layer], r[layer]) for k, r in unpacked] for layer in layers}
+        return {
+            layer: [
+                (drop_sink_keys(keys[layer], self._statistics[layer].sink_key), residuals[layer])
+                for keys, residuals in unpacked
+            ]
+            for layer in layers
+        }
 
 
 def _index_residuals(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -35,11 +35,13 @@ def compute_terms(
     norms: Mapping[int, float],
     facts: Sequence[Fact],
     report: Callable[[TermsById], None] = lambda _part: None,
+    slots: int = MAX_SLOTS,
 ) -> TermsById:
     """Compute the keys and residuals of each fact, by fact id; always on the base weights.
 
     norms: the median ‖y‖ of each edited layer. report: called with results as they come, sometimes
-    with none, while the active weights are back in place; it may raise to stop the work.
+    with none, while the active weights are back in place; it may raise to stop the work. slots:
+    facts that are optimised side by side, on whose number the last bits of the results depend.
     A fact whose loss, gradient or δ is not finite, or whose target is far beyond the site's
     anchors, is refused; the others are not. Raises OutOfMemory where there is no memory for one
     fact alone.
@@ -47,7 +49,7 @@ def compute_terms(
     shapes, result = _group_by_shape(model, facts, site)
     report(dict(result))
     for shape, waiting in shapes.items():
-        for part in _optimise_shape(model, site, norms, shape, waiting):
+        for part in _optimise_shape(model, site, norms, shape, waiting, slots):
             result |= part
             report(part)
     return result
@@ -85,13 +87,13 @@ def _optimise_shape(
     norms: Mapping[int, float],
     shape: SlotShape,
     waiting: WaitingFacts,
+    slots: int,
 ) -> Iterator[TermsById]:
     """Yield the results of facts of one shape, in parts.
 
     Out of memory, the facts that are not done start again in half as many slots.
     """
     left = {fact.id: (fact, rows) for fact, rows in waiting}
-    slots = MAX_SLOTS
     while left:
         try:
             with as_out_of_memory():

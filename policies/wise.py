@@ -10,7 +10,6 @@ that come together are learned side by side.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 
@@ -66,10 +65,6 @@ def filter_fitting(model: EditableModel, prompts: Sequence[str]) -> list[str]:
     return [prompt for prompt in prompts if len(model.encode(prompt)) <= model.max_positions]
 
 
-class _PassDone(Exception):
-    """Raised by a tap to end a pass over the model whose rest is not needed."""
-
-
 def _read_layers(
     model: EditableModel, ids: Tensor, columns: Mapping[int, Tensor]
 ) -> dict[int, tuple[Tensor, Tensor]]:
@@ -77,17 +72,15 @@ def _read_layers(
 
     columns: by layer the token to read of each row. The pass ends at the highest of these layers.
     """
-    rows, top = torch.arange(len(ids), device=ids.device), max(columns)
+    rows = torch.arange(len(ids), device=ids.device)
     caught: dict[int, tuple[Tensor, Tensor]] = {}
 
     def tap(layer: int, inputs: Tensor, outputs: Tensor) -> None:
         caught[layer] = inputs[rows, columns[layer]], outputs[rows, columns[layer]]
-        if layer == top:
-            raise _PassDone
 
     taps = {layer: partial(tap, layer) for layer in columns}
-    with suppress(_PassDone), torch.no_grad(), model.tap_layers(taps):
-        model.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    with model.tap_layers(taps):
+        model.run_to_layer(ids, max(columns))
     return caught
 
 

@@ -1,6 +1,7 @@
 """The regular jobs, run one after the other by the edit loop, each with a record of its outcome."""
 
 import logging
+from collections.abc import Collection
 
 from kedit_daemon.daemon.job_schedule import JobSchedule
 from kedit_daemon.editing.editor import Editor
@@ -9,17 +10,21 @@ from kedit_daemon.system.disk import is_database_locked, is_disk_failure
 from memory.db.store import JOB_OK, Store
 from memory.errors import KeditError, ends_daemon
 
+LONG_JOBS = ("audit", "consolidate", "retention")
 log = logging.getLogger(__name__)
 
 
-def run_due_jobs(schedule: JobSchedule, store: Store, editor: Editor) -> None:
-    """Run every job that is due and record how it ended; one that fails stops no other.
+def run_due_jobs(
+    schedule: JobSchedule, store: Store, editor: Editor, postponed: Collection[str] = ()
+) -> None:
+    """Run every job that is due, except for those `postponed`, and record how it ended; one that
+    fails stops no other.
 
     Raises what is no fault of a job: the daemon stops, the database is damaged or locked by
     another process, or the disk fails. After the last two the job is due again.
     """
-    while not schedule.due_jobs.empty():
-        name, planned = schedule.due_jobs.get()
+    while (due := schedule.take_due_job(postponed)) is not None:
+        name, planned = due
         with store.db.transaction():
             number = store.start_job(name, planned)
         outcome, detail = JOB_OK, ""
@@ -45,6 +50,8 @@ def run_job(editor: Editor, name: str) -> str:
     if name == "audit":
         return str(editor.audit()["verdict"])
     if name == "consolidate":
+        if not editor.live_model.list_weights_facts():
+            return "no facts in the weights"
         done = editor.consolidate(False)
         return "changed" if done["taken"] else "; ".join(done["reasons"]) or "unchanged"
     if name == "retention":

@@ -8,7 +8,7 @@ job store, what was missed while no daemon ran, and it does not notice that the 
 import logging
 import queue
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime, timedelta
 
 from apscheduler.events import EVENT_JOB_MAX_INSTANCES, EVENT_JOB_SUBMITTED, JobSubmissionEvent
@@ -71,6 +71,15 @@ class JobSchedule:
         """Stop the scheduler's threads; the queue keeps what is on it."""
         if self._scheduler.running:
             self._scheduler.shutdown()
+
+    def take_due_job(self, postponed: Collection[str] = ()) -> tuple[str, str] | None:
+        """Take the first due job that is not `postponed` off the queue: its name and planned time;
+        None if there is none."""
+        with self.due_jobs.mutex:
+            found = next((job for job in self.due_jobs.queue if job[0] not in postponed), None)
+            if found is not None:
+                self.due_jobs.queue.remove(found)
+        return found
 
     def check_clock(self) -> float | None:
         """Return the seconds by which the clock has jumped since the last call, or None.

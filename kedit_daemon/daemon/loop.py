@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from queue import Empty
 
@@ -14,7 +14,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.control import ControlRequest, ControlServer
 from kedit_daemon.daemon.disk_pause import DiskPause, ignore_disk_full, wait_for_disk_space
 from kedit_daemon.daemon.inbox_scanner import InboxScanner
-from kedit_daemon.daemon.job_runner import run_due_jobs
+from kedit_daemon.daemon.job_runner import LONG_JOBS, run_due_jobs
 from kedit_daemon.daemon.job_schedule import JobSchedule
 from kedit_daemon.daemon.requests import answer_request
 from kedit_daemon.daemon.stop_flag import StopFlag
@@ -38,6 +38,8 @@ from memory.errors import Stopping
 
 IDLE_WAIT_SECONDS = 1.0  # the longest wait for a request before the next turn
 SETTLE_WAIT_SECONDS = 0.1  # the same, while a file may still be growing
+START_GRACE_SECONDS = 20.0  # after a start, before the first long job
+JOB_PATIENCE_SECONDS = 60.0  # for which a long job waits while facts do
 WAKE_REQUEST = "wake"
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,9 @@ class Daemon:
         self.disk_pause = DiskPause(store, home.state_folder, monotonic)
         self.stop_flag = StopFlag()
         self._postponed_requests: list[ControlRequest] = []
+        self._monotonic = monotonic
+        self._long_jobs_from = monotonic()
+        self._busy_since: float | None = None  # when the first of the facts that wait came
         self._anchored_seq = 0  # the newest event that is anchored
         self._needs_recovery = False  # whether a turn has ended in the middle
 
@@ -107,8 +112,8 @@ class Daemon:
         self.editor = self._load_editor()
         self.editor.finish_interrupted()
         self.control_server.start()
-        names = vars(self.config.schedule)
-        self.job_schedule.start({name: self.store.find_last_success(name) for name in names})
+        self.job_schedule.start(self._find_last_runs())
+        self._long_jobs_from = self._monotonic() + START_GRACE_SECONDS
         threading.Thread(target=self._watch_inbox, name="inbox", daemon=True).start()
         self.notifier.notify_ready()
         log.info("ready: generation %d", self.store.artifacts.active_generation())
@@ -160,6 +165,14 @@ class Daemon:
         self.watchdog.ping_on_passes_of(loaded.model.hf_model)
         return editor
 
+    def _find_last_runs(self) -> dict[str, str | None]:
+        """Find when each job last succeeded. A home without facts has nothing to look after: its
+        jobs begin with their next planned time, and its first fact does not wait for them."""
+        names, now = vars(self.config.schedule), self.store.db.format_now()
+        if not self.store.has_facts():
+            return dict.fromkeys(names, now)
+        return {name: self.store.find_last_success(name) for name in names}
+
     # One turn -----------------------------------------------------------------------------------
 
     def _run_turn_or_pause(self) -> None:
@@ -207,10 +220,23 @@ class Daemon:
         if (jump := self.job_schedule.check_clock()) is not None:
             with self.store.db.transaction():
                 self.store.db.write_event("clock_jump", seconds=jump)
-        run_due_jobs(self.job_schedule, self.store, self.editor)
         self.publisher.poll_attempt()
         self.inbox_scanner.scan_if_due(self._poll_requests)
-        return self.editor.step()
+        busy = self.editor.step()
+        run_due_jobs(self.job_schedule, self.store, self.editor, self._list_postponed_jobs(busy))
+        return busy
+
+    def _list_postponed_jobs(self, busy: bool) -> Collection[str]:
+        """List the jobs that wait, since facts come first: those that take long, at most for
+        JOB_PATIENCE_SECONDS while one fact follows the other, and for the first that are submitted
+        after a start."""
+        now = self._monotonic()
+        if not (busy or self.inbox_scanner.inbox.settling_count):
+            self._busy_since = None
+            return LONG_JOBS if now < self._long_jobs_from else ()
+        if self._busy_since is None:
+            self._busy_since = now
+        return LONG_JOBS if now - self._busy_since < JOB_PATIENCE_SECONDS else ()
 
     def _wait_for_requests(self, seconds: float) -> None:
         try:

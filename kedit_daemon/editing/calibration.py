@@ -1,55 +1,53 @@
 """Calibration: edit a pilot of facts, and derive the site and the limits from the effect."""
 
+import hashlib
+import json
+import logging
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from kedit_daemon.editing.limit_measurement import LIMIT_RULES, measure_limits
 from kedit_daemon.editing.model_loading import OpenedModel
+from kedit_daemon.editing.pilot import Pilot, PilotExaminer
 from kedit_daemon.home import Home, open_database
-from kedit_daemon.ingest.parser import parse_file
-from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
 from memory.facts import Fact, FactState
+from memory.files import write_atomic
 from memory.model.editable import EditableModel
-from memory.model.scoring import PromptAnswer, score_answers
+from memory.model.statistics import LayerStatistics
 from memory.side.side_memory import SideMemory
-from policies.calibration import SCORE_SPREAD, EditQuality, SiteSearch
+from policies.calibration import MAX_PERPLEXITY, SCORE_SPREAD
 from policies.edit_site import EditSite
 from policies.end_gate import fit_end_gate
-from policies.probe import MAX_NEIGHBOURS
-from policies.prompts import MAX_PARAPHRASES, TokenRow, make_rows
+from policies.prompts import TokenRow, make_rows
+from policies.site_search import SearchWork, SiteSearch, StatisticsSource
 
-MAX_PROMPT_TOKENS = 200  # tokens of a wording or near prompt; longer ones are left out
-ROWS_PER_PASS = 8  # whose logits are all held at once
+# Covariances of all layers together, up to which they are measured in one pass and held.
+MAX_COVARIANCE_BYTES = 1 << 30
+SEARCH_SHARE = 0.65  # of the time after the statistics; the limits and the end gate take the rest
+WORK_FILE = "search.json"
 RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
-    "choice": "the harmonic mean of reliability, generality and locality; within its standard"
-    f" error of the best, {SCORE_SPREAD} / √facts, the smallest norm ratio",
+    "choice": "the harmonic mean of reliability, generality and locality, where the perplexity"
+    f" ratio is at most {MAX_PERPLEXITY}; within its standard error of the best,"
+    f" {SCORE_SPREAD} / √facts, the smallest norm ratio",
     "end_gate": "the cosine that at most a share false_routes of the pairs of a pilot's fact and a"
     " piece of ordinary text reach",
     **LIMIT_RULES,
 }
+log = logging.getLogger(__name__)
 
 ReportProgress = Callable[[str], None]
-StartProgress = Callable[[int], ReportProgress]
-"""Called with the number of units of work; returns what to call at the start of each."""
-
-
-@dataclass(frozen=True)
-class Pilot:
-    """Facts to edit, and prompts to ask then, which no edit has seen."""
-
-    facts: tuple[Fact, ...]
-    held_out: tuple[tuple[int, str, str], ...]  # place of the fact, prompt and target
-    near: tuple[str, ...]  # prompts whose answers must stay
 
 
 @dataclass(frozen=True)
@@ -78,122 +76,41 @@ def refuse_if_in_use(home: Home) -> None:
         )
 
 
-def read_pilot(path: Path, limits: FileLimits) -> list[Fact]:
-    """Read the facts of a file in any accepted form, one for each question; skip broken records."""
-    parsed = parse_file(path.read_bytes(), path.name, None, limits)
-    if not parsed.facts:
-        first = parsed.problems[0]
-        raise KeditError(f"{path}:{first.line}: {first.problem}", code="pilot", hint=first.remedy)
-    return list({fact.slot: fact for _, fact in parsed.facts}.values())
-
-
-def make_pilot(model: EditableModel, facts: Sequence[Fact], count: int) -> Pilot:
-    """Make a pilot of at most `count` facts. Without paraphrases, the question after other words is
-    held out; without neighbours, the questions of facts that are not edited are near."""
-    usable = [fact for fact in facts if _is_readable(model, fact)]
-    edited, others = usable[:count], usable[count : 2 * count]
-    if not any(fact.neighbours for fact in edited) and not others:
-        kept = len(edited) - len(edited) // 3
-        edited, others = edited[:kept], edited[kept:]
-    near = [n.prompt for fact in edited for n in fact.neighbours[:MAX_NEIGHBOURS]]
-    near = list(dict.fromkeys(near)) or [fact.question for fact in others]
-    asked = {fact.question for fact in edited}
-    near = [p for p in near if p not in asked and len(model.encode(p)) <= MAX_PROMPT_TOKENS]
-    held_out = _select_held_out(model, edited)
-    if not near or not held_out:
-        raise KeditError(
-            "the pilot has too few facts that this model can read",
-            code="pilot",
-            hint="give at least three, or facts with neighbours, with --pilot",
-        )
-    facts_only = tuple(replace(fact, paraphrases=()) for fact in edited)
-    return Pilot(facts_only, tuple(held_out), tuple(near))
-
-
-def _select_held_out(model: EditableModel, facts: Sequence[Fact]) -> list[tuple[int, str, str]]:
-    placed = list(enumerate(facts))
-    held_out = [
-        (n, p, fact.target) for n, fact in placed for p in fact.filled_paraphrases[:MAX_PARAPHRASES]
-    ]
-    if not held_out:
-        lines = [" ".join(line.split()[:8]).rstrip(".") for line in read_ordinary_lines()]
-        pairs = zip(lines, placed, strict=False)
-        held_out = [(n, f"{line}. {fact.question}", fact.target) for line, (n, fact) in pairs]
-    return [one for one in held_out if len(model.encode(one[1])) <= MAX_PROMPT_TOKENS]
-
-
-def _is_readable(model: EditableModel, fact: Fact) -> bool:
-    try:
-        make_rows(model, replace(fact, paraphrases=()))
-    except KeditError:
-        return False
-    return True
-
-
-class PilotExaminer:
-    """Scores an edit on the pilot. An answer is right if every token of the target is the
-    likeliest; a near prompt is unchanged if its likeliest next token is that of the base."""
-
-    def __init__(self, model: EditableModel, pilot: Pilot) -> None:
-        self.model = model
-        self._fact_rows = [self._encode_row(fact.question, fact.target) for fact in pilot.facts]
-        self._held_out_rows = [self._encode_row(prompt, end) for _, prompt, end in pilot.held_out]
-        self._near_rows = [PromptAnswer(tuple(model.encode(prompt)), (0,)) for prompt in pilot.near]
-        self._near_before = self._predict_next(self._near_rows)
-
-    def __call__(self, deltas: Mapping[int, Tensor]) -> EditQuality:
-        """Measure the quality of the unedited weights plus ΔW; the model ends unedited."""
-        model = self.model
-        model.set_deltas(dict(deltas))
-        try:
-            pairs = zip(self._predict_next(self._near_rows), self._near_before, strict=True)
-            same = [now == before for now, before in pairs]
-            ratios = [float(model.weight(n).norm() / model.base_weight(n).norm()) for n in deltas]
-            return EditQuality(
-                reliability=self._score_rows(self._fact_rows),
-                generality=self._score_rows(self._held_out_rows),
-                locality=sum(same) / len(same),
-                norm_ratio=max(ratios, default=1.0),
-            )
-        finally:
-            model.set_deltas({})
-
-    def _encode_row(self, prompt: str, target: str) -> PromptAnswer:
-        answer = self.model.encode_target(prompt, target)
-        return PromptAnswer(tuple(self.model.encode(prompt)), tuple(answer))
-
-    def _score_rows(self, rows: Sequence[PromptAnswer]) -> float:
-        scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
-        return sum(all(score.token_hits) for score in scores) / len(rows)
-
-    def _predict_next(self, rows: Sequence[PromptAnswer]) -> list[tuple[int, ...]]:
-        """Return the likeliest next token of each prompt."""
-        scores = score_answers(self.model, rows, rows_per_pass=ROWS_PER_PASS)
-        return [score.tokens for score in scores]
-
-
 def calibrate(
-    opened: OpenedModel, pilot: Pilot, false_routes: float, watch: StartProgress
+    opened: OpenedModel,
+    pilot: Pilot,
+    false_routes: float,
+    seconds: float,
+    work_folder: Path,
+    report: ReportProgress,
 ) -> Calibration:
     """Search for the site of an unedited model, and derive its limits and its end gate.
 
-    `false_routes`: the share of unrelated text that may pass the end gate.
+    false_routes: the share of unrelated text that may pass the end gate. seconds: for all of it,
+    of which the search leaves some for what comes after it. work_folder: keeps the work, so that a
+    calibration that was cut off is taken up; it is gone at the end. report: hears of each step.
     """
     began, model = time.monotonic(), opened.model
-    statistics = opened.resolve_statistics((), range(model.layer_count), iter)
+    report("statistics of all layers")
+    statistics, covariances = _measure_statistics(replace(opened, cache_folder=work_folder))
     norms = {n: s.median_norm for n, s in statistics.items()}
+    base = replace(opened.resolve_site(), anchors={})  # they belong to other targets
+    key = _hash_arguments(opened.base_hash, pilot, base)
     search = SiteSearch(
         model,
-        replace(opened.resolve_site(), anchors={}),  # they belong to other targets
+        base,
         pilot.facts,
         PilotExaminer(model, pilot),
         norms,
-        lambda layers: opened.resolve_statistics(layers, (), iter),
+        covariances,
+        _load_work(work_folder / WORK_FILE, key),
+        partial(_save_work, work_folder / WORK_FILE, key),
     )
-    report = watch(search.max_units + 1)
-    chosen = search.run_stages(report)
+    left = seconds - (time.monotonic() - began)
+    chosen = search.run_stages(SEARCH_SHARE * left, report)
     report("limits")
     site, figures = measure_limits(model, chosen.site, search.solve_deltas(chosen.site))
+    report("end gate")
     side = SideMemory(model, site.gates, {n: s.output_mean for n, s in statistics.items()})
     asked = [(n, prompt) for n, prompt, _ in pilot.held_out]
     gate = fit_end_gate(side, pilot.facts, asked, read_ordinary_lines(), false_routes)
@@ -204,13 +121,56 @@ def calibrate(
         "pilot": {name: len(part) for name, part in vars(pilot).items()},
         "rules": RULES,
         "chosen": chosen.as_dict(),
-        "candidates": [candidate.as_dict() for candidate in search.candidates],
+        "candidates": [candidate.as_dict() for candidate in search.work.candidates],
         **figures,
         "end_gate": gate.as_dict(),
         "clean_norms": _measure_clean_norms(model, site, pilot.facts),
         "seconds": round(time.monotonic() - began, 1),
     }
+    opened.keep_statistics(
+        {**statistics, **covariances(site.layers)}, site.layers, (site.key_layer, site.side_layer)
+    )
+    shutil.rmtree(work_folder)
     return Calibration(site, evidence)
+
+
+def _measure_statistics(
+    opened: OpenedModel,
+) -> tuple[dict[int, LayerStatistics], StatisticsSource]:
+    """Return the statistics of all layers, and a source of their covariances: all of them are
+    measured in one pass, unless they are too large to be held together."""
+    layers = range(opened.model.layer_count)
+    size = sum(4 * opened.model.weight(n).shape[1] ** 2 for n in layers)
+    if size <= MAX_COVARIANCE_BYTES:
+        statistics = opened.resolve_statistics(layers, (), iter)
+        return statistics, lambda wanted: {n: statistics[n] for n in wanted}
+    narrow = opened.resolve_statistics((), layers, iter)
+    return narrow, lambda wanted: opened.resolve_statistics(wanted, (), iter)
+
+
+def _hash_arguments(base_hash: str, pilot: Pilot, base: EditSite) -> str:
+    """Compute the sha256 of everything that the results of a search depend on."""
+    facts = [[fact.question, fact.subject, fact.target] for fact in pilot.facts]
+    content = [base_hash, facts, pilot.held_out, pilot.near, asdict(base)]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _load_work(path: Path, key: str) -> SearchWork:
+    """Load the work of an earlier search with the same arguments; else return an empty one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] == key:
+            text = json.dumps(content["work"])
+            return TypeAdapter(SearchWork).validate_json(text)
+    except FileNotFoundError:
+        pass
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        log.warning("%s is damaged: %s. Searching from the start.", path, error)
+    return SearchWork()
+
+
+def _save_work(path: Path, key: str, work: SearchWork) -> None:
+    write_atomic(path, json.dumps({"key": key, "work": asdict(work)}).encode())
 
 
 def _measure_clean_norms(

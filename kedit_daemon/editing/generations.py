@@ -78,6 +78,9 @@ class Generations:
         self.model.set_deltas(deltas)
         return deltas
 
+    def _hash_weights(self) -> str:
+        return self.model.weights_hash(self.live_model.loaded_model.layers)
+
     def measure_health(self) -> tuple[Health, Verdict]:
         """Measure the weights as they are in the model."""
         health = self.live_model.loaded_model.canary.measure_health()
@@ -114,7 +117,7 @@ class Generations:
         if deltas:
             tensors = {str(n): delta for n, delta in deltas.items()}
             sha = save_tensors(self.live_model.home.generations_folder, tensors)
-        weights = self.model.weights_hash(self.live_model.loaded_model.layers)
+        weights = self._hash_weights()
         parent, ids = self.store.artifacts.active_generation(), sorted(candidate.fact_ids)
         is_smaller = len(ids) < len(self.live_model.list_weights_facts())
         with self.store.db.transaction():
@@ -226,7 +229,7 @@ class Generations:
         try:
             with self.try_candidate(ids) as candidate:
                 after = self._answer(asked)
-                weights = self.model.weights_hash(self.live_model.loaded_model.layers)
+                weights = self._hash_weights()
                 if not dry_run and not self._move_if_unchanged(ids, move_facts):
                     generation = self.activate_candidate(candidate, reason, move_facts)
         finally:
@@ -272,9 +275,13 @@ class Generations:
         """Solve again from W0 for all facts in the weights; activate it if nothing gets worse."""
         ids = self.live_model.list_weights_facts()
         active = self.store.artifacts.get_generation(self.store.artifacts.active_generation())
-        before, reasons, generation = self.measure_health()[0], list[str](), active.id
-        with self.try_candidate(ids) as candidate:
-            weights = self.model.weights_hash(self.live_model.loaded_model.layers)
+        (before, verdict), served = self.measure_health(), self._hash_weights()
+        reasons, generation = list[str](), active.id
+        with self.serve_candidates():
+            deltas, weights = self.solve(ids), self._hash_weights()
+            # The same weights have the same figures.
+            measured = (before, verdict) if weights == served else self.measure_health()
+            candidate = Candidate(tuple(ids), deltas, *measured)
             changed = active.sha256 is not None and weights != active.weights_hash
             if changed:
                 reasons = [*find_worsened(before, candidate.health)]

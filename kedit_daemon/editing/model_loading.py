@@ -1,56 +1,44 @@
-"""Loading of the configured model, with its site, its statistics and its canary."""
+"""Loading of the configured model, with its site, its statistics and its canary.
 
-import hashlib
-import json
+What is measured of a model is measured at its first start, and kept for later ones.
+"""
+
 import logging
-from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
-from dataclasses import dataclass
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 
 from kedit_daemon.editing.gguf_cache import GgufCache
+from kedit_daemon.editing.known_measurements import STATISTICS_KIND, find_site, find_statistics
+from kedit_daemon.editing.measurement_cache import find_measured, make_key, save_measured
 from kedit_daemon.editing.model_location import find_model_folder
 from kedit_daemon.home import MODELS_FOLDER
 from kedit_daemon.shipped import read_ordinary_lines, read_statements
-from memory.errors import UnusableModel
-from memory.files import write_atomic
-from memory.model.canary import Canary
+from memory.model.canary import Canary, WrapProgress
+from memory.model.canary_file import READINGS_FORMAT, load_readings, pack_readings
 from memory.model.device import resolve_device
 from memory.model.editable import EditableModel
+from memory.model.fingerprint import compute_fingerprint
 from memory.model.statistics import (
-    PACK_FORMAT,
     LayerStatistics,
     collect_statistics,
     pack_statistics,
     unpack_statistics,
 )
-from policies.edit_site import SITE_FILE, EditSite, load_site, read_site, read_weights_hash
+from policies.edit_site import EditSite
+from policies.wise import read_prompt_ends
 
-# Not *.safetensors, though it is: servers take every such file in a folder for weights.
-STATISTICS_FILE = "statistics.kedit"
 CANARY_LINES = 40
+PIECE_WORDS = 12  # of a line of ordinary text, on which shards stay quiet
+MOST_KEPT = 3  # files of a kind, with the newest: of another machine's kernels, or another library
 log = logging.getLogger(__name__)
-
-WrapProgress = Callable[[Iterable[str]], Iterable[str]]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model with everything about it that does not change while the daemon runs."""
-
-    name: str
-    model: EditableModel
-    site: EditSite
-    statistics: dict[int, LayerStatistics]
-    canary: Canary
-    base_hash: str
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers whose weights may change."""
-        return self.site.layers
 
 
 @dataclass(frozen=True)
@@ -89,93 +77,106 @@ class OpenedModel:
         self, edited: Collection[int], read: Collection[int], progress: WrapProgress
     ) -> dict[int, LayerStatistics]:
         """Return the statistics of the layers to edit (with covariance) and of those only read:
-        shipped with the model, else cached, else measured now and cached."""
+        shipped for the model, else cached, else measured now and cached."""
         known = find_statistics(self.model_folder, self.cache_folder, self.base_hash, edited, read)
-        if known.missing_path is None:
+        if known.missing_key is None:
             return known.statistics
         layers = known.edited_layers, known.read_layers
-        measured = collect_statistics(self.model, read_ordinary_lines(), *layers, progress)
+        numbers = ", ".join(map(str, sorted({n for part in layers for n in part})))
+        with _log_measurement(f"statistics of the layers {numbers}"):
+            measured = collect_statistics(self.model, read_ordinary_lines(), *layers, progress)
         data = pack_statistics(measured)
-        # The sha256 in its name shows a later start that the file is whole.
-        digest = hashlib.sha256(data).hexdigest()
-        path = known.missing_path.with_stem(f"{known.missing_path.stem}-{digest}")
-        write_atomic(path, data)
-        for damaged in {known.missing_path, *_list_cached(known.missing_path)} - {path}:
-            damaged.unlink(missing_ok=True)
+        save_measured(self.cache_folder, STATISTICS_KIND, known.missing_key, data)
         return known.statistics | unpack_statistics(data)
 
+    def keep_statistics(
+        self,
+        statistics: Mapping[int, LayerStatistics],
+        edited: Collection[int],
+        read: Collection[int],
+    ) -> None:
+        """Keep statistics that were measured elsewhere where `resolve_statistics` finds them for
+        these layers, unless it does already."""
+        known = find_statistics(self.model_folder, self.cache_folder, self.base_hash, edited, read)
+        if known.missing_key is None:
+            return
+        bare = {n: replace(statistics[n], covariance=torch.empty(0, 0)) for n in known.read_layers}
+        data = pack_statistics(bare | {n: statistics[n] for n in known.edited_layers})
+        save_measured(self.cache_folder, STATISTICS_KIND, known.missing_key, data)
 
-def find_site(folder: Path, cache: Path, base_hash: str, layers: int, kind: str) -> EditSite:
-    """Find the site measured in the home, else the model's own, else a start for its type.
+    def resolve_canary(
+        self, texts: CanaryTexts, layers: Sequence[int], progress: WrapProgress
+    ) -> Canary:
+        """Return the canary, with the unedited model's readings as cached, else measured now."""
+        given = self.model, texts.lines, layers, texts.statements
+        ids = [self.model.encode(text) for text in (*texts.lines, *texts.statements)]
+        key = make_key(READINGS_FORMAT, self.fingerprint, len(texts.lines), ids)
+        if (path := find_measured(self.cache_folder, "canary", key)) is not None:
+            return Canary(*given, load_readings(path, self.model.device))
+        with _log_measurement("health of the unedited model"):
+            canary = Canary(*given, progress=progress)
+        self._save("canary", key, pack_readings(canary.base_readings))
+        return canary
 
-    A file in the home that was measured on other weights is not for this model.
-    """
-    path = cache / SITE_FILE
-    if path.is_file() and read_weights_hash(path) in (None, base_hash):
-        return read_site(path, layers)
-    return load_site(folder, layers, kind)
+    def resolve_ordinary_inputs(self, layer: int, count: int) -> Tensor:
+        """Return the inputs (count, width) of a layer where pieces of ordinary text end, in the
+        unedited model: as cached, else measured now."""
+        pieces = [" ".join(line.split()[:PIECE_WORDS]) for line in read_ordinary_lines()[:count]]
+        key = make_key(self.fingerprint, layer, [self.model.encode(piece) for piece in pieces])
+        if (path := find_measured(self.cache_folder, "inputs", key)) is not None:
+            inputs = load_file(path, device=str(self.model.device))["inputs"]
+        else:
+            with _log_measurement(f"ends of ordinary text in layer {layer}"), self.model.at_base():
+                inputs, _ = read_prompt_ends(self.model, pieces, layer)
+            self._save("inputs", key, save({"inputs": inputs.cpu().contiguous()}))
+        return inputs
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The fingerprint of the model on this machine: readings of another may differ."""
+        return compute_fingerprint(self.model)
+
+    def _save(self, kind: str, key: str, data: bytes) -> None:
+        """Keep what is only kept to save time: no start fails for want of disk space."""
+        try:
+            save_measured(self.cache_folder, kind, key, data, MOST_KEPT)
+        except OSError as error:
+            log.warning("The next start measures the model again: %s", error)
 
 
 @dataclass(frozen=True)
-class KnownStatistics:
-    """Statistics that were measured before, and those still missing."""
+class LoadedModel:
+    """A model with everything about it that does not change while the daemon runs."""
 
+    name: str
+    opened: OpenedModel
+    site: EditSite
     statistics: dict[int, LayerStatistics]
-    missing_path: Path | None = None  # of the file for these layers, but for its sha256
-    edited_layers: tuple[int, ...] = ()
-    read_layers: tuple[int, ...] = ()
+    canary: Canary
+
+    @property
+    def model(self) -> EditableModel:
+        """The model itself."""
+        return self.opened.model
+
+    @property
+    def base_hash(self) -> str:
+        """The hash of the unedited weights of all layers."""
+        return self.opened.base_hash
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers whose weights may change."""
+        return self.site.layers
 
 
-def find_statistics(
-    folder: Path, cache: Path, base_hash: str, edited: Collection[int], read: Collection[int]
-) -> KnownStatistics:
-    """Find the statistics of a model's layers that are shipped with it or cached whole.
-
-    Raises UnusableModel if those with the model cannot be read.
-    """
-    path = folder / STATISTICS_FILE
-    try:
-        shipped = unpack_statistics(path.read_bytes()) if path.is_file() else {}
-    except SafetensorError as error:
-        hint = "put the model's file back, or remove it: it is measured again"
-        raise UnusableModel(f"{path} is damaged: {error}", hint=hint) from error
-    wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
-    narrow = sorted(n for n in set(read) if n not in shipped)
-    if not wide and not narrow:
-        return KnownStatistics(shipped)
-    key = json.dumps([PACK_FORMAT, base_hash, wide, narrow]).encode()
-    cached = cache / f"statistics-{hashlib.sha256(key).hexdigest()[:16]}.safetensors"
-    for path in _list_cached(cached):
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() == path.stem.rpartition("-")[2]:
-            return KnownStatistics(shipped | unpack_statistics(data))
-        log.warning("%s is damaged: its sha256 differs. Measuring the model again.", path)
-    if older := _load_unhashed(cached, {*wide, *narrow}):
-        return KnownStatistics(shipped | older)
-    return KnownStatistics(shipped, cached, tuple(wide), tuple(narrow))
-
-
-def _load_unhashed(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
-    """Load a file of an older version, which put no sha256 into its name, and rename it. Return
-    nothing if it is missing or damaged."""
-    if not path.is_file():
-        return {}
-    data = path.read_bytes()
-    try:
-        found = unpack_statistics(data)
-    except (SafetensorError, KeyError, ValueError):
-        found = {}
-    if found.keys() != layers:
-        log.warning("%s is damaged. Measuring the model again.", path)
-        return {}
-    with suppress(OSError):  # the home may be read-only, or another process quicker
-        path.rename(path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}"))
-    return found
-
-
-def _list_cached(path: Path) -> list[Path]:
-    """List the files that were made for this path, each with a sha256 in its name."""
-    return sorted(path.parent.glob(f"{path.stem}-*{path.suffix}"))
+@contextmanager
+def _log_measurement(what: str) -> Iterator[None]:
+    """Log what is measured in the block, and how long it took."""
+    log.info("measuring the %s, once for this model", what)
+    began = time.monotonic()
+    yield
+    log.info("measured the %s in %.0f s", what, time.monotonic() - began)
 
 
 def open_model(
@@ -212,8 +213,7 @@ def load_model(
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
     opened = open_model(name, device, cache, gguf_cache)
-    model, site = opened.model, opened.resolve_site()
+    site = opened.resolve_site()
     statistics = opened.resolve_statistics(site.layers, (site.key_layer, site.side_layer), progress)
-    texts = canary_texts or read_canary_texts()
-    canary = Canary(model, texts.lines, site.layers, texts.statements)
-    return LoadedModel(name, model, site, statistics, canary, opened.base_hash)
+    canary = opened.resolve_canary(canary_texts or read_canary_texts(), site.layers, progress)
+    return LoadedModel(name, opened, site, statistics, canary)

@@ -15,7 +15,6 @@ from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel, add_side_fact
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
-from kedit_daemon.shipped import read_ordinary_lines
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import Fact
@@ -53,10 +52,9 @@ class SideLearner:
         self.live_model, self.model, self.store = live_model, live_model.model, store
         self.lifecycle, self.generations = lifecycle, generations
         self.batch_facts, self.steps, self.pulse = batch_facts, steps, pulse
-        lines = [" ".join(line.split()[:12]) for line in read_ordinary_lines()[:outside_lines]]
-        with self.model.at_base():
-            layer = live_model.site.side_layer
-            self._ordinary_inputs, _ = read_prompt_ends(self.model, lines, layer)
+        self._ordinary_inputs = live_model.loaded_model.opened.resolve_ordinary_inputs(
+            live_model.site.side_layer, outside_lines
+        )
 
     def learn_batch(self, waiting: Sequence[StoredFact], max_facts: int | None = None) -> list[str]:
         """Learn the first waiting facts, at most `batch_facts` or `max_facts`. Return the ids of

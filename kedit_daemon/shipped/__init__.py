@@ -4,6 +4,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
+KNOWN_MODELS = FOLDER / "known"  # measurements of models that are not shipped, by their weights
 PILOT_FACTS = FOLDER / "facts.jsonl"
 STORIES = FOLDER / "stories"  # of the demo, one for each of two models
 

@@ -52,8 +52,8 @@ def is_disk_full(error: BaseException, folder: Path | None = None) -> bool:
     if not isinstance(error, sqlite3.Error):
         return isinstance(error, OSError) and error.errno in NO_SPACE_ERRNOS
     code = _sqlite_code(error)
-    # The second is the error of opening a database on a full disk.
-    if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE):
+    # The second is the error of opening a database on a full disk, and seldom of a failing one.
+    if code == sqlite3.SQLITE_FULL or (code == sqlite3.SQLITE_IOERR_SHMSIZE and folder is None):
         return True
     # After a failed sync nothing is tried again, whatever the reason.
     may_be_full = code & 0xFF == sqlite3.SQLITE_IOERR and code != sqlite3.SQLITE_IOERR_FSYNC

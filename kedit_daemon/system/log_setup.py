@@ -2,13 +2,16 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from kedit_daemon.system.sanitize import clean_text
 
 T = TypeVar("T")
 CHATTY_LOGGERS = ("apscheduler", "faiss", "httpx", "uvicorn", "watchfiles")
+PROGRESS_SECONDS = 5.0  # between two lines about work that takes long
+log = logging.getLogger(__name__)
 
 
 class _CleanFormatter(logging.Formatter):
@@ -32,12 +35,26 @@ def configure_logging(debug: bool, environ: Mapping[str, str]) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
-def make_progress_bar(description: str) -> Callable[[Iterable[T]], Iterable[T]]:
-    """Return a wrapper that shows progress on a terminal's stderr, and nothing elsewhere."""
+def make_progress_bar(
+    description: str, monotonic: Callable[[], float] = time.monotonic
+) -> Callable[[Iterable[T]], Iterable[T]]:
+    """Return a wrapper that shows progress: a bar on a terminal's stderr, elsewhere a line of the
+    log each PROGRESS_SECONDS."""
     if not sys.stderr.isatty():
-        return lambda items: items
+        return lambda items: _log_progress(list(items), description, monotonic)
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
     return lambda items: track(list(items), description=description, console=console)
+
+
+def _log_progress(
+    items: Sequence[T], description: str, monotonic: Callable[[], float]
+) -> Iterator[T]:
+    said_at = monotonic()
+    for done, item in enumerate(items):
+        if monotonic() - said_at >= PROGRESS_SECONDS:
+            log.info("%s: %d %% done", description, 100 * done // len(items))
+            said_at = monotonic()
+        yield item

@@ -62,6 +62,10 @@ class Store:
         sql = f"SELECT {FACT_COLUMNS} FROM facts {where} ORDER BY seq"
         return [StoredFact.from_row(row) for row in self.db.conn.execute(sql, values)]
 
+    def has_facts(self) -> bool:
+        """Check that a fact was ever received."""
+        return self.db.fetch_one("SELECT 1 FROM facts LIMIT 1") is not None
+
     def receive_fact(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
         """Add a fact, or revive one in a final state; it becomes the newest of all."""
         known = self._find_by_id(fact.id)

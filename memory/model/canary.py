@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ MAX_LINE_TOKENS = 128
 # Below it any change of the weights, also a rounding, may turn the choice.
 CONFIDENT_PROBABILITY = 0.3
 MIN_CONFIDENT_STATEMENTS = 30  # a share of fewer is mostly chance
+# Passes on items one by one, and shows how many are done.
+WrapProgress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,12 @@ class CanaryReadings:
     activation_norms: dict[int, float]  # E‖y‖ on the text
     perplexity: float
     next_tokens: tuple[int, ...]  # the likeliest token after each statement
+    top_probabilities: tuple[float, ...]  # of these tokens
     kl: float  # mean KL(base ‖ this model) of the next token there, in nats
     end_activations: tuple[Tensor, ...] = field(compare=False)  # y (statements, hidden) there
+    # The residual stream (statements, hidden) that leaves the last block there. The probabilities
+    # of all tokens follow from it, in a hundredth of their space.
+    end_states: Tensor = field(compare=False)
 
 
 class Canary:
@@ -70,35 +77,46 @@ class Canary:
         lines: Sequence[str],
         layers: Sequence[int],
         statements: Sequence[str] = (),
+        base_readings: CanaryReadings | None = None,
+        progress: WrapProgress = iter,
     ) -> None:
+        """`base_readings`: of the unedited model, where they were kept; otherwise it is measured
+        now. `progress` wraps what is measured then."""
         self.model, self.layers = model, tuple(layers)
         self._text_rows = [
             ids for line in lines if len(ids := model.encode(line)[:MAX_LINE_TOKENS]) > 8
         ]
         self._statement_rows = [model.encode(statement) for statement in statements]
-        # The base's log-probabilities (rows, vocabulary) at the statements' ends, on its device.
-        self._base_log_probs: list[Tensor] = []
-        with model.at_base():
-            self.base_readings = self.latest_readings = self._read_canary()
-        top = [row.amax(-1).exp() for row in self._base_log_probs]
-        self.is_confident = tuple(p >= CONFIDENT_PROBABILITY for t in top for p in t.tolist())
+        if base_readings is None:
+            with model.at_base():
+                base_readings = self._read_canary(None, progress)
+        self.base_readings = self.latest_readings = base_readings
+        self.is_confident = tuple(
+            p >= CONFIDENT_PROBABILITY for p in base_readings.top_probabilities
+        )
 
-    def _read_canary(self) -> CanaryReadings:
-        """Measure the model in two passes, over the text and over the statements."""
+    def _read_canary(
+        self, base: CanaryReadings | None, progress: WrapProgress = iter
+    ) -> CanaryReadings:
+        """Measure the model in two passes, over the text and over the statements. `base`: of the
+        unedited model, if this is another."""
         ends: list[list[Tensor]] = [[] for _ in range(self.model.layer_count)]
+        states: list[Tensor] = []
 
         def record_end(layer: int, _inputs: Tensor, outputs: Tensor) -> None:
             ends[layer].append(outputs[:, -1].clone())  # a slice would keep all tokens
 
-        norms, perplexity = self._measure_text()
+        norms, perplexity = self._measure_text(progress)
         taps = {n: partial(record_end, n) for n in range(self.model.layer_count)}
-        with self.model.tap_layers(taps):
-            completed, kl = self._complete_statements()
+        observe = self.model.observe_final_states(lambda found: states.append(found[:, -1].clone()))
+        with self.model.tap_layers(taps), observe:
+            completed, sure, kl = self._complete_statements(base, progress)
         no_rows = torch.empty(0, self.model.hidden_size, device=self.model.device)
         rows = tuple(torch.cat([no_rows, *parts]) for parts in ends)
-        return CanaryReadings(norms, perplexity, completed, kl, rows)
+        end_states = torch.cat([no_rows, *states])
+        return CanaryReadings(norms, perplexity, completed, sure, kl, rows, end_states)
 
-    def _measure_text(self) -> tuple[dict[int, float], float]:
+    def _measure_text(self, progress: WrapProgress) -> tuple[dict[int, float], float]:
         """Compute the mean output norm of each layer on the text, and the perplexity per token."""
         norms = dict.fromkeys(range(self.model.layer_count), 0.0)
         loss, count = 0.0, 0
@@ -107,7 +125,7 @@ class Canary:
             norms[layer] += float(outputs[0, 1:].norm(dim=1).sum())
 
         with torch.no_grad(), self.model.tap_layers({n: partial(add_norms, n) for n in norms}):
-            for ids in self._text_rows:
+            for ids in progress(self._text_rows):
                 tokens = torch.tensor([ids], device=self.model.device)
                 out = self.model.hf_model(input_ids=tokens, labels=tokens, use_cache=False)
                 loss += float(out.loss) * (len(ids) - 1)
@@ -118,32 +136,41 @@ class Canary:
         perplexity = math.exp(mean) if mean < 700 else math.inf
         return {n: v / count for n, v in norms.items()}, perplexity
 
-    def _statement_logits(self) -> Iterator[Tensor]:
+    def _statement_logits(self, progress: WrapProgress) -> Iterator[Tensor]:
         """Yield float32 next-token logits (rows, vocabulary) at the statements' ends, grouped by
         length."""
-        for places in group_by_length(self._statement_rows):
+        for places in progress(group_by_length(self._statement_rows)):
             ids = torch.tensor([self._statement_rows[n] for n in places], device=self.model.device)
             with torch.no_grad():
                 out = self.model.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1)
             yield out.logits[:, -1].float()
 
-    def _complete_statements(self) -> tuple[tuple[int, ...], float]:
-        """Return the likeliest token after each statement, and the mean KL(base ‖ now) there."""
-        tokens: list[int] = []
+    def _complete_statements(
+        self, base: CanaryReadings | None, progress: WrapProgress
+    ) -> tuple[tuple[int, ...], tuple[float, ...], float]:
+        """Return the likeliest token after each statement, its probability, and the mean
+        KL(base ‖ now) there."""
+        tokens, sure = list[int](), list[float]()
         total = 0.0
-        for group, logits in enumerate(self._statement_logits()):
+        for logits in self._statement_logits(progress):
+            first = len(tokens)
             tokens += logits.argmax(-1).tolist()
-            now = logits.log_softmax(-1)
-            if group == len(self._base_log_probs):  # the first run is of the base
-                self._base_log_probs.append(now)
-            base, share = self._base_log_probs[group], self._base_log_probs[group].exp()
-            lost = (share * (base - now)).where(share > 0, 0)
-            total += float(lost.double().sum().clamp(min=0))
-        return tuple(tokens), total / max(len(tokens), 1)
+            sure += logits.softmax(-1).amax(-1).tolist()
+            if base is not None:
+                total += self._sum_divergence(base.end_states[first : len(tokens)], logits)
+        return tuple(tokens), tuple(sure), total / max(len(tokens), 1)
+
+    def _sum_divergence(self, base_states: Tensor, logits: Tensor) -> float:
+        """Sum KL(base ‖ now) over rows, by the base's states (rows, hidden) that leave the last
+        block, and the logits (rows, vocabulary) of now."""
+        base = self.model.compute_logits(base_states).float().log_softmax(-1)
+        share = base.exp()
+        lost = (share * (base - logits.log_softmax(-1))).where(share > 0, 0)
+        return float(lost.double().sum().clamp(min=0))
 
     def measure_health(self) -> Health:
         """Measure the model as it is now; `latest_readings` keeps the measurements."""
-        seen = self.latest_readings = self._read_canary()
+        seen = self.latest_readings = self._read_canary(self.base_readings)
         ratios, updates = {}, {}
         for layer in self.layers:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)

@@ -7,7 +7,7 @@ kept, and every change is a delta against it.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,10 @@ from memory.model.strict_loading import load_strictly
 
 # (input k, output y) of a down projection -> another output, or None to keep it.
 Tap = Callable[[Tensor, Tensor], Tensor | None]
+
+
+class _PassDone(Exception):
+    """Raised to end a pass over the model whose rest is not needed."""
 
 
 class _SkippedBlock(nn.Module):
@@ -218,6 +222,47 @@ class EditableModel:
             handle.remove()
             shape.remove()
         return caught[0], cache
+
+    def run_to_layer(self, ids: Tensor, layer: int) -> None:
+        """Run ids (rows, tokens) up to the down projection of a layer and the taps there, without
+        what comes after it."""
+
+        def end_pass(*_: Any) -> None:
+            raise _PassDone
+
+        # Called after the taps, which are there already.
+        handle = self._down_projections[layer].register_forward_hook(end_pass)
+        try:
+            with suppress(_PassDone), torch.no_grad():
+                self.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def observe_final_states(self, observer: Callable[[Tensor], None]) -> Iterator[None]:
+        """Call `observer` with the residual stream (rows, tokens, hidden) that leaves the last
+        block, of each pass."""
+
+        def pass_states(_block: nn.Module, _args: tuple[Tensor, ...], output: Any) -> None:
+            self._as_tuple = isinstance(output, tuple)
+            observer(output[0] if self._as_tuple else output)
+
+        handle = self._blocks[-1].register_forward_hook(pass_states)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def compute_logits(self, states: Tensor) -> Tensor:
+        """Compute the next-token logits (rows, vocabulary) of states (rows, hidden) that leave the
+        last block: by what comes after the blocks, which no edit changes."""
+        # Two columns, of which the head takes the last, as it takes it from a whole text: another
+        # layout in memory has another kernel, and so other last bits.
+        columns = states[:, None].repeat(1, 2, 1)
+        ids = torch.zeros(columns.shape[:2], dtype=torch.long, device=states.device)
+        with torch.no_grad(), self.skip_layers_below(self.layer_count, columns):
+            logits: Tensor = self.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+        return logits[:, -1]
 
     @contextmanager
     def skip_layers_below(self, layer: int, hidden: Tensor) -> Iterator[None]:

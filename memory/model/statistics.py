@@ -1,7 +1,7 @@
-"""Statistics of ordinary text inside the model, by layer: key covariance, means, norms."""
+"""Statistics of ordinary text inside the model, by layer: key covariance, means, norms, sinks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -13,9 +13,11 @@ from memory.model.editable import EditableModel
 
 ROW_TOKENS = 256
 ROWS_PER_PRODUCT = 16  # rows whose keys go into one product
-PACK_FORMAT = 2  # version of the form that `pack_statistics` writes
+PACK_FORMAT = 3  # version of the form that `pack_statistics` writes
 CHOLESKY_LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
 FIRST_POSITION = 1  # positions before it are left out: the first token acts as an attention sink
+# Least median cosine of the first tokens' keys with their mean, where they are a sink's.
+SINK_COSINE = 0.9
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,16 @@ class LayerStatistics:
 
     covariance: C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023);
     empty (0, 0) for a layer that is only read. output_mean: E[y] (hidden,). median_norm: of ‖y‖,
-    since a few tokens are attention sinks with enormous activations.
+    since a few tokens are attention sinks with enormous activations. sink_key: the mean key of
+    texts' first tokens (width,), where it is the same whatever they are, else empty (0,). A model
+    writes its attention sink there (Sun et al. 2024, "Massive activations in large language
+    models"), and C0 does not hold it, since it leaves the first position out.
     """
 
     covariance: Tensor
     output_mean: Tensor
     median_norm: float
+    sink_key: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 class _LayerSums:
@@ -40,12 +46,14 @@ class _LayerSums:
         self.output_sum = torch.zeros(hidden, dtype=torch.float64)
         self.output_norms: list[Tensor] = []
         self._pending_keys: list[Tensor] = []
+        self._first_keys: list[Tensor] = []
 
     def add_row(self, inputs: Tensor, outputs: Tensor) -> None:
         values = outputs[0, FIRST_POSITION:].double().cpu()  # (tokens, hidden)
         self.output_sum += values.sum(0)
         self.output_norms.append(values.norm(dim=1))
         if len(self.second_moment):
+            self._first_keys.append(inputs[0, 0].cpu())
             self._pending_keys.append(inputs[0, FIRST_POSITION:])
             if len(self._pending_keys) == ROWS_PER_PRODUCT:
                 self.fold_keys()
@@ -61,8 +69,20 @@ class _LayerSums:
         self.fold_keys()
         norm = float(torch.cat(self.output_norms).median())
         return LayerStatistics(
-            (self.second_moment / count).float(), (self.output_sum / count).float(), norm
+            (self.second_moment / count).float(),
+            (self.output_sum / count).float(),
+            norm,
+            self._average_sink_key(),
         )
+
+    def _average_sink_key(self) -> Tensor:
+        """Return the mean of the first tokens' keys if they agree, else an empty tensor."""
+        if len(self._first_keys) < 2:
+            return torch.empty(0)
+        keys = torch.stack(self._first_keys)  # (texts, width)
+        mean = keys.mean(0)
+        agreement = torch.cosine_similarity(keys, mean[None]).median()
+        return mean if agreement >= SINK_COSINE else torch.empty(0)
 
 
 def collect_statistics(
@@ -94,7 +114,7 @@ def collect_statistics(
                 continue
             count += ROW_TOKENS - FIRST_POSITION
             ids = torch.tensor([row[:ROW_TOKENS]], device=model.device)
-            model.hf_model(input_ids=ids, use_cache=False)
+            model.run_to_layer(ids, max(sums))
             row = []
     if not count:
         raise KeditError(f"less than {ROW_TOKENS} tokens of text to measure", code="statistics")
@@ -113,6 +133,8 @@ def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:
         tensors[f"{n}/norm"] = torch.tensor([layer.median_norm])
         if not len(layer.covariance):
             continue
+        if len(layer.sink_key):
+            tensors[f"{n}/sink"] = layer.sink_key
         factor = _cholesky_factor(layer.covariance)
         scale = factor.abs().amax(0) / 127  # (width,)
         rows, columns = torch.tril_indices(*factor.shape)
@@ -155,5 +177,7 @@ def unpack_statistics(data: bytes) -> dict[int, LayerStatistics]:
             factor[rows, columns] = tensors[f"{n}/factor"].float()
             factor *= scale
             covariance = factor @ factor.T
-        result[n] = LayerStatistics(covariance, tensors[f"{n}/mean"], float(tensors[f"{n}/norm"]))
+        mean, norm = tensors[f"{n}/mean"], float(tensors[f"{n}/norm"])
+        sink = tensors.get(f"{n}/sink", torch.empty(0))
+        result[n] = LayerStatistics(covariance, mean, norm, sink)
     return result

@@ -1,9 +1,16 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
-from policies.capacity import Capacity, Observation, estimate_capacity, make_observation
+from policies.capacity import (
+    CONFIDENT,
+    Capacity,
+    Observation,
+    estimate_capacity,
+    make_observation,
+)
 from policies.health_limits import Limits, Thresholds
 
 THRESHOLDS = Thresholds(
@@ -81,6 +88,20 @@ def test_a_limit_below_the_unedited_model_leaves_room_for_nothing() -> None:
     )
 
 
+def test_of_the_two_agreements_the_judged_one_decides() -> None:
+    moved = {"agreement": 0.3, CONFIDENT: 0.02}
+    seen = [Observation(100, moved)]
+    assert bears(*seen).figure == "agreement"
+    sure = replace(THRESHOLDS, confident=Limits(0.01, 0.025, 0.04))
+    assert estimate_capacity(seen, sure) == Capacity(124, CONFIDENT, 0.025)
+    # Where too few statements are confident, and in what older versions measured, all of them are.
+    assert estimate_capacity([Observation(100, {"agreement": 0.05})], sure) == Capacity(
+        119, "agreement", 0.06
+    )
+    older = Observation(50, {"agreement": 0.2})
+    assert estimate_capacity([older, *seen], sure) == Capacity(124, CONFIDENT, 0.025)
+
+
 def test_figures_of_generations_are_read_as_they_are_kept() -> None:
     figures = {
         "norm_ratio": {"1": 1.5, "2": "inf"},
@@ -100,3 +121,7 @@ def test_figures_of_generations_are_read_as_they_are_kept() -> None:
         },
     )
     assert make_observation(7, {}) == Observation(7, {})
+    sure = make_observation(7, {"agreement": 0.75, "confident_agreement": 0.875})
+    assert sure.changes == {"agreement": 0.25, CONFIDENT: 0.125}
+    few = make_observation(7, {"agreement": 0.75, "confident_agreement": None})
+    assert few.changes == {"agreement": 0.25}

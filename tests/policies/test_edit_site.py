@@ -59,7 +59,7 @@ def test_a_measured_site_is_read_as_it_was_written(tmp_path: Path) -> None:
 def test_limits_are_the_models_own_where_they_were_measured(tmp_path: Path) -> None:
     names = [
         f"{f}_{v}"
-        for f in ("norm", "activation", "agreement")
+        for f in ("norm", "activation", "perplexity", "confident", "agreement")
         for v in ("warn", "consolidate", "revert")
     ]
     measured = {name: 2.0 + n for n, name in enumerate(names)}
@@ -68,6 +68,14 @@ def test_limits_are_the_models_own_where_they_were_measured(tmp_path: Path) -> N
     assert write(tmp_path, **dict.fromkeys(names)) == replace(
         make_default_site(8), subject_layers=(3,), end_layers=(2,)
     )
+
+
+def test_the_effects_of_rounding_are_by_bits(tmp_path: Path) -> None:
+    assert write(tmp_path).rounding_kl == {}
+    site = write(tmp_path, rounding_kl={"8": 0.0016, "4": 0.48})
+    assert site.rounding_kl == {8: 0.0016, 4: 0.48}
+    (tmp_path / SITE_FILE).write_text(format_site(site, {}))
+    assert load_site(tmp_path, 8) == site
 
 
 def test_anchors_are_by_layer_and_come_back_as_they_were_written(tmp_path: Path) -> None:

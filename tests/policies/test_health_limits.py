@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -83,6 +84,36 @@ def test_a_loss_of_agreement_is_worse_the_larger_it_is(share: float, action: Act
     assert reasons == ((f"agreement with the base on statements is {share:.3f}",) if action else ())
 
 
+@pytest.mark.parametrize(
+    ("share", "action"),
+    [
+        (0.995, Action.KEEP),
+        (0.985, Action.WARN),
+        (0.975, Action.CONSOLIDATE),
+        (0.95, Action.REVERT),
+        (math.nan, Action.REVERT),
+    ],
+)
+def test_confident_statements_are_judged_and_not_the_coin_tosses(
+    share: float, action: Action
+) -> None:
+    thresholds = replace(THRESHOLDS, confident=Limits(0.01, 0.02, 0.04))
+    health = Health(**WELL, confident_agreement=share, confident_statements=138)
+    found = judge_health(replace(health, agreement=0.5), thresholds)
+    assert found.action is action
+    reason = f"agreement with the base on the 138 statements it is sure of is {share:.3f}"
+    assert found.reasons == ((reason,) if action else ())
+
+
+def test_all_statements_are_judged_where_few_are_confident_or_only_they_have_limits() -> None:
+    health = Health(**{**WELL, "agreement": 0.96}, confident_agreement=0.5)
+    assert judge_health(health, THRESHOLDS).action is Action.WARN
+    few = replace(health, confident_agreement=None, confident_statements=12)
+    confident = replace(THRESHOLDS, confident=Limits(0.001, 0.002, 0.003))
+    assert judge_health(few, confident).action is Action.WARN
+    assert judge_health(health, confident).action is Action.REVERT
+
+
 def test_all_well_is_kept_without_a_reason() -> None:
     assert verdict() == (Action.KEEP, ())
 
@@ -126,6 +157,10 @@ def test_eased_limits_lie_nearer_to_rest() -> None:
     assert tuple(vars(eased.activation).values()) == pytest.approx((0.09, 0.18, 0.27))
     assert eased.agreement.warn == pytest.approx(0.027)
     assert eased.retention.revert == pytest.approx(0.09)
+    assert eased.confident is None
+    confident = replace(THRESHOLDS, confident=Limits(0.01, 0.02, 0.04)).ease_limits().confident
+    assert confident is not None
+    assert tuple(vars(confident).values()) == pytest.approx((0.009, 0.018, 0.036))
 
 
 def test_only_what_gets_worse_by_more_than_chance_is_worse() -> None:
@@ -147,3 +182,11 @@ def test_only_what_gets_worse_by_more_than_chance_is_worse() -> None:
         "norm of layer 3 would go from 1 to 1.02",
         "agreement would go from 1 to 0.98",
     ]
+
+
+def test_a_consolidation_is_compared_on_the_confident_statements() -> None:
+    was = Health(**WELL, confident_agreement=1.0, confident_statements=138)
+    coin_tosses = replace(was, agreement=0.8, confident_agreement=1 - 2 / 138)
+    assert find_worsened(was, coin_tosses) == []
+    worse = replace(was, confident_agreement=1 - 3 / 138)
+    assert find_worsened(was, worse) == ["agreement would go from 1 to 0.9783"]

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from memory.errors import KeditError
-from policies.solver import RidgeSolver
+from policies.solver import RidgeSolver, drop_sink_keys
 
 WIDTH, HIDDEN, FACTS = 40, 12, 7
 PRIOR, RIDGE = 0.3, 0.02
@@ -162,3 +162,24 @@ def test_a_prior_without_a_solution_is_refused(c0: Tensor, ridge: float) -> None
         RidgeSolver(c0, PRIOR, ridge)
     assert caught.value.code == "singular"
     assert "ridge" in caught.value.hint
+
+
+def test_the_key_of_a_sink_is_left_alone() -> None:
+    keys, residuals = terms()
+    sink = 300 * torch.nn.functional.normalize(keys[0] + keys[1], dim=0)
+    free = RidgeSolver(covariance(), PRIOR, RIDGE).solve(keys, residuals)
+    held = RidgeSolver(covariance(), PRIOR, RIDGE, sink_key=sink).solve(keys, residuals)
+    assert (held @ sink).norm() < 0.01 * (free @ sink).norm()
+    # A short one is held as firmly as usual keys are.
+    short = RidgeSolver(covariance(), PRIOR, RIDGE, sink_key=sink / 3000).solve(keys, residuals)
+    assert (short @ sink).norm() < 0.5 * (free @ sink).norm()
+    same = RidgeSolver(covariance(), PRIOR, RIDGE, sink_key=torch.empty(0)).solve(keys, residuals)
+    assert torch.equal(same, free)
+
+
+def test_contexts_at_a_sink_are_dropped_unless_none_is_left() -> None:
+    sink, other = terms(2)[0]
+    keys = torch.stack([0.1 * sink, other, -sink])[:, None]  # (contexts, sites, width)
+    assert torch.equal(drop_sink_keys(keys, sink), keys[1:])
+    assert torch.equal(drop_sink_keys(keys[:1], sink), keys[:1])
+    assert torch.equal(drop_sink_keys(keys, torch.empty(0)), keys)

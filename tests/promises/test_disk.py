@@ -35,7 +35,7 @@ from kedit_daemon.system.disk import is_disk_full
 from memory.db.store import Store
 
 __all__ = ["calm", "maker", "measured"]  # fixtures
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(900)
 
 
 @root

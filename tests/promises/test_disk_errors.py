@@ -16,7 +16,7 @@ from kedit_daemon.home import Home
 from memory.db.store import Store
 
 __all__ = ["calm", "maker", "measured"]  # fixtures
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(900)
 
 CALLS = ("fdatasync", "fsync", "pwrite64", "rename")
 

@@ -22,7 +22,7 @@ def measured(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempP
     """Path of the measured statistics of the model, copied into every home."""
     folder = tmp_path_factory.mktemp("measured")
     load_model(str(model_folder("llama")), "cpu", folder, iter)
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("statistics-*")
     return path
 
 

@@ -39,7 +39,7 @@ def keys_of(side: SideMemory, prompt: str) -> RetrievalKeys:
 
 def fact_numbers(index: KeyIndex) -> list[int]:
     """The fact numbers that an index holds."""
-    ids, _ = index._read_all_vectors()
+    ids, _ = index._store.read_all()
     return sorted({int(n) >> ORDINAL_BITS for n in ids})
 
 

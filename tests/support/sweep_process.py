@@ -24,6 +24,7 @@ from tiny_models import save_model
 from kedit_daemon.daemon import loop
 from kedit_daemon.editing import model_loading
 from kedit_daemon.editing.model_loading import load_model
+from kedit_daemon.editing.side_learner import OUTSIDE_LINES
 
 # All by which something is made durable, gets a name or loses it.
 CALLS = ("renameat", "fdatasync", "rename", "renameat2", "fsync", "unlink", "unlinkat", "link")
@@ -42,6 +43,7 @@ class Forge:
         cache = folder / "cache"
         cache.mkdir()
         loaded = load_model(str(self.model), "cpu", cache, iter)
+        loaded.opened.resolve_ordinary_inputs(loaded.site.side_layer, OUTSIDE_LINES)
         self.load, self.loaded = loop.load_model, lambda *_: loaded
         model_loading.collect_statistics = lambda *_: (
             loaded.statistics

@@ -217,16 +217,18 @@ def _check_options(
         require_matplotlib()
 
 
-def _load_model(model: str, home: Home) -> "LoadedModel":
-    """Load the model; its statistics are cached in the home, if there is one."""
+def _load_model(model: str, home: "Home") -> "LoadedModel":
+    """Load the model; what is measured of it is kept in the home, if there is one."""
     from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_loading import load_model
 
+    cache = home.state_folder
+    if not cache.is_dir():
+        folder = tempfile.TemporaryDirectory(prefix="kedit-bench-")
+        cache = Path(click.get_current_context().with_resource(folder))
     converted = GgufCache(home.models_folder, partial(click.echo, err=True))
-    with tempfile.TemporaryDirectory(prefix="kedit-bench-") as folder:
-        used = home.state_folder if home.state_folder.is_dir() else Path(folder)
-        progress = make_progress_bar("statistics")
-        return load_model(model, "auto", used, progress, gguf_cache=converted)
+    progress = make_progress_bar("measuring the model")
+    return load_model(model, "auto", cache, progress, gguf_cache=converted)
 
 
 def _output_result(

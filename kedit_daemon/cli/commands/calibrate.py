@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -27,18 +28,21 @@ if TYPE_CHECKING:
     from kedit_daemon.config import Config
     from kedit_daemon.editing.calibration import Calibration
 
+WORK_FOLDER = "calibration"  # in the home's state: the work of a calibration that was cut off
 DEFAULT_FACTS = 16  # the number whose targets are computed in one batch
 TABLE_COLUMNS = {  # heading and format of each figure
     "prior": ("prior", "g"),
     "end_prior": ("at end", "g"),
     "ridge": ("ridge", "g"),
     "clamp": ("clamp", "g"),
+    "facts": ("facts", "d"),
     "loss": ("loss", ".2f"),
     "reached": ("reached", ".2f"),
     "reliability": ("says", ".2f"),
     "generality": ("rephr.", ".2f"),
     "locality": ("keeps", ".2f"),
-    "norm_ratio": ("norm", ".2f"),
+    "norm_ratio": ("norm", ".3f"),
+    "perplexity_ratio": ("perpl.", ".3f"),
     "score": ("score", ".3f"),
 }
 COLUMN_WIDTH = 8
@@ -65,6 +69,13 @@ COLUMN_WIDTH = 8
     show_default=True,
     help="Share of unrelated text that may pass as a question about a fact that it names.",
 )
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Time for all of it: the search takes the best of what it has tried by then.",
+)
 @add_json_option
 @add_dry_run_option
 @pass_cli_context
@@ -73,6 +84,7 @@ def calibrate(
     pilot: Path | None,
     count: int,
     false_routes: float,
+    minutes: float,
     as_json: bool,
     dry_run: bool,
 ) -> None:
@@ -100,7 +112,7 @@ def calibrate(
     refuse_unfinished_restore(session.home)
     session.home.create_folders()
     with hold_lock(session.home.lock_file):
-        found = _run_calibration(session, config, pilot, count, false_routes, dry_run)
+        found = _run_calibration(session, config, pilot, count, false_routes, minutes, dry_run)
         path = session.home.state_folder / SITE_FILE
         if not dry_run:
             write_atomic(path, format_site(found.site, found.evidence).encode())
@@ -118,11 +130,13 @@ def _run_calibration(
     pilot: Path | None,
     count: int,
     false_routes: float,
+    minutes: float,
     dry_run: bool,
 ) -> "Calibration":
-    from kedit_daemon.editing.calibration import calibrate, make_pilot, read_pilot, refuse_if_in_use
+    from kedit_daemon.editing.calibration import calibrate, refuse_if_in_use
     from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_loading import open_model
+    from kedit_daemon.editing.pilot import make_pilot, read_pilot
     from kedit_daemon.ingest.schemas import FileLimits
     from kedit_daemon.shipped import PILOT_FACTS
     from policies.edit_site import SITE_FILE
@@ -139,28 +153,29 @@ def _run_calibration(
         converted = GgufCache(session.home.models_folder, partial(click.echo, err=True))
         opened = open_model(config.model, config.device, cache, converted)
         chosen = make_pilot(opened.model, facts, count)
-        found = calibrate(opened, chosen, false_routes, stack.enter_context(_show_progress()))
+        report = stack.enter_context(_show_progress())
+        work = cache / WORK_FOLDER
+        work.mkdir(exist_ok=True)
+        found = calibrate(opened, chosen, false_routes, 60 * minutes, work, report)
     at = format_utc(datetime.now(UTC), "seconds")
     names = {"at": at, "model": config.model, "pilot_file": str(source)}
     return replace(found, evidence=names | found.evidence)
 
 
 @contextmanager
-def _show_progress() -> Iterator[Callable[[int], Callable[[str], None]]]:
-    """Show a progress bar on a terminal's stderr, and nothing elsewhere."""
+def _show_progress() -> Iterator[Callable[[str], None]]:
+    """Show the step and the time on a terminal's stderr; elsewhere a line for each step."""
     if not sys.stderr.isatty():
-        yield lambda _units: lambda _what: None
+        began = time.monotonic()
+        yield lambda what: click.echo(f"{time.monotonic() - began:6.0f} s  {what}", err=True)
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-
-        def watch(units: int) -> Callable[[str], None]:
-            task = bar.add_task("calibrating", total=units)
-            return lambda what: bar.update(task, description=what, advance=1)
-
-        yield watch
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("calibrating", total=None)
+        yield lambda what: bar.update(task, description=what)
 
 
 def _render_calibration(found: "Calibration") -> Iterator[str]:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers.utils.hub import cached_file
 
 from kedit_daemon.editing.gguf_cache import GgufCache
-from kedit_daemon.editing.model_loading import find_site, find_statistics
+from kedit_daemon.editing.known_measurements import find_site, find_statistics
 from kedit_daemon.editing.model_location import find_model_folder
 from kedit_daemon.publish.export.source import ExportSource, WrittenExport, read_edit_terms
 from memory.errors import KeditError
@@ -168,9 +168,9 @@ def _compute_factors(
     at = (checkpoint.folder, source.home.state_folder, source.base_hash)
     site = find_site(*at, checkpoint.layer_count, checkpoint.model_type)
     kept = find_statistics(*at, site.layers, (site.key_layer, site.side_layer))
-    if kept.missing_path is not None:
+    if kept.missing_key is not None:
         raise KeditError(
-            f"{kept.missing_path} is missing: the key statistics of the model",
+            f"the key statistics of the model are missing in {source.home.state_folder}",
             code="statistics",
             hint="restart the daemon, which measures it again",
         )

@@ -55,7 +55,9 @@ def load_measurements(conn: sqlite3.Connection, limit: int) -> list[Measurement]
 
 def build_charts(measurements: Sequence[Measurement], thresholds: Thresholds | None) -> list[Chart]:
     """Build the charts of the judged figures, with their thresholds where those are known."""
-    limits = {} if thresholds is None else _list_limits(measurements, thresholds)
+    is_sure = any(m.figures.get("confident_agreement") is not None for m in measurements)
+    limits = {} if thresholds is None else _list_limits(thresholds, is_sure)
+    shares = {k: v for k, v in _SHARES.items() if is_sure or k != "confident_agreement"}
     return [
         Chart(
             "norm",
@@ -91,20 +93,18 @@ def build_charts(measurements: Sequence[Measurement], thresholds: Thresholds | N
                 1.0,
                 falling=True,
             )
-            for key, (title, about) in _SHARES.items()
+            for key, (title, about) in shares.items()
         ),
     ]
 
 
-def _list_limits(
-    measurements: Sequence[Measurement], thresholds: Thresholds
-) -> dict[str, Limits | None]:
-    """Return the limits by figure; of the two agreements only the judged one has any."""
+def _list_limits(thresholds: Thresholds, is_sure: bool) -> dict[str, Limits | None]:
+    """Return the limits by figure; of the two agreements only the judged one has any. `is_sure`:
+    that on confident statements was measured."""
     limits: dict[str, Limits | None] = dict(vars(thresholds))
-    sure = limits.pop("confident")
-    seen = any(one.figures.get("confident_agreement") is not None for one in measurements)
-    if sure is not None and (seen or not measurements):
-        return {**limits, "agreement": None, "confident_agreement": sure}
+    confident = limits.pop("confident")
+    if is_sure and confident is not None:
+        limits |= {"agreement": None, "confident_agreement": confident}
     return limits
 
 

@@ -19,6 +19,7 @@ from tiny_models import CITIES
 
 from kedit_daemon import control
 from kedit_daemon.control import ControlRequest
+from kedit_daemon.daemon.job_runner import run_job
 from kedit_daemon.daemon.loop import WAKE_REQUEST, Daemon
 from kedit_daemon.editing.editor import Editor
 from kedit_daemon.editing.live_model import LiveModel
@@ -280,3 +281,51 @@ def test_a_turn_in_which_another_holds_the_database_comes_again(
     daemon._run_turn_or_pause()
     assert at.store.find_fact(fact.id).state is not FactState.RECEIVED
     assert daemon.disk_pause.reason is None
+
+
+def make_daemon(at: Bench, monotonic: Callable[[], float]) -> Daemon:
+    daemon = Daemon(at.home, at.config, at.store, SystemdNotifier({}), at.clock, monotonic)
+    daemon.editor = at.editor
+    return daemon
+
+
+def run_names(at: Bench) -> set[str]:
+    return {name for (name,) in at.store.db.conn.execute("SELECT name FROM job_run")}
+
+
+def test_the_first_fact_of_a_home_waits_for_no_job(bench: Callable[..., Bench]) -> None:
+    at = bench(side={"steps": 20})
+    assert make_daemon(at, lambda: 0.0)._find_last_runs() == dict.fromkeys(
+        ("audit", "consolidate", "expire", "retention"), at.store.db.format_now()
+    )
+    at.receive(seat(1, "Oslo"))
+    assert set(make_daemon(at, lambda: 0.0)._find_last_runs().values()) == {None}
+
+
+@pytest.mark.parametrize("seconds", [59.0, 61.0])
+def test_long_jobs_give_way_to_facts_for_a_minute(
+    bench: Callable[..., Bench], seconds: float
+) -> None:
+    at, now = bench(side={"steps": 5, "batch_facts": 1}), [0.0]
+    daemon = make_daemon(at, lambda: now[0])
+    daemon.job_schedule.start(daemon._find_last_runs())
+    at.receive(*(seat(n, CITIES[n]) for n in range(3)))
+    for name in ("audit", "consolidate", "expire", "retention"):
+        daemon.job_schedule.due_jobs.put((name, at.store.db.format_now()))
+    daemon._run_turn()
+    assert run_names(at) == {"expire"}
+    now[0] = seconds
+    daemon._run_turn()
+    assert len(run_names(at)) == (1 if seconds < 60 else 4)
+    at.editor.step = lambda: False  # type: ignore[method-assign]
+    daemon.control_server.requests.put(ControlRequest(WAKE_REQUEST, {}))
+    daemon._run_turn()
+    assert len(run_names(at)) == 4
+    assert daemon.job_schedule.due_jobs.empty()
+    daemon.job_schedule.stop()
+
+
+def test_a_night_without_facts_in_the_weights_has_nothing_to_consolidate(
+    bench: Callable[..., Bench],
+) -> None:
+    assert run_job(bench().editor, "consolidate") == "no facts in the weights"

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from threading import Event
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from editing_home import LOOSE, Bench, seat
 from poison import poison
 
+from kedit_daemon.config import Config, StabilityConfig
 from kedit_daemon.editing import audit
 from memory.db.queries import fetch_audits, open_readonly
 from memory.errors import KeditError
 from memory.model.evidence import Evidence
+from policies.edit_site import make_default_site
+from policies.health_limits import ALL_STATEMENTS_LIMITS, Limits, Thresholds
 
 STEPS = {"steps": 300}
 ONE, TWO, THREE, FOUR = (seat(n, c) for n, c in enumerate(("Oslo", "Lima", "Paris", "Cairo"), 1))
@@ -79,6 +83,52 @@ def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> No
     assert set(costs) == parts
     assert all(seconds > 0 for seconds in costs.values())
     assert 0.9 * done["seconds"] < sum(costs.values()) <= done["seconds"]
+
+
+def test_an_audit_tells_to_how_many_bits_a_rounding_would_change_as_much(bench: Make) -> None:
+    at = bench(side=STEPS)
+    at.receive(ONE, direct=True)
+    at.settle()
+    assert at.served.list_weights_facts()
+    measured = at.editor.audit()["figures"]
+    assert "rounding_bits" not in measured  # nobody has measured this model
+    table = {8: measured["kl"] / 16, 6: measured["kl"], 4: 16 * measured["kl"]}
+    at.served.site = replace(at.served.site, rounding_kl=table)
+    done = at.editor.audit()
+    assert done["figures"]["rounding_bits"] == 6.0
+    assert list_audits(at)[-1]["figures"]["rounding_bits"] == 6.0
+
+
+def make_limits(site: dict[str, float], **stability: float) -> Thresholds:
+    config = Config(stability=StabilityConfig.model_validate(stability))
+    return audit.make_thresholds(config, replace(make_default_site(4), **site))
+
+
+def test_limits_are_the_configured_ones_else_the_models() -> None:
+    found = make_limits({"perplexity_warn": 1.02, "norm_warn": 1.2}, norm_warn=1.25)
+    assert found.perplexity == Limits(1.02, 1.10, 1.15)
+    assert found.norm == Limits(1.25, 1.3, 1.6)
+    assert found.confident == Limits(0.015, 0.025, 0.04)
+    assert found.agreement == ALL_STATEMENTS_LIMITS
+
+
+OLD = {"agreement_warn": 0.02, "agreement_consolidate": 0.03, "agreement_revert": 0.10}
+
+
+def test_older_limits_keep_judging_all_statements() -> None:
+    assert make_limits(OLD).confident is None
+    assert make_limits(OLD).agreement == Limits(0.02, 0.03, 0.10)
+    # Those of a configuration too, also where it sets one and left the others at their defaults.
+    found = make_limits({}, agreement_consolidate=0.02)
+    assert (found.confident, found.agreement) == (None, Limits(0.02, 0.02, 0.10))
+    wide = make_limits({}, agreement_warn=0.25, agreement_consolidate=0.35, agreement_revert=0.5)
+    assert (wide.confident, wide.agreement) == (None, Limits(0.25, 0.35, 0.5))
+
+
+def test_configured_limits_for_confident_statements_replace_older_ones() -> None:
+    found = make_limits(OLD, confident_revert=0.2)
+    assert found.confident == Limits(0.015, 0.025, 0.2)
+    assert found.agreement == Limits(0.02, 0.03, 0.10)  # where few statements are confident
 
 
 def test_a_dry_run_shows_weights_that_hold_nan_as_they_are(bench: Make) -> None:

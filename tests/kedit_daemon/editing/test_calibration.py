@@ -1,49 +1,26 @@
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from command_line import NOW, OSLO, make_home
-from editing_home import seat
-from tiny_models import CITIES, SENTENCES, save_model
+from pilot_facts import PILOT
+from tiny_models import SENTENCES, save_model
 
-from kedit_daemon.editing.calibration import (
-    MAX_PROMPT_TOKENS,
-    Calibration,
-    Pilot,
-    PilotExaminer,
-    calibrate,
-    make_pilot,
-    read_pilot,
-    refuse_if_in_use,
-)
-from kedit_daemon.editing.model_loading import STATISTICS_FILE, OpenedModel, load_model, open_model
+from kedit_daemon.editing.calibration import WORK_FILE, Calibration, calibrate, refuse_if_in_use
+from kedit_daemon.editing.known_measurements import STATISTICS_FILE
+from kedit_daemon.editing.model_loading import OpenedModel, load_model, open_model
+from kedit_daemon.editing.pilot import make_pilot
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.shipped import PILOT_FACTS, read_ordinary_lines
+from kedit_daemon.shipped import read_ordinary_lines
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, Neighbour
-from memory.model.editable import EditableModel
 from memory.model.statistics import collect_statistics, pack_statistics, unpack_statistics
 from policies.edit_site import format_site, make_default_site, make_start_site, read_weights_hash
 from policies.measured_limits import ACTIVATION_RANGE, NORM_RANGE, PERPLEXITY_RANGE
 from policies.rounding import WIDTHS
-
-# A random model generalises to next to nothing: another sentence before, but of one length.
-FACTS = [
-    Fact(
-        f"country {n}",
-        "The seat of {} is",
-        CITIES[n],
-        paraphrases=("It rained for most of the morning. The seat of {} is",),
-        neighbours=tuple(Neighbour(p) for p in ("Nothing", "He said that", "1 2 3 4")),
-    )
-    for n in range(2)
-]
 
 
 @pytest.fixture(scope="module")
@@ -62,95 +39,40 @@ def opened(folder: Path, cache: Path) -> OpenedModel:
 
 
 @pytest.fixture(scope="module")
-def calibrated(folder: Path, cache: Path) -> tuple[Calibration, list[str], int]:
-    opened, told, units = open_model(str(folder), "cpu", cache), list[str](), list[int]()
-
-    def watch(count: int) -> Callable[[str], None]:
-        units.append(count)
-        return told.append
-
-    found = calibrate(opened, make_pilot(opened.model, FACTS, 2), 0.01, watch)
+def calibrated(
+    folder: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Calibration, list[str]]:
+    opened, told = open_model(str(folder), "cpu", cache), list[str]()
+    work = tmp_path_factory.mktemp("work")
+    pilot = make_pilot(opened.model, PILOT, 2)
+    found = calibrate(opened, pilot, 0.01, 1e9, work, told.append)
     assert opened.model.weights_hash(range(3)) == opened.base_hash
-    return found, told, units[0]
+    assert not work.exists()
+    return found, told
 
 
-def test_a_pilot_keeps_paraphrases_from_the_edit(model: EditableModel) -> None:
-    pilot = make_pilot(model, [*FACTS, seat(7)], 2)
-    assert [f.id for f in pilot.facts] == [f.id for f in FACTS]
-    assert all(not f.paraphrases for f in pilot.facts)
-    assert pilot.held_out == tuple(
-        (n, f.filled_paraphrases[0], f.target) for n, f in enumerate(FACTS)
-    )
-    assert pilot.near == ("Nothing", "He said that", "1 2 3 4")
+def test_a_calibration_that_was_cut_off_is_taken_up(folder: Path, tmp_path: Path) -> None:
+    opened = open_model(str(folder), "cpu", tmp_path)
+    pilot, work = make_pilot(opened.model, PILOT, 2), tmp_path / "work"
 
+    def run(stop_at: str) -> list[str]:
+        work.mkdir(exist_ok=True)
+        told: list[str] = []
 
-def test_without_neighbours_the_other_facts_are_near(model: EditableModel) -> None:
-    plain = [replace(seat(n), neighbours=()) for n in range(6)]
-    pilot = make_pilot(model, plain, 4)
-    assert len(pilot.facts) == 4
-    assert pilot.near == tuple(f.question for f in plain[4:])
-    pilot = make_pilot(model, plain, 9)
-    assert (len(pilot.facts), len(pilot.near)) == (4, 2)
-    assert not {f.question for f in pilot.facts} & set(pilot.near)
+        def report(what: str) -> None:
+            told.append(what)
+            if what.startswith(stop_at):
+                raise KeyboardInterrupt
 
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(opened, pilot, 0.01, 1e9, work, report)
+        return told
 
-def test_without_paraphrases_other_words_stand_before_the_question(model: EditableModel) -> None:
-    pilot = make_pilot(model, [seat(1), seat(2)], 2)
-    assert len(pilot.held_out) == 2
-    assert [place for place, _, _ in pilot.held_out] == [0, 1]
-    for (_, prompt, target), fact in zip(pilot.held_out, pilot.facts, strict=True):
-        assert prompt.endswith(fact.question) and len(prompt) > len(fact.question)
-        assert target == fact.target
-
-
-def test_what_the_model_cannot_read_is_left_out(model: EditableModel) -> None:
-    long = "very " * MAX_PROMPT_TOKENS
-    unreadable = replace(seat(3), prompt="The " + "seat " * 400 + "of {} is")
-    wordy = replace(FACTS[0], paraphrases=(long, *FACTS[0].paraphrases))
-    pilot = make_pilot(model, [unreadable, wordy], 5)
-    assert [f.id for f in pilot.facts] == [wordy.id]
-    assert [prompt for _, prompt, _ in pilot.held_out] == [FACTS[0].filled_paraphrases[0]]
-    with pytest.raises(KeditError) as caught:
-        make_pilot(model, [unreadable], 5)
-    assert (caught.value.code, "at least three" in caught.value.hint) == ("pilot", True)
-
-
-def test_the_examiner_asks_what_greedy_answers_would_say(model: EditableModel) -> None:
-    ids = model.encode("The seat of country 3 is")
-    for _ in range(2):
-        with torch.no_grad():
-            ids.append(int(model.hf_model(torch.tensor([ids])).logits[0, -1].argmax()))
-    said = model.decode(ids[-2:])
-    known = Fact("country 3", "The seat of {} is", said.strip())
-    wanted = known.target if model.encode_target(known.question, known.target) == ids[-2:] else None
-    pilot = Pilot((known, FACTS[0]), ((0, known.question, known.target),), ("Nothing", "1 2"))
-    quality = PilotExaminer(model, pilot)({})
-    assert (quality.locality, quality.norm_ratio) == (1.0, 1.0)
-    assert (quality.reliability, quality.generality) == ((0.5, 1.0) if wanted else (0.0, 0.0))
-
-
-def test_the_examiner_sees_a_change_and_takes_it_back(model: EditableModel) -> None:
-    before = model.weights_hash(range(4))
-    examiner = PilotExaminer(
-        model, Pilot(tuple(FACTS), ((0, "x", "y"),), ("Nothing", "1 2", "He said"))
-    )
-    torch.manual_seed(1)
-    moved = examiner({1: torch.randn_like(model.weight(1)) * 5})
-    assert moved.locality < 1 and moved.norm_ratio > 2
-    assert model.weights_hash(range(4)) == before
-    assert examiner({}).locality == 1
-
-
-def test_a_pilot_is_read_in_any_form(tmp_path: Path) -> None:
-    path = tmp_path / "pilot.csv"
-    path.write_text("subject,prompt,target\nOslo,{} lies in,Norway\nOslo,{} lies in,Peru\nx,,\n")
-    assert [f.target for f in read_pilot(path, FileLimits())] == ["Peru"]
-    path.write_text("subject,prompt,target\nx,,\n")
-    with pytest.raises(KeditError, match=r"pilot\.csv:2: ") as caught:
-        read_pilot(path, FileLimits())
-    assert caught.value.code == "pilot"
-    shipped = read_pilot(PILOT_FACTS, FileLimits())
-    assert len(shipped) > 16 and all(f.paraphrases and f.neighbours for f in shipped)
+    first, then = run("final"), run("limits")
+    assert not {*first[1:-1]} & {*then}  # the statistics are looked up, the last was not done
+    assert first[-1] in then
+    (work / WORK_FILE).write_text("{")
+    assert {*first} <= {*run("limits")}
 
 
 def test_a_home_with_terms_or_facts_in_the_weights_is_refused(tmp_path: Path) -> None:
@@ -173,11 +95,11 @@ def test_a_home_with_terms_or_facts_in_the_weights_is_refused(tmp_path: Path) ->
 
 
 def test_a_calibration_holds_the_figures_behind_it(
-    calibrated: tuple[Calibration, list[str], int], opened: OpenedModel
+    calibrated: tuple[Calibration, list[str]], opened: OpenedModel
 ) -> None:
-    found, told, units = calibrated
+    found, told = calibrated
     evidence = found.evidence
-    assert 0 < len(told) <= units and told[-1] == "limits"
+    assert told[0] == "statistics of all layers" and told[-2:] == ["limits", "end gate"]
     assert evidence["weights"] == opened.base_hash
     assert evidence["pilot"] == {"facts": 2, "held_out": 2, "near": 3}
     assert evidence["chosen"] in evidence["candidates"]
@@ -191,7 +113,7 @@ def test_a_calibration_holds_the_figures_behind_it(
     assert json.loads(format_site(found.site, evidence))["evidence"]["rules"]
 
 
-def test_limits_rise_within_their_bounds(calibrated: tuple[Calibration, list[str], int]) -> None:
+def test_limits_rise_within_their_bounds(calibrated: tuple[Calibration, list[str]]) -> None:
     site = calibrated[0].site
     ranges = {"norm": NORM_RANGE, "activation": ACTIVATION_RANGE, "perplexity": PERPLEXITY_RANGE}
     for figure, (least, most) in ranges.items():
@@ -202,7 +124,7 @@ def test_limits_rise_within_their_bounds(calibrated: tuple[Calibration, list[str
 
 
 def test_the_unit_of_rounding_is_kept_with_the_site(
-    calibrated: tuple[Calibration, list[str], int],
+    calibrated: tuple[Calibration, list[str]],
 ) -> None:
     site, evidence = calibrated[0].site, calibrated[0].evidence
     assert [row["bits"] for row in evidence["rounding"]] == list(WIDTHS)
@@ -216,13 +138,13 @@ def test_the_unit_of_rounding_is_kept_with_the_site(
 
 
 def test_a_clean_norm_is_that_of_the_outputs_at_the_tokens_that_are_edited(
-    calibrated: tuple[Calibration, list[str], int], opened: OpenedModel
+    calibrated: tuple[Calibration, list[str]], opened: OpenedModel
 ) -> None:
     found, model = calibrated[0], opened.model
     (layer,) = found.site.end_layers
     assert not found.site.subject_layers
     norms: list[torch.Tensor] = []
-    for fact in FACTS:
+    for fact in PILOT:
         for context in ("", "It rained for most of the afternoon. "):
             prompt = model.encode(context + fact.question)
             target = [
@@ -240,7 +162,7 @@ def test_a_clean_norm_is_that_of_the_outputs_at_the_tokens_that_are_edited(
 
 
 def test_a_model_is_loaded_with_what_was_measured_for_it(
-    calibrated: tuple[Calibration, list[str], int], folder: Path, cache: Path, tmp_path: Path
+    calibrated: tuple[Calibration, list[str]], folder: Path, cache: Path, tmp_path: Path
 ) -> None:
     found = calibrated[0]
     text = format_site(found.site, found.evidence)

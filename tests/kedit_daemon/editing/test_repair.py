@@ -66,8 +66,8 @@ def end_key(at: Bench) -> None:
 
 def index_key(at: Bench) -> None:
     index, ids = at.served.side.key_index, np.array([to_fact_number(TWO.id) << 15])
-    index._cpu_index.remove_ids(ids)
-    index._cpu_index.add_with_ids(np.full((1, index.width), np.nan, dtype=np.float32), ids)
+    index._store.remove(ids)
+    index._store.add(ids, np.full((1, index.width), np.nan, dtype=np.float32))
 
 
 def terms(at: Bench) -> None:

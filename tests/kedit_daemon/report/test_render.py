@@ -12,6 +12,7 @@ from kedit_daemon.report.render import (
     format_duration,
     format_figures,
     format_time,
+    list_audit_figures,
     render_fact_detail,
     render_facts,
     render_failed_file,
@@ -69,6 +70,17 @@ def row(**changed: Any) -> dict[str, Any]:
         ],
         **changed,
     }
+
+
+def test_an_audit_is_summed_up_in_units_that_people_know() -> None:
+    figures = {"agreement": 0.91, "confident_agreement": 0.98551, "rounding_bits": 6.5}
+    assert list_audit_figures({"figures": figures}) == [
+        ("confident agreement", "0.9855"),
+        ("as much as", "rounding to 6.5 bits"),
+    ]
+    few = {"agreement": 0.91, "confident_agreement": None}
+    assert list_audit_figures({"figures": few}) == [("agreement", "0.91")]
+    assert format_figures(figures).endswith(", as much as rounding to 6.5 bits")
 
 
 def test_a_running_daemon_on_one_screen(tmp_path: Path) -> None:

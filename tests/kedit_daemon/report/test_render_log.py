@@ -110,12 +110,14 @@ def test_replies() -> None:
 def test_an_audit_tells_those_who_ask_also_what_is_not_judged() -> None:
     figures = {
         "perplexity": 9.5,
+        "rounding_bits": 7.0,
         "evidence": {"weight_shift": {"1": 0.25}, "activation_cka": {"0": 1.0, "1": 0.5}},
         "costs": {"measure": 1.456, "evidence": 0.2},
     }
     assert plain(render_reply({"verdict": "keep", "figures": figures})) == [
         "verdict           keep",
         "perplexity        9.5",
+        "as much as        rounding to 7 bits",
         "weight shift      (1: 0.25)",
         "activation cka    (0: 1, 1: 0.5)",
         "measure took      1.46 s",
@@ -123,7 +125,8 @@ def test_an_audit_tells_those_who_ask_also_what_is_not_judged() -> None:
     ]
     data = {"verdict": "keep", "figures": figures}
     lines = plain(render_event(event(kind="audit", fact_id=None, data=data), None))
-    assert lines[1:] == ["    figures perplexity 9.5", "    verdict keep"]
+    told = "    figures perplexity 9.5, as much as rounding to 7 bits"
+    assert lines[1:] == [told, "    verdict keep"]
 
 
 def test_one_reason_is_as_good_as_several() -> None:

@@ -1,5 +1,6 @@
 """What goes to stderr."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -35,11 +36,19 @@ def test_debug_tells_everything() -> None:
     assert said(True, JOURNAL) == "INFO hello\nDEBUG more\n"
 
 
-def test_progress_is_shown_on_a_terminal_alone(
+def test_progress_is_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(make_progress_bar("measuring")(["a", "b"])) == ["a", "b"]
-    assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(make_progress_bar("measuring")(["a", "b"])) == ["a", "b"]
     assert "measuring" in capsys.readouterr().err
+
+
+def test_progress_is_told_elsewhere_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    times = itertools.count(0.0, 2.0)
+    assert list(make_progress_bar("measuring", lambda: next(times))(range(10))) == list(range(10))
+    assert caplog.messages == [f"measuring: {n} % done" for n in (20, 50, 80)]
+    caplog.clear()
+    assert list(make_progress_bar("measuring", lambda: 0.0)(range(10))) == list(range(10))
+    assert caplog.messages == []

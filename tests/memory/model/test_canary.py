@@ -76,6 +76,35 @@ def test_agreement_is_the_share_of_statements_that_are_completed_as_before(
     assert canary.measure_health().agreement == pytest.approx(share)
 
 
+def make_confident(model: EditableModel) -> EditableModel:
+    """Make the random model sure of some statements."""
+    with torch.no_grad():
+        model.hf_model.get_output_embeddings().weight.mul_(12)
+    return model
+
+
+def test_confident_agreement_leaves_out_what_the_base_only_guesses(model: EditableModel) -> None:
+    canary = Canary(make_confident(model), LINES, [1, 2], STATEMENTS)
+    sure = [float(row.max()) >= 0.3 for row in next_tokens(model)]
+    base = completed(model)
+    model.set_deltas({2: model.base_weight(2) * 0.3})
+    kept = [a == b for a, b in zip(completed(model), base, strict=True)]
+    counted = [same for same, counts in zip(kept, sure, strict=True) if counts]
+    assert 30 <= len(counted) < len(STATEMENTS) and 0 < sum(counted) < len(counted)
+    health = canary.measure_health()
+    assert (sum(canary.is_confident), health.confident_statements) == (sum(sure), sum(sure))
+    assert health.confident_agreement == pytest.approx(sum(counted) / len(counted))
+    assert health.agreement == pytest.approx(sum(kept) / len(kept))
+    assert health.agreement != pytest.approx(health.confident_agreement)
+
+
+def test_too_few_confident_statements_have_no_share(model: EditableModel) -> None:
+    canary = Canary(make_confident(model), LINES, [1, 2], STATEMENTS[:30])
+    health = canary.measure_health()
+    assert 0 < health.confident_statements < 30
+    assert (health.confident_agreement, health.agreement) == (None, 1.0)
+
+
 def next_tokens(model: EditableModel) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     for statement in STATEMENTS:

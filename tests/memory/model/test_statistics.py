@@ -13,6 +13,7 @@ from memory.model.statistics import (
     FIRST_POSITION,
     ROW_TOKENS,
     LayerStatistics,
+    _LayerSums,
     collect_statistics,
     pack_statistics,
     unpack_statistics,
@@ -209,3 +210,24 @@ def test_an_older_form_is_told_from_this_one() -> None:
     with pytest.raises(KeditError) as caught:
         unpack_statistics(save({"1/covariance": torch.zeros(3), "1/mean": torch.zeros(2)}))
     assert (caught.value.code, bool(caught.value.hint)) == ("statistics", True)
+
+
+def test_the_key_of_a_sink_is_kept_where_first_tokens_agree(model: EditableModel) -> None:
+    keys: list[torch.Tensor] = []
+    with torch.no_grad(), model.tap_layers({1: lambda k, _y: keys.append(k[0, 0])}):
+        model.hf_model(torch.tensor([model.encode("Rome lies in Italy")]))
+    measured = collect_statistics(model, SENTENCES, (1,), (2,))
+    # Each text of this tokenizer begins with the same token.
+    assert torch.allclose(measured[1].sink_key, keys[0], atol=1e-4)
+    assert not len(measured[2].sink_key)  # a layer that is only read holds nothing back
+    again = unpack_statistics(pack_statistics(measured))
+    assert torch.equal(again[1].sink_key, measured[1].sink_key)
+
+
+def test_first_tokens_that_differ_are_no_sink() -> None:
+    sums = _LayerSums(4, 2)
+    for n in range(4):  # one text each
+        keys = torch.zeros(1, 3, 4)
+        keys[0, 0, n] = 1.0
+        sums.add_row(keys, torch.ones(1, 3, 2))
+    assert not len(sums.to_statistics(8).sink_key)

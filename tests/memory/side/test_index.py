@@ -1,3 +1,4 @@
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,11 @@ def said(index: KeyIndex, queries: Tensor, count: int = 1) -> list[list[int]]:
     return [[h.fact_number for h in hits] for hits in index.search(queries, count)]
 
 
-def test_torch_is_loaded_before_faiss() -> None:
+def test_faiss_is_loaded_for_lists_alone_and_after_torch() -> None:
     code = (
-        "import sys, memory.side.index; names = list(sys.modules); "
+        "import sys, torch; from memory.side.index import KeyIndex; index = KeyIndex(9);"
+        "index.add(1, torch.eye(9)); assert index.search(torch.eye(9), 1);"
+        "assert 'faiss' not in sys.modules; index._build_lists(); names = list(sys.modules);"
         "assert names.index('torch') < names.index('faiss')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -114,11 +117,10 @@ def test_those_near_are_some_numbers_with_a_key_that_is_near_enough(lists: bool)
 def spoil(index: KeyIndex, vector: int) -> None:
     """Write NaN over a number of a vector, where it lies in memory."""
     if not index.list_count:
-        (place,) = np.flatnonzero(faiss.vector_to_array(index._cpu_index.id_map) == vector)
-        flat = faiss.downcast_index(index._cpu_index.index)
-        faiss.rev_swig_ptr(flat.get_xb(), len(index) * index.width)[place * index.width] = np.nan
+        ids, vectors = index._store.read_all()
+        vectors[ids == vector, 0] = np.nan
         return
-    lists = index._cpu_index.invlists
+    lists = index._store.index.invlists
     for n in (n for n in range(index.list_count) if lists.list_size(n)):
         size = lists.list_size(n)
         codes = faiss.rev_swig_ptr(lists.get_codes(n), size * lists.code_size).view(np.float16)
@@ -165,6 +167,22 @@ def test_a_written_index_is_the_same_when_read(tmp_path: Path) -> None:
     assert (read.remove(4), len(read)) == (2, 2)
 
 
+def test_a_flat_index_of_an_older_version_is_read(tmp_path: Path) -> None:
+    index, keys = KeyIndex(WIDTH), unit(6)
+    index.add(9, keys[:4])
+    index.add(4, keys[4:])
+    ids, vectors = index._store.read_all()
+    older = faiss.IndexIDMap2(faiss.IndexFlatIP(WIDTH))
+    older.add_with_ids(vectors, ids)
+    packed = torch.from_numpy(faiss.serialize_index(older))
+    held = [(number, *known) for number, known in index._fingerprints.items()]
+    sha = save_tensors(tmp_path, {"index": packed, "held": torch.tensor(held)})
+    read = KeyIndex.load(tmp_path, sha)
+    assert read.search(keys, 3) == index.search(keys, 3)
+    read.sync_keys({9: keys[:4], 4: keys[4:]})
+    assert read.changed_share == 0
+
+
 def test_a_file_that_is_no_index_is_refused(tmp_path: Path) -> None:
     index = KeyIndex(WIDTH)
     index.add(9, unit(3))
@@ -185,6 +203,26 @@ def test_a_number_that_is_added_again_has_its_new_keys_alone() -> None:
     index.add(1, keys[3:])
     assert len(index) == 2
     assert index.search(keys[:1], 1)[0][0].score < 0.99
+
+
+def test_many_come_and_go_in_any_order() -> None:
+    """Against a table that is searched by hand."""
+    index, keys, held = KeyIndex(WIDTH), unit(600), dict[int, Tensor]()
+    choice = random.Random(3)
+    for turn in range(200):
+        number = choice.randrange(60)
+        if number in held and choice.random() < 0.5:
+            assert index.remove(number) == len(held.pop(number))
+        else:
+            held[number] = keys[3 * turn : 3 * turn + 1 + number % 3]
+            index.add(number, held[number])
+    table = torch.cat(list(held.values()))
+    owners = [number for number, rows in held.items() for _ in rows]
+    assert len(index) == len(table)
+    for hits, cosines in zip(index.search(keys, 4), keys @ table.T, strict=True):
+        best = cosines.topk(4)
+        assert [h.fact_number for h in hits] == [owners[n] for n in best.indices]
+        assert [h.score for h in hits] == pytest.approx(best.values.tolist(), abs=1e-6)
 
 
 def test_few_keys_or_a_quick_search_stay_flat(monkeypatch: pytest.MonkeyPatch) -> None:
