@@ -1,4 +1,4 @@
-"""A daemon of the demo: a home with a story's settings, and the process that runs in it."""
+"""A daemon of the demo: a home with a few settings of its own, and the process that runs in it."""
 
 import os
 import re
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon import config, control
-from kedit_daemon.demo.story import DemoStory
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.submit import format_native
 from memory.db import queries
@@ -23,24 +22,24 @@ START_SECONDS = 300.0  # the first start on a model measures it
 EDIT_SECONDS = 600.0
 
 
-def format_settings(story: DemoStory) -> str:
-    """Format the default settings, with the story's model and its own limits of stability."""
-    text = config.render_default_config(story.model)
-    for name, limit in story.stability.items():
-        pattern = f"^(# )?{name} = .*$"
-        text, found = re.subn(pattern, f"{name} = {limit}", text, flags=re.MULTILINE)
+def format_settings(model: str, settings: Mapping[str, float]) -> str:
+    """Format the default settings, with a model and other values of some keys."""
+    text = config.render_default_config(model)
+    for key, value in settings.items():
+        pattern = f"^(# )?{key} = .*$"
+        text, found = re.subn(pattern, f"{key} = {value}", text, flags=re.MULTILINE)
         if not found:
-            raise KeditError(f"the default settings have no {name}", code="demo")
+            raise KeditError(f"the default settings have no {key}", code="demo")
     return text
 
 
 class DemoDaemon:
     """A daemon process and its home."""
 
-    def __init__(self, root: Path, story: DemoStory) -> None:
+    def __init__(self, root: Path, model: str, settings: Mapping[str, float]) -> None:
         self.home = Home(root)
         self.home.create_folders()
-        self.home.config_file.write_text(format_settings(story), encoding="utf-8")
+        self.home.config_file.write_text(format_settings(model, settings), encoding="utf-8")
 
     @property
     def command_line(self) -> list[str]:
@@ -90,6 +89,11 @@ class DemoDaemon:
             if time.monotonic() > deadline:
                 raise KeditError(f"the facts are not live: {self.count_states()}", code="demo")
             time.sleep(0.05)
+
+    def read_weights_hash(self) -> str:
+        """Read the sha256 of the edited weights, as the newest generation has it."""
+        with closing(queries.open_readonly(self.home.database_file)) as connection:
+            return str(queries.fetch_generations(connection, 1)[0]["weights_hash"])
 
     def count_states(self) -> Mapping[str, int]:
         with closing(queries.open_readonly(self.home.database_file)) as connection:

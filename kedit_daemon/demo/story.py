@@ -1,4 +1,4 @@
-"""A story of the demo: facts, an unseen wording of each, unrelated prompts, and minimum shares."""
+"""A story of the demo: facts, prompts that the editor does not see, and minimum shares."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,20 +19,21 @@ class MinimumShares:
 
     weights: float  # of the facts; others stay in the side memory
     unseen_side: float  # of the facts in a wording unknown to the editor, from the side memory
-    unseen_weights: float | None  # likewise from the weights; None: shown, and not judged
-    unrelated_weights: float  # of unrelated answers that the weights leave as they were
+    unseen_weights: float  # likewise after they have moved into the weights
+    unrelated_weights: float  # of the unrelated answers that are then as before
 
 
 @dataclass(frozen=True)
 class DemoStory:
-    """A model's facts, an unseen wording of each, unrelated prompts, and how they are judged."""
+    """A model's facts, prompts that the editor does not see, and how the answers are judged."""
 
     model: str  # as in a home's settings
     about: str  # the facts, in a sentence for the reader
     facts: list[Fact]
     unseen_prompts: list[str]
     unrelated_prompts: list[str]
-    stability: Mapping[str, float]  # settings of [stability] that are not the default
+    neighbour_prompts: list[str]  # of the facts' kind, about other subjects
+    settings: Mapping[str, float]  # that are not the default
     minimum: MinimumShares
 
     @property
@@ -57,7 +58,8 @@ def load_story(model: str) -> DemoStory:
         facts=facts,
         unseen_prompts=[fill_subject(told["unseen"][f.subject], f.subject) for f in facts],
         unrelated_prompts=told["unrelated"],
-        stability=told["stability"],
+        neighbour_prompts=told["neighbours"],
+        settings=told["settings"],
         minimum=MinimumShares(**told["minimum"]),
     )
 

@@ -30,13 +30,23 @@ class Answers:
     questions: list[str]
     unseen: list[str]
     unrelated: list[str]
+    neighbours: list[str]
+
+
+@dataclass(frozen=True)
+class AskedShares:
+    """The shares of answers that are asked for; None: the figure is shown, and not judged."""
+
+    unseen: float
+    unrelated: float
+    neighbours: float | None
 
 
 def run_tour(story: DemoStory, echo: Echo, monotonic: Callable[[], float] = time.monotonic) -> int:
     """Run the demo; return 0 when every check has passed, else 1."""
     began, tally = monotonic(), DemoReport(echo)
     with tempfile.TemporaryDirectory(prefix="kedit-demo-") as folder:
-        first = DemoDaemon(Path(folder) / "home", story)
+        first = DemoDaemon(Path(folder) / "home", story.model, story.settings)
         tally.print_title(f"a daemon on the model {story.model}, in a temporary home")
         with first.run_process():
             echo(f"   ready after {monotonic() - began:.1f} s")
@@ -46,9 +56,11 @@ def run_tour(story: DemoStory, echo: Echo, monotonic: Callable[[], float] = time
             reverted = moved[0]
             first_hash = _show_revert(first, story, reverted, tally)
         tally.print_title("a second daemon that never saw that fact")
-        second = DemoDaemon(Path(folder) / "never", story)
+        direct = {"direct_facts": 1}  # into the weights at once
+        second = DemoDaemon(Path(folder) / "never", story.model, {**story.settings, **direct})
         with second.run_process():
-            second_hash = _make_weights(second, moved[1:])
+            second.drop_facts(moved[1:])
+            second_hash = second.read_weights_hash()
         echo(f"   weights of the first   {first_hash}\n   weights of the second  {second_hash}")
         tally.record_check("the weights are equal, bit for bit", first_hash == second_hash)
         _show_log(first, reverted, tally)
@@ -60,8 +72,12 @@ def run_tour(story: DemoStory, echo: Echo, monotonic: Callable[[], float] = time
 
 
 def _ask_story(daemon: DemoDaemon, story: DemoStory) -> Answers:
-    prompts = story.questions, story.unseen_prompts, story.unrelated_prompts
-    return Answers(*(daemon.ask_prompts(part) for part in prompts))
+    return Answers(
+        questions=daemon.ask_prompts(story.questions),
+        unseen=daemon.ask_prompts(story.unseen_prompts),
+        unrelated=daemon.ask_prompts(story.unrelated_prompts),
+        neighbours=daemon.ask_prompts(story.neighbour_prompts),
+    )
 
 
 def _show_edit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> Answers:
@@ -76,31 +92,36 @@ def _show_edit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> Answer
     tally.echo(f"   all live after {seconds:.1f} s, in the side memory")
     answers = _ask_story(first, story)
     tally.print_changes(story.questions, base.questions, answers.questions)
-    _judge_answers(story, base, answers, tally, story.minimum.unseen_side, 1.0)
+    _judge_answers(story, base, answers, AskedShares(story.minimum.unseen_side, 1.0, 1.0), tally)
     return base
 
 
 def _judge_answers(
-    story: DemoStory,
-    base: Answers,
-    now: Answers,
-    tally: DemoReport,
-    unseen_share: float | None,
-    unrelated_share: float,
+    story: DemoStory, base: Answers, now: Answers, asked: AskedShares, tally: DemoReport
 ) -> None:
-    """Count the answers that are as they should be, and show those that are not.
-
-    `unseen_share`, `unrelated_share`: what the demo asks for; None: nothing.
-    """
-    right = [is_same_answer(a, t) for a, t in zip(now.questions, story.targets, strict=True)]
+    """Count the answers that are as they should be, and show those that are not."""
+    right = _find_right(now.questions, story.targets)
     tally.record_share("facts are answered with", right, 1.0)
     tally.print_misses(right, story.questions, base.questions, now.questions)
-    right = [is_same_answer(a, t) for a, t in zip(now.unseen, story.targets, strict=True)]
-    tally.record_share("also in a wording the editor never saw", right, unseen_share)
+    right = _find_right(now.unseen, story.targets)
+    tally.record_share("also in a wording the editor never saw", right, asked.unseen)
     tally.print_misses(right, story.unseen_prompts, base.unseen, now.unseen)
-    same = [a == b for a, b in zip(now.unrelated, base.unrelated, strict=True)]
-    tally.record_share("unrelated answers are unchanged", same, unrelated_share)
+    same = _find_same(now.unrelated, base.unrelated)
+    tally.record_share("unrelated answers are unchanged", same, asked.unrelated)
     tally.print_misses(same, story.unrelated_prompts, base.unrelated, now.unrelated)
+    if story.neighbour_prompts:
+        same = _find_same(now.neighbours, base.neighbours)
+        text = "answers to such questions about other things are unchanged"
+        tally.record_share(text, same, asked.neighbours)
+        tally.print_misses(same, story.neighbour_prompts, base.neighbours, now.neighbours)
+
+
+def _find_right(answers: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    return [is_same_answer(a, t) for a, t in zip(answers, targets, strict=True)]
+
+
+def _find_same(answers: Sequence[str], base: Sequence[str]) -> list[bool]:
+    return [a == b for a, b in zip(answers, base, strict=True)]
 
 
 def _show_flush(
@@ -118,8 +139,8 @@ def _show_flush(
     if len(moved) < count:
         tally.echo(f"   the other {count - len(moved)} stay in the side memory")
         first.wait_until_live(count)
-    shares = story.minimum.unseen_weights, story.minimum.unrelated_weights
-    _judge_answers(story, base, _ask_story(first, story), tally, *shares)
+    asked = AskedShares(story.minimum.unseen_weights, story.minimum.unrelated_weights, None)
+    _judge_answers(story, base, _ask_story(first, story), asked, tally)
     return moved
 
 
@@ -132,9 +153,10 @@ def _show_audit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
         tally.echo(f"   layer {layer}: norm {ratio:.4f} of the base, activations {moved:.4f}")
     tally.echo(f"   canary perplexity {figures['perplexity_ratio']:.4f} of the base")
     agreement, count = figures["confident_agreement"], figures["confident_statements"]
-    tally.echo(f"   {agreement:.1%} of {count} other statements are completed as before;")
-    tally.echo(f"   that is as much as rounding the weights to {figures['rounding_bits']:g} bits")
-    if story.stability:
+    tally.echo(f"   {agreement:.1%} of {count} other statements are completed as before")
+    if (bits := figures.get("rounding_bits")) is not None:
+        tally.echo(f"   that is as much as rounding the weights to {bits:g} bits")
+    if story.settings:
         rest = "most facts would stay in the side memory"
         tally.echo(
             f"   by default they hold what changes less than {LIMIT_BITS[1]} bits do: {rest}"
@@ -152,16 +174,9 @@ def _show_revert(first: DemoDaemon, story: DemoStory, fact: Fact, tally: DemoRep
     tally.record_check("the model answers as it did before the fact", answer["after"] == base)
     others = [f for f in story.facts if f is not fact]
     answers = first.ask_prompts([f.question for f in others])
-    right = [is_same_answer(a, f.target) for a, f in zip(answers, others, strict=True)]
+    right = _find_right(answers, [f.target for f in others])
     tally.record_share("other facts still hold", right, 1.0)
     return str(done["weights_hash"])
-
-
-def _make_weights(second: DemoDaemon, facts: Sequence[Fact]) -> str:
-    """Move these facts into the weights of a fresh daemon; return the sha256 of the weights."""
-    second.drop_facts(facts)
-    second.send_command("flush")
-    return str(second.send_command("consolidate", dry_run=True)["weights_hash"])
 
 
 def _show_log(first: DemoDaemon, fact: Fact, tally: DemoReport) -> None:

@@ -205,8 +205,8 @@ def fetch_generations(conn: sqlite3.Connection, limit: int) -> list[dict[str, An
     """Return the last generations, oldest first, each with the count of its `facts`."""
     newest = fetch_dicts(
         conn,
-        "SELECT id, parent, reason, figures, created_at, json_array_length(fact_ids) AS facts"
-        " FROM generations ORDER BY id DESC LIMIT ?",
+        "SELECT id, weights_hash, parent, reason, figures, created_at,"
+        " json_array_length(fact_ids) AS facts FROM generations ORDER BY id DESC LIMIT ?",
         limit,
     )
     return list(newest)[::-1]

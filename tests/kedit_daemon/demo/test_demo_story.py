@@ -33,7 +33,6 @@ def test_every_shipped_story_is_one_of_the_demo() -> None:
 def test_the_story_is_large_enough(story: DemoStory) -> None:
     assert len(story.facts) >= 12
     assert len(story.unseen_prompts) == len(story.facts)
-    assert len(set(story.unrelated_prompts)) >= 20
 
 
 @each_story
@@ -56,20 +55,22 @@ def test_no_prompt_tells_the_answer(story: DemoStory) -> None:
 
 
 @each_story
-def test_unrelated_prompts_are_about_other_subjects(story: DemoStory) -> None:
+def test_other_prompts_are_about_other_subjects(story: DemoStory) -> None:
     given = {n.prompt for fact in story.facts for n in fact.neighbours}
-    for prompt in story.unrelated_prompts:
+    others = [*story.unrelated_prompts, *story.neighbour_prompts]
+    assert len(set(others)) == len(others) >= 20
+    for prompt in others:
         assert prompt not in given
         assert not any(fact.subject in prompt for fact in story.facts)
 
 
 @each_story
-def test_most_facts_have_to_hold(story: DemoStory) -> None:
+def test_most_of_it_has_to_hold(story: DemoStory) -> None:
     asked = story.minimum
     assert asked.weights >= 0.8
-    assert asked.unseen_side >= 0.9
+    assert asked.unseen_side >= 0.8
+    assert asked.unseen_weights >= 0.7
     assert asked.unrelated_weights >= 0.9
-    assert asked.unseen_weights is None or asked.unseen_weights >= 0.9
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ class Person:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DemoDaemon]:
     """A daemon with some facts in the weights and one more beside them."""
     story = load_story(config.SHIPPED_MODEL)
-    daemon = DemoDaemon(tmp_path_factory.mktemp("browser") / "home", story)
+    daemon = DemoDaemon(tmp_path_factory.mktemp("browser") / "home", story.model, story.settings)
     facts = story.facts
     count = MORE if PICTURES else FEW
     with daemon.run_process():
