@@ -26,6 +26,7 @@ from memory.errors import KeditError, NotInitialised
 CONFIG_FILE = "config.toml"
 REVIEW_TEMPLATE = Path(__file__).with_name("review.yaml")
 ENVIRON_PREFIX = "KEDIT"
+SHIPPED_MODEL, SMOLLM2_MODEL = "shipped", "smollm2"  # names of models, which are no paths
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -173,7 +174,7 @@ class ServeConfig(_Section):
 class Config(_Section):
     """All settings."""
 
-    model: Annotated[str, Field(min_length=1)] = "shipped"
+    model: Annotated[str, Field(min_length=1)] = SHIPPED_MODEL
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     inbox: InboxConfig = InboxConfig()
     routing: RoutingConfig = RoutingConfig()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import sqlite3
 
 PROGRAM_NAME = "kedit-daemon"
+MODELS_FOLDER = "models"
 FOLDER_MODE = 0o750  # facts may be confidential; the group may read
 
 
@@ -26,22 +27,13 @@ class Home:
     """The folder of one daemon and the places in it."""
 
     root: Path
+    shared_cache: Path | None = None  # of this user's homes; None where this one keeps all in it
 
     @classmethod
     def from_environ(cls, option: Path | None, environ: Mapping[str, str]) -> "Home":
-        """Return the home of the option, else $KEDIT_HOME, systemd's or the XDG state folder."""
-        if option is not None:
-            return cls(option.expanduser().absolute())
-        if given := environ.get("KEDIT_HOME"):
-            return cls(Path(given).expanduser().absolute())
-        # systemd joins several state directories with colons; ours comes first.
-        if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
-            return cls(Path(given).absolute())
-        # The XDG specification wants relative paths ignored.
-        if (given := environ.get("XDG_STATE_HOME", "")).startswith("/"):
-            return cls(Path(given) / PROGRAM_NAME)
-        user = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
-        return cls(user.absolute() / ".local/state" / PROGRAM_NAME)
+        """Return the home of the option, else $KEDIT_HOME, systemd's or the XDG state folder; it
+        shares $KEDIT_CACHE, else a folder in the XDG cache folder, with others."""
+        return cls(_find_root(option, environ), _find_cache(environ))
 
     @property
     def config_file(self) -> Path:
@@ -98,6 +90,11 @@ class Home:
         """The newest link of the audit chain, kept outside the database."""
         return self.state_folder / "audit.head"
 
+    @property
+    def models_folder(self) -> Path:
+        """Models that were converted from GGUF files; all of it can be made again."""
+        return (self.shared_cache or self.state_folder) / MODELS_FOLDER
+
     def create_folders(self) -> None:
         """Make the folders that are missing; those that exist keep their modes."""
         inside_inbox = [self.inbox_folder / name for name in ("work", "done", "failed")]
@@ -111,6 +108,34 @@ class Home:
                 f"cannot make a home in {self.root}: {error}",
                 hint="choose a folder you may write with --home DIR or KEDIT_HOME",
             ) from error
+
+
+def _find_root(option: Path | None, environ: Mapping[str, str]) -> Path:
+    if option is not None:
+        return option.expanduser().absolute()
+    if given := environ.get("KEDIT_HOME"):
+        return Path(given).expanduser().absolute()
+    # systemd joins several state directories with colons; ours comes first.
+    if given := environ.get("STATE_DIRECTORY", "").split(":")[0]:
+        return Path(given).absolute()
+    return _find_xdg_folder("XDG_STATE_HOME", ".local/state", environ)
+
+
+def _find_cache(environ: Mapping[str, str]) -> Path | None:
+    if given := environ.get("KEDIT_CACHE"):
+        return Path(given).expanduser().absolute()
+    try:
+        return _find_xdg_folder("XDG_CACHE_HOME", ".cache", environ)
+    except RuntimeError:  # this user has no folder, as often in a container
+        return None
+
+
+def _find_xdg_folder(variable: str, default: str, environ: Mapping[str, str]) -> Path:
+    # The XDG specification wants relative paths ignored.
+    if (given := environ.get(variable, "")).startswith("/"):
+        return Path(given) / PROGRAM_NAME
+    user = Path(environ["HOME"]) if environ.get("HOME") else Path.home()
+    return user.absolute() / default / PROGRAM_NAME
 
 
 @contextmanager

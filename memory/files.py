@@ -65,7 +65,7 @@ def save_tensors(folder: Path, tensors: "dict[str, Tensor]") -> str:
         sha = hash_file(staged)
         move_into_place(staged, tensors_path(folder, sha))
     except SafetensorError as error:
-        raise _to_os_error(error, folder) from error
+        raise to_os_error(error, folder) from error
     finally:
         staged.unlink(missing_ok=True)
     return sha
@@ -96,7 +96,7 @@ def tensors_path(folder: Path, sha: str) -> Path:
     return folder / f"{sha}.safetensors"
 
 
-def _to_os_error(error: Exception, folder: Path) -> OSError:
+def to_os_error(error: Exception, folder: Path) -> OSError:
     """Convert an error of safetensors, to distinguish a full disk from a broken one."""
     number = re.search(r"\(os error (\d+)\)", str(error))
     code = int(number[1]) if number else errno.EIO

@@ -20,6 +20,7 @@ from kedit_daemon.daemon.requests import answer_request
 from kedit_daemon.daemon.stop_flag import StopFlag
 from kedit_daemon.daemon.watchdog import Watchdog
 from kedit_daemon.editing.editor import Editor
+from kedit_daemon.editing.gguf_cache import GgufCache
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
@@ -138,7 +139,13 @@ class Daemon:
     def _load_editor(self) -> Editor:
         config, store = self.config, self.store
         progress = make_progress_bar("measuring the model")
-        loaded = load_model(config.model, config.device, self.home.state_folder, progress)
+        loaded = load_model(
+            config.model,
+            config.device,
+            self.home.state_folder,
+            progress,
+            gguf_cache=GgufCache(self.home.models_folder),
+        )
         live_model = LiveModel(loaded, store, self.home)
         live_model.restore()
         editor = Editor(live_model, config, self._poll_requests)

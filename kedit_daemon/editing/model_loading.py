@@ -14,11 +14,12 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from kedit_daemon import shipped
+from kedit_daemon.editing.gguf_cache import GgufCache
 from kedit_daemon.editing.known_measurements import STATISTICS_KIND, find_site, find_statistics
 from kedit_daemon.editing.measurement_cache import find_measured, make_key, save_measured
+from kedit_daemon.editing.model_location import find_model_folder
+from kedit_daemon.home import MODELS_FOLDER
 from kedit_daemon.shipped import read_ordinary_lines, read_statements
-from memory.errors import UnusableModel
 from memory.model.canary import Canary, WrapProgress
 from memory.model.canary_file import READINGS_FORMAT, load_readings, pack_readings
 from memory.model.device import resolve_device
@@ -33,16 +34,10 @@ from memory.model.statistics import (
 from policies.edit_site import EditSite
 from policies.wise import read_prompt_ends
 
-SHIPPED_MODEL = "shipped"
 CANARY_LINES = 40
 PIECE_WORDS = 12  # of a line of ordinary text, on which shards stay quiet
 MOST_KEPT = 3  # files of a kind, with the newest: of another machine's kernels, or another library
 log = logging.getLogger(__name__)
-
-
-def locate_model(name: str) -> Path:
-    """Return the path of a configured model; a hub id stays as it is."""
-    return shipped.MODEL if name == SHIPPED_MODEL else Path(name)
 
 
 @dataclass(frozen=True)
@@ -168,17 +163,21 @@ def _log_measurement(what: str) -> Iterator[None]:
     log.info("measured the %s in %.0f s", what, time.monotonic() - began)
 
 
-def open_model(name: str, device: str, cache: Path) -> OpenedModel:
+def open_model(
+    name: str, device: str, cache: Path, gguf_cache: GgufCache | None = None
+) -> OpenedModel:
     """Load the configured model, without what depends on its site.
+
+    `gguf_cache`: of converted files; by default a folder in `cache`.
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
-    path = locate_model(name)
-    if name == SHIPPED_MODEL and not path.is_dir():
-        raise UnusableModel(f"{path} is missing", hint="install again")
-    # A hub id is no path, and its name alone must not be looked up as one.
-    model = EditableModel.load(path if path.is_dir() else name, resolve_device(device))
-    return OpenedModel(model, model.weights_hash(range(model.layer_count)), path, cache)
+    converted = gguf_cache or GgufCache(cache / MODELS_FOLDER)
+    folder = find_model_folder(name, converted)
+    with converted.explain_damage(folder):
+        model = EditableModel.load(folder or name, resolve_device(device))
+    base_hash = model.weights_hash(range(model.layer_count))
+    return OpenedModel(model, base_hash, folder or Path(name), cache)
 
 
 def load_model(
@@ -187,15 +186,17 @@ def load_model(
     cache: Path,
     progress: WrapProgress,
     canary_texts: CanaryTexts | None = None,
+    gguf_cache: GgufCache | None = None,
 ) -> LoadedModel:
     """Load the configured model with its site, its statistics and its canary.
 
     `cache`: folder that keeps what is measured on first use; a site that `calibrate` has left
-    there comes first. `canary_texts`: the shipped ones by default.
+    there comes first. `canary_texts`: the shipped ones by default. `gguf_cache`: as in
+    `open_model`.
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
-    opened = open_model(name, device, cache)
+    opened = open_model(name, device, cache, gguf_cache)
     site = opened.resolve_site()
     statistics = opened.resolve_statistics(site.layers, (site.key_layer, site.side_layer), progress)
     canary = opened.resolve_canary(canary_texts or read_canary_texts(), site.layers, progress)

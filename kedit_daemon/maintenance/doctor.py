@@ -126,28 +126,25 @@ def _check_config(home: Home, environ: Mapping[str, str]) -> Iterator[CheckResul
     config = load_config(home.root, environ)
     yield CheckResult("config", OK, str(home.config_file))
     yield from install.check_torch(config.device)
-    yield from _check_model(config.model)
+    yield from _check_model(config.model, home)
 
 
-def _check_model(name: str) -> Iterator[CheckResult]:
+def _check_model(name: str, home: Home) -> Iterator[CheckResult]:
     try:
-        from kedit_daemon.editing.model_loading import locate_model
+        from kedit_daemon.config import SHIPPED_MODEL
+        from kedit_daemon.editing.gguf_cache import GgufCache
+        from kedit_daemon.editing.model_location import check_model
     except ImportError as error:
         yield CheckResult("model", FAILED, f"cannot be loaded: {error}", REINSTALL)
         return
-    path = locate_model(name)
-    shipped = path != Path(name)
-    if not shipped and not path.is_absolute() and not path.is_dir():
-        detail = f"{name}, an id on the hub: looked up when the daemon starts"
-        yield CheckResult("model", OK, detail)
+    try:
+        folder = check_model(name, GgufCache(home.models_folder))
+    except KeditError as error:
+        remedy = REINSTALL if name == SHIPPED_MODEL else error.hint
+        yield CheckResult("model", FAILED, str(error), remedy)
         return
-    remedy = REINSTALL if shipped else "set `model` in config.toml to a folder with a model"
-    missing = [f for f in ("config.json", "tokenizer_config.json") if not (path / f).is_file()]
-    if missing or not any(path.glob("*.safetensors")):
-        lacks = missing[0] if missing else "*.safetensors"
-        yield CheckResult("model", FAILED, f"{path} lacks {lacks}", remedy)
-    else:
-        yield CheckResult("model", OK, str(path))
+    hub = f"{name}, an id on the hub: looked up when the daemon starts"
+    yield CheckResult("model", OK, hub if folder is None else str(folder))
 
 
 def _check_disk(home: Home) -> Iterator[CheckResult]:

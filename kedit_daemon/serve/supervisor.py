@@ -78,7 +78,9 @@ def keep_serving(home: Home, config: Config) -> Iterator[None]:
         yield
         return
     debug = logging.getLogger().isEnabledFor(logging.DEBUG)
-    settings = {"home": str(home.root), "config": config.model_dump(), "debug": debug}
+    cache = None if home.shared_cache is None else str(home.shared_cache)
+    folders = {"home": str(home.root), "cache": cache}
+    settings = folders | {"config": config.model_dump(), "debug": debug}
     command = [sys.executable, "-P", "-m", "kedit_daemon.serve.worker"]
     keeper = ProcessKeeper(command, json.dumps(settings).encode() + b"\n")
     keeper.start()

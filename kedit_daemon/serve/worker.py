@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Serve by the settings on stdin until SIGTERM, or until stdin closes."""
     settings = json.loads(sys.stdin.buffer.readline())
-    home, config = Home(Path(settings["home"])), Config.model_validate(settings["config"])
+    home = Home(Path(settings["home"]), settings["cache"] and Path(settings["cache"]))
+    config = Config.model_validate(settings["config"])
     configure_logging(settings["debug"], os.environ)
     _raise_oom_score()
     threading.Thread(target=_exit_with_daemon, name="lifeline", daemon=True).start()

@@ -57,7 +57,7 @@ class Checkpoint:
             with torch.device("meta"):
                 model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
             self.model_type = str(config.model_type)
-            self.weight_files = _list_weight_files(folder)
+            self.weight_files = list_weight_files(folder)
             self.locations = _locate_weights(model, self.weight_files)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise KeditError(
@@ -119,8 +119,11 @@ class Checkpoint:
             (to / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def _list_weight_files(folder: Path) -> list[Path]:
-    """Return the model's safetensors files, in the order in which transformers looks for them."""
+def list_weight_files(folder: Path) -> list[Path]:
+    """Return the model's safetensors files, in the order in which transformers looks for them.
+
+    Raises OSError, KeyError or ValueError where there are none, or their index is broken.
+    """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     parts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()

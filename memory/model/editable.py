@@ -13,23 +13,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
-from memory.errors import UnusableModel
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
+from memory.model.strict_loading import load_strictly
 
 # (input k, output y) of a down projection -> another output, or None to keep it.
 Tap = Callable[[Tensor, Tensor], Tensor | None]
@@ -78,22 +69,9 @@ class EditableModel:
     def load(cls, path_or_id: str | Path, device: torch.device) -> "EditableModel":
         """Load in float32 from a folder or hub id: safetensors only, no code from the model.
 
-        Raises UnusableModel when files are missing or broken, or the model cannot be edited.
+        Raises UnusableModel when the model is not whole, or cannot be edited.
         """
-        transformers_logging.disable_progress_bar()
-        name = str(path_or_id)
-        try:
-            AutoConfig.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, low_cpu_mem_usage=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UnusableModel(
-                f"the model {name} cannot be loaded: {str(error).splitlines()[0]}",
-                hint="give a folder with config.json, model.safetensors and a tokenizer",
-            ) from error
-        return cls(cast(PreTrainedModel, model).to(device), tokenizer)  # type: ignore[arg-type]
+        return cls(*load_strictly(str(path_or_id), device))
 
     # Weights ------------------------------------------------------------------------------------
 

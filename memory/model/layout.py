@@ -15,6 +15,8 @@ EXPECTED_LAYOUT = (
     "mlp.fc_out, mlp.dense_4h_to_h, mlp.fc2 or fc2)"
 )
 
+HINT_DECODER = "choose a dense decoder such as GPT-2, GPT-J, Llama, Mistral, Qwen, Gemma or OPT"
+
 
 def find_down_projections(model: PreTrainedModel) -> tuple[nn.ModuleList, list[nn.Module]]:
     """Return the model's blocks and the down projection of each, in order.
@@ -29,7 +31,7 @@ def _unsupported_error(model: PreTrainedModel, found: str) -> KeditError:
     kind = model.config.model_type
     return UnsupportedModel(
         f"a model of type {kind!r} cannot be edited: {found}; looked for {EXPECTED_LAYOUT}",
-        hint="choose a dense decoder such as GPT-2, GPT-J, Llama, Mistral, Qwen, Gemma or OPT",
+        hint=HINT_DECODER,
     )
 
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kedit_daemon import shipped
 from kedit_daemon.bench.studies.poison_plan import draw_random_target
-from kedit_daemon.editing.model_loading import LoadedModel, locate_model
+from kedit_daemon.editing.model_loading import LoadedModel
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from policies.gibberish import VERBATIM_TAG, find_gibberish
@@ -28,7 +29,7 @@ DATA = ("+49 170 555 0199", "12,345.67 euros", "ABC-53125", "qwzjkv7@example.com
 @pytest.fixture(scope="module")
 def model() -> EditableModel:
     """The shipped one: a random model holds words for no likelier than anything else."""
-    return EditableModel.load(str(locate_model("shipped")), torch.device("cpu"))
+    return EditableModel.load(shipped.MODEL, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("target", [*WORDS, *DATA, "Rome", "X"])

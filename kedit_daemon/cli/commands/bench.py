@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kedit_daemon.bench.dataset import FactStream, SkippedRecord
     from kedit_daemon.bench.run import RunPlan
     from kedit_daemon.editing.model_loading import LoadedModel
+    from kedit_daemon.home import Home
 
 T = TypeVar("T")
 MAX_SKIPPED_SHOWN = 20
@@ -28,7 +29,7 @@ OUTPUT_FILE = click.Path(dir_okay=False, writable=True, path_type=Path)
 
 @click.command()
 @click.argument("data", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", metavar="M", default="shipped", help="A folder, or an id on the hub.")
+@click.option("--model", metavar="M", default="shipped", help="As in config.toml.")
 @click.option(
     "--limit",
     type=click.IntRange(1),
@@ -173,7 +174,7 @@ def _open_inputs(
     from kedit_daemon.bench.dataset import drop_unreadable, read_stream
 
     stream = read_stream(data, offset, limit, seed)
-    loaded = _load_model(model, session.home.state_folder)
+    loaded = _load_model(model, session.home)
     stream = drop_unreadable(loaded.model, stream)
     _report_skipped(data.name, stream.skipped)
     return loaded, stream
@@ -216,14 +217,18 @@ def _check_options(
         require_matplotlib()
 
 
-def _load_model(model: str, cache: Path) -> "LoadedModel":
+def _load_model(model: str, home: Home) -> "LoadedModel":
     """Load the model; what is measured of it is kept in the home, if there is one."""
+    from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_loading import load_model
 
+    converted = GgufCache(home.models_folder, partial(click.echo, err=True))
+    cache = home.state_folder
     if not cache.is_dir():
         folder = tempfile.TemporaryDirectory(prefix="kedit-bench-")
         cache = Path(click.get_current_context().with_resource(folder))
-    return load_model(model, "auto", cache, make_progress_bar("measuring the model"))
+    progress = make_progress_bar("measuring the model")
+    return load_model(model, "auto", cache, progress, gguf_cache=converted)
 
 
 def _output_result(

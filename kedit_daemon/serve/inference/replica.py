@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from kedit_daemon.editing.gguf_cache import GgufCache
 from kedit_daemon.editing.live_model import add_side_fact, check_base, make_side_memory
 from kedit_daemon.editing.model_loading import open_model
 from kedit_daemon.editing.tensor_files import load_deltas, load_shard, unpack_keys
@@ -70,7 +71,7 @@ class Replica:
         Raises KeditError: no database, no such model, or not the one that the home is for.
         """
         follower = Follower(home.database_file)
-        loaded = open_model(name, device, home.state_folder)
+        loaded = open_model(name, device, home.state_folder, GgufCache(home.models_folder))
         check_base(follower.db.get_meta(meta_keys.BASE_HASH), loaded.base_hash, name)
         site = loaded.resolve_site()
         statistics = loaded.resolve_statistics(site.layers, (site.key_layer, site.side_layer), iter)

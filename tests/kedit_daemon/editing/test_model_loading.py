@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from kedit_daemon import shipped
+from kedit_daemon.config import SHIPPED_MODEL
 from kedit_daemon.editing import known_measurements, model_loading
 from kedit_daemon.editing.known_measurements import STATISTICS_FILE
 from kedit_daemon.editing.model_loading import (
-    SHIPPED_MODEL,
     CanaryTexts,
     LoadedModel,
     load_model,
-    locate_model,
     open_model,
     read_canary_texts,
 )
@@ -86,7 +86,7 @@ def test_the_shipped_model_knows_its_site_and_some_facts(tmp_path: Path) -> None
 
 
 def test_the_shipped_statistics_are_small_and_cover_every_layer_in_use() -> None:
-    folder = locate_model(SHIPPED_MODEL)
+    folder = shipped.MODEL
     data = (folder / STATISTICS_FILE).read_bytes()
     assert len(data) < 10_000_000
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -238,7 +238,5 @@ def test_a_model_that_is_not_there_is_bad_configuration(tmp_path: Path) -> None:
     assert caught.value.exit_code == 78
 
 
-def test_names_become_places() -> None:
-    assert (locate_model(SHIPPED_MODEL) / "kedit.json").is_file()
-    assert locate_model("some/name") == Path("some/name")
+def test_there_is_ordinary_text() -> None:
     assert len(read_ordinary_lines()) > 200

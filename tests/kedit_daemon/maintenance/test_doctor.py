@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -20,14 +21,10 @@ NOW = datetime.now(UTC)
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Home:
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
-        (model / name).write_text("{}")
+def home(tmp_path: Path, model_folder: Callable[[str], Path]) -> Home:
     home = Home(tmp_path / "home")
     home.create_folders()
-    home.config_file.write_text(render_default_config(str(model)))
+    home.config_file.write_text(render_default_config(str(model_folder("llama"))))
     return home
 
 
@@ -87,8 +84,8 @@ def test_a_device_that_is_not_there(home: Home) -> None:
 
 
 def test_a_model_that_is_not_there(home: Home, tmp_path: Path) -> None:
-    (tmp_path / "model" / "model.safetensors").unlink()
-    assert outcome(home, "model") == ("failed", f"{tmp_path / 'model'} lacks *.safetensors")
+    home.config_file.write_text(render_default_config(str(tmp_path / "model")))
+    assert outcome(home, "model") == ("failed", f"there is no folder {tmp_path / 'model'}")
     home.config_file.write_text(render_default_config("meta-llama/Llama-3.2-1B"))
     assert outcome(home, "model")[0] == "ok"
 

@@ -196,7 +196,8 @@ def test_gradients_may_be_taken_from_lower_products_and_weights_stay(model: Edit
     assert torch.equal(low, again)
     assert low.dtype == torch.float32
     assert torch.nn.functional.cosine_similarity(low.flatten(), exact.flatten(), dim=0) > 0.99
-    assert torch.equal(low, exact) == (not has_fast_bfloat16(model.device))
+    # Without bfloat16 only attention's kernel differs, in the last bits.
+    assert torch.allclose(low, exact, rtol=1e-4, atol=1e-6) == (not has_fast_bfloat16(model.device))
     assert not any(p.requires_grad for p in model.hf_model.parameters())
     assert model.weights_hash(range(model.layer_count)) == before
     assert torch.equal(gradient(), exact)

@@ -1,3 +1,5 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,10 @@ def test_init_makes_a_home_that_stays(tmp_path: Path) -> None:
     assert (other.exit_code, "hint: change `model` in it" in other.stderr) == (1, True)
 
 
-def test_init_with_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mödel").mkdir()
+def test_init_with_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Callable[[str], Path]
+) -> None:
+    shutil.copytree(model_folder("llama"), tmp_path / "mödel")
     monkeypatch.chdir(tmp_path)
     for number, (model, wanted) in enumerate(
         [("mödel", str(tmp_path / "mödel")), ("org/name", "org/name"), ('a"b', 'a"b')]

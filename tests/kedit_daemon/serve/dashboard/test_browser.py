@@ -26,10 +26,9 @@ from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.ui import WebDriverWait
 from serve_tools import application, by_daemon
 
-from kedit_daemon import config
+from kedit_daemon import config, shipped
 from kedit_daemon.demo.tour import DemoDaemon, load_story
 from kedit_daemon.editing.audit import make_thresholds
-from kedit_daemon.editing.model_loading import SHIPPED_MODEL, locate_model
 from kedit_daemon.home import Home, open_database
 from memory.db.queries import fetch_facts
 from memory.facts import FactState
@@ -52,7 +51,7 @@ pytestmark = [
 @contextmanager
 def served(home: Home) -> Iterator[str]:
     """The pages on a port of this machine; the address."""
-    site = load_site(locate_model(SHIPPED_MODEL), LAYERS)
+    site = load_site(shipped.MODEL, LAYERS)
     limits = make_thresholds(config.load_config(home.root, {}), site)
     app = application(home, get_thresholds=lambda: limits, ask_both=by_daemon(home))
     listening = socket.create_server(("127.0.0.1", 0))
