@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import torch
 from safetensors.torch import load, save
@@ -19,17 +20,47 @@ FIRST_POSITION = 1  # positions before it are left out: the first token acts as 
 
 
 @dataclass(frozen=True)
+class PackedCovariance:
+    """C0's Cholesky factor L in 8 bits: `entries` of the lower triangle, row by row, in units of
+    their column's `scale` (width,). An eighth of C0's size."""
+
+    entries: Tensor
+    scale: Tensor
+
+    def unpack(self) -> Tensor:
+        """Compute C0 = L Lᵀ (width, width) in float32."""
+        factor = torch.zeros(len(self.scale), len(self.scale))
+        rows, columns = torch.tril_indices(*factor.shape)
+        factor[rows, columns] = self.entries.float()
+        factor *= self.scale
+        return factor @ factor.T
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """Statistics over the tokens of ordinary text at one down projection.
 
-    covariance: C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023);
-    empty (0, 0) for a layer that is only read. output_mean: E[y] (hidden,). median_norm: of ‖y‖,
-    since a few tokens are attention sinks with enormous activations.
+    key_covariance: C0, packed where it is seldom needed; empty (0, 0) for a layer that is only
+    read. output_mean: E[y] (hidden,). median_norm: of ‖y‖, since a few tokens are attention sinks
+    with enormous activations.
     """
 
-    covariance: Tensor
+    key_covariance: Tensor | PackedCovariance
     output_mean: Tensor
     median_norm: float
+
+    @property
+    def has_covariance(self) -> bool:
+        """Check that C0 is known."""
+        packed = isinstance(self.key_covariance, PackedCovariance)
+        return packed or len(cast(Tensor, self.key_covariance)) > 0
+
+    @property
+    def covariance(self) -> Tensor:
+        """C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023); empty
+        (0, 0) for a layer that is only read. Unpacked anew each time."""
+        kept = self.key_covariance
+        return kept.unpack() if isinstance(kept, PackedCovariance) else kept
 
 
 class _LayerSums:
@@ -111,7 +142,7 @@ def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:
     for n, layer in statistics.items():
         tensors[f"{n}/mean"] = layer.output_mean
         tensors[f"{n}/norm"] = torch.tensor([layer.median_norm])
-        if not len(layer.covariance):
+        if not layer.has_covariance:
             continue
         factor = _cholesky_factor(layer.covariance)
         scale = factor.abs().amax(0) / 127  # (width,)
@@ -148,12 +179,8 @@ def unpack_statistics(data: bytes) -> dict[int, LayerStatistics]:
         )
     result = {}
     for n in sorted({int(name.split("/")[0]) for name in tensors}):
-        covariance = torch.empty(0, 0)
+        covariance: Tensor | PackedCovariance = torch.empty(0, 0)
         if (scale := tensors.get(f"{n}/scale")) is not None:
-            factor = torch.zeros(len(scale), len(scale))
-            rows, columns = torch.tril_indices(*factor.shape)
-            factor[rows, columns] = tensors[f"{n}/factor"].float()
-            factor *= scale
-            covariance = factor @ factor.T
+            covariance = PackedCovariance(tensors[f"{n}/factor"], scale)
         result[n] = LayerStatistics(covariance, tensors[f"{n}/mean"], float(tensors[f"{n}/norm"]))
     return result
