@@ -14,8 +14,8 @@ from kedit_daemon.home import PROGRAM_NAME, Home
 
 OK, WARNING, FAILED = "ok", "warning", "failed"
 REQUIRED_PACKAGES = (
-    *("torch", "transformers", "safetensors", "sqlite-utils", "apscheduler", "pydantic"),
-    *("click", "httpx"),
+    *("torch", "transformers", "safetensors", "accelerate", "gguf", "sqlite-utils"),
+    *("apscheduler", "pydantic", "click", "httpx"),
 )
 MIN_SQLITE = (3, 37, 0)  # the first with STRICT tables
 REINSTALL = "install kedit-daemon again, in a fresh virtual environment"

@@ -33,6 +33,27 @@ def test_each_source_yields_to_the_one_before() -> None:
     assert Home.from_environ(None, bare).root == Path("/home/someone/.local/state/kedit-daemon")
 
 
+def test_the_cache_is_the_users_and_shared_by_homes() -> None:
+    def cache(**environ: str) -> Path | None:
+        return Home.from_environ(Path("/home"), environ).shared_cache
+
+    assert cache(HOME="/h") == Path("/h/.cache/kedit-daemon")
+    assert cache(HOME="/h", XDG_CACHE_HOME="here") == Path("/h/.cache/kedit-daemon")
+    assert cache(HOME="/h", XDG_CACHE_HOME="/x") == Path("/x/kedit-daemon")
+    assert cache(HOME="/h", XDG_CACHE_HOME="/x", KEDIT_CACHE="/mine") == Path("/mine")
+    shared = Home.from_environ(Path("/home"), {"KEDIT_CACHE": "/mine"})
+    assert shared.models_folder == Path("/mine/models")
+    assert Home(Path("/home")).models_folder == Path("/home/state/models")
+
+
+def test_a_user_without_a_folder_has_a_home_that_shares_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown user
+    home = Home.from_environ(Path("/home"), {})
+    assert (home.root, home.shared_cache) == (Path("/home"), None)
+
+
 def test_empty_variables_and_a_relative_xdg_folder_do_not_count() -> None:
     environ = {"KEDIT_HOME": "", "STATE_DIRECTORY": "", "XDG_STATE_HOME": "here", "HOME": "/h"}
     assert Home.from_environ(None, environ).root == Path("/h/.local/state/kedit-daemon")

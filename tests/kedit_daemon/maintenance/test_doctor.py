@@ -85,7 +85,7 @@ def test_a_device_that_is_not_there(home: Home) -> None:
 
 def test_a_model_that_is_not_there(home: Home, tmp_path: Path) -> None:
     home.config_file.write_text(render_default_config(str(tmp_path / "model")))
-    assert outcome(home, "model") == ("failed", f"there is no folder {tmp_path / 'model'}")
+    assert outcome(home, "model") == ("failed", f"there is no {tmp_path / 'model'}")
     home.config_file.write_text(render_default_config("meta-llama/Llama-3.2-1B"))
     assert outcome(home, "model")[0] == "ok"
 

@@ -13,6 +13,7 @@ import torch
 from editing_home import LOOSE, Bench, Clock, seat
 from peft import PeftModel
 from safetensors.torch import load, load_file, save, save_file
+from tiny_gguf import write_gguf
 from tiny_models import save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,7 @@ from kedit_daemon.publish.export.writers import WRITERS
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Fact
-from memory.files import save_tensors
+from memory.files import hash_file, save_tensors
 from memory.model.checkpoint import Checkpoint
 
 FACTS = (seat(1, "Oslo"), seat(2, "Lima Cairo"))
@@ -40,7 +41,7 @@ def filled(root: Path, model: Path, cache: Path, facts: Sequence[Fact] = FACTS) 
     made = Bench(root, load_model(str(model), "cpu", cache, iter), Clock(), config)
     with made.store.db.transaction():
         made.store.db.set_meta("model", made.loaded.name)  # as the daemon does
-    for path in cache.iterdir():
+    for path in cache.glob("statistics-*"):
         shutil.copyfile(path, made.home.state_folder / path.name)
     made.receive(*facts, direct=True)
     assert len(made.editor.run_flush(False)["flushed"]) == len(facts)
@@ -129,6 +130,24 @@ def test_lora_answers_as_the_weights_do(at: Bench, tmp_path: Path) -> None:
     adapted = PeftModel.from_pretrained(loaded(base), str(tmp_path / "lora"))
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert (logits(adapted, tokenizer) - served(at)).abs().max() <= 1e-4
+
+
+def test_a_gguf_file_is_exported_as_the_model_it_was_converted_to(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = write_gguf(model_folder("llama"), tmp_path / "tiny.gguf")
+    (tmp_path / "cache").mkdir()
+    at = filled(tmp_path / "home", file, tmp_path / "cache")
+    with closing(at.store):
+        written(at.home, "merged", tmp_path / "merged")
+        written(at.home, "lora", tmp_path / "lora")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+        merged = logits(loaded(tmp_path / "merged"), tokenizer)
+        assert (merged - served(at)).abs().max() <= 1e-5
+    settings = json.loads((tmp_path / "lora/adapter_config.json").read_bytes())
+    base = Path(settings["base_model_name_or_path"])
+    assert base == at.home.models_folder / hash_file(file)
+    assert (base / "model.safetensors").is_file()
 
 
 def test_delta_over_the_base_is_merged(at: Bench, tmp_path: Path) -> None:
