@@ -161,10 +161,10 @@ class BatchEngine:
     def _wait_for_work(self) -> bool:
         """Wait for a request, or until it is time to look at the home; return False to end."""
         with self._condition:
-            if not (self._waiting or self._running or self._is_closing):
-                if not self._condition.wait(IDLE_SECONDS) and self._has_worked:
-                    release_free_memory()
-                    self._has_worked = False
+            is_idle = not (self._waiting or self._running or self._is_closing)
+            if is_idle and not self._condition.wait(IDLE_SECONDS) and self._has_worked:
+                release_free_memory()
+                self._has_worked = False
             return not self._is_closing
 
     def _run_step(self) -> None:
