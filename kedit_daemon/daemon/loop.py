@@ -149,6 +149,7 @@ class Daemon:
             self.home.state_folder,
             progress,
             gguf_cache=GgufCache(self.home.models_folder),
+            dtype=config.dtype,
         )
         live_model = LiveModel(loaded, store, self.home)
         live_model.restore()

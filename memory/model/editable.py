@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
+from memory.model.replaced_modules import Float32Projection, SkippedBlock
 from memory.model.strict_loading import load_strictly
 
 # (input k, output y) of a down projection -> another output, or None to keep it.
@@ -28,37 +29,6 @@ Tap = Callable[[Tensor, Tensor], Tensor | None]
 
 class _PassDone(Exception):
     """Raised to end a pass over the model whose rest is not needed."""
-
-
-class _SkippedBlock(nn.Module):
-    """Replacement of a block that is not run: returns a given hidden state, or its input."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor | None, as_tuple: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: only its attributes are read
-        self._hidden, self._as_tuple = hidden, as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_block"), name)
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
-        out = hidden if self._hidden is None else self._hidden
-        return (out, None) if self._as_tuple else out
-
-
-class _Float32Projection(nn.Module):
-    """A down projection that runs in float32 inside a model of 16 bits."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        output: Tensor = self.inner(inputs.float())
-        return output.to(inputs.dtype)
 
 
 class EditableModel:
@@ -118,6 +88,12 @@ class EditableModel:
             if self.dtype != torch.float32:
                 self._widen_projection(layer)
 
+    def widen_layers(self, layers: Iterable[int]) -> None:
+        """Run these layers' down projections in float32, as they are once they are edited: then an
+        edit is all that changes their outputs. In a model of float32 nothing happens."""
+        if self.dtype != torch.float32:
+            self.keep_base(layers)
+
     def _widen_projection(self, layer: int) -> None:
         """Run a layer's down projection in float32; taps on it see float32 as well."""
         module, block = self._down_projections[layer], self._blocks[layer]
@@ -125,7 +101,7 @@ class EditableModel:
         path, _, attribute = name.rpartition(".")
         if (bias := getattr(module, "bias", None)) is not None:
             module.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
-        setattr(block.get_submodule(path), attribute, _Float32Projection(module))
+        setattr(block.get_submodule(path), attribute, Float32Projection(module))
 
     def set_deltas(self, deltas: dict[int, Tensor]) -> None:
         """Set every weight to W0 + delta (hidden, width), or to W0 when it has no delta."""
@@ -307,7 +283,7 @@ class EditableModel:
         try:
             for i, block in enumerate(kept):
                 given = hidden if i == layer - 1 else None
-                self._blocks[i] = _SkippedBlock(block, given, bool(self._as_tuple))
+                self._blocks[i] = SkippedBlock(block, given, bool(self._as_tuple))
             yield
         finally:
             for i, block in enumerate(kept):

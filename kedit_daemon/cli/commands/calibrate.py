@@ -137,7 +137,8 @@ def _run_calibration(
             if (session.home.state_folder / SITE_FILE).is_file():
                 shutil.copy(session.home.state_folder / SITE_FILE, cache)
         converted = GgufCache(session.home.models_folder, partial(click.echo, err=True))
-        opened = open_model(config.model, config.device, cache, converted)
+        opened = open_model(config.model, config.device, cache, converted, config.dtype)
+        opened.model.widen_layers(range(opened.model.layer_count))  # any may be edited
         chosen = make_pilot(opened.model, facts, count)
         found = calibrate(opened, chosen, false_routes, stack.enter_context(_show_progress()))
     at = format_utc(datetime.now(UTC), "seconds")
