@@ -179,6 +179,7 @@ class Config(_Section):
 
     model: Annotated[str, Field(min_length=1)] = SHIPPED_MODEL
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     inbox: InboxConfig = InboxConfig()
     routing: RoutingConfig = RoutingConfig()
     side: SideConfig = SideConfig()
@@ -245,7 +246,7 @@ def _apply_environ(settings: dict[str, Any], environ: Mapping[str, str]) -> None
             continue
         if section in SECTIONS and key:
             table, model = settings.setdefault(section, {}), SECTIONS[section]
-        elif section in ("model", "device") and not key:
+        elif section in ("model", "device", "dtype") and not key:
             table, model, key = settings, Config, section
         else:
             continue

@@ -1,6 +1,7 @@
 """The daemon's process: one thread that edits and answers, and that all others only wake up."""
 
 import logging
+import math
 import os
 import signal
 import sqlite3
@@ -27,6 +28,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.maintenance.restore import refuse_unfinished_restore
 from kedit_daemon.publish.publisher import Publisher
 from kedit_daemon.serve.supervisor import check_settings, keep_serving
+from kedit_daemon.system.allocator import release_free_memory
 from kedit_daemon.system.disk import is_database_locked, is_disk_full, translate_disk_errors
 from kedit_daemon.system.lock import hold_lock
 from kedit_daemon.system.log_setup import make_progress_bar
@@ -40,6 +42,7 @@ IDLE_WAIT_SECONDS = 1.0  # the longest wait for a request before the next turn
 SETTLE_WAIT_SECONDS = 0.1  # the same, while a file may still be growing
 START_GRACE_SECONDS = 20.0  # after a start, before the first long job
 JOB_PATIENCE_SECONDS = 60.0  # for which a long job waits while facts do
+RELEASE_SECONDS = 5.0  # between two times that freed memory is given back
 WAKE_REQUEST = "wake"
 log = logging.getLogger(__name__)
 
@@ -101,6 +104,7 @@ class Daemon:
         self._postponed_requests: list[ControlRequest] = []
         self._monotonic = monotonic
         self._long_jobs_from = monotonic()
+        self._released_at = -math.inf  # when freed memory was last given back
         self._busy_since: float | None = None  # when the first of the facts that wait came
         self._anchored_seq = 0  # the newest event that is anchored
         self._needs_recovery = False  # whether a turn has ended in the middle
@@ -145,6 +149,7 @@ class Daemon:
             self.home.state_folder,
             progress,
             gguf_cache=GgufCache(self.home.models_folder),
+            dtype=config.dtype,
         )
         live_model = LiveModel(loaded, store, self.home)
         live_model.restore()
@@ -205,6 +210,9 @@ class Daemon:
             self.disk_pause.record_success()
         with ignore_disk_full(self.home.state_folder):
             self._anchor_head()
+        if not busy and self._monotonic() - self._released_at >= RELEASE_SECONDS:
+            release_free_memory()
+            self._released_at = self._monotonic()
         settling = self.inbox_scanner.inbox.settling_count
         wait = SETTLE_WAIT_SECONDS if settling else IDLE_WAIT_SECONDS
         self._wait_for_requests(0.0 if busy else wait)

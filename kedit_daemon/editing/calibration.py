@@ -143,7 +143,10 @@ def _measure_statistics(
     size = sum(4 * opened.model.weight(n).shape[1] ** 2 for n in layers)
     if size <= MAX_COVARIANCE_BYTES:
         statistics = opened.resolve_statistics(layers, (), iter)
-        return statistics, lambda wanted: {n: statistics[n] for n in wanted}
+        # A search solves many times with one covariance: it is unpacked once.
+        return statistics, lambda wanted: {
+            n: replace(statistics[n], key_covariance=statistics[n].covariance) for n in wanted
+        }
     narrow = opened.resolve_statistics((), layers, iter)
     return narrow, lambda wanted: opened.resolve_statistics(wanted, (), iter)
 

@@ -61,7 +61,7 @@ def find_statistics(
     Raises UnusableModel if those with the model cannot be read.
     """
     shipped = _read_shipped(locate_known(base_hash)) | _read_shipped(folder)
-    wide = sorted(n for n in edited if n not in shipped or not len(shipped[n].covariance))
+    wide = sorted(n for n in edited if n not in shipped or not shipped[n].has_covariance)
     narrow = sorted(n for n in set(read) if n not in shipped)
     if not wide and not narrow:
         return KnownStatistics(shipped)

@@ -69,7 +69,7 @@ def check_base(known: str | None, found: str, name: str) -> None:
     if known not in (None, found):
         raise UnusableModel(
             f"this home was made for another model than {name}",
-            hint="set `model` in config.toml back, or make a new home with init",
+            hint="set `model` and `dtype` in config.toml back, or make a new home with init",
         )
 
 

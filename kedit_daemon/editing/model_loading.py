@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers.utils.hub import cached_file
 
 from kedit_daemon.editing.gguf_cache import GgufCache
 from kedit_daemon.editing.known_measurements import STATISTICS_KIND, find_site, find_statistics
@@ -21,8 +22,10 @@ from kedit_daemon.editing.measurement_cache import find_measured, make_key, save
 from kedit_daemon.editing.model_location import find_model_folder
 from kedit_daemon.home import MODELS_FOLDER
 from kedit_daemon.shipped import read_ordinary_lines, read_statements
+from memory.errors import UnusableModel
 from memory.model.canary import Canary, WrapProgress
 from memory.model.canary_file import READINGS_FORMAT, load_readings, pack_readings
+from memory.model.checkpoint import Checkpoint
 from memory.model.device import resolve_device
 from memory.model.editable import EditableModel
 from memory.model.fingerprint import compute_fingerprint
@@ -37,6 +40,7 @@ from policies.wise import read_prompt_ends
 
 CANARY_LINES = 40
 PIECE_WORDS = 12  # of a line of ordinary text, on which shards stay quiet
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_KEPT = 3  # files of a kind, with the newest: of another machine's kernels, or another library
 log = logging.getLogger(__name__)
 
@@ -100,7 +104,8 @@ class OpenedModel:
         known = find_statistics(self.model_folder, self.cache_folder, self.base_hash, edited, read)
         if known.missing_key is None:
             return
-        bare = {n: replace(statistics[n], covariance=torch.empty(0, 0)) for n in known.read_layers}
+        no_covariance = torch.empty(0, 0)
+        bare = {n: replace(statistics[n], key_covariance=no_covariance) for n in known.read_layers}
         data = pack_statistics(bare | {n: statistics[n] for n in known.edited_layers})
         save_measured(self.cache_folder, STATISTICS_KIND, known.missing_key, data)
 
@@ -180,20 +185,41 @@ def _log_measurement(what: str) -> Iterator[None]:
 
 
 def open_model(
-    name: str, device: str, cache: Path, gguf_cache: GgufCache | None = None
+    name: str,
+    device: str,
+    cache: Path,
+    gguf_cache: GgufCache | None = None,
+    dtype: str = "float32",
 ) -> OpenedModel:
     """Load the configured model, without what depends on its site.
 
-    `gguf_cache`: of converted files; by default a folder in `cache`.
+    `gguf_cache`: of converted files; by default a folder in `cache`. `dtype`: of the layers that
+    are not edited, a key of DTYPES.
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
     converted = gguf_cache or GgufCache(cache / MODELS_FOLDER)
     folder = find_model_folder(name, converted)
     with converted.explain_damage(folder):
-        model = EditableModel.load(folder or name, resolve_device(device))
+        model = EditableModel.load(folder or name, resolve_device(device), DTYPES[dtype])
+    if model.dtype != torch.float32:
+        _refuse_rounding(name, folder, model.dtype)
     base_hash = model.weights_hash(range(model.layer_count))
     return OpenedModel(model, base_hash, folder or Path(name), cache)
+
+
+def _refuse_rounding(name: str, folder: Path | None, dtype: torch.dtype) -> None:
+    """Raise UnusableModel for weights that are stored in another dtype: rounded, they would be
+    another model than the one in the folder, which exports are made from."""
+    folder = folder or Path(str(cached_file(name, "config.json"))).parent
+    stored = {at.dtype for at in Checkpoint(folder).locations} - {dtype}
+    if stored:
+        found = ", ".join(sorted(str(one).removeprefix("torch.") for one in stored))
+        wanted = str(dtype).removeprefix("torch.")
+        raise UnusableModel(
+            f"the model {name} is stored in {found}, and dtype is {wanted}",
+            hint=f'set dtype = "float32" in config.toml, or save the model in {wanted}',
+        )
 
 
 def load_model(
@@ -203,17 +229,19 @@ def load_model(
     progress: WrapProgress,
     canary_texts: CanaryTexts | None = None,
     gguf_cache: GgufCache | None = None,
+    dtype: str = "float32",
 ) -> LoadedModel:
     """Load the configured model with its site, its statistics and its canary.
 
     `cache`: folder that keeps what is measured on first use; a site that `calibrate` has left
-    there comes first. `canary_texts`: the shipped ones by default. `gguf_cache`: as in
+    there comes first. `canary_texts`: the shipped ones by default. `gguf_cache`, `dtype`: as in
     `open_model`.
 
     Raises UnusableModel if there is no such model, or it cannot be edited.
     """
-    opened = open_model(name, device, cache, gguf_cache)
+    opened = open_model(name, device, cache, gguf_cache, dtype)
     site = opened.resolve_site()
+    opened.model.widen_layers(site.layers)  # first: what is measured now is compared with later
     statistics = opened.resolve_statistics(site.layers, (site.key_layer, site.side_layer), progress)
     canary = opened.resolve_canary(canary_texts or read_canary_texts(), site.layers, progress)
     return LoadedModel(name, opened, site, statistics, canary)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
+from memory.model.replaced_modules import Float32Projection, SkippedBlock
 from memory.model.strict_loading import load_strictly
 
 # (input k, output y) of a down projection -> another output, or None to keep it.
@@ -30,32 +31,14 @@ class _PassDone(Exception):
     """Raised to end a pass over the model whose rest is not needed."""
 
 
-class _SkippedBlock(nn.Module):
-    """Replacement of a block that is not run: returns a given hidden state, or its input."""
-
-    def __init__(self, block: nn.Module, hidden: Tensor | None, as_tuple: bool) -> None:
-        super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: only its attributes are read
-        self._hidden, self._as_tuple = hidden, as_tuple
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_block"), name)
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Any:
-        out = hidden if self._hidden is None else self._hidden
-        return (out, None) if self._as_tuple else out
-
-
 class EditableModel:
     """A causal language model and its tokenizer; the only place where its weights change."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UnsupportedModel when the model has no place to edit."""
         self.hf_model, self.tokenizer = model.train(False).requires_grad_(False), tokenizer
-        self.device = next(model.parameters()).device
+        first = next(model.parameters())
+        self.device, self.dtype = first.device, first.dtype  # of all layers that are not edited
         self.hidden_size = int(model.config.get_text_config().hidden_size)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.max_positions = int(positions or 1 << 30)  # tokens that a text may have
@@ -66,12 +49,17 @@ class EditableModel:
         self._is_flat_mlp: bool | None = None  # whether MLPs run on all tokens in one dimension
 
     @classmethod
-    def load(cls, path_or_id: str | Path, device: torch.device) -> "EditableModel":
-        """Load in float32 from a folder or hub id: safetensors only, no code from the model.
+    def load(
+        cls, path_or_id: str | Path, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> "EditableModel":
+        """Load from a folder or hub id: safetensors only, no code from the model.
+
+        Weights that the files hold in this dtype stay there, on the CPU: they are mapped, and
+        processes share them.
 
         Raises UnusableModel when the model is not whole, or cannot be edited.
         """
-        return cls(*load_strictly(str(path_or_id), device))
+        return cls(*load_strictly(str(path_or_id), device, dtype))
 
     # Weights ------------------------------------------------------------------------------------
 
@@ -82,14 +70,38 @@ class EditableModel:
         return weight.T if isinstance(module, Conv1D) else weight
 
     def base_weight(self, layer: int) -> Tensor:
-        """Return W0 (hidden, width), the weight before any edit."""
+        """Return W0 (hidden, width) in float32, the weight before any edit."""
         kept = self._base_weights.get(layer)
-        return self.weight(layer).detach() if kept is None else kept
+        return (self.weight(layer).detach() if kept is None else kept).float()
 
     def keep_base(self, layers: Iterable[int]) -> None:
-        """Copy W0 of these layers, unless that was done, to restore it exactly later."""
+        """Give these layers weights of their own to edit, in float32, unless that was done. W0
+        stays where it was loaded, to restore it exactly later.
+
+        A change is small against the weight: 16 bits would round much of it away.
+        """
         for layer in set(layers) - set(self._base_weights):
-            self._base_weights[layer] = self.weight(layer).detach().clone()
+            module = self._down_projections[layer]
+            self._base_weights[layer] = self.weight(layer).detach()
+            weight = cast(Tensor, module.weight).detach().to(torch.float32, copy=True)
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            if self.dtype != torch.float32:
+                self._widen_projection(layer)
+
+    def widen_layers(self, layers: Iterable[int]) -> None:
+        """Run these layers' down projections in float32, as they are once they are edited: then an
+        edit is all that changes their outputs. In a model of float32 nothing happens."""
+        if self.dtype != torch.float32:
+            self.keep_base(layers)
+
+    def _widen_projection(self, layer: int) -> None:
+        """Run a layer's down projection in float32; taps on it see float32 as well."""
+        module, block = self._down_projections[layer], self._blocks[layer]
+        name = next(name for name, one in block.named_modules() if one is module)
+        path, _, attribute = name.rpartition(".")
+        if (bias := getattr(module, "bias", None)) is not None:
+            module.bias = nn.Parameter(bias.detach().float(), requires_grad=False)
+        setattr(block.get_submodule(path), attribute, Float32Projection(module))
 
     def set_deltas(self, deltas: dict[int, Tensor]) -> None:
         """Set every weight to W0 + delta (hidden, width), or to W0 when it has no delta."""
@@ -146,8 +158,8 @@ class EditableModel:
 
     @contextmanager
     def tap_layers(self, taps: Mapping[int, Tap]) -> Iterator[None]:
-        """Call each function with the input and output of its layer's down projection; the output
-        that it returns, if any, replaces the module's.
+        """Call each function with the input and output of its layer's down projection, in float32;
+        the output that it returns, if any, replaces the module's.
 
         Shapes are (rows, tokens, width) and (rows, tokens, hidden), also for blocks (OPT's) that
         run their MLP on all tokens in one dimension.
@@ -161,11 +173,11 @@ class EditableModel:
             n: int, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor
         ) -> Tensor | None:
             self._is_flat_mlp = args[0].ndim == 2
-            if not self._is_flat_mlp:
-                return taps[n](args[0], output)
-            inputs = args[0].reshape(*shapes[n], -1)
-            changed = taps[n](inputs, output.reshape(*shapes[n], -1))
-            return None if changed is None else changed.reshape(output.shape)
+            inputs, seen = args[0].float(), output.float()
+            if self._is_flat_mlp:
+                inputs, seen = inputs.reshape(*shapes[n], -1), seen.reshape(*shapes[n], -1)
+            changed = taps[n](inputs, seen)
+            return None if changed is None else changed.reshape(output.shape).to(output.dtype)
 
         projections, blocks = self._down_projections, self._blocks
         handles = [projections[n].register_forward_hook(partial(call_tap, n)) for n in taps]
@@ -258,7 +270,7 @@ class EditableModel:
         last block: by what comes after the blocks, which no edit changes."""
         # Two columns, of which the head takes the last, as it takes it from a whole text: another
         # layout in memory has another kernel, and so other last bits.
-        columns = states[:, None].repeat(1, 2, 1)
+        columns = states[:, None].repeat(1, 2, 1).to(self.dtype)
         ids = torch.zeros(columns.shape[:2], dtype=torch.long, device=states.device)
         with torch.no_grad(), self.skip_layers_below(self.layer_count, columns):
             logits: Tensor = self.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
@@ -271,7 +283,7 @@ class EditableModel:
         try:
             for i, block in enumerate(kept):
                 given = hidden if i == layer - 1 else None
-                self._blocks[i] = _SkippedBlock(block, given, bool(self._as_tuple))
+                self._blocks[i] = SkippedBlock(block, given, bool(self._as_tuple))
             yield
         finally:
             for i, block in enumerate(kept):

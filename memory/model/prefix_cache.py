@@ -34,7 +34,7 @@ class PrefixCache:
         self.tail_ids = torch.zeros(rows, tail, dtype=torch.long, device=on)
         self.tail_positions = torch.arange(tail, device=on).repeat(rows, 1)
         self.attention_mask = torch.ones(rows, head + tail, dtype=torch.long, device=on)
-        self.layer_inputs = torch.zeros(rows, tail, model.hidden_size, device=on)
+        self.layer_inputs = torch.zeros(rows, tail, model.hidden_size, device=on, dtype=model.dtype)
         # By layer: keys and values (rows, heads, head, size).
         self._head_states: dict[int, tuple[Tensor, Tensor]] = {}
 

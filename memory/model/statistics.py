@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from safetensors.torch import load, save
@@ -21,21 +22,51 @@ SINK_COSINE = 0.9
 
 
 @dataclass(frozen=True)
+class PackedCovariance:
+    """C0's Cholesky factor L in 8 bits: `entries` of the lower triangle, row by row, in units of
+    their column's `scale` (width,). An eighth of C0's size."""
+
+    entries: Tensor
+    scale: Tensor
+
+    def unpack(self) -> Tensor:
+        """Compute C0 = L Lᵀ (width, width) in float32."""
+        factor = torch.zeros(len(self.scale), len(self.scale))
+        rows, columns = torch.tril_indices(*factor.shape)
+        factor[rows, columns] = self.entries.float()
+        factor *= self.scale
+        return factor @ factor.T
+
+
+@dataclass(frozen=True)
 class LayerStatistics:
     """Statistics over the tokens of ordinary text at one down projection.
 
-    covariance: C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023);
-    empty (0, 0) for a layer that is only read. output_mean: E[y] (hidden,). median_norm: of ‖y‖,
-    since a few tokens are attention sinks with enormous activations. sink_key: the mean key of
-    texts' first tokens (width,), where it is the same whatever they are, else empty (0,). A model
-    writes its attention sink there (Sun et al. 2024, "Massive activations in large language
-    models"), and C0 does not hold it, since it leaves the first position out.
+    key_covariance: C0, packed where it is seldom needed; empty (0, 0) for a layer that is only
+    read. output_mean: E[y] (hidden,). median_norm: of ‖y‖, since a few tokens are attention sinks
+    with enormous activations. sink_key: the mean key of texts' first tokens (width,), where it is
+    the same whatever they are, else empty (0,). A model writes its attention sink there (Sun et al.
+    2024, "Massive activations in large language models"), and C0 does not hold it, since it leaves
+    the first position out.
     """
 
-    covariance: Tensor
+    key_covariance: Tensor | PackedCovariance
     output_mean: Tensor
     median_norm: float
     sink_key: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @property
+    def has_covariance(self) -> bool:
+        """Check that C0 is known."""
+        packed = isinstance(self.key_covariance, PackedCovariance)
+        return packed or len(cast(Tensor, self.key_covariance)) > 0
+
+    @property
+    def covariance(self) -> Tensor:
+        """C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023); empty
+        (0, 0) for a layer that is only read. Unpacked anew each time."""
+        kept = self.key_covariance
+        return kept.unpack() if isinstance(kept, PackedCovariance) else kept
 
 
 class _LayerSums:
@@ -131,7 +162,7 @@ def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:
     for n, layer in statistics.items():
         tensors[f"{n}/mean"] = layer.output_mean
         tensors[f"{n}/norm"] = torch.tensor([layer.median_norm])
-        if not len(layer.covariance):
+        if not layer.has_covariance:
             continue
         if len(layer.sink_key):
             tensors[f"{n}/sink"] = layer.sink_key
@@ -170,13 +201,9 @@ def unpack_statistics(data: bytes) -> dict[int, LayerStatistics]:
         )
     result = {}
     for n in sorted({int(name.split("/")[0]) for name in tensors}):
-        covariance = torch.empty(0, 0)
+        covariance: Tensor | PackedCovariance = torch.empty(0, 0)
         if (scale := tensors.get(f"{n}/scale")) is not None:
-            factor = torch.zeros(len(scale), len(scale))
-            rows, columns = torch.tril_indices(*factor.shape)
-            factor[rows, columns] = tensors[f"{n}/factor"].float()
-            factor *= scale
-            covariance = factor @ factor.T
+            covariance = PackedCovariance(tensors[f"{n}/factor"], scale)
         mean, norm = tensors[f"{n}/mean"], float(tensors[f"{n}/norm"])
         sink = tensors.get(f"{n}/sink", torch.empty(0))
         result[n] = LayerStatistics(covariance, mean, norm, sink)

@@ -45,9 +45,9 @@ PLAIN_TEXT = "The capital of France is"  # what any tokenizer has tokens for
 
 
 def load_strictly(
-    name: str, device: torch.device
+    name: str, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in float32, and its tokenizer, from a folder or hub id.
+    """Load a causal language model in a dtype, and its tokenizer, from a folder or hub id.
 
     Only safetensors are read, and no code from the model is run. On the device "meta" the files'
     headers alone are read, which shows all that is wrong except for numbers that are not finite.
@@ -59,7 +59,7 @@ def load_strictly(
     with refuse_unreadable(f"config.json of {name}"):
         _check_config(name)
     with refuse_unreadable(f"the weights of {name}"):
-        model, found = _read_model(name, device)
+        model, found = _read_model(name, device, dtype)
         check_tensors(name, found)
         _check_causal(model)
         _check_finite(name, () if device == META else model.named_parameters())
@@ -143,11 +143,13 @@ def _check_config(name: str) -> None:
         raise UnsupportedModel(problem, hint=HINT_DECODER)
 
 
-def _read_model(name: str, device: torch.device) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _read_model(
+    name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read the model, and return what transformers found of its tensors."""
     read = AutoModelForCausalLM.from_pretrained(
         name,
-        dtype=torch.float32,
+        dtype=dtype,
         use_safetensors=True,
         trust_remote_code=False,
         device_map={"": META} if device == META else None,

@@ -97,8 +97,9 @@ class _LayerSolution:
 
 
 def _create_layer(s: SolverSettings, statistics: LayerStatistics) -> _LayerSolution:
-    solver = RidgeSolver(statistics.covariance, s.prior, s.ridge, s.projector, s.equality)
-    width, hidden = len(statistics.covariance), len(statistics.output_mean)
+    covariance = statistics.covariance
+    solver = RidgeSolver(covariance, s.prior, s.ridge, s.projector, s.equality)
+    width, hidden = len(covariance), len(statistics.output_mean)
     empty = torch.zeros(hidden, width, dtype=torch.float64)
     return _LayerSolution(s, solver, empty, empty[:0], empty.T[:0])
 

@@ -151,7 +151,8 @@ def _run_calibration(
             if (session.home.state_folder / SITE_FILE).is_file():
                 shutil.copy(session.home.state_folder / SITE_FILE, cache)
         converted = GgufCache(session.home.models_folder, partial(click.echo, err=True))
-        opened = open_model(config.model, config.device, cache, converted)
+        opened = open_model(config.model, config.device, cache, converted, config.dtype)
+        opened.model.widen_layers(range(opened.model.layer_count))  # any may be edited
         chosen = make_pilot(opened.model, facts, count)
         report = stack.enter_context(_show_progress())
         work = cache / WORK_FOLDER

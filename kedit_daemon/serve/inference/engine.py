@@ -22,6 +22,7 @@ from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
 from kedit_daemon.serve.inference.replica import MODEL_ERRORS, Replica
 from kedit_daemon.serve.inference.stream import AnswerStream, StreamItem
 from kedit_daemon.serve.inference.types import EDITED, AnswerPart, AnswerStart, GenerationRequest
+from kedit_daemon.system.allocator import release_free_memory
 from memory.errors import BadRequest, KeditError, Stopping
 from memory.model.sampling import choose_tokens
 
@@ -55,6 +56,7 @@ class BatchEngine:
         self._waiting: deque[AnswerStream] = deque()
         self._request_count = 0
         self._is_closing = False
+        self._has_worked = True  # since freed memory was given back: the model was loaded
         self._condition = threading.Condition()  # guards the waiting and joining rows and closing
         self._thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
         self._thread.start()
@@ -159,8 +161,10 @@ class BatchEngine:
     def _wait_for_work(self) -> bool:
         """Wait for a request, or until it is time to look at the home; return False to end."""
         with self._condition:
-            if not (self._waiting or self._running or self._is_closing):
-                self._condition.wait(IDLE_SECONDS)
+            is_idle = not (self._waiting or self._running or self._is_closing)
+            if is_idle and not self._condition.wait(IDLE_SECONDS) and self._has_worked:
+                release_free_memory()
+                self._has_worked = False
             return not self._is_closing
 
     def _run_step(self) -> None:
@@ -169,6 +173,7 @@ class BatchEngine:
             self.replica.sync()
         self._admit_waiting()
         if self._joining:
+            self._has_worked = True
             self._join_batch()
         if self._running:
             logits = self._decoder.decode_step([stream.token for stream in self._running])

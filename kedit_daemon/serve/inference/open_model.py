@@ -15,7 +15,7 @@ def open_reader(home: Home, config: Config) -> Reader:
 
     Raises KeditError: no database, no such model, or not the one that the home is for.
     """
-    replica = Replica.load(home, config.model, config.device)
+    replica = Replica.load(home, config.model, config.device, config.dtype)
     replica.sync()  # the first answer after "ready" comes at once, and is edited
     engine = BatchEngine(replica, config.serve.most_rows, config.serve.waiting_limit)
     limits = None if replica.site is None else make_thresholds(config, replica.site)

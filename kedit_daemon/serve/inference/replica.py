@@ -65,15 +65,16 @@ class Replica:
         self._side_rows: dict[str, LiveSideRow] = {}  # in the side memory, by fact id
 
     @classmethod
-    def load(cls, home: Home, name: str, device: str) -> "Replica":
+    def load(cls, home: Home, name: str, device: str, dtype: str = "float32") -> "Replica":
         """Load the model by its configured name, with what the daemon has measured of it.
 
         Raises KeditError: no database, no such model, or not the one that the home is for.
         """
         follower = Follower(home.database_file)
-        loaded = open_model(name, device, home.state_folder, GgufCache(home.models_folder))
+        loaded = open_model(name, device, home.state_folder, GgufCache(home.models_folder), dtype)
         check_base(follower.db.get_meta(meta_keys.BASE_HASH), loaded.base_hash, name)
         site = loaded.resolve_site()
+        loaded.model.widen_layers(site.layers)
         statistics = loaded.resolve_statistics(site.layers, (site.key_layer, site.side_layer), iter)
         return cls(make_side_memory(loaded.model, site, statistics), follower, home, site)
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,8 +108,10 @@ def test_numbers_that_are_not_finite_leave_the_weights_alone(setup: MethodSetup)
     method = ReferenceMemit(setup)
     method.edit(FACTS[:1])
     before = method.model.weights_hash(range(method.model.layer_count))
-    layer = setup.loaded_model.statistics[method.last_layer]
-    layer.covariance[0, 0] = torch.nan
+    statistics = setup.loaded_model.statistics
+    layer = statistics[method.last_layer]
+    broken = torch.full_like(layer.covariance, torch.nan)
+    statistics[method.last_layer] = replace(layer, key_covariance=broken)
     method.edit(FACTS[1:])
     assert method.not_edited == 1
     assert method.model.weights_hash(range(method.model.layer_count)) == before
