@@ -23,7 +23,9 @@ from torch import Tensor
 
 from memory.errors import NotFinite, Singular
 
-SINK_COSINE = 0.7  # of a key with the sink's, from which it is taken for a sink's own
+# Cosines with the sink's key: from the first on a key may be the sink's own, below the second it is
+# not. SmolLM2's are above .7 where the subject is a sink, and below .1 elsewhere.
+SINK_COSINE, OTHER_COSINE = 0.7, 0.35
 SAME_KEYS_RCOND = 1e-6  # of the largest singular value: smaller ones are noise in float32 keys
 
 
@@ -35,16 +37,18 @@ def stack_facts(facts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]
 
 
 def drop_sink_keys(keys: Tensor, sink_key: Tensor) -> Tensor:
-    """Return a fact's keys (contexts, sites, width) without contexts whose key is the sink's.
+    """Return a fact's keys (contexts, sites, width) without contexts whose key is the sink's, while
+    that in another context is not.
 
     Where the subject's last token is an attention sink, its key is that of all other texts' first
-    tokens: a residual there would be added to every text. A fact has at least one context left.
+    tokens: a residual there would be added to every text.
     """
     if not len(sink_key):
         return keys
     cosines = torch.cosine_similarity(keys.float(), sink_key.to(keys.device), dim=-1)
-    is_sink = (cosines > SINK_COSINE).flatten(1).any(1)  # (contexts,)
-    return keys if bool(is_sink.all()) else keys[~is_sink]
+    highest = cosines.flatten(1).amax(1)  # (contexts,)
+    is_sink = (highest > SINK_COSINE) & (highest.amin() < OTHER_COSINE)
+    return keys[~is_sink]
 
 
 class RidgeSolver:

@@ -177,9 +177,15 @@ def test_the_key_of_a_sink_is_left_alone() -> None:
     assert torch.equal(same, free)
 
 
-def test_contexts_at_a_sink_are_dropped_unless_none_is_left() -> None:
+def test_contexts_at_a_sink_are_dropped() -> None:
     sink, other = terms(2)[0]
     keys = torch.stack([0.1 * sink, other, -sink])[:, None]  # (contexts, sites, width)
     assert torch.equal(drop_sink_keys(keys, sink), keys[1:])
-    assert torch.equal(drop_sink_keys(keys[:1], sink), keys[:1])
     assert torch.equal(drop_sink_keys(keys, torch.empty(0)), keys)
+
+
+def test_keys_that_look_like_the_sink_in_every_context_are_not_dropped() -> None:
+    sink = torch.ones(WIDTH)
+    keys = (sink + 0.5 * terms(5)[0])[:, None]  # as of a layer whose activations are positive
+    assert float(torch.cosine_similarity(keys, sink, dim=-1).min()) > 0.8
+    assert torch.equal(drop_sink_keys(keys, sink), keys)

@@ -44,7 +44,7 @@ class Forge:
         cache.mkdir()
         loaded = load_model(str(self.model), "cpu", cache, iter)
         loaded.opened.resolve_ordinary_inputs(loaded.site.side_layer, OUTSIDE_LINES)
-        self.load, self.loaded = loop.load_model, lambda *_: loaded
+        self.load, self.loaded = loop.load_model, lambda *_, **__: loaded
         model_loading.collect_statistics = lambda *_: (
             loaded.statistics
         )  # what takes long and writes nothing

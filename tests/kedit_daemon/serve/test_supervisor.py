@@ -305,7 +305,8 @@ def test_the_server_ends_when_nobody_holds_its_stdin(
 ) -> None:
     port = free_port()
     home = make_home(tmp_path / "home", model_folder("llama"), port)
-    settings = {"home": str(home.root), "config": {"serve": {"port": port}}, "debug": False}
+    settings = {"home": str(home.root), "cache": None, "debug": False}
+    settings["config"] = {"serve": {"port": port}}
     command = [sys.executable, "-m", "kedit_daemon.serve.worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
         assert child.stdin is not None
@@ -326,7 +327,8 @@ def test_the_server_ends_when_nobody_holds_its_stdin(
 def test_a_server_without_a_model_ends_with_the_reason(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"home": str(tmp_path), "config": {"serve": {"port": free_port()}}, "debug": False}
+    settings = {"home": str(tmp_path), "cache": None, "debug": False}
+    settings["config"] = {"serve": {"port": free_port()}}
     command = [sys.executable, "-m", "kedit_daemon.serve.worker"]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
         assert child.stdin is not None

@@ -103,7 +103,8 @@ def test_the_run_sets_the_batch_and_the_policy_and_nothing_else(setup: MakeSetup
     free, bound = build_config(setup(7)), build_config(setup(7, policy=True))
     assert free.flush.batch_facts == bound.flush.batch_facts == 7
     limits = {n: v for n, v in vars(free.stability).items() if n.endswith(VERDICTS)}
-    assert len(limits) == 15 and min(limits.values()) > 1e12
+    known = [limit for limit in limits.values() if limit is not None]
+    assert len(known) == 15 and min(known) > 1e12
     assert bound.stability.perplexity_revert < 2
     assert (free.side, free.routing) == (bound.side, bound.routing)
 

@@ -260,7 +260,7 @@ def test_another_model_in_the_place_is_refused(
 
 def test_a_model_that_is_gone_is_told(own: Callable[..., Home], tmp_path: Path) -> None:
     home = own(of_model(tmp_path / "gone"))
-    with pytest.raises(KeditError, match="is not on this machine"):
+    with pytest.raises(KeditError, match="there is no "):
         written(home, "merged", tmp_path / "merged")
 
 
