@@ -105,7 +105,7 @@ def test_the_run_sets_the_batch_and_the_policy_and_nothing_else(setup: MakeSetup
     limits = {n: v for n, v in vars(free.stability).items() if n.endswith(VERDICTS)}
     known = [limit for limit in limits.values() if limit is not None]
     assert len(known) == 15 and min(known) > 1e12
-    assert bound.stability.perplexity_revert < 2
+    assert bound.stability.perplexity_revert is None  # the model has its own
     assert (free.side, free.routing) == (bound.side, bound.routing)
 
 
