@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save
 
 from memory.model.canary import CanaryReadings
 
-READINGS_FORMAT = 1  # version of the form that `pack_readings` writes, and of what is measured
+READINGS_FORMAT = 2  # version of the form that `pack_readings` writes, and of what is measured
 
 
 def pack_readings(readings: CanaryReadings) -> bytes:
