@@ -8,7 +8,6 @@ from memory.model.canary import Health
 
 HYSTERESIS = 0.1  # of the way from the unedited model's value to a limit
 TOLERANCE = 0.01  # by which a figure may get worse through rounding and chance
-AGREEMENT_TOLERANCE = 0.015  # two of 138 statements, as many as a real model is sure of
 
 
 class Action(IntEnum):
@@ -132,7 +131,7 @@ def find_worsened(was: Health, now: Health) -> list[str]:
         if not after <= (1 + TOLERANCE) * before:
             found.append(f"{name} would go from {before:.4g} to {after:.4g}")
     before, after = _select_agreement(was), _select_agreement(now)
-    if not after >= before - AGREEMENT_TOLERANCE:
+    if not after >= before - TOLERANCE:
         found.append(f"agreement would go from {before:.4g} to {after:.4g}")
     return found
 

@@ -167,11 +167,10 @@ class SiteSearch:
         score rises, or else stronger. A rung without it tries the first alone."""
         priors = list_priors(self.model.weight(site.layers[0]).shape[1])
         start = priors.index(site.prior) if site.prior in priors else FIRST_PRIOR
-        attempt = _Attempt(self, rung.name, site, facts)
 
         def measure(place: int) -> Candidate:
             prior = priors[place]
-            return attempt.measure(replace(site, prior=prior, end_prior=prior))
+            return self._measure(rung.name, replace(site, prior=prior, end_prior=prior), facts)
 
         tried = [measure(start)]
         weaker, stronger = range(start + 1, len(priors)), range(start - 1, -1, -1)
@@ -186,12 +185,10 @@ class SiteSearch:
         return tried
 
     def _try_variants(self, stage: str, *variants: EditSite) -> None:
-        """Try variants of one site, which differ in their solve, on all facts while there is
-        time."""
-        attempt = _Attempt(self, stage, variants[0], len(self.facts))
+        """Try variants of a site on all facts while there is time."""
         for variant in variants:
             if self._has_time():
-                attempt.measure(variant)
+                self._measure(stage, variant, len(self.facts))
 
     def _try_combinations(self, subject: EditSite, ends: Sequence[EditSite]) -> None:
         """Try the subject layers with the best end layers above them, which join in half way."""
@@ -232,6 +229,26 @@ class SiteSearch:
     def _restore_steps(self, site: EditSite) -> EditSite:
         return replace(site, target_steps=self.base_site.target_steps)
 
+    def _measure(self, stage: str, site: EditSite, facts: int) -> Candidate:
+        """Return the result of a try: known from earlier work, or measured now."""
+        if (known := self.work.find(stage, site, facts)) is not None:
+            return known
+        self._report_progress(f"{stage}: {format_layers(site)}, λ {site.prior:g}")
+        terms = self._compute_terms(site, facts)
+        try:
+            deltas = self._solve(site, {n: pack_terms(t) for n, t in terms.items()})
+        except KeditError:  # a prior that is singular, or weights that are not finite
+            quality = EditQuality(0.0, 0.0, 0.0, 1.0, math.inf)
+        else:
+            quality = self._measure_quality(deltas, facts)
+        reached = sum(t.steps < site.target_steps for t in terms.values()) / facts
+        loss = sum(t.loss for t in terms.values()) / len(terms) if terms else None
+        candidate = Candidate(stage, site, facts, loss, reached, quality)
+        self.work.candidates.append(candidate)
+        self.work.seconds = self._clock() - self._began
+        self._save_work(self.work)
+        return candidate
+
     def _compute_terms(self, site: EditSite, facts: int) -> dict[str, EditTerms]:
         key = replace(site, prior=0.0, end_prior=0.0, ridge=0.0), facts
         if key not in self._terms:
@@ -247,39 +264,3 @@ class SiteSearch:
         missing = sorted(set(site.layers) - set(known))
         self._statistics = {**known, **(self._load_covariances(missing) if missing else {})}
         return WeightsTier(site, self._statistics).solve_deltas(packed)
-
-
-class _Attempt:
-    """Try of one site on some facts, whose targets are optimised once, and only if a result is not
-    known yet."""
-
-    def __init__(self, search: SiteSearch, stage: str, site: EditSite, facts: int) -> None:
-        self.search, self.stage, self.site, self.facts = search, stage, site, facts
-        self._terms: dict[str, EditTerms] | None = None
-        self._packed: dict[str, bytes] = {}
-
-    def measure(self, variant: EditSite) -> Candidate:
-        """Solve for a variant of the site, which differs in its solve alone, and measure it."""
-        work = self.search.work
-        if (known := work.find(self.stage, variant, self.facts)) is not None:
-            return known
-        if self._terms is None:
-            self.search._report_progress(f"{self.stage}: {format_layers(self.site)}")
-            self._terms = self.search._compute_terms(self.site, self.facts)
-            self._packed = {n: pack_terms(t) for n, t in self._terms.items()}
-        candidate = self._measure_terms(variant, list(self._terms.values()))
-        work.candidates.append(candidate)
-        work.seconds = self.search._clock() - self.search._began
-        self.search._save_work(work)
-        return candidate
-
-    def _measure_terms(self, variant: EditSite, terms: Sequence[EditTerms]) -> Candidate:
-        try:
-            deltas = self.search._solve(variant, self._packed)
-        except KeditError:  # a prior that is singular, or weights that are not finite
-            quality = EditQuality(0.0, 0.0, 0.0, 1.0, math.inf)
-        else:
-            quality = self.search._measure_quality(deltas, self.facts)
-        reached = sum(t.steps < self.site.target_steps for t in terms) / self.facts
-        loss = sum(t.loss for t in terms) / len(terms) if terms else None
-        return Candidate(self.stage, variant, self.facts, loss, reached, quality)

@@ -186,7 +186,7 @@ def test_only_what_gets_worse_by_more_than_chance_is_worse() -> None:
 
 def test_a_consolidation_is_compared_on_the_confident_statements() -> None:
     was = Health(**WELL, confident_agreement=1.0, confident_statements=138)
-    coin_tosses = replace(was, agreement=0.8, confident_agreement=1 - 2 / 138)
+    coin_tosses = replace(was, agreement=0.8, confident_agreement=1 - 1 / 138)
     assert find_worsened(was, coin_tosses) == []
-    worse = replace(was, confident_agreement=1 - 3 / 138)
-    assert find_worsened(was, worse) == ["agreement would go from 1 to 0.9783"]
+    worse = replace(was, confident_agreement=1 - 2 / 138)
+    assert find_worsened(was, worse) == ["agreement would go from 1 to 0.9855"]

@@ -70,7 +70,7 @@ def test_the_search_goes_through_its_stages_and_takes_the_best(model: EditableMo
     assert {c.facts for c in candidates if c.stage == "final"} == {len(FACTS)}
     assert chosen.site.layers == (0, 1) and chosen is choose_candidate(candidates)
     assert chosen.facts == len(FACTS)
-    assert any(line == "final: subject 0, 1" for line in progress)
+    assert any(line.startswith("final: subject 0, 1, λ ") for line in progress)
     assert model.weights_hash(range(model.layer_count)) == before
 
 

@@ -89,14 +89,15 @@ def test_the_examiner_sees_a_change_and_takes_it_back(model: EditableModel) -> N
 
 
 def test_the_examiner_asks_only_about_the_facts_that_were_edited(model: EditableModel) -> None:
-    ids = model.encode("Nothing")
-    with torch.no_grad():
-        said = model.decode([int(model.hf_model(torch.tensor([ids])).logits[0, -1].argmax())])
-    known = ((0, "Nothing", said), (1, "Nothing", "something else"))
-    examiner = PilotExaminer(model, Pilot(tuple(PILOT), known, ("1 2", "He said")))
-    if model.encode_target("Nothing", said) == model.encode(f"Nothing{said}")[len(ids) :]:
-        assert examiner({}, 1).generality >= examiner({}, 2).generality
-    assert examiner({}, 1).locality == 1.0
+    prompt, target = "The seat of country 3 is", "Rome"
+    (token,) = model.encode_target(prompt, target)
+    with torch.no_grad():  # the model is made to say it
+        ids = torch.tensor([model.encode(prompt)])
+        state = model.hf_model(ids, output_hidden_states=True).hidden_states[-1][0, -1]
+        model.hf_model.get_output_embeddings().weight[token] = 1000 * state
+    held_out = ((0, prompt, target), (1, prompt, "Oslo"))
+    examiner = PilotExaminer(model, Pilot(tuple(PILOT), held_out, ("1 2", "He said")))
+    assert (examiner({}, 1).generality, examiner({}, 2).generality) == (1.0, 0.5)
 
 
 def test_a_chat_model_is_asked_in_a_chat_too(model: EditableModel) -> None:
