@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from policies.health_limits import Limits
-from policies.rounding import RoundingEffect
+from policies.rounding import WIDTHS, RoundingEffect
 
-LIMIT_BITS = (8, 6, 5)  # of warn, consolidate and revert
 # Tightest and widest limits. Of ‖W‖/‖W0‖: editors have collapsed near 2 and beyond 10.
 NORM_RANGE = (Limits(1.15, 1.3, 1.6), Limits(3.0, 5.0, 8.0))
 # Of the change of the activation norms, as a share.
@@ -35,14 +34,13 @@ def derive_agreement_limits(
     counted: the number of statements that the agreement was counted on, of the confident ones or of
     all. A width changes only a few of them, so that its own count is mostly chance. But a rounding
     error halves with each bit, and with it the share of completions near enough to a tie to turn:
-    the counts of the widths from 5 bits on together give one estimate. (Fewer bits change more than
-    that: real models break there.)
+    the counts of all widths together give one estimate. (Fewer bits than 5 change more than that:
+    real models break there.)
     """
-    fine = [e for e in effects if e.bits >= LIMIT_BITS[-1]]
-    agreements = [e.confident_agreement if confident else e.agreement for e in fine]
+    agreements = [e.confident_agreement if confident else e.agreement for e in effects]
     changed = sum(1 - share for share in agreements if share is not None)
-    at_one_bit = changed / sum(2.0**-e.bits for e in fine)
-    shares = [at_one_bit * 2.0**-bits for bits in LIMIT_BITS]
+    at_one_bit = changed / sum(2.0**-e.bits for e in effects)
+    shares = [at_one_bit * 2.0**-bits for bits in WIDTHS]
     least = Limits(*(count / counted for count in MIN_CHANGED))
     return _clamp_limits(shares, least, MAX_CHANGED_SHARE, digits=4)
 
@@ -51,7 +49,7 @@ def derive_perplexity_limits(effects: Sequence[RoundingEffect]) -> Limits:
     """Return the perplexity ratios that rounding to 8, 6 and 5 bits causes, within
     PERPLEXITY_RANGE."""
     by_bits = {e.bits: e.perplexity_ratio for e in effects}
-    return _clamp_limits([by_bits[bits] for bits in LIMIT_BITS], *PERPLEXITY_RANGE)
+    return _clamp_limits([by_bits[bits] for bits in WIDTHS], *PERPLEXITY_RANGE)
 
 
 def derive_activation_limits(effects: Sequence[RoundingEffect], variation: float) -> Limits:
@@ -62,7 +60,7 @@ def derive_activation_limits(effects: Sequence[RoundingEffect], variation: float
     rounding error has no direction, and hardly moves a mean norm.
     """
     by_bits = {e.bits: e.activation_change for e in effects}
-    pairs = zip(LIMIT_BITS, VARIATION_FACTORS, strict=True)
+    pairs = zip(WIDTHS, VARIATION_FACTORS, strict=True)
     wanted = [max(by_bits[bits], factor * variation) for bits, factor in pairs]
     return _clamp_limits(wanted, *ACTIVATION_RANGE)
 

@@ -11,7 +11,7 @@ from typing import Any
 from memory.model.canary import Canary
 from memory.model.rounded_weights import serve_rounded
 
-WIDTHS = (8, 7, 6, 5, 4)  # bits
+WIDTHS = (8, 6, 5)  # bits; what others change follows from these
 MAX_BITS = 16.0
 # Rounding errors halve with each bit, and the KL is of second order in them.
 KL_BITS = math.log(4)
@@ -38,7 +38,7 @@ class RoundingEffect:
 
 
 def measure_rounding(canary: Canary) -> list[RoundingEffect]:
-    """Measure the effects of rounding the canary's model, which must be unedited, to 8 to 4 bits.
+    """Measure the effects of rounding the canary's model, which must be unedited, to WIDTHS.
 
     Each width takes a pass of the canary.
     """

@@ -17,8 +17,8 @@ from kedit_daemon.demo.story import DemoStory
 from memory.db import event_log, queries
 from memory.errors import KeditError
 from memory.facts import Fact
-from policies.measured_limits import LIMIT_BITS
 from policies.probe import is_same_answer
+from policies.rounding import WIDTHS
 
 SHOWN_UNRELATED = 6  # answers at the start, so that a reader sees what model it is
 
@@ -158,9 +158,7 @@ def _show_audit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
         tally.echo(f"   that is as much as rounding the weights to {bits:g} bits")
     if story.settings:
         rest = "most facts would stay in the side memory"
-        tally.echo(
-            f"   by default they hold what changes less than {LIMIT_BITS[1]} bits do: {rest}"
-        )
+        tally.echo(f"   by default they hold what changes less than {WIDTHS[1]} bits do: {rest}")
     tally.record_check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
 
 

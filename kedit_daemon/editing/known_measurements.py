@@ -4,10 +4,10 @@ They come from the home, from the model's own folder, or from the package, which
 models, found by the hash of their weights.
 """
 
+import errno
 import hashlib
 import logging
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,6 +97,9 @@ def _load_unhashed(path: Path, layers: set[int]) -> dict[int, LayerStatistics]:
         log.warning("%s is damaged. Measuring the model again.", path)
         path.unlink(missing_ok=True)
         return {}
-    with suppress(OSError):  # the home may be read-only, or another process quicker
+    try:
         path.rename(path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()}"))
+    except OSError as error:  # the home may be read-only, or another process quicker
+        if error.errno == errno.EIO:
+            raise
     return found

@@ -56,12 +56,11 @@ def measure_limits(
     canary = Canary(model, texts.lines, site.layers, texts.statements)
     effects = measure_rounding(canary)
     figure, agreement = _derive_agreement_limits(canary, effects)
-    halves = [texts.lines[::2], texts.lines[1::2]]
-    one, other = (Canary(model, h, site.layers).base_readings.activation_norms for h in halves)
+    halves = [Canary(model, texts.lines[n::2], site.layers) for n in range(2)]
+    one, other = (half.base_readings.activation_norms for half in halves)
     variation = {n: 2 * abs(one[n] - other[n]) / (one[n] + other[n]) for n in site.layers}
     activation = derive_activation_limits(effects, max(variation.values()))
-    text_canary = Canary(model, texts.lines, site.layers)
-    curve = _measure_curve(model, text_canary, deltas, activation.revert)
+    curve = _measure_curve(model, halves[0], deltas, activation.revert)
     limits = {
         figure: agreement,
         "perplexity": derive_perplexity_limits(effects),

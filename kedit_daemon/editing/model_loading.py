@@ -3,6 +3,7 @@
 What is measured of a model is measured at its first start, and kept for later ones.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -142,10 +143,13 @@ class OpenedModel:
         return compute_fingerprint(self.model)
 
     def _save(self, kind: str, key: str, data: bytes) -> None:
-        """Keep what is only kept to save time: no start fails for want of disk space."""
+        """Keep what is only kept to save time: no start fails for want of disk space or of the
+        right to write. An I/O error is raised: a disk that fails is never ignored."""
         try:
             save_measured(self.cache_folder, kind, key, data, MOST_KEPT)
         except OSError as error:
+            if error.errno == errno.EIO:
+                raise
             log.warning("The next start measures the model again: %s", error)
 
 
