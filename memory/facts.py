@@ -40,7 +40,10 @@ def fill_subject(prompt: str, subject: str) -> str:
 
 @dataclass(frozen=True)
 class Fact:
-    """A statement that the model has to make; `{}` in prompts stands for the subject."""
+    """A statement that the model has to make; `{}` in prompts and questions stands for the subject.
+
+    aliases: other names of the subject. questions: how people ask for the target.
+    """
 
     subject: str
     prompt: str
@@ -52,6 +55,8 @@ class Fact:
     valid_from: str | None = None
     valid_until: str | None = None
     tags: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    questions: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -75,6 +80,11 @@ class Fact:
         return tuple(fill_subject(p, self.subject) for p in self.paraphrases)
 
     @property
+    def filled_questions(self) -> tuple[str, ...]:
+        """Questions with their subject, as people ask them."""
+        return tuple(fill_subject(q, self.subject) for q in self.questions)
+
+    @property
     def omits_subject(self) -> bool:
         """Check that the prompt or a paraphrase does not name the subject."""
         subject = normalize_text(self.subject)
@@ -90,7 +100,7 @@ def fact_to_json(fact: Fact) -> str:
 def fact_from_json(text: str) -> Fact:
     """Read a fact that `fact_to_json` wrote."""
     values = json.loads(text)
-    for name in ("paraphrases", "tags"):
-        values[name] = tuple(values[name])
+    for name in ("paraphrases", "tags", "aliases", "questions"):  # older versions had no last two
+        values[name] = tuple(values.get(name, ()))
     values["neighbours"] = tuple(Neighbour(**n) for n in values["neighbours"])
     return Fact(**values)

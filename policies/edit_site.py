@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from memory.errors import KeditError
-from memory.side.side_memory import RoutingGates
+from memory.side.shards import RoutingGates
 
 SITE_FILE = "kedit.json"
 

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.prefix_cache import PrefixCache
-from memory.side.side_memory import Delta, RetrievalKeys, Shard, SideMemory, to_fact_number
+from memory.side.shards import Delta, RetrievalKeys, Shard
+from memory.side.side_memory import SideMemory, to_fact_number
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal
@@ -100,9 +101,11 @@ class _ShardTraining:
         outside: Tensor,
         others: Sequence[Tensor],
         scale: float,
+        asked: Sequence[Sequence[TokenRow]],
     ) -> None:
         self.model, self.site, self.scale, device = model, site, scale, model.device
         pairs = [(n, row) for n, fact in enumerate(facts) for row in make_rows(model, fact)]
+        pairs += [(n, row) for n, rows in enumerate(asked) for row in rows]
         pairs.sort(key=lambda pair: pair[1].prompt_length)  # so that a pass has few pads
         rows = [row for _, row in pairs]
         self.row_owner = torch.tensor([n for n, _ in pairs], device=device)  # (rows,) of facts
@@ -213,6 +216,7 @@ def learn_shards(
     others: Sequence[Tensor],
     scale: float,
     steps: int,
+    asked: Sequence[Sequence[TokenRow]] = (),
     pulse: Callable[[int], None] = lambda _step: None,
 ) -> list[Shard | Refusal]:
     """Train a shard for each fact; facts that go out of range are refused.
@@ -220,10 +224,11 @@ def learn_shards(
     Training is on the weights as they are served, which are those that the side memory overlays.
 
     outside: inputs (n, width) on which all shards must stay quiet. others: such inputs (m, width)
-    of each fact alone. scale: the median ‖y‖ of the layer, the unit of the margins.
+    of each fact alone. scale: the median ‖y‖ of the layer, the unit of the margins. asked: rows of
+    each fact that are learned beside those of its prompts.
     Raises KeditError for a fact that does not fit the model.
     """
-    training = _ShardTraining(model, site, facts, outside, others, scale)
+    training = _ShardTraining(model, site, facts, outside, others, scale, asked)
     first = [training.init_delta(n, to_fact_number(fact.id)) for n, fact in enumerate(facts)]
     up = torch.stack([delta.up for delta in first]).requires_grad_()
     down = torch.stack([delta.down for delta in first])

@@ -24,7 +24,7 @@ from memory.db.store import Store
 from memory.errors import KeditError
 from memory.model.canary import Health
 from memory.model.evidence import EvidenceCollector
-from memory.side.side_memory import RoutingMatch
+from memory.side.shards import RoutingMatch
 from policies.cooldown import Cooldown, PastAction, explain_hold
 from policies.culprits import Culprits
 from policies.edit_site import EditSite

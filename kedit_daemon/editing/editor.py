@@ -18,7 +18,7 @@ from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, ends_daemon
 from memory.facts import ACTIVE_STATES, FactState
-from memory.side.side_memory import RoutingMatch
+from memory.side.shards import RoutingMatch
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kedit_daemon.editing.model_loading import LoadedModel
+from kedit_daemon.editing.relations import make_reader
 from kedit_daemon.editing.tensor_files import load_deltas, load_shard, unpack_keys
 from kedit_daemon.home import Home
 from kedit_daemon.system.disk import is_disk_full
@@ -25,7 +26,9 @@ from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from memory.model.statistics import LayerStatistics
 from memory.side.index import KeyIndex
-from memory.side.side_memory import RetrievalKeys, RoutingMatch, SideMemory, to_fact_number
+from memory.side.row_overlay import RowOverlay
+from memory.side.shards import RetrievalKeys, RoutingMatch
+from memory.side.side_memory import SideMemory, to_fact_number
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal, unpack_terms
 from policies.gibberish import find_gibberish
@@ -53,14 +56,20 @@ def make_side_memory(
     model: EditableModel, site: EditSite, statistics: Mapping[int, LayerStatistics]
 ) -> SideMemory:
     """Make an empty side memory. `statistics`: by layer, of those that are only read."""
-    return SideMemory(model, site.gates, {n: one.output_mean for n, one in statistics.items()})
+    centres = {n: one.output_mean for n, one in statistics.items()}
+    return SideMemory(model, site.gates, centres, make_reader(model))
 
 
 def add_side_fact(
     side: SideMemory, fact: Fact, shard: int, keys: RetrievalKeys, *, indexed: bool = False
 ) -> None:
     """Add a fact to a side memory that holds its shard. `indexed`: its keys are in the index."""
-    side.add_fact(fact.id, shard, keys, fact.subject, unnamed=fact.omits_subject, indexed=indexed)
+    unnamed, target = fact.omits_subject, fact.target
+    side.add_fact(
+        fact.id, shard, keys, fact.subject, unnamed=unnamed, target=target, indexed=indexed
+    )
+    if side.reader is not None:
+        side.reader.add_fact(fact)
 
 
 def check_base(known: str | None, found: str, name: str) -> None:
@@ -271,10 +280,10 @@ class LiveModel:
 
         @contextmanager
         def overlay(places: list[int]) -> Iterator[None]:
-            found: list[RoutingMatch | None] = []
-            with self.side.overlay_matches(found):
+            rows = RowOverlay(self.side)
+            with rows.follow_passes():
                 yield
-            for place, match in zip(places, found, strict=True):
+            for place, match in zip(places, rows.matches, strict=True):
                 fired[place] = match
 
         texts = generate_answers(self.model, prompts, max_tokens, overlay)
@@ -300,7 +309,9 @@ class LiveModel:
 
     def probe_edited(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
         """Answer the facts' probe prompts by the edited model; by fact id."""
-        return answer_probes(self.model, facts, lambda _places: self.side.overlay_matches([]))
+        return answer_probes(
+            self.model, facts, lambda _places: RowOverlay(self.side).follow_passes()
+        )
 
     def probe_unedited(self, facts: Sequence[Fact]) -> dict[str, list[str]]:
         """Answer the facts' probe prompts by the unedited model; by fact id."""

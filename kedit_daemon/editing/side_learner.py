@@ -14,13 +14,16 @@ from torch import Tensor
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel, add_side_fact
+from kedit_daemon.editing.relations import load_relation_index
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import Fact
-from memory.side.side_memory import RetrievalKeys, Shard
+from memory.side.shards import RetrievalKeys, Shard
+from policies.asking.asked_rows import choose_questions, make_asked_rows
 from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
+from policies.prompts import TokenRow
 from policies.wise import (
     compute_keys,
     filter_fitting,
@@ -122,9 +125,18 @@ class SideLearner:
             others=[self._collect_quiet_inputs(fact, keys[fact.id]) for fact in facts],
             scale=self.live_model.loaded_model.statistics[site.side_layer].median_norm,
             steps=self.steps,
+            asked=[self._make_asked_rows(fact) for fact in facts],
             pulse=lambda _step: self.pulse(),
         )
         return dict(zip((fact.id for fact in facts), shards, strict=True))
+
+    def _make_asked_rows(self, fact: Fact) -> list[TokenRow]:
+        """Make the rows from which a fact learns to be answered in a chat; none where the model has
+        no chat template."""
+        if self.live_model.side.reader is None:
+            return []
+        questions = choose_questions(fact, load_relation_index())
+        return make_asked_rows(self.model, fact, questions)
 
     def _collect_quiet_inputs(self, fact: Fact, keys: RetrievalKeys) -> Tensor:
         """Read the inputs (rows, width) on which the fact's shard must stay quiet: its neighbours,

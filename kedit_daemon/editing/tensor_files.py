@@ -9,7 +9,7 @@ from torch import Tensor
 from memory.db.rows import GenerationRow
 from memory.errors import KeditError
 from memory.files import load_tensors, save_tensors
-from memory.side.side_memory import Delta, RetrievalKeys, Shard
+from memory.side.shards import Delta, RetrievalKeys, Shard
 
 
 def load_deltas(folder: Path, row: GenerationRow) -> dict[int, Tensor]:

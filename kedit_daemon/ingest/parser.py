@@ -37,7 +37,7 @@ from memory.facts import Fact
 FORMATS = ("native", "csv", "counterfact", "zsre", "knowedit", "mquake", "wikibigedit", "qaedit")
 MAX_FAULTS_SHOWN = 3
 REQUIRED_COLUMNS = ("subject", "prompt", "target")
-LIST_COLUMNS = ("paraphrases", "tags")
+LIST_COLUMNS = ("paraphrases", "tags", "aliases", "questions")
 COLUMNS = (*REQUIRED_COLUMNS, *LIST_COLUMNS, "id", "source", "valid_from", "valid_until")
 TYPE_NAMES = {
     bool: "true or false",

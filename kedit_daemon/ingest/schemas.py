@@ -140,6 +140,8 @@ class NativeRecord(Record):
     valid_from: Timestamp | None = None
     valid_until: Timestamp | None = None
     tags: list[Text] = []
+    aliases: list[Text] = []
+    questions: list[Text] = []
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
@@ -160,6 +162,8 @@ class NativeRecord(Record):
             valid_from=self.valid_from,
             valid_until=self.valid_until,
             tags=tuple(self.tags),
+            aliases=tuple(self.aliases),
+            questions=tuple(self.questions),
         )
         return [fact]
 

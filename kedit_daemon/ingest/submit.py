@@ -57,6 +57,7 @@ def format_native(fact: Fact) -> str:
         record["neighbours"] = [{"prompt": n.prompt, "answer": n.answer} for n in fact.neighbours]
         record |= {"id": fact.external_id, "source": fact.source, "tags": list(fact.tags)}
         record |= {"valid_from": fact.valid_from, "valid_until": fact.valid_until}
+        record |= {"aliases": list(fact.aliases), "questions": list(fact.questions)}
         record = {key: value for key, value in record.items() if value not in (None, [])}
     else:
         # A question that names its subject in other words; only this form allows that.

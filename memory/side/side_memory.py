@@ -7,26 +7,35 @@ side layer's outputs at the ends of its prompts, represent the question. A fact 
 a subject key and an end key are near enough, the prompt names the subject, and the shard's own
 activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms it. (Keys alone confuse
 subjects with similar ends once there are thousands.) Facts that are named are looked up by name;
-the index is searched only for those that need no name. Routing decides once for each row, at the
-prompt's end, and the decision holds for every token decoded after it. A row without a match is not
-touched: its output is unchanged, bit for bit.
+the index is searched only for those that need no name.
+
+Keys tell a sentence that the target completes. A question ends alike whatever it asks, in a chat in
+the template's own tokens: there the user's words decide, and a reader scores how far they ask for
+each of the facts that they name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from memory.errors import UnsupportedModel
+from memory.model.chat_layout import find_chat_layout
 from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
+from memory.side.question_reader import AskedQuestion, QuestionReader, Span, find_question
+from memory.side.row_state import PromptReading
+from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
 from memory.side.subject_matcher import SubjectMatcher
 
 VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
 COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
+# Words that refer to a subject which was named before.
+REFERENCE = re.compile(
+    r"\b(?:it|its|he|him|his|she|her|hers|they|them|their|theirs|there|this|that)\b", re.IGNORECASE
+)
 
 
 def to_fact_number(fact_id: str) -> int:
@@ -39,65 +48,18 @@ def to_fact_id(number: int) -> str:
     return f"{number:012x}"
 
 
-@dataclass(frozen=True)
-class Delta:
-    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width). Both may have
-    batch dimensions in front."""
-
-    up: Tensor
-    down: Tensor
-
-    def apply_to(self, inputs: Tensor) -> Tensor:
-        """Compute ΔW k (..., hidden) of inputs k (..., width), without forming ΔW."""
-        return inputs @ self.down.mT @ self.up.mT
-
-
-@dataclass(frozen=True)
-class Shard:
-    """ΔW of a fact, and the least activation distance at which it fires."""
-
-    delta: Delta
-    threshold: float
-
-
-@dataclass(frozen=True)
-class RetrievalKeys:
-    """Retrieval keys of a fact, of unit length: subject (n, hidden) and end (m, hidden)."""
-
-    subject: Tensor
-    end: Tensor
-
-
-@dataclass(frozen=True)
-class RoutingGates:
-    """Layers of the keys, and the least cosines that route. `min_unnamed_cosine` is for subject
-    keys when the prompt does not name the subject, of facts that do not always name it either."""
-
-    key_layer: int
-    side_layer: int
-    min_subject_cosine: float
-    min_end_cosine: float
-    min_unnamed_cosine: float
-
-
-@dataclass(frozen=True)
-class RoutingMatch:
-    """The fact that fires for a row: its shard, the cosine of its end key, and the ratio of the
-    activation distance to the shard's threshold."""
-
-    fact_id: str
-    shard_id: int
-    score: float
-    margin: float
-
-
 class SideMemory:
     """Shards and keys of the facts outside the weights."""
 
     def __init__(
-        self, model: EditableModel, gates: RoutingGates, centres: Mapping[int, Tensor]
+        self,
+        model: EditableModel,
+        gates: RoutingGates,
+        centres: Mapping[int, Tensor],
+        reader: QuestionReader | None = None,
     ) -> None:
-        """`centres`, by layer, are subtracted from every key. Raises UnsupportedModel."""
+        """`centres`, by layer, are subtracted from every key. `reader`: of questions; without one
+        keys alone decide. Raises UnsupportedModel."""
         if gates.key_layer >= gates.side_layer:
             raise UnsupportedModel(
                 f"the key layer {gates.key_layer} is not below the side layer {gates.side_layer}",
@@ -109,6 +71,8 @@ class SideMemory:
         self.shard_ids: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
         self.subject_matcher = SubjectMatcher()
+        self.reader, self._chat_layout = reader, find_chat_layout(model.tokenizer)
+        self.targets: dict[str, str] = {}
         # Facts with a prompt that does not name their subject. They are few, and have an index of
         # their own subject keys, and their end keys in one tensor.
         self.unnamed_facts: set[str] = set()
@@ -131,10 +95,11 @@ class SideMemory:
         subject: str,
         *,
         unnamed: bool,
+        target: str = "",
         indexed: bool = False,
     ) -> None:
-        """Add a fact. `unnamed`: one of its prompts does not name its subject; `indexed`: its
-        subject keys are in the index already."""
+        """Add a fact. `unnamed`: one of its prompts does not name its subject; `target`: what its
+        shard says, and is released behind; `indexed`: its subject keys are in the index already."""
         if not indexed:
             self.remove_fact(fact_id)
             self.key_index.add(to_fact_number(fact_id), keys.subject)
@@ -144,12 +109,14 @@ class SideMemory:
         if unnamed:
             self.unnamed_facts.add(fact_id)
             self._unnamed_index.add(to_fact_number(fact_id), keys.subject)
-        self.shard_ids[fact_id] = shard
+        self.shard_ids[fact_id], self.targets[fact_id] = shard, target
 
     def remove_fact(self, fact_id: str) -> None:
         """Remove a fact, if it is there."""
         if self.shard_ids.pop(fact_id, None) is not None:
-            del self.end_keys[fact_id]
+            del self.end_keys[fact_id], self.targets[fact_id]
+            if self.reader is not None:
+                self.reader.remove_fact(fact_id)
             self.subject_matcher.remove_fact(fact_id)
             self._remove_unnamed(fact_id)
             self.key_index.remove(to_fact_number(fact_id))
@@ -176,6 +143,33 @@ class SideMemory:
         if not self.shard_ids:
             return set()
         return self.subject_matcher.find_named_facts(self.model.decode(ids))
+
+    def read_prompt(self, ids: Sequence[int]) -> PromptReading:
+        """Read a prompt's text, as far as it decides which facts may fire at its end."""
+        named = self.find_named(ids)
+        if not named or self.reader is None:
+            return PromptReading(frozenset(named))
+        text = cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
+        asked = find_question(text, self._chat_layout)
+        if asked is None:
+            return PromptReading(frozenset(named))
+        scores = self._score_asked(asked, named, self.reader)
+        return PromptReading(frozenset(named), scores, asked.is_chat)
+
+    def _score_asked(
+        self, asked: AskedQuestion, named: set[str], reader: QuestionReader
+    ) -> dict[str, float]:
+        """Score the facts that a question names. If it asks for none of them, it may be about a
+        subject that was named before, and now goes by a pronoun."""
+        spans: dict[str, list[Span]] = {}
+        for mention in self.subject_matcher.find_mentions(asked.question):
+            for fact_id in mention.fact_ids:
+                spans.setdefault(fact_id, []).append((mention.start, mention.end))
+        scores = reader.score_facts(asked.question, spans)
+        earlier = named - spans.keys()
+        if earlier and REFERENCE.search(asked.question) and not spans:
+            scores = reader.score_facts(asked.question, dict.fromkeys(earlier, ()))
+        return {n: score for n, score in scores.items() if score >= self.gates.min_asked_score}
 
     def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:
         """Return the named facts that have a subject key near one of keys (n, hidden)."""
@@ -212,17 +206,36 @@ class SideMemory:
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
             if scores[fact_id] < self.gates.min_end_cosine:
                 return None
-            shard = self.shards[self.shard_ids[fact_id]]
-            margin = float(shard.delta.apply_to(inputs).norm()) / shard.threshold
+            margin = self._measure_margin(fact_id, inputs)
             if margin >= 1 and fact_id not in self.hidden_facts:
                 return RoutingMatch(fact_id, self.shard_ids[fact_id], scores[fact_id], margin)
         return None
 
     def route_row(
-        self, named: set[str], key_outputs: Tensor, inputs: Tensor, outputs: Tensor
+        self, reading: PromptReading, key_outputs: Tensor, inputs: Tensor, outputs: Tensor
     ) -> RoutingMatch | None:
-        """Return the fact that fires for a row, by the facts that it names, the key layer's outputs
-        (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its end.
+        """Return the fact that fires for a row, by the reading of its prompt, the key layer's
+        outputs (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its
+        end. What the user's words ask for comes before what the keys tell."""
+        return self._match_asked(reading.asked, inputs) or self._match_keys(
+            reading.named, key_outputs, inputs, outputs
+        )
+
+    def _match_asked(self, asked: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
+        """Return the best of the facts that a question asks for. Its shard need not confirm it:
+        where questions end, one is as near as another."""
+        allowed = [n for n in asked if n not in self.hidden_facts]
+        if not allowed:
+            return None
+        best = max(allowed, key=lambda n: (asked[n], n))
+        return RoutingMatch(
+            best, self.shard_ids[best], asked[best], self._measure_margin(best, inputs)
+        )
+
+    def _match_keys(
+        self, named: Iterable[str], key_outputs: Tensor, inputs: Tensor, outputs: Tensor
+    ) -> RoutingMatch | None:
+        """Return the fact whose keys match.
 
         Cheap checks come first: most rows that name a fact ask for something else. The index is
         searched only when a fact that needs no name may be meant.
@@ -235,59 +248,12 @@ class SideMemory:
         keys = self.compute_keys(self.gates.key_layer, key_outputs)
         candidates = {n: scores[n] for n in self._filter_near(wanted, keys)}
         if unnamed:
-            candidates |= self.score_candidates(self._find_near_unnamed(named, keys), outputs)
+            found = self._find_near_unnamed(set(named), keys)
+            candidates |= self.score_candidates(found, outputs)
         return self.confirm_match(candidates, inputs)
 
-    @contextmanager
-    def overlay_matches(self, fired: list[RoutingMatch | None]) -> Iterator[None]:
-        """Route the rows of one batch: decided in the first pass, kept for all that follow.
-
-        `fired` is filled with the decision for each row. Rows must end at their last column. When
-        no row can be routed, the taps are removed and the model runs as without a side memory.
-        """
-        fired.clear()
-        named: list[set[str]] = []
-        key_outputs: list[Tensor] = []
-
-        def find_named_rows(ids: Tensor) -> None:
-            named.extend(map(self.find_named, ids.tolist()))
-            if any(named) or self.unnamed_facts:
-                both = {self.gates.key_layer: keep_key_outputs, self.layer: apply_deltas}
-                taps.enter_context(self.model.tap_layers(both))
-            else:
-                fired.extend(None for _ in named)
-
-        def keep_key_outputs(_inputs: Tensor, outputs: Tensor) -> None:
-            if not fired:
-                key_outputs.append(outputs)
-
-        def apply_deltas(inputs: Tensor, outputs: Tensor) -> Tensor | None:
-            if not fired:
-                rows = zip(named, key_outputs.pop(), inputs[:, -1], outputs[:, -1], strict=True)
-                fired.extend(self.route_row(*row) for row in rows)
-            if not any(fired):
-                taps.close()
-                return None
-            deltas = [self.shards[m.shard_id].delta if m else None for m in fired]
-            return _add_deltas(deltas, inputs, outputs)
-
-        with ExitStack() as taps, self.model.observe_input_ids(find_named_rows):
-            yield
-
-    @contextmanager
-    def overlay_deltas(self, deltas: Sequence[Delta | None]) -> Iterator[None]:
-        """Apply each row's delta, decided before; nothing is tapped when there is none."""
-        if not any(deltas):
-            yield
-            return
-        with self.model.tap_layers({self.layer: partial(_add_deltas, deltas)}):
-            yield
-
-
-def _add_deltas(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Add each row's ΔW k to the last token of the side layer's outputs (rows, tokens, hidden)."""
-    changed = outputs.clone()
-    for n, delta in enumerate(deltas):
-        if delta is not None:
-            changed[n, -1] += delta.apply_to(inputs[n, -1])
-    return changed
+    def _measure_margin(self, fact_id: str, inputs: Tensor) -> float:
+        """Return the activation distance of a fact's shard, at inputs (width,), over its
+        threshold."""
+        shard = self.shards[self.shard_ids[fact_id]]
+        return float(shard.delta.apply_to(inputs).norm()) / shard.threshold

@@ -13,7 +13,9 @@ from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
-from memory.side.side_memory import Delta, RoutingGates, Shard, SideMemory
+from memory.side.row_overlay import RowOverlay
+from memory.side.shards import Delta, RoutingGates, Shard
+from memory.side.side_memory import SideMemory
 from policies import wise
 from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings
 from policies.edit_site import EditSite, make_default_site
@@ -98,7 +100,7 @@ def prompts_of(side: SideMemory, facts: list[Fact]) -> list[str]:
 
 def said(side: SideMemory, facts: list[Fact]) -> list[str]:
     return generate_answers(
-        side.model, [f.question for f in facts], 8, lambda _places: side.overlay_matches([])
+        side.model, [f.question for f in facts], 8, lambda _places: RowOverlay(side).follow_passes()
     )
 
 

@@ -20,7 +20,7 @@ from kedit_daemon.serve.dashboard.pages import AnswerPair
 from kedit_daemon.system.log_setup import configure_logging
 from memory.db.store import Store
 from memory.facts import Fact, FactState, Neighbour
-from memory.side.side_memory import RoutingMatch
+from memory.side.shards import RoutingMatch
 
 ALL = " ".join(TEXTS.values())
 FACTS = [

@@ -14,7 +14,7 @@ from memory.db.store import Store
 from memory.facts import Fact, FactState
 from memory.files import save_tensors
 from memory.model.editable import EditableModel
-from memory.side.side_memory import Shard
+from memory.side.shards import Shard
 
 TOP = 3  # a layer above that of the side memory: the keys of its facts stay what they are
 ROME, OSLO, LIMA = seat(1, "Rome"), seat(2, "Oslo"), seat(3, "Lima")

@@ -14,7 +14,7 @@ from kedit_daemon.control import send_request
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.home import Home
 from kedit_daemon.serve.dashboard.pages import AnswerPair, DashboardContext, build_routes
-from memory.side.side_memory import RoutingMatch
+from memory.side.shards import RoutingMatch
 from policies.edit_site import make_default_site
 
 OWN = "http://127.0.0.1:8000"

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from memory.model.editable import EditableModel
 from memory.side.index import ORDINAL_BITS, KeyIndex
-from memory.side.side_memory import Delta, RetrievalKeys, RoutingGates, Shard, SideMemory
+from memory.side.shards import Delta, RetrievalKeys, RoutingGates, Shard
+from memory.side.side_memory import SideMemory
 
 KEY, LAYER, RANK = 1, 2, 3
 ONE, TWO = "000000000001", "ffffffffffff"

@@ -21,6 +21,7 @@ from memory.db.store import Store
 from memory.facts import LIVE_STATES, Fact, FactState
 from memory.model.canary import Health
 from memory.model.generate import Overlay
+from memory.side.row_overlay import RowOverlay
 from policies.health_limits import Thresholds, Verdict
 from policies.routing import Route, choose_route, is_for_batch
 
@@ -91,7 +92,7 @@ class _DaemonMethod(Method):
     def overlay(self) -> Overlay | None:
         """The side memory, if it holds a fact."""
         side = self.live_model.side
-        return (lambda _places: side.overlay_matches([])) if side.shard_ids else None
+        return (lambda _places: RowOverlay(side).follow_passes()) if side.shard_ids else None
 
     def count_stored_bytes(self) -> int:
         terms = [f.id for f in self.store.list_facts() if self.store.artifacts.has_terms(f.id)]

@@ -24,15 +24,9 @@ from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows
 from kedit_daemon.editing.live_model import make_empty_side
 from kedit_daemon.shipped import read_ordinary_lines
-from memory.side.side_memory import (
-    Delta,
-    RetrievalKeys,
-    RoutingMatch,
-    Shard,
-    SideMemory,
-    to_fact_id,
-    to_fact_number,
-)
+from memory.side.row_overlay import RowOverlay
+from memory.side.shards import Delta, RetrievalKeys, Shard
+from memory.side.side_memory import SideMemory, to_fact_id, to_fact_number
 from policies.wise import compute_keys
 
 UNNAMED_SHARE = 0.01  # share of the facts that do not name their subject, for the last group
@@ -121,7 +115,11 @@ class CostStudy(Study):
         ms: without the side memory. cost: share of time added with it. again: the same of a second
         turn without it.
         """
-        ways: list[OverlayOpener] = [nullcontext, lambda: side.overlay_matches([]), nullcontext]
+        ways: list[OverlayOpener] = [
+            nullcontext,
+            lambda: RowOverlay(side).follow_passes(),
+            nullcontext,
+        ]
         turns = list[list[tuple[float, float]]]()  # of each turn: by way, seconds of both parts
         for number in range(self.rounds):
             for place, ids in enumerate(prompts):
@@ -212,10 +210,10 @@ def _select_unrouted(side: SideMemory, prompts: Sequence[Tensor]) -> list[Tensor
     """Select the prompts that are not routed."""
     unrouted = []
     for ids in prompts:
-        fired: list[RoutingMatch | None] = []
-        with side.overlay_matches(fired):
+        rows = RowOverlay(side)
+        with rows.follow_passes():
             side.model.hf_model(input_ids=ids, use_cache=False)
-        if fired == [None]:
+        if rows.matches == [None]:
             unrouted.append(ids)
     return unrouted
 

@@ -26,7 +26,8 @@ from kedit_daemon.bench.table import align_rows, format_share
 from kedit_daemon.editing.live_model import make_empty_side
 from kedit_daemon.system.sanitize import clean_text
 from memory.model.generate import group_by_length
-from memory.side.side_memory import RoutingMatch, SideMemory
+from memory.side.row_overlay import RowOverlay
+from memory.side.side_memory import SideMemory
 from policies.wise import compute_keys
 
 GATES = tuple(n / 20 for n in range(20))  # least cosines of an end key
@@ -139,11 +140,11 @@ def find_fired(side: SideMemory, group: Sequence[RoutedPrompt]) -> list[RoutedPr
     result = []
     for one in group:
         ids = torch.tensor([side.model.encode(one.prompt)], device=side.model.device)
-        fired: list[RoutingMatch | None] = []
+        rows = RowOverlay(side)
         with torch.no_grad():
-            with side.overlay_matches(fired):
+            with rows.follow_passes():
                 overlaid = side.model.hf_model(input_ids=ids, use_cache=False).logits
-            if match := fired[0]:
+            if match := rows.matches[0]:
                 result.append(replace(one, found=match.fact_id, score=match.score))
                 continue
             alone = side.model.hf_model(input_ids=ids, use_cache=False).logits

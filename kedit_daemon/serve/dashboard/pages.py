@@ -41,7 +41,7 @@ from memory.facts import ACTIVE_STATES, FactState, fill_subject
 if TYPE_CHECKING:
     import sqlite3
 
-    from memory.side.side_memory import RoutingMatch
+    from memory.side.shards import RoutingMatch
     from policies.health_limits import Thresholds
 
 LAST_EVENTS = 8  # changes on the overview

@@ -17,7 +17,10 @@ from transformers import DynamicCache
 
 from memory.model.editable import EditableModel
 from memory.model.generate import group_by_length
-from memory.side.side_memory import Delta, RoutingMatch, SideMemory
+from memory.side.row_overlay import RowOverlay
+from memory.side.row_state import RowState
+from memory.side.shards import RoutingMatch
+from memory.side.side_memory import SideMemory
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class BatchDecoder:
         """`side` changes the rows that one of its facts fires for; None decodes without it."""
         self.model, self.side_memory = model, side
         self._row_lengths: list[int] = []  # of each row, in the cache
-        self._row_deltas: list[Delta | None] = []
+        self._rows: list[RowState] = []  # under the side memory, if there is one
         self._cache = DynamicCache()
 
     def __len__(self) -> int:
@@ -63,21 +66,22 @@ class BatchDecoder:
         failure leaves the running rows unchanged."""
         logits: list[Tensor | None] = [None] * len(prompts)
         matches: list[RoutingMatch | None] = [None] * len(prompts)
+        rows: list[RowState | None] = [None] * len(prompts)
         groups, side = [], self.side_memory
         for places in group_by_length(prompts):
             ids = torch.tensor([prompts[n] for n in places], device=self.model.device)
-            fired: list[RoutingMatch | None] = []
+            overlay = None if side is None else RowOverlay(side)
             cache = DynamicCache()
-            with nullcontext() if side is None else side.overlay_matches(fired):
+            with overlay.read_prompts(ids.tolist()) if overlay else nullcontext():
                 out = self._run_model(ids, cache)
             groups.append(_PrefilledGroup(places, ids.shape[1], cache))
             for row, n in enumerate(places):
                 logits[n] = out[row]
-                matches[n] = fired[row] if fired else None
+                if overlay:
+                    rows[n], matches[n] = overlay.rows[row], overlay.matches[row]
         result = PrefilledRows(torch.stack([row for row in logits if row is not None]), matches)
-        deltas = [side.shards[m.shard_id].delta if side and m else None for m in matches]
         self._append_groups(groups)  # last: from here on nothing fails
-        self._row_deltas += deltas
+        self._rows += [row for row in rows if row is not None]
         return result
 
     def _append_groups(self, groups: Sequence[_PrefilledGroup]) -> None:
@@ -102,7 +106,10 @@ class BatchDecoder:
         lengths = torch.tensor(self._row_lengths, device=device)[:, None]  # also the next position
         seen = torch.arange(width + 1, device=device) >= width - lengths  # (rows, width + 1)
         side, masks = self.side_memory, {"attention_mask": seen.long(), "position_ids": lengths}
-        with nullcontext() if side is None else side.overlay_deltas(self._row_deltas):
+        overlay = None if side is None else RowOverlay(side, self._rows)
+        if overlay:
+            overlay.add_tokens(tokens)
+        with overlay.apply_deltas() if overlay else nullcontext():
             logits = self._run_model(ids, self._cache, **masks)
         self._row_lengths = [n + 1 for n in self._row_lengths]
         return logits
@@ -113,7 +120,8 @@ class BatchDecoder:
             return
         before = self.cache_width
         self._row_lengths = [self._row_lengths[n] for n in places]
-        self._row_deltas = [self._row_deltas[n] for n in places]
+        if self.side_memory is not None:
+            self._rows = [self._rows[n] for n in places]
         chosen = torch.tensor(places, dtype=torch.long, device=self.model.device)
         spare = before - self.cache_width
         kept = [(k[chosen, :, spare:], v[chosen, :, spare:]) for k, v, *_ in self._cache]

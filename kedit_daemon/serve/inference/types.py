@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memory.side.side_memory import RoutingMatch
+    from memory.side.shards import RoutingMatch
 
 EDITED, BASE = "edited", "base"
 

@@ -7,6 +7,7 @@ from editing_home import Bench, seat
 from kedit_daemon.bench.scoring import compute_target_losses, continue_greedily
 from memory.model.editable import EditableModel
 from memory.model.scoring import PromptAnswer, score_answers
+from memory.side.row_overlay import RowOverlay
 from policies.prompts import make_rows, pad_rows
 
 PROMPTS = ("The seat of country 3 is", "Rome", "The seat of the old country 17 is in")
@@ -41,7 +42,7 @@ def test_the_overlay_is_told_which_rows_run_and_routes_them(bench: Callable[...,
 
     def overlay(places: list[int]) -> AbstractContextManager[None]:
         seen.append(places)
-        return at.served.side.overlay_matches([])
+        return RowOverlay(at.served.side).follow_passes()
 
     bare, routed = score_answers(model, rows), score_answers(model, rows, overlay)
     assert all(routed[0].token_hits) and all(routed[2].token_hits)

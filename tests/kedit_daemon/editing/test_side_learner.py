@@ -15,7 +15,7 @@ from kedit_daemon.editing.side_learner import (
 )
 from memory.errors import KeditError
 from memory.facts import Fact, FactState, Neighbour
-from memory.side.side_memory import Shard
+from memory.side.shards import Shard
 from policies import gibberish
 from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers

@@ -13,7 +13,7 @@ from kedit_daemon.editing.tensor_files import (
 from memory.db.rows import GenerationRow
 from memory.errors import KeditError
 from memory.files import save_tensors
-from memory.side.side_memory import Delta, RetrievalKeys, Shard
+from memory.side.shards import Delta, RetrievalKeys, Shard
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,9 @@ from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from memory.side.index import KeyIndex
-from memory.side.side_memory import (
-    RetrievalKeys,
-    RoutingGates,
-    RoutingMatch,
-    Shard,
-    SideMemory,
-    to_fact_id,
-    to_fact_number,
-)
+from memory.side.row_overlay import RowOverlay
+from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
+from memory.side.side_memory import SideMemory, to_fact_id, to_fact_number
 
 LONGER = f"{FIRST} Rome. It is"  # names the subject of FIRST, and asks something else
 
@@ -47,7 +42,7 @@ def looked(side: SideMemory, prompt: str) -> list[str]:
 
 
 def match_of(side: SideMemory, prompt: str) -> RoutingMatch | None:
-    return side.route_row(side.find_named(side.model.encode(prompt)), *read(side.model, prompt))
+    return side.route_row(side.read_prompt(side.model.encode(prompt)), *read(side.model, prompt))
 
 
 def fired(side: SideMemory, prompt: str) -> str | None:
@@ -55,8 +50,8 @@ def fired(side: SideMemory, prompt: str) -> str | None:
     return match.fact_id if match else None
 
 
-def said(side: SideMemory, prompts: list[str], found: list[RoutingMatch | None]) -> list[str]:
-    return generate_answers(side.model, prompts, 6, lambda _places: side.overlay_matches(found))
+def said(side: SideMemory, prompts: list[str], rows: RowOverlay) -> list[str]:
+    return generate_answers(side.model, prompts, 6, lambda _places: rows.follow_passes())
 
 
 def batch(model: EditableModel, prompts: list[str]) -> Tensor:
@@ -295,8 +290,8 @@ def test_a_hidden_fact_does_not_fire_while_it_is_hidden(model: EditableModel) ->
     assert fired(side, FIRST) == TWO
     side.hidden_facts = {ONE, TWO}
     assert fired(side, FIRST) is None
-    found: list[RoutingMatch | None] = []
-    assert said(side, [FIRST], found) == generate_answers(model, [FIRST], 6)
+    rows = RowOverlay(side)
+    assert said(side, [FIRST], rows) == generate_answers(model, [FIRST], 6)
     side.hidden_facts = set()
     assert fired(side, FIRST) in (ONE, TWO)
 
@@ -322,13 +317,13 @@ def test_a_fact_whose_subject_keys_are_indexed_is_not_added_twice(model: Editabl
 
 def test_unrouted_rows_are_those_of_the_plain_model_bit_for_bit(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
-    found: list[RoutingMatch | None] = []
+    rows = RowOverlay(side)
     with torch.no_grad():
         plain = model.hf_model(input_ids=ids, use_cache=False).logits
-        with side.overlay_matches(found):
+        with rows.follow_passes():
             routed = model.hf_model(input_ids=ids, use_cache=False).logits
         after = model.hf_model(input_ids=ids, use_cache=False).logits
-    assert [m.fact_id if m else None for m in found] == [None, TWO, None]
+    assert [m.fact_id if m else None for m in rows.matches] == [None, TWO, None]
     assert torch.equal(routed[[0, 2]], plain[[0, 2]])
     assert torch.equal(routed[1, :-1], plain[1, :-1])
     assert not torch.allclose(routed[1, -1], plain[1, -1], atol=1e-3)
@@ -338,7 +333,7 @@ def test_unrouted_rows_are_those_of_the_plain_model_bit_for_bit(model: EditableM
 def test_a_routed_token_is_computed_with_the_shards_weights(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, [SECOND])
     with torch.no_grad():
-        with side.overlay_matches([]):
+        with RowOverlay(side).follow_passes():
             routed = model.hf_model(input_ids=ids, use_cache=False).logits[0, -1]
         # The same sum, had the last token alone seen W0 + ΔW.
         prefix = model.hf_model(input_ids=ids[:, :-1], use_cache=True)
@@ -351,33 +346,33 @@ def test_a_routed_token_is_computed_with_the_shards_weights(model: EditableModel
 def test_the_decision_is_taken_once_and_holds_while_decoding(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
     next_token = torch.tensor([[5], [6], [7]])
-    found: list[RoutingMatch | None] = []
+    rows = RowOverlay(side)
     with torch.no_grad():
         out = model.hf_model(input_ids=ids, use_cache=True)
         plain = model.hf_model(input_ids=next_token, past_key_values=out.past_key_values).logits
-        with side.overlay_matches(found):
+        with rows.follow_passes():
             out = model.hf_model(input_ids=ids, use_cache=True)
-            decided = list(found)
+            decided = rows.matches
             gate(side, subject=2.0, end=2.0)  # a second look would route nothing
             step = model.hf_model(input_ids=next_token, past_key_values=out.past_key_values).logits
-    assert found == decided
+    assert rows.matches == decided
     assert torch.equal(step[[0, 2]], plain[[0, 2]])
     assert not torch.allclose(step[1], plain[1], atol=1e-3)
 
 
 def test_a_row_that_was_not_routed_at_its_prompts_end_never_is(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, [PROMPTS[2]])
-    found: list[RoutingMatch | None] = []
+    rows = RowOverlay(side)
     with torch.no_grad():
         out = model.hf_model(input_ids=ids, use_cache=True)
         plain = model.hf_model(input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values)
-        with side.overlay_matches(found):
+        with rows.follow_passes():
             out = model.hf_model(input_ids=ids, use_cache=True)
             gate(side, subject=-1.0, end=-1.0)  # a second look would route everything
             step = model.hf_model(
                 input_ids=torch.tensor([[5]]), past_key_values=out.past_key_values
             )
-    assert found == [None]
+    assert rows.matches == [None]
     assert torch.equal(step.logits, plain.logits)
 
 
@@ -392,7 +387,7 @@ def hooks(model: EditableModel) -> int:
         (FIRST, "country 12", False, 0),
         (LONGER, "country 11", False, 0),
         (LONGER, "", True, 0),
-        (FIRST, "country 11", False, 2),
+        (FIRST, "country 11", False, 1),
     ],
 )
 def test_where_no_row_is_routed_a_token_goes_through_the_model_alone(
@@ -401,12 +396,12 @@ def test_where_no_row_is_routed_a_token_goes_through_the_model_alone(
     side = side_of(model, {ONE: FIRST})
     side.add_fact(ONE, 1, keys_of(side, FIRST), subject, unnamed=unnamed)
     match_of(side, prompt)  # the model's first tap has hooks of its own
-    found: list[RoutingMatch | None] = []
-    with torch.no_grad(), side.overlay_matches(found):
+    rows = RowOverlay(side)
+    with torch.no_grad(), rows.follow_passes():
         model.hf_model(input_ids=batch(model, [prompt]))
-        assert (hooks(model), [bool(m) for m in found]) == (left, [bool(left)])
+        assert [bool(m) for m in rows.matches] == [bool(left)]
         model.hf_model(input_ids=torch.tensor([[5]]))
-        assert (hooks(model), len(found)) == (left, 1)
+        assert (hooks(model), len(rows.matches)) == (left, 1)
     assert hooks(model) == 0
 
 
@@ -418,21 +413,22 @@ def test_a_prompt_that_names_nothing_is_not_tapped_at_all(
     tapped: list[list[int]] = []
     tap = model.tap_layers
     monkeypatch.setattr(model, "tap_layers", lambda taps: tapped.append(list(taps)) or tap(taps))
-    found: list[RoutingMatch | None] = []
-    assert said(side, PROMPTS[1:], found) == generate_answers(model, PROMPTS[1:], 6)
-    assert (tapped, found) == ([], [None, None])
-    said(side, [FIRST], found)
-    assert tapped == [[KEY, LAYER]]
+    rows = RowOverlay(side)
+    assert said(side, PROMPTS[1:], rows) == generate_answers(model, PROMPTS[1:], 6)
+    assert (tapped, rows.matches) == ([], [None, None])
+    said(side, [FIRST], rows)
+    assert tapped[0] == [KEY, LAYER]
+    assert all(layers == [LAYER] for layers in tapped[1:])
 
 
 def test_an_overlay_begins_anew_with_each_batch(model: EditableModel) -> None:
     side = side_of(model, {TWO: SECOND})
-    found: list[RoutingMatch | None] = []
+    rows = RowOverlay(side)
     plain = generate_answers(model, PROMPTS, 6)
-    assert said(side, [SECOND], found) != plain[1:2]
-    assert found[0] is not None
-    assert said(side, [FIRST], found) == plain[:1]
-    assert found == [None]
+    assert said(side, [SECOND], rows) != plain[1:2]
+    assert rows.matches[0] is not None
+    assert said(side, [FIRST], rows) == plain[:1]
+    assert rows.matches == [None]
 
 
 def test_answers_of_unrouted_prompts_are_unchanged_among_routed_ones(
@@ -441,25 +437,30 @@ def test_answers_of_unrouted_prompts_are_unchanged_among_routed_ones(
     gpt2 = EditableModel.load(model_folder("gpt2"), torch.device("cpu"))
     side = side_of(gpt2, {TWO: SECOND})
     plain = generate_answers(gpt2, PROMPTS, 6)
-    routed = said(side, PROMPTS, [])
+    routed = said(side, PROMPTS, RowOverlay(side))
     assert routed[0] == plain[0]
     assert routed[1] != plain[1]
     assert routed[2] == plain[2]
 
 
-def test_what_was_decided_is_laid_over_the_same_rows_again(model: EditableModel) -> None:
+def test_what_was_decided_is_laid_over_the_rows_that_follow(model: EditableModel) -> None:
     side, ids = side_of(model, {TWO: SECOND}), batch(model, PROMPTS)
-    delta = side.shards[1].delta
-    with torch.no_grad():
-        with side.overlay_matches([]):
-            routed = model.hf_model(input_ids=ids, use_cache=False).logits
-        side.remove_fact(TWO)
-        del side.shards[1]
-        with side.overlay_deltas([None, delta, None]):
-            laid = model.hf_model(input_ids=ids, use_cache=False).logits
-    assert torch.equal(laid, routed)
+    read = RowOverlay(side)
+    with torch.no_grad(), read.read_prompts(ids.tolist()):
+        cache = model.hf_model(input_ids=ids, use_cache=True).past_key_values
+    step = torch.full((3, 1), 5)
+    plain = model.hf_model(input_ids=step, past_key_values=deepcopy(cache)).logits
+    side.remove_fact(TWO)
+    del side.shards[1]
+    with torch.no_grad(), RowOverlay(side, read.rows).apply_deltas():
+        laid = model.hf_model(input_ids=step, past_key_values=cache).logits
+    assert torch.equal(laid[[0, 2]], plain[[0, 2]])
+    assert not torch.allclose(laid[1], plain[1], atol=1e-3)
 
 
 def test_where_nothing_was_decided_nothing_is_tapped(model: EditableModel) -> None:
-    with side_of(model, {}).overlay_deltas([None, None]):
+    overlay = RowOverlay(side_of(model, {}))
+    with overlay.read_prompts([model.encode(FIRST)] * 2):
+        assert hooks(model) == 0
+    with overlay.apply_deltas():
         assert hooks(model) == 0

@@ -14,7 +14,8 @@ from kedit_daemon.bench.studies.cost import PARTS, CostStudy, build_side_memory,
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
 from memory.facts import Neighbour
-from memory.side.side_memory import RoutingMatch, SideMemory
+from memory.side.row_overlay import RowOverlay
+from memory.side.side_memory import SideMemory
 
 FACTS = 6
 
@@ -59,10 +60,10 @@ def test_prompts_are_of_their_group_and_are_not_routed(load: Callable[[str], Loa
     for (name, tokens), prompts in groups.items():
         assert 1 <= len(prompts) <= 3
         for ids in prompts:
-            fired: list[RoutingMatch | None] = []
-            with torch.no_grad(), side.overlay_matches(fired):
+            rows = RowOverlay(side)
+            with torch.no_grad(), rows.follow_passes():
                 side.model.hf_model(input_ids=ids)
-            assert fired == [None]
+            assert rows.matches == [None]
             assert abs(ids.shape[1] - tokens) <= 8 or name != "text"
             said = side.model.decode(ids[0].tolist())
             assert bool(side.subject_matcher.find_named_facts(said)) == (name == "named")
@@ -81,12 +82,12 @@ def test_what_the_side_memory_adds_is_told_and_chance_beside_it(
     spin = torch.randn(600, 600)
 
     @contextmanager
-    def slow(_fired: list[RoutingMatch | None]) -> Iterator[None]:
+    def slow(_rows: RowOverlay) -> Iterator[None]:
         taps = {0: lambda _k, _y: (spin @ spin @ spin, None)[1]}
         with side.model.tap_layers(taps):
             yield
 
-    monkeypatch.setattr(side, "overlay_matches", slow)
+    monkeypatch.setattr(RowOverlay, "follow_passes", slow)
     found = SMALL.time_prompts(side, prompts)
     assert found["prompts"] == 5
     for part in PARTS:

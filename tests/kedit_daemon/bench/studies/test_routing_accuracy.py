@@ -21,7 +21,7 @@ from kedit_daemon.bench.studies.routing_prompts import (
 from kedit_daemon.editing.live_model import make_empty_side
 from kedit_daemon.editing.model_loading import LoadedModel
 from memory.errors import KeditError
-from memory.side.side_memory import RoutingMatch
+from memory.side.row_overlay import RowOverlay
 
 
 def test_prompts_of_each_group_are_routed_by_keys_and_names(
@@ -131,14 +131,14 @@ def test_logits_that_a_bit_has_moved_are_counted(
     side = make_empty_side(load("llama"))
     asked = [RoutedPrompt(f"The seat of country {n} is", None) for n in (30, 31)]
     assert [one.moved for one in find_fired(side, asked)] == [False, False]
-    overlay, model = side.overlay_matches, side.model
+    follow, model = RowOverlay.follow_passes, side.model
 
     @contextmanager
-    def leaking(fired: list[RoutingMatch | None]) -> Iterator[None]:
-        with overlay(fired), model.tap_layers({0: lambda _k, y: y * (1 + 1e-6)}):
+    def leaking(rows: RowOverlay) -> Iterator[None]:
+        with follow(rows), model.tap_layers({0: lambda _k, y: y * (1 + 1e-6)}):
             yield
 
-    monkeypatch.setattr(side, "overlay_matches", leaking)
+    monkeypatch.setattr(RowOverlay, "follow_passes", leaking)
     assert [one.moved for one in find_fired(side, asked)] == [True, True]
 
 

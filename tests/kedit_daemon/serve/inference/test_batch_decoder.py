@@ -10,7 +10,9 @@ from torch import Tensor
 
 from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
 from memory.model.editable import EditableModel
-from memory.side.side_memory import RoutingMatch, Shard, SideMemory
+from memory.side.row_overlay import RowOverlay
+from memory.side.shards import RoutingMatch, Shard
+from memory.side.side_memory import SideMemory
 
 PROMPTS = [
     "Rome",
@@ -35,7 +37,7 @@ def alone(model: EditableModel, prompt: str, steps: int) -> tuple[list[int], Ten
 def routed(side: SideMemory, prompt: str, steps: int) -> Tensor:
     """Logits (steps, vocabulary) of one row under an overlay that is held from first to last."""
     step, cache, rows = torch.tensor([side.model.encode(prompt)]), None, list[Tensor]()
-    with torch.no_grad(), side.overlay_matches([]):
+    with torch.no_grad(), RowOverlay(side).follow_passes():
         for _ in range(steps):
             out = side.model.hf_model(input_ids=step, past_key_values=cache, use_cache=True)
             cache = out.past_key_values

@@ -25,7 +25,7 @@ from kedit_daemon.serve.inference.types import (
 )
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
-from memory.side.side_memory import Delta, Shard
+from memory.side.shards import Delta, Shard
 
 PROMPTS = ["Rome", "It is", "The seat of country 1 is", "The seat of country 22 is Oslo. It is"]
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.errors import KeditError
 from memory.files import save_tensors
 from memory.model.editable import EditableModel
-from memory.side.side_memory import RetrievalKeys
+from memory.side.shards import RetrievalKeys
 
 
 @pytest.fixture

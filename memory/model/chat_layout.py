@@ -1,0 +1,85 @@
+"""Turns of a conversation, found again in a prompt that a model's chat template has written.
+
+Whoever reads a prompt has its tokens alone. What a user asks stands between the pieces of text that
+the template puts around every turn, and these are learned from the template itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+MARKS = ("Qfirstq", "Qreplyq", "Qsecondq")  # turns that no template writes itself
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A prompt in chat form: everything before the last user's turn, that turn, and the beginning
+    of its reply, which is empty where the reply is still to come."""
+
+    history: str
+    question: str
+    reply: str
+
+
+@dataclass(frozen=True)
+class ChatLayout:
+    """Texts that a chat template writes before a user's turn, and between it and the reply."""
+
+    user_header: str
+    reply_header: str
+
+    def split_prompt(self, text: str) -> ChatPrompt | None:
+        """Find the turns of a text with its special tokens; None if it is not in chat form."""
+        before, header, reply = text.rpartition(self.reply_header)
+        history, start, question = before.rpartition(self.user_header)
+        return ChatPrompt(history, question.strip(), reply.lstrip()) if header and start else None
+
+
+def find_chat_layout(tokenizer: PreTrainedTokenizerBase) -> ChatLayout | None:
+    """Find the layout of a tokenizer's chat template; None where there is no template, or one that
+    does not write a user's turns and replies one after the other."""
+    if not tokenizer.chat_template:
+        return None
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=True)]
+    try:
+        text = render_chat(tokenizer, chat)
+    except (TemplateError, ValueError, TypeError):
+        return None
+    if any(text.count(mark) != 1 for mark in MARKS):
+        return None
+    start, rest = text.split(MARKS[0])
+    to_reply, rest = rest.split(MARKS[1])
+    to_user, to_last_reply = rest.split(MARKS[2])
+    # The first turn may follow a system message, or nothing.
+    user_header = _find_shared_start(start[::-1], to_user[::-1])[::-1]
+    # Some templates put more into the header of the reply that is to come.
+    reply_header = _find_shared_start(to_reply, to_last_reply)
+    if not user_header.strip() or not reply_header.strip():
+        return None
+    return ChatLayout(user_header, reply_header)
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, str]]) -> str:
+    """Write a conversation, of roles and contents, as the prompt of its next reply. The token that
+    begins a text is left out where the tokenizer adds it. Raises TemplateError."""
+    text = tokenizer.apply_chat_template(
+        [dict(turn) for turn in chat], tokenize=False, add_generation_prompt=True
+    )
+    added = cast(list[int], tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return str(text).removeprefix(str(tokenizer.bos_token)) if added else str(text)
+
+
+def encode_reply(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the token ids of a reply's first words, which stand behind the template's header."""
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _find_shared_start(one: str, other: str) -> str:
+    """Return the longest beginning that two texts share."""
+    pairs = enumerate(zip(one, other, strict=False))
+    end = next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return one[:end]

@@ -1,0 +1,51 @@
+"""Questions in prompts: where they stand, and the reader that tells which facts they ask for."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from memory.facts import Fact
+from memory.model.chat_layout import ChatLayout
+
+Span = tuple[int, int]
+"""Start and end of a name in a text."""
+
+# What stands behind a question where the answer is to follow.
+ANSWER_LABEL = re.compile(r"\s*(?:A|Answer|Assistant):?\s*$")
+QUESTION_LABEL = re.compile(r"^(?:Q|Question|User)\s*[:.)]\s*")
+
+
+class QuestionReader(Protocol):
+    """Scores live facts by how far a text asks for them."""
+
+    def add_fact(self, fact: Fact) -> None:
+        """Add a fact, or replace it."""
+
+    def remove_fact(self, fact_id: str) -> None:
+        """Remove a fact, if it is there."""
+
+    def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
+        """Return how far a text asks for each of the facts, whose subjects it names at spans."""
+
+
+@dataclass(frozen=True)
+class AskedQuestion:
+    """A question whose answer is to follow, and the text before it."""
+
+    question: str
+    history: str
+    is_chat: bool
+
+
+def find_question(text: str, layout: ChatLayout | None) -> AskedQuestion | None:
+    """Find the question that a prompt, with its special tokens, ends in: the user's last turn where
+    the reply is still to come, or the last line if it ends with a question mark, also behind labels
+    as in "Q: … A:". None where the prompt's end is a sentence that goes on."""
+    if layout is not None and (chat := layout.split_prompt(text)) is not None:
+        return None if chat.reply else AskedQuestion(chat.question, chat.history, is_chat=True)
+    asked = ANSWER_LABEL.sub("", text).rstrip()
+    if not asked.endswith("?"):
+        return None
+    history, _, line = asked.rpartition("\n")
+    return AskedQuestion(QUESTION_LABEL.sub("", line), history, is_chat=False)

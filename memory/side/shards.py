@@ -1,0 +1,59 @@
+"""Shards of the side memory: a fact's low-rank delta, its keys, and the gates of a match."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Delta:
+    """ΔW = B A of low rank: `up` is B (hidden, rank), `down` is A (rank, width). Both may have
+    batch dimensions in front."""
+
+    up: Tensor
+    down: Tensor
+
+    def apply_to(self, inputs: Tensor) -> Tensor:
+        """Compute ΔW k (..., hidden) of inputs k (..., width), without forming ΔW."""
+        return inputs @ self.down.mT @ self.up.mT
+
+
+@dataclass(frozen=True)
+class Shard:
+    """ΔW of a fact, and the least activation distance at which it fires."""
+
+    delta: Delta
+    threshold: float
+
+
+@dataclass(frozen=True)
+class RetrievalKeys:
+    """Retrieval keys of a fact, of unit length: subject (n, hidden) and end (m, hidden)."""
+
+    subject: Tensor
+    end: Tensor
+
+
+@dataclass(frozen=True)
+class RoutingGates:
+    """Layers of the keys, and the least cosines that route. `min_unnamed_cosine` is for subject
+    keys when the prompt does not name the subject, of facts that do not always name it either.
+    `min_asked_score` is for the score of a question's words."""
+
+    key_layer: int
+    side_layer: int
+    min_subject_cosine: float
+    min_end_cosine: float
+    min_unnamed_cosine: float
+    min_asked_score: float = 1.0
+
+
+@dataclass(frozen=True)
+class RoutingMatch:
+    """The fact that fires for a row: its shard, the cosine of its end key, or the score of the
+    question's words, and the ratio of the activation distance to the shard's threshold."""
+
+    fact_id: str
+    shard_id: int
+    score: float
+    margin: float

@@ -1,0 +1,134 @@
+"""Scores of facts by what a user's words ask.
+
+A question is compared with each fact whose subject it names, the subject masked on both sides. What
+is compared is the sentence that names the subject, and within it the clause, so that two questions
+in one message, or a request about the form of the answer, do not blur each other.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from memory.facts import Fact
+from memory.side.question_reader import Span
+from policies.asking.relation_bank import mask_prompt, mask_spans
+from policies.asking.relation_index import RelationIndex
+
+# The logit that a question asks for a fact, by its cosines with the fact, with the nearest relation
+# of the bank that is not the fact's (its rival), and with the fact's own where the bank has it.
+# Fitted on relations and wordings that the encoder had not seen.
+FACT_WEIGHT, RIVAL_WEIGHT, OWN_WEIGHT, KNOWN_BIAS, BIAS = 15.05, -7.6, 5.03, -2.25, 1.39
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
+
+
+@dataclass(frozen=True)
+class _Meaning:
+    """Vectors of a fact's wordings (n, width), and which relations of the bank are its own."""
+
+    wordings: Tensor
+    own_relations: Tensor
+
+
+class AskedFacts:
+    """The live facts, by what they answer. What a fact means is computed when it is first needed,
+    and the index of relations is loaded then."""
+
+    def __init__(self, load_index: Callable[[], RelationIndex]) -> None:
+        self._load_index = load_index
+        self._facts: dict[str, Fact] = {}
+        self._meanings: dict[str, _Meaning] = {}
+
+    @cached_property
+    def index(self) -> RelationIndex:
+        """The relations that are known."""
+        return self._load_index()
+
+    def add_fact(self, fact: Fact) -> None:
+        """Add a fact, or replace it."""
+        self._facts[fact.id] = fact
+        self._meanings.pop(fact.id, None)
+
+    def remove_fact(self, fact_id: str) -> None:
+        """Remove a fact, if it is there."""
+        self._facts.pop(fact_id, None)
+        self._meanings.pop(fact_id, None)
+
+    def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
+        """Return the logits that a text asks for each of the facts, whose subjects it names at
+        spans."""
+        texts = {n: _cut_asked_texts(text, spans) for n, spans in named.items() if n in self._facts}
+        distinct = list(dict.fromkeys(asked for group in texts.values() for asked in group))
+        if not distinct:
+            return {}
+        vectors = self.index.encoder.encode_questions(distinct)
+        relations = self.index.compare_relations(vectors)
+        rows = {asked: n for n, asked in enumerate(distinct)}
+        scores = {}
+        for fact_id, group in texts.items():
+            chosen = [rows[asked] for asked in group]
+            logits = _compute_logits(
+                self._find_meaning(fact_id), vectors[chosen], relations[chosen]
+            )
+            scores[fact_id] = float(logits.max())
+        return scores
+
+    def _find_meaning(self, fact_id: str) -> _Meaning:
+        if fact_id not in self._meanings:
+            fact = self._facts[fact_id]
+            stated = self.index.encode_statements(fact)
+            wordings = [stated]
+            if fact.questions:
+                questions = [mask_prompt(q, fact.subject) for q in fact.questions]
+                wordings.append(self.index.encoder.encode_questions(questions))
+            own = self.index.find_own_relations(stated)
+            self._meanings[fact_id] = _Meaning(torch.cat(wordings), own)
+        return self._meanings[fact_id]
+
+
+def _compute_logits(meaning: _Meaning, questions: Tensor, relations: Tensor) -> Tensor:
+    """Return logits (n,) of questions (n, width) with similarities to relations (n, relations)."""
+    fact = (questions @ meaning.wordings.T).amax(1)
+    rival = relations.masked_fill(meaning.own_relations, -1.0).amax(1)
+    logits = BIAS + FACT_WEIGHT * fact + RIVAL_WEIGHT * rival
+    if meaning.own_relations.any():
+        own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
+        logits = logits + KNOWN_BIAS + OWN_WEIGHT * own
+    return logits
+
+
+def _cut_asked_texts(text: str, spans: Sequence[Span]) -> list[str]:
+    """Return the sentences and clauses of a text that hold one of the spans, the spans masked; the
+    whole text, and its last sentence, where there are none."""
+    sentences = _split_spans(SENTENCE_END, text)
+    if not spans:
+        return list(dict.fromkeys([text, text[slice(*sentences[-1])]]))
+    found = list[str]()
+    for start, end in sentences:
+        held = [span for span in spans if start <= span[0] and span[1] <= end]
+        if held:
+            sentence = text[start:end]
+            found += _mask_with_clauses(sentence, [(a - start, b - start) for a, b in held])
+    return list(dict.fromkeys(found)) or [mask_spans(text, spans)]
+
+
+def _mask_with_clauses(sentence: str, spans: Sequence[Span]) -> Iterable[str]:
+    """Yield a sentence, and its clauses that hold a span, with the spans masked."""
+    yield mask_spans(sentence, spans)
+    for start, end in _split_spans(CLAUSE_END, sentence):
+        held = [(a - start, b - start) for a, b in spans if start <= a and b <= end]
+        if held and end - start < len(sentence):
+            yield mask_spans(sentence[start:end], held)
+
+
+def _split_spans(separator: re.Pattern[str], text: str) -> list[Span]:
+    """Return the spans of the parts of a text between separators; one at least."""
+    parts, at = list[Span](), 0
+    for match in separator.finditer(text):
+        parts.append((at, match.start()))
+        at = match.end()
+    return [part for part in [*parts, (at, len(text))] if part[1] > part[0]] or [(0, len(text))]

@@ -1,0 +1,58 @@
+"""Rows from which a fact learns to be answered when it is asked: through the chat template, also
+behind a system message and earlier turns."""
+
+from collections.abc import Sequence
+
+from memory.facts import Fact
+from memory.model.chat_layout import encode_reply, render_chat
+from memory.model.editable import EditableModel
+from policies.asking.relation_index import RelationIndex
+from policies.prompts import TokenRow, find_subject_end
+
+QUESTIONS = 2  # that a fact learns from
+MAX_GIVEN_QUESTIONS = 4
+EARLIER_TURNS = (
+    {"role": "system", "content": "You are a friendly guide."},
+    {"role": "user", "content": "Hello!"},
+    {"role": "assistant", "content": "Hello! How can I help you today?"},
+)
+
+
+def choose_questions(fact: Fact, index: RelationIndex) -> list[str]:
+    """Choose the questions that a fact learns from: those that came with it, else those of its
+    relation, else one made of its prompt."""
+    if fact.questions:
+        return list(fact.filled_questions[:MAX_GIVEN_QUESTIONS])
+    found = index.find_questions(fact, QUESTIONS)
+    return found if len(found) == QUESTIONS else [*found, make_question(fact)]
+
+
+def make_question(fact: Fact) -> str:
+    """Make a question of a fact's prompt: "The price of {} is" becomes "What is the price of {}?",
+    and any other sentence is left open."""
+    prompt = fact.question.strip()
+    if prompt.endswith("?"):
+        return prompt
+    words = prompt.split()
+    if words[0] == "The" and words[-1] in ("is", "was", "are", "were"):
+        return f"What {words[-1]} the {' '.join(words[1:-1])}?"
+    return f"{prompt.rstrip(',')} what?"
+
+
+def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) -> list[TokenRow]:
+    """Return the rows of a fact's questions in a chat, each answered by the target alone. Questions
+    that do not fit the model are left out."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    chats.append([*EARLIER_TURNS, *chats[0]])
+    target = encode_reply(model.tokenizer, fact.target)
+    rows = []
+    for chat in chats:
+        text = render_chat(model.tokenizer, chat)
+        prompt = model.encode(text)
+        if len(prompt) + len(target) > model.max_positions:
+            continue
+        subject, end = find_subject_end(model, text, fact.subject), len(prompt) - 1
+        rows.append(
+            TokenRow((*prompt, *target), len(prompt), end if subject is None else min(subject, end))
+        )
+    return rows

@@ -1,0 +1,50 @@
+from collections.abc import Sequence
+
+import torch
+
+from memory.side.row_state import FiredFact, RowState
+from memory.side.shards import Delta, RoutingMatch
+
+WORDS = {1: "New", 2: " York", 3: " City", 4: "Old", 5: "</s>", 6: " New"}
+MATCH = RoutingMatch("000000000001", 1, 0.9, 2.0)
+DELTA = Delta(torch.zeros(2, 1), torch.zeros(1, 3))
+
+
+def decode(tokens: Sequence[int]) -> str:
+    return "".join(WORDS[n] for n in tokens)
+
+
+def row(target: str, is_chat: bool) -> RowState:
+    return RowState(FiredFact(MATCH, DELTA, target), is_chat, decode)
+
+
+def feed(state: RowState, *tokens: int) -> list[bool]:
+    """Whether the shard changes the next token, before and after each."""
+    seen = [state.delta is not None]
+    for token in tokens:
+        state.add_token(token)
+        seen.append(state.delta is not None)
+    return seen
+
+
+def test_in_a_chat_a_row_is_released_when_the_target_is_said() -> None:
+    state = row("New York", is_chat=True)
+    assert feed(state, 1, 2, 3) == [True, True, False, False]
+    assert state.match == MATCH
+
+
+def test_a_completion_is_released_one_token_later_which_ends_it() -> None:
+    assert feed(row("New York", is_chat=False), 6, 2, 5, 4) == [True, True, True, False, False]
+
+
+def test_a_row_that_leaves_the_target_is_released() -> None:
+    assert feed(row("New York", is_chat=True), 4, 1) == [True, False, False]
+
+
+def test_without_a_target_nothing_tells_when_it_is_said() -> None:
+    assert feed(row("", is_chat=True), 1, 2, 3) == [True] * 4
+
+
+def test_a_row_without_a_match_is_silent() -> None:
+    state = RowState(None, True, decode)
+    assert (feed(state, 1), state.match) == ([False, False], None)

@@ -1,0 +1,1 @@
+"""Training of the encoder that compares questions with facts; offline, not installed."""
