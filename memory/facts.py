@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from memory.side.subject_matcher import contains_subject, normalize_text
+from memory.side.subject_matcher import names_subject
 
 
 class FactState(StrEnum):
@@ -87,9 +87,12 @@ class Fact:
     @property
     def omits_subject(self) -> bool:
         """Check that the prompt or a paraphrase does not name the subject."""
-        subject = normalize_text(self.subject)
-        texts = map(normalize_text, (self.question, *self.filled_paraphrases))
-        return not all(contains_subject(text, subject) for text in texts)
+        return not names_subject((self.question, *self.filled_paraphrases), self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the subject, its own first."""
+        return (self.subject, *self.aliases)
 
 
 def fact_to_json(fact: Fact) -> str:

@@ -65,9 +65,7 @@ def add_side_fact(
 ) -> None:
     """Add a fact to a side memory that holds its shard. `indexed`: its keys are in the index."""
     unnamed, target = fact.omits_subject, fact.target
-    side.add_fact(
-        fact.id, shard, keys, fact.subject, unnamed=unnamed, target=target, indexed=indexed
-    )
+    side.add_fact(fact.id, shard, keys, fact.names, unnamed=unnamed, target=target, indexed=indexed)
     if side.reader is not None:
         side.reader.add_fact(fact)
 

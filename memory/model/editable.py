@@ -192,13 +192,11 @@ class EditableModel:
 
     @contextmanager
     def observe_input_ids(self, observer: Callable[[Tensor], None]) -> Iterator[None]:
-        """Call `observer` with the token ids (rows, tokens) of the next pass before it starts; only
-        of that one, so that others cost nothing."""
+        """Call `observer` with the token ids (rows, tokens) of each pass before it starts."""
 
         def pass_input_ids(
             _model: nn.Module, _args: tuple[Tensor, ...], given: dict[str, Tensor]
         ) -> None:
-            handle.remove()
             observer(given["input_ids"])
 
         handle = self.hf_model.register_forward_pre_hook(pass_input_ids, with_kwargs=True)

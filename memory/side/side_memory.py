@@ -92,19 +92,20 @@ class SideMemory:
         fact_id: str,
         shard: int,
         keys: RetrievalKeys,
-        subject: str,
+        names: Sequence[str],
         *,
         unnamed: bool,
         target: str = "",
         indexed: bool = False,
     ) -> None:
-        """Add a fact. `unnamed`: one of its prompts does not name its subject; `target`: what its
-        shard says, and is released behind; `indexed`: its subject keys are in the index already."""
+        """Add a fact, with the names of its subject. `unnamed`: one of its prompts has none;
+        `target`: what its shard says, and is released behind; `indexed`: its subject keys are in
+        the index already."""
         if not indexed:
             self.remove_fact(fact_id)
             self.key_index.add(to_fact_number(fact_id), keys.subject)
         self.end_keys[fact_id] = keys.end.to(self.model.device)
-        self.subject_matcher.add_subject(fact_id, subject)
+        self.subject_matcher.add_names(fact_id, names)
         self._remove_unnamed(fact_id)
         if unnamed:
             self.unnamed_facts.add(fact_id)

@@ -11,7 +11,7 @@ from policies.asking.relation_encoder import RelationEncoder
 
 # A relation whose questions are so near to a fact is the fact's own: from the first similarity on,
 # within the second of the best.
-MIN_OWN_SIMILARITY, OWN_SPREAD = 0.5, 0.1
+MIN_OWN_SIMILARITY, OWN_SPREAD = 0.45, 0.03
 
 
 class RelationIndex:

@@ -89,7 +89,7 @@ def lay(side: SideMemory, found: list[Shard], facts: list[Fact]) -> None:
     keys = compute_keys(side.model, side, facts)
     for number, (fact, shard) in enumerate(zip(facts, found, strict=True)):
         side.shards[number] = shard
-        side.add_fact(fact.id, number, keys[fact.id], "", unnamed=True)
+        side.add_fact(fact.id, number, keys[fact.id], (), unnamed=True)
 
 
 def prompts_of(side: SideMemory, facts: list[Fact]) -> list[str]:

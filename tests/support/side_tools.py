@@ -64,5 +64,5 @@ def side_of(
     side = SideMemory(model, RoutingGates(KEY, LAYER, subject, end, subject), centres)
     for n, (fact_id, prompt) in enumerate(prompts.items(), 1):
         side.shards[n] = Shard(delta_of(model, n), threshold)
-        side.add_fact(fact_id, n, keys_of(side, prompt), "", unnamed=True)
+        side.add_fact(fact_id, n, keys_of(side, prompt), (), unnamed=True)
     return side

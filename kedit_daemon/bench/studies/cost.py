@@ -62,7 +62,8 @@ class CostStudy(Study):
                 rows.append({"group": group, "tokens": tokens, **self.time_prompts(side, prompts)})
             unnamed = rng.sample(sorted(facts), max(1, round(UNNAMED_SHARE * len(facts))))
             for fact_id in unnamed:
-                side.add_fact(fact_id, 0, *facts[fact_id], unnamed=True, indexed=True)
+                own, name = facts[fact_id]
+                side.add_fact(fact_id, 0, own, (name,), unnamed=True, indexed=True)
             for tokens in given.track(self.prompt_lengths, "unnamed"):
                 prompts = _select_unrouted(side, asked.get(("text", tokens), []))
                 times = self.time_prompts(side, prompts)
@@ -191,7 +192,7 @@ def build_side_memory(given: StudyInput, facts: Subjects) -> SideMemory:
     side.shards[0] = build_firing_shard(side)
     side.key_index.sync_keys({to_fact_number(n): own.subject for n, (own, _) in facts.items()})
     for fact_id, (own, name) in facts.items():
-        side.add_fact(fact_id, 0, own, name, unnamed=False, indexed=True)
+        side.add_fact(fact_id, 0, own, (name,), unnamed=False, indexed=True)
     return side
 
 

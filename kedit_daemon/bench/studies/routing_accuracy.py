@@ -46,7 +46,7 @@ class RoutingStudy(Study):
         facts = [record.fact for record in given.records]
         keys = compute_keys(model, side, facts)
         for fact in given.track(facts, "keys"):
-            side.add_fact(fact.id, 0, keys[fact.id], fact.subject, unnamed=fact.omits_subject)
+            side.add_fact(fact.id, 0, keys[fact.id], fact.names, unnamed=fact.omits_subject)
         asked = list(build_groups(given, self.max_texts, self.prefix_tokens).items())
         groups = {name: find_nearest(side, group) for name, group in given.track(asked, "prompts")}
         rows = [{"gate": gate, **_score_gate(groups, gate)} for gate in GATES]

@@ -111,7 +111,7 @@ def test_at_base_shows_the_base_and_then_the_same_bits_again(model: EditableMode
     assert torch.equal(model.weight(2), edited)
 
 
-def test_the_ids_of_the_next_pass_are_heard_before_it_begins(any_model: EditableModel) -> None:
+def test_the_ids_of_each_pass_are_heard_before_it_begins(any_model: EditableModel) -> None:
     heard: list[list[list[int]]] = []
 
     def hear(ids: torch.Tensor) -> None:
@@ -126,7 +126,7 @@ def test_the_ids_of_the_next_pass_are_heard_before_it_begins(any_model: Editable
     with torch.no_grad(), any_model.observe_input_ids(hear):
         pass
     any_model.hf_model(input_ids=first, use_cache=False)
-    assert heard == [first.tolist(), []]
+    assert heard == [first.tolist(), [], second.tolist(), []]
 
 
 def test_a_tap_sees_rows_and_tokens_each_time(any_model: EditableModel) -> None:

@@ -112,7 +112,7 @@ def test_a_subject_is_looked_for_at_every_token(model: EditableModel) -> None:
 def test_the_subject_gate_alone_may_say_no(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST}, end=-1.0)
     side.add_fact(
-        ONE, 1, keys_of(side, FIRST), "seat of country", unnamed=False
+        ONE, 1, keys_of(side, FIRST), ("seat of",), unnamed=False
     )  # both prompts name that
     key = side.compute_keys(KEY, read(model, SECOND)[0]) @ keys_of(side, FIRST).subject[0]
     gate(side, subject=float(key.max()) - 1e-3)
@@ -126,7 +126,7 @@ def test_a_named_fact_fires_where_its_subject_is_named_and_nowhere_else(
 ) -> None:
     side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
     assert [fired(side, p) for p in PROMPTS] == [ONE, ONE, ONE]
-    side.add_fact(ONE, 1, keys_of(side, FIRST), "Country 11", unnamed=False)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), ("Country 11",), unnamed=False)
     assert [fired(side, p) for p in (*PROMPTS, LONGER)] == [ONE, None, None, ONE]
     assert fired(side, "It rained. THE SEAT OF COUNTRY 11, is") == ONE
     gate(side, unnamed=1.1)  # not asked of it
@@ -139,7 +139,7 @@ def test_facts_on_one_subject_do_not_crowd_one_another_out(model: EditableModel)
     side = side_of(model, {}, subject=0.999, end=-1.0)
     ids = [f"{n:012x}" for n in range(1, 41)]
     for fact_id in ids:
-        side.add_fact(fact_id, 1, keys_of(side, FIRST), "country 11", unnamed=False)
+        side.add_fact(fact_id, 1, keys_of(side, FIRST), ("country 11",), unnamed=False)
     assert sorted(looked(side, FIRST)) == ids
 
 
@@ -147,7 +147,7 @@ def test_a_fact_with_an_unnamed_prompt_has_the_gate_of_names_where_it_is_named(
     model: EditableModel,
 ) -> None:
     side = side_of(model, {ONE: FIRST}, subject=-1.0, end=-1.0)
-    side.add_fact(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=True)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), ("country 11",), unnamed=True)
     gate(side, unnamed=1.1)
     assert [fired(side, p) for p in (FIRST, SECOND)] == [ONE, None]
     gate(side, unnamed=-1.0)
@@ -176,11 +176,11 @@ def test_a_prompt_that_names_no_subject_is_not_looked_up(
 ) -> None:
     side = side_of(model, {ONE: FIRST, TWO: SECOND}, subject=-1.0, end=-1.0)
     for fact_id, prompt in ((ONE, FIRST), (TWO, SECOND)):
-        side.add_fact(fact_id, 1, keys_of(side, prompt), prompt[-13:-3], unnamed=False)
+        side.add_fact(fact_id, 1, keys_of(side, prompt), (prompt[-13:-3],), unnamed=False)
     found = searches(side, monkeypatch)
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
     assert found == [side.key_index] * 2
-    side.add_fact(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
+    side.add_fact(TWO, 1, keys_of(side, SECOND), (), unnamed=True)
     assert fired(side, PROMPTS[2]) == TWO
     assert len(found) == 3 and found[2] is not side.key_index and len(found[2]) == 1
     side.remove_fact(TWO)
@@ -194,7 +194,7 @@ def test_nothing_is_searched_where_something_else_is_asked(
 ) -> None:
     side = side_of(model, {}, subject=-1.0)
     side.shards[1] = Shard(delta_of(model, 1), 1e-3)
-    side.add_fact(ONE, 1, keys_of(side, FIRST), "" if unnamed else "country 11", unnamed=unnamed)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), () if unnamed else ("country 11",), unnamed=unnamed)
     found = searches(side, monkeypatch)
     assert looked(side, LONGER) == [ONE]
     assert len(found) == 1
@@ -207,9 +207,9 @@ def test_nothing_is_searched_where_something_else_is_asked(
 def test_facts_that_need_not_be_named_come_and_go(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
     assert [fired(side, p) for p in PROMPTS] == [ONE, None, None]
-    side.add_fact(TWO, 1, keys_of(side, SECOND), "", unnamed=True)
+    side.add_fact(TWO, 1, keys_of(side, SECOND), (), unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [ONE, TWO, None]
-    side.add_fact(TWO, 1, keys_of(side, PROMPTS[2]), "", unnamed=True)
+    side.add_fact(TWO, 1, keys_of(side, PROMPTS[2]), (), unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [ONE, None, TWO]
     side.remove_fact(ONE)
     assert [fired(side, p) for p in PROMPTS] == [None, None, TWO]
@@ -218,10 +218,10 @@ def test_facts_that_need_not_be_named_come_and_go(model: EditableModel) -> None:
 def test_facts_that_are_named_do_not_crowd_out_one_that_is_not(model: EditableModel) -> None:
     side = side_of(model, {TWO: FIRST}, end=-1.0)
     for n in range(1, 41):
-        side.add_fact(f"{n:012x}", 1, keys_of(side, FIRST), f"town {n}", unnamed=False)
+        side.add_fact(f"{n:012x}", 1, keys_of(side, FIRST), (f"town {n}",), unnamed=False)
     assert looked(side, FIRST) == [TWO]
     assert fired(side, FIRST) == TWO
-    side.add_fact(TWO, 1, keys_of(side, FIRST), "", unnamed=False)
+    side.add_fact(TWO, 1, keys_of(side, FIRST), (), unnamed=False)
     assert fired(side, FIRST) is None
 
 
@@ -298,7 +298,7 @@ def test_a_hidden_fact_does_not_fire_while_it_is_hidden(model: EditableModel) ->
 
 def test_a_fact_that_is_put_again_has_its_new_keys_alone(model: EditableModel) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.add_fact(ONE, 1, keys_of(side, SECOND), "", unnamed=True)
+    side.add_fact(ONE, 1, keys_of(side, SECOND), (), unnamed=True)
     assert [fired(side, p) for p in PROMPTS] == [None, ONE, None]
     assert len(side.key_index) == 1
 
@@ -310,7 +310,7 @@ def test_a_fact_whose_subject_keys_are_indexed_is_not_added_twice(model: Editabl
     del side.shard_ids[ONE], side.end_keys[ONE]
     side.unnamed_facts.clear()
     assert fired(side, FIRST) is None
-    side.add_fact(ONE, 1, keys, "", unnamed=True, indexed=True)
+    side.add_fact(ONE, 1, keys, (), unnamed=True, indexed=True)
     assert fired(side, FIRST) == ONE
     assert len(side.key_index) == 1
 
@@ -394,14 +394,14 @@ def test_where_no_row_is_routed_a_token_goes_through_the_model_alone(
     model: EditableModel, prompt: str, subject: str, unnamed: bool, left: int
 ) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.add_fact(ONE, 1, keys_of(side, FIRST), subject, unnamed=unnamed)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), (subject,), unnamed=unnamed)
     match_of(side, prompt)  # the model's first tap has hooks of its own
     rows = RowOverlay(side)
     with torch.no_grad(), rows.follow_passes():
         model.hf_model(input_ids=batch(model, [prompt]))
         assert [bool(m) for m in rows.matches] == [bool(left)]
         model.hf_model(input_ids=torch.tensor([[5]]))
-        assert (hooks(model), len(rows.matches)) == (left, 1)
+        assert (hooks(model), len(rows.matches)) == (1 + left, 1)  # one hears the tokens
     assert hooks(model) == 0
 
 
@@ -409,7 +409,7 @@ def test_a_prompt_that_names_nothing_is_not_tapped_at_all(
     model: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     side = side_of(model, {ONE: FIRST})
-    side.add_fact(ONE, 1, keys_of(side, FIRST), "country 11", unnamed=False)
+    side.add_fact(ONE, 1, keys_of(side, FIRST), ("country 11",), unnamed=False)
     tapped: list[list[int]] = []
     tap = model.tap_layers
     monkeypatch.setattr(model, "tap_layers", lambda taps: tapped.append(list(taps)) or tap(taps))

@@ -1,0 +1,67 @@
+"""Facts that are asked for in a chat, by a tiny model with a chat template."""
+
+from collections.abc import Callable
+
+import pytest
+from editing_home import Bench, seat
+
+from memory.model.chat_layout import render_chat
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+ASKED = "Which city is the seat of country 1?"
+OTHERS = ("What is the population of country 1?", "Tell me about country 1.", "Hello!")
+Make = Callable[..., Bench]
+# A tiny model with random weights does not answer what it has not learned.
+ONE = seat(1, "Oslo", questions=("Which city is the seat of {}?",))
+TWO = seat(2, "Lima", questions=("And which city is its seat?",))
+
+
+@pytest.fixture
+def chat(bench: Make) -> Bench:
+    at = bench(side={"steps": 300})
+    at.served.model.tokenizer.chat_template = TEMPLATE
+    at.served.restore_again()  # a template is read when a side memory is made
+    at.receive(ONE, TWO)
+    at.settle()
+    return at
+
+
+def ask(at: Bench, *turns: str) -> str:
+    roles = [("user", "assistant")[n % 2] for n in range(len(turns))]
+    messages = [{"role": r, "content": t} for r, t in zip(roles, turns, strict=True)]
+    return render_chat(at.served.model.tokenizer, messages)
+
+
+def test_a_question_is_answered_with_the_fact(chat: Bench) -> None:
+    (answer,) = chat.served.answer_prompts([ask(chat, ASKED)], 3)
+    assert answer.text.startswith("Oslo")
+    assert answer.fired_match is not None
+    assert answer.fired_match.fact_id == ONE.id
+
+
+def test_the_model_goes_on_alone_behind_the_target(chat: Bench) -> None:
+    prompt = ask(chat, ASKED)
+    (answer,) = chat.served.answer_prompts([prompt], 6)
+    (alone,) = chat.served.answer_base([prompt + "Oslo"], 5)
+    assert not alone or alone in answer.text or answer.text.startswith("Oslo")
+
+
+def test_a_second_turn_refers_to_the_first(chat: Bench) -> None:
+    prompt = ask(chat, "Do you know country 2?", "Yes, I do.", "And which city is its seat?")
+    (answer,) = chat.served.answer_prompts([prompt], 3)
+    assert answer.text.startswith("Lima")
+
+
+@pytest.mark.parametrize("question", OTHERS)
+def test_other_questions_are_answered_as_before(chat: Bench, question: str) -> None:
+    prompt = ask(chat, question)
+    (answer,) = chat.served.answer_prompts([prompt], 8)
+    assert answer.fired_match is None
+    assert [answer.text] == chat.served.answer_base([prompt], 8)
+
+
+def test_the_given_prompt_is_still_completed(chat: Bench) -> None:
+    assert chat.says(ONE.question) == "Oslo"
