@@ -15,13 +15,16 @@ from torch import Tensor
 
 from memory.facts import Fact
 from memory.side.question_reader import Span
+from policies.asking.answer_type import can_answer
 from policies.asking.relation_bank import mask_prompt, mask_spans
 from policies.asking.relation_index import RelationIndex
 
-# The logit that a question asks for a fact, by its cosines with the fact, with the nearest relation
-# of the bank that is not the fact's (its rival), and with the fact's own where the bank has it.
-# Fitted on relations and wordings that the encoder had not seen.
-FACT_WEIGHT, RIVAL_WEIGHT, OWN_WEIGHT, KNOWN_BIAS, BIAS = 15.05, -7.6, 5.03, -2.25, 1.39
+# The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
+# the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the fact's
+# relation, it counts how far the rival is ahead of it. Fitted on relations and wordings that the
+# encoder had not seen, against questions of relations of the same kind.
+KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
+FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
 
@@ -60,7 +63,7 @@ class AskedFacts:
 
     def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
         """Return the logits that a text asks for each of the facts, whose subjects it names at
-        spans."""
+        spans; without those that cannot be the answer."""
         texts = {n: _cut_asked_texts(text, spans) for n, spans in named.items() if n in self._facts}
         distinct = list(dict.fromkeys(asked for group in texts.values() for asked in group))
         if not distinct:
@@ -70,7 +73,10 @@ class AskedFacts:
         rows = {asked: n for n, asked in enumerate(distinct)}
         scores = {}
         for fact_id, group in texts.items():
-            chosen = [rows[asked] for asked in group]
+            target = self._facts[fact_id].target
+            chosen = [rows[asked] for asked in group if can_answer(asked, target)]
+            if not chosen:
+                continue
             logits = _compute_logits(
                 self._find_meaning(fact_id), vectors[chosen], relations[chosen]
             )
@@ -94,11 +100,10 @@ def _compute_logits(meaning: _Meaning, questions: Tensor, relations: Tensor) -> 
     """Return logits (n,) of questions (n, width) with similarities to relations (n, relations)."""
     fact = (questions @ meaning.wordings.T).amax(1)
     rival = relations.masked_fill(meaning.own_relations, -1.0).amax(1)
-    logits = BIAS + FACT_WEIGHT * fact + RIVAL_WEIGHT * rival
-    if meaning.own_relations.any():
-        own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
-        logits = logits + KNOWN_BIAS + OWN_WEIGHT * own
-    return logits
+    if not meaning.own_relations.any():
+        return BIAS + FACT_WEIGHT * fact - RIVAL_WEIGHT * rival
+    own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
+    return KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - LEAD_WEIGHT * (rival - own).clamp(min=0)
 
 
 def _cut_asked_texts(text: str, spans: Sequence[Span]) -> list[str]:

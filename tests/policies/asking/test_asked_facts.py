@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -30,7 +31,7 @@ def score(asked: AskedFacts, facts: Sequence[Fact], text: str) -> dict[str, floa
     for fact in facts:
         asked.add_fact(fact)
     found = asked.score_facts(text, {fact.id: spans(text) for fact in facts})
-    return {fact.target: found[fact.id] for fact in facts}
+    return {fact.target: found.get(fact.id, -math.inf) for fact in facts}
 
 
 @pytest.mark.parametrize(

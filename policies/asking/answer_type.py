@@ -1,0 +1,32 @@
+"""Answers that a question cannot have: a date where it asks who, a name where it asks when."""
+
+import re
+
+_NUMBER_WORDS = (
+    "zero|none|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand"
+    "|million|billion|half|twice|once"
+)
+_TIME_WORDS = (
+    "january|february|march|april|may|june|july|august|september|october|november|december|monday"
+    "|tuesday|wednesday|thursday|friday|saturday|sunday|spring|summer|autumn|winter|morning|noon"
+    "|afternoon|evening|night|midnight|today|tomorrow|century|daily|weekly|monthly|yearly|never|always"
+)
+TELLS_TIME = re.compile(rf"\d|\b(?:{_NUMBER_WORDS}|{_TIME_WORDS})\b", re.IGNORECASE)
+TELLS_AMOUNT = re.compile(rf"\d|\b(?:{_NUMBER_WORDS}|free|all|no)\b", re.IGNORECASE)
+ASKS_TIME = re.compile(r"\b(?:when|(?:what|which) (?:year|date|day|month|time))\b", re.IGNORECASE)
+ASKS_AMOUNT = re.compile(
+    r"\bhow (?:many|much|old|tall|long|far|often|late|heavy|high)\b", re.IGNORECASE
+)
+ASKS_PERSON = re.compile(r"\bwho(?:m|se)?\b", re.IGNORECASE)
+HAS_LETTER = re.compile(r"[^\W\d_]")
+
+
+def can_answer(question: str, target: str) -> bool:
+    """Check that a target is of the type that a question's words ask for, where they name one."""
+    if ASKS_TIME.search(question):
+        return bool(TELLS_TIME.search(target))
+    if ASKS_AMOUNT.search(question):
+        return bool(TELLS_AMOUNT.search(target) or TELLS_TIME.search(target))
+    if ASKS_PERSON.search(question):
+        return bool(HAS_LETTER.search(target))
+    return True
