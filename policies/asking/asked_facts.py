@@ -20,9 +20,9 @@ from policies.asking.relation_bank import mask_prompt, mask_spans
 from policies.asking.relation_index import RelationIndex
 
 # The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
-# the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the fact's
-# relation, it counts how far the rival is ahead of it. Fitted on relations and wordings that the
-# encoder had not seen, against questions of relations of the same kind.
+# the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the
+# fact's relation, it counts how far the rival is ahead of it. Fitted on relations and wordings that
+# the encoder had not seen, against questions of relations of the same kind.
 KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
