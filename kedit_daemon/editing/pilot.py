@@ -14,6 +14,7 @@ from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.shipped import read_ordinary_lines
 from memory.errors import KeditError
 from memory.facts import Fact
+from memory.model.chat_layout import render_chat
 from memory.model.editable import EditableModel
 from memory.model.scoring import PromptAnswer, score_answers
 from policies.calibration import EditQuality
@@ -88,9 +89,7 @@ def _make_chat_prompts(model: EditableModel, facts: Sequence[Fact]) -> list[tupl
     found = []
     for n, fact in enumerate(facts):
         chat = [{"role": "user", "content": CHAT_REQUEST.format(fact.subject)}]
-        text = model.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        # The tokenizer writes the special token that begins a text itself.
-        prompt = str(text).removeprefix(model.tokenizer.bos_token or "") + fact.question
+        prompt = render_chat(model.tokenizer, chat) + fact.question
         if len(model.encode(prompt)) <= MAX_PROMPT_TOKENS:
             found.append((n, prompt, fact.target))
     return found

@@ -85,7 +85,7 @@ def test_a_dry_run_shows_the_candidates_and_writes_nothing(home: Home, pilot: Pa
     assert perplexity.startswith("perplexity limits: warn 1.")
     assert agreement.startswith("agreement limits: warn 0.")  # a random model is sure of nothing
     assert table[0].split()[:3] == ["ROUNDED", "TO", "agreement"]
-    assert [row.split()[0] for row in table[1:]] == ["8", "7", "6", "5", "4"]
+    assert [row.split()[0] for row in table[1:]] == ["8", "6", "5"]
     assert {row.split()[3] for row in table[1:]} == {"-"}
     assert gate.startswith("end gate: 0.") and "0.08% of 1274 pairs" in gate
 
