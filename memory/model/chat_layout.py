@@ -6,10 +6,12 @@ the template puts around every turn, and these are learned from the template its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:  # a server answers before transformers is loaded
+    from transformers import PreTrainedTokenizerBase
 
 MARKS = ("Qfirstq", "Qreplyq", "Qsecondq")  # turns that no template writes itself
 
@@ -38,7 +40,7 @@ class ChatLayout:
         return ChatPrompt(history, question.strip(), reply.lstrip()) if header and start else None
 
 
-def find_chat_layout(tokenizer: PreTrainedTokenizerBase) -> ChatLayout | None:
+def find_chat_layout(tokenizer: "PreTrainedTokenizerBase") -> ChatLayout | None:
     """Find the layout of a tokenizer's chat template; None where there is no template, or one that
     does not write a user's turns and replies one after the other."""
     if not tokenizer.chat_template:
@@ -63,17 +65,28 @@ def find_chat_layout(tokenizer: PreTrainedTokenizerBase) -> ChatLayout | None:
     return ChatLayout(user_header, reply_header)
 
 
-def render_chat(tokenizer: PreTrainedTokenizerBase, chat: Sequence[Mapping[str, str]]) -> str:
-    """Write a conversation, of roles and contents, as the prompt of its next reply. The token that
-    begins a text is left out where the tokenizer adds it. Raises TemplateError."""
-    text = tokenizer.apply_chat_template(
-        [dict(turn) for turn in chat], tokenize=False, add_generation_prompt=True
-    )
+def render_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]) -> str:
+    """Write a conversation, of roles and contents, as the text of a prompt for its next reply. The
+    token that begins a text is left out where the tokenizer adds it. Raises TemplateError."""
+    text = _fill_template(tokenizer, chat)
     added = cast(list[int], tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
-    return str(text).removeprefix(str(tokenizer.bos_token)) if added else str(text)
+    return text.removeprefix(str(tokenizer.bos_token)) if added else text
 
 
-def encode_reply(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_chat(
+    tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Return the token ids of a conversation up to its next reply: the template writes the special
+    tokens itself. Raises TemplateError."""
+    return encode_reply(tokenizer, _fill_template(tokenizer, chat))
+
+
+def _fill_template(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]) -> str:
+    turns = [dict(turn) for turn in chat]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def encode_reply(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     """Return the token ids of a reply's first words, which stand behind the template's header."""
     return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 

@@ -4,10 +4,10 @@ behind a system message and earlier turns."""
 from collections.abc import Sequence
 
 from memory.facts import Fact
-from memory.model.chat_layout import encode_reply, render_chat
+from memory.model.chat_layout import encode_chat, encode_reply
 from memory.model.editable import EditableModel
 from policies.asking.relation_index import RelationIndex
-from policies.prompts import TokenRow, find_subject_end
+from policies.prompts import TokenRow
 
 QUESTIONS = 2  # that a fact learns from
 MAX_GIVEN_QUESTIONS = 4
@@ -47,12 +47,8 @@ def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) 
     target = encode_reply(model.tokenizer, fact.target)
     rows = []
     for chat in chats:
-        text = render_chat(model.tokenizer, chat)
-        prompt = model.encode(text)
-        if len(prompt) + len(target) > model.max_positions:
-            continue
-        subject, end = find_subject_end(model, text, fact.subject), len(prompt) - 1
-        rows.append(
-            TokenRow((*prompt, *target), len(prompt), end if subject is None else min(subject, end))
-        )
+        prompt = encode_chat(model.tokenizer, chat)
+        if len(prompt) + len(target) <= model.max_positions:
+            # Nothing is read at the subject: in a chat it is the words that name it.
+            rows.append(TokenRow((*prompt, *target), len(prompt), len(prompt) - 1))
     return rows

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 from jinja2 import TemplateError
 
 from kedit_daemon.serve.errors import bad_request
+from memory.model.chat_layout import encode_chat
 
 if TYPE_CHECKING:  # they import torch, and the server answers before that is loaded
     from kedit_daemon.serve.inference.engine import BatchEngine
@@ -56,11 +57,9 @@ class Reader:
             return self.encode(format_plain_chat(messages))
         chat = [{"role": role, "content": text} for role, text in messages]
         try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return encode_chat(tokenizer, chat)
         except TemplateError as error:
             raise bad_request(f"the model's chat template refuses: {error}", "messages") from error
-        # The template writes the special tokens itself.
-        return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def token_text(self, token: int) -> str:
         """Return a token's text within a sentence: with the space before it, which some tokenizers
