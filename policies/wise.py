@@ -19,21 +19,23 @@ from torch.nn import functional as F
 
 from memory.facts import Fact
 from memory.model.editable import EditableModel
-from memory.model.prefix_cache import PrefixCache
 from memory.side.shards import Delta, RetrievalKeys, Shard
 from memory.side.side_memory import SideMemory, to_fact_number
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal
-from policies.prompts import IGNORE_LABEL, SUBJECT_QUESTIONS, TokenRow, make_rows, pad_rows
+from policies.prompts import SUBJECT_QUESTIONS, TokenRow, make_rows, pad_rows
+from policies.row_group import ROWS_PER_PASS, RowGroup
 
 SHARD_RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
 ACTIVATION_RATIO = 0.15  # routing threshold over the least distance on the shard's own prompts
 MAX_COSINE = 0.8  # cosine from which another question may ask the same as a fact's own
 DONE_LOSS = 0.02  # loss at which training stops
+# The same where facts are asked for in words: the targets are said soon, and what is left are
+# margins, which words do not need.
+ASKED_DONE_LOSS = 0.1
 EXTRA_STEPS = 2
-ROWS_PER_PASS = 16  # padded to the longest of them
 
 
 def read_other_questions(
@@ -104,41 +106,20 @@ class _ShardTraining:
         asked: Sequence[Sequence[TokenRow]],
     ) -> None:
         self.model, self.site, self.scale, device = model, site, scale, model.device
-        pairs = [(n, row) for n, fact in enumerate(facts) for row in make_rows(model, fact)]
-        pairs += [(n, row) for n, rows in enumerate(asked) for row in rows]
-        pairs.sort(key=lambda pair: pair[1].prompt_length)  # so that a pass has few pads
-        rows = [row for _, row in pairs]
-        self.row_owner = torch.tensor([n for n, _ in pairs], device=device)  # (rows,) of facts
-        facts_index = torch.arange(len(facts), device=device)[:, None]
-        self.is_own_row = self.row_owner == facts_index  # (facts, rows)
-        heads = [row.prompt[:-1] for row in rows]
-        tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
-        longest = max(map(len, tails))
-        self.replay = PrefixCache(model, site.side_layer, len(rows), max(map(len, heads)), longest)
-        for first in range(0, len(rows), ROWS_PER_PASS):
-            part = slice(first, first + ROWS_PER_PASS)
-            self.replay.fill_rows(first, heads[part], tails[part])
-        self.columns = torch.arange(longest, device=device).repeat(len(rows), 1)
-        self.labels = torch.full((len(rows), longest), IGNORE_LABEL, device=device)
-        for n, row in enumerate(rows):
-            self.labels[n, : len(row.target)] = torch.tensor(row.target)
-        self.is_target = self.labels != IGNORE_LABEL  # (rows, columns)
-        self.is_own_token = self.is_own_row[:, self.is_target.nonzero()[:, 0]]  # (facts, tokens)
-        self.end_inputs = self._read_end_inputs()  # (rows, width)
+        stated = [(n, row) for n, fact in enumerate(facts) for row in make_rows(model, fact)]
+        # Apart: a chat's template makes its rows several times as long.
+        pairs = [stated, [(n, row) for n, rows in enumerate(asked) for row in rows]]
+        self.groups = [RowGroup(model, site.side_layer, p, len(facts)) for p in pairs if p]
+        self.row_owner = torch.cat([group.row_owner for group in self.groups])  # (rows,)
+        self.is_own_row = torch.cat([group.is_own_row for group in self.groups], 1)  # (facts, rows)
+        self.is_own_token = torch.cat([group.is_own_token for group in self.groups], 1)
+        self.end_inputs = torch.cat([group.end_inputs for group in self.groups])  # (rows, width)
         # Irrelevant inputs: (n, width) common to all facts, (facts, m, width) of each fact alone.
         self.common_inputs = outside.to(device)
         self.own_inputs = nn.utils.rnn.pad_sequence([o.to(device) for o in others], True)
         lengths = torch.tensor([[len(outside) + len(o)] for o in others], device=device)
         places = torch.arange(len(outside) + self.own_inputs.shape[1], device=device)
         self.is_irrelevant = places < lengths  # (facts, n + m), False for pads
-
-    def _read_end_inputs(self) -> Tensor:
-        """Return inputs (rows, width) where the prompts end; no ΔW changes these."""
-        caught: list[Tensor] = []
-        taps = {self.site.side_layer: lambda k, _y: caught.append(k[:, 0])}
-        with torch.no_grad(), self.model.tap_layers(taps):
-            self.replay.logits(self.columns[:, :1])
-        return caught[0]
 
     def init_delta(self, fact: int, seed: int) -> Delta:
         """Return the first ΔW = B A of a fact, with B = 0.
@@ -161,17 +142,10 @@ class _ShardTraining:
 
     def evaluate_deltas(self, deltas: Delta) -> StepReadings:
         """Return WISE's loss under each ΔW, and the other readings."""
-        # Not by advanced indexing, whose backward is slow.
+        parts = [group.evaluate_tokens(deltas) for group in self.groups]
+        losses, is_wrong = (torch.cat(part) for part in zip(*parts, strict=True))  # (tokens,)
+        wrong = (self.is_own_token & is_wrong).sum(1)
         of_rows = Delta(*(d.index_select(0, self.row_owner) for d in (deltas.up, deltas.down)))
-
-        def tap(inputs: Tensor, outputs: Tensor) -> Tensor:
-            return outputs + of_rows.apply_to(inputs.detach())  # routed from the prompt's end on
-
-        with self.model.tap_layers({self.site.side_layer: tap}):
-            logits = self.replay.logits(self.columns)
-        picked, labels = logits[self.is_target].float(), self.labels[self.is_target]
-        losses = F.cross_entropy(picked, labels, reduction="none")  # (tokens,)
-        wrong = (self.is_own_token & (picked.argmax(-1) != labels)).sum(1)
         shifts = of_rows.apply_to(self.end_inputs[:, None])[:, 0]  # ΔW a (rows, hidden)
         distances = shifts.norm(dim=1) / self.scale
         largest = torch.where(self.is_own_row, distances, 0).amax(1)
@@ -241,12 +215,13 @@ def learn_shards(
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     watch, extra_steps = DivergenceWatch(len(facts)), EXTRA_STEPS
+    done_loss = ASKED_DONE_LOSS if any(asked) else DONE_LOSS
     for step in range(1, steps + 1):
         readings = training.evaluate_deltas(Delta(up, unit_down * size))
         optimiser.zero_grad()
         readings.losses.sum().backward()
         loss, right = watch.check_step(step, readings, (up, unit_down))
-        extra_steps -= right and loss < DONE_LOSS
+        extra_steps -= right and loss < done_loss
         if extra_steps < 0 or not watch.active_facts:
             break
         optimiser.step()

@@ -40,10 +40,12 @@ def make_question(fact: Fact) -> str:
 
 
 def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) -> list[TokenRow]:
-    """Return the rows of a fact's questions in a chat, each answered by the target alone. Questions
-    that do not fit the model are left out."""
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    chats.append([*EARLIER_TURNS, *chats[0]])
+    """Return the rows of a fact's questions in a chat, each answered by the target alone, and the
+    last one behind earlier turns (a single one in both ways). Questions that do not fit the model
+    are left out."""
+    turns = [{"role": "user", "content": question} for question in questions]
+    chats = [[turn] for turn in turns[:-1] or turns]
+    chats.append([*EARLIER_TURNS, turns[-1]])
     target = encode_reply(model.tokenizer, fact.target)
     rows = []
     for chat in chats:
