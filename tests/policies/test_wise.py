@@ -234,7 +234,7 @@ def test_what_is_learned_is_routed_from_the_prompts_end_on(
     up, down = (torch.randn(n, SHARD_RANK, generator=random) / 4 for n in (hidden, width))
     start = Delta(up, down.T)
     none = torch.empty(0, width)
-    work = wise._ShardTraining(side.model, site, facts, none, [none] * 2, scale_of(side, []))
+    work = wise._ShardTraining(side.model, site, facts, none, [none] * 2, scale_of(side), [])
     both = Delta(torch.stack([up] * 2), torch.stack([down.T] * 2))
     losses = work.evaluate_deltas(both).losses
 

@@ -8,7 +8,7 @@ from editing_home import Bench, seat
 from memory.model.chat_layout import render_chat
 
 TEMPLATE = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 ASKED = "Which city is the seat of country 1?"
@@ -40,13 +40,6 @@ def test_a_question_is_answered_with_the_fact(chat: Bench) -> None:
     assert answer.text.startswith("Oslo")
     assert answer.fired_match is not None
     assert answer.fired_match.fact_id == ONE.id
-
-
-def test_the_model_goes_on_alone_behind_the_target(chat: Bench) -> None:
-    prompt = ask(chat, ASKED)
-    (answer,) = chat.served.answer_prompts([prompt], 6)
-    (alone,) = chat.served.answer_base([prompt + "Oslo"], 5)
-    assert not alone or alone in answer.text or answer.text.startswith("Oslo")
 
 
 def test_a_second_turn_refers_to_the_first(chat: Bench) -> None:
