@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from memory.facts import Fact
 from memory.model.chat_layout import ChatLayout
+
+if TYPE_CHECKING:  # facts match names as the side memory does
+    from memory.facts import Fact
 
 Span = tuple[int, int]
 """Start and end of a name in a text."""
@@ -19,7 +21,7 @@ QUESTION_LABEL = re.compile(r"^(?:Q|Question|User)\s*[:.)]\s*")
 class QuestionReader(Protocol):
     """Scores live facts by how far a text asks for them."""
 
-    def add_fact(self, fact: Fact) -> None:
+    def add_fact(self, fact: "Fact") -> None:
         """Add a fact, or replace it."""
 
     def remove_fact(self, fact_id: str) -> None:
