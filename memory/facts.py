@@ -5,8 +5,6 @@ import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from memory.side.subject_matcher import names_subject
-
 
 class FactState(StrEnum):
     """State of a fact; the last five are final."""
@@ -87,6 +85,9 @@ class Fact:
     @property
     def omits_subject(self) -> bool:
         """Check that the prompt or a paraphrase does not name the subject."""
+        # Here, so that `status`, which reads facts and must be quick, does not load it.
+        from memory.side.subject_matcher import names_subject
+
         return not names_subject((self.question, *self.filled_paraphrases), self.names)
 
     @property
