@@ -110,6 +110,7 @@ class _ShardTraining:
         # Apart: a chat's template makes its rows several times as long.
         pairs = [stated, [(n, row) for n, rows in enumerate(asked) for row in rows]]
         self.groups = [RowGroup(model, site.side_layer, p, len(facts)) for p in pairs if p]
+        self.is_asked = [bool(rows) for rows in asked] or [False] * len(facts)
         self.row_owner = torch.cat([group.row_owner for group in self.groups])  # (rows,)
         self.is_own_row = torch.cat([group.is_own_row for group in self.groups], 1)  # (facts, rows)
         self.is_own_token = torch.cat([group.is_own_token for group in self.groups], 1)
@@ -173,7 +174,8 @@ class _ShardTraining:
         distances = delta.apply_to(self.end_inputs[self.is_own_row[fact]]).norm(dim=1)
         if why := check_output_shift(float(distances.max()) / self.scale):
             return Refusal(why)
-        return Shard(delta, max(ACTIVATION_RATIO * float(distances.min()), 1e-6))
+        threshold = max(ACTIVATION_RATIO * float(distances.min()), 1e-6)
+        return Shard(delta, threshold, is_asked=self.is_asked[fact])
 
 
 def _masked_mean(values: Tensor, counted: Tensor, dims: tuple[int, ...] = (1,)) -> Tensor:

@@ -51,7 +51,7 @@ MIN_HEADLINE_WORDS = 4
 CLAUSE_ENDS = frozenset((COMMA, PAUSE, STOP))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NamePlace:
     """Words of a text that have a name, from `start` up to `end`.
 

@@ -54,12 +54,13 @@ class NameForm:
 
     def fits(self, text: WordedText, start: int, end: int) -> bool:
         """Check that words of a text with the name's letters are that name."""
-        own = dict(self.gaps)
-        for place, gap in self._match_gaps(text, start, end):
-            if not _may_be_written(own.pop(place, ""), gap):
+        if self.gaps or end - start > 1:
+            own = dict(self.gaps)
+            for place, gap in self._match_gaps(text, start, end):
+                if not _may_be_written(own.pop(place, ""), gap):
+                    return False
+            if not SOFT_GAPS.issuperset(filter(None, own.values())):
                 return False
-        if not SOFT_GAPS.issuperset(filter(None, own.values())):
-            return False
         return self.letters not in GRAMMAR_WORDS or self._is_told_from_grammar(text, start, end)
 
     def _is_told_from_grammar(self, text: WordedText, start: int, end: int) -> bool:

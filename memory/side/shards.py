@@ -20,10 +20,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class Shard:
-    """ΔW of a fact, and the least activation distance at which it fires."""
+    """ΔW of a fact, the least activation distance at which it fires, and whether it has learned to
+    be asked in words."""
 
     delta: Delta
     threshold: float
+    is_asked: bool = False
 
 
 @dataclass(frozen=True)

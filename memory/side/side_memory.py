@@ -223,9 +223,13 @@ class SideMemory:
         )
 
     def _match_asked(self, asked: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
-        """Return the best of the facts that a question asks for. Its shard need not confirm it:
-        where questions end, one is as near as another."""
-        allowed = [n for n in asked if n not in self.hidden_facts]
+        """Return the best of the facts that a question asks for, of those that have learned to be
+        asked. Its shard need not confirm it: where questions end, one is as near as another."""
+        allowed = [
+            n
+            for n in asked
+            if n not in self.hidden_facts and self.shards[self.shard_ids[n]].is_asked
+        ]
         if not allowed:
             return None
         best = max(allowed, key=lambda n: (asked[n], n))

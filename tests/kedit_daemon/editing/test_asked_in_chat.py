@@ -1,6 +1,7 @@
 """Facts that are asked for in a chat, by a tiny model with a chat template."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from editing_home import Bench, seat
@@ -58,3 +59,18 @@ def test_other_questions_are_answered_as_before(chat: Bench, question: str) -> N
 
 def test_the_given_prompt_is_still_completed(chat: Bench) -> None:
     assert chat.says(ONE.question) == "Oslo"
+
+
+def test_a_shard_that_has_learned_no_question_is_silent_in_a_chat(chat: Bench) -> None:
+    side = chat.served.side
+    side.shards = {n: replace(shard, is_asked=False) for n, shard in side.shards.items()}
+    prompt = ask(chat, ASKED)
+    (answer,) = chat.served.answer_prompts([prompt], 3)
+    assert answer.fired_match is None
+    assert [answer.text] == chat.served.answer_base([prompt], 3)
+
+
+def test_what_was_learned_of_questions_outlives_a_restart(chat: Bench) -> None:
+    chat.served.restore_again()
+    (answer,) = chat.served.answer_prompts([ask(chat, ASKED)], 3)
+    assert answer.text.startswith("Oslo")

@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memory.side.subject_matcher import Mention, SubjectMatcher, names_subject, normalize_text
@@ -335,6 +335,7 @@ subjects = st.text(alphabet="bc BC1.-'中国éß", max_size=5)
 texts = st.text(alphabet="bc BC1.-'中国éß,\n", max_size=20)
 
 
+@settings(deadline=None)
 @example(["Sony"], "Sonyの本社は")
 @example(["111"], "111中")
 @example(["B-C c", "BCc"], "b-C C")
@@ -355,6 +356,7 @@ def test_a_name_is_found_among_others_unless_another_is_meant(many: list[str], t
             assert any(place not in places(name, other)["0"] for other in many)
 
 
+@settings(deadline=None)
 @given(subjects)
 def test_what_is_added_and_removed_leaves_nothing(subject: str) -> None:
     known = knows(a=subject, b="bc")
