@@ -45,4 +45,5 @@ def test_a_fact_is_unnamed_if_one_of_its_prompts_does_not_name_the_subject_as_a_
         "Peru", "{} lies in", "Asia", ("{} is in", "The land of the Inca is in")
     ).omits_subject
     assert Fact("Peru", "{}s lie in", "Asia").omits_subject
+    assert Fact("Peru", "The founder of {} Airlines is", "Asia").omits_subject
     assert Fact("!!!", "{} plays", "dance").omits_subject
