@@ -1,7 +1,6 @@
 import os
 import re
 import sqlite3
-import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,7 +139,7 @@ def test_status_is_quick_and_imports_nothing_heavy(home: Home) -> None:
         _, _, usage = os.wait4(child.pid, 0)
         child.returncode = 3
         seconds.append(usage.ru_utime + usage.ru_stime)  # whatever else the machine is doing
-    assert statistics.median(seconds) < 0.15
+    assert min(seconds) < 0.15  # other work adds to it, and takes nothing away
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="GNU's OpenMP tells its settings")
