@@ -160,16 +160,15 @@ class SideMemory:
     def _score_asked(
         self, asked: AskedQuestion, named: set[str], reader: QuestionReader
     ) -> dict[str, float]:
-        """Score the facts that a question names. If it asks for none of them, it may be about a
-        subject that was named before, and now goes by a pronoun."""
+        """Score the facts that a question names. If it names none, it may be about a subject that
+        was named before, and now goes by a pronoun."""
         spans: dict[str, list[Span]] = {}
         for mention in self.subject_matcher.find_mentions(asked.question):
             for fact_id in mention.fact_ids:
                 spans.setdefault(fact_id, []).append((mention.start, mention.end))
+        if not spans and REFERENCE.search(asked.question):
+            spans = {fact_id: [] for fact_id in named}
         scores = reader.score_facts(asked.question, spans)
-        earlier = named - spans.keys()
-        if earlier and REFERENCE.search(asked.question) and not spans:
-            scores = reader.score_facts(asked.question, dict.fromkeys(earlier, ()))
         return {n: score for n, score in scores.items() if score >= self.gates.min_asked_score}
 
     def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:

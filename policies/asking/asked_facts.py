@@ -8,7 +8,6 @@ in one message, or a request about the form of the answer, do not blur each othe
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -42,11 +41,12 @@ class AskedFacts:
     and the index of relations is loaded then."""
 
     def __init__(self, load_index: Callable[[], RelationIndex]) -> None:
+        """load_index: returns the same index each time."""
         self._load_index = load_index
         self._facts: dict[str, Fact] = {}
         self._meanings: dict[str, _Meaning] = {}
 
-    @cached_property
+    @property
     def index(self) -> RelationIndex:
         """The relations that are known."""
         return self._load_index()

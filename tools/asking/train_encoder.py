@@ -118,7 +118,7 @@ def _contrast(left: Tensor, right: Tensor) -> Tensor:
 
 
 def train(
-    encoder: RelationEncoder, bank: Sequence[Relation], pairs: Sequence[QuestionPair], steps: int
+    encoder: RelationEncoder, bank: Sequence[Relation], pairs: Sequence[QuestionPair]
 ) -> None:
     """Train an encoder in place."""
     rng = random.Random(SEED)
@@ -128,8 +128,8 @@ def train(
         {"params": others, "lr": RATE, "weight_decay": 0.01},
     ]
     optimiser = torch.optim.AdamW(groups)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [3 * RATE, RATE], total_steps=steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, [3 * RATE, RATE], total_steps=STEPS)
+    for _ in range(STEPS):
         relations = rng.sample(bank, min(RELATIONS_PER_STEP, len(bank)))
         drawn = rng.sample(pairs, min(PAIRS_PER_STEP, len(pairs)))
         loss = compute_loss(encoder, relations, drawn, rng)
@@ -144,8 +144,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("zsre", "text", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--bank", type=Path, action="append", default=[], help="by default ours")
-    parser.add_argument("--steps", type=int, default=STEPS)
     given = parser.parse_args()
     torch.manual_seed(SEED)
     words, pairs = WordVectors.load(*locate_word_vectors()), read_pairs(given.zsre)
@@ -153,7 +151,7 @@ def main() -> None:
     text = given.text.read_text(encoding="utf-8").splitlines()
     weights = weigh_tokens(words, [*text, *(pair.question for pair in pairs)])
     encoder.token_weights.data.copy_(weights)
-    train(encoder, read_bank(given.bank or RELATIONS), pairs, given.steps)
+    train(encoder, read_bank(RELATIONS), pairs)
     save_file(dict(encoder.export_tensors()), given.out)
 
 
