@@ -11,26 +11,30 @@ from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.record_splitter import RawRecord, split_json_lines, split_json_list
 from kedit_daemon.ingest.schemas import FileLimits
 from memory.errors import KeditError, Unreadable
-from memory.facts import Fact, Neighbour
+from memory.facts import Fact, Neighbour, fill_subject
 from memory.model.editable import EditableModel
 from policies.probe import is_same_answer
 from policies.prompts import make_rows
 
 PARSER_LIMITS = FileLimits(max_line_chars=1 << 20)
+UNSEEN_FIELDS = ("questions", "other_questions")  # of our own form, not for the editor
 OLD_ANSWER_FIELDS = ("target_true", "ground_truth", "answers")  # their names in the data sets
 
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """Fact as the editor gets it, without paraphrases and neighbours, which stand here.
+    """Fact as the editor gets it, without paraphrases, neighbours and questions, which stand here.
 
-    true_target: the answer that the fact replaces.
+    true_target: the answer that the fact replaces. questions: how it is asked for in a chat.
+    other_questions: asked about its subject, and not for it.
     """
 
     fact: Fact
     true_target: str | None
     paraphrases: tuple[str, ...]
     neighbours: tuple[Neighbour, ...]
+    questions: tuple[str, ...] = ()
+    other_questions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,45 @@ def _parse_record(raw: RawRecord) -> list[BenchRecord | str]:
         return [raw.problem]
     if not isinstance(raw.value, dict):
         return ["a record must be an object"]
-    parsed = parse_file(json.dumps(raw.value).encode(), "record.jsonl", None, PARSER_LIMITS)
+    stated = {key: value for key, value in raw.value.items() if key not in UNSEEN_FIELDS}
+    parsed = parse_file(json.dumps(stated).encode(), "record.jsonl", None, PARSER_LIMITS)
     if parsed.problems:
         return [parsed.problems[0].problem]
     facts = [fact for _, fact in parsed.facts]
     truths = _find_old_answers(raw.value, len(facts))
-    return [_build_record(fact, truth) for fact, truth in zip(facts, truths, strict=True)]
+    asked = _find_questions(raw.value, len(facts))
+    return [_build_record(*parts, raw.value) for parts in zip(facts, truths, asked, strict=True)]
 
 
-def _build_record(fact: Fact, truth: str | None) -> BenchRecord:
+def _build_record(
+    fact: Fact, truth: str | None, asked: list[str], record: dict[str, Any]
+) -> BenchRecord:
     if truth is not None and is_same_answer(truth, fact.target):
         truth = None  # the fact does not change the answer, so there is no rival to compare with
     bare = replace(fact, paraphrases=(), neighbours=())
-    return BenchRecord(bare, truth, fact.filled_paraphrases, fact.neighbours)
+    questions = [
+        filled for q in asked if (filled := fill_subject(q, fact.subject)) != fact.question
+    ]
+    questions = questions or [p for p in fact.filled_paraphrases if p.endswith("?")]
+    others = [fill_subject(q, fact.subject) for q in _list_texts(record.get("other_questions"))]
+    return BenchRecord(
+        bare, truth, fact.filled_paraphrases, fact.neighbours, tuple(questions), tuple(others)
+    )
+
+
+def _find_questions(record: dict[str, Any], count: int) -> list[list[str]]:
+    """Find the questions that ask for each of the record's facts."""
+    rewrites = record.get("requested_rewrite")
+    if isinstance(rewrites, list):
+        return [_list_texts(rewrite.get("question")) for rewrite in rewrites]
+    asked = _list_texts(record.get("question")) + _list_texts(record.get("questions"))
+    return [asked if count == 1 else []] * count
+
+
+def _list_texts(value: object) -> list[str]:
+    """List the texts of a field that holds a text, a list of texts, or nothing."""
+    texts = value if isinstance(value, list) else [value]
+    return [text.strip() for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _find_old_answers(record: dict[str, Any], count: int) -> list[str | None]:

@@ -1,13 +1,14 @@
 """Losses of targets with the graph, and short greedy continuations, in batches of rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from memory.model.editable import EditableModel
-from memory.model.generate import decode_steps, group_by_length
+from memory.model.generate import Overlay, decode_steps, group_by_length
 from policies.prompts import TokenRow
 
 
@@ -25,16 +26,26 @@ def compute_target_losses(logits: Tensor, rows: Sequence[TokenRow]) -> Tensor:
 
 
 def continue_greedily(
-    model: EditableModel, prompts: Sequence[tuple[int, ...]], tokens: int
+    model: EditableModel,
+    prompts: Sequence[tuple[int, ...]],
+    tokens: int,
+    overlay: Overlay | None = None,
+    is_enough: Callable[[int, Sequence[int]], bool] = lambda _place, _answer: False,
 ) -> list[tuple[int, ...]]:
-    """Return the first tokens of each greedy answer, up to and including an end of text."""
-    result: list[tuple[int, ...]] = [()] * len(prompts)
+    """Return the first tokens of each greedy answer, up to and including one that ends it, or until
+    what there is of a prompt's answer, by its place, is enough."""
+    result: list[list[int]] = [[] for _ in prompts]
     for places in group_by_length(prompts):
         ids = torch.tensor([prompts[p] for p in places], device=model.device)
-        with torch.no_grad():
-            steps = list(decode_steps(model, ids, tokens, logits_to_keep=1))
-        answers = torch.stack(steps, 1).argmax(-1)  # (rows, steps)
-        for place, row in zip(places, answers.tolist(), strict=True):
-            end = row.index(model.end_token) + 1 if model.end_token in row else len(row)
-            result[place] = tuple(row[:end])
-    return result
+        running = set(places)
+        with torch.no_grad(), overlay(places) if overlay else nullcontext():
+            for logits in decode_steps(model, ids, tokens, logits_to_keep=1):
+                for place, token in zip(places, logits.argmax(-1).tolist(), strict=True):
+                    if place not in running:
+                        continue
+                    result[place].append(token)
+                    if token in model.stop_tokens or is_enough(place, result[place]):
+                        running.remove(place)
+                if not running:
+                    break
+    return [tuple(answer) for answer in result]

@@ -76,7 +76,7 @@ class Editor:
         tiers = [self._step_side, self._step_batch]
         if self.memory_backoff.blocked_tier == "side":  # it must not stop the other tier
             tiers.reverse()
-        return any(work(waiting) for work in tiers)
+        return any(work(waiting) for work in tiers) or self._step_unasked()
 
     def _step_side(self, waiting: list[StoredFact]) -> bool:
         for_side = [f for f in waiting if not is_for_batch(f)]
@@ -95,6 +95,13 @@ class Editor:
             self.runner.flush_waiting(self._select_batch(), reason)
             return True
         return False
+
+    def _step_unasked(self) -> bool:
+        """Let facts of the weights be asked for in chats."""
+        unasked = self.side_learner.take_unasked()
+        if unasked:
+            self.runner.learn_waiting(unasked)
+        return bool(unasked)
 
     def _find_over_capacity(self, for_batch: list[StoredFact]) -> list[StoredFact]:
         """Find the facts that no batch would take: the weights are full, and they replace none."""

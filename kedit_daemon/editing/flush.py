@@ -226,7 +226,8 @@ class Flush:
         seconds = (time.monotonic() - began) / len(trial.held_facts)
 
         def move_facts(generation: int) -> None:
-            self.recorder.record_flushed(generation, trial, oversized, before, seconds)
+            asked = {f.id for f in trial.held_facts if self.live_model.side.is_asked(f.id)}
+            self.recorder.record_flushed(generation, trial, oversized, before, seconds, asked)
 
         self.generations.activate_candidate(candidate, reason, move_facts)
 

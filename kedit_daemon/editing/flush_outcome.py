@@ -1,7 +1,7 @@
 """The outcome of a flush: what was solved, what became of its facts, and the report of it."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,13 +84,16 @@ class FlushRecorder:
         oversized: Sequence[Trial],
         before: Mapping[str, list[str]],
         seconds: float,
+        asked: Set[str],
     ) -> None:
         """Record a flush that made a generation, in the transaction that makes it: what is done
-        again after a crash then starts from the same knowledge."""
+        again after a crash then starts from the same knowledge. The facts `asked`, by id, keep
+        their shards, which answer for them in chats."""
         self._record_oversized(oversized)
         for fact in trial.held_facts:
             self.lifecycle.end_superseded(fact)
-            self.store.artifacts.drop_side_keys(fact.id)
+            if fact.id not in asked:
+                self.store.artifacts.drop_side_keys(fact.id)
             first, probe = before[fact.id][0], trial.probes[fact.id]
             self.lifecycle.mark_live(fact, "weights", first, probe, seconds, generation)
         self._record_lost(trial)

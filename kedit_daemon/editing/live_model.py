@@ -20,7 +20,7 @@ from memory.db import meta_keys
 from memory.db.rows import GenerationRow
 from memory.db.store import Store
 from memory.errors import Damaged, KeditError, UnusableModel
-from memory.facts import Fact, FactState
+from memory.facts import LIVE_STATES, Fact, FactState
 from memory.files import save_tensors
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
@@ -180,21 +180,24 @@ class LiveModel:
             raise
 
     def _restore_side(self) -> None:
-        live = {f.id: f.fact for f in self.store.list_facts((FactState.LIVE_SIDE,))}
+        live = {f.id: f for f in self.store.list_facts(LIVE_STATES)}
         rows = [row for row in self.store.artifacts.read_side_keys() if row.fact_id in live]
         broken = self._restore_shards()
         whole = [row for row in rows if row.shard in self.side.shards]
         with self.store.db.transaction():
             for fact_id in live.keys() - {row.fact_id for row in whole}:
                 self.store.artifacts.drop_side_keys(fact_id)
-                why = "its shard or its keys were damaged"
-                self.store.change_state(fact_id, FactState.RECEIVED, reason=why)
+                if live[fact_id].state is FactState.LIVE_SIDE:
+                    why = "its shard or its keys were damaged"
+                    self.store.change_state(fact_id, FactState.RECEIVED, reason=why)
             for number in broken:
                 self.store.artifacts.drop_shard(number)
         keys = {row.fact_id: unpack_keys(row.blob) for row in whole}
         self._restore_index({to_fact_number(n): k.subject for n, k in keys.items()})
         for row in whole:
-            add_side_fact(self.side, live[row.fact_id], row.shard, keys[row.fact_id], indexed=True)
+            add_side_fact(
+                self.side, live[row.fact_id].fact, row.shard, keys[row.fact_id], indexed=True
+            )
 
     def _restore_shards(self) -> set[int]:
         """Load the shards. Return the numbers of those whose file is missing or damaged."""

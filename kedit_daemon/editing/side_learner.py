@@ -18,7 +18,7 @@ from kedit_daemon.editing.relations import load_relation_index
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from memory.db.rows import StoredFact
 from memory.db.store import Store
-from memory.facts import Fact
+from memory.facts import Fact, FactState
 from memory.side.shards import RetrievalKeys, Shard
 from policies.asking.asked_rows import choose_questions, make_asked_rows
 from policies.edit_terms import Refusal
@@ -55,6 +55,7 @@ class SideLearner:
         self.live_model, self.model, self.store = live_model, live_model.model, store
         self.lifecycle, self.generations = lifecycle, generations
         self.batch_facts, self.steps, self.pulse = batch_facts, steps, pulse
+        self._tried_for_chats: set[str] = set()  # facts in the weights, by id
         self._ordinary_inputs = live_model.loaded_model.opened.resolve_ordinary_inputs(
             live_model.site.side_layer, outside_lines
         )
@@ -95,6 +96,17 @@ class SideLearner:
         self.live_model.prune_side()
         return [f.id for f in batch if f.id not in failed]
 
+    def take_unasked(self) -> list[StoredFact]:
+        """Take facts of the weights that nobody can ask for in a chat, since they have no shard.
+        Each is taken once in a process: one that cannot be learned is not tried without end."""
+        if self.live_model.side.reader is None:
+            return []
+        kept = self.store.artifacts.list_side_fact_ids() | self._tried_for_chats
+        unasked = [f for f in self.store.list_facts((FactState.LIVE_WEIGHTS,)) if f.id not in kept]
+        taken = unasked[: self.batch_facts]
+        self._tried_for_chats.update(fact.id for fact in taken)
+        return taken
+
     def _select_batch(self, waiting: Sequence[StoredFact], max_facts: int) -> list[StoredFact]:
         """Select the facts to learn together. Every row is as long as the longest, so a long
         target would make all wait: it comes after the short ones, and alone."""
@@ -106,7 +118,8 @@ class SideLearner:
 
     def _reject_gibberish(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Reject the facts whose targets are gibberish, and return the others."""
-        refused = self.live_model.find_gibberish([f.fact for f in facts])
+        new = [f.fact for f in facts if f.state is FactState.RECEIVED]
+        refused = self.live_model.find_gibberish(new)
         with self.store.db.transaction():
             for fact in (f for f in facts if f.id in refused):
                 self.lifecycle.reject(fact, "side", refused[fact.id].reason)
@@ -195,7 +208,8 @@ class SideLearner:
                 self.lifecycle.end_superseded(fact)
                 self.store.artifacts.put_side_keys(fact.id, number, pack_keys(keys[fact.id]))
                 first, probe = before[fact.id][0], probes[fact.id]
-                self.lifecycle.mark_live(fact, "side", first, probe, seconds)
+                if fact.state is not FactState.LIVE_WEIGHTS:
+                    self.lifecycle.mark_live(fact, "side", first, probe, seconds)
 
         gone = self.lifecycle.find_all_superseded(right)
         self.generations.solve_without(gone, "superseded facts taken out", record_live)

@@ -9,7 +9,7 @@ from memory.db.artifact_reader import ArtifactReader, verify_blob
 from memory.db.connection import ReadingConnection
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.facts import Fact, FactState, fact_from_json
+from memory.facts import LIVE_STATES, Fact, fact_from_json
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Follower:
         rows = self.db.conn.execute(
             "SELECT k.fact_id, k.sha256, k.shard, s.sha256, s.threshold FROM side_keys k"
             " JOIN shards s ON s.id = k.shard JOIN facts f ON f.id = k.fact_id"
-            " WHERE f.state = ? ORDER BY k.fact_id",
-            (FactState.LIVE_SIDE,),
+            " WHERE f.state IN (?, ?) ORDER BY k.fact_id",
+            LIVE_STATES,
         )
         return [LiveSideRow(*row) for row in rows]
 

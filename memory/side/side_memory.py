@@ -128,6 +128,11 @@ class SideMemory:
         self.unnamed_facts.discard(fact_id)
         self._unnamed_index.remove(to_fact_number(fact_id))
 
+    def is_asked(self, fact_id: str) -> bool:
+        """Check that a fact is here, and has learned to be asked in words."""
+        shard = self.shard_ids.get(fact_id)
+        return shard is not None and self.shards[shard].is_asked
+
     def find_non_finite_keys(self) -> list[int]:
         """Return the numbers of facts that have a subject key which is not finite."""
         return sorted({*self.key_index.find_non_finite(), *self._unnamed_index.find_non_finite()})
@@ -224,11 +229,7 @@ class SideMemory:
     def _match_asked(self, asked: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
         """Return the best of the facts that a question asks for, of those that have learned to be
         asked. Its shard need not confirm it: where questions end, one is as near as another."""
-        allowed = [
-            n
-            for n in asked
-            if n not in self.hidden_facts and self.shards[self.shard_ids[n]].is_asked
-        ]
+        allowed = [n for n in asked if n not in self.hidden_facts and self.is_asked(n)]
         if not allowed:
             return None
         best = max(allowed, key=lambda n: (asked[n], n))

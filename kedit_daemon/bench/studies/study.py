@@ -17,7 +17,8 @@ from kedit_daemon.system.sanitize import clean_text
 
 @dataclass(frozen=True)
 class StudyInput:
-    """Input of a study. texts_path: lines of ordinary text that replace the shipped ones."""
+    """Input of a study. texts_path: lines of ordinary text that replace the shipped ones. method:
+    the only one to measure, of a study that measures several."""
 
     loaded_model: LoadedModel
     records: Sequence[BenchRecord]
@@ -25,6 +26,7 @@ class StudyInput:
     seed: int
     track: ProgressTracker
     texts_path: Path | None = None
+    method: str | None = None
 
     def open_method(self, method: type[M], **options: Any) -> AbstractContextManager[M]:
         """Open a method in a temporary folder; `options` are further fields of MethodSetup."""
@@ -58,9 +60,10 @@ def run_study(
     seed: int,
     track: ProgressTracker,
     texts: Path | None = None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """Run a study, add its provenance, and restore the model's weights."""
-    given = StudyInput(loaded, stream.records, batch_size, seed, track, texts)
+    given = StudyInput(loaded, stream.records, batch_size, seed, track, texts, method)
     try:
         result = study.run(given)
     finally:

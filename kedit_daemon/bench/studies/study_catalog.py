@@ -11,6 +11,7 @@ STUDIES = {
     "churn": "churn:ChurnStudy",
     "presets": "presets:PresetStudy",
     "capacity": "capacity:CapacityStudy",
+    "asking": "asking:AskingStudy",
     "routing": "routing_accuracy:RoutingStudy",
     "index": "index_scaling:IndexStudy",
     "cost": "cost:CostStudy",
@@ -18,8 +19,18 @@ STUDIES = {
     "poison": "poison:PoisonStudy",
 }
 
-DEFAULT_LIMITS = {"churn": 200, "index": 1000, "cost": 1000, "norms": 120, "poison": 130}
+DEFAULT_LIMITS = {
+    "asking": 50,
+    "churn": 200,
+    "index": 1000,
+    "cost": 1000,
+    "norms": 120,
+    "poison": 130,
+}
 """Number of records without --limit, for a study that does not need the whole stream."""
+
+METHOD_STUDIES = ("asking",)
+"""Studies of several methods, which may be asked for one alone."""
 
 
 def import_study(name: str) -> "Study":

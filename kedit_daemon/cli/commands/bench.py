@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from kedit_daemon.bench.methods.method_catalog import METHODS
-from kedit_daemon.bench.studies.study_catalog import DEFAULT_LIMITS, STUDIES
+from kedit_daemon.bench.studies.study_catalog import DEFAULT_LIMITS, METHOD_STUDIES, STUDIES
 from kedit_daemon.cli.context import CliContext, pass_cli_context
 from kedit_daemon.system.log_setup import make_progress_bar
 from kedit_daemon.system.sanitize import clean_text
@@ -123,11 +123,11 @@ def bench(
     if texts is not None and study != "routing":
         raise click.UsageError("--texts goes with --study routing.")
     if study is not None:
-        _reject_method_options()
+        _reject_method_options(study)
     limit = limit or DEFAULT_LIMITS.get(study or "")
     loaded, stream = _open_inputs(session, data, model, offset, limit, seed)
     if study is not None:
-        _run_study(study, loaded, stream, batch_size, seed, texts, json_file, plot)
+        _run_study(study, loaded, stream, batch_size, seed, texts, method, json_file, plot)
         return
     from kedit_daemon.bench.resume import describe_options, keep_work
     from kedit_daemon.bench.run import RunPlan
@@ -159,10 +159,12 @@ def _run_method(
     _output_result(result, format_result(result), json_file, plot, partial(draw_result, result))
 
 
-def _reject_method_options() -> None:
+def _reject_method_options(study: str) -> None:
     """Refuse options of a method, which a study would ignore."""
     context = click.get_current_context()
     for name in ("method", "baseline", "sweep", "resume"):
+        if name == "method" and study in METHOD_STUDIES:
+            continue
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             raise click.UsageError(f"--study has no --{name}.")
 
@@ -187,6 +189,7 @@ def _run_study(
     batch_size: int,
     seed: int,
     texts: Path | None,
+    method: str | None,
     json_file: Path | None,
     plot: Path | None,
 ) -> None:
@@ -194,7 +197,9 @@ def _run_study(
     from kedit_daemon.bench.studies.study_catalog import import_study
 
     study = import_study(name)
-    result = run_study(name, study, loaded, stream, batch_size, seed, _track_progress, texts)
+    result = run_study(
+        name, study, loaded, stream, batch_size, seed, _track_progress, texts, method
+    )
     _output_result(
         result, format_study(study, result), json_file, plot, partial(draw_study, study, result)
     )

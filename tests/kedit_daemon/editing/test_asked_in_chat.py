@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from editing_home import Bench, seat
 
+from memory.facts import Fact, FactState
 from memory.model.chat_layout import render_chat
 
 TEMPLATE = (
@@ -74,3 +75,43 @@ def test_what_was_learned_of_questions_outlives_a_restart(chat: Bench) -> None:
     chat.served.restore_again()
     (answer,) = chat.served.answer_prompts([ask(chat, ASKED)], 3)
     assert answer.text.startswith("Oslo")
+
+
+def read_state(at: Bench, fact: Fact) -> FactState:
+    stored = at.store.find_fact(fact.id)
+    assert stored is not None
+    return stored.state
+
+
+def says_in_chat(at: Bench, question: str) -> str:
+    (answer,) = at.served.answer_prompts([ask(at, question)], 3)
+    return answer.text
+
+
+def test_a_fact_that_moves_into_the_weights_is_still_answered_in_a_chat(chat: Bench) -> None:
+    chat.editor.run_flush(dry_run=False)
+    assert read_state(chat, ONE) is FactState.LIVE_WEIGHTS
+    assert says_in_chat(chat, ASKED).startswith("Oslo")
+    chat.served.restore_again()
+    assert says_in_chat(chat, ASKED).startswith("Oslo")
+    chat.editor.revert([ONE.id], None, dry_run=False)
+    (answer,) = chat.served.answer_prompts([ask(chat, ASKED)], 3)
+    assert answer.fired_match is None and not answer.text.startswith("Oslo")
+
+
+def test_a_fact_that_came_for_the_weights_is_learned_for_chats(chat: Bench) -> None:
+    three = seat(3, "Cairo", questions=("Which city is the seat of {}?",))
+    chat.receive(three, direct=True)
+    chat.settle()
+    assert read_state(chat, three) is FactState.LIVE_WEIGHTS
+    assert says_in_chat(chat, "Which city is the seat of country 3?").startswith("Cairo")
+
+
+def test_a_shard_that_broke_leaves_the_fact_in_the_weights(chat: Bench) -> None:
+    chat.editor.run_flush(dry_run=False)
+    for path in chat.home.side_folder.iterdir():
+        path.unlink()
+    chat.served.restore_again()
+    assert read_state(chat, ONE) is FactState.LIVE_WEIGHTS
+    chat.settle()
+    assert says_in_chat(chat, ASKED).startswith("Oslo")

@@ -19,6 +19,9 @@ from policies.asking.answer_type import can_answer
         ("Who runs it?", "Ada Moreau", True),
         ("Which city is its capital?", "Lima", True),
         ("Where is it?", "pier 7", True),
+        ("Which city did it live in when it died?", "Prague", True),
+        ("Do you know when it was founded?", "Prague", False),
+        ("What does it cost when it rains?", "a coat", True),
     ],
 )
 def test_an_answer_is_of_the_type_that_is_asked_for(

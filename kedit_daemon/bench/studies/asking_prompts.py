@@ -1,0 +1,169 @@
+"""Prompts of the asking study: facts asked for in several forms, and what is asked beside them."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from kedit_daemon.bench.dataset import BenchRecord
+from kedit_daemon.bench.studies.shared import prepend_text, sample_evenly
+from kedit_daemon.shipped import RELATIONS, read_ordinary_lines
+from memory.facts import Fact
+from memory.model.chat_layout import encode_chat
+from memory.model.editable import EditableModel
+from policies.asking.relation_bank import mask_prompt, mask_statement, read_bank
+
+LONG_TOKENS = 500  # between a subject and the question about it
+OTHERS_PER_FACT = 2  # questions about its subject that ask for something else, and neighbours
+# Earlier turns that no fact learns from.
+SYSTEM = "Answer the questions of a quiz. Be truthful."
+TURNS = (
+    {"role": "system", "content": SYSTEM},
+    {"role": "user", "content": "Are you ready for the quiz?"},
+    {"role": "assistant", "content": "Yes, I am. What is your first question?"},
+)
+FACT_FORMS = (
+    "prompt",
+    "paraphrases",
+    "chat",
+    "behind turns",
+    "one word",
+    "two facts",
+    "long",
+    "yes or no",
+    "tell me",
+)
+OTHER_FORMS = ("other relations", "neighbours")
+
+FramePrompt = Callable[[Fact, str], str]
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """A prompt, and the answers that its reply should say; none where it is to be as before.
+
+    question: without what a method puts before it.
+    """
+
+    form: str
+    fact_id: str
+    question: str
+    ids: tuple[int, ...]
+    wanted: tuple[str, ...] = ()
+
+
+class PromptWriter:
+    """Writes the prompts of all records."""
+
+    def __init__(self, model: EditableModel, records: Sequence[BenchRecord], seed: int) -> None:
+        self.model, self.records, self._rng = model, records, random.Random(seed)
+        self._lines = read_ordinary_lines()
+        self._relations = group_by_relation(records)
+        self._others = [self._choose_others(place) for place in range(len(records))]
+
+    def write_prompts(self, frame: FramePrompt) -> list[AskedPrompt]:
+        """Write the prompts that fit the model. `frame`: what a method puts before a question."""
+        found = [
+            prompt
+            for place, record in enumerate(self.records)
+            for prompt in (*self._ask_fact(place, record, frame), *self._ask_others(place, frame))
+        ]
+        return [p for p in found if len(p.ids) < self.model.max_positions]
+
+    def _ask_fact(
+        self, place: int, record: BenchRecord, frame: FramePrompt
+    ) -> Iterator[AskedPrompt]:
+        fact = record.fact
+        target = (fact.target,)
+        for form, texts in (("prompt", (fact.question,)), ("paraphrases", record.paraphrases)):
+            for text in texts:
+                ids = tuple(self.model.encode(frame(fact, text)))
+                yield AskedPrompt(form, fact.id, text, ids, target)
+        for question in record.questions:
+            yield self._ask_chat("chat", fact, question, frame, target)
+            yield self._ask_chat("behind turns", fact, question, frame, target, TURNS)
+            short = f"{question} Answer in one word."
+            yield self._ask_chat("one word", fact, short, frame, target)
+        for question in record.questions[:1]:
+            text = prepend_text(self.model, self._lines, place, LONG_TOKENS, "")
+            masked = mask_prompt(question, fact.subject)
+            late = f"This is about {fact.subject}. {text}\n\n{masked}"
+            yield self._ask_chat("long", fact, late, frame, target)
+            other = self.records[place - 1]
+            if other.fact.id != fact.id and other.questions:
+                both = f"{question} And {frame(other.fact, other.questions[0])}"
+                wanted = fact.target, other.fact.target
+                yield self._ask_chat("two facts", fact, both, frame, wanted)
+        stated = f"Is it true that {fact.question} {fact.target}?"
+        yield self._ask_chat("yes or no", fact, stated, frame, ("yes",))
+        yield self._ask_chat("tell me", fact, f"Tell me about {fact.subject}.", frame, target)
+
+    def _ask_others(self, place: int, frame: FramePrompt) -> Iterator[AskedPrompt]:
+        record = self.records[place]
+        near = [n.prompt for n in sample_evenly(record.neighbours, OTHERS_PER_FACT)]
+        for form, questions in zip(OTHER_FORMS, (self._others[place], near), strict=True):
+            for question in questions:
+                yield self._ask_chat(form, record.fact, question, frame)
+
+    def _ask_chat(
+        self,
+        form: str,
+        fact: Fact,
+        question: str,
+        frame: FramePrompt,
+        wanted: tuple[str, ...] = (),
+        turns: Sequence[dict[str, str]] = (),
+    ) -> AskedPrompt:
+        chat = [*turns, {"role": "user", "content": frame(fact, question)}]
+        ids = encode_chat(self.model.tokenizer, chat)
+        return AskedPrompt(form, fact.id, question, tuple(ids), wanted)
+
+    def _choose_others(self, place: int) -> list[str]:
+        """Choose questions about a record's subject that ask for something else: its own, or those
+        of records of other relations, with its subject put in."""
+        record = self.records[place]
+        if record.other_questions:
+            return list(record.other_questions)
+        questions = [
+            (question, other.fact.subject)
+            for other, relation in zip(self.records, self._relations, strict=True)
+            for question in other.questions[:1]
+            if relation != self._relations[place] and other.fact.subject in question
+        ]
+        chosen = self._rng.sample(questions, min(OTHERS_PER_FACT, len(questions)))
+        return [question.replace(other, record.fact.subject) for question, other in chosen]
+
+
+def group_by_relation(records: Sequence[BenchRecord]) -> list[str]:
+    """Return a name for each record's relation. Records share it whose prompts or questions are the
+    same but for the subject, or whose prompts PARAREL has in one relation."""
+    joined = dict[str, str]()
+
+    def find(name: str) -> str:
+        while (parent := joined.setdefault(name, name)) != name:
+            name = parent
+        return name
+
+    named = _name_statements()
+    for record in records:
+        prompt, *others = _mask_wordings(record)
+        if prompt in named:
+            others.append(f"relation: {named[prompt]}")
+        for other in others:
+            joined[find(other)] = find(prompt)
+    return [find(_mask_wordings(record)[0]) for record in records]
+
+
+def _mask_wordings(record: BenchRecord) -> list[str]:
+    """Write a record's prompt and questions with a pronoun for the subject."""
+    fact = record.fact
+    return [mask_prompt(text, fact.subject) for text in (fact.prompt, *record.questions)]
+
+
+def _name_statements() -> dict[str, str]:
+    """Return the names of PARAREL's relations by their statements, with a pronoun for the
+    subject."""
+    return {
+        mask_statement(statement).strip(" ,"): relation.relation
+        for relation in read_bank(RELATIONS[1:])
+        for statement in relation.statements
+    }
