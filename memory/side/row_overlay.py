@@ -3,7 +3,6 @@ that do. A row without a match is not touched: its output is unchanged, bit for 
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 from torch import Tensor
 
@@ -48,7 +47,7 @@ class RowOverlay:
         side = self.side
         readings = [side.read_prompt(ids) for ids in prompts]
         if not side.unnamed_facts and not any(reading.named for reading in readings):
-            self.rows = [self._make_row(reading, None) for reading in readings]
+            self.rows = [RowState(reading, side.model.decode) for reading in readings]
             yield
             return
         key_outputs: list[Tensor] = []
@@ -59,7 +58,7 @@ class RowOverlay:
         def decide(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             ends = zip(readings, key_outputs.pop(), inputs[:, -1], outputs[:, -1], strict=True)
             self.rows = [self._start_row(*end) for end in ends]
-            deltas = self._list_deltas()
+            deltas = [row.delta for row in self.rows]
             return _add_deltas(deltas, inputs, outputs) if any(deltas) else None
 
         with side.model.tap_layers({side.gates.key_layer: keep_key_outputs, side.layer: decide}):
@@ -69,32 +68,40 @@ class RowOverlay:
         """Take the token that each row is fed next."""
         for row, token in zip(self.rows, tokens, strict=True):
             row.add_token(token)
+            if recent := row.recent_tokens:
+                row.arm(self.side.find_named(recent))
 
     @contextmanager
     def apply_deltas(self) -> Iterator[None]:
-        """Serve a pass over the rows' next tokens; nothing is tapped where no row is active."""
-        deltas = self._list_deltas()
-        if not any(deltas):
+        """Serve a pass over the rows' next tokens; nothing is tapped where no row is active or
+        armed."""
+        if not any(row.delta is not None or row.armed for row in self.rows):
             yield
             return
-        with self.side.model.tap_layers({self.side.layer: partial(_add_deltas, deltas)}):
+        with self.side.model.tap_layers({self.side.layer: self._change_rows}):
             yield
+
+    def _change_rows(self, inputs: Tensor, outputs: Tensor) -> Tensor | None:
+        """Fire what the replies come to state, and change the rows where a fact fires: inputs
+        (rows, tokens, width) and outputs (rows, tokens, hidden) of the side layer."""
+        for row, k, y in zip(self.rows, inputs[:, -1], outputs[:, -1], strict=True):
+            if row.armed and (match := self.side.match_reply(row.armed, k, y)) is not None:
+                row.fire(self._make_fired(match))
+        deltas = [row.delta for row in self.rows]
+        return _add_deltas(deltas, inputs, outputs) if any(deltas) else None
 
     def _start_row(
         self, reading: PromptReading, key_outputs: Tensor, inputs: Tensor, outputs: Tensor
     ) -> RowState:
+        row = RowState(reading, self.side.model.decode)
         match = self.side.route_row(reading, key_outputs, inputs, outputs)
-        return self._make_row(reading, match)
-
-    def _make_row(self, reading: PromptReading, match: RoutingMatch | None) -> RowState:
-        fired = None
         if match is not None:
-            delta = self.side.shards[match.shard_id].delta
-            fired = FiredFact(match, delta, self.side.targets[match.fact_id])
-        return RowState(fired, reading.is_chat, self.side.model.decode)
+            row.fire(self._make_fired(match))
+        return row
 
-    def _list_deltas(self) -> list[Delta | None]:
-        return [row.delta for row in self.rows]
+    def _make_fired(self, match: RoutingMatch) -> FiredFact:
+        delta = self.side.shards[match.shard_id].delta
+        return FiredFact(match, delta, self.side.targets[match.fact_id])
 
 
 def _add_deltas(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:

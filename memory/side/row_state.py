@@ -2,13 +2,17 @@
 
 A fact fires at the prompt's end, and its shard changes the row until the target is said; then the
 row is released, and the model goes on in its own words. In a completion the shard also says that
-the text ends there, as it has learned: its own prompt is a sentence that the target completes.
+the text ends there, as it has learned: its own prompt is a sentence that the target completes. In a
+chat the facts whose subjects were named stay armed, and one of them fires where the reply comes to
+state it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from memory.side.shards import Delta, RoutingMatch
+
+NAME_TOKENS = 16  # of a reply's end that are read for names
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,39 @@ class FiredFact:
 class RowState:
     """A row of a batch from its prompt's end on."""
 
-    def __init__(
-        self, fired: FiredFact | None, is_chat: bool, decode: Callable[[Sequence[int]], str]
-    ) -> None:
+    def __init__(self, reading: PromptReading, decode: Callable[[Sequence[int]], str]) -> None:
         """decode: of the tokens that follow, to compare them with the target."""
-        self._fired, self._is_chat, self._decode = fired, is_chat, decode
-        self._is_released = fired is None
+        self._is_chat, self._decode = reading.is_chat, decode
+        self._armed = set(reading.named if reading.is_chat else ())
+        self._fired: FiredFact | None = None
+        self._is_released = True
         self._is_said = False
+        self._said_from = 0  # the first token behind the place where the fact fired
         self._tokens: list[int] = []
 
     @property
     def match(self) -> RoutingMatch | None:
-        """The fact that fires."""
+        """The fact that fires, or fired last."""
         return self._fired.match if self._fired is not None else None
+
+    @property
+    def armed(self) -> Set[str]:
+        """Facts that may fire at the next token of the reply; none while one fires."""
+        return self._armed if self._is_released else frozenset()
+
+    @property
+    def recent_tokens(self) -> Sequence[int]:
+        """The last tokens of a chat's reply, which may name a subject; none of a completion."""
+        return self._tokens[-NAME_TOKENS:] if self._is_chat else ()
+
+    def arm(self, facts: Set[str]) -> None:
+        """Arm facts whose subjects the reply names."""
+        self._armed |= facts
+
+    def fire(self, fact: FiredFact) -> None:
+        """Let a fact change the row from here on."""
+        self._fired, self._said_from = fact, len(self._tokens)
+        self._is_released = self._is_said = False
 
     @property
     def delta(self) -> Delta | None:
@@ -55,13 +79,14 @@ class RowState:
     def add_token(self, token: int) -> None:
         """Take the token that follows. The row is released when the target is said, in a completion
         one token later, or when the text is no longer the target's."""
+        self._tokens.append(token)
         if self._fired is None or self._is_released:
             return
         if self._is_said:
             self._is_released = True
             return
-        self._tokens.append(token)
-        text, target = self._decode(self._tokens).strip(), self._fired.target.strip()
+        said = self._tokens[self._said_from :]
+        text, target = self._decode(said).strip(), self._fired.target.strip()
         self._is_said = bool(target) and text.startswith(target)
         if self._is_said:
             self._is_released = self._is_chat

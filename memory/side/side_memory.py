@@ -226,6 +226,16 @@ class SideMemory:
             reading.named, key_outputs, inputs, outputs
         )
 
+    def match_reply(
+        self, armed: Iterable[str], inputs: Tensor, outputs: Tensor
+    ) -> RoutingMatch | None:
+        """Return the armed fact that a chat's reply comes to state, by the side layer's inputs
+        (width,) and outputs (hidden,) at its last token."""
+        known = [n for n in armed if n in self.end_keys]  # one may have left since it was armed
+        scores = self.score_candidates(known, outputs)
+        least = self.gates.min_reply_cosine
+        return self.confirm_match({n: s for n, s in scores.items() if s >= least}, inputs)
+
     def _match_asked(self, asked: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
         """Return the best of the facts that a question asks for, of those that have learned to be
         asked. Its shard need not confirm it: where questions end, one is as near as another."""

@@ -53,7 +53,9 @@ class AskingStudy(Study):
         model = given.loaded_model.model
         if find_chat_layout(model.tokenizer) is None:
             why = "the model has no chat template, so nobody can ask it in a chat"
-            raise KeditError(why, code="no-chat", hint="give --model one that has, such as smollm2")
+            raise KeditError(
+                why, code="unsupported", hint="give --model one that has, such as smollm2"
+            )
         writer = PromptWriter(model, given.records, given.seed)
         plain = writer.write_prompts(lambda _fact, prompt: prompt)
         compared = [prompt for prompt in plain if prompt.form in COMPARED_FORMS]

@@ -13,6 +13,7 @@ from memory.model.editable import EditableModel
 from policies.asking.relation_bank import mask_prompt, mask_statement, read_bank
 
 LONG_TOKENS = 500  # between a subject and the question about it
+SAMPLED_RECORDS = 25  # asked in forms with long prompts or replies
 OTHERS_PER_FACT = 2  # questions about its subject that ask for something else, and neighbours
 # Earlier turns that no fact learns from.
 SYSTEM = "Answer the questions of a quiz. Be truthful."
@@ -58,6 +59,8 @@ class PromptWriter:
         self.model, self.records, self._rng = model, records, random.Random(seed)
         self._lines = read_ordinary_lines()
         self._relations = group_by_relation(records)
+        # Their prompts or replies are long.
+        self._sampled = {r.fact.id for r in sample_evenly(records, SAMPLED_RECORDS)}
         self._others = [self._choose_others(place) for place in range(len(records))]
 
     def write_prompts(self, frame: FramePrompt) -> list[AskedPrompt]:
@@ -83,18 +86,26 @@ class PromptWriter:
             yield self._ask_chat("behind turns", fact, question, frame, target, TURNS)
             short = f"{question} Answer in one word."
             yield self._ask_chat("one word", fact, short, frame, target)
+        if fact.id in self._sampled:
+            yield from self._ask_sampled(place, record, frame)
+        other = self.records[place - 1]
+        if record.questions and other.questions and other.fact.id != fact.id:
+            question, second = record.questions[0], other.questions[0]
+            framed = f"{frame(fact, question)} And {frame(other.fact, second)}"
+            both, wanted = f"{question} And {second}", (fact.target, other.fact.target)
+            yield self._ask_chat("two facts", fact, both, lambda *_, f=framed: f, wanted)
+        stated = f"Is it true that {fact.question} {fact.target}?"
+        yield self._ask_chat("yes or no", fact, stated, frame, ("yes",))
+
+    def _ask_sampled(
+        self, place: int, record: BenchRecord, frame: FramePrompt
+    ) -> Iterator[AskedPrompt]:
+        fact, target = record.fact, (record.fact.target,)
         for question in record.questions[:1]:
             text = prepend_text(self.model, self._lines, place, LONG_TOKENS, "")
             masked = mask_prompt(question, fact.subject)
             late = f"This is about {fact.subject}. {text}\n\n{masked}"
             yield self._ask_chat("long", fact, late, frame, target)
-            other = self.records[place - 1]
-            if other.fact.id != fact.id and other.questions:
-                both = f"{question} And {frame(other.fact, other.questions[0])}"
-                wanted = fact.target, other.fact.target
-                yield self._ask_chat("two facts", fact, both, frame, wanted)
-        stated = f"Is it true that {fact.question} {fact.target}?"
-        yield self._ask_chat("yes or no", fact, stated, frame, ("yes",))
         yield self._ask_chat("tell me", fact, f"Tell me about {fact.subject}.", frame, target)
 
     def _ask_others(self, place: int, frame: FramePrompt) -> Iterator[AskedPrompt]:

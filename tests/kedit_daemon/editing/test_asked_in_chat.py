@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from editing_home import Bench, seat
 
 from memory.facts import Fact, FactState
 from memory.model.chat_layout import render_chat
+from memory.side.row_overlay import RowOverlay
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
@@ -115,3 +117,23 @@ def test_a_shard_that_broke_leaves_the_fact_in_the_weights(chat: Bench) -> None:
     assert read_state(chat, ONE) is FactState.LIVE_WEIGHTS
     chat.settle()
     assert says_in_chat(chat, ASKED).startswith("Oslo")
+
+
+def test_a_reply_that_comes_to_state_a_fact_says_it(chat: Bench) -> None:
+    told, reply = ask(chat, "Tell me about country 3."), "The seat of country 3 is"
+    # Learned behind this very text: in a tiny model with random weights another moves every key.
+    three = seat(3, "Cairo", paraphrases=(told + reply,))
+    chat.receive(three)
+    chat.settle()
+    model, rows, seen = chat.served.model, RowOverlay(chat.served.side), []
+    with torch.no_grad(), rows.follow_passes():
+        cache = None
+        for fed in (model.encode(told), *([token] for token in model.encode(reply))):
+            ids = torch.tensor([fed])
+            out = model.hf_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            seen.append(rows.matches[0])
+    *before, last = seen
+    assert before == [None] * len(before)
+    assert last is not None and last.fact_id == three.id
+    assert model.decode([int(out.logits[0, -1].argmax())]).strip() in "Cairo"

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 
 import torch
 
-from memory.side.row_state import FiredFact, RowState
+from memory.side.row_state import FiredFact, PromptReading, RowState
 from memory.side.shards import Delta, RoutingMatch
 
 WORDS = {1: "New", 2: " York", 3: " City", 4: "Old", 5: "</s>", 6: " New"}
@@ -15,7 +15,9 @@ def decode(tokens: Sequence[int]) -> str:
 
 
 def row(target: str, is_chat: bool) -> RowState:
-    return RowState(FiredFact(MATCH, DELTA, target), is_chat, decode)
+    state = RowState(PromptReading(frozenset({MATCH.fact_id}), is_chat=is_chat), decode)
+    state.fire(FiredFact(MATCH, DELTA, target))
+    return state
 
 
 def feed(state: RowState, *tokens: int) -> list[bool]:
@@ -46,5 +48,29 @@ def test_without_a_target_nothing_tells_when_it_is_said() -> None:
 
 
 def test_a_row_without_a_match_is_silent() -> None:
-    state = RowState(None, True, decode)
+    state = RowState(PromptReading(), decode)
     assert (feed(state, 1), state.match) == ([False, False], None)
+
+
+def test_a_fact_is_armed_again_when_it_is_released() -> None:
+    state = row("New York", is_chat=True)
+    assert not state.armed
+    assert feed(state, 1, 2, 4) == [True, True, False, False]
+    assert state.armed == {MATCH.fact_id}
+
+
+def test_a_fact_that_fires_in_a_reply_says_its_own_target_alone() -> None:
+    state = RowState(PromptReading(frozenset({MATCH.fact_id}), is_chat=True), decode)
+    feed(state, 4, 1)
+    state.fire(FiredFact(MATCH, DELTA, "New York"))
+    assert feed(state, 1, 2, 3) == [True, True, False, False]
+
+
+def test_a_reply_arms_what_it_names_and_a_completion_nothing() -> None:
+    chat, completion = row("New", is_chat=True), row("New", is_chat=False)
+    for state in (chat, completion):
+        feed(state, 1, 2, 3)
+    assert list(chat.recent_tokens) == [1, 2, 3]
+    assert not completion.recent_tokens and not completion.armed
+    chat.arm({"000000000002"})
+    assert chat.armed == {MATCH.fact_id, "000000000002"}
