@@ -157,7 +157,7 @@ class EditRunner:
 
     def _record_failure(self, fact: StoredFact, error: Exception, reason: str) -> None:
         with self.store.db.transaction():
-            if isinstance(error, Rejected):
+            if isinstance(error, Rejected) and fact.state is FactState.RECEIVED:
                 self.store.change_state(fact.id, FactState.REJECTED, reason=reason)
             else:
                 self.lifecycle.record_failed_attempt(fact, "side", reason)
