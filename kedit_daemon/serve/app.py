@@ -20,7 +20,8 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.access import AccessGate, RateLimiter
 from kedit_daemon.serve.dashboard import pages
-from kedit_daemon.serve.dashboard.pages import AnswerPair, DashboardContext
+from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
+from kedit_daemon.serve.dashboard.pages import DashboardContext
 from kedit_daemon.serve.disconnect import CLIENT_GONE
 from kedit_daemon.serve.errors import RequestError, error_response
 from kedit_daemon.serve.health import HealthEndpoints
@@ -36,6 +37,7 @@ from kedit_daemon.serve.metrics import MetricsMiddleware, ServerMetrics
 from kedit_daemon.serve.openai.api import OpenAIApi
 from kedit_daemon.serve.post_facts import FactsEndpoint
 from memory.errors import KeditError
+from memory.model.chat_layout import write_chat
 
 if TYPE_CHECKING:
     from policies.health_limits import Thresholds
@@ -88,10 +90,13 @@ def _dashboard_context(
 ) -> DashboardContext:
     """Return what the dashboard works with; there is no reader before the model is loaded."""
 
-    async def ask_both(prompt: str, max_tokens: int) -> AnswerPair:
+    async def ask_both(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
         if (reader := get_reader()) is None:
             raise KeditError("the model is being loaded", code="loading")
-        request = GenerationRequest(tuple(reader.encode(prompt)), EDITED, max_tokens, 0.0)
+        text = asked.text
+        if asked.is_chat:
+            text = write_chat(reader.model.tokenizer, asked.messages)
+        request = GenerationRequest(tuple(reader.encode(text)), EDITED, max_tokens, 0.0)
         tasks = [
             asyncio.ensure_future(_collect_answer(reader, replace(request, variant=variant)))
             for variant in (EDITED, BASE)

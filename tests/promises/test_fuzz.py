@@ -165,10 +165,14 @@ class AnyReply(dict[str, dict[str, Any]]):
 
 
 NAMES = ("ask", "flush", "audit", "consolidate", "revert", "frob")
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXT}
+)
 ARGUMENTS = st.fixed_dictionaries(
     {},
     optional={
         "prompt": VALUE,
+        "messages": st.one_of(VALUE, st.lists(MESSAGE, max_size=3)),
         "max_tokens": st.one_of(VALUE, st.integers(-1, 3)),
         "base": VALUE,
         "explain": VALUE,
