@@ -8,6 +8,7 @@ from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.audit import Auditor, make_thresholds
+from kedit_daemon.editing.explanations import explain_named, find_fired
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
@@ -19,7 +20,6 @@ from memory.db.rows import StoredFact
 from memory.errors import KeditError, ends_daemon
 from memory.facts import ACTIVE_STATES, FactState
 from memory.model.chat_layout import write_chat
-from memory.side.shards import RoutingMatch
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
 
@@ -214,29 +214,11 @@ class Editor:
             "answer": answer.text,
             "generation": self.store.artifacts.active_generation(),
             "seconds": time.monotonic() - began,
-            "fired": self._find_fired(asked, answer.fired_match) if explain else [],
+            "fired": find_fired(self.store, asked, answer.fired_match) if explain else [],
         }
+        if explain:
+            result |= explain_named(self.live_model, prompt)
         if base:
             bases = self.live_model.answer_base([prompt], max_tokens, whole=is_chat)
             result["base_answer"] = bases[0]
         return result
-
-    def _find_fired(self, asked: str, match: RoutingMatch | None) -> list[dict[str, Any]]:
-        """Find the fact of the side memory that fired, else those in the weights that ask this."""
-        if match is not None:
-            fact = self.store.find_fact(match.fact_id)
-            return [_describe_fact(fact, match.score, match.margin)] if fact else []
-        live = self.store.list_facts((FactState.LIVE_WEIGHTS,))
-        return [_describe_fact(f, None, None) for f in live if asked in f.fact.wordings]
-
-
-def _describe_fact(fact: StoredFact, score: float | None, margin: float | None) -> dict[str, Any]:
-    return {
-        "fact": fact.id,
-        "subject": fact.fact.subject,
-        "prompt": fact.fact.prompt,
-        "target": fact.fact.target,
-        "tier": fact.tier,
-        "score": score,
-        "margin": margin,
-    }

@@ -74,7 +74,7 @@ def ask(
     if as_json:
         print_json(reply)
         return
-    from kedit_daemon.report.render_log import render_answer
+    from kedit_daemon.report.render_answer import render_answer
 
     click.echo("\n".join(render_answer(reply, explain)))
 

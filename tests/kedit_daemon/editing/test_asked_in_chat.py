@@ -1,11 +1,17 @@
 """Facts that are asked for in a chat, by a tiny model with a chat template."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-from editing_home import Bench, seat
+from editing_home import LOOSE, Bench, Clock, seat
 
+from kedit_daemon.config import Config
+from kedit_daemon.daemon.requests import execute_command
+from kedit_daemon.editing.model_loading import CanaryTexts, load_model, read_canary_texts
 from memory.model.chat_layout import render_chat
 
 TEMPLATE = (
@@ -14,20 +20,28 @@ TEMPLATE = (
 )
 ASKED = "Which city is the seat of country 1?"
 OTHERS = ("What is the population of country 1?", "Tell me about country 1.", "Hello!")
-Make = Callable[..., Bench]
 # A tiny model with random weights does not answer what it has not learned.
 ONE = seat(1, "Oslo", questions=("Which city is the seat of {}?",))
 TWO = seat(2, "Lima", questions=("And which city is its seat?",))
 
 
-@pytest.fixture
-def chat(bench: Make) -> Bench:
-    at = bench(side={"steps": 300})
-    at.served.model.tokenizer.chat_template = TEMPLATE
-    at.served.restore_again()  # a template is read when a side memory is made
+@pytest.fixture(scope="module")
+def chat(
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[[str], Path],
+    statistics_cache: Path,
+) -> Iterator[Bench]:
+    """A home with two facts, learned once for all tests: none of them changes it for good."""
+    texts = read_canary_texts()
+    few = CanaryTexts(texts.lines[:6], texts.statements[:24])
+    loaded = load_model(str(model_folder("llama")), "cpu", statistics_cache, iter, few)
+    loaded.model.tokenizer.chat_template = TEMPLATE
+    config = Config.model_validate(LOOSE | {"side": {"steps": 300}})
+    at = Bench(tmp_path_factory.mktemp("chat") / "home", loaded, Clock(), config)
     at.receive(ONE, TWO)
     at.settle()
-    return at
+    yield at
+    at.store.close()
 
 
 def ask(at: Bench, *turns: str) -> str:
@@ -57,17 +71,71 @@ def test_other_questions_are_answered_as_before(chat: Bench, question: str) -> N
     assert [answer.text] == chat.served.answer_base([prompt], 8)
 
 
+def chat_of(*turns: str) -> list[dict[str, str]]:
+    roles = [("user", "assistant")[n % 2] for n in range(len(turns))]
+    return [{"role": r, "content": text} for r, text in zip(roles, turns, strict=True)]
+
+
+def request(at: Bench, **asked: Any) -> Any:
+    told = execute_command(at.editor, "ask", {"max_tokens": 1, "explain": True, **asked})
+    return json.loads(json.dumps(told))
+
+
+def test_the_daemon_is_asked_in_a_chat(chat: Bench) -> None:
+    turns = chat_of("Do you know country 2?", "Yes, I do.", "And which city is its seat?")
+    turns = [{"role": "system", "content": "Be brief."}, *turns]
+    for asked, fact in ((turns[-1:], None), (turns, TWO)):
+        told = request(chat, messages=asked, max_tokens=12, base=True)
+        assert [fired["fact"] for fired in told["fired"]] == ([fact.id] if fact else [])
+        assert told["answer"].startswith("Lima") is (fact is not None)
+        assert (told["answer"] == told["base_answer"]) is (fact is None)
+
+
+def test_it_is_explained_why_a_fact_fires_and_why_not(chat: Bench) -> None:
+    told = request(chat, messages=chat_of(ASKED))
+    (named,) = told["named"]
+    assert told["question"] == ASKED
+    assert (named["fact"], named["reason"], named["learned_to_be_asked"]) == (ONE.id, "fired", True)
+    assert named["asked"]["score"] == pytest.approx(told["fired"][0]["score"])
+    assert named["asked"]["words"] == "Which city is the seat of it?"
+    told = request(chat, messages=chat_of("What is the population of country 1?"))
+    (named,) = told["named"]
+    assert (named["fact"], named["reason"], told["fired"]) == (ONE.id, "score-below-gate", [])
+    assert named["asked"]["score"] < named["asked"]["gate"] == 1.0
+    assert named["asked"]["rival"]["cosine"] > named["asked"]["fact_cosine"]
+    (named,) = request(chat, messages=chat_of("In which year was country 1 founded?"))["named"]
+    assert (named["reason"], named["asked"]) == ("not-an-answer", None)
+    turns = chat_of("Do you know country 2?", "Yes.", ASKED)
+    reasons = {one["fact"]: one["reason"] for one in request(chat, messages=turns)["named"]}
+    assert reasons == {ONE.id: "fired", TWO.id: "not-named-in-the-question"}
+    told = request(chat, prompt="The climate of country 1 has been")
+    (named,) = told["named"]
+    assert (told["question"], named["asked"], named["reason"]) == (None, None, "end-below-gate")
+    assert named["end"]["cosine"] < named["end"]["gate"]
+    told = request(chat, prompt=ONE.question)
+    (named,) = told["named"]
+    assert (named["reason"], told["fired"][0]["fact"]) == ("fired", ONE.id)
+    assert named["end"]["cosine"] == pytest.approx(told["fired"][0]["score"], abs=1e-4)
+    assert named["margin"] == pytest.approx(told["fired"][0]["margin"], rel=1e-3)
+    assert request(chat, prompt="The weather of today is")["named"] == []
+
+
 def test_the_given_prompt_is_still_completed(chat: Bench) -> None:
     assert chat.says(ONE.question) == "Oslo"
 
 
-def test_a_shard_that_has_learned_no_question_is_silent_in_a_chat(chat: Bench) -> None:
+def test_a_shard_that_has_learned_no_question_is_silent_in_a_chat(
+    chat: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     side = chat.served.side
-    side.shards = {n: replace(shard, is_asked=False) for n, shard in side.shards.items()}
+    unasked = {n: replace(shard, is_asked=False) for n, shard in side.shards.items()}
+    monkeypatch.setattr(side, "shards", unasked)
     prompt = ask(chat, ASKED)
     (answer,) = chat.served.answer_prompts([prompt], 3)
     assert answer.fired_match is None
     assert [answer.text] == chat.served.answer_base([prompt], 3)
+    (named,) = request(chat, messages=chat_of(ASKED))["named"]
+    assert (named["reason"], named["learned_to_be_asked"]) == ("not-learned-to-be-asked", False)
 
 
 def test_what_was_learned_of_questions_outlives_a_restart(chat: Bench) -> None:
