@@ -19,6 +19,7 @@ from starlette.responses import Response
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.access import AccessGate, RateLimiter
+from kedit_daemon.serve.cors import ApiCors
 from kedit_daemon.serve.dashboard import pages
 from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
 from kedit_daemon.serve.dashboard.pages import DashboardContext
@@ -54,7 +55,9 @@ def build_app(
     metrics = ServerMetrics(CollectorRegistry(), home, clock)
     per_minute = config.serve.requests_per_minute
     rate = RateLimiter(per_minute, monotonic) if per_minute else None
-    limited, free = Middleware(AccessGate, token, rate), Middleware(AccessGate, token, None)
+    origins = config.serve.allowed_origins
+    limited = Middleware(AccessGate, token, rate, origins)
+    free = Middleware(AccessGate, token, None, origins)
     context = _dashboard_context(home, clock, monotonic, lambda: app.state.reader)
     app = Starlette(
         routes=[
@@ -64,7 +67,10 @@ def build_app(
             *metrics.build_routes(free),
             *pages.build_routes(context, token),
         ],
-        middleware=[Middleware(MetricsMiddleware, metrics, monotonic)],
+        middleware=[
+            Middleware(MetricsMiddleware, metrics, monotonic),
+            *([Middleware(ApiCors, origins)] if origins else []),
+        ],
         exception_handlers={
             KeditError: _handle_kedit_error,
             HTTPException: _handle_http_error,

@@ -54,9 +54,9 @@ def test_people_ask_in_a_chat_where_the_model_has_a_template(running: Running) -
         told = client.post("/ask", data=form, headers={"Origin": running.url})
         assert (told.status_code, "has no chat template" in told.text) == (400, True)
         assert running.engine.status.requests == 0
-        # A conversation that ends in the fact's own prompt, as the model reads it.
-        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
-        tokenizer.chat_template += ROME.question
+        # What a template writes is what the model reads: here, the fact's own prompt.
+        question = "{% if messages[-1].content == 'Where is Rome?' %}"
+        tokenizer.chat_template = f"{question}{ROME.question}{{% endif %}}"
         told = client.post("/ask", data=form, headers={"Origin": running.url})
         assert (told.status_code, ROME.id in told.text) == (200, True)
 
