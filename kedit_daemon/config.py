@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -30,6 +31,12 @@ SHIPPED_MODEL, SMOLLM2_MODEL = "shipped", "smollm2"  # names of models, which ar
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
+def _check_origin(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/*?#@]+", text):
+        raise ValueError("an origin is scheme://host, or scheme://host:port, without a path or a *")
+    return text.lower()
+
+
 def _check_cron(text: str) -> str:
     trigger = CronTrigger.from_crontab(text, timezone=UTC)
     # APScheduler counts weekdays from Monday, cron from Sunday: numbers would be a day off.
@@ -40,6 +47,7 @@ def _check_cron(text: str) -> str:
     return text
 
 
+Origin = Annotated[str, AfterValidator(_check_origin)]
 Cron = Annotated[str, AfterValidator(_check_cron)]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -158,6 +166,7 @@ class ServeConfig(_Section):
     most_rows: Count = 16
     waiting_limit: Count = 64
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
+    allowed_origins: list[Origin] = []
 
     @property
     def is_local(self) -> bool:

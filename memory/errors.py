@@ -13,8 +13,9 @@ EXIT_CODES = {
         (
             *("backup", "bad-file", "bad-reply", "bad-request", "calibration", "corrupt", "demo"),
             *("disk-full", "duplicate", "empty", "exists", "export", "failed", "foreign-form"),
-            *("host", "in-use", "io", "model", "nested-transaction", "no-backup", "no-facts"),
-            *("no-home", "no-matplotlib", "no-permission", "no-terms", "no-transaction"),
+            *("host", "in-use", "io", "model", "nested-transaction", "no-backup"),
+            *("no-chat-template", "no-facts", "no-home", "no-matplotlib", "no-permission"),
+            *("no-terms", "no-transaction"),
             *("non-finite", "out-of-memory", "pilot", "publish", "rank", "rejected", "restore"),
             *("singular", "statistics", "stopping", "too-large", "too-long", "unexpected"),
             *("unknown-fact", "unknown-generation", "unreadable", "unsupported", "unwritable"),

@@ -83,6 +83,11 @@ class Fact:
         return tuple(fill_subject(q, self.subject) for q in self.questions)
 
     @property
+    def wordings(self) -> tuple[str, ...]:
+        """All that is said to ask for the target, with the subject."""
+        return (self.question, *self.filled_paraphrases, *self.filled_questions)
+
+    @property
     def omits_subject(self) -> bool:
         """Check that the prompt or a paraphrase does not name the subject."""
         # Here, so that `status`, which reads facts and must be quick, does not load it.

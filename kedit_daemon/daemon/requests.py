@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -16,10 +16,18 @@ DEFAULT_MAX_TOKENS = 40
 log = logging.getLogger(__name__)
 
 
+class _ChatTurn(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
 class _RequestArguments(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     prompt: str | None = None
+    messages: Annotated[list[_ChatTurn], Field(min_length=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = DEFAULT_MAX_TOKENS
     base: bool = False
     explain: bool = False
@@ -65,9 +73,7 @@ def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dic
         where = ".".join(map(str, fault["loc"]))
         raise _bad_request_error(f"{name}: {where}: {fault['msg']}") from None
     if name == "ask":
-        if given.prompt is None:
-            raise _bad_request_error("ask: prompt is missing")
-        return editor.answer_prompt(given.prompt, given.max_tokens, given.base, given.explain)
+        return _answer_question(editor, given)
     if name == "flush":
         return editor.run_flush(given.dry_run)
     if name == "audit":
@@ -77,6 +83,19 @@ def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dic
     if name == "revert":
         return editor.revert(given.facts, given.generation, given.dry_run)
     raise _bad_request_error(f"no command {name!r}")
+
+
+def _answer_question(editor: Editor, given: _RequestArguments) -> dict[str, Any]:
+    options = given.max_tokens, given.base, given.explain
+    if given.messages is None:
+        if given.prompt is None:
+            raise _bad_request_error("ask: prompt is missing")
+        return editor.answer_prompt(given.prompt, *options)
+    if given.prompt is not None:
+        raise _bad_request_error("ask: prompt and messages are both given")
+    if given.messages[-1].role != "user":
+        raise _bad_request_error("ask: messages: the last one must be the user's")
+    return editor.answer_chat([message.model_dump() for message in given.messages], *options)
 
 
 def _bad_request_error(problem: str) -> KeditError:

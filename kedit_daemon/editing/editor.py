@@ -2,12 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.audit import Auditor, make_thresholds
+from kedit_daemon.editing.explanations import explain_named, find_fired
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
@@ -18,7 +19,7 @@ from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, ends_daemon
 from memory.facts import ACTIVE_STATES, FactState
-from memory.side.shards import RoutingMatch
+from memory.model.chat_layout import write_chat
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
 
@@ -193,41 +194,38 @@ class Editor:
             self.generations.remove_facts(expired, FactState.EXPIRED, "valid_until has passed")
         return len(expired)
 
+    def answer_chat(
+        self, chat: Sequence[Mapping[str, str]], max_tokens: int, base: bool, explain: bool
+    ) -> dict[str, Any]:
+        """Reply to a conversation, of roles and contents, whose last turn is the user's, through
+        the model's chat template. Raises KeditError: it has none, or refuses the conversation."""
+        prompt = write_chat(self.live_model.model.tokenizer, chat)
+        asked = chat[-1]["content"]
+        return self._answer(prompt, asked, max_tokens, base, explain, is_chat=True)
+
     def answer_prompt(
         self, prompt: str, max_tokens: int, base: bool, explain: bool
     ) -> dict[str, Any]:
-        """Answer by the edited model; if requested, by the base too, and with the fact that
-        fired."""
+        """Continue a prompt."""
+        return self._answer(prompt, prompt, max_tokens, base, explain, is_chat=False)
+
+    def _answer(
+        self, prompt: str, asked: str, max_tokens: int, base: bool, explain: bool, *, is_chat: bool
+    ) -> dict[str, Any]:
+        """Answer by the edited model; if requested, by the base too, and with the fact that fired.
+        `asked`: a person's own words in the prompt."""
         began = time.monotonic()
-        answer = self.live_model.answer_prompts([prompt], max_tokens)[0]
+        answer = self.live_model.answer_prompts([prompt], max_tokens, whole=is_chat)[0]
         self.auditor.traffic.count_question(answer.fired_match)
         result: dict[str, Any] = {
             "answer": answer.text,
             "generation": self.store.artifacts.active_generation(),
             "seconds": time.monotonic() - began,
-            "fired": self._find_fired(prompt, answer.fired_match) if explain else [],
+            "fired": find_fired(self.store, asked, answer.fired_match) if explain else [],
         }
+        if explain:
+            result |= explain_named(self.live_model, prompt)
         if base:
-            result["base_answer"] = self.live_model.answer_base([prompt], max_tokens)[0]
+            bases = self.live_model.answer_base([prompt], max_tokens, whole=is_chat)
+            result["base_answer"] = bases[0]
         return result
-
-    def _find_fired(self, prompt: str, match: RoutingMatch | None) -> list[dict[str, Any]]:
-        """Find the fact of the side memory that fired, else those in the weights that ask this."""
-        if match is not None:
-            fact = self.store.find_fact(match.fact_id)
-            return [_describe_fact(fact, match.score, match.margin)] if fact else []
-        live = self.store.list_facts((FactState.LIVE_WEIGHTS,))
-        asked = [f for f in live if prompt in (f.fact.question, *f.fact.filled_paraphrases)]
-        return [_describe_fact(f, None, None) for f in asked]
-
-
-def _describe_fact(fact: StoredFact, score: float | None, margin: float | None) -> dict[str, Any]:
-    return {
-        "fact": fact.id,
-        "subject": fact.fact.subject,
-        "prompt": fact.fact.prompt,
-        "target": fact.fact.target,
-        "tier": fact.tier,
-        "score": score,
-        "margin": margin,
-    }

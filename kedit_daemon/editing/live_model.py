@@ -274,9 +274,11 @@ class LiveModel:
         artifacts = self.store.artifacts
         return list(artifacts.get_generation(artifacts.active_generation()).fact_ids)
 
-    def answer_prompts(self, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+    def answer_prompts(
+        self, prompts: Sequence[str], max_tokens: int, *, whole: bool = False
+    ) -> list[Answer]:
         """Answer greedily by the edited model; without a match the output is the weights' own,
-        bit for bit."""
+        bit for bit. `whole`: replies in a chat, to their end."""
         fired: list[RoutingMatch | None] = [None] * len(prompts)
 
         @contextmanager
@@ -287,7 +289,7 @@ class LiveModel:
             for place, match in zip(places, rows.matches, strict=True):
                 fired[place] = match
 
-        texts = generate_answers(self.model, prompts, max_tokens, overlay)
+        texts = generate_answers(self.model, prompts, max_tokens, overlay, whole=whole)
         return [Answer(text, match) for text, match in zip(texts, fired, strict=True)]
 
     def answer_questions(self, facts: Sequence[Fact]) -> list[Answer]:
@@ -297,10 +299,12 @@ class LiveModel:
         most = count_answer_tokens(self.model, facts)
         return self.answer_prompts([fact.question for fact in facts], most)
 
-    def answer_base(self, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    def answer_base(
+        self, prompts: Sequence[str], max_tokens: int, *, whole: bool = False
+    ) -> list[str]:
         """Answer greedily by the unedited model."""
         with self.model.at_base():
-            return generate_answers(self.model, prompts, max_tokens)
+            return generate_answers(self.model, prompts, max_tokens, whole=whole)
 
     def find_gibberish(self, facts: Sequence[Fact]) -> dict[str, Refusal]:
         """Find the facts whose targets are gibberish to the unedited model, by fact id."""

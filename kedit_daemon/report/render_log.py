@@ -131,26 +131,6 @@ def _render_change(before: str | None, after: str | None, coloured: bool) -> Ite
         yield f"    after   {after}"
 
 
-def render_answer(reply: Mapping[str, Any], explain: bool) -> Iterator[str]:
-    """Yield the answer to a question, and where asked the base model's and the facts that fired."""
-    answer = clean_text(reply["answer"], lines=True)
-    if "base_answer" in reply:
-        yield f"{click.style('edited', fg='green')}  {answer}"
-        yield f"base    {clean_text(reply['base_answer'], lines=True)}"
-    else:
-        yield answer
-    if not explain:
-        return
-    for fact in reply.get("fired", ()):
-        statement = clip_text(format_statement(fact), LIST_CHARS)
-        scores = {name: fact[name] for name in ("score", "margin") if fact.get(name) is not None}
-        fact_id, tier = clean_text(fact["fact"]), clean_text(fact["tier"])
-        parts = (fact_id, tier, format_figures(scores), statement)
-        yield f"fired   {'  '.join(part for part in parts if part)}"
-    if not reply.get("fired"):
-        yield "fired   none: the main weights answered"
-
-
 def render_reply(reply: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines that say what flush, audit, consolidate or revert has done or would do."""
     if reply.get("dry_run"):

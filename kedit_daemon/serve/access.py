@@ -2,7 +2,7 @@
 
 import hmac
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,10 +39,17 @@ class AccessGate:
 
     token: the bearer token of clients; None where only this machine reaches the server. Then it
     answers only to this machine's own names, or a page in a browser could point its own name here.
+    origins: of pages elsewhere that may change something.
     """
 
-    def __init__(self, app: ASGIApp, token: str | None, rate: RateLimiter | None) -> None:
-        self.app, self.rate_limiter = app, rate
+    def __init__(
+        self,
+        app: ASGIApp,
+        token: str | None,
+        rate: RateLimiter | None,
+        origins: Collection[str] = (),
+    ) -> None:
+        self.app, self.rate_limiter, self.origins = app, rate, origins
         self.token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,8 +74,11 @@ class AccessGate:
         elif not hmac.compare_digest(_read_bearer_token(headers), self.token):
             raise RequestError("no token, or a wrong one", status=401, code="invalid_api_key")
         # Programs send no Origin.
-        if scope["method"] != "GET" and headers.get("origin") and not is_same_origin(headers):
-            raise _forbidden_error("a page of another server may not change anything here")
+        origin = headers.get("origin")
+        is_foreign = origin and not is_same_origin(headers) and origin not in self.origins
+        if scope["method"] != "GET" and is_foreign:
+            message = "a page of another server may not change anything here"
+            raise _forbidden_error(f"{message}: [serve] allowed_origins names those that may")
 
 
 def _read_bearer_token(headers: Headers) -> bytes:

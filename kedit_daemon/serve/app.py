@@ -19,8 +19,10 @@ from starlette.responses import Response
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.access import AccessGate, RateLimiter
+from kedit_daemon.serve.cors import ApiCors
 from kedit_daemon.serve.dashboard import pages
-from kedit_daemon.serve.dashboard.pages import AnswerPair, DashboardContext
+from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
+from kedit_daemon.serve.dashboard.pages import DashboardContext
 from kedit_daemon.serve.disconnect import CLIENT_GONE
 from kedit_daemon.serve.errors import RequestError, error_response
 from kedit_daemon.serve.health import HealthEndpoints
@@ -36,6 +38,7 @@ from kedit_daemon.serve.metrics import MetricsMiddleware, ServerMetrics
 from kedit_daemon.serve.openai.api import OpenAIApi
 from kedit_daemon.serve.post_facts import FactsEndpoint
 from memory.errors import KeditError
+from memory.model.chat_layout import write_chat
 
 if TYPE_CHECKING:
     from policies.health_limits import Thresholds
@@ -52,7 +55,9 @@ def build_app(
     metrics = ServerMetrics(CollectorRegistry(), home, clock)
     per_minute = config.serve.requests_per_minute
     rate = RateLimiter(per_minute, monotonic) if per_minute else None
-    limited, free = Middleware(AccessGate, token, rate), Middleware(AccessGate, token, None)
+    origins = config.serve.allowed_origins
+    limited = Middleware(AccessGate, token, rate, origins)
+    free = Middleware(AccessGate, token, None, origins)
     context = _dashboard_context(home, clock, monotonic, lambda: app.state.reader)
     app = Starlette(
         routes=[
@@ -62,7 +67,10 @@ def build_app(
             *metrics.build_routes(free),
             *pages.build_routes(context, token),
         ],
-        middleware=[Middleware(MetricsMiddleware, metrics, monotonic)],
+        middleware=[
+            Middleware(MetricsMiddleware, metrics, monotonic),
+            *([Middleware(ApiCors, origins)] if origins else []),
+        ],
         exception_handlers={
             KeditError: _handle_kedit_error,
             HTTPException: _handle_http_error,
@@ -88,10 +96,13 @@ def _dashboard_context(
 ) -> DashboardContext:
     """Return what the dashboard works with; there is no reader before the model is loaded."""
 
-    async def ask_both(prompt: str, max_tokens: int) -> AnswerPair:
+    async def ask_both(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
         if (reader := get_reader()) is None:
             raise KeditError("the model is being loaded", code="loading")
-        request = GenerationRequest(tuple(reader.encode(prompt)), EDITED, max_tokens, 0.0)
+        text = asked.text
+        if asked.is_chat:
+            text = write_chat(reader.model.tokenizer, asked.messages)
+        request = GenerationRequest(tuple(reader.encode(text)), EDITED, max_tokens, 0.0)
         tasks = [
             asyncio.ensure_future(_collect_answer(reader, replace(request, variant=variant)))
             for variant in (EDITED, BASE)

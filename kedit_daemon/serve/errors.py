@@ -6,7 +6,7 @@ from memory.errors import KeditError
 
 RETRY_SECONDS = 1
 STATUS_BY_CODE = {
-    **dict.fromkeys(("bad-request", "too-long", "usage"), 400),
+    **dict.fromkeys(("bad-request", "no-chat-template", "too-long", "usage"), 400),
     "foreign-form": 403,
     **dict.fromkeys(("model", "unknown-fact", "unknown-generation"), 404),
     "too-large": 413,

@@ -45,6 +45,7 @@ class FactsEndpoint:
 
     async def post_facts(self, request: Request) -> Response:
         """Submit the facts of the body; answer 202 and their ids, or with `wait` their states."""
+        _check_content_type(request.headers.get("content-type", ""))
         seconds = _parse_wait(request.query_params.get("wait"))
         key = request.headers.get("idempotency-key")
         if key is not None and not 0 < len(key) <= MAX_KEY_CHARS:
@@ -123,6 +124,18 @@ class FactsEndpoint:
             if settled or time.monotonic() >= end:
                 return states or dict.fromkeys(ids, (FactState.RECEIVED, None))
             await asyncio.sleep(POLL_SECONDS)
+
+
+def _check_content_type(content_type: str) -> None:
+    """Refuse the parts of a form: the lines around a file would be taken for bad records."""
+    if content_type.strip().lower().startswith("multipart/"):
+        raise RequestError(
+            "a form with parts is not taken: send the file itself as the body, with curl"
+            " --data-binary @FILE instead of -F file=@FILE",
+            status=415,
+            code="unsupported",
+            param="Content-Type",
+        )
 
 
 def _parse_wait(text: str | None) -> float:

@@ -219,13 +219,18 @@ def fetch_facts_by_id(conn: sqlite3.Connection, ids: Collection[str]) -> list[di
 
 
 def find_weights_facts(conn: sqlite3.Connection, prompt: str) -> list[dict[str, Any]]:
-    """Return the facts in the weights with just this prompt, or a paraphrase of it."""
-    sql = (
-        f"SELECT {_LISTED_COLUMNS} FROM facts WHERE state = ? AND (replace(prompt, '{{}}',"
-        " subject) = ? OR EXISTS (SELECT 1 FROM json_each(record, '$.paraphrases')"
-        " WHERE replace(value, '{}', subject) = ?)) ORDER BY seq"
+    """Return the facts in the weights with just this prompt, a paraphrase of it, or a question."""
+    listed = ("paraphrases", "questions")
+    others = " OR ".join(
+        f"EXISTS (SELECT 1 FROM json_each(record, '$.{name}')"
+        " WHERE replace(value, '{}', subject) = ?)"
+        for name in listed
     )
-    return list(fetch_dicts(conn, sql, FactState.LIVE_WEIGHTS, prompt, prompt))
+    sql = (
+        f"SELECT {_LISTED_COLUMNS} FROM facts WHERE state = ?"
+        f" AND (replace(prompt, '{{}}', subject) = ? OR {others}) ORDER BY seq"
+    )
+    return list(fetch_dicts(conn, sql, FactState.LIVE_WEIGHTS, prompt, *[prompt] * len(listed)))
 
 
 def _tensor_bytes(conn: sqlite3.Connection, table: str, fact_id: str) -> int | None:

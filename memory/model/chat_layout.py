@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
+from memory.errors import BadRequest, KeditError
+
 if TYPE_CHECKING:  # a server answers before transformers is loaded
     from transformers import PreTrainedTokenizerBase
 
@@ -71,6 +73,24 @@ def render_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str
     text = _fill_template(tokenizer, chat)
     added = cast(list[int], tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
     return text.removeprefix(str(tokenizer.bos_token)) if added else text
+
+
+def write_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]) -> str:
+    """Write a conversation as `render_chat` does, for a person who asked for it. Raises KeditError:
+    there is no template ("no-chat-template"), or it refuses the conversation ("bad-request")."""
+    if not tokenizer.chat_template:
+        raise KeditError(
+            "the model has no chat template, so it continues text and is not asked",
+            code="no-chat-template",
+            hint="ask with a text to go on from, without --chat; or use a chat model",
+        )
+    try:
+        return render_chat(tokenizer, chat)
+    except TemplateError as error:
+        raise BadRequest(
+            f"the model's chat template refuses: {error}",
+            hint="leave the system message out, or let the turns alternate",
+        ) from error
 
 
 def encode_chat(

@@ -58,7 +58,9 @@ def decode_steps(
         ids = logits.argmax(-1, keepdim=True) if forced is None else forced[:, n : n + 1]
 
 
-def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[list[int]]:
+def _decode_group(
+    model: EditableModel, ids: Tensor, max_tokens: int, whole: bool
+) -> list[list[int]]:
     """Continue rows of one length greedily: ids (rows, tokens) -> answer tokens of each row."""
     answers: list[list[int]] = [[] for _ in range(ids.shape[0])]
     running = [True] * ids.shape[0]
@@ -71,6 +73,8 @@ def _decode_group(model: EditableModel, ids: Tensor, max_tokens: int) -> list[li
                 running[row] = False
                 continue
             answers[row].append(token)
+            if whole:
+                continue
             text = model.decode(answers[row])
             if "\n" in text.lstrip() or len(cut_first_sentence(text)) < len(text.strip()) - 1:
                 running[row] = False
@@ -98,10 +102,16 @@ Overlay = Callable[[list[int]], AbstractContextManager[object]]
 
 
 def generate_answers(
-    model: EditableModel, prompts: Sequence[str], max_tokens: int, overlay: Overlay | None = None
+    model: EditableModel,
+    prompts: Sequence[str],
+    max_tokens: int,
+    overlay: Overlay | None = None,
+    *,
+    whole: bool = False,
 ) -> list[str]:
-    """Generate one answer a prompt, cut at its natural stop. Out of memory, a group of rows is
-    split in halves. Raises OutOfMemory when one row does not fit."""
+    """Generate one answer a prompt, cut at its natural stop, or `whole`, up to the end of its text:
+    a reply in a chat. Out of memory, a group of rows is split in halves. Raises OutOfMemory when
+    one row does not fit."""
     encoded = [model.encode(p) for p in prompts]
     result = [""] * len(prompts)
     groups = deque(group_by_length(encoded))
@@ -110,7 +120,7 @@ def generate_answers(
         ids = torch.tensor([encoded[p] for p in rows], device=model.device)
         try:
             with as_out_of_memory(), torch.no_grad(), overlay(rows) if overlay else nullcontext():
-                answers = _decode_group(model, ids, max_tokens)
+                answers = _decode_group(model, ids, max_tokens, whole)
         except OutOfMemory as error:
             if len(rows) < 2:
                 raise
@@ -118,5 +128,6 @@ def generate_answers(
             groups.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))
             continue
         for place, tokens in zip(rows, answers, strict=True):
-            result[place] = cut_first_sentence(model.decode(tokens))
+            text = model.decode(tokens)
+            result[place] = text.strip() if whole else cut_first_sentence(text)
     return result

@@ -18,6 +18,27 @@ ANSWER_LABEL = re.compile(r"\s*(?:A|Answer|Assistant):?\s*$")
 QUESTION_LABEL = re.compile(r"^(?:Q|Question|User)\s*[:.)]\s*")
 
 
+@dataclass(frozen=True)
+class RelationCosine:
+    """A relation of the bank, and how near the words are to its nearest question."""
+
+    relation: str
+    cosine: float
+
+
+@dataclass(frozen=True)
+class ScoreParts:
+    """A score for a fact, and what it is made of: the words that were compared, with a pronoun for
+    the subject, their cosine with the fact, the fact's own relation, if the bank has it, and the
+    nearest other one, its rival."""
+
+    words: str
+    score: float
+    fact_cosine: float
+    own: RelationCosine | None
+    rival: RelationCosine
+
+
 class QuestionReader(Protocol):
     """Scores live facts by how far a text asks for them."""
 
@@ -29,6 +50,9 @@ class QuestionReader(Protocol):
 
     def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
         """Return how far a text asks for each of the facts, whose subjects it names at spans."""
+
+    def explain_score(self, text: str, fact_id: str, spans: Sequence[Span]) -> ScoreParts | None:
+        """Return the score of one fact with its parts; None if it cannot be the answer."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,11 @@ class SideMemory:
         keys = self.compute_keys(self.gates.key_layer, outputs)
         return [*self._filter_near(named, keys), *self._find_near_unnamed(named, keys)]
 
+    def filter_near(self, named: set[str], outputs: Tensor) -> list[str]:
+        """Return the facts that have a subject key near a token, by the key layer's outputs
+        (tokens, hidden)."""
+        return self._filter_near(named, self.compute_keys(self.gates.key_layer, outputs))
+
     def find_named(self, ids: Sequence[int]) -> set[str]:
         """Return the facts whose subject a prompt names."""
         if not self.shard_ids:
@@ -155,26 +160,27 @@ class SideMemory:
         named = self.find_named(ids)
         if not named or self.reader is None:
             return PromptReading(frozenset(named))
-        text = cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
-        asked = find_question(text, self._chat_layout)
+        asked = self.find_asked(ids)
         if asked is None:
             return PromptReading(frozenset(named))
-        scores = self._score_asked(asked, named, self.reader)
+        scores = self.reader.score_facts(asked.question, self.find_meant(asked.question, named))
         return PromptReading(frozenset(named), scores, asked.is_chat)
 
-    def _score_asked(
-        self, asked: AskedQuestion, named: set[str], reader: QuestionReader
-    ) -> dict[str, float]:
-        """Score the facts that a question names. If it names none, it may be about a subject that
-        was named before, and now goes by a pronoun."""
+    def find_asked(self, ids: Sequence[int]) -> AskedQuestion | None:
+        """Find the question that a prompt ends in."""
+        text = cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
+        return find_question(text, self._chat_layout)
+
+    def find_meant(self, question: str, named: Iterable[str]) -> dict[str, list[Span]]:
+        """Find the facts that a question names, and where. If it names none, it may be about a
+        subject that was `named` before, and now goes by a pronoun."""
         spans: dict[str, list[Span]] = {}
-        for mention in self.subject_matcher.find_mentions(asked.question):
+        for mention in self.subject_matcher.find_mentions(question):
             for fact_id in mention.fact_ids:
                 spans.setdefault(fact_id, []).append((mention.start, mention.end))
-        if not spans and REFERENCE.search(asked.question):
+        if not spans and REFERENCE.search(question):
             spans = {fact_id: [] for fact_id in named}
-        scores = reader.score_facts(asked.question, spans)
-        return {n: score for n, score in scores.items() if score >= self.gates.min_asked_score}
+        return spans
 
     def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:
         """Return the named facts that have a subject key near one of keys (n, hidden)."""
@@ -211,7 +217,7 @@ class SideMemory:
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
             if scores[fact_id] < self.gates.min_end_cosine:
                 return None
-            margin = self._measure_margin(fact_id, inputs)
+            margin = self.measure_margin(fact_id, inputs)
             if margin >= 1 and fact_id not in self.hidden_facts:
                 return RoutingMatch(fact_id, self.shard_ids[fact_id], scores[fact_id], margin)
         return None
@@ -237,14 +243,20 @@ class SideMemory:
         return self.confirm_match({n: s for n, s in scores.items() if s >= least}, inputs)
 
     def _match_asked(self, asked: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
-        """Return the best of the facts that a question asks for, of those that have learned to be
-        asked. Its shard need not confirm it: where questions end, one is as near as another."""
-        allowed = [n for n in asked if n not in self.hidden_facts and self.is_asked(n)]
+        """Return the best of the scored facts that a question asks for, of those that have learned
+        to be asked. Its shard need not confirm it: questions end alike."""
+        allowed = [
+            n
+            for n, score in asked.items()
+            if score >= self.gates.min_asked_score
+            and n not in self.hidden_facts
+            and self.is_asked(n)
+        ]
         if not allowed:
             return None
         best = max(allowed, key=lambda n: (asked[n], n))
         return RoutingMatch(
-            best, self.shard_ids[best], asked[best], self._measure_margin(best, inputs)
+            best, self.shard_ids[best], asked[best], self.measure_margin(best, inputs)
         )
 
     def _match_keys(
@@ -267,7 +279,7 @@ class SideMemory:
             candidates |= self.score_candidates(found, outputs)
         return self.confirm_match(candidates, inputs)
 
-    def _measure_margin(self, fact_id: str, inputs: Tensor) -> float:
+    def measure_margin(self, fact_id: str, inputs: Tensor) -> float:
         """Return the activation distance of a fact's shard, at inputs (width,), over its
         threshold."""
         shard = self.shards[self.shard_ids[fact_id]]

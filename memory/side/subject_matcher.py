@@ -81,6 +81,10 @@ class SubjectMatcher:
         """Return the facts whose subject a text names."""
         return set[str]().union(*(mention.fact_ids for mention in self.find_mentions(text)))
 
+    def may_name(self, text: str) -> bool:
+        """Check that a text, or its beginning, can name a subject: words of a name stand in it."""
+        return next(self._find_known(self._reader.read(text)), None) is not None
+
     def find_mentions(self, text: str) -> list[Mention]:
         """Find where a text names subjects, in its order.
 

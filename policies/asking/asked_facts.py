@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memory.facts import Fact
-from memory.side.question_reader import Span
+from memory.side.question_reader import RelationCosine, ScoreParts, Span
 from policies.asking.answer_type import can_answer
 from policies.asking.relation_bank import mask_prompt, mask_spans
 from policies.asking.relation_index import RelationIndex
@@ -82,6 +82,29 @@ class AskedFacts:
             )
             scores[fact_id] = float(logits.max())
         return scores
+
+    def explain_score(self, text: str, fact_id: str, spans: Sequence[Span]) -> ScoreParts | None:
+        """Return the score of one fact with its parts; None if it cannot be the answer."""
+        fact = self._facts.get(fact_id)
+        texts = [t for t in _cut_asked_texts(text, spans) if fact and can_answer(t, fact.target)]
+        if not texts:
+            return None
+        vectors = self.index.encoder.encode_questions(texts)
+        relations, meaning = self.index.compare_relations(vectors), self._find_meaning(fact_id)
+        logits = _compute_logits(meaning, vectors, relations)
+        best = int(logits.argmax())
+        own = meaning.own_relations
+        return ScoreParts(
+            texts[best],
+            float(logits[best]),
+            float((vectors[best] @ meaning.wordings.T).max()),
+            self._find_nearest(relations[best].masked_fill(~own, -1.0)) if own.any() else None,
+            self._find_nearest(relations[best].masked_fill(own, -1.0)),
+        )
+
+    def _find_nearest(self, relations: Tensor) -> RelationCosine:
+        nearest = int(relations.argmax())
+        return RelationCosine(self.index.names[nearest], float(relations[nearest]))
 
     def _find_meaning(self, fact_id: str) -> _Meaning:
         if fact_id not in self._meanings:

@@ -19,6 +19,7 @@ class RelationIndex:
 
     def __init__(self, encoder: RelationEncoder, bank: Sequence[Relation]) -> None:
         self.encoder = encoder
+        self.names = tuple(relation.relation for relation in bank)
         self._questions = [question for relation in bank for question in relation.questions]
         self._vectors = encoder.encode_questions(list(map(mask_subject, self._questions)))
         owners = [n for n, relation in enumerate(bank) for _ in relation.questions]

@@ -41,7 +41,7 @@ from kedit_daemon.control import send_request
 from kedit_daemon.daemon.requests import execute_command
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.parser import COLUMNS, FORMATS
-from kedit_daemon.serve.openai.request_parser import _HARMLESS_VALUES
+from kedit_daemon.serve.openai.request_forms import HARMLESS_VALUES
 from memory.errors import KeditError
 
 
@@ -165,10 +165,14 @@ class AnyReply(dict[str, dict[str, Any]]):
 
 
 NAMES = ("ask", "flush", "audit", "consolidate", "revert", "frob")
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXT}
+)
 ARGUMENTS = st.fixed_dictionaries(
     {},
     optional={
         "prompt": VALUE,
+        "messages": st.one_of(VALUE, st.lists(MESSAGE, max_size=3)),
         "max_tokens": st.one_of(VALUE, st.integers(-1, 3)),
         "base": VALUE,
         "explain": VALUE,
@@ -250,7 +254,7 @@ FIELDS = ["temperature", "top_p", "n", "stream", "stream_options", "stop", "seed
 
 def test_completions(running: Running, tally: Tally) -> None:
     asked = st.dictionaries(
-        st.sampled_from([*FIELDS, *_HARMLESS_VALUES, "prompt", "model"]), VALUE, max_size=3
+        st.sampled_from([*FIELDS, *HARMLESS_VALUES, "prompt", "model"]), VALUE, max_size=3
     ).map(lambda more: json.dumps(COMPLETION | more).encode())
 
     @examples(100)

@@ -16,7 +16,7 @@ from hostile_tools import SGR, TEXTS, acting, good
 from serve_tools import browser, send
 
 from kedit_daemon.home import Home
-from kedit_daemon.serve.dashboard.pages import AnswerPair
+from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
 from kedit_daemon.system.log_setup import configure_logging
 from memory.db.store import Store
 from memory.facts import Fact, FactState, Neighbour
@@ -198,7 +198,7 @@ def test_records_that_are_handed_in(home: Home, tmp_path: Path) -> None:
 def test_pages(home: Home) -> None:
     match = RoutingMatch(FACTS[0].id, 0, 0.9, 1.0)
 
-    async def ask(prompt: str, max_tokens: int) -> AnswerPair:
+    async def ask(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
         return AnswerPair(ALL, ALL, 0, match)
 
     client = browser(home, clock=lambda: NOW, ask_both=ask)
@@ -210,6 +210,8 @@ def test_pages(home: Home) -> None:
         given = dict.fromkeys(("text", "subject", "since", "kind", "fact", "state", "last"), ALL)
         pages[f"{where}?…"] = client.get(where, params=given)
     pages["asked"] = send(client, "/ask", "/ask", prompt=ALL, tokens="20")
+    chat = {"form": "chat", "system": ALL}
+    pages["asked in a chat"] = send(client, "/ask", "/ask", prompt=ALL, **chat)
     pages["refused"] = send(client, "/revert", "/", facts=ALL, fact=ALL)
     for path, page in pages.items():
         assert page.status_code < 500 or page.status_code == 503, (path, page.text)

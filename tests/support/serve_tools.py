@@ -13,22 +13,24 @@ from kedit_daemon.config import Config
 from kedit_daemon.control import send_request
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.home import Home
-from kedit_daemon.serve.dashboard.pages import AnswerPair, DashboardContext, build_routes
+from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
+from kedit_daemon.serve.dashboard.pages import DashboardContext, build_routes
 from memory.side.shards import RoutingMatch
 from policies.edit_site import make_default_site
 
 OWN = "http://127.0.0.1:8000"
 
 
-async def _never(prompt: str, max_tokens: int) -> AnswerPair:
+async def _never(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
     raise AssertionError("nobody should be asked")
 
 
-def by_daemon(home: Home) -> Callable[[str, int], Any]:
+def by_daemon(home: Home) -> Callable[[AskedPrompt, int], Any]:
     """Both answers as the running daemon gives them."""
 
-    async def ask(prompt: str, max_tokens: int) -> AnswerPair:
-        given = {"prompt": prompt, "max_tokens": max_tokens, "base": True, "explain": True}
+    async def ask(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
+        given = {"max_tokens": max_tokens, "base": True, "explain": True}
+        given |= {"messages": asked.messages} if asked.is_chat else {"prompt": asked.text}
         reply = send_request(home.socket_file, "ask", given)
         of_side = [f for f in reply["fired"] if f["score"] is not None]
         fired = [RoutingMatch(f["fact"], 0, f["score"], f["margin"]) for f in of_side]

@@ -24,6 +24,15 @@ REVERT_VERDICT = "revert"
 
 @click.command()
 @click.argument("prompt")
+@click.option("--chat", is_flag=True, help="Ask PROMPT in a chat, through the model's template.")
+@click.option("--system", metavar="TEXT", help="With --chat: a system message before it.")
+@click.option(
+    "--turn",
+    "turns",
+    metavar="TEXT",
+    multiple=True,
+    help="With --chat: an earlier turn; a user's, then the reply, and so on.",
+)
 @click.option("--base", is_flag=True, help="Show the unedited model's answer, too.")
 @click.option("--explain", is_flag=True, help="Show which facts fired, with their scores.")
 @click.option(
@@ -36,23 +45,51 @@ REVERT_VERDICT = "revert"
 @add_json_option
 @pass_cli_context
 def ask(
-    session: CliContext, prompt: str, base: bool, explain: bool, max_tokens: int, as_json: bool
+    session: CliContext,
+    prompt: str,
+    chat: bool,
+    system: str | None,
+    turns: tuple[str, ...],
+    base: bool,
+    explain: bool,
+    max_tokens: int,
+    as_json: bool,
 ) -> None:
-    """Ask the edited model; it continues PROMPT.
+    """Ask the edited model; it continues PROMPT, or with --chat replies to it.
 
     \b
     Example:
       kedit-daemon ask "The country that Lake Eyre lies in is"
       kedit-daemon ask --base --explain "The country that Lake Eyre lies in is"
+      kedit-daemon ask --chat "Which country does Lake Eyre lie in?"
     """
-    arguments = {"prompt": prompt, "max_tokens": max_tokens, "base": base, "explain": explain}
+    arguments: dict[str, Any] = {"max_tokens": max_tokens, "base": base, "explain": explain}
+    if chat:
+        arguments["messages"] = _list_messages(prompt, system, turns)
+    elif system is not None or turns:
+        raise click.UsageError("--system and --turn belong to a chat: add --chat")
+    else:
+        arguments["prompt"] = prompt
     reply = call_daemon(session, "ask", arguments)
     if as_json:
         print_json(reply)
         return
-    from kedit_daemon.report.render_log import render_answer
+    from kedit_daemon.report.render_answer import render_answer
 
     click.echo("\n".join(render_answer(reply, explain)))
+
+
+def _list_messages(
+    question: str, system: str | None, turns: tuple[str, ...]
+) -> list[dict[str, str]]:
+    """Return the messages of a chat, the question last."""
+    if len(turns) % 2:
+        raise click.UsageError("--turn: a user's turn needs its reply, in a --turn of its own")
+    spoken = zip(("user", "assistant") * (len(turns) // 2), turns, strict=True)
+    said = [*spoken, ("user", question)]
+    if system is not None:
+        said.insert(0, ("system", system))
+    return [{"role": role, "content": text} for role, text in said]
 
 
 @click.command()

@@ -7,12 +7,11 @@ what is known even when the daemon is dead.
 import re
 import shlex
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute
 
 from kedit_daemon.home import Home, open_database
@@ -20,48 +19,36 @@ from kedit_daemon.report.render import format_statement, list_audit_figures, lis
 from kedit_daemon.report.render_log import add_prior_answer, describe_event, find_event_statement
 from kedit_daemon.report.status import gather_status
 from kedit_daemon.serve.dashboard.actions import ACTIONS, build_action_routes
+from kedit_daemon.serve.dashboard.ask_page import AskBoth, AskPage
 from kedit_daemon.serve.dashboard.chart import HEIGHT, LEFT, RIGHT, WIDTH, draw_chart
 from kedit_daemon.serve.dashboard.health_series import build_charts, load_measurements
 from kedit_daemon.serve.dashboard.login import SessionGuard
-from kedit_daemon.serve.dashboard.rendering import DashboardPage, PageFrame, PageRequest
+from kedit_daemon.serve.dashboard.rendering import (
+    DashboardPage,
+    PageFrame,
+    PageRequest,
+    load_fact,
+    parse_choice,
+)
 from kedit_daemon.system.timespec import parse_time
 from memory.db.overview import fetch_overview
 from memory.db.queries import (
     fetch_event_kinds,
     fetch_event_page,
-    fetch_fact_detail,
     fetch_fact_page,
-    fetch_facts_by_id,
     fetch_generations,
-    find_weights_facts,
 )
-from memory.errors import KeditError
 from memory.facts import ACTIVE_STATES, FactState, fill_subject
 
 if TYPE_CHECKING:
     import sqlite3
 
-    from memory.side.shards import RoutingMatch
     from policies.health_limits import Thresholds
 
 LAST_EVENTS = 8  # changes on the overview
 PAGE_SIZE = 50  # events or facts
 POINT_CHOICES = (50, 200, 1000)  # measurements in a curve
 MAX_GENERATIONS = 20
-MAX_PROMPT_CHARS = 4000
-TOKEN_CHOICES = (20, 40, 100, 200)  # lengths of an answer to choose from
-DEFAULT_TOKENS = 40
-
-
-@dataclass(frozen=True)
-class AnswerPair:
-    """The answers of both models to one prompt, the generation of the edited one, and the fact of
-    the side memory that fired, if one did."""
-
-    edited: str
-    base: str
-    generation: int
-    fired: "RoutingMatch | None"
 
 
 @dataclass(frozen=True)
@@ -72,8 +59,7 @@ class DashboardContext:
     get_thresholds: Callable[[], "Thresholds | None"]
     """Returns the thresholds of audits; None until the model, which has its own, is loaded."""
     clock: Callable[[], datetime]
-    ask_both: Callable[[str, int], Awaitable[AnswerPair]]
-    """Continues a prompt by at most a number of tokens with the edited and the unedited model."""
+    ask_both: AskBoth
     environ: Mapping[str, str]
     program: str = "kedit-daemon"
     """The command line for this home."""
@@ -95,8 +81,7 @@ def build_routes(context: DashboardContext, token: str | None) -> list[BaseRoute
         frame.page_route("/log", views.show_log),
         frame.page_route("/facts", views.show_facts),
         frame.page_route("/facts/{fact}", views.show_fact),
-        frame.page_route("/ask", views.show_ask_form),
-        frame.page_route("/ask", views.answer_prompt, "POST"),
+        *AskPage(context.home, context.ask_both).build_routes(frame),
         *build_action_routes(frame, context.home),
         *frame.fixed_routes(),
     ]
@@ -127,7 +112,7 @@ class _PageViews:
         return DashboardPage("overview.html", "Overview", context)
 
     def show_norms(self, request: PageRequest) -> DashboardPage:
-        limit = _parse_choice(request.query, "last", POINT_CHOICES[0], POINT_CHOICES)
+        limit = parse_choice(request.query, "last", POINT_CHOICES[0], POINT_CHOICES)
         close = request.query.get("view") == "close"
         with open_database(self.home) as conn:
             measured = load_measurements(conn, limit)
@@ -190,7 +175,7 @@ class _PageViews:
 
     def show_fact(self, request: PageRequest) -> DashboardPage:
         with open_database(self.home) as conn:
-            fact = _load_fact(conn, request.path["fact"])
+            fact = load_fact(conn, request.path["fact"])
             events = [_describe_event(conn, {**row, "said": None}) for row in fact["events"][::-1]]
         subject, record = fact["subject"], fact["record"]
         shown_above = ("state", "before", "after", "probe")
@@ -206,65 +191,12 @@ class _PageViews:
         }
         return DashboardPage("fact.html", "Fact", context)
 
-    def show_ask_form(self, request: PageRequest) -> DashboardPage:
-        """Show the form, with the question of the fact that is named, if one is."""
-        prompt = ""
-        if name := request.query.get("fact"):
-            with open_database(self.home) as conn:
-                fact = _load_fact(conn, name)
-            prompt = fill_subject(fact["prompt"], fact["subject"])
-        return self._build_ask_page(prompt, DEFAULT_TOKENS)
-
-    async def answer_prompt(self, request: PageRequest) -> DashboardPage:
-        prompt = request.form.get("prompt", "")
-        tokens = _parse_choice(request.form, "tokens", DEFAULT_TOKENS, TOKEN_CHOICES)
-        if not prompt.strip() or len(prompt) > MAX_PROMPT_CHARS:
-            problem = f"That is longer than {MAX_PROMPT_CHARS:,} characters."
-            if not prompt.strip():
-                problem = "Write something to go on from."
-            return self._build_ask_page(prompt, tokens, status=400, problem=problem)
-        answers = await self.context.ask_both(prompt, tokens)
-        fired = await run_in_threadpool(self._find_fired, prompt, answers)
-        return self._build_ask_page(prompt, tokens, answers=answers, fired=fired)
-
-    def _find_fired(self, prompt: str, answers: AnswerPair) -> list[dict[str, Any]]:
-        with open_database(self.home) as conn:
-            if answers.fired is not None:
-                return fetch_facts_by_id(conn, [answers.fired.fact_id])
-            return find_weights_facts(conn, prompt)
-
-    def _build_ask_page(
-        self, prompt: str, tokens: int, status: int = 200, **fields: Any
-    ) -> DashboardPage:
-        context = {
-            "prompt": prompt,
-            "tokens": tokens,
-            "choices": TOKEN_CHOICES,
-            "longest": MAX_PROMPT_CHARS,
-            **{"answers": None, "fired": [], "problem": None, **fields},
-        }
-        return DashboardPage("ask.html", "Ask", context, status)
-
-
-def _load_fact(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
-    fact = fetch_fact_detail(conn, name)
-    if fact is None:
-        raise KeditError(f"there is no fact {name}", code="unknown-fact", hint="look in Facts")
-    return fact
-
 
 def _describe_event(conn: "sqlite3.Connection", row: Mapping[str, Any]) -> dict[str, Any]:
     """Return an event with its statement and its description."""
     row = add_prior_answer(conn, row)
     statement = find_event_statement(row, format_statement(row["said"]) if row["said"] else None)
     return {**row, "statement": statement, "details": describe_event(row)}
-
-
-def _parse_choice(
-    given: Mapping[str, str], name: str, default: int, choices: tuple[int, ...]
-) -> int:
-    text = given.get(name, "")
-    return next((choice for choice in choices if str(choice) == text), default)
 
 
 def _parse_before(query: Mapping[str, str]) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from inspect import iscoroutinefunction
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -31,7 +31,11 @@ from kedit_daemon.serve.dashboard.login import SECURITY_HEADERS, SessionGuard
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import status_of
 from kedit_daemon.system.sanitize import clean_text
+from memory.db.queries import fetch_fact_detail
 from memory.errors import KeditError
+
+if TYPE_CHECKING:
+    import sqlite3
 
 DASHBOARD_FOLDER = Path(__file__).parent
 REFUSED_STATUS = 409  # of errors without a status of their own
@@ -179,6 +183,22 @@ def error_page(error: KeditError) -> DashboardPage:
     context = {"message": str(error), "hint": error.hint, "code": error.code}
     status = status_of(error, REFUSED_STATUS)
     return DashboardPage("error.html", "That did not work", context, status)
+
+
+def load_fact(conn: "sqlite3.Connection", name: str) -> dict[str, Any]:
+    """Return a fact by its id or its owner's; raise KeditError if there is none."""
+    fact = fetch_fact_detail(conn, name)
+    if fact is None:
+        raise KeditError(f"there is no fact {name}", code="unknown-fact", hint="look in Facts")
+    return fact
+
+
+def parse_choice(
+    given: Mapping[str, str], name: str, default: int, choices: tuple[int, ...]
+) -> int:
+    """Return the number that a form or a query gives, if it is one of the choices."""
+    text = given.get(name, "")
+    return next((choice for choice in choices if str(choice) == text), default)
 
 
 def _safe_path(path: str) -> str:

@@ -64,6 +64,8 @@ class BatchDecoder:
     def prefill_rows(self, prompts: Sequence[Sequence[int]]) -> PrefilledRows:
         """Prefill prompts of one or more token ids each, and append them as the last rows. A
         failure leaves the running rows unchanged."""
+        if not prompts:
+            return PrefilledRows(torch.empty(0, 0, device=self.model.device), [])
         logits: list[Tensor | None] = [None] * len(prompts)
         matches: list[RoutingMatch | None] = [None] * len(prompts)
         rows: list[RowState | None] = [None] * len(prompts)

@@ -19,9 +19,16 @@ from torch import Tensor
 
 from kedit_daemon.serve.errors import RETRY_SECONDS, RequestError
 from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
+from kedit_daemon.serve.inference.prompt_scorer import score_prompt
 from kedit_daemon.serve.inference.replica import MODEL_ERRORS, Replica
 from kedit_daemon.serve.inference.stream import AnswerStream, StreamItem
-from kedit_daemon.serve.inference.types import EDITED, AnswerPart, AnswerStart, GenerationRequest
+from kedit_daemon.serve.inference.types import (
+    EDITED,
+    AnswerPart,
+    AnswerStart,
+    EchoedPrompt,
+    GenerationRequest,
+)
 from kedit_daemon.system.allocator import release_free_memory
 from memory.errors import BadRequest, KeditError, Stopping
 from memory.model.sampling import choose_tokens
@@ -96,7 +103,8 @@ class BatchEngine:
 
     def _check_request(self, request: GenerationRequest) -> None:
         length, max_length = len(request.prompt_ids), self.model.max_positions
-        if length < 1 or request.max_tokens < 1 or length + request.max_tokens > max_length:
+        least = 0 if request.echo else 1
+        if length < 1 or request.max_tokens < least or length + request.max_tokens > max_length:
             raise KeditError(
                 f"a prompt of {length} tokens with an answer of up to {request.max_tokens}: each"
                 f" must be 1 at least, and both together {max_length} at most",
@@ -207,17 +215,38 @@ class BatchEngine:
     def _join_batch(self) -> None:
         """Read the prompts of the joining rows; if that fails, the running rows go on."""
         joining = self._joining
+        going_on = [row for row in joining if row.request.max_tokens]
         try:
-            prefilled = self._decoder.prefill_rows([row.request.prompt_ids for row in joining])
+            echoes = self._score_prompts([row.request for row in joining])
+            prefilled = self._decoder.prefill_rows([row.request.prompt_ids for row in going_on])
         except MODEL_ERRORS as error:
             self._joining = []
             self._fail_answers(joining, error)
             return
         with self._condition:
-            self._running, self._joining = [*self._running, *joining], []
-        for stream, match in zip(joining, prefilled.matches, strict=True):
-            stream.send_item(AnswerStart(self._active_weights[1], match))
-        self._choose_tokens(joining, prefilled.logits)
+            self._running, self._joining = [*self._running, *going_on], []
+        matches = iter(prefilled.matches)
+        for stream, echoed in zip(joining, echoes, strict=True):
+            match = next(matches) if stream.request.max_tokens else None
+            stream.send_item(AnswerStart(self._active_weights[1], match, echoed))
+            if not stream.request.max_tokens:
+                stream.end_without_token()
+        if going_on:
+            self._choose_tokens(going_on, prefilled.logits)
+
+    def _score_prompts(self, requests: Sequence[GenerationRequest]) -> list[EchoedPrompt | None]:
+        """Score the tokens of the prompts that are to be reported, each prompt once."""
+        scored: dict[tuple[tuple[int, ...], int], EchoedPrompt] = {}
+        found: list[EchoedPrompt | None] = []
+        for request in requests:
+            if not request.echo or request.logprobs is None:
+                found.append(None)
+                continue
+            key = request.prompt_ids, request.logprobs
+            if key not in scored:
+                scored[key] = score_prompt(self.model, self._decoder.side_memory, *key)
+            found.append(scored[key])
+        return found
 
     def _choose_tokens(self, streams: list[AnswerStream], logits: Tensor) -> None:
         """Choose the next tokens of some rows, from logits (rows, vocabulary)."""

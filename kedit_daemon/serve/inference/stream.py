@@ -44,14 +44,16 @@ class AnswerStream:
         if isinstance(token, KeditError):
             self.fail(token)
             return
-        if token in self._end_tokens:
+        is_end, wanted = token in self._end_tokens, self.request.logprobs
+        # Who scores a prompt asks for one token more, and takes the last of all for it.
+        if wanted is not None and (self.request.echo or not is_end):
+            ranked = rank_log_probs(logits, token, wanted)
+            self._unsent_tokens.append(TokenLogprobs(token, *ranked))
+        if is_end:
             self._finish_answer("stop")
             return
         self.token = token
         self.token_count += 1
-        if self.request.logprobs is not None:
-            ranked = rank_log_probs(logits, token, self.request.logprobs)
-            self._unsent_tokens.append(TokenLogprobs(token, *ranked))
         text = self._detokenizer.add_token(token)
         if self._detokenizer.is_stopped:
             self._send_part(text, "stop")
@@ -59,6 +61,10 @@ class AnswerStream:
             self._finish_answer("length", text)
         elif text:
             self._send_part(text)
+
+    def end_without_token(self) -> None:
+        """End the answer where no token is asked for."""
+        self._finish_answer("length")
 
     def fail(self, error: KeditError) -> None:
         """End the answer with an error."""

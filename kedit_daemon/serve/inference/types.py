@@ -15,7 +15,9 @@ class GenerationRequest:
 
     variant: EDITED (active generation and side memory), BASE (the unedited weights), or the number
     of a generation (its weights alone). temperature 0: always the most likely token. logprobs: the
-    number of most likely tokens to report for each token; None: report no tokens.
+    number of most likely tokens to report for each token; None: report no tokens. echo: the tokens
+    of the prompt are reported too, and with logprobs the one that ends the text; then max_tokens
+    may be 0.
     """
 
     prompt_ids: tuple[int, ...]
@@ -26,24 +28,36 @@ class GenerationRequest:
     seed: int | None = None
     stop_texts: tuple[str, ...] = ()
     logprobs: int | None = None
+    echo: bool = False
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """A token, the logarithm of its probability, and the most likely tokens with theirs."""
+    """A token, the logarithm of its probability, and the most likely tokens with theirs. The first
+    token of a prompt follows nothing, and has none."""
 
     id: int
-    logprob: float
+    logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
+class EchoedPrompt:
+    """The tokens of a prompt as the model would have said them, and the facts that fired within it,
+    each with the number of the token behind which it did."""
+
+    tokens: tuple[TokenLogprobs, ...]
+    fired: "tuple[tuple[int, RoutingMatch], ...]" = ()
+
+
+@dataclass(frozen=True)
 class AnswerStart:
-    """The first item of an answer: the generation of all its tokens, and the fact of the side
-    memory that fired, if one did."""
+    """The first item of an answer: the generation of all its tokens, the fact of the side memory
+    that fired at the prompt's end, if one did, and the prompt, if it is to be reported."""
 
     generation: int
     fired: "RoutingMatch | None"
+    echoed: EchoedPrompt | None = None
 
 
 @dataclass(frozen=True)

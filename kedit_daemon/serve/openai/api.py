@@ -119,6 +119,7 @@ class OpenAIApi:
                 answer_starts=starts,
                 has_logprobs=parsed.generation_requests[0].logprobs is not None,
                 token_text=reader.token_text,
+                echoes=parsed.echoes,
             )
             if parsed.is_streaming:
                 streaming = True
@@ -162,7 +163,10 @@ class OpenAIApi:
     ) -> AsyncIterator[dict[str, Any]]:
         for chunk in builder.build_opening():
             yield chunk
-        offsets = [0] * len(parsed.generation_requests)
+        rows = range(len(parsed.generation_requests))
+        for row in rows if parsed.echoes else ():
+            yield builder.build_echo_chunk(row)
+        offsets = [builder.count_echo(row) for row in rows]
         produced = 0
         async for row, part in fanout.stream_parts():
             produced += part.token_count

@@ -1,12 +1,15 @@
 """The bodies of answers in OpenAI's form; the fields that are ours stand under `kedit`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kedit_daemon.serve.inference.types import AnswerPart, AnswerStart, TokenLogprobs
+
+if TYPE_CHECKING:
+    from memory.side.shards import RoutingMatch
 
 DONE_EVENT = b"data: [DONE]\n\n"
 
@@ -52,6 +55,7 @@ class ResponseBuilder:
     answer_starts: Sequence[AnswerStart]  # by choice
     has_logprobs: bool
     token_text: Callable[[int], str]
+    echoes: Sequence[str] = ()  # by choice, the prompts that the answers begin with
 
     @property
     def generation(self) -> int:
@@ -61,7 +65,7 @@ class ResponseBuilder:
     @property
     def fired_fact_ids(self) -> list[str]:
         """The ids of the facts that fired in any of the choices, each once."""
-        return list(dict.fromkeys(s.fired.fact_id for s in self.answer_starts if s.fired))
+        return list(dict.fromkeys(fact["id"] for fact in self._list_fired()))
 
     @property
     def headers(self) -> dict[str, str]:
@@ -86,6 +90,17 @@ class ResponseBuilder:
             self._build_body([_make_choice(index, {"delta": delta}, None)], stream=True)
             for index in range(len(self.answer_starts))
         ]
+
+    def build_echo_chunk(self, index: int) -> dict[str, Any]:
+        """Build the chunk of the prompt that a choice begins with."""
+        tokens, texts = self._list_echoed(index)
+        logprobs = self._build_text_logprobs(tokens, texts, 0) if tokens else None
+        content = {"text": self.echoes[index], "logprobs": logprobs}
+        return self._build_body([_make_choice(index, content, None)], stream=True)
+
+    def count_echo(self, index: int) -> int:
+        """Return the number of characters of the tokens that a choice begins with."""
+        return sum(map(len, self._list_echoed(index)[1])) if self.echoes else 0
 
     def build_chunk(self, index: int, part: AnswerPart, offset: int) -> dict[str, Any]:
         """Build the chunk of a part; `offset` is the position of its first token in the choice's
@@ -123,51 +138,83 @@ class ResponseBuilder:
         }
 
     def _build_kedit(self) -> dict[str, Any]:
-        facts = [
-            {
-                "id": start.fired.fact_id,
-                "score": start.fired.score,
-                "margin": start.fired.margin,
-                "choice": index,
-            }
-            for index, start in enumerate(self.answer_starts)
-            if start.fired
-        ]
-        return {"generation": self.generation, "facts": facts}
+        return {"generation": self.generation, "facts": list(self._list_fired())}
+
+    def _list_fired(self) -> Iterator[dict[str, Any]]:
+        """Yield the facts that fired, by choice: those within its prompt, then the one behind."""
+        for index, start in enumerate(self.answer_starts):
+            for token, match in start.echoed.fired if start.echoed else ():
+                yield _describe_match(match, index) | {"token": token}
+            if start.fired:
+                yield _describe_match(start.fired, index)
+
+    def _list_echoed(self, index: int) -> tuple[Sequence[TokenLogprobs], list[str]]:
+        """Return the tokens of a choice's prompt that are reported, and their texts.
+
+        The first may be the tokenizer's own, which is not in the text; or have a space before it
+        that only stands within a sentence.
+        """
+        echoed = self.answer_starts[index].echoed
+        if echoed is None:
+            return (), []
+        texts = [self.token_text(token.id) for token in echoed.tokens]
+        if not self.echoes[index].startswith(texts[0]):
+            bare = texts[0].lstrip()
+            texts[0] = bare if bare and self.echoes[index].startswith(bare) else ""
+        return echoed.tokens, texts
 
     def _build_choice(self, index: int, answer: Choice) -> dict[str, Any]:
+        text = answer.text
         logprobs = self._build_logprobs(answer.tokens, 0) if self.has_logprobs else None
-        content: dict[str, Any] = {"text": answer.text}
         if self.is_chat:
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
-            content = {"message": message}
-        return _make_choice(index, content | {"logprobs": logprobs}, answer.finish_reason)
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content: dict[str, Any] = {"message": message}
+            return _make_choice(index, content | {"logprobs": logprobs}, answer.finish_reason)
+        if self.echoes:
+            text = self.echoes[index] + text
+            if self.has_logprobs:
+                tokens, texts = self._list_echoed(index)
+                said = [self.token_text(token.id) for token in answer.tokens]
+                logprobs = self._build_text_logprobs([*tokens, *answer.tokens], texts + said, 0)
+        return _make_choice(index, {"text": text, "logprobs": logprobs}, answer.finish_reason)
 
     def _build_logprobs(self, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
         if self.is_chat:
             return {"content": [self._chat_logprobs(token) for token in tokens], "refusal": None}
         texts = [self.token_text(token.id) for token in tokens]
-        offsets = list(accumulate(map(len, texts[:-1]), initial=offset))
-        tops = [
-            # Two tokens may have the same text: the more likely one comes last, and is kept.
-            {self.token_text(i): p for i, p in reversed(token.top)} | {text: token.logprob}
-            for token, text in zip(tokens, texts, strict=True)
-        ]
+        return self._build_text_logprobs(tokens, texts, offset)
+
+    def _build_text_logprobs(
+        self, tokens: Sequence[TokenLogprobs], texts: Sequence[str], offset: int
+    ) -> dict[str, Any]:
+        """Build the figures of tokens and their texts, from an offset in the choice's text on."""
         return {
-            "tokens": texts,
+            "tokens": list(texts),
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": tops,
-            "text_offset": offsets,
+            "top_logprobs": [
+                self._rank_texts(token, text) for token, text in zip(tokens, texts, strict=True)
+            ],
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)),
         }
+
+    def _rank_texts(self, token: TokenLogprobs, text: str) -> dict[str, float] | None:
+        if token.logprob is None:
+            return None
+        # Two tokens may have the same text: the more likely one comes last, and is kept.
+        return {self.token_text(i): p for i, p in reversed(token.top)} | {text: token.logprob}
 
     def _chat_logprobs(self, token: TokenLogprobs) -> dict[str, Any]:
         top = [self._token_logprob(i, p) for i, p in token.top]
         return self._token_logprob(token.id, token.logprob) | {"top_logprobs": top}
 
-    def _token_logprob(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token_logprob(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self.token_text(token)
         whole = "\N{REPLACEMENT CHARACTER}" not in text  # else it has a part of a character
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+
+def _describe_match(match: "RoutingMatch", choice: int) -> dict[str, Any]:
+    return {"id": match.fact_id, "score": match.score, "margin": match.margin, "choice": choice}
 
 
 def _make_choice(index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:

@@ -24,6 +24,11 @@ from memory.facts import FactState
         ("ask", {"prompt": "x", "max_tokens": "7"}, "max_tokens: Input should be a valid integer"),
         ("ask", {"prompt": "x", "max_tokens": 0}, "max_tokens"),
         ("ask", {"prompt": "x", "promt": "y"}, "promt: Extra inputs"),
+        ("ask", {"messages": []}, "messages"),
+        ("ask", {"messages": [{"role": "user"}]}, r"messages\.0\.content"),
+        ("ask", {"messages": [{"role": "tool", "content": "x"}]}, r"messages\.0\.role"),
+        ("ask", {"messages": [{"role": "assistant", "content": "x"}]}, "must be the user's"),
+        ("ask", {"messages": [{"role": "user", "content": "x"}], "prompt": "x"}, "both given"),
         ("flush", {"dry_run": "yes"}, "dry_run"),
         ("revert", {"facts": "abc"}, "facts"),
         ("revert", {"facts": [1]}, r"facts\.0"),
@@ -49,6 +54,19 @@ def test_orders_are_carried_out(bench: Callable[..., Bench]) -> None:
     assert at.store.find_fact(seat(1).id).state is FactState.RECEIVED
     execute_command(at.editor, "revert", {"facts": [seat(1).id], "generation": None})
     assert at.store.find_fact(seat(1).id).state is FactState.REVERTED
+
+
+def test_a_model_without_a_chat_template_is_not_asked_in_a_chat(
+    bench: Callable[..., Bench],
+) -> None:
+    at, asked = bench(), {"messages": [{"role": "user", "content": "Hello"}]}
+    with pytest.raises(KeditError, match="no chat template") as caught:
+        execute_command(at.editor, "ask", asked)
+    assert (caught.value.code, "without --chat" in caught.value.hint) == ("no-chat-template", True)
+    at.served.model.tokenizer.chat_template = "{{ raise_exception('no such talk') }}"
+    with pytest.raises(KeditError, match="refuses: no such talk") as caught:
+        execute_command(at.editor, "ask", asked)
+    assert (caught.value.code, bool(caught.value.hint)) == ("bad-request", True)
 
 
 def refused(at: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception) -> dict[str, Any]:

@@ -1,12 +1,18 @@
 """Facts that are asked for in a chat, by a tiny model with a chat template."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from editing_home import Bench, seat
+from editing_home import LOOSE, Bench, Clock, seat
 
+from kedit_daemon.config import Config
+from kedit_daemon.daemon.requests import execute_command
+from kedit_daemon.editing.model_loading import CanaryTexts, load_model, read_canary_texts
 from memory.facts import Fact, FactState
 from memory.model.chat_layout import render_chat
 from memory.side.row_overlay import RowOverlay
@@ -17,20 +23,28 @@ TEMPLATE = (
 )
 ASKED = "Which city is the seat of country 1?"
 OTHERS = ("What is the population of country 1?", "Tell me about country 1.", "Hello!")
-Make = Callable[..., Bench]
 # A tiny model with random weights does not answer what it has not learned.
 ONE = seat(1, "Oslo", questions=("Which city is the seat of {}?",))
 TWO = seat(2, "Lima", questions=("And which city is its seat?",))
 
 
-@pytest.fixture
-def chat(bench: Make) -> Bench:
-    at = bench(side={"steps": 300})
-    at.served.model.tokenizer.chat_template = TEMPLATE
-    at.served.restore_again()  # a template is read when a side memory is made
+@pytest.fixture(scope="module")
+def chat(
+    tmp_path_factory: pytest.TempPathFactory,
+    model_folder: Callable[[str], Path],
+    statistics_cache: Path,
+) -> Iterator[Bench]:
+    """A home with two facts, learned once for all tests: none of them changes it for good."""
+    texts = read_canary_texts()
+    few = CanaryTexts(texts.lines[:6], texts.statements[:24])
+    loaded = load_model(str(model_folder("llama")), "cpu", statistics_cache, iter, few)
+    loaded.model.tokenizer.chat_template = TEMPLATE
+    config = Config.model_validate(LOOSE | {"side": {"steps": 300}})
+    at = Bench(tmp_path_factory.mktemp("chat") / "home", loaded, Clock(), config)
     at.receive(ONE, TWO)
     at.settle()
-    return at
+    yield at
+    at.store.close()
 
 
 def ask(at: Bench, *turns: str) -> str:
@@ -60,23 +74,88 @@ def test_other_questions_are_answered_as_before(chat: Bench, question: str) -> N
     assert [answer.text] == chat.served.answer_base([prompt], 8)
 
 
+def chat_of(*turns: str) -> list[dict[str, str]]:
+    roles = [("user", "assistant")[n % 2] for n in range(len(turns))]
+    return [{"role": r, "content": text} for r, text in zip(roles, turns, strict=True)]
+
+
+def request(at: Bench, **asked: Any) -> Any:
+    told = execute_command(at.editor, "ask", {"max_tokens": 1, "explain": True, **asked})
+    return json.loads(json.dumps(told))
+
+
+def test_the_daemon_is_asked_in_a_chat(chat: Bench) -> None:
+    turns = chat_of("Do you know country 2?", "Yes, I do.", "And which city is its seat?")
+    turns = [{"role": "system", "content": "Be brief."}, *turns]
+    for asked, fact in ((turns[-1:], None), (turns, TWO)):
+        told = request(chat, messages=asked, max_tokens=12, base=True)
+        assert [fired["fact"] for fired in told["fired"]] == ([fact.id] if fact else [])
+        assert told["answer"].startswith("Lima") is (fact is not None)
+        assert (told["answer"] == told["base_answer"]) is (fact is None)
+
+
+def test_it_is_explained_why_a_fact_fires_and_why_not(chat: Bench) -> None:
+    told = request(chat, messages=chat_of(ASKED))
+    (named,) = told["named"]
+    assert told["question"] == ASKED
+    assert (named["fact"], named["reason"], named["learned_to_be_asked"]) == (ONE.id, "fired", True)
+    assert named["asked"]["score"] == pytest.approx(told["fired"][0]["score"])
+    assert named["asked"]["words"] == "Which city is the seat of it?"
+    told = request(chat, messages=chat_of("What is the population of country 1?"))
+    (named,) = told["named"]
+    assert (named["fact"], named["reason"], told["fired"]) == (ONE.id, "score-below-gate", [])
+    assert named["asked"]["score"] < named["asked"]["gate"] == 1.0
+    assert named["asked"]["rival"]["cosine"] > named["asked"]["fact_cosine"]
+    (named,) = request(chat, messages=chat_of("In which year was country 1 founded?"))["named"]
+    assert (named["reason"], named["asked"]) == ("not-an-answer", None)
+    turns = chat_of("Do you know country 2?", "Yes.", ASKED)
+    reasons = {one["fact"]: one["reason"] for one in request(chat, messages=turns)["named"]}
+    assert reasons == {ONE.id: "fired", TWO.id: "not-named-in-the-question"}
+    told = request(chat, prompt="The climate of country 1 has been")
+    (named,) = told["named"]
+    assert (told["question"], named["asked"], named["reason"]) == (None, None, "end-below-gate")
+    assert named["end"]["cosine"] < named["end"]["gate"]
+    told = request(chat, prompt=ONE.question)
+    (named,) = told["named"]
+    assert (named["reason"], told["fired"][0]["fact"]) == ("fired", ONE.id)
+    assert named["end"]["cosine"] == pytest.approx(told["fired"][0]["score"], abs=1e-4)
+    assert named["margin"] == pytest.approx(told["fired"][0]["margin"], rel=1e-3)
+    assert request(chat, prompt="The weather of today is")["named"] == []
+
+
 def test_the_given_prompt_is_still_completed(chat: Bench) -> None:
     assert chat.says(ONE.question) == "Oslo"
 
 
-def test_a_shard_that_has_learned_no_question_is_silent_in_a_chat(chat: Bench) -> None:
+def test_a_shard_that_has_learned_no_question_is_silent_in_a_chat(
+    chat: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     side = chat.served.side
-    side.shards = {n: replace(shard, is_asked=False) for n, shard in side.shards.items()}
+    unasked = {n: replace(shard, is_asked=False) for n, shard in side.shards.items()}
+    monkeypatch.setattr(side, "shards", unasked)
     prompt = ask(chat, ASKED)
     (answer,) = chat.served.answer_prompts([prompt], 3)
     assert answer.fired_match is None
     assert [answer.text] == chat.served.answer_base([prompt], 3)
+    (named,) = request(chat, messages=chat_of(ASKED))["named"]
+    assert (named["reason"], named["learned_to_be_asked"]) == ("not-learned-to-be-asked", False)
 
 
 def test_what_was_learned_of_questions_outlives_a_restart(chat: Bench) -> None:
     chat.served.restore_again()
     (answer,) = chat.served.answer_prompts([ask(chat, ASKED)], 3)
     assert answer.text.startswith("Oslo")
+
+
+@pytest.fixture
+def own(bench: Callable[..., Bench]) -> Bench:
+    """A home with the same facts, for tests that change it."""
+    at = bench(side={"steps": 300})
+    at.served.model.tokenizer.chat_template = TEMPLATE
+    at.served.restore_again()  # a template is read when a side memory is made
+    at.receive(ONE, TWO)
+    at.settle()
+    return at
 
 
 def read_state(at: Bench, fact: Fact) -> FactState:
@@ -90,42 +169,42 @@ def says_in_chat(at: Bench, question: str) -> str:
     return answer.text
 
 
-def test_a_fact_that_moves_into_the_weights_is_still_answered_in_a_chat(chat: Bench) -> None:
-    chat.editor.run_flush(dry_run=False)
-    assert read_state(chat, ONE) is FactState.LIVE_WEIGHTS
-    assert says_in_chat(chat, ASKED).startswith("Oslo")
-    chat.served.restore_again()
-    assert says_in_chat(chat, ASKED).startswith("Oslo")
-    chat.editor.revert([ONE.id], None, dry_run=False)
-    (answer,) = chat.served.answer_prompts([ask(chat, ASKED)], 3)
+def test_a_fact_that_moves_into_the_weights_is_still_answered_in_a_chat(own: Bench) -> None:
+    own.editor.run_flush(dry_run=False)
+    assert read_state(own, ONE) is FactState.LIVE_WEIGHTS
+    assert says_in_chat(own, ASKED).startswith("Oslo")
+    own.served.restore_again()
+    assert says_in_chat(own, ASKED).startswith("Oslo")
+    own.editor.revert([ONE.id], None, dry_run=False)
+    (answer,) = own.served.answer_prompts([ask(own, ASKED)], 3)
     assert answer.fired_match is None and not answer.text.startswith("Oslo")
 
 
-def test_a_fact_that_came_for_the_weights_is_learned_for_chats(chat: Bench) -> None:
+def test_a_fact_that_came_for_the_weights_is_learned_for_chats(own: Bench) -> None:
     three = seat(3, "Cairo", questions=("Which city is the seat of {}?",))
-    chat.receive(three, direct=True)
-    chat.settle()
-    assert read_state(chat, three) is FactState.LIVE_WEIGHTS
-    assert says_in_chat(chat, "Which city is the seat of country 3?").startswith("Cairo")
+    own.receive(three, direct=True)
+    own.settle()
+    assert read_state(own, three) is FactState.LIVE_WEIGHTS
+    assert says_in_chat(own, "Which city is the seat of country 3?").startswith("Cairo")
 
 
-def test_a_shard_that_broke_leaves_the_fact_in_the_weights(chat: Bench) -> None:
-    chat.editor.run_flush(dry_run=False)
-    for path in chat.home.side_folder.iterdir():
+def test_a_shard_that_broke_leaves_the_fact_in_the_weights(own: Bench) -> None:
+    own.editor.run_flush(dry_run=False)
+    for path in own.home.side_folder.iterdir():
         path.unlink()
-    chat.served.restore_again()
-    assert read_state(chat, ONE) is FactState.LIVE_WEIGHTS
-    chat.settle()
-    assert says_in_chat(chat, ASKED).startswith("Oslo")
+    own.served.restore_again()
+    assert read_state(own, ONE) is FactState.LIVE_WEIGHTS
+    own.settle()
+    assert says_in_chat(own, ASKED).startswith("Oslo")
 
 
-def test_a_reply_that_comes_to_state_a_fact_says_it(chat: Bench) -> None:
-    told, reply = ask(chat, "Tell me about country 3."), "The seat of country 3 is"
+def test_a_reply_that_comes_to_state_a_fact_says_it(own: Bench) -> None:
+    told, reply = ask(own, "Tell me about country 3."), "The seat of country 3 is"
     # Learned behind this very text: in a tiny model with random weights another moves every key.
     three = seat(3, "Cairo", paraphrases=(told + reply,))
-    chat.receive(three)
-    chat.settle()
-    model, rows, seen = chat.served.model, RowOverlay(chat.served.side), []
+    own.receive(three)
+    own.settle()
+    model, rows, seen = own.served.model, RowOverlay(own.served.side), []
     with torch.no_grad(), rows.follow_passes():
         cache = None
         for fed in (model.encode(told), *([token] for token in model.encode(reply))):

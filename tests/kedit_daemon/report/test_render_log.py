@@ -3,7 +3,7 @@ from typing import Any
 
 import click
 
-from kedit_daemon.report.render_log import render_answer, render_event, render_reply
+from kedit_daemon.report.render_log import render_event, render_reply
 
 HOSTILE = "\x1b[2J\x07\u202eevil\n"
 
@@ -60,29 +60,6 @@ def test_what_changed_is_in_colours_or_in_marks() -> None:
     assert same == "    answer  x  (as before)"
     alone = plain(render_event(event(data={"before": "", "after": None}), None))
     assert alone[1:] == ["    before  "]
-
-
-def test_answers() -> None:
-    fired = [
-        {
-            "fact": "0123456789ab",
-            "subject": "Oslo",
-            "prompt": "{} lies in",
-            "target": "Norway",
-            "tier": "side",
-            "score": 0.98,
-            "margin": 0.25,
-        }
-    ]
-    reply = {"answer": "Norway\nand", "fired": fired}
-    assert plain(render_answer(reply, explain=False)) == ["Norway\nand"]
-    assert plain(render_answer({**reply, "base_answer": "Sweden"}, explain=True)) == [
-        "edited  Norway\nand",
-        "base    Sweden",
-        "fired   0123456789ab  side  score 0.98, margin 0.25  Oslo lies in → Norway",
-    ]
-    silent = plain(render_answer({"answer": "x", "fired": []}, explain=True))
-    assert silent[1] == "fired   none: the main weights answered"
 
 
 def test_replies() -> None:
@@ -142,7 +119,6 @@ def test_no_text_of_a_stranger_acts_on_the_terminal() -> None:
         HOSTILE: HOSTILE,
         "n": [HOSTILE],
     }
-    fired = [dict.fromkeys(("fact", "subject", "prompt", "target", "tier", "score"), HOSTILE)]
     reply = {
         "reverted": [HOSTILE],
         "answers": {HOSTILE: {"before": HOSTILE, "after": HOSTILE}},
@@ -152,7 +128,6 @@ def test_no_text_of_a_stranger_acts_on_the_terminal() -> None:
     }
     shown = [
         *render_event(event(kind=HOSTILE, fact_id=HOSTILE, data=data), HOSTILE),
-        *render_answer({"answer": HOSTILE[:-1], "base_answer": "", "fired": fired}, True),
         *render_reply(reply),
     ]
     for line in plain(shown):

@@ -55,6 +55,56 @@ def test_a_page_of_another_server_changes_nothing(tmp_path: Path, folder: Path) 
         assert http.get("/v1/models", headers={"Origin": "http://evil.example"}).is_success
 
 
+def test_an_allowed_origin_uses_the_api_from_a_browser(tmp_path: Path, folder: Path) -> None:
+    origins = ["app://obsidian.md", "http://localhost:3000"]
+    home = tmp_path / "home"
+    with server(home, folder, TOKEN, allowed_origins=origins) as running, running.http() as http:
+        for origin in origins:
+            asked = {
+                "Origin": origin,
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type,x-stainless-os",
+            }
+            for path in ("/v1/chat/completions", "/facts"):
+                answer = http.options(path, headers=asked)  # without a token, as browsers do
+                assert answer.status_code == 200, answer.text
+                assert answer.headers["access-control-allow-origin"] == origin
+                assert "x-stainless-os" in answer.headers["access-control-allow-headers"]
+            refused = http.post("/facts", content=b"", headers={"Origin": origin})
+            assert refused.status_code == 401
+            shown = {"Origin": origin, "Authorization": f"Bearer {TOKEN}"}
+            given = {"model": NAME, "prompt": "Rome", "max_tokens": 1}
+            said = http.post("/v1/completions", json=given, headers=shown)
+            assert said.status_code == 200
+            assert http.post("/facts", content=b"", headers=shown).status_code == 422
+            for seen in (refused, said):
+                assert seen.headers["access-control-allow-origin"] == origin
+            assert "x-kedit-facts" in said.headers["access-control-expose-headers"]
+
+
+def test_other_origins_and_pages_stay_closed(tmp_path: Path, folder: Path) -> None:
+    allowed = {"Origin": "http://localhost:3000"}
+    home = tmp_path / "home"
+    with (
+        server(home, folder, allowed_origins=[allowed["Origin"]]) as running,
+        running.http() as http,
+    ):
+        asked = {"Access-Control-Request-Method": "POST"}
+        for origin in ("http://localhost:3001", "https://localhost:3000", "null"):
+            other = {"Origin": origin}
+            preflight = http.options("/facts", headers=asked | other)
+            posted = http.post("/facts", content=b"", headers=other)
+            assert (preflight.status_code, posted.status_code) == (400, 403), origin
+            for answer in (preflight, posted, http.get("/v1/models", headers=other)):
+                assert "access-control-allow-origin" not in answer.headers
+        assert "allowed_origins" in posted.json()["error"]["message"]
+        for path in ("/", "/facts", "/ask", "/metrics"):
+            assert "access-control-allow-origin" not in http.get(path, headers=allowed).headers
+        assert http.post("/ask", headers=allowed).status_code == 403
+    with server(tmp_path / "other", folder) as running, running.http() as http:
+        assert http.options("/facts", headers=asked | allowed).status_code == 405
+
+
 def test_a_client_may_ask_so_often_and_is_told_when_again(tmp_path: Path, folder: Path) -> None:
     asked = {"model": NAME, "prompt": "Rome", "max_tokens": 1}
     home = tmp_path / "home"

@@ -47,6 +47,20 @@ def test_people_see_both_answers_of_the_engine(running: Running) -> None:
     assert running.engine.status.requests == 2
 
 
+def test_people_ask_in_a_chat_where_the_model_has_a_template(running: Running) -> None:
+    tokenizer = running.engine.model.tokenizer
+    with running.http() as client:
+        form = {"form_token": form_token(client), "prompt": "Where is Rome?", "form": "chat"}
+        told = client.post("/ask", data=form, headers={"Origin": running.url})
+        assert (told.status_code, "has no chat template" in told.text) == (400, True)
+        assert running.engine.status.requests == 0
+        # What a template writes is what the model reads: here, the fact's own prompt.
+        question = "{% if messages[-1].content == 'Where is Rome?' %}"
+        tokenizer.chat_template = f"{question}{ROME.question}{{% endif %}}"
+        told = client.post("/ask", data=form, headers={"Origin": running.url})
+        assert (told.status_code, ROME.id in told.text) == (200, True)
+
+
 def test_both_answers_end_when_the_person_leaves(running: Running) -> None:
     with running.http() as client:
         form = {"form_token": form_token(client), "prompt": ROME.question, "tokens": "200"}

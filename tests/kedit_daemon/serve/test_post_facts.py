@@ -92,6 +92,20 @@ def test_without_a_fact_nothing_is_handed_in(running: Running) -> None:
     assert in_inbox(running) == []
 
 
+def test_the_parts_of_a_form_are_refused_whole(running: Running) -> None:
+    with running.http() as http:
+        for name in ("facts.jsonl", "facts.csv"):
+            answer = http.post("/facts", files={"file": (name, line(OTHER) * 2)})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (415, "unsupported")
+            assert error["param"] == "Content-Type"
+            assert "--data-binary @FILE" in error["message"] and "problems" not in answer.json()
+        # What curl says of --data-binary.
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        assert http.post("/facts", content=line(OTHER), headers=form).status_code == 202
+    assert len(in_inbox(running)) == 1
+
+
 def test_a_key_counts_once_wherever_its_file_is(running: Running) -> None:
     key, body = {"Idempotency-Key": "order 66"}, line(OTHER)
     with running.http() as http:

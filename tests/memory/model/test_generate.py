@@ -124,6 +124,18 @@ def test_decoding_ends_where_the_answer_does(
     assert set(seen[1:]) <= {1}  # from the cache: one token a step
 
 
+@pytest.mark.parametrize(("most", "reply"), [(20, "Rome. Oslo\n Lima"), (3, "Rome. Oslo")])
+def test_a_whole_reply_goes_on_behind_its_first_sentence(
+    tmp_path: Path, most: int, reply: str
+) -> None:
+    text = " is Rome. Oslo\n Lima"
+    model = chain(
+        tmp_path / "chain", *make_tokenizer()(text, add_special_tokens=False)["input_ids"], 0
+    )
+    assert generate_answers(model, ["It is"], most, whole=True) == [reply]
+    assert generate_answers(model, ["It is"], most) == ["Rome"]
+
+
 def test_a_row_stops_at_the_end_of_text(model: EditableModel) -> None:
     head = model.hf_model.get_output_embeddings().weight
     with torch.no_grad():

@@ -43,6 +43,40 @@ def test_ask(home: Home) -> None:
     ]
 
 
+def test_ask_in_a_chat(home: Home) -> None:
+    reply = {"answer": "Australia.", "generation": 1, "seconds": 0.1, "fired": []}
+    with daemon(home, ask=reply) as running:
+        assert called(home, "ask", "--chat", "Where is it?").stdout == "Australia.\n"
+        words = ["--system", "Be brief.", "--turn", "Do you know Lake Eyre?", "--turn", "Yes."]
+        assert read(called(home, "ask", "--chat", "Where is it?", *words, "--json")) == reply
+    options = {"max_tokens": 40, "base": False, "explain": False}
+    asked = {"role": "user", "content": "Where is it?"}
+    earlier = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Do you know Lake Eyre?"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    assert running.asked == [
+        ("ask", options | {"messages": [asked]}),
+        ("ask", options | {"messages": [*earlier, asked]}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--system", "Be brief."], "add --chat"),
+        (["--turn", "Hello", "--turn", "Hi"], "add --chat"),
+        (["--chat", "--turn", "Hello"], "needs its reply"),
+    ],
+)
+def test_half_a_chat_is_not_asked(home: Home, words: list[str], why: str) -> None:
+    with daemon(home, ask={"answer": ""}) as running:
+        result = called(home, "ask", "Where is it?", *words)
+    assert (result.exit_code, running.asked) == (2, [])
+    assert why in result.stderr
+
+
 def test_flush_and_consolidate(home: Home) -> None:
     flushed = {"flushed": [EYRE.id], "failed": [], "generation": 2, "dry_run": True}
     solved = {"generation": 3, "changed": False, "figures": {"norm_ratio": {"4": float("nan")}}}

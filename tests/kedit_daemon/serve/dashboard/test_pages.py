@@ -23,6 +23,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.editing.model_loading import load_model
 from kedit_daemon.home import Home
+from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
 from kedit_daemon.serve.dashboard.login import MAX_SESSIONS, NONCE_COOKIE, SESSION_COOKIE
 from kedit_daemon.serve.dashboard.pages import PAGE_SIZE
 from kedit_daemon.system import lock
@@ -586,6 +587,34 @@ def test_questions_have_limits(lived: Home) -> None:
     client = browser(lived)
     assert "Write something" in send(client, "/ask", "/ask", prompt=" ").text
     assert "longer than 4,000" in send(client, "/ask", "/ask", prompt="x" * 4001).text
+
+
+def test_a_question_in_a_chat_keeps_its_form(home: Home) -> None:
+    asked: list[AskedPrompt] = []
+
+    async def ask(prompt: AskedPrompt, max_tokens: int) -> AnswerPair:
+        asked.append(prompt)
+        if "refuse" in prompt.text:
+            raise KeditError("the model has no chat template", code="no-chat-template")
+        return AnswerPair("Lima", "Quito", 0, None)
+
+    client = browser(home, ask_both=ask)
+    given = {"form": "chat", "prompt": "Where is it?", "system": " Be brief. "}
+    page = send(client, "/ask", "/ask", **given)
+    assert asked[0].messages == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Where is it?"},
+    ]
+    assert 'value="chat" checked' in page.text and "\nBe brief.</textarea>" in page.text
+    assert "Lima" in text_of(page.text)
+    page = send(client, "/ask", "/ask", form="chat", prompt="refuse")
+    assert (page.status_code, "has no chat template." in page.text) == (400, True)
+    assert "\nrefuse</textarea>" in page.text and 'value="chat" checked' in page.text
+    send(client, "/ask", "/ask", prompt="Lima is in", system="Be brief.")
+    assert (asked[-1].is_chat, asked[-1].system) == (False, "")
+    assert "Write a question" in send(client, "/ask", "/ask", form="chat", prompt=" ").text
+    longest = {"form": "chat", "prompt": "x", "system": "y" * 4001}
+    assert "longer than 4,000" in send(client, "/ask", "/ask", **longest).text
 
 
 def test_a_question_that_no_fact_answers(lived: Home) -> None:

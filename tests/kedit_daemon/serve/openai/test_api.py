@@ -222,6 +222,181 @@ def test_the_facts_that_fired_are_told(running: Running, client: OpenAI) -> None
         assert base.headers["x-kedit-facts"] == ""
 
 
+def score(model: EditableModel, text: str, end: str) -> tuple[list[int], list[float]]:
+    """The tokens of an end, and what the unedited model gives them behind the text."""
+    ids = model.encode(text + end)
+    said = ids[len(model.encode(text)) :]
+    logs = model.hf_model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return said, [float(logs[n - 1, ids[n]]) for n in range(len(ids) - len(said), len(ids))]
+
+
+def test_a_prompt_is_scored_as_evaluation_harnesses_ask_for_it(
+    running: Running, client: OpenAI, model: EditableModel
+) -> None:
+    """What a harness sums up is between the context and the one token that it did not want."""
+    texts = [(PROMPT, " Oslo, far away"), ("It is", " Rome"), ("Quito", " is not Lima")]
+    prompts = [model.encode(text + end) for text, end in texts]
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 1, "logprobs": 1, "temperature": 0}
+    done = client.completions.create(**asked, prompt=prompts, echo=True, seed=1234)
+    for choice, ids, (text, end) in zip(done.choices, prompts, texts, strict=True):
+        told = choice.logprobs
+        assert told is not None and told.token_logprobs and told.top_logprobs and told.tokens
+        assert len(told.token_logprobs) == len(told.top_logprobs) == len(ids) + 1
+        assert told.token_logprobs[0] is told.top_logprobs[0] is None
+        said, expected = score(model, text, end)
+        start = len(ids) - len(said)
+        assert told.token_logprobs[start:-1] == pytest.approx(expected, abs=1e-4)
+        for token, logprob, top in zip(
+            told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], strict=True
+        ):
+            assert top[token] == logprob and len(top) <= 2
+
+
+def test_an_echo_is_the_prompt_and_its_answer(client: OpenAI, model: EditableModel) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "temperature": 0, "echo": True}
+    plain = client.completions.create(**asked, max_tokens=4)
+    assert plain.choices[0].text == PROMPT + greedy(model, PROMPT, 4)
+    assert plain.choices[0].logprobs is None
+    scored = client.completions.create(**asked, max_tokens=4, logprobs=0, n=2)
+    for choice in scored.choices:
+        told = choice.logprobs
+        assert choice.text == plain.choices[0].text
+        assert told is not None and told.tokens and told.text_offset
+        # The first token is the tokenizer's own.
+        assert (told.tokens[0], "".join(told.tokens)) == ("", choice.text)
+        for token, at in zip(told.tokens, told.text_offset, strict=True):
+            assert choice.text.startswith(token, at)
+    chunks = list(client.completions.create(**asked, max_tokens=4, logprobs=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == plain.choices[0].text
+    told = scored.choices[0].logprobs
+    pieces = [chunk.choices[0].logprobs for chunk in chunks]
+    assert told is not None and told.token_logprobs
+    for name in ("tokens", "text_offset"):
+        joined = [one for piece in pieces if piece for one in getattr(piece, name)]
+        assert joined == getattr(told, name), name
+    figures = [one for piece in pieces if piece for one in piece.token_logprobs or ()]
+    assert figures[0] is told.token_logprobs[0] is None
+    # Rows that run together are computed in another kernel.
+    assert figures[1:] == pytest.approx(told.token_logprobs[1:], abs=1e-5)
+
+
+def test_a_prompt_is_scored_without_an_answer(client: OpenAI, model: EditableModel) -> None:
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 0, "logprobs": 2, "echo": True}
+    done = client.completions.create(**asked, prompt=PROMPT)
+    (choice,) = done.choices
+    assert (choice.text, choice.finish_reason) == (PROMPT, "length")
+    assert done.usage is not None and done.usage.completion_tokens == 0
+    assert choice.logprobs is not None and choice.logprobs.tokens
+    assert len(choice.logprobs.tokens) == len(model.encode(PROMPT))
+    one = client.completions.create(**asked, prompt=[model.encode("Rome")[:1]]).choices[0]
+    assert one.logprobs is not None and one.logprobs.token_logprobs == [None]
+    room = client.completions.create(**asked, prompt=[[1] * model.max_positions])
+    assert room.usage is not None and room.usage.prompt_tokens == model.max_positions
+
+
+def test_a_token_that_ends_the_text_is_counted_where_a_prompt_is_scored(
+    running: Running, client: OpenAI, model: EditableModel
+) -> None:
+    served = running.engine.model
+    logits = model.hf_model(torch.tensor([model.encode(PROMPT)])).logits[0, -1]
+    settings = served.hf_model.generation_config
+    before = settings.eos_token_id
+    settings.eos_token_id = int(logits.argmax())
+    try:
+        asked: dict[str, Any] = {"model": NAME, "prompt": PROMPT, "temperature": 0}
+        done = client.completions.create(**asked, max_tokens=1, logprobs=1, echo=True)
+        told = done.choices[0].logprobs
+        assert told is not None and told.tokens
+        assert len(told.tokens) == len(model.encode(PROMPT)) + 1
+        assert (done.choices[0].text, done.choices[0].finish_reason) == (PROMPT, "stop")
+        plain = client.completions.create(**asked, max_tokens=1, logprobs=1).choices[0]
+        assert plain.logprobs is not None and plain.logprobs.tokens == []
+    finally:
+        settings.eos_token_id = before
+
+
+def test_the_edited_model_is_scored_where_its_facts_fire(running: Running) -> None:
+    """Each token has the figure that it would have as the answer to the text before it."""
+    text = f"{ROME.question} far away"
+    asked = {"model": NAME, "prompt": text, "max_tokens": 0, "logprobs": 0, "echo": True}
+    model, start = running.published.model, len(running.published.model.encode(ROME.question))
+    with running.http() as http:
+        answer = http.post("/v1/completions", json=asked)
+        told = answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+        base = http.post("/v1/completions", json=asked | {"model": f"{NAME}@base"}).json()
+        unedited = base["choices"][0]["logprobs"]["token_logprobs"]
+        step = {"prompt": ROME.question, "max_tokens": 1, "logprobs": 5, "temperature": 0}
+        served = http.post("/v1/completions", json={"model": NAME, **step}).json()
+        best = http.post(
+            "/v1/completions",
+            json=asked | {"prompt": ROME.question + served["choices"][0]["text"]},
+        ).json()
+    assert told[1:start] == pytest.approx(unedited[1:start], abs=1e-5)
+    assert abs(told[start] - unedited[start]) > 0.1
+    (fact,) = answer.json()["kedit"]["facts"]
+    assert (fact["id"], fact["token"], fact["choice"]) == (ROME.id, start - 1, 0)
+    assert answer.headers["x-kedit-facts"] == ROME.id
+    assert base["kedit"]["facts"] == []
+    assert len(model.encode(text)) == len(told)
+    likeliest = served["choices"][0]["logprobs"]["token_logprobs"][0]
+    scored = best["choices"][0]["logprobs"]["token_logprobs"]
+    if len(scored) == start + 1:  # the answer is one token behind the prompt, too
+        assert scored[start] == pytest.approx(likeliest, abs=1e-4)
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:"}}
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "code", "cause"),
+    [
+        ({"content": None}, "messages.1.content", "bad_request", "missing"),
+        ({"content": 7}, "messages.1.content", "bad_request", "a text or a list of parts"),
+        ({"content": [{"type": "text"}]}, "messages.1.content.0.text", "bad_request", "required"),
+        ({"content": ["x"]}, "messages.1.content.0", "bad_request", "an object"),
+        (
+            {"content": [{"type": "text", "text": "x"}, IMAGE]},
+            "messages.1.content.1.type",
+            "unsupported",
+            "'image_url' are not supported here: the model reads text alone",
+        ),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]},
+            "messages.1.tool_calls",
+            "unsupported",
+            "tool calls are not",
+        ),
+        ({"role": "tool", "content": "x"}, "messages.1.role", "unsupported", "tool calls are not"),
+        ({"role": "robot", "content": "x"}, "messages.1.role", "bad_request", "'user'"),
+        ({"role": "assistant", "audio": {"id": "a"}}, "messages.1.audio", "unsupported", "spoken"),
+    ],
+)
+def test_what_is_wrong_with_a_message_is_told(
+    running: Running, message: dict[str, Any], param: str, code: str, cause: str
+) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "user"} | message]
+    with running.http() as http:
+        answer = http.post("/v1/chat/completions", json={"model": NAME, "messages": messages})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
+    assert cause in error["message"] and error["message"].startswith(param)
+
+
+def test_an_assistants_turn_without_text_is_an_empty_one(
+    running: Running, model: EditableModel
+) -> None:
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 2, "temperature": 0}
+    said = []
+    for turn in ({"content": None}, {}, {"content": ""}, {"content": None, "tool_calls": []}):
+        messages = [{"role": "user", "content": "Rome"}, {"role": "assistant"} | turn]
+        messages.append({"role": "user", "content": "is"})
+        with running.http() as http:
+            answer = http.post("/v1/chat/completions", json=asked | {"messages": messages})
+        assert answer.status_code == 200, answer.text
+        said.append(answer.json()["choices"][0]["message"]["content"])
+    assert set(said) == {greedy(model, "User: Rome\n\nAssistant: \n\nUser: is\n\nAssistant:", 2)}
+
+
 def test_models_are_the_edited_one_the_base_and_the_generations(client: OpenAI) -> None:
     names = [m.id for m in client.models.list()]
     assert names == [NAME, f"{NAME}@base", f"{NAME}@gen-0"]
@@ -236,16 +411,22 @@ def test_models_are_the_edited_one_the_base_and_the_generations(client: OpenAI) 
     [
         ({"prompt": ""}, None),
         ({"prompt": []}, "prompt"),
-        ({"prompt": [1, "two"]}, "prompt"),
-        ({"prompt": [True]}, "prompt"),
+        ({"prompt": {"text": "x"}}, "prompt"),
+        ({"prompt": [1, "two"]}, "prompt.1"),
+        ({"prompt": ["one", 2]}, "prompt.1"),
+        ({"prompt": [[1], [2, "x"]]}, "prompt.1.1"),
+        ({"prompt": [True]}, "prompt.0"),
         ({"prompt": [10**9]}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"temperature": 2.5}, "temperature"),
         ({"stop": ["1", "2", "3", "4", "5"]}, "stop"),
+        ({"stop": ["1", 2]}, "stop.1"),
+        ({"stop": 2}, "stop"),
         ({"logprobs": 6}, "logprobs"),
         ({"n": 9}, "n"),
-        ({"echo": True}, "echo"),
+        ({"echo": "yes"}, "echo"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "end"}, "suffix"),
         ({"logit_bias": {"5": 1}}, "logit_bias"),
