@@ -46,6 +46,8 @@ class RowState:
         self._is_said = False
         self._said_from = 0  # the first token behind the place where the fact fired
         self._tokens: list[int] = []
+        self.reply_firings: list[tuple[int, RoutingMatch]] = []
+        """The facts that fired within the reply, each with the number of tokens before."""
 
     @property
     def match(self) -> RoutingMatch | None:
@@ -69,6 +71,8 @@ class RowState:
     def fire(self, fact: FiredFact) -> None:
         """Let a fact change the row from here on."""
         self._fired, self._said_from = fact, len(self._tokens)
+        if self._tokens:
+            self.reply_firings.append((self._said_from, fact.match))
         self._is_released = self._is_said = False
 
     @property

@@ -25,10 +25,16 @@ from memory.side.side_memory import SideMemory
 
 @dataclass(frozen=True)
 class PrefilledRows:
-    """Next-token logits (rows, vocabulary) of prefilled rows, and the fact that fires for each."""
+    """Next-token logits (rows, vocabulary) of prefilled rows, and their state under the side
+    memory; None without one."""
 
     logits: Tensor
-    matches: list[RoutingMatch | None]
+    rows: list[RowState | None]
+
+    @property
+    def matches(self) -> list[RoutingMatch | None]:
+        """The fact that fires for each row."""
+        return [None if row is None else row.match for row in self.rows]
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,6 @@ class BatchDecoder:
         if not prompts:
             return PrefilledRows(torch.empty(0, 0, device=self.model.device), [])
         logits: list[Tensor | None] = [None] * len(prompts)
-        matches: list[RoutingMatch | None] = [None] * len(prompts)
         rows: list[RowState | None] = [None] * len(prompts)
         groups, side = [], self.side_memory
         for places in group_by_length(prompts):
@@ -80,8 +85,8 @@ class BatchDecoder:
             for row, n in enumerate(places):
                 logits[n] = out[row]
                 if overlay:
-                    rows[n], matches[n] = overlay.rows[row], overlay.matches[row]
-        result = PrefilledRows(torch.stack([row for row in logits if row is not None]), matches)
+                    rows[n] = overlay.rows[row]
+        result = PrefilledRows(torch.stack([row for row in logits if row is not None]), rows)
         self._append_groups(groups)  # last: from here on nothing fails
         self._rows += [row for row in rows if row is not None]
         return result

@@ -14,6 +14,7 @@ from kedit_daemon.serve.inference.types import (
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.model.sampling import TokenSampler, rank_log_probs
+from memory.side.row_state import RowState
 
 StreamItem = AnswerStart | AnswerPart | KeditError
 
@@ -35,6 +36,8 @@ class AnswerStream:
         """Check that the answer is complete, has failed, or has lost its reader."""
         self.token_count = 0
         """The number of tokens, without one that ends the text."""
+        self.row: RowState | None = None
+        """Its row under the side memory, if there is one."""
         self._end_tokens = model.stop_tokens
         self._detokenizer = Detokenizer(model.decode, request.prompt_ids, request.stop_texts)
         self._unsent_tokens: list[TokenLogprobs] = []
@@ -80,4 +83,5 @@ class AnswerStream:
         if finish_reason is not None:  # never back to False: the client may leave in between
             self.is_over = True
         count = self.token_count if finish_reason else 0
-        self.send_item(AnswerPart(text, tokens, finish_reason, count))
+        fired = tuple(self.row.reply_firings) if finish_reason and self.row else ()
+        self.send_item(AnswerPart(text, tokens, finish_reason, count, fired))

@@ -65,10 +65,12 @@ class AnswerPart:
     """The next text of an answer, which can no longer become part of a stop text.
 
     tokens: those since the last part, only if the request has logprobs. finish_reason: "stop" or
-    "length" in the last part, whose token_count is the number of tokens generated.
+    "length" in the last part, whose token_count is the number of tokens generated, and whose
+    fired are the facts that fired within the answer, each with the number of tokens before.
     """
 
     text: str
     tokens: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
     token_count: int = 0
+    fired: "tuple[tuple[int, RoutingMatch], ...]" = ()

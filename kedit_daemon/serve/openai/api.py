@@ -124,7 +124,7 @@ class OpenAIApi:
             if parsed.is_streaming:
                 streaming = True
                 events = self._stream_events(parsed, fanout, builder)
-                return _EventStream(fanout, events, builder.headers)
+                return _EventStream(fanout, events, builder.build_headers())
             work = self._collect_response(parsed, fanout, builder)
             return await run_unless_gone(request, work) or Response(status_code=CLIENT_GONE)
         finally:
@@ -140,7 +140,9 @@ class OpenAIApi:
         usage = self._count_usage(parsed, sum(choice.token_count for choice in choices))
         # In a thread: with the log probabilities of many tokens it takes a while.
         return await run_in_threadpool(
-            lambda: JSONResponse(builder.build_response(choices, usage), headers=builder.headers)
+            lambda: JSONResponse(
+                builder.build_response(choices, usage), headers=builder.build_headers(choices)
+            )
         )
 
     async def _stream_events(

@@ -36,12 +36,14 @@ class Choice:
     tokens: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: str | None = None
     token_count: int = 0
+    fired: "Sequence[tuple[int, RoutingMatch]]" = ()
 
     def add_part(self, part: AnswerPart) -> None:
         """Append a part."""
         self.text += part.text
         self.tokens += part.tokens
         self.finish_reason, self.token_count = part.finish_reason, part.token_count
+        self.fired = part.fired
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,12 @@ class ResponseBuilder:
         """The generation that answers, the same in all choices."""
         return self.answer_starts[0].generation
 
-    @property
-    def fired_fact_ids(self) -> list[str]:
-        """The ids of the facts that fired in any of the choices, each once."""
-        return list(dict.fromkeys(fact["id"] for fact in self._list_fired()))
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The HTTP headers of the answer."""
+    def build_headers(self, answers: Sequence[Choice] = ()) -> dict[str, str]:
+        """Build the HTTP headers of an answer; a stream's are sent before there are choices."""
+        fired = [fact["id"] for fact in self._list_fired()]
+        fired += [match.fact_id for answer in answers for _, match in answer.fired]
         return {
-            "x-kedit-facts": ",".join(self.fired_fact_ids),
+            "x-kedit-facts": ",".join(dict.fromkeys(fired)),
             "x-kedit-generation": str(self.generation),
         }
 
@@ -79,7 +77,10 @@ class ResponseBuilder:
         """Build the body of a whole answer."""
         choices = [self._build_choice(index, answer) for index, answer in enumerate(answers)]
         body = self._build_body(choices, stream=False)
-        return body | {"usage": usage, "kedit": self._build_kedit()}
+        kedit = self._build_kedit()
+        for index, answer in enumerate(answers):
+            kedit["facts"] += _describe_reply(answer.fired, index)
+        return body | {"usage": usage, "kedit": kedit}
 
     def build_opening(self) -> list[dict[str, Any]]:
         """Build the first chunks of a chat's stream, which give the role."""
@@ -110,7 +111,10 @@ class ResponseBuilder:
         if self.is_chat:
             content = {"delta": {"content": part.text} if part.text or part.tokens else {}}
         choice = _make_choice(index, content | {"logprobs": logprobs}, part.finish_reason)
-        return self._build_body([choice], stream=True)
+        body = self._build_body([choice], stream=True)
+        if part.fired:
+            body["kedit"] = {"facts": _describe_reply(part.fired, index)}
+        return body
 
     def build_usage_chunk(self, usage: dict[str, int]) -> dict[str, Any]:
         """Build the chunk with a stream's token counts."""
@@ -215,6 +219,13 @@ class ResponseBuilder:
 
 def _describe_match(match: "RoutingMatch", choice: int) -> dict[str, Any]:
     return {"id": match.fact_id, "score": match.score, "margin": match.margin, "choice": choice}
+
+
+def _describe_reply(
+    fired: "Sequence[tuple[int, RoutingMatch]]", choice: int
+) -> list[dict[str, Any]]:
+    """Describe the facts that fired within an answer."""
+    return [_describe_match(match, choice) | {"reply_token": token} for token, match in fired]
 
 
 def _make_choice(index: int, content: dict[str, Any], finish: str | None) -> dict[str, Any]:

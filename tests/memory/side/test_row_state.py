@@ -64,6 +64,11 @@ def test_a_fact_that_fires_in_a_reply_says_its_own_target_alone() -> None:
     feed(state, 4, 1)
     state.fire(FiredFact(MATCH, DELTA, "New York"))
     assert feed(state, 1, 2, 3) == [True, True, False, False]
+    assert state.reply_firings == [(2, MATCH)]
+
+
+def test_a_fact_that_fires_at_the_prompts_end_is_none_of_the_reply() -> None:
+    assert row("New", is_chat=True).reply_firings == []
 
 
 def test_a_reply_arms_what_it_names_and_a_completion_nothing() -> None:
