@@ -6,14 +6,15 @@ its line, its reason and its remedy.
 
 import difflib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from kedit_daemon.ingest.file_text import decode_text
 from kedit_daemon.ingest.record_splitter import (
     RawRecord,
-    split_csv_rows,
+    UnreadableText,
     split_json_lines,
     split_json_list,
 )
@@ -31,14 +32,12 @@ from kedit_daemon.ingest.schemas import (
     ZsreRecord,
     quote_value,
 )
+from kedit_daemon.ingest.table_rows import extract_heading, is_table, split_table
 from memory.errors import KeditError
 from memory.facts import Fact
 
 FORMATS = ("native", "csv", "counterfact", "zsre", "knowedit", "mquake", "wikibigedit", "qaedit")
 MAX_FAULTS_SHOWN = 3
-REQUIRED_COLUMNS = ("subject", "prompt", "target")
-LIST_COLUMNS = ("paraphrases", "tags", "aliases", "questions")
-COLUMNS = (*REQUIRED_COLUMNS, *LIST_COLUMNS, "id", "source", "valid_from", "valid_until")
 TYPE_NAMES = {
     bool: "true or false",
     int: "a number",
@@ -72,11 +71,13 @@ def parse_file(data: bytes, name: str, format: str | None, limits: FileLimits) -
         near = difflib.get_close_matches(format, FORMATS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(FORMATS)}"
         raise KeditError(f"unknown format {quote_value(format)}", code="usage", hint=hint)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return ParsedFile(problems=[RecordProblem(1, "the file is UTF-16", "save it as UTF-8", "")])
-    text = _decode_text(data)
-    if _is_table(text, name, format):
-        return _parse_table(text, limits)
+    try:
+        text = decode_text(data)
+    except UnreadableText as error:
+        return ParsedFile(problems=[RecordProblem(1, error.problem, error.remedy, "")])
+    if format == "csv" or (format is None and is_table(text, name)):
+        rows = split_table(text, limits.max_line_chars)
+        return _collect_records(text, rows, "native", limits)
     return _collect_records(text, _split_json(text, limits), format, limits)
 
 
@@ -85,27 +86,16 @@ def extract_failed(head: bytes, name: str, problems: Iterable[RecordProblem]) ->
 
     `head` is the beginning of that file: it shows the form, and holds a table's header.
     """
-    text = _decode_text(head)
+    try:
+        text = decode_text(head)
+    except UnreadableText:
+        return head
     records = [problem.record for problem in problems if problem.record]
-    if _is_table(text, name, None):
-        records = [text.strip().partition("\n")[0].rstrip("\r"), *records]
+    if is_table(text, name):
+        records = [extract_heading(text), *records]
     elif text.lstrip().startswith("["):
         return ("[\n" + ",\n".join(records) + "\n]\n").encode("utf-8", "surrogateescape")
     return "".join(f"{record}\n" for record in records).encode("utf-8", "surrogateescape")
-
-
-def _decode_text(data: bytes) -> str:
-    # Bytes that are not UTF-8 become lone surrogates: only the record that holds them is lost.
-    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-
-
-def _is_table(text: str, name: str, format: str | None) -> bool:
-    if format is not None:
-        return format == "csv"
-    start = text.lstrip()[:1_000].partition("\n")[0]
-    heading = [cell.strip(' "\r').lower() for cell in start.split(",")]
-    named = name.lower().endswith(".csv") or {"subject", "target"} <= set(heading)
-    return named and not start.startswith(("{", "["))
 
 
 def _split_json(text: str, limits: FileLimits) -> Iterator[RawRecord]:
@@ -235,44 +225,3 @@ def _suggest_key(key: str, nested: bool) -> str:
     known = list((NeighbourRecord if nested else NativeRecord).model_fields)
     near = difflib.get_close_matches(key, known, 1)
     return f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(known)}"
-
-
-def _parse_table(text: str, limits: FileLimits) -> ParsedFile:
-    rows = split_csv_rows(text, limits.max_line_chars)
-    head = next(rows, None)
-    if head is None or not isinstance(head.value, list):
-        problem = head.problem if head else "the file holds no record"
-        remedy = "begin with a line of column names"
-        return ParsedFile(problems=[RecordProblem(1, problem, remedy, "")])
-    columns = [str(cell).strip().lower() for cell in head.value]
-    if fault := _find_heading_fault(columns):
-        return ParsedFile(problems=[RecordProblem(head.line, *fault, "")])
-    return _collect_records(text, (_fill_row(raw, columns) for raw in rows), "native", limits)
-
-
-def _find_heading_fault(columns: list[str]) -> tuple[str, str] | None:
-    for column in columns:
-        if column not in COLUMNS:
-            near = difflib.get_close_matches(column, COLUMNS, 1)
-            hint = f'did you mean "{near[0]}"?' if near else f"columns: {', '.join(COLUMNS)}"
-            return f"unknown column {quote_value(column)}", hint
-        if columns.count(column) > 1:
-            return f"column {quote_value(column)} occurs twice", "keep one of the two"
-    missing = [column for column in REQUIRED_COLUMNS if column not in columns]
-    return (f"no column {quote_value(missing[0])}", "add it to the first line") if missing else None
-
-
-def _fill_row(raw: RawRecord, columns: list[str]) -> RawRecord:
-    if not isinstance(raw.value, list):
-        return raw
-    if len(raw.value) != len(columns):
-        problem = f"{len(raw.value)} values under {len(columns)} columns"
-        return replace(raw, problem=problem, remedy="quote each value that holds a comma")
-    filled = {
-        column: [part for part in cell.split("|") if part.strip()]
-        if column in LIST_COLUMNS
-        else cell
-        for column, cell in zip(columns, raw.value, strict=True)
-        if cell.strip() or column in REQUIRED_COLUMNS
-    }
-    return replace(raw, value=filled)

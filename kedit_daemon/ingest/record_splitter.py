@@ -191,31 +191,42 @@ def _find_resume_point(text: str, start: int, error: int, near: int) -> int:
     return found.end() if found else last
 
 
-def split_csv_rows(text: str, max_chars: int) -> Iterator[RawRecord]:
+def split_csv_rows(
+    text: str, max_chars: int, separator: str = ",", start: int = 0
+) -> Iterator[RawRecord]:
     """Yield the rows of a table, the header first; a value is a list of texts."""
-    start, line = 0, 1
+    line = 1 + text.count("\n", 0, start)
     while start < len(text):
         if blank := BLANK_LINES.match(text, start):
             record = blank[0]
         else:
-            record, row, problem, remedy = _read_csv_row(text, start, max_chars)
+            record, row, problem, remedy = _read_csv_row(text, start, max_chars, separator)
             yield RawRecord(line, start, record.rstrip("\r\n"), row, problem, remedy)
         start, line = start + len(record), line + record.count("\n")
 
 
-def _read_csv_row(text: str, start: int, max_chars: int) -> tuple[str, list[str] | None, str, str]:
+def _read_csv_row(
+    text: str, start: int, max_chars: int, separator: str
+) -> tuple[str, list[str] | None, str, str]:
     """Read a row: its text, its cells, the problem and the remedy; a broken row is one line."""
     taken: list[str] = []
-    reader = csv.reader(_feed_lines(text, start, max_chars, taken), strict=True)
+    lines = _feed_lines(text, start, max_chars, taken)
+    # A blank behind a separator is no part of a value, and hides no quote.
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     try:
         row = next(reader)
     except csv.Error as error:
-        remedy = "close every quote, and double the quotes inside a quoted value"
-        return taken[0], None, f"broken CSV: {error}", remedy
+        return taken[0], None, f"broken CSV: {error}", _suggest_quoting(taken[0])
     record = "".join(taken)
     if NOT_UTF8.search(record):
         return record, None, "not valid UTF-8", "save the file as UTF-8"
     return record, row, "", ""
+
+
+def _suggest_quoting(line: str) -> str:
+    if "\r" in line.rstrip("\r\n"):
+        return "end every line in the same way"
+    return "close every quote, and double the quotes inside a quoted value"
 
 
 def _feed_lines(text: str, start: int, max_chars: int, taken: list[str]) -> Iterator[str]:

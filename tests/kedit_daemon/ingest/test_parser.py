@@ -115,12 +115,6 @@ def test_a_file_without_records_is_a_problem(data: bytes) -> None:
     assert [p.problem for p in parsed.problems] == ["the file holds no record"]
 
 
-def test_byte_order_marks() -> None:
-    assert subjects(parse_file(b"\xef\xbb\xbf" + lines(fact("A")), "x", None, LIMITS)) == ["A"]
-    [problem] = parse_file("\ufeff{}".encode("utf-16-le"), "x", None, LIMITS).problems
-    assert "UTF-16" in problem.problem
-
-
 def test_one_record_over_several_lines() -> None:
     data = json.dumps(fact("A"), indent=2).encode()
     assert subjects(parse_file(data, "x.json", None, LIMITS)) == ["A"]
