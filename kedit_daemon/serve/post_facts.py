@@ -82,12 +82,12 @@ class FactsEndpoint:
     def _submit_facts(self, submission: Submission, key: str | None) -> str:
         """Submit the facts unless the key is known; return the name of their file in the inbox."""
         if key is None:
-            return submit_to_inbox(self.home.inbox_folder, submission)
+            return self._put_into_inbox(submission)
         token = hashlib.sha256(key.encode()).hexdigest()[:TOKEN_CHARS]
         name = f"{FILE_PREFIX}-{token}.jsonl"
         known = self._find_submitted_hash(name)
         if known is None:
-            return submit_to_inbox(self.home.inbox_folder, submission, token)
+            return self._put_into_inbox(submission, token)
         if known != hashlib.sha256(submission.data).hexdigest():
             raise RequestError(
                 "other facts were submitted under this key",
@@ -96,6 +96,10 @@ class FactsEndpoint:
                 param="Idempotency-Key",
             )
         return name
+
+    def _put_into_inbox(self, submission: Submission, token: str | None = None) -> str:
+        names = self.config.inbox.unfinished_names
+        return submit_to_inbox(self.home.inbox_folder, submission, token, names)
 
     def _find_submitted_hash(self, name: str) -> str | None:
         """Return the sha256 of a file that was submitted before.

@@ -85,9 +85,11 @@ def test_a_closed_file_on_a_file_system_of_others_has_to_stand_still(
 
 
 def test_an_empty_file_may_be_about_to_be_filled(inbox: Inbox, folder: Path) -> None:
-    drop(folder, "a.jsonl", b"", age=0)
-    assert inbox.claim_files(10.0) == []
-    assert len(inbox.claim_files(11.0)) == 1
+    drop(folder, "a.jsonl", b"")
+    assert [inbox.claim_files(at) for at in (10.0, 11.0, 999.0)] == [[], [], []]
+    assert inbox.settling_count == 0
+    drop(folder, "a.jsonl", b"{}\n")
+    assert len(inbox.claim_files(1_000.0)) == 1
 
 
 def test_a_file_that_is_held_open_is_claimed_once_it_stands_still(
@@ -111,10 +113,36 @@ def test_the_oldest_file_comes_first(inbox: Inbox, folder: Path) -> None:
     assert [claim.name for claim in inbox.claim_files(0)] == ["b", "c", "a"]
 
 
-def test_unfinished_and_hidden_files_are_not_even_looked_at(inbox: Inbox, folder: Path) -> None:
-    for name in (".a.jsonl", "a.jsonl.tmp", "a.jsonl.part"):
-        drop(folder, name)
+UNFINISHED = [
+    *(".a.jsonl", ".~lock.a.csv#", ".DS_Store", "a.jsonl.tmp", "a.jsonl.part", "a.csv.filepart"),
+    *("a.csv.crdownload", "Unconfirmed 7.crdownload", "a.csv.Partial", "a.csv.download"),
+    *("a.swp", ".a.csv.swp", "a.csv~", "#a.csv#", "~$a.csv", "Desktop.ini", "Thumbs.db", "A.PART"),
+]
+FINISHED = ["a.party.jsonl", "a~b.csv", "#1.csv", "downloads.csv", "desktop.ini.csv", "part"]
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_unfinished_and_hidden_files_are_not_even_looked_at(
+    inbox: Inbox, folder: Path, name: str
+) -> None:
+    drop(folder, name)
+    (folder / "x.part").mkdir()
     assert inbox.claim_files(0) == [] and inbox.take_refusals() == []
+    (folder / name).rename(folder / "facts.csv")
+    assert [claim.name for claim in inbox.claim_files(0)] == ["facts.csv"]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_name_that_only_resembles_those_is_taken(inbox: Inbox, folder: Path, name: str) -> None:
+    drop(folder, name)
+    assert [claim.name for claim in inbox.claim_files(0)] == [name]
+
+
+def test_names_of_unfinished_files_can_be_chosen(folder: Path) -> None:
+    inbox = Inbox(folder, 1.0, 1_000, lambda: NOW, ["draft-*", "*.[bo]ak"])
+    for name in ("draft-1.csv", "x.bak", "x.OAK", ".hidden", "x.part"):
+        drop(folder, name)
+    assert [claim.name for claim in inbox.claim_files(0)] == ["x.part"]
 
 
 def test_nothing_but_plain_files_is_touched(inbox: Inbox, folder: Path, tmp_path: Path) -> None:

@@ -132,6 +132,8 @@ def test_a_home_without_settings(tmp_path: Path, file: Path) -> None:
     [
         ("a.tmp", ".jsonl"),
         ("a.part", ".jsonl"),
+        ("a.Partial", ".jsonl"),
+        ("a.csv~", ".jsonl"),
         (".hidden", ".jsonl"),
         ("a.CSV", ".CSV"),
         ("no suffix", ".jsonl"),
@@ -147,6 +149,16 @@ def test_whatever_a_file_is_called_the_inbox_takes_it(home: Home, name: str, suf
     assert Path(there).suffix == suffix
     claims = Inbox(home.inbox_folder, 0, 1 << 20, now).claim_files(time.monotonic())
     assert [claim.name for claim in claims] == [there]
+
+
+def test_a_name_that_the_daemon_would_leave_alone_is_told(home: Home, file: Path) -> None:
+    home.config_file.write_text('[inbox]\nunfinished_names = ["*.oak", "facts-*"]\n')
+    result = called(home, file)
+    assert (result.exit_code, dropped(home)) == (78, [])
+    assert "unfinished_names under [inbox]" in result.stderr
+    renamed = file.rename(file.with_name("a.oak"))
+    assert called(home, renamed).exit_code == 0
+    assert [path.suffix for path in dropped(home)] == [".jsonl"]
 
 
 def test_no_inbox(tmp_path: Path) -> None:
