@@ -3,7 +3,7 @@
 import codecs
 import re
 
-from kedit_daemon.ingest.record_splitter import UnreadableText
+from kedit_daemon.ingest.json_syntax import UnreadableText
 
 UTF16_CODECS = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)

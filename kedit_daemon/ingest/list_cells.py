@@ -2,7 +2,7 @@
 
 import re
 
-from kedit_daemon.ingest.record_splitter import UnreadableText
+from kedit_daemon.ingest.json_syntax import UnreadableText
 
 LIST_REMEDY = 'write several values as a|b, or as ["a", "b"]'
 # NumPy writes no commas, so a gap is enough between two texts.

@@ -9,12 +9,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
+from kedit_daemon.ingest.fault_texts import explain_faults
+from kedit_daemon.ingest.field_types import quote_value
 from kedit_daemon.ingest.file_text import decode_text
+from kedit_daemon.ingest.json_syntax import UnreadableText
 from kedit_daemon.ingest.record_splitter import (
     RawRecord,
-    UnreadableText,
     split_json_lines,
     split_json_list,
 )
@@ -24,27 +26,17 @@ from kedit_daemon.ingest.schemas import (
     FlatRecord,
     MquakeRecord,
     NativeRecord,
-    NeighbourRecord,
     QuestionRecord,
     Record,
     RomeRecord,
     WikiBigEditRecord,
     ZsreRecord,
-    quote_value,
 )
 from kedit_daemon.ingest.table_rows import extract_heading, is_table, split_table
 from memory.errors import KeditError
 from memory.facts import Fact
 
 FORMATS = ("native", "csv", "counterfact", "zsre", "knowedit", "mquake", "wikibigedit", "qaedit")
-MAX_FAULTS_SHOWN = 3
-TYPE_NAMES = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ def _collect_records(
 ) -> ParsedFile:
     parsed = ParsedFile()
     for raw in raws:
-        outcome = _read_record(raw, format, limits)
+        outcome = read_record(raw, format, limits)
         size = 1 if isinstance(outcome, RecordProblem) else len(outcome)
         if len(parsed.facts) + len(parsed.problems) + size > limits.max_facts:
             parsed.problems.append(_describe_surplus(text, raw, limits))
@@ -134,9 +126,10 @@ def _describe_surplus(text: str, raw: RawRecord, limits: FileLimits) -> RecordPr
     return RecordProblem(raw.line, problem, "submit the rest as a file of its own", rest)
 
 
-def _read_record(
+def read_record(
     raw: RawRecord, format: str | None, limits: FileLimits
 ) -> list[Fact] | RecordProblem:
+    """Read the facts of one record, or its problem."""
     if raw.problem:
         return RecordProblem(raw.line, raw.problem, raw.remedy, raw.text)
     if not isinstance(raw.value, dict):
@@ -146,11 +139,11 @@ def _read_record(
     try:
         facts = form.model_validate(raw.value).to_facts()
     except ValidationError as error:
-        return RecordProblem(raw.line, *_explain_errors(error), raw.text)
+        return RecordProblem(raw.line, *explain_faults(error, raw.value), raw.text)
     except PydanticCustomError as error:
         context = error.context or {}
         return RecordProblem(raw.line, error.message(), str(context.get("remedy", "")), raw.text)
-    longest = max(len(fact.target) for fact in facts)
+    longest = max(len(target) for fact in facts for target in fact.targets)
     if longest > limits.max_target_chars:
         problem = f"the target has {longest} characters, more than {limits.max_target_chars}"
         return RecordProblem(raw.line, problem, "state the fact in fewer words", raw.text)
@@ -186,42 +179,3 @@ def _choose_form(record: dict[str, object], format: str) -> type[Record]:
         "qaedit": QuestionRecord,
     }
     return forms.get(format, NativeRecord)
-
-
-def _explain_errors(error: ValidationError) -> tuple[str, str]:
-    """Describe the first few faults in one sentence each, and their remedies."""
-    pairs = [_explain_fault(fault) for fault in error.errors(include_url=False)[:MAX_FAULTS_SHOWN]]
-    problems, remedies = zip(*pairs, strict=True)
-    # One remedy may serve several faults.
-    return "; ".join(problems), "; ".join(dict.fromkeys(remedies))
-
-
-def _explain_fault(fault: ErrorDetails) -> tuple[str, str]:
-    steps = ".".join(str(step) for step in fault["loc"])
-    where = quote_value(steps) if steps else "the record"
-    kind = TYPE_NAMES.get(type(fault["input"]), "null" if fault["input"] is None else "a string")
-    match fault["type"]:
-        case "missing":
-            return f"{where} is missing", f"add {where}"
-        case "extra_forbidden":
-            remedy = _suggest_key(str(fault["loc"][-1]), nested=len(fault["loc"]) > 1)
-            return f"unknown key {where}", remedy
-        case "string_too_short" | "too_short":
-            return f"{where} is empty", "fill it in, or leave the record out"
-        case "string_unicode":
-            return f"{where} holds half a surrogate pair", "take that character out"
-        case "string_type":
-            return f"{where} must be a string, not {kind}", "put the value in quotes"
-        case "list_type":
-            return f"{where} must be a list, not {kind}", "put the value in [ ]"
-        case "model_type" | "dict_type":
-            return f"{where} must be an object, not {kind}", "put the value in { }"
-    context = fault.get("ctx", {})
-    problem = str(context.get("problem", fault["msg"]))
-    return f"{where}: {problem}" if fault["loc"] else problem, str(context.get("remedy", ""))
-
-
-def _suggest_key(key: str, nested: bool) -> str:
-    known = list((NeighbourRecord if nested else NativeRecord).model_fields)
-    near = difflib.get_close_matches(key, known, 1)
-    return f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(known)}"

@@ -5,10 +5,11 @@ record takes time in proportion to `max_chars` characters at most, whatever it h
 """
 
 import csv
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from kedit_daemon.ingest.json_syntax import NOT_UTF8, UnreadableText, decode_value
 
 GAP = re.compile(r"[\s,]*")
 # A JSON string holds no line break, so one that is not closed is taken to end with its line.
@@ -21,7 +22,6 @@ MAX_INDENT_CHARS = 200
 # A broken record is searched for its end so far; beyond, for the beginning of the next one.
 RECOVERY_CHARS = 8_192
 MAX_ROW_LINES = 100
-NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -34,47 +34,6 @@ class RawRecord:
     value: object = None
     problem: str = ""
     remedy: str = ""
-
-
-class UnreadableText(ValueError):
-    """A text that cannot be parsed, and the offset of the problem in it."""
-
-    def __init__(self, problem: str, remedy: str, offset: int = 0) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.remedy = remedy
-        self.offset = offset
-
-
-def _refuse_constant(name: str) -> object:
-    raise UnreadableText(f"{name} is not JSON", "write a number, a text or null")
-
-
-def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise UnreadableText("a key occurs twice", "keep one of the two")
-    return found
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_build_object)
-
-
-def _decode_value(text: str) -> tuple[object, int]:
-    try:
-        value, end = DECODER.raw_decode(text)
-    except json.JSONDecodeError as error:
-        problem = f"broken JSON: {error.msg.lower()} (character {error.pos + 1} of the record)"
-        raise UnreadableText(problem, "correct the syntax of the record", error.pos) from None
-    except RecursionError:
-        raise UnreadableText("nested too deeply", "a record needs few levels") from None
-    except UnreadableText:
-        raise
-    except ValueError:
-        raise UnreadableText("a number with thousands of digits", "write it as text") from None
-    if NOT_UTF8.search(text, 0, end):
-        raise UnreadableText("not valid UTF-8", "save the file as UTF-8")
-    return value, end
 
 
 def _too_long_error(max_chars: int) -> UnreadableText:
@@ -101,7 +60,7 @@ def _read_json_line(number: int, start: int, record: str, max_chars: int) -> Raw
     try:
         if len(record) > max_chars:
             raise _too_long_error(max_chars)
-        value, end = _decode_value(record)
+        value, end = decode_value(record)
         if end < len(record):
             raise UnreadableText("more text after the record", "put one record on each line")
     except UnreadableText as error:
@@ -139,7 +98,7 @@ def _find_next_value(text: str, position: int) -> int:
 def _read_json_value(text: str, start: int, line: int, max_chars: int) -> RawRecord:
     piece = text[start : start + max_chars + 1]
     try:
-        value, length = _decode_value(piece)
+        value, length = decode_value(piece)
         if length > max_chars:
             raise _too_long_error(max_chars)
         return RawRecord(line, start, piece[:length], value)

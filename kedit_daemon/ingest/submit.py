@@ -52,7 +52,8 @@ def prepare_submission(
 
 def format_native(fact: Fact) -> str:
     """Format the fact as a line that `parse_file` reads as the same fact."""
-    record: dict[str, Any] = {"subject": fact.subject, "prompt": fact.prompt, "target": fact.target}
+    target = list(fact.targets) if fact.other_targets else fact.target
+    record: dict[str, Any] = {"subject": fact.subject, "prompt": fact.prompt, "target": target}
     if "{}" in fact.prompt or fact.subject in fact.prompt:
         record["paraphrases"] = list(fact.paraphrases)
         record["neighbours"] = [{"prompt": n.prompt, "answer": n.answer} for n in fact.neighbours]

@@ -5,9 +5,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kedit_daemon.ingest.list_cells import split_cell
-from kedit_daemon.ingest.record_splitter import RawRecord, UnreadableText, split_csv_rows
-from kedit_daemon.ingest.schemas import quote_value
+from kedit_daemon.ingest.field_types import quote_value
+from kedit_daemon.ingest.json_syntax import UnreadableText
+from kedit_daemon.ingest.list_cells import read_list, split_cell
+from kedit_daemon.ingest.record_splitter import RawRecord, split_csv_rows
 
 REQUIRED_COLUMNS = ("subject", "prompt", "target")
 LIST_COLUMNS = ("paraphrases", "tags", "aliases", "questions")
@@ -142,6 +143,8 @@ def _check_nameless(cell: str, is_index: bool) -> None:
 
 
 def _read_cell(column: str, cell: str) -> object:
+    if column == "target":
+        return read_list(cell.strip()) or cell
     if column not in LIST_COLUMNS:
         return cell
     try:

@@ -185,6 +185,7 @@ FOREIGN = [
         ' "answers": ["Sweden"], "loc": "Bern lies in", "loc_ans": "Switzerland"}\n',
         "a.json",
     ),
+    ("csv", "subject,prompt,target\nOslo,{} lies in,\"['Norway', 'Norge']\"\n", "a.txt"),
     ("native", lines({**OSLO, "id": "mine", "source": "s", "tags": ["t"]}).decode(), "a.jsonl"),
 ]
 
