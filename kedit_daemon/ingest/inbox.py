@@ -12,7 +12,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +29,6 @@ WORK, DONE, FAILED = "work", "done", "failed"
 RESERVED_NAMES = (WORK, DONE, FAILED)
 SAFE_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MAX_NAME_BYTES = 200  # of the file system's 255: the rest is for what is added to a name
-HEAD_BYTES = 65_536
 MAX_RECORD_CHARS = 2_000
 
 
@@ -140,7 +139,7 @@ class Inbox:
         """
         with _open_folder(self.folder / FAILED) as failed:
             name = self._choose_failed_name(failed, claim)
-        errors = [asdict(replace(p, record=p.record[:MAX_RECORD_CHARS])) for p in problems]
+        errors = [problem.as_dict(MAX_RECORD_CHARS) for problem in problems]
         at = format_utc(self._clock(), "seconds")
         report = {"claim": claim.work_name, "file": claim.name, "at": at, "errors": errors}
         folder = self.folder / FAILED
@@ -149,8 +148,9 @@ class Inbox:
             self._move_from_work(claim, FAILED, name)
         elif any(problem.record for problem in problems):
             with _open_folder(self.folder / WORK) as work:
-                head = _read_at_most(work, claim.work_name, HEAD_BYTES)
-            write_atomic(folder / name, extract_failed(head, claim.name, problems))
+                data = _read_at_most(work, claim.work_name, self.max_bytes)
+            records = extract_failed(data, claim.name, problems, self.max_bytes)
+            write_atomic(folder / name, records)
 
     def _find_regular_files(self, inbox: int) -> dict[str, os.stat_result]:
         """Find the files that can be taken; all else is refused, and stays where it is."""

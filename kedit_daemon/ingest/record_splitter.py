@@ -6,16 +6,22 @@ record takes time in proportion to `max_chars` characters at most, whatever it h
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from kedit_daemon.ingest.json_syntax import NOT_UTF8, UnreadableText, decode_value
+from kedit_daemon.ingest.json_syntax import (
+    NOT_UTF8,
+    UnreadableText,
+    blank_comments,
+    decode_value,
+    skip_gap,
+)
 
-GAP = re.compile(r"[\s,]*")
 # A JSON string holds no line break, so one that is not closed is taken to end with its line.
 JSON_TOKEN = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|[\[\]{}]')
 NEXT_RECORD = re.compile(r'(?:\}\s*,\s*|\n[ \t]*)(?=\{\s*")')
 RECORD_OPENING = re.compile(r'\{\s*"[^"\\\n]{1,60}"')
+COMMENT_LINE = re.compile(r"(?:#|//).*|/\*.*\*/")
 BLANK_LINES = re.compile(r"(?:[ \t\r]*+\n)++|[ \t\r]++\Z")
 INDENT = re.compile(r"[ \t]*")
 MAX_INDENT_CHARS = 200
@@ -42,9 +48,10 @@ def _too_long_error(max_chars: int) -> UnreadableText:
 
 
 def split_json_lines(text: str, max_chars: int) -> Iterator[RawRecord]:
-    """Yield one record per line."""
+    """Yield one record per line; a line may be a comment."""
     for number, (start, line) in enumerate(_iterate_lines(text, 0), start=1):
-        if record := line.strip():
+        record = line.strip().lstrip("\ufeff")  # a mark may stand where files were joined
+        if record and not COMMENT_LINE.fullmatch(record):
             yield _read_json_line(number, start, record, max_chars)
 
 
@@ -61,7 +68,7 @@ def _read_json_line(number: int, start: int, record: str, max_chars: int) -> Raw
         if len(record) > max_chars:
             raise _too_long_error(max_chars)
         value, end = decode_value(record)
-        if end < len(record):
+        if blank_comments(record[end:]).strip() not in ("", ","):
             raise UnreadableText("more text after the record", "put one record on each line")
     except UnreadableText as error:
         return RawRecord(number, start, record, problem=error.problem, remedy=error.remedy)
@@ -77,17 +84,40 @@ def split_json_list(text: str, max_chars: int) -> Iterator[RawRecord]:
         yield raw
         position = start + len(raw.text)
         line += raw.text.count("\n")
-    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
-        remedy = "the file seems cut short: check its end and submit it again"
-        yield RawRecord(line, len(text), "", problem="the list is not closed", remedy=remedy)
+    opening, rest = skip_gap(text, 0), blank_comments(text[position:]).rstrip()
+    closed = text.rstrip().endswith("]") or rest.endswith("]")
+    if text[opening : opening + 1] == "[" and not closed:
+        yield _describe_cut_list(text, line)
+
+
+def split_list_at(text: str, start: int, max_chars: int) -> Generator[RawRecord, None, int]:
+    """Yield the records of the list that begins at `start`; return the offset behind it."""
+    position, line = start + 1, 1 + text.count("\n", 0, start)
+    last: RawRecord | None = None
+    while True:
+        begin = skip_gap(text, position)
+        line += text.count("\n", position, begin)
+        if text[begin : begin + 1] == "]":
+            return begin + 1
+        if begin >= len(text):
+            if last is None or not last.problem:  # or the broken record has taken the end along
+                yield _describe_cut_list(text, line)
+            return begin
+        yield (last := _read_json_value(text, begin, line, max_chars))
+        position = begin + len(last.text)
+        line += last.text.count("\n")
+
+
+def _describe_cut_list(text: str, line: int) -> RawRecord:
+    remedy = "the file seems cut short: check its end and submit it again"
+    return RawRecord(line, len(text), "", problem="the list is not closed", remedy=remedy)
 
 
 def _find_next_value(text: str, position: int) -> int:
     """Find the offset of the next record, behind the list's own brackets and commas."""
     opening = position == 0
     while True:
-        match = GAP.match(text, position)
-        position = match.end() if match else position
+        position = skip_gap(text, position)
         mark = text[position : position + 1]
         if mark != "]" and not (opening and mark == "["):
             return position

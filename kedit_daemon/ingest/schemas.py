@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from kedit_daemon.config import InboxConfig
 from kedit_daemon.ingest.field_types import (
     Answers,
     Text,
@@ -20,13 +21,22 @@ STRICT_CONFIG = ConfigDict(strict=True, frozen=True, extra="forbid")
 LENIENT_CONFIG = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
+MAX_FILE_BYTES = 10_485_760
+
+
 @dataclass(frozen=True)
 class FileLimits:
-    """The limits of a file: facts in all, characters in a target, characters in a record."""
+    """The limits of a file: facts, characters in a target and in a record, bytes when unpacked."""
 
     max_facts: int = 10_000
     max_target_chars: int = 400
     max_line_chars: int = 65_536
+    max_bytes: int = MAX_FILE_BYTES
+
+    @classmethod
+    def from_settings(cls, settings: InboxConfig) -> Self:
+        """Return the limits that the settings of an inbox state."""
+        return cls(settings.max_facts, settings.max_target_chars, max_bytes=settings.max_bytes)
 
 
 def _check_subject_named(prompt: str, subject: str) -> str:

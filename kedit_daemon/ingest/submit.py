@@ -12,6 +12,7 @@ from typing import Any
 
 from kedit_daemon.config import UNFINISHED_NAMES
 from kedit_daemon.home import Home
+from kedit_daemon.ingest.packed_files import PACKED_SUFFIXES
 from kedit_daemon.ingest.parser import ParsedFile, parse_file
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.ingest.unfinished_names import is_unfinished
@@ -115,8 +116,11 @@ def submit_to_inbox(
 
 def _choose_file_name(name: str, token: str, unfinished_names: Sequence[str]) -> str:
     stem, suffix = os.path.splitext(name)
+    if suffix.lower() in PACKED_SUFFIXES:  # then the one before it tells the format
+        stem, inner = os.path.splitext(stem)
+        suffix = inner + suffix
     stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:MAX_STEM_CHARS] or "facts"
-    plain = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII)
+    plain = re.fullmatch(r"(\.\w{1,10}){1,2}", suffix, re.ASCII)
     good = plain and not is_unfinished(f"facts{suffix}", unfinished_names)
     return f"{stem}-{token}{suffix if good else '.jsonl'}"
 

@@ -36,7 +36,7 @@ class FactsEndpoint:
 
     def __init__(self, home: Home, config: Config) -> None:
         self.home, self.config = home, config
-        self.limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+        self.limits = FileLimits.from_settings(config.inbox)
         self._submit_lock = asyncio.Lock()  # two requests with one key may come together
 
     def build_routes(self, gate: Middleware) -> list[Route]:

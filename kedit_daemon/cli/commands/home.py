@@ -147,7 +147,7 @@ def submit(
     if waiting and dry_run:
         raise click.UsageError("--dry-run submits nothing, so there is nothing to --wait for.")
     config = load_config(session.home.root, session.environ)
-    limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+    limits = FileLimits.from_settings(config.inbox)
     submission = prepare_submission(*_read_input(file, config.inbox.max_bytes), format, limits)
     _print_problems(submission.name, submission.parsed.problems)
     if dry_run:

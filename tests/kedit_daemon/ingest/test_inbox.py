@@ -1,5 +1,6 @@
 """What the inbox takes, what it leaves alone, and where each file ends, crash or no crash."""
 
+import gzip
 import json
 import os
 import shutil
@@ -228,6 +229,18 @@ def test_failed_records_lie_beside_their_explanation(inbox: Inbox, folder: Path)
     }
     inbox.finish_claim(claim)
     assert visible(folder / "done") == ["a.jsonl"] and os.listdir(folder / "work") == []
+
+
+def test_failed_records_of_a_packed_file_are_packed_too(inbox: Inbox, folder: Path) -> None:
+    data = gzip.compress(b"subject;prompt;target\nA;{};x\nB;{};\n")
+    claim = claim_one(inbox, "a.csv.gz", data)
+    inbox.fail_claim(claim, [RecordProblem(3, "it is empty", "fill it", "B;{};")], whole=False)
+    failed = (folder / "failed" / "a.csv.gz").read_bytes()
+    assert gzip.decompress(failed) == b"subject;prompt;target\nB;{};\n"
+    report = json.loads((folder / "failed" / "a.csv.gz.error.json").read_text())
+    assert report["errors"] == [
+        {"line": 3, "problem": "it is empty", "remedy": "fill it", "record": "B;{};"}
+    ]
 
 
 def test_a_record_that_is_no_utf8_is_explained_and_kept_byte_for_byte(
