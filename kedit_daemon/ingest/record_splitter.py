@@ -50,8 +50,10 @@ def _too_long_error(max_chars: int) -> UnreadableText:
 def split_json_lines(text: str, max_chars: int) -> Iterator[RawRecord]:
     """Yield one record per line; a line may be a comment."""
     for number, (start, line) in enumerate(_iterate_lines(text, 0), start=1):
-        record = line.strip().lstrip("\ufeff")  # a mark may stand where files were joined
-        if record and not COMMENT_LINE.fullmatch(record):
+        if not (record := line.strip()):
+            continue
+        record = record.lstrip("\ufeff")  # a mark may stand where files were joined
+        if not COMMENT_LINE.fullmatch(record):
             yield _read_json_line(number, start, record, max_chars)
 
 
