@@ -28,6 +28,12 @@ CONFIG_FILE = "config.toml"
 REVIEW_TEMPLATE = Path(__file__).with_name("review.yaml")
 ENVIRON_PREFIX = "KEDIT"
 SHIPPED_MODEL, SMOLLM2_MODEL = "shipped", "smollm2"  # names of models, which are no paths
+# Files that browsers, editors and copying programs have not finished; files of desktops.
+UNFINISHED_NAMES = (
+    *("*.tmp", "*.temp", "*.part", "*.partial", "*.filepart", "*.download", "*.crdownload"),
+    *("*.opdownload", "*.aria2", "*.swp", "*.swo", "*.swx", "*~", "#*#", "~$*"),
+    *("desktop.ini", "thumbs.db", "ehthumbs.db"),
+)
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
@@ -67,6 +73,7 @@ class InboxConfig(_Section):
     max_facts: Count = 10_000
     max_target_chars: Count = 400
     max_attempts: Count = 3
+    unfinished_names: list[Annotated[str, Field(min_length=1)]] = list(UNFINISHED_NAMES)
 
 
 class RoutingConfig(_Section):

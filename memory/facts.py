@@ -40,7 +40,8 @@ def fill_subject(prompt: str, subject: str) -> str:
 class Fact:
     """A statement that the model has to make; `{}` in prompts and questions stands for the subject.
 
-    aliases: other names of the subject. questions: how people ask for the target.
+    aliases: other names of the subject. questions: how people ask for the target. other_targets:
+    further right answers, which are not learned.
     """
 
     subject: str
@@ -55,6 +56,7 @@ class Fact:
     tags: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
+    other_targets: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -66,6 +68,11 @@ class Fact:
     def slot(self) -> str:
         """Subject and question without the answer: a later fact of the same slot supersedes."""
         return f"{self.subject}\n{self.question}"
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Right answers, the learned one first."""
+        return (self.target, *self.other_targets)
 
     @property
     def question(self) -> str:
@@ -109,7 +116,8 @@ def fact_to_json(fact: Fact) -> str:
 def fact_from_json(text: str) -> Fact:
     """Read a fact that `fact_to_json` wrote."""
     values = json.loads(text)
-    for name in ("paraphrases", "tags", "aliases", "questions"):  # older versions had no last two
+    # Older versions had no last three.
+    for name in ("paraphrases", "tags", "aliases", "questions", "other_targets"):
         values[name] = tuple(values.get(name, ()))
     values["neighbours"] = tuple(Neighbour(**n) for n in values["neighbours"])
     return Fact(**values)

@@ -24,6 +24,11 @@ def is_same_answer(answer: str, target: str) -> bool:
     return normalize_answer(answer) == normalize_answer(target)
 
 
+def is_right_answer(answer: str, fact: Fact) -> bool:
+    """Check that an answer matches one of the fact's targets after normalizing."""
+    return any(is_same_answer(answer, target) for target in fact.targets)
+
+
 @dataclass(frozen=True)
 class Probe:
     """Result of an edit; counts are of the prompts that were asked."""
@@ -51,7 +56,8 @@ def list_probe_prompts(fact: Fact) -> list[str]:
 
 def count_answer_tokens(model: EditableModel, facts: Sequence[Fact]) -> int:
     """Return the tokens to allow an answer: the longest target and a few to stop in."""
-    return max(len(model.encode_target(f.question, f.target)) for f in facts) + 4
+    pairs = ((f.question, target) for f in facts for target in f.targets)
+    return max(len(model.encode_target(*pair)) for pair in pairs) + 4
 
 
 def answer_probes(
@@ -76,9 +82,9 @@ def compare_answers(fact: Fact, before: Sequence[str], after: Sequence[str]) -> 
     pairs = zip(after_near, before[1 + rephrased :], strict=True)
     return Probe(
         answer=after[0],
-        right=is_same_answer(after[0], fact.target),
+        right=is_right_answer(after[0], fact),
         paraphrases=rephrased,
-        paraphrases_right=sum(is_same_answer(a, fact.target) for a in after_rephrased),
+        paraphrases_right=sum(is_right_answer(a, fact) for a in after_rephrased),
         neighbours=len(after_near),
         neighbours_unchanged=sum(a == b for a, b in pairs),
     )

@@ -1,19 +1,18 @@
 """Data set as a stream of facts, each with questions that the editor never sees."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kedit_daemon.ingest.parser import parse_file
+from kedit_daemon.ingest.parser import RecordProblem, read_record
 from kedit_daemon.ingest.record_splitter import RawRecord, split_json_lines, split_json_list
 from kedit_daemon.ingest.schemas import FileLimits
 from memory.errors import KeditError, Unreadable
 from memory.facts import Fact, Neighbour, fill_subject
 from memory.model.editable import EditableModel
-from policies.probe import is_same_answer
+from policies.probe import is_right_answer
 from policies.prompts import make_rows
 
 PARSER_LIMITS = FileLimits(max_line_chars=1 << 20)
@@ -96,10 +95,9 @@ def _parse_record(raw: RawRecord) -> list[BenchRecord | str]:
     if not isinstance(raw.value, dict):
         return ["a record must be an object"]
     stated = {key: value for key, value in raw.value.items() if key not in UNSEEN_FIELDS}
-    parsed = parse_file(json.dumps(stated).encode(), "record.jsonl", None, PARSER_LIMITS)
-    if parsed.problems:
-        return [parsed.problems[0].problem]
-    facts = [fact for _, fact in parsed.facts]
+    facts = read_record(replace(raw, value=stated), None, PARSER_LIMITS)
+    if isinstance(facts, RecordProblem):
+        return [facts.problem]
     truths = _find_old_answers(raw.value, len(facts))
     asked = _find_questions(raw.value, len(facts))
     return [_build_record(*parts, raw.value) for parts in zip(facts, truths, asked, strict=True)]
@@ -108,7 +106,7 @@ def _parse_record(raw: RawRecord) -> list[BenchRecord | str]:
 def _build_record(
     fact: Fact, truth: str | None, asked: list[str], record: dict[str, Any]
 ) -> BenchRecord:
-    if truth is not None and is_same_answer(truth, fact.target):
+    if truth is not None and is_right_answer(truth, fact):
         truth = None  # the fact does not change the answer, so there is no rival to compare with
     bare = replace(fact, paraphrases=(), neighbours=())
     questions = [

@@ -2,7 +2,7 @@
 
 prob: mean NLL of the wanted answer is below that of its rival. tokens: share of the answer's tokens
 that are the argmax under its own prefix. strict: all of them are. generation: the greedy answer, up
-to its natural stop and normalized, is the wanted one.
+to its natural stop and normalized, is the wanted one. Of several right answers the best counts.
 
 For locality, prob compares the neighbour's own answer with the edit's target; the other three are
 agreement with the model's answers before any edit.
@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 
 from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.scoring import continue_greedily
-from memory.facts import Fact
+from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
 from memory.model.scoring import AnswerScore, PromptAnswer, score_answers
@@ -69,9 +69,10 @@ RecordScores = dict[str, Score | None]
 @dataclass(frozen=True)
 class _Question:
     prompt: str
-    answer: str
-    wanted: PromptAnswer
-    rivals: tuple[PromptAnswer, ...]  # two, of which the first should be the likelier; or none
+    answers: tuple[str, ...]  # each of them is right
+    wanted: tuple[PromptAnswer, ...]  # the rows of these, or that of an unedited answer
+    likelier: tuple[PromptAnswer, ...]  # one of these should be likelier than the rival
+    rival: PromptAnswer | None
 
 
 def _split_chunks(records: Sequence[T]) -> list[Sequence[T]]:
@@ -115,7 +116,7 @@ def _score_chunk(
 ) -> list[RecordScores]:
     by_record = [_build_questions(subject, record, before) for record, before in chunk]
     questions = [q for columns in by_record for group in columns.values() for q in group]
-    rows = list(dict.fromkeys(row for q in questions for row in (q.wanted, *q.rivals)))
+    rows = list(dict.fromkeys(row for q in questions for row in _list_rows(q)))
     by_row = dict(zip(rows, score_answers(subject.model, rows, subject.overlay), strict=True))
     limit = _limit_answer_tokens(subject.model, [record for record, _ in chunk])
     texts = generate_answers(subject.model, [q.prompt for q in questions], limit, subject.overlay)
@@ -131,35 +132,44 @@ def _build_questions(
     subject: MeasuredModel, record: BenchRecord, before: BaseAnswers
 ) -> dict[str, list[_Question]]:
     fact, model = record.fact, subject.model
-    rivals = (fact.target, record.true_target) if record.true_target is not None else ()
 
-    def build_question(
-        prompt: str, answer: str, rivals: Sequence[str], ids: tuple[int, ...] | None = None
-    ) -> _Question:
+    def encode_rows(prompt: str, texts: Sequence[str]) -> tuple[PromptAnswer, ...]:
+        ids = tuple(model.encode(prompt))
+        return tuple(PromptAnswer(ids, tuple(model.encode_target(prompt, t))) for t in texts)
+
+    def build_question(prompt: str) -> _Question:
         framed = subject.frame_prompt(fact, prompt)
-        prompt_ids = tuple(model.encode(framed))
+        wanted = encode_rows(framed, fact.targets)
+        if record.true_target is None:
+            return _Question(framed, fact.targets, wanted, (), None)
+        (rival,) = encode_rows(framed, [record.true_target])
+        return _Question(framed, fact.targets, wanted, wanted, rival)
 
-        def encode_row(text: str) -> PromptAnswer:
-            return PromptAnswer(prompt_ids, tuple(model.encode_target(framed, text)))
+    def build_near(near: Neighbour, tokens: tuple[int, ...], answer: str) -> _Question:
+        framed, old = subject.frame_prompt(fact, near.prompt), near.answer
+        wanted = (PromptAnswer(tuple(model.encode(framed)), tokens),)
+        if old is None or is_same_answer(old, fact.target):
+            return _Question(framed, (answer,), wanted, (), None)
+        likelier, rival = encode_rows(framed, [old, fact.target])
+        return _Question(framed, (answer,), wanted, (likelier,), rival)
 
-        wanted = encode_row(answer) if ids is None else PromptAnswer(prompt_ids, ids)
-        return _Question(framed, answer, wanted, tuple(map(encode_row, rivals)))
-
-    near = []
     references = zip(record.neighbours, before.tokens, before.answers, strict=True)
-    for neighbour, tokens, answer in references:
-        old = neighbour.answer
-        pair = () if old is None or is_same_answer(old, fact.target) else (old, fact.target)
-        near.append(build_question(neighbour.prompt, answer, pair, tokens))
-    own = build_question(fact.question, fact.target, rivals)
-    rephrased = [build_question(prompt, fact.target, rivals) for prompt in record.paraphrases]
-    return dict(zip(COLUMNS, ([own], rephrased, near), strict=True))
+    near = [build_near(*reference) for reference in references]
+    rephrased = [build_question(prompt) for prompt in record.paraphrases]
+    return dict(zip(COLUMNS, ([build_question(fact.question)], rephrased, near), strict=True))
+
+
+def _list_rows(q: _Question) -> list[PromptAnswer]:
+    return [*q.wanted, *q.likelier, *([] if q.rival is None else [q.rival])]
 
 
 def _score_question(q: _Question, rows: Mapping[PromptAnswer, AnswerScore], text: str) -> Score:
-    hits, losses = rows[q.wanted].token_hits, [rows[rival].loss for rival in q.rivals]
-    prob = float(losses[0] < losses[1]) if losses else None
-    return Score(prob, fmean(hits), float(all(hits)), float(is_same_answer(text, q.answer)))
+    """Score an answer; of several right ones, the one that the model is nearest to."""
+    hits = [rows[row].token_hits for row in q.wanted]
+    losses = [rows[row].loss for row in q.likelier]
+    prob = None if q.rival is None else float(min(losses) < rows[q.rival].loss)
+    stated = any(is_same_answer(text, answer) for answer in q.answers)
+    return Score(prob, max(map(fmean, hits)), float(any(map(all, hits))), float(stated))
 
 
 def average_scores(scores: Sequence[Score]) -> Score | None:

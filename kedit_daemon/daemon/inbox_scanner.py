@@ -29,7 +29,8 @@ class InboxScanner:
         monotonic: Callable[[], float],
     ) -> None:
         settings = config.inbox
-        self.inbox = Inbox(folder, settings.settle_seconds, settings.max_bytes, clock)
+        limits = (settings.settle_seconds, settings.max_bytes)
+        self.inbox = Inbox(folder, *limits, clock, settings.unfinished_names)
         self.has_changed = True  # since the last scan, by the watcher's report
         self.has_claimed_files = True  # there may be claimed files that are not taken in yet
         self._intake = Intake(store, self.inbox, config)

@@ -25,7 +25,7 @@ from memory.files import save_tensors
 from memory.model.canary import Health
 from memory.model.generate import generate_answers
 from policies.health_limits import Action, Thresholds, Verdict, find_worsened, judge_health
-from policies.probe import count_answer_tokens, is_same_answer
+from policies.probe import count_answer_tokens, is_right_answer
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Generations:
         answers = self.live_model.answer_questions([f.fact for f in live])
         with self.store.db.transaction():
             for fact, answer in zip(live, answers, strict=True):
-                if not is_same_answer(answer.text, fact.fact.target):
+                if not is_right_answer(answer.text, fact.fact):
                     self.store.artifacts.drop_side_keys(fact.id)
                     if fact.state is FactState.LIVE_SIDE:
                         self.store.change_state(
@@ -318,4 +318,4 @@ class Generations:
         most = count_answer_tokens(self.model, facts)
         answers = generate_answers(self.model, [f.question for f in facts], most)
         pairs = zip(facts, answers, strict=True)
-        return {f.id for f, text in pairs if is_same_answer(text, f.target)}
+        return {f.id for f, text in pairs if is_right_answer(text, f)}

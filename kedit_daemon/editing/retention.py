@@ -11,7 +11,7 @@ from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import LIVE_STATES, FactState
-from policies.probe import is_same_answer
+from policies.probe import is_right_answer
 
 OLDEST_COUNT = 50  # live facts that are asked again at every audit
 ROTATING_COUNT = 100  # more of them, of those in the weights
@@ -62,7 +62,7 @@ class Retention:
             return RetentionResult(None, [])
         answers = self.live_model.answer_questions([f.fact for f in facts])
         pairs = zip(answers, facts, strict=True)
-        lost = [f for answer, f in pairs if not is_same_answer(answer.text, f.fact.target)]
+        lost = [f for answer, f in pairs if not is_right_answer(answer.text, f.fact)]
         return RetentionResult(1 - len(lost) / len(facts), lost)
 
     def relearn_facts(self, lost: Sequence[StoredFact]) -> list[str]:

@@ -12,23 +12,23 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from kedit_daemon.config import UNFINISHED_NAMES
 from kedit_daemon.ingest.failed_files import REPORT_SUFFIX
 from kedit_daemon.ingest.file_lease import can_detect_closed, is_closed
 from kedit_daemon.ingest.parser import RecordProblem, extract_failed
+from kedit_daemon.ingest.unfinished_names import is_unfinished
 from memory.errors import KeditError
 from memory.files import sync_folder, write_atomic
 from memory.timestamps import format_utc
 
 WORK, DONE, FAILED = "work", "done", "failed"
 RESERVED_NAMES = (WORK, DONE, FAILED)
-UNFINISHED_SUFFIXES = (".tmp", ".part")  # of files that are left alone: they are still written
 SAFE_OPEN_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 MAX_NAME_BYTES = 200  # of the file system's 255: the rest is for what is added to a name
-HEAD_BYTES = 65_536
 MAX_RECORD_CHARS = 2_000
 
 
@@ -58,7 +58,12 @@ class Inbox:
     """
 
     def __init__(
-        self, folder: Path, settle_seconds: float, max_bytes: int, clock: Callable[[], datetime]
+        self,
+        folder: Path,
+        settle_seconds: float,
+        max_bytes: int,
+        clock: Callable[[], datetime],
+        unfinished_names: Sequence[str] = UNFINISHED_NAMES,
     ) -> None:
         (folder / WORK).mkdir(mode=0o700, parents=True, exist_ok=True)
         (folder / DONE).mkdir(exist_ok=True)
@@ -67,6 +72,7 @@ class Inbox:
         self.settle_seconds = settle_seconds
         self._can_detect_closed = can_detect_closed(self.folder)
         self.max_bytes = max_bytes
+        self.unfinished_names = unfinished_names
         self._clock = clock
         # By name: inode, size and mtime, and since when they have been the same.
         self._sightings: dict[str, tuple[tuple[int, int, int], float]] = {}
@@ -133,7 +139,7 @@ class Inbox:
         """
         with _open_folder(self.folder / FAILED) as failed:
             name = self._choose_failed_name(failed, claim)
-        errors = [asdict(replace(p, record=p.record[:MAX_RECORD_CHARS])) for p in problems]
+        errors = [problem.as_dict(MAX_RECORD_CHARS) for problem in problems]
         at = format_utc(self._clock(), "seconds")
         report = {"claim": claim.work_name, "file": claim.name, "at": at, "errors": errors}
         folder = self.folder / FAILED
@@ -142,19 +148,25 @@ class Inbox:
             self._move_from_work(claim, FAILED, name)
         elif any(problem.record for problem in problems):
             with _open_folder(self.folder / WORK) as work:
-                head = _read_at_most(work, claim.work_name, HEAD_BYTES)
-            write_atomic(folder / name, extract_failed(head, claim.name, problems))
+                data = _read_at_most(work, claim.work_name, self.max_bytes)
+            records = extract_failed(data, claim.name, problems, self.max_bytes)
+            write_atomic(folder / name, records)
 
     def _find_regular_files(self, inbox: int) -> dict[str, os.stat_result]:
         """Find the files that can be taken; all else is refused, and stays where it is."""
-        names = [n for n in os.listdir(inbox) if n not in RESERVED_NAMES and not n.startswith(".")]
+        names = [
+            name
+            for name in os.listdir(inbox)
+            if name not in RESERVED_NAMES and not is_unfinished(name, self.unfinished_names)
+        ]
         self._refused_names &= set(names)
         regular = {}
         for name in names:
-            if name.endswith(UNFINISHED_SUFFIXES) or (found := _stat_or_none(inbox, name)) is None:
+            if (found := _stat_or_none(inbox, name)) is None:
                 continue
             if stat.S_ISREG(found.st_mode):
-                regular[name] = found
+                if found.st_size:  # or it waits to be filled
+                    regular[name] = found
             else:
                 remedy = "put plain files straight into inbox/: links and folders are not followed"
                 self._refuse_entry(name, "it is not a plain file", remedy)

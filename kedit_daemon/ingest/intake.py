@@ -24,7 +24,7 @@ class Intake:
 
     def __init__(self, store: Store, inbox: Inbox, config: Config) -> None:
         self.store, self.inbox, self.config = store, inbox, config
-        self.limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+        self.limits = FileLimits.from_settings(config.inbox)
 
     def take_file(self, claim: Claim) -> None:
         """Take one file in and move it to done/ or failed/."""

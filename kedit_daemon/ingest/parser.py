@@ -5,57 +5,70 @@ its line, its reason and its remedy.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
+from kedit_daemon.ingest.fault_texts import explain_faults
+from kedit_daemon.ingest.field_types import quote_value
+from kedit_daemon.ingest.file_text import decode_text
+from kedit_daemon.ingest.json_syntax import UnreadableText, blank_comments, skip_gap
+from kedit_daemon.ingest.packed_files import ZIP, find_packing, pack_files, unpack_files
+from kedit_daemon.ingest.parquet_rows import PARQUET_MARK, read_parquet
 from kedit_daemon.ingest.record_splitter import (
     RawRecord,
-    split_csv_rows,
     split_json_lines,
     split_json_list,
 )
 from kedit_daemon.ingest.schemas import (
+    MAX_FILE_BYTES,
     ClozeRecord,
     FileLimits,
     FlatRecord,
     MquakeRecord,
     NativeRecord,
-    NeighbourRecord,
     QuestionRecord,
     Record,
     RomeRecord,
     WikiBigEditRecord,
     ZsreRecord,
-    quote_value,
 )
+from kedit_daemon.ingest.table_rows import extract_heading, is_table, split_table
+from kedit_daemon.ingest.wrapped_records import is_wrapped, split_wrapped, unwrap_row
 from memory.errors import KeditError
 from memory.facts import Fact
 
 FORMATS = ("native", "csv", "counterfact", "zsre", "knowedit", "mquake", "wikibigedit", "qaedit")
-MAX_FAULTS_SHOWN = 3
-REQUIRED_COLUMNS = ("subject", "prompt", "target")
-LIST_COLUMNS = ("paraphrases", "tags", "aliases", "questions")
-COLUMNS = (*REQUIRED_COLUMNS, *LIST_COLUMNS, "id", "source", "valid_from", "valid_until")
-TYPE_NAMES = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
+
+
+RECORD_REMEDY = 'write {"subject": …, "prompt": …, "target": …}, or a list of such objects'
+KNOWN_KEYS = {"subject", "prompt", "target", "requested_rewrite", "target_new", "src", "update"}
 
 
 @dataclass(frozen=True)
 class RecordProblem:
-    """A record that states no fact: its line, the problem, the remedy, its own text."""
+    """A record that states no fact: its line, the problem, the remedy, its own text.
+
+    member: the file in an archive that holds it.
+    """
 
     line: int
     problem: str
     remedy: str
     record: str
+    member: str = ""
+
+    def as_dict(self, max_chars: int) -> dict[str, object]:
+        """Return the problem as a report has it, with so much of the record."""
+        record = self.record[:max_chars]
+        return {
+            "line": self.line,
+            "problem": self.problem,
+            "remedy": self.remedy,
+            "record": record,
+        }
 
 
 @dataclass(frozen=True)
@@ -67,100 +80,146 @@ class ParsedFile:
 
 
 def parse_file(data: bytes, name: str, format: str | None, limits: FileLimits) -> ParsedFile:
-    """Parse a file; its name and its keys tell the format unless `format` does."""
+    """Parse a file, packed or not; its name and its keys tell the format unless `format` does."""
     if format is not None and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(FORMATS)}"
         raise KeditError(f"unknown format {quote_value(format)}", code="usage", hint=hint)
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return ParsedFile(problems=[RecordProblem(1, "the file is UTF-16", "save it as UTF-8", "")])
-    text = _decode_text(data)
-    if _is_table(text, name, format):
-        return _parse_table(text, limits)
-    return _collect_records(text, _split_json(text, limits), format, limits)
+    parsed = ParsedFile()
+    is_archive = find_packing(data) == ZIP
+    for member, content in unpack_files(data, name, limits.max_bytes):
+        first = len(parsed.problems)
+        try:
+            if isinstance(content, UnreadableText):
+                raise content
+            _parse_content(content, member, format, limits, parsed)
+        except UnreadableText as error:
+            parsed.problems.append(RecordProblem(1, error.problem, error.remedy, ""))
+        if is_archive and member:
+            told = parsed.problems[first:]
+            parsed.problems[first:] = [
+                replace(p, problem=f"{quote_value(member)}: {p.problem}", member=member)
+                for p in told
+            ]
+    return _tell_if_empty(parsed)
 
 
-def extract_failed(head: bytes, name: str, problems: Iterable[RecordProblem]) -> bytes:
+def _tell_if_empty(parsed: ParsedFile) -> ParsedFile:
+    if not parsed.facts and not parsed.problems:
+        parsed.problems.append(RecordProblem(1, "the file holds no record", "write one a line", ""))
+    return parsed
+
+
+def _parse_content(
+    data: bytes, name: str, format: str | None, limits: FileLimits, parsed: ParsedFile
+) -> None:
+    """Add the facts and problems of one file that is not packed. Raises UnreadableText."""
+    if data.startswith(PARQUET_MARK):
+        data, name = read_parquet(data, limits.max_facts, limits.max_bytes), "table.jsonl"
+    text, max_chars = decode_text(data), limits.max_line_chars
+    if format == "csv" or (format is None and is_table(text, name)):
+        _collect_records(text, split_table(text, max_chars), "native", limits, parsed)
+    elif is_wrapped(text, max_chars):
+        raws = split_wrapped(text, max_chars)
+        _collect_records(text, raws, format, limits, parsed, is_wrapping=True)
+    else:
+        _collect_records(text, _split_json(text, limits), format, limits, parsed)
+
+
+def extract_failed(
+    data: bytes, name: str, problems: Sequence[RecordProblem], max_bytes: int = MAX_FILE_BYTES
+) -> bytes:
     """Return the failed records alone, in their file's own form, to be mended and sent again.
 
-    `head` is the beginning of that file: it shows the form, and holds a table's header.
+    `data` shows the form, and holds a table's header.
     """
-    text = _decode_text(head)
+    packing = find_packing(data)
+    files = {
+        member: _extract_text(content, member, [p for p in problems if p.member in ("", member)])
+        for member, content in unpack_files(data, name, max_bytes)
+        if isinstance(content, bytes)
+    }
+    if packing is None:
+        return files.get(name, data)
+    failed = {member: content for member, content in files.items() if content}
+    return pack_files(packing, failed) if failed else data
+
+
+def _extract_text(data: bytes, name: str, problems: Iterable[RecordProblem]) -> bytes:
     records = [problem.record for problem in problems if problem.record]
-    if _is_table(text, name, None):
-        records = [text.strip().partition("\n")[0].rstrip("\r"), *records]
-    elif text.lstrip().startswith("["):
+    if not records:
+        return b""
+    try:
+        text = "" if data.startswith(PARQUET_MARK) else decode_text(data)
+    except UnreadableText:
+        return data
+    if is_table(text, name):
+        records = [extract_heading(text), *records]
+    elif text.lstrip().startswith("[") or any("\n" in record for record in records):
         return ("[\n" + ",\n".join(records) + "\n]\n").encode("utf-8", "surrogateescape")
     return "".join(f"{record}\n" for record in records).encode("utf-8", "surrogateescape")
 
 
-def _decode_text(data: bytes) -> str:
-    # Bytes that are not UTF-8 become lone surrogates: only the record that holds them is lost.
-    return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-
-
-def _is_table(text: str, name: str, format: str | None) -> bool:
-    if format is not None:
-        return format == "csv"
-    start = text.lstrip()[:1_000].partition("\n")[0]
-    heading = [cell.strip(' "\r').lower() for cell in start.split(",")]
-    named = name.lower().endswith(".csv") or {"subject", "target"} <= set(heading)
-    return named and not start.startswith(("{", "["))
-
-
 def _split_json(text: str, limits: FileLimits) -> Iterator[RawRecord]:
-    first = text.lstrip().partition("\n")[0].rstrip()
-    opens_more = first.startswith("{") and not first.endswith("}")
+    first = text[skip_gap(text, 0) :].partition("\n")[0].rstrip(" \t\r,")
+    opens_more = first.startswith("{") and not blank_comments(first).rstrip(" \t,").endswith("}")
     if first.startswith("[") or opens_more:
         return split_json_list(text, limits.max_line_chars)
     return split_json_lines(text, limits.max_line_chars)
 
 
 def _collect_records(
-    text: str, raws: Iterable[RawRecord], format: str | None, limits: FileLimits
-) -> ParsedFile:
-    parsed = ParsedFile()
+    text: str,
+    raws: Iterator[RawRecord],
+    format: str | None,
+    limits: FileLimits,
+    parsed: ParsedFile,
+    is_wrapping: bool = False,
+) -> None:
     for raw in raws:
-        outcome = _read_record(raw, format, limits)
+        outcome = read_record(raw, format, limits)
         size = 1 if isinstance(outcome, RecordProblem) else len(outcome)
         if len(parsed.facts) + len(parsed.problems) + size > limits.max_facts:
-            parsed.problems.append(_describe_surplus(text, raw, limits))
+            rest = [raw.text, *(r.text for r in raws)] if is_wrapping else [_cut_rest(text, raw)]
+            problem = f"more than {limits.max_facts} facts in one file: read up to here"
+            remedy = "submit the rest as a file of its own"
+            parsed.problems.append(RecordProblem(raw.line, problem, remedy, ",\n".join(rest)))
             break
         if isinstance(outcome, RecordProblem):
             parsed.problems.append(outcome)
             continue
         parsed.facts.extend((raw.line, fact) for fact in outcome)
-    if not parsed.facts and not parsed.problems:
-        parsed.problems.append(RecordProblem(1, "the file holds no record", "write one a line", ""))
-    return parsed
 
 
-def _describe_surplus(text: str, raw: RawRecord, limits: FileLimits) -> RecordProblem:
-    """Describe all that is behind the limit, as one problem that keeps its text."""
+def _cut_rest(text: str, raw: RawRecord) -> str:
+    """Return all that is behind the limit."""
     rest = text[raw.start :].rstrip()
-    if text.lstrip().startswith("["):
-        rest = rest.removesuffix("]").rstrip(" \t\r\n,")
-    problem = f"more than {limits.max_facts} facts in one file: read up to here"
-    return RecordProblem(raw.line, problem, "submit the rest as a file of its own", rest)
+    is_list = text[skip_gap(text, 0) :][:1] == "["
+    return rest.removesuffix("]").rstrip(" \t\r\n,") if is_list else rest
 
 
-def _read_record(
+def read_record(
     raw: RawRecord, format: str | None, limits: FileLimits
 ) -> list[Fact] | RecordProblem:
+    """Read the facts of one record, or its problem."""
     if raw.problem:
         return RecordProblem(raw.line, raw.problem, raw.remedy, raw.text)
     if not isinstance(raw.value, dict):
-        remedy = 'write {"subject": …, "prompt": …, "target": …}'
-        return RecordProblem(raw.line, "a record must be an object", remedy, raw.text)
-    form = _recognise_form(raw.value) if format is None else _choose_form(raw.value, format)
+        return RecordProblem(raw.line, "a record must be an object", RECORD_REMEDY, raw.text)
+    record = unwrap_row(raw.value)
+    nests = any(isinstance(value, dict | list) for value in record.values())
+    if nests and not record.keys() & KNOWN_KEYS:
+        problem = f"none of its keys is one of a record: {quote_value(', '.join(record))}"
+        return RecordProblem(raw.line, problem, RECORD_REMEDY, raw.text)
+    form = _recognise_form(record) if format is None else _choose_form(record, format)
     try:
-        facts = form.model_validate(raw.value).to_facts()
+        facts = form.model_validate(record).to_facts()
     except ValidationError as error:
-        return RecordProblem(raw.line, *_explain_errors(error), raw.text)
+        return RecordProblem(raw.line, *explain_faults(error, record), raw.text)
     except PydanticCustomError as error:
         context = error.context or {}
         return RecordProblem(raw.line, error.message(), str(context.get("remedy", "")), raw.text)
-    longest = max(len(fact.target) for fact in facts)
+    longest = max(len(target) for fact in facts for target in fact.targets)
     if longest > limits.max_target_chars:
         problem = f"the target has {longest} characters, more than {limits.max_target_chars}"
         return RecordProblem(raw.line, problem, "state the fact in fewer words", raw.text)
@@ -180,7 +239,8 @@ def _recognise_form(record: dict[str, object]) -> type[Record]:
     elif "target_new" in keys or "neighborhood_prompts" in keys:
         knowedit = "portability" in keys or isinstance(record.get("locality"), dict)
         counterfact = keys & {"ground_truth", "target_true", "neighborhood_prompts"}
-        form = ClozeRecord if counterfact and not knowedit else FlatRecord
+        is_cloze = counterfact or isinstance(record.get("target_new"), dict)  # ROME's request
+        form = ClozeRecord if is_cloze and not knowedit else FlatRecord
     elif "target" in keys and keys & {"rephrase", "locality"}:
         form = QuestionRecord
     return form
@@ -196,83 +256,3 @@ def _choose_form(record: dict[str, object], format: str) -> type[Record]:
         "qaedit": QuestionRecord,
     }
     return forms.get(format, NativeRecord)
-
-
-def _explain_errors(error: ValidationError) -> tuple[str, str]:
-    """Describe the first few faults in one sentence each, and their remedies."""
-    pairs = [_explain_fault(fault) for fault in error.errors(include_url=False)[:MAX_FAULTS_SHOWN]]
-    problems, remedies = zip(*pairs, strict=True)
-    # One remedy may serve several faults.
-    return "; ".join(problems), "; ".join(dict.fromkeys(remedies))
-
-
-def _explain_fault(fault: ErrorDetails) -> tuple[str, str]:
-    steps = ".".join(str(step) for step in fault["loc"])
-    where = quote_value(steps) if steps else "the record"
-    kind = TYPE_NAMES.get(type(fault["input"]), "null" if fault["input"] is None else "a string")
-    match fault["type"]:
-        case "missing":
-            return f"{where} is missing", f"add {where}"
-        case "extra_forbidden":
-            remedy = _suggest_key(str(fault["loc"][-1]), nested=len(fault["loc"]) > 1)
-            return f"unknown key {where}", remedy
-        case "string_too_short" | "too_short":
-            return f"{where} is empty", "fill it in, or leave the record out"
-        case "string_unicode":
-            return f"{where} holds half a surrogate pair", "take that character out"
-        case "string_type":
-            return f"{where} must be a string, not {kind}", "put the value in quotes"
-        case "list_type":
-            return f"{where} must be a list, not {kind}", "put the value in [ ]"
-        case "model_type" | "dict_type":
-            return f"{where} must be an object, not {kind}", "put the value in { }"
-    context = fault.get("ctx", {})
-    problem = str(context.get("problem", fault["msg"]))
-    return f"{where}: {problem}" if fault["loc"] else problem, str(context.get("remedy", ""))
-
-
-def _suggest_key(key: str, nested: bool) -> str:
-    known = list((NeighbourRecord if nested else NativeRecord).model_fields)
-    near = difflib.get_close_matches(key, known, 1)
-    return f'did you mean "{near[0]}"?' if near else f"the keys are {', '.join(known)}"
-
-
-def _parse_table(text: str, limits: FileLimits) -> ParsedFile:
-    rows = split_csv_rows(text, limits.max_line_chars)
-    head = next(rows, None)
-    if head is None or not isinstance(head.value, list):
-        problem = head.problem if head else "the file holds no record"
-        remedy = "begin with a line of column names"
-        return ParsedFile(problems=[RecordProblem(1, problem, remedy, "")])
-    columns = [str(cell).strip().lower() for cell in head.value]
-    if fault := _find_heading_fault(columns):
-        return ParsedFile(problems=[RecordProblem(head.line, *fault, "")])
-    return _collect_records(text, (_fill_row(raw, columns) for raw in rows), "native", limits)
-
-
-def _find_heading_fault(columns: list[str]) -> tuple[str, str] | None:
-    for column in columns:
-        if column not in COLUMNS:
-            near = difflib.get_close_matches(column, COLUMNS, 1)
-            hint = f'did you mean "{near[0]}"?' if near else f"columns: {', '.join(COLUMNS)}"
-            return f"unknown column {quote_value(column)}", hint
-        if columns.count(column) > 1:
-            return f"column {quote_value(column)} occurs twice", "keep one of the two"
-    missing = [column for column in REQUIRED_COLUMNS if column not in columns]
-    return (f"no column {quote_value(missing[0])}", "add it to the first line") if missing else None
-
-
-def _fill_row(raw: RawRecord, columns: list[str]) -> RawRecord:
-    if not isinstance(raw.value, list):
-        return raw
-    if len(raw.value) != len(columns):
-        problem = f"{len(raw.value)} values under {len(columns)} columns"
-        return replace(raw, problem=problem, remedy="quote each value that holds a comma")
-    filled = {
-        column: [part for part in cell.split("|") if part.strip()]
-        if column in LIST_COLUMNS
-        else cell
-        for column, cell in zip(columns, raw.value, strict=True)
-        if cell.strip() or column in REQUIRED_COLUMNS
-    }
-    return replace(raw, value=filled)

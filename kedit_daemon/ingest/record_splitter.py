@@ -5,23 +5,29 @@ record takes time in proportion to `max_chars` characters at most, whatever it h
 """
 
 import csv
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-GAP = re.compile(r"[\s,]*")
+from kedit_daemon.ingest.json_syntax import (
+    NOT_UTF8,
+    UnreadableText,
+    blank_comments,
+    decode_value,
+    skip_gap,
+)
+
 # A JSON string holds no line break, so one that is not closed is taken to end with its line.
 JSON_TOKEN = re.compile(r'"(?:[^"\\\n]++|\\.)*+"?|[\[\]{}]')
 NEXT_RECORD = re.compile(r'(?:\}\s*,\s*|\n[ \t]*)(?=\{\s*")')
 RECORD_OPENING = re.compile(r'\{\s*"[^"\\\n]{1,60}"')
+COMMENT_LINE = re.compile(r"(?:#|//).*|/\*.*\*/")
 BLANK_LINES = re.compile(r"(?:[ \t\r]*+\n)++|[ \t\r]++\Z")
 INDENT = re.compile(r"[ \t]*")
 MAX_INDENT_CHARS = 200
 # A broken record is searched for its end so far; beyond, for the beginning of the next one.
 RECOVERY_CHARS = 8_192
 MAX_ROW_LINES = 100
-NOT_UTF8 = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True)
@@ -36,56 +42,18 @@ class RawRecord:
     remedy: str = ""
 
 
-class UnreadableText(ValueError):
-    """A text that cannot be parsed, and the offset of the problem in it."""
-
-    def __init__(self, problem: str, remedy: str, offset: int = 0) -> None:
-        super().__init__(problem)
-        self.problem = problem
-        self.remedy = remedy
-        self.offset = offset
-
-
-def _refuse_constant(name: str) -> object:
-    raise UnreadableText(f"{name} is not JSON", "write a number, a text or null")
-
-
-def _build_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise UnreadableText("a key occurs twice", "keep one of the two")
-    return found
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_build_object)
-
-
-def _decode_value(text: str) -> tuple[object, int]:
-    try:
-        value, end = DECODER.raw_decode(text)
-    except json.JSONDecodeError as error:
-        problem = f"broken JSON: {error.msg.lower()} (character {error.pos + 1} of the record)"
-        raise UnreadableText(problem, "correct the syntax of the record", error.pos) from None
-    except RecursionError:
-        raise UnreadableText("nested too deeply", "a record needs few levels") from None
-    except UnreadableText:
-        raise
-    except ValueError:
-        raise UnreadableText("a number with thousands of digits", "write it as text") from None
-    if NOT_UTF8.search(text, 0, end):
-        raise UnreadableText("not valid UTF-8", "save the file as UTF-8")
-    return value, end
-
-
 def _too_long_error(max_chars: int) -> UnreadableText:
     problem = f"longer than {max_chars} characters"
     return UnreadableText(problem, "a record is one fact: shorten its texts")
 
 
 def split_json_lines(text: str, max_chars: int) -> Iterator[RawRecord]:
-    """Yield one record per line."""
+    """Yield one record per line; a line may be a comment."""
     for number, (start, line) in enumerate(_iterate_lines(text, 0), start=1):
-        if record := line.strip():
+        if not (record := line.strip()):
+            continue
+        record = record.lstrip("\ufeff")  # a mark may stand where files were joined
+        if not COMMENT_LINE.fullmatch(record):
             yield _read_json_line(number, start, record, max_chars)
 
 
@@ -101,8 +69,8 @@ def _read_json_line(number: int, start: int, record: str, max_chars: int) -> Raw
     try:
         if len(record) > max_chars:
             raise _too_long_error(max_chars)
-        value, end = _decode_value(record)
-        if end < len(record):
+        value, end = decode_value(record)
+        if blank_comments(record[end:]).strip() not in ("", ","):
             raise UnreadableText("more text after the record", "put one record on each line")
     except UnreadableText as error:
         return RawRecord(number, start, record, problem=error.problem, remedy=error.remedy)
@@ -118,17 +86,40 @@ def split_json_list(text: str, max_chars: int) -> Iterator[RawRecord]:
         yield raw
         position = start + len(raw.text)
         line += raw.text.count("\n")
-    if text.lstrip().startswith("[") and not text.rstrip().endswith("]"):
-        remedy = "the file seems cut short: check its end and submit it again"
-        yield RawRecord(line, len(text), "", problem="the list is not closed", remedy=remedy)
+    opening, rest = skip_gap(text, 0), blank_comments(text[position:]).rstrip()
+    closed = text.rstrip().endswith("]") or rest.endswith("]")
+    if text[opening : opening + 1] == "[" and not closed:
+        yield _describe_cut_list(text, line)
+
+
+def split_list_at(text: str, start: int, max_chars: int) -> Generator[RawRecord, None, int]:
+    """Yield the records of the list that begins at `start`; return the offset behind it."""
+    position, line = start + 1, 1 + text.count("\n", 0, start)
+    last: RawRecord | None = None
+    while True:
+        begin = skip_gap(text, position)
+        line += text.count("\n", position, begin)
+        if text[begin : begin + 1] == "]":
+            return begin + 1
+        if begin >= len(text):
+            if last is None or not last.problem:  # or the broken record has taken the end along
+                yield _describe_cut_list(text, line)
+            return begin
+        yield (last := _read_json_value(text, begin, line, max_chars))
+        position = begin + len(last.text)
+        line += last.text.count("\n")
+
+
+def _describe_cut_list(text: str, line: int) -> RawRecord:
+    remedy = "the file seems cut short: check its end and submit it again"
+    return RawRecord(line, len(text), "", problem="the list is not closed", remedy=remedy)
 
 
 def _find_next_value(text: str, position: int) -> int:
     """Find the offset of the next record, behind the list's own brackets and commas."""
     opening = position == 0
     while True:
-        match = GAP.match(text, position)
-        position = match.end() if match else position
+        position = skip_gap(text, position)
         mark = text[position : position + 1]
         if mark != "]" and not (opening and mark == "["):
             return position
@@ -139,7 +130,7 @@ def _find_next_value(text: str, position: int) -> int:
 def _read_json_value(text: str, start: int, line: int, max_chars: int) -> RawRecord:
     piece = text[start : start + max_chars + 1]
     try:
-        value, length = _decode_value(piece)
+        value, length = decode_value(piece)
         if length > max_chars:
             raise _too_long_error(max_chars)
         return RawRecord(line, start, piece[:length], value)
@@ -191,31 +182,42 @@ def _find_resume_point(text: str, start: int, error: int, near: int) -> int:
     return found.end() if found else last
 
 
-def split_csv_rows(text: str, max_chars: int) -> Iterator[RawRecord]:
+def split_csv_rows(
+    text: str, max_chars: int, separator: str = ",", start: int = 0
+) -> Iterator[RawRecord]:
     """Yield the rows of a table, the header first; a value is a list of texts."""
-    start, line = 0, 1
+    line = 1 + text.count("\n", 0, start)
     while start < len(text):
         if blank := BLANK_LINES.match(text, start):
             record = blank[0]
         else:
-            record, row, problem, remedy = _read_csv_row(text, start, max_chars)
+            record, row, problem, remedy = _read_csv_row(text, start, max_chars, separator)
             yield RawRecord(line, start, record.rstrip("\r\n"), row, problem, remedy)
         start, line = start + len(record), line + record.count("\n")
 
 
-def _read_csv_row(text: str, start: int, max_chars: int) -> tuple[str, list[str] | None, str, str]:
+def _read_csv_row(
+    text: str, start: int, max_chars: int, separator: str
+) -> tuple[str, list[str] | None, str, str]:
     """Read a row: its text, its cells, the problem and the remedy; a broken row is one line."""
     taken: list[str] = []
-    reader = csv.reader(_feed_lines(text, start, max_chars, taken), strict=True)
+    lines = _feed_lines(text, start, max_chars, taken)
+    # A blank behind a separator is no part of a value, and hides no quote.
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True, strict=True)
     try:
         row = next(reader)
     except csv.Error as error:
-        remedy = "close every quote, and double the quotes inside a quoted value"
-        return taken[0], None, f"broken CSV: {error}", remedy
+        return taken[0], None, f"broken CSV: {error}", _suggest_quoting(taken[0])
     record = "".join(taken)
     if NOT_UTF8.search(record):
         return record, None, "not valid UTF-8", "save the file as UTF-8"
     return record, row, "", ""
+
+
+def _suggest_quoting(line: str) -> str:
+    if "\r" in line.rstrip("\r\n"):
+        return "end every line in the same way"
+    return "close every quote, and double the quotes inside a quoted value"
 
 
 def _feed_lines(text: str, start: int, max_chars: int, taken: list[str]) -> Iterator[str]:

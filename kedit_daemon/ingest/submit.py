@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kedit_daemon.config import UNFINISHED_NAMES
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.inbox import UNFINISHED_SUFFIXES
+from kedit_daemon.ingest.packed_files import PACKED_SUFFIXES
 from kedit_daemon.ingest.parser import ParsedFile, parse_file
 from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.ingest.unfinished_names import is_unfinished
 from kedit_daemon.system.disk import describe_disk_error
 from memory.db.queries import open_readonly
 from memory.errors import KeditError, NoHome
@@ -51,7 +53,8 @@ def prepare_submission(
 
 def format_native(fact: Fact) -> str:
     """Format the fact as a line that `parse_file` reads as the same fact."""
-    record: dict[str, Any] = {"subject": fact.subject, "prompt": fact.prompt, "target": fact.target}
+    target = list(fact.targets) if fact.other_targets else fact.target
+    record: dict[str, Any] = {"subject": fact.subject, "prompt": fact.prompt, "target": target}
     if "{}" in fact.prompt or fact.subject in fact.prompt:
         record["paraphrases"] = list(fact.paraphrases)
         record["neighbours"] = [{"prompt": n.prompt, "answer": n.answer} for n in fact.neighbours]
@@ -66,12 +69,23 @@ def format_native(fact: Fact) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
-def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = None) -> str:
+def submit_to_inbox(
+    inbox: Path,
+    submission: Submission,
+    token: str | None = None,
+    unfinished_names: Sequence[str] = UNFINISHED_NAMES,
+) -> str:
     """Put the file into the inbox, whole or not at all, and return its name there.
 
     The name holds the token, by default a random one. Raises KeditError.
     """
-    name = _choose_file_name(submission.name, token or secrets.token_hex(8))
+    name = _choose_file_name(submission.name, token or secrets.token_hex(8), unfinished_names)
+    if is_unfinished(name, unfinished_names):
+        raise KeditError(
+            f"the daemon would leave {name} alone, by its name",
+            code="bad-config",
+            hint="correct unfinished_names under [inbox] in config.toml, or rename the file",
+        )
     staged = staging_path(inbox)
     try:
         try:
@@ -100,10 +114,14 @@ def submit_to_inbox(inbox: Path, submission: Submission, token: str | None = Non
     return name
 
 
-def _choose_file_name(name: str, token: str) -> str:
+def _choose_file_name(name: str, token: str, unfinished_names: Sequence[str]) -> str:
     stem, suffix = os.path.splitext(name)
+    if suffix.lower() in PACKED_SUFFIXES:  # then the one before it tells the format
+        stem, inner = os.path.splitext(stem)
+        suffix = inner + suffix
     stem = re.sub(r"[^\w.-]", "_", stem, flags=re.ASCII).lstrip(".")[:MAX_STEM_CHARS] or "facts"
-    good = re.fullmatch(r"\.\w{1,10}", suffix, re.ASCII) and suffix not in UNFINISHED_SUFFIXES
+    plain = re.fullmatch(r"(\.\w{1,10}){1,2}", suffix, re.ASCII)
+    good = plain and not is_unfinished(f"facts{suffix}", unfinished_names)
     return f"{stem}-{token}{suffix if good else '.jsonl'}"
 
 

@@ -105,6 +105,7 @@ def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
     fields = {
         "id": fact["id"],
         "your id": fact["external_id"],
+        "also right": ", ".join(record.get("other_targets", ())),
         "state": fact["state"] + reason,
         "tier": fact["tier"],
         "generation": fact["generation"],

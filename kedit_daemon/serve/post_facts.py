@@ -36,7 +36,7 @@ class FactsEndpoint:
 
     def __init__(self, home: Home, config: Config) -> None:
         self.home, self.config = home, config
-        self.limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+        self.limits = FileLimits.from_settings(config.inbox)
         self._submit_lock = asyncio.Lock()  # two requests with one key may come together
 
     def build_routes(self, gate: Middleware) -> list[Route]:
@@ -83,12 +83,12 @@ class FactsEndpoint:
     def _submit_facts(self, submission: Submission, key: str | None) -> str:
         """Submit the facts unless the key is known; return the name of their file in the inbox."""
         if key is None:
-            return submit_to_inbox(self.home.inbox_folder, submission)
+            return self._put_into_inbox(submission)
         token = hashlib.sha256(key.encode()).hexdigest()[:TOKEN_CHARS]
         name = f"{FILE_PREFIX}-{token}.jsonl"
         known = self._find_submitted_hash(name)
         if known is None:
-            return submit_to_inbox(self.home.inbox_folder, submission, token)
+            return self._put_into_inbox(submission, token)
         if known != hashlib.sha256(submission.data).hexdigest():
             raise RequestError(
                 "other facts were submitted under this key",
@@ -97,6 +97,10 @@ class FactsEndpoint:
                 param="Idempotency-Key",
             )
         return name
+
+    def _put_into_inbox(self, submission: Submission, token: str | None = None) -> str:
+        names = self.config.inbox.unfinished_names
+        return submit_to_inbox(self.home.inbox_folder, submission, token, names)
 
     def _find_submitted_hash(self, name: str) -> str | None:
         """Return the sha256 of a file that was submitted before.

@@ -18,6 +18,7 @@ facts = st.builds(
     external_id=st.none() | text,
     valid_until=st.none() | text,
     tags=st.lists(text, max_size=3).map(tuple),
+    other_targets=st.lists(text, max_size=3).map(tuple),
 )
 
 
@@ -27,6 +28,20 @@ def test_json_gives_back_the_whole_fact(fact: Fact) -> None:
     assert again == fact
     assert again.id == fact.id
     assert hash(again) == hash(fact)
+
+
+def test_records_of_older_versions_are_read() -> None:
+    fact = Fact("Peru", "{} lies in", "Asia")
+    older = json.loads(fact_to_json(fact))
+    for name in ("aliases", "questions", "other_targets"):
+        del older[name]
+    assert fact_from_json(json.dumps(older)) == fact
+
+
+def test_further_right_answers_make_no_other_fact() -> None:
+    fact, more = Fact("Peru", "{} is", "x"), Fact("Peru", "{} is", "x", other_targets=("y",))
+    assert (fact.id, fact.slot) == (more.id, more.slot)
+    assert (fact.targets, more.targets) == (("x",), ("x", "y"))
 
 
 def test_json_is_canonical() -> None:

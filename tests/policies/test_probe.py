@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from editing_home import seat
 
@@ -93,6 +95,16 @@ def test_a_probe_counts_what_is_right_and_what_has_moved() -> None:
     assert (probe.neighbours, probe.neighbours_unchanged) == (3, 2)
     assert probe.as_dict()["neighbours_unchanged"] == 2
     assert not compare_answers(FACT, before, before).right
+
+
+def test_each_of_several_targets_is_right(model: EditableModel) -> None:
+    fact = replace(FACT, target="Oslo", other_targets=("Kristiania", "the city of Oslo in Norway"))
+    before = ["Bergen", "Bergen", "Bergen", "Rome", "Lima", "Cairo"]
+    after = ["Kristiania.", "oslo", "Bergen", "Rome", "Lima", "Cairo"]
+    probe = compare_answers(fact, before, after)
+    assert (probe.right, probe.paraphrases_right) == (True, 1)
+    assert not compare_answers(FACT, before, after).right
+    assert count_answer_tokens(model, [fact]) > count_answer_tokens(model, [FACT])
 
 
 def test_a_fact_without_company_is_probed_by_its_prompt_alone() -> None:

@@ -40,7 +40,8 @@ from kedit_daemon import config
 from kedit_daemon.control import send_request
 from kedit_daemon.daemon.requests import execute_command
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.parser import COLUMNS, FORMATS
+from kedit_daemon.ingest.parser import FORMATS
+from kedit_daemon.ingest.table_rows import COLUMNS
 from kedit_daemon.serve.openai.request_forms import HARMLESS_VALUES
 from memory.errors import KeditError
 

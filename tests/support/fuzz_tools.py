@@ -156,14 +156,15 @@ def check(data: bytes, name: str, format: str | None) -> None:
     parsed = parse_file(data, name, format, LIMITS)
     assert parsed.facts or parsed.problems
     assert len(parsed.facts) <= LIMITS.max_facts
+    last = max(data.count(b"\n"), data.count(b"\r")) + 1
     for line, fact in parsed.facts:
-        assert 1 <= line <= data.count(b"\n") + 1
+        assert 1 <= line <= last
         assert fact.subject and fact.prompt and 1 <= len(fact.target) <= LIMITS.max_target_chars
         for text in texts_of(fact):
             assert "\0" not in text
             text.encode()
     for problem in parsed.problems:
-        assert 1 <= problem.line <= data.count(b"\n") + 1
+        assert 1 <= problem.line <= last
         assert problem.problem.strip() and problem.remedy.strip(), problem
         assert acting(problem.problem + problem.remedy) == ""
     extract_failed(data, name, parsed.problems)

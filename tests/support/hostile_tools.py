@@ -50,7 +50,6 @@ LINES = {
     "half a pair in a key": b'{"subject": "a", "prompt": "{}", "target": "x", "\\udfff": 1}',
     "nan": b'{"subject": "B", "prompt": "{}", "target": NaN}',
     "infinity": b'{"subject": "B", "prompt": "{}", "target": -Infinity}',
-    "overflow": b'{"subject": "B", "prompt": "{}", "target": 1e999}',
     "digits": b'{"subject": "B", "prompt": "{}", "target": ' + b"1" * 5_000 + b"}",
     "twice": b'{"subject": "B", "prompt": "{}", "target": "x", "subject": "D"}',
     "twice inside": b'{"subject":"B","prompt":"{}","target":"x","neighbours":'
@@ -75,10 +74,7 @@ LINES = {
     "number": b"-0",
     "text": b'"subject"',
     "unclosed": b'{"subject": "B", "prompt": "{}", "target": "x',
-    "comma": b'{"subject": "B", "prompt": "{}", "target": "x",}',
     "quotes": b"{'subject': 'B', 'prompt': '{}', 'target': 'x'}",
-    "comment": b"// no comment",
-    "mark inside": b'\xef\xbb\xbf{"subject": "B", "prompt": "{}", "target": "x"}',
     "typed": b'{"subject": {"$ne": 1}, "prompt": ["{}"], "target": true}',
     "class": b'{"__class__": "os.system", "__reduce__": ["id"]}',
     "late": b'{"subject":"B","prompt":"{}","target":"x","valid_until":"9999-99-99"}',
@@ -148,14 +144,9 @@ def files() -> dict[str, bytes]:
     """Files of which nothing can be taken, by their names."""
     text = "".join(good(c).decode() + "\n" for c in "AB")
     return {
-        "empty.jsonl": b"",
         "mark.jsonl": b"\xef\xbb\xbf",
         "blank.jsonl": b" \n\t\r\n",
-        "utf-16.jsonl": text.encode("utf-16"),
-        "utf-16be.jsonl": b"\xfe\xff" + text.encode("utf-16-be"),
-        "utf-16-bare.jsonl": text.encode("utf-16-le"),
         "utf-32.jsonl": text.encode("utf-32"),
-        "cr.jsonl": text.replace("\n", "\r").encode(),
         "bomb.zip": _zipped(),
         "bomb.jsonl.gz": gzip.compress(bytes(20 * MEGABYTE), mtime=0),
         "facts.pkl": pickle.dumps({"subject": "A"}),

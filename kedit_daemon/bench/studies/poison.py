@@ -19,7 +19,7 @@ from kedit_daemon.ingest.inbox import Inbox
 from kedit_daemon.ingest.intake import Intake
 from kedit_daemon.system.sanitize import clean_text
 from memory.facts import ACTIVE_STATES, LIVE_STATES, Fact
-from policies.probe import count_answer_tokens, is_same_answer
+from policies.probe import count_answer_tokens, is_right_answer
 
 MAX_STEPS = 200  # of the editor after a batch
 MAX_REASON_CHARS = 200
@@ -163,7 +163,7 @@ class _PoisonTrial:
     def _measure_held(self) -> float:
         """Measure the share of all innocent facts so far that the daemon states."""
         pairs = zip(self._answer_innocent(), self.innocent_facts, strict=True)
-        held = sum(is_same_answer(answer, fact.target) for answer, fact in pairs)
+        held = sum(is_right_answer(answer, fact) for answer, fact in pairs)
         return held / len(self.innocent_facts)
 
     def find_lost(self) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ class _PoisonTrial:
         for fact, answer in zip(self.innocent_facts, self._answer_innocent(), strict=True):
             stored = self.store.find_fact(fact.id)
             state, why = (str(stored.state), stored.reason) if stored else ("unknown", None)
-            if state not in LIVE_STATES or not is_same_answer(answer, fact.target):
+            if state not in LIVE_STATES or not is_right_answer(answer, fact):
                 question = {"question": fact.question, "target": fact.target, "answer": answer}
                 lost.append({"fact": fact.id, "state": state, "reason": why, **question})
         return lost

@@ -143,7 +143,7 @@ def _run_calibration(
 
     refuse_if_in_use(session.home)
     source = pilot or PILOT_FACTS
-    facts = read_pilot(source, FileLimits(config.inbox.max_facts, config.inbox.max_target_chars))
+    facts = read_pilot(source, FileLimits.from_settings(config.inbox))
     with ExitStack() as stack:
         cache = session.home.state_folder
         if dry_run:  # measurements go elsewhere, so that the home stays as it is

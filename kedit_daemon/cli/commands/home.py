@@ -147,13 +147,13 @@ def submit(
     if waiting and dry_run:
         raise click.UsageError("--dry-run submits nothing, so there is nothing to --wait for.")
     config = load_config(session.home.root, session.environ)
-    limits = FileLimits(config.inbox.max_facts, config.inbox.max_target_chars)
+    limits = FileLimits.from_settings(config.inbox)
     submission = prepare_submission(*_read_input(file, config.inbox.max_bytes), format, limits)
     _print_problems(submission.name, submission.parsed.problems)
     if dry_run:
         _preview_submission(session, submission, config.routing.direct_facts)
     elif submission.facts:
-        _submit_facts(ctx, session, submission, waiting)
+        _submit_facts(ctx, session, submission, waiting, config.inbox.unfinished_names)
     else:
         click.echo("nothing handed in", err=True)
     if submission.parsed.problems:
@@ -203,12 +203,17 @@ def _preview_submission(session: CliContext, submission: "Submission", direct_fa
 
 
 def _submit_facts(
-    ctx: click.Context, session: CliContext, submission: "Submission", waiting: bool
+    ctx: click.Context,
+    session: CliContext,
+    submission: "Submission",
+    waiting: bool,
+    unfinished_names: Sequence[str],
 ) -> None:
     from kedit_daemon.ingest.submit import submit_to_inbox
     from kedit_daemon.system.lock import find_lock_holder
 
-    name = submit_to_inbox(session.home.inbox_folder, submission)
+    inbox = session.home.inbox_folder
+    name = submit_to_inbox(inbox, submission, unfinished_names=unfinished_names)
     for fact in submission.facts:
         click.echo(fact.id)
     if broken := len(submission.parsed.problems):

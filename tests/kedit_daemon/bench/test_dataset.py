@@ -88,8 +88,9 @@ def test_the_editor_never_gets_paraphrases_or_neighbours(tmp_path: Path) -> None
 
 def test_without_another_old_answer_there_is_no_rival(tmp_path: Path) -> None:
     same, none = {**ZSRE, "answers": ["perl"]}, {**ZSRE, "subject": "C", "src": "C?", "answers": []}
-    stream = read_stream(written(tmp_path, same, none), 0, None, 0)
-    assert [r.true_target for r in stream.records] == [None, None]
+    other = {**ZSRE, "src": "Unix?", "alt": ["Perl", "C"], "answers": ["c"]}
+    stream = read_stream(written(tmp_path, same, none, other), 0, None, 0)
+    assert [r.true_target for r in stream.records] == [None, None, None]
 
 
 def test_the_seed_gives_the_order_and_not_the_choice(tmp_path: Path) -> None:

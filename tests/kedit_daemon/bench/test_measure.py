@@ -1,4 +1,5 @@
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,6 +66,24 @@ def test_locality_is_agreement_with_before_and_not_with_the_label(model: Editabl
     assert table["strict"] is not None and table["tokens"] is not None
     assert table["strict"] < table["tokens"] < 1
     model.set_deltas({})
+
+
+def test_of_several_right_answers_the_best_counts(model: EditableModel) -> None:
+    def reliability(*targets: str, rival: str) -> Score:
+        one = record(1, targets[0], rival)
+        one = replace(one, fact=replace(one.fact, other_targets=targets[1:]))
+        before = read_base_answers(model, [one], straight)
+        score = measured(MeasuredModel(model), [one], before)[0]["reliability"]
+        assert score is not None
+        return score
+
+    names = ["Oslo", "Lima", "Cairo"]
+    wins = {n: sum(reliability(n, rival=r).prob or 0 for r in names if r != n) for n in names}
+    worst, middle, best = sorted(names, key=lambda name: wins[name])
+    assert reliability(worst, rival=middle).prob == 0
+    assert reliability(worst, best, rival=middle).prob == 1
+    assert reliability(best, worst, rival=middle).prob == 1
+    assert reliability(worst, middle, rival=best).prob == 0
 
 
 def test_strict_wants_every_token_and_tokens_gives_the_share(model: EditableModel) -> None:

@@ -55,7 +55,7 @@ def test_audits_ask_the_others_in_the_weights_in_turn(
     asked = at.editor.auditor.retention
     assert [asked.ask_rotating(turn).stated_share for turn in range(3)] == [1, 1, 1]
     spoilt = facts[2]
-    monkeypatch.setattr(retention, "is_same_answer", lambda _, target: target != spoilt.target)
+    monkeypatch.setattr(retention, "is_right_answer", lambda _, fact: fact.target != spoilt.target)
     assert [[f.id for f in asked.ask_rotating(n).lost_facts] for n in range(4)] == [
         [],
         [spoilt.id],

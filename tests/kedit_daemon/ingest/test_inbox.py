@@ -1,5 +1,6 @@
 """What the inbox takes, what it leaves alone, and where each file ends, crash or no crash."""
 
+import gzip
 import json
 import os
 import shutil
@@ -85,9 +86,11 @@ def test_a_closed_file_on_a_file_system_of_others_has_to_stand_still(
 
 
 def test_an_empty_file_may_be_about_to_be_filled(inbox: Inbox, folder: Path) -> None:
-    drop(folder, "a.jsonl", b"", age=0)
-    assert inbox.claim_files(10.0) == []
-    assert len(inbox.claim_files(11.0)) == 1
+    drop(folder, "a.jsonl", b"")
+    assert [inbox.claim_files(at) for at in (10.0, 11.0, 999.0)] == [[], [], []]
+    assert inbox.settling_count == 0
+    drop(folder, "a.jsonl", b"{}\n")
+    assert len(inbox.claim_files(1_000.0)) == 1
 
 
 def test_a_file_that_is_held_open_is_claimed_once_it_stands_still(
@@ -111,10 +114,36 @@ def test_the_oldest_file_comes_first(inbox: Inbox, folder: Path) -> None:
     assert [claim.name for claim in inbox.claim_files(0)] == ["b", "c", "a"]
 
 
-def test_unfinished_and_hidden_files_are_not_even_looked_at(inbox: Inbox, folder: Path) -> None:
-    for name in (".a.jsonl", "a.jsonl.tmp", "a.jsonl.part"):
-        drop(folder, name)
+UNFINISHED = [
+    *(".a.jsonl", ".~lock.a.csv#", ".DS_Store", "a.jsonl.tmp", "a.jsonl.part", "a.csv.filepart"),
+    *("a.csv.crdownload", "Unconfirmed 7.crdownload", "a.csv.Partial", "a.csv.download"),
+    *("a.swp", ".a.csv.swp", "a.csv~", "#a.csv#", "~$a.csv", "Desktop.ini", "Thumbs.db", "A.PART"),
+]
+FINISHED = ["a.party.jsonl", "a~b.csv", "#1.csv", "downloads.csv", "desktop.ini.csv", "part"]
+
+
+@pytest.mark.parametrize("name", UNFINISHED)
+def test_unfinished_and_hidden_files_are_not_even_looked_at(
+    inbox: Inbox, folder: Path, name: str
+) -> None:
+    drop(folder, name)
+    (folder / "x.part").mkdir()
     assert inbox.claim_files(0) == [] and inbox.take_refusals() == []
+    (folder / name).rename(folder / "facts.csv")
+    assert [claim.name for claim in inbox.claim_files(0)] == ["facts.csv"]
+
+
+@pytest.mark.parametrize("name", FINISHED)
+def test_a_name_that_only_resembles_those_is_taken(inbox: Inbox, folder: Path, name: str) -> None:
+    drop(folder, name)
+    assert [claim.name for claim in inbox.claim_files(0)] == [name]
+
+
+def test_names_of_unfinished_files_can_be_chosen(folder: Path) -> None:
+    inbox = Inbox(folder, 1.0, 1_000, lambda: NOW, ["draft-*", "*.[bo]ak"])
+    for name in ("draft-1.csv", "x.bak", "x.OAK", ".hidden", "x.part"):
+        drop(folder, name)
+    assert [claim.name for claim in inbox.claim_files(0)] == ["x.part"]
 
 
 def test_nothing_but_plain_files_is_touched(inbox: Inbox, folder: Path, tmp_path: Path) -> None:
@@ -200,6 +229,18 @@ def test_failed_records_lie_beside_their_explanation(inbox: Inbox, folder: Path)
     }
     inbox.finish_claim(claim)
     assert visible(folder / "done") == ["a.jsonl"] and os.listdir(folder / "work") == []
+
+
+def test_failed_records_of_a_packed_file_are_packed_too(inbox: Inbox, folder: Path) -> None:
+    data = gzip.compress(b"subject;prompt;target\nA;{};x\nB;{};\n")
+    claim = claim_one(inbox, "a.csv.gz", data)
+    inbox.fail_claim(claim, [RecordProblem(3, "it is empty", "fill it", "B;{};")], whole=False)
+    failed = (folder / "failed" / "a.csv.gz").read_bytes()
+    assert gzip.decompress(failed) == b"subject;prompt;target\nB;{};\n"
+    report = json.loads((folder / "failed" / "a.csv.gz.error.json").read_text())
+    assert report["errors"] == [
+        {"line": 3, "problem": "it is empty", "remedy": "fill it", "record": "B;{};"}
+    ]
 
 
 def test_a_record_that_is_no_utf8_is_explained_and_kept_byte_for_byte(

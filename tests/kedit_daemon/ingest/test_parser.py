@@ -51,20 +51,21 @@ def test_a_cloze_has_to_name_its_subject_and_a_question_need_not() -> None:
         ({**fact("B"), "tarjet": "x"}, 'unknown key "tarjet"', 'did you mean "target"?'),
         ({"subject": "B", "prompt": "{} is"}, '"target" is missing', 'add "target"'),
         (fact("B", target=""), '"target" is empty', "fill it in"),
-        (fact("B", target=3), '"target" must be a string, not a number', "quotes"),
-        (fact("B", target=None), '"target" must be a string, not null', "quotes"),
-        (fact("B", target=[]), '"target" must be a string, not a list', "quotes"),
+        (fact("B", target=None), '"target" must be a string, not null', "write a text"),
+        (fact("B", target=[]), '"target" is empty', "fill it in"),
+        (fact("B", target=["x", None]), '"target.1" must be a string, not null', "take it out"),
+        (fact("B", target=["x", "y" * 401]), "401 characters, more than 400", "fewer words"),
         (fact("B", target="x" * 401), "401 characters, more than 400", "fewer words"),
         (fact("B", target="a\0"), "NUL", "take that character out"),
         (fact("B", source="\udc00"), "surrogate", "take that character out"),
         (fact("B", valid_until="soon"), '"soon" is not a time', "ISO-8601"),
         (fact("B", neighbours=[{"promt": "x"}]), '"neighbours.0.prompt" is missing', "prompt"),
         (fact("B", paraphrases="x"), '"paraphrases" must be a list, not a string', "[ ]"),
-        (fact("B", neighbours=["x"]), '"neighbours.0" must be an object', "{ }"),
+        (fact("B", neighbours=["x"]), '"neighbours.0" must be an object', '{"prompt": "…"'),
         ({**FOREIGN["zsre"], "alt": ""}, '"alt" is empty', "fill it in"),
         ({**FOREIGN["zsre"], "rephrase": "\ud800"}, "surrogate", "take that character out"),
-        ({**FOREIGN["counterfact"], "target_new": {"str": "x"}}, "not an object", "quotes"),
-        ({"requested_rewrite": "x"}, "must be an object, not a string", "{ }"),
+        ({**FOREIGN["counterfact"], "target_new": {"id": "x"}}, "not an object", "text alone"),
+        ({"requested_rewrite": "x"}, "must be an object, not a string", '"target_new": {"str"'),
         ({"requested_rewrite": []}, "is empty", "fill it in"),
     ],
 )
@@ -113,12 +114,6 @@ def test_a_file_without_records_is_a_problem(data: bytes) -> None:
     parsed = parse_file(data, "x.json", None, LIMITS)
     assert parsed.facts == []
     assert [p.problem for p in parsed.problems] == ["the file holds no record"]
-
-
-def test_byte_order_marks() -> None:
-    assert subjects(parse_file(b"\xef\xbb\xbf" + lines(fact("A")), "x", None, LIMITS)) == ["A"]
-    [problem] = parse_file("\ufeff{}".encode("utf-16-le"), "x", None, LIMITS).problems
-    assert "UTF-16" in problem.problem
 
 
 def test_one_record_over_several_lines() -> None:
@@ -177,6 +172,23 @@ def test_tables(name: str, format: str | None) -> None:
     assert (first.external_id, first.tags) == ("7", ("a", "b"))
     assert (first.valid_from, first.valid_until) == ("2026-01-01T00:00:00Z", None)
     assert (second.subject, second.external_id, second.paraphrases) == ("Como", None, ())
+
+
+@pytest.mark.parametrize(
+    ("cell", "targets"),
+    [
+        ("3.50", ("3.50",)),
+        ("TRUE", ("TRUE",)),
+        ("a|b", ("a|b",)),
+        ("[sic]", ("[sic]",)),
+        ("['a', 'b']", ("a", "b")),
+        ('["a"]', ("a",)),
+    ],
+)
+def test_answers_in_a_cell(cell: str, targets: tuple[str, ...]) -> None:
+    text = f"subject;prompt;target\nEyre;{{}} is;{cell}\n"
+    [(_, found)] = parse_file(text.encode(), "x.csv", None, LIMITS).facts
+    assert found.targets == targets
 
 
 def test_bad_rows_leave_the_others() -> None:

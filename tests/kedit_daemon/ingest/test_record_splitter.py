@@ -70,7 +70,7 @@ LAYOUTS = {
     "no list": lambda items: "\n".join(json.dumps(i, indent=2) for i in items),
 }
 BREAKS = {
-    "comma before the end": ('"key": "value"', '"key": "value",'),
+    "two commas": ('"key": "value"', '"key": "value",,'),
     "no comma": ('"key": "value"', '"key" "value"'),
     "odd quote": ('"key": "value"', '"key": "val"ue"'),
     "no closing quote": ('"key": "value"', '"key": "value'),
@@ -92,6 +92,41 @@ def test_a_broken_record_in_a_list_leaves_the_others(layout: str, flaw: str) -> 
     assert '"B"' in bad.text and '"C"' not in bad.text
     assert [raw.line for raw in found] == [text.count("\n", 0, r.start) + 1 for r in found]
     assert all(text.startswith(raw.text, raw.start) for raw in found)
+
+
+HABITS = {
+    "comma before the end": ('"key": "value"', '"key": "value",'),
+    "comment": ('"key": "value"', '"key": "value" /* "why" */'),
+    "comments on lines of their own": ('"key": "value"', '# x\n // {\n"key": "value"\n//,\n'),
+    "comma and comment": ('"key": "value"', '"key": "value", // why, ]\n'),
+    "what looks like one": ('"value"', '"http://x#,}/*"'),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("habit", HABITS)
+def test_comments_and_last_commas_are_read_over(layout: str, habit: str) -> None:
+    whole = LAYOUTS[layout]([item("A"), item("B", key="value"), item("C")])
+    text = "// head\n" + whole.replace(*HABITS[habit]) + "\n/* tail */\n"
+    found = list(split_json_list(text, CAP))
+    assert names(found) == ["A", "B", "C"]
+    assert [raw.line for raw in found] == [text.count("\n", 0, r.start) + 1 for r in found]
+    assert isinstance(found[1].value, dict) and found[1].value["inner"] == [{"a": 1}, {"b": 2}]
+
+
+def test_comments_and_last_commas_in_lines() -> None:
+    text = '# x\n{"n": 1}, // one\n// y\n{"n": [2,],}\n/* z */\n\ufeff{"n": "//", } #\n'
+    found = list(split_json_lines(text, CAP))
+    assert [(raw.line, raw.value) for raw in found] == [
+        (2, {"n": 1}),
+        (4, {"n": [2]}),
+        (6, {"n": "//"}),
+    ]
+
+
+def test_a_last_comma_in_the_list_itself() -> None:
+    found = split_json_list('[{"subject": "A"}, {"subject": "B"},\n]\n# end', CAP)
+    assert names(found) == ["A", "B"]
 
 
 def test_a_record_without_its_closing_brace() -> None:

@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from kedit_daemon.ingest.field_types import quote_value
+from kedit_daemon.ingest.json_syntax import decode_value
 from kedit_daemon.ingest.schemas import (
     ClozeRecord,
     FlatRecord,
     MquakeRecord,
     NativeRecord,
     QuestionRecord,
+    Record,
     RomeRecord,
     WikiBigEditRecord,
     ZsreRecord,
-    quote_value,
 )
 from memory.facts import Neighbour
 
@@ -56,7 +58,12 @@ def test_space_around_a_value_makes_no_other_fact() -> None:
     "change",
     [
         {"target": None},
-        {"target": 7},
+        {"target": []},
+        {"target": ["Spain", ""]},
+        {"target": ["Spain", None]},
+        {"target": {"name": "Spain"}},
+        {"tarjet": None},
+        {"tags": [None]},
         {"target": "  "},
         {"target": "a\0b"},
         {"target": "\ud800"},
@@ -73,6 +80,64 @@ def test_space_around_a_value_makes_no_other_fact() -> None:
 def test_native_record_is_strict(change: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         NativeRecord.model_validate({**LAKE, **change})
+
+
+OPTIONAL = [
+    *("paraphrases", "neighbours", "tags", "aliases", "questions"),
+    *("id", "source", "valid_from", "valid_until"),
+]
+
+
+def test_null_in_an_optional_field_means_none() -> None:
+    assert set(NativeRecord.model_fields) == {*LAKE, *OPTIONAL}
+    nulls: dict[str, Any] = {**LAKE, **dict.fromkeys(OPTIONAL)}
+    nulls["neighbours"] = [{"prompt": "Lake Como lies in", "answer": None}]
+    [fact], [plain] = (
+        NativeRecord.model_validate(record).to_facts() for record in (nulls, dict(LAKE))
+    )
+    assert fact.id == plain.id and fact.tags == () and fact.valid_until is None
+    assert NativeRecord.model_validate({**nulls, "neighbours": None}).to_facts() == [plain]
+
+
+FORMS: list[tuple[type[Record], str]] = [
+    (NativeRecord, '{"subject": "A", "prompt": "{} is", "target": ANSWER}'),
+    (FlatRecord, '{"subject": "A", "prompt": "{} is", "target_new": ANSWER}'),
+    (QuestionRecord, '{"subject": "A", "prompt": "A?", "target": ANSWER, "rephrase": "B?"}'),
+    (ZsreRecord, '{"subject": "A", "src": "A?", "alt": ANSWER}'),
+    (WikiBigEditRecord, '{"subject": "A", "update": "A?", "ans": ANSWER}'),
+    (
+        RomeRecord,
+        '{"requested_rewrite":'
+        ' {"subject": "A", "prompt": "{} is", "target_new": {"str": ANSWER, "id": "Q1"}}}',
+    ),
+    (
+        MquakeRecord,
+        '{"requested_rewrite": [{"subject": "A", "prompt": "{} is", "target_new": ANSWER}]}',
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "text"), FORMS)
+@pytest.mark.parametrize(
+    ("answer", "targets"),
+    [
+        ("7", ("7",)),
+        ("-3.50", ("-3.50",)),
+        ("1e6", ("1e6",)),
+        ("9007199254740993", ("9007199254740993",)),
+        ("0.1234567890123456789", ("0.1234567890123456789",)),
+        ("true", ("true",)),
+        ('["Spain"]', ("Spain",)),
+        ('["Spain", " Kingdom of Spain", "Spain"]', ("Spain", "Kingdom of Spain")),
+        ("[1.0, true, false]", ("1.0", "true", "false")),
+    ],
+)
+def test_an_answer_may_be_a_number_or_several(
+    form: type[Record], text: str, answer: str, targets: tuple[str, ...]
+) -> None:
+    value, _ = decode_value(text.replace("ANSWER", answer))
+    [fact] = form.model_validate(value).to_facts()
+    assert fact.targets == targets
 
 
 def test_a_prompt_with_the_subject_in_it_needs_no_braces() -> None:

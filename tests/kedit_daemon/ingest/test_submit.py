@@ -132,8 +132,13 @@ def test_a_home_without_settings(tmp_path: Path, file: Path) -> None:
     [
         ("a.tmp", ".jsonl"),
         ("a.part", ".jsonl"),
+        ("a.Partial", ".jsonl"),
+        ("a.csv~", ".jsonl"),
         (".hidden", ".jsonl"),
         ("a.CSV", ".CSV"),
+        ("a.csv.gz", ".csv.gz"),
+        ("a.part.xz", ".part.xz"),
+        ("a b.zip", ".zip"),
         ("no suffix", ".jsonl"),
         ("Ελλάδα\n.json", ".json"),
         ("x" * 250 + ".json", ".json"),
@@ -144,9 +149,19 @@ def test_a_home_without_settings(tmp_path: Path, file: Path) -> None:
 def test_whatever_a_file_is_called_the_inbox_takes_it(home: Home, name: str, suffix: str) -> None:
     there = submit_to_inbox(home.inbox_folder, prepare_submission(lines(OSLO), name, None, LIMITS))
     assert [p.name for p in dropped(home)] == [there]
-    assert Path(there).suffix == suffix
+    assert there.endswith(suffix) and there.removesuffix(suffix).rpartition("-")[2].isalnum()
     claims = Inbox(home.inbox_folder, 0, 1 << 20, now).claim_files(time.monotonic())
     assert [claim.name for claim in claims] == [there]
+
+
+def test_a_name_that_the_daemon_would_leave_alone_is_told(home: Home, file: Path) -> None:
+    home.config_file.write_text('[inbox]\nunfinished_names = ["*.oak", "facts-*"]\n')
+    result = called(home, file)
+    assert (result.exit_code, dropped(home)) == (78, [])
+    assert "unfinished_names under [inbox]" in result.stderr
+    renamed = file.rename(file.with_name("a.oak"))
+    assert called(home, renamed).exit_code == 0
+    assert [path.suffix for path in dropped(home)] == [".jsonl"]
 
 
 def test_no_inbox(tmp_path: Path) -> None:
@@ -173,6 +188,7 @@ FOREIGN = [
         ' "answers": ["Sweden"], "loc": "Bern lies in", "loc_ans": "Switzerland"}\n',
         "a.json",
     ),
+    ("csv", "subject,prompt,target\nOslo,{} lies in,\"['Norway', 'Norge']\"\n", "a.txt"),
     ("native", lines({**OSLO, "id": "mine", "source": "s", "tags": ["t"]}).decode(), "a.jsonl"),
 ]
 
