@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kedit_daemon.bench.relation_groups import group_by_relation
 from kedit_daemon.ingest.parser import RecordProblem, read_record
 from kedit_daemon.ingest.record_splitter import RawRecord, split_json_lines, split_json_list
 from kedit_daemon.ingest.schemas import FileLimits
@@ -25,7 +26,8 @@ class BenchRecord:
     """Fact as the editor gets it, without paraphrases, neighbours and questions, which stand here.
 
     true_target: the answer that the fact replaces. questions: how it is asked for in a chat.
-    other_questions: asked about its subject, and not for it.
+    other_questions: asked about its subject, and not for it. relation: a name that it shares with
+    the file's records that ask for the same of other subjects.
     """
 
     fact: Fact
@@ -34,6 +36,7 @@ class BenchRecord:
     neighbours: tuple[Neighbour, ...]
     questions: tuple[str, ...] = ()
     other_questions: tuple[str, ...] = ()
+    relation: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def read_stream(path: Path, offset: int, limit: int | None, seed: int) -> FactSt
 
     Raises KeditError if none is usable.
     """
-    items = list(_read_items(path))
+    items = _name_relations(list(_read_items(path)))
     chosen = items[offset:] if limit is None else items[offset : offset + limit]
     skipped, slots = [], dict[str, BenchRecord]()
     for line, item in chosen:
@@ -75,6 +78,18 @@ def read_stream(path: Path, offset: int, limit: int | None, seed: int) -> FactSt
         raise KeditError(why, code="no-facts", hint=hint)
     random.Random(seed).shuffle(records)
     return FactStream(tuple(records), tuple(skipped))
+
+
+def _name_relations(
+    items: Sequence[tuple[int, BenchRecord | str]],
+) -> list[tuple[int, BenchRecord | str]]:
+    """Name the relations of all records of a file."""
+    records = [item for _, item in items if isinstance(item, BenchRecord)]
+    names = iter(group_by_relation([(r.fact, r.questions) for r in records]))
+    return [
+        (line, item if isinstance(item, str) else replace(item, relation=next(names)))
+        for line, item in items
+    ]
 
 
 def _read_items(path: Path) -> Iterator[tuple[int, BenchRecord | str]]:

@@ -21,8 +21,8 @@ from kedit_daemon.bench.scoring import continue_greedily
 from kedit_daemon.bench.studies.asking_prompts import (
     FACT_FORMS,
     OTHER_FORMS,
-    AskedPrompt,
     PromptWriter,
+    StudyPrompt,
 )
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
@@ -121,7 +121,7 @@ class AskingStudy(Study):
 
 
 def read_replies(
-    given: StudyInput, name: str, prompts: Sequence[AskedPrompt], overlay: Overlay | None = None
+    given: StudyInput, name: str, prompts: Sequence[StudyPrompt], overlay: Overlay | None = None
 ) -> Replies:
     """Read the first tokens of the replies to some prompts."""
     model, replies = given.loaded_model.model, Replies()
@@ -130,7 +130,7 @@ def read_replies(
         asked = [prompt for prompt in prompts if prompt.form == form]
 
         def is_enough(
-            place: int, answer: Sequence[int], asked: Sequence[AskedPrompt] = asked
+            place: int, answer: Sequence[int], asked: Sequence[StudyPrompt] = asked
         ) -> bool:
             if asked[place].form in COMPARED_FORMS:
                 return False
@@ -143,7 +143,7 @@ def read_replies(
 
 
 def score_form(
-    model: EditableModel, form: str, prompts: Sequence[AskedPrompt], replies: Replies
+    model: EditableModel, form: str, prompts: Sequence[StudyPrompt], replies: Replies
 ) -> float | None:
     """Return the share of a form's prompts whose replies say all that is wanted."""
     asked = [prompt for prompt in prompts if prompt.form == form]
@@ -152,7 +152,7 @@ def score_form(
 
 
 def compare_texts(
-    model: EditableModel, prompts: Sequence[AskedPrompt], before: Replies, after: Replies
+    model: EditableModel, prompts: Sequence[StudyPrompt], before: Replies, after: Replies
 ) -> dict[str, float]:
     """Return the length and the perplexity, under the unedited model, of the longer texts of an
     edited one over those of the unedited one."""
@@ -167,7 +167,7 @@ def compare_texts(
     return {"length": lengths[1] / max(lengths[0], 1), "perplexity": perplexity}
 
 
-def measure_gates(side: SideMemory, prompts: Sequence[AskedPrompt]) -> list[dict[str, float]]:
+def measure_gates(side: SideMemory, prompts: Sequence[StudyPrompt]) -> list[dict[str, float]]:
     """Return the shares of questions that fire their fact, and of others that fire any, by words
     alone, over the gate."""
     gates = side.gates
@@ -212,7 +212,7 @@ def _count_changed(form: str, before: Replies, after: Replies) -> float | None:
     return fmean(before[name] != after[name] for name in asked) if asked else None
 
 
-def _name(prompt: AskedPrompt) -> tuple[str, str, str]:
+def _name(prompt: StudyPrompt) -> tuple[str, str, str]:
     return prompt.form, prompt.fact_id, prompt.question
 
 

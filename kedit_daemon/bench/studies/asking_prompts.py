@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from kedit_daemon.bench.dataset import BenchRecord
 from kedit_daemon.bench.studies.shared import prepend_text, sample_evenly
-from kedit_daemon.shipped import RELATIONS, read_ordinary_lines
+from kedit_daemon.shipped import read_ordinary_lines
 from memory.facts import Fact
 from memory.model.chat_layout import encode_chat
 from memory.model.editable import EditableModel
-from policies.asking.relation_bank import mask_prompt, mask_statement, read_bank
+from policies.asking.relation_bank import mask_prompt
 
 LONG_TOKENS = 500  # between a subject and the question about it
 SAMPLED_RECORDS = 25  # asked in forms with long prompts or replies
@@ -39,7 +39,7 @@ FramePrompt = Callable[[Fact, str], str]
 
 
 @dataclass(frozen=True)
-class AskedPrompt:
+class StudyPrompt:
     """A prompt, and the answers that its reply should say; none where it is to be as before.
 
     question: without what a method puts before it.
@@ -58,12 +58,11 @@ class PromptWriter:
     def __init__(self, model: EditableModel, records: Sequence[BenchRecord], seed: int) -> None:
         self.model, self.records, self._rng = model, records, random.Random(seed)
         self._lines = read_ordinary_lines()
-        self._relations = group_by_relation(records)
         # Their prompts or replies are long.
         self._sampled = {r.fact.id for r in sample_evenly(records, SAMPLED_RECORDS)}
         self._others = [self._choose_others(place) for place in range(len(records))]
 
-    def write_prompts(self, frame: FramePrompt) -> list[AskedPrompt]:
+    def write_prompts(self, frame: FramePrompt) -> list[StudyPrompt]:
         """Write the prompts that fit the model. `frame`: what a method puts before a question."""
         found = [
             prompt
@@ -74,13 +73,13 @@ class PromptWriter:
 
     def _ask_fact(
         self, place: int, record: BenchRecord, frame: FramePrompt
-    ) -> Iterator[AskedPrompt]:
+    ) -> Iterator[StudyPrompt]:
         fact = record.fact
         target = (fact.target,)
         for form, texts in (("prompt", (fact.question,)), ("paraphrases", record.paraphrases)):
             for text in texts:
                 ids = tuple(self.model.encode(frame(fact, text)))
-                yield AskedPrompt(form, fact.id, text, ids, target)
+                yield StudyPrompt(form, fact.id, text, ids, target)
         for question in record.questions:
             yield self._ask_chat("chat", fact, question, frame, target)
             yield self._ask_chat("behind turns", fact, question, frame, target, TURNS)
@@ -99,7 +98,7 @@ class PromptWriter:
 
     def _ask_sampled(
         self, place: int, record: BenchRecord, frame: FramePrompt
-    ) -> Iterator[AskedPrompt]:
+    ) -> Iterator[StudyPrompt]:
         fact, target = record.fact, (record.fact.target,)
         for question in record.questions[:1]:
             text = prepend_text(self.model, self._lines, place, LONG_TOKENS, "")
@@ -108,7 +107,7 @@ class PromptWriter:
             yield self._ask_chat("long", fact, late, frame, target)
         yield self._ask_chat("tell me", fact, f"Tell me about {fact.subject}.", frame, target)
 
-    def _ask_others(self, place: int, frame: FramePrompt) -> Iterator[AskedPrompt]:
+    def _ask_others(self, place: int, frame: FramePrompt) -> Iterator[StudyPrompt]:
         record = self.records[place]
         near = [n.prompt for n in sample_evenly(record.neighbours, OTHERS_PER_FACT)]
         for form, questions in zip(OTHER_FORMS, (self._others[place], near), strict=True):
@@ -123,10 +122,10 @@ class PromptWriter:
         frame: FramePrompt,
         wanted: tuple[str, ...] = (),
         turns: Sequence[dict[str, str]] = (),
-    ) -> AskedPrompt:
+    ) -> StudyPrompt:
         chat = [*turns, {"role": "user", "content": frame(fact, question)}]
         ids = encode_chat(self.model.tokenizer, chat)
-        return AskedPrompt(form, fact.id, question, tuple(ids), wanted)
+        return StudyPrompt(form, fact.id, question, tuple(ids), wanted)
 
     def _choose_others(self, place: int) -> list[str]:
         """Choose questions about a record's subject that ask for something else: its own, or those
@@ -136,45 +135,9 @@ class PromptWriter:
             return list(record.other_questions)
         questions = [
             (question, other.fact.subject)
-            for other, relation in zip(self.records, self._relations, strict=True)
+            for other in self.records
             for question in other.questions[:1]
-            if relation != self._relations[place] and other.fact.subject in question
+            if other.relation != record.relation and other.fact.subject in question
         ]
         chosen = self._rng.sample(questions, min(OTHERS_PER_FACT, len(questions)))
         return [question.replace(other, record.fact.subject) for question, other in chosen]
-
-
-def group_by_relation(records: Sequence[BenchRecord]) -> list[str]:
-    """Return a name for each record's relation. Records share it whose prompts or questions are the
-    same but for the subject, or whose prompts PARAREL has in one relation."""
-    joined = dict[str, str]()
-
-    def find(name: str) -> str:
-        while (parent := joined.setdefault(name, name)) != name:
-            name = parent
-        return name
-
-    named = _name_statements()
-    for record in records:
-        prompt, *others = _mask_wordings(record)
-        if prompt in named:
-            others.append(f"relation: {named[prompt]}")
-        for other in others:
-            joined[find(other)] = find(prompt)
-    return [find(_mask_wordings(record)[0]) for record in records]
-
-
-def _mask_wordings(record: BenchRecord) -> list[str]:
-    """Write a record's prompt and questions with a pronoun for the subject."""
-    fact = record.fact
-    return [mask_prompt(text, fact.subject) for text in (fact.prompt, *record.questions)]
-
-
-def _name_statements() -> dict[str, str]:
-    """Return the names of PARAREL's relations by their statements, with a pronoun for the
-    subject."""
-    return {
-        mask_statement(statement).strip(" ,"): relation.relation
-        for relation in read_bank(RELATIONS[1:])
-        for statement in relation.statements
-    }

@@ -11,7 +11,6 @@ from kedit_daemon.bench.studies.asking_prompts import (
     FACT_FORMS,
     OTHER_FORMS,
     PromptWriter,
-    group_by_relation,
 )
 from kedit_daemon.bench.studies.study import StudyInput
 from kedit_daemon.editing.model_loading import LoadedModel
@@ -83,14 +82,3 @@ def test_a_method_frames_the_question_and_not_its_name(asked: StudyInput) -> Non
     model = asked.loaded_model.model
     (first,) = [p for p in framed if p.form == "chat"][:1]
     assert "Note. Which city" in model.decode(first.ids)
-
-
-def test_records_of_one_relation_are_known_by_their_wordings(asked: StudyInput) -> None:
-    one, other, third = asked.records
-    speaks = replace(
-        one, fact=replace(one.fact, prompt="{} speaks the language"), questions=("Who?",)
-    )
-    native = replace(other, fact=replace(other.fact, prompt="The mother tongue of {} is"))
-    names = group_by_relation([speaks, native, third])
-    assert names[1] == names[2]  # their questions are alike
-    assert names[0] != names[1]
