@@ -6,6 +6,7 @@ does not grow with their number. A fact that ends takes its shard with it.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -23,7 +24,7 @@ from memory.side.shards import RetrievalKeys, Shard
 from policies.asking.asked_rows import choose_questions, make_asked_rows
 from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
-from policies.prompts import TokenRow
+from policies.prompts import MAX_PARAPHRASES, TokenRow
 from policies.wise import (
     compute_keys,
     filter_fitting,
@@ -72,8 +73,9 @@ class SideLearner:
         if not batch:
             return []
         began = time.monotonic()
-        keys = compute_keys(self.model, self.live_model.side, [f.fact for f in batch])
-        trained = self._train_shards([f.fact for f in batch], keys)
+        worded = [self._add_wordings(f.fact) for f in batch]
+        keys = compute_keys(self.model, self.live_model.side, worded)
+        trained = self._train_shards(worded, keys)
         seconds = (time.monotonic() - began) / len(batch)
         failed = {n: one.reason for n, one in trained.items() if isinstance(one, Refusal)}
         shards = {n: one for n, one in trained.items() if isinstance(one, Shard)}
@@ -124,6 +126,15 @@ class SideLearner:
             for fact in (f for f in facts if f.id in refused):
                 self.lifecycle.reject(fact, "side", refused[fact.id].reason)
         return [f for f in facts if f.id not in refused]
+
+    def _add_wordings(self, fact: Fact) -> Fact:
+        """Return a fact with as many paraphrases as are learned, those that it lacks from the
+        statements of its relation; none where words decide nothing."""
+        missing = MAX_PARAPHRASES - len(fact.paraphrases)
+        if self.live_model.side.reader is None or missing <= 0:
+            return fact
+        found = load_relation_index().find_statements(fact, missing)
+        return replace(fact, paraphrases=(*fact.paraphrases, *found))
 
     def _train_shards(
         self, facts: Sequence[Fact], keys: Mapping[str, RetrievalKeys]

@@ -51,6 +51,10 @@ class QuestionReader(Protocol):
     def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
         """Return how far a text asks for each of the facts, whose subjects it names at spans."""
 
+    def score_statements(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
+        """Return how far a text's last sentence, which goes on, comes to state each of the facts,
+        whose subjects it names at spans."""
+
     def explain_score(self, text: str, fact_id: str, spans: Sequence[Span]) -> ScoreParts | None:
         """Return the score of one fact with its parts; None if it cannot be the answer."""
 

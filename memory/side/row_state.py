@@ -18,11 +18,13 @@ NAME_TOKENS = 16  # of a reply's end that are read for names
 @dataclass(frozen=True)
 class PromptReading:
     """A prompt's text, as far as it decides: the facts whose subject it names, how far the user's
-    words ask for those of them that can be the answer, and whether it is in chat form."""
+    words ask for those of them that can be the answer, and whether it is in chat form. stated: how
+    far a sentence comes to state them; None where words do not decide that."""
 
     named: frozenset[str] = frozenset()
     asked: Mapping[str, float] = field(default_factory=dict)
     is_chat: bool = False
+    stated: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class RetrievalKeys:
 class RoutingGates:
     """Layers of the keys, and the least cosines that route. `min_unnamed_cosine` is for subject
     keys when the prompt does not name the subject, of facts that do not always name it either.
-    `min_asked_score` is for the score of a question's words, and `min_reply_cosine` for end keys
+    `min_asked_score` is for the score of a question's words, `min_stated_score` for that of a
+    sentence's, where words decide, and `min_reply_cosine` for end keys
     within the reply of a chat."""
 
     key_layer: int
@@ -49,6 +50,7 @@ class RoutingGates:
     min_end_cosine: float
     min_unnamed_cosine: float
     min_asked_score: float = 1.0
+    min_stated_score: float = -0.05
     # On SmolLM2-135M .8 % of replies to other questions about a subject reach it.
     min_reply_cosine: float = 0.65
 

@@ -9,9 +9,9 @@ activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms 
 subjects with similar ends once there are thousands.) Facts that are named are looked up by name;
 the index is searched only for those that need no name.
 
-Keys tell a sentence that the target completes. A question ends alike whatever it asks, in a chat in
-the template's own tokens: there the user's words decide, and a reader scores how far they ask for
-each of the facts that they name.
+Where there is a reader, words decide in place of end keys, which confuse a subject's relations: it
+scores how far a sentence comes to state each of the facts that it names, and how far a question
+asks for them. A question ends alike whatever it asks, in a chat in the template's own tokens.
 """
 
 import re
@@ -160,16 +160,21 @@ class SideMemory:
         named = self.find_named(ids)
         if not named or self.reader is None:
             return PromptReading(frozenset(named))
-        asked = self.find_asked(ids)
+        text = self._decode_all(ids)
+        asked = find_question(text, self._chat_layout)
         if asked is None:
-            return PromptReading(frozenset(named))
+            stated = self.reader.score_statements(text, self.find_meant(text, named))
+            return PromptReading(frozenset(named), stated=stated)
         scores = self.reader.score_facts(asked.question, self.find_meant(asked.question, named))
         return PromptReading(frozenset(named), scores, asked.is_chat)
 
     def find_asked(self, ids: Sequence[int]) -> AskedQuestion | None:
         """Find the question that a prompt ends in."""
-        text = cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
-        return find_question(text, self._chat_layout)
+        return find_question(self._decode_all(ids), self._chat_layout)
+
+    def _decode_all(self, ids: Sequence[int]) -> str:
+        """Return a prompt's text, with the special tokens."""
+        return cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
 
     def find_meant(self, question: str, named: Iterable[str]) -> dict[str, list[Span]]:
         """Find the facts that a question names, and where. If it names none, it may be about a
@@ -228,8 +233,12 @@ class SideMemory:
         """Return the fact that fires for a row, by the reading of its prompt, the key layer's
         outputs (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its
         end. What the user's words ask for comes before what the keys tell."""
-        return self._match_asked(reading.asked, inputs) or self._match_keys(
-            reading.named, key_outputs, inputs, outputs
+        if (match := self._match_asked(reading.asked, inputs)) is not None:
+            return match
+        if reading.stated is None:
+            return self._match_keys(reading.named, key_outputs, inputs, outputs)
+        return self._match_stated(reading.stated, key_outputs, inputs) or self._match_keys(
+            (), key_outputs, inputs, outputs
         )
 
     def match_reply(
@@ -258,6 +267,18 @@ class SideMemory:
         return RoutingMatch(
             best, self.shard_ids[best], asked[best], self.measure_margin(best, inputs)
         )
+
+    def _match_stated(
+        self, stated: Mapping[str, float], key_outputs: Tensor, inputs: Tensor
+    ) -> RoutingMatch | None:
+        """Return the best of the facts that a sentence comes to state, which has the subject's key
+        and whose shard confirms it."""
+        wanted = {n for n, score in stated.items() if score >= self.gates.min_stated_score}
+        near = self.filter_near(wanted - self.hidden_facts, key_outputs) if wanted else []
+        for fact_id in sorted(near, key=lambda n: (-stated[n], n)):
+            if (margin := self.measure_margin(fact_id, inputs)) >= 1:
+                return RoutingMatch(fact_id, self.shard_ids[fact_id], stated[fact_id], margin)
+        return None
 
     def _match_keys(
         self, named: Iterable[str], key_outputs: Tensor, inputs: Tensor, outputs: Tensor

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from memory.facts import Fact
-from policies.asking.relation_bank import Relation, mask_prompt, mask_subject
+from policies.asking.relation_bank import Relation, mask_prompt, mask_statement, mask_subject
 from policies.asking.relation_encoder import RelationEncoder
 
 # A relation whose questions are so near to a fact is the fact's own: from the first similarity on,
 # within the second of the best.
 MIN_OWN_SIMILARITY, OWN_SPREAD = 0.45, 0.03
+# The same of a relation whose statements are so near to a prompt, by their words alone.
+MIN_STATED_SIMILARITY = 0.8
+SAME_WORDING = 0.98  # similarity from which a statement is the prompt itself
 
 
 class RelationIndex:
-    """Vectors of the questions of a bank's relations."""
+    """Vectors of the questions and statements of a bank's relations."""
 
     def __init__(self, encoder: RelationEncoder, bank: Sequence[Relation]) -> None:
         self.encoder = encoder
@@ -24,6 +27,12 @@ class RelationIndex:
         self._vectors = encoder.encode_questions(list(map(mask_subject, self._questions)))
         owners = [n for n, relation in enumerate(bank) for _ in relation.questions]
         self._owners, self._count = torch.tensor(owners), len(bank)
+        stated = [(n, s) for n, relation in enumerate(bank) for s in relation.statements]
+        # Those that name the subject before the target, as a prompt does.
+        stated = [(n, s) for n, s in stated if 0 <= s.find("{subject}") < s.find("{target}")]
+        self._statements = [s.partition("{target}")[0].strip() for _, s in stated]
+        self._statement_owners = torch.tensor([n for n, _ in stated])
+        self._statement_vectors = encoder.average([mask_statement(s) for _, s in stated])
 
     def encode_statements(self, fact: Fact) -> Tensor:
         """Return the vectors (n, width) of a fact's prompt and paraphrases, with its target."""
@@ -32,9 +41,38 @@ class RelationIndex:
 
     def compare_relations(self, vectors: Tensor) -> Tensor:
         """Return the similarity (n, relations) of vectors to the nearest question of each."""
-        found = vectors @ self._vectors.T
+        return self._find_largest(vectors @ self._vectors.T, self._owners)
+
+    def compare_statements(self, means: Tensor) -> Tensor:
+        """Return the similarity (n, relations) of means of words to the nearest statement of each,
+        up to its target."""
+        return self._find_largest(means @ self._statement_vectors.T, self._statement_owners)
+
+    def _find_largest(self, found: Tensor, owners: Tensor) -> Tensor:
+        """Return the largest similarity (n, relations) to a relation's wordings."""
         least = found.new_full((len(found), self._count), -1.0)
-        return least.scatter_reduce(1, self._owners.expand_as(found), found, "amax")
+        return least.scatter_reduce(1, owners.expand_as(found), found, "amax")
+
+    def average_prompts(self, fact: Fact) -> Tensor:
+        """Return means (n, width) of the words of a fact's prompt and paraphrases."""
+        prompts = [mask_prompt(p, fact.subject) for p in (fact.prompt, *fact.paraphrases)]
+        return self.encoder.average(prompts)
+
+    def find_stated_relations(self, prompts: Tensor) -> Tensor:
+        """Return which relations (relations,) a fact states, by the means of its prompts."""
+        near = self.compare_statements(prompts).amax(0)
+        return near >= max(MIN_STATED_SIMILARITY, float(near.max()) - OWN_SPREAD)
+
+    def find_statements(self, fact: Fact, count: int) -> list[str]:
+        """Return other prompts of a fact, from the statements of the relations that it states: the
+        nearest and the farthest in turn."""
+        prompts = self.average_prompts(fact)
+        stated = self.find_stated_relations(prompts)[self._statement_owners]
+        near = (prompts @ self._statement_vectors.T).amax(0)
+        order = near.masked_fill(~stated, -1.0).argsort(descending=True).tolist()
+        found = [n for n in order if stated[n] and near[n] < SAME_WORDING]
+        ends = [found[n // 2] if n % 2 == 0 else found[-1 - n // 2] for n in range(len(found))]
+        return [self._statements[n].replace("{subject}", "{}") for n in ends[:count]]
 
     def find_own_relations(self, statements: Tensor) -> Tensor:
         """Return which relations (relations,) are a fact's own, by its statements' vectors."""
