@@ -50,10 +50,14 @@ def _describe_named(named: NamedFact, gates: RoutingGates) -> dict[str, Any]:
     words = None
     if named.words is not None:
         words = asdict(named.words) | {"gate": gates.min_asked_score}
+    stated = None
+    if named.stated is not None:
+        stated = {"score": named.stated, "gate": gates.min_stated_score}
     return {
         "reason": str(named.reason),
         "asked": words,
         "learned_to_be_asked": named.is_asked,
+        "stated": stated,
         "end": {"cosine": named.end_cosine, "gate": gates.min_end_cosine},
         "margin": named.margin,
     }

@@ -15,6 +15,7 @@ _REASONS = {
     "not-an-answer": "its target is no answer to such a question",
     "score-below-gate": "the words ask for something else",
     "not-learned-to-be-asked": "its shard has not learned to be asked",
+    "statement-below-gate": "the sentence comes to state something else",
     "end-below-gate": "the text does not end as its prompts do",
     "subject-below-gate": "no token has its subject's key",
     "margin-below-one": "its shard does not confirm it",
@@ -51,6 +52,9 @@ def _render_named(reply: Mapping[str, Any]) -> Iterator[str]:
         yield f"        {reason}"
         if fact["asked"] is not None:
             yield from _render_score(fact["asked"], fact["learned_to_be_asked"])
+        if fact["stated"] is not None:
+            stated = {"statement score": fact["stated"]["score"], "gate": fact["stated"]["gate"]}
+            yield f"        {format_figures(stated)}"
         end = {"end cosine": fact["end"]["cosine"], "gate": fact["end"]["gate"]}
         yield f"        {format_figures({**end, 'margin': fact['margin']})}"
     if len(named) > MAX_NAMED:

@@ -4,7 +4,7 @@ The decision is the side memory's own. What it was made of is measured again, wh
 the layers up to the side layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,6 +26,7 @@ class Reason(StrEnum):
     OTHER_QUESTION = "score-below-gate"
     NOT_LEARNED = "not-learned-to-be-asked"
     # In a sentence.
+    OTHER_STATEMENT = "statement-below-gate"
     OTHER_END = "end-below-gate"
     OTHER_SUBJECT = "subject-below-gate"
     LOW_MARGIN = "margin-below-one"
@@ -34,12 +35,14 @@ class Reason(StrEnum):
 @dataclass(frozen=True)
 class NamedFact:
     """A fact that a prompt names. words: the score of a question's words, with its parts, where the
-    prompt is a question that the fact may answer. margin: as in a match."""
+    prompt is a question that the fact may answer. stated: the score of a sentence's words, where
+    these decide. margin: as in a match."""
 
     fact_id: str
     reason: Reason
     words: ScoreParts | None
     is_asked: bool  # its shard has learned to be asked
+    stated: float | None
     end_cosine: float
     margin: float
 
@@ -73,7 +76,7 @@ def explain_prompt(side: SideMemory, ids: Sequence[int]) -> PromptExplanation:
     spans = {} if question is None else side.find_meant(question, reading.named)
     named = reading.named if fired is None else reading.named | {fired}
     found = [
-        _explain_fact(side, fact_id, fired, question, spans.get(fact_id), states)
+        _explain_fact(side, fact_id, fired, question, spans.get(fact_id), reading.stated, states)
         for fact_id in sorted(named)
     ]
     return PromptExplanation(question, sorted(found, key=_rank_fact))
@@ -105,18 +108,20 @@ def _explain_fact(
     fired: str | None,
     question: str | None,
     spans: Sequence[Span] | None,
+    statements: Mapping[str, float] | None,
     states: _PromptStates,
 ) -> NamedFact:
     words = None
     if question is not None and spans is not None and side.reader is not None:
         words = side.reader.explain_score(question, fact_id, spans)
     is_asked = side.shards[side.shard_ids[fact_id]].is_asked
+    stated = None if statements is None else statements.get(fact_id)
     end = side.score_candidates([fact_id], states.outputs)[fact_id]
     margin = side.measure_margin(fact_id, states.inputs)
     if fact_id == fired:
         reason = Reason.FIRED
     elif question is None:
-        reason = _explain_sentence(side, fact_id, end, margin, states)
+        reason = _explain_sentence(side, fact_id, stated, end, margin, states)
     elif spans is None:
         reason = Reason.NOT_MEANT
     elif words is None:
@@ -125,14 +130,21 @@ def _explain_fact(
         reason = Reason.OTHER_QUESTION
     else:
         reason = Reason.OTHER_FACT if is_asked else Reason.NOT_LEARNED
-    return NamedFact(fact_id, reason, words, is_asked, end, margin)
+    return NamedFact(fact_id, reason, words, is_asked, stated, end, margin)
 
 
 def _explain_sentence(
-    side: SideMemory, fact_id: str, end: float, margin: float, states: _PromptStates
+    side: SideMemory,
+    fact_id: str,
+    stated: float | None,
+    end: float,
+    margin: float,
+    states: _PromptStates,
 ) -> Reason:
     """Return why a fact does not fire for a sentence that goes on."""
-    if end < side.gates.min_end_cosine:
+    if stated is not None and stated < side.gates.min_stated_score:
+        return Reason.OTHER_STATEMENT
+    if stated is None and end < side.gates.min_end_cosine:
         return Reason.OTHER_END
     if fact_id not in side.filter_near({fact_id}, states.key_outputs):
         return Reason.OTHER_SUBJECT

@@ -25,19 +25,20 @@ from policies.asking.relation_index import RelationIndex
 KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-ENDING_SENTENCES = 3  # of a text, that a prompt may have
 CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
 
 
 @dataclass(frozen=True)
 class _Meaning:
     """Vectors of a fact's wordings (n, width), and which relations of the bank are its own; means
-    of its prompts' words (n, width), and which relations these state."""
+    of its prompts' words (n, width), which relations these state, and how many sentences the
+    longest has."""
 
     wordings: Tensor
     own_relations: Tensor
     prompts: Tensor
     stated_relations: Tensor
+    sentences: int
 
 
 class AskedFacts:
@@ -87,17 +88,16 @@ class AskedFacts:
             scores[fact_id] = float(logits.max())
         return scores
 
-    def score_statements(
-        self, text: str, named: Mapping[str, Sequence[Span]]
-    ) -> dict[str, float]:
+    def score_statements(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
         """Return how far a sentence that ends a text, and goes on, comes to state each of the
         facts: its similarity to the fact's prompts, and to the statements of its relation, less
         that to the nearest other relation."""
         scores = {}
         for fact_id in (n for n in named if n in self._facts):
-            endings = _cut_endings(mask_spans(text, named[fact_id]))
+            meaning = self._find_meaning(fact_id)
+            endings = _cut_endings(mask_spans(text, named[fact_id]), meaning.sentences)
             means = self.index.encoder.average(endings)
-            relations, meaning = self.index.compare_statements(means), self._find_meaning(fact_id)
+            relations = self.index.compare_statements(means)
             own = (means @ meaning.prompts.T).amax(1)
             stated = relations.masked_fill(~meaning.stated_relations, -1.0).amax(1)
             rival = relations.masked_fill(meaning.stated_relations, -1.0).amax(1)
@@ -141,6 +141,7 @@ class AskedFacts:
                 self.index.find_own_relations(stated),
                 prompts,
                 self.index.find_stated_relations(prompts),
+                max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),
             )
         return self._meanings[fact_id]
 
@@ -170,10 +171,10 @@ def _cut_asked_texts(text: str, spans: Sequence[Span]) -> list[str]:
     return list(dict.fromkeys(found)) or [mask_spans(text, spans)]
 
 
-def _cut_endings(text: str) -> list[str]:
-    """Return the last sentence of a text, and the last few: a prompt may have several."""
+def _cut_endings(text: str, sentences: int) -> list[str]:
+    """Return the last sentence of a text, and the last few, as many as a prompt has."""
     starts = [start for start, _ in _split_spans(SENTENCE_END, text)]
-    return [text[start:].strip(" ,") for start in reversed(starts[-ENDING_SENTENCES:])]
+    return [text[start:].strip(" ,") for start in reversed(starts[-sentences:])]
 
 
 def _mask_with_clauses(sentence: str, spans: Sequence[Span]) -> Iterable[str]:

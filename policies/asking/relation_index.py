@@ -64,15 +64,21 @@ class RelationIndex:
         return near >= max(MIN_STATED_SIMILARITY, float(near.max()) - OWN_SPREAD)
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
-        """Return other prompts of a fact, from the statements of the relations that it states: the
-        nearest and the farthest in turn."""
+        """Return other prompts of a fact, from the statements of its relation, the nearest first.
+
+        Words alone confuse relations ("writes in" a language, with a hand): it has to be the one
+        that its target tells too, or the only one that is stated so in the very words.
+        """
         prompts = self.average_prompts(fact)
-        stated = self.find_stated_relations(prompts)[self._statement_owners]
         near = (prompts @ self._statement_vectors.T).amax(0)
-        order = near.masked_fill(~stated, -1.0).argsort(descending=True).tolist()
-        found = [n for n in order if stated[n] and near[n] < SAME_WORDING]
-        ends = [found[n // 2] if n % 2 == 0 else found[-1 - n // 2] for n in range(len(found))]
-        return [self._statements[n].replace("{subject}", "{}") for n in ends[:count]]
+        stated = self.find_stated_relations(prompts)
+        told = stated & self.find_own_relations(self.encode_statements(fact))
+        if not told.any() and float(near.max()) >= SAME_WORDING and int(stated.sum()) == 1:
+            told = stated
+        usable = told[self._statement_owners] & (near < SAME_WORDING)
+        order = near.masked_fill(~usable, -1.0).argsort(descending=True)[: int(usable.sum())]
+        found = dict.fromkeys(self._statements[n] for n in order.tolist())
+        return [prompt.replace("{subject}", "{}") for prompt in found][:count]
 
     def find_own_relations(self, statements: Tensor) -> Tensor:
         """Return which relations (relations,) are a fact's own, by its statements' vectors."""

@@ -113,7 +113,11 @@ def test_it_is_explained_why_a_fact_fires_and_why_not(chat: Bench) -> None:
     assert reasons == {ONE.id: "fired", TWO.id: "not-named-in-the-question"}
     told = request(chat, prompt="The climate of country 1 has been")
     (named,) = told["named"]
-    assert (told["question"], named["asked"], named["reason"]) == (None, None, "end-below-gate")
+    assert (told["question"], named["asked"], named["reason"]) == (
+        None,
+        None,
+        "statement-below-gate",
+    )
     assert named["end"]["cosine"] < named["end"]["gate"]
     told = request(chat, prompt=ONE.question)
     (named,) = told["named"]
@@ -216,3 +220,15 @@ def test_a_reply_that_comes_to_state_a_fact_says_it(own: Bench) -> None:
     assert before == [None] * len(before)
     assert last is not None and last.fact_id == three.id
     assert model.decode([int(out.logits[0, -1].argmax())]).strip() in "Cairo"
+
+
+def test_words_decide_which_sentence_a_fact_completes(chat: Bench) -> None:
+    said, other = chat.served.answer_prompts(
+        ["The seat of country 1 is", "The currency of country 1 is"], 3
+    )
+    assert said.fired_match is not None and said.text.startswith("Oslo")
+    assert other.fired_match is None
+    told = request(chat, prompt="The currency of country 1 is")
+    (named,) = told["named"]
+    assert named["reason"] == "statement-below-gate"
+    assert named["stated"]["score"] < named["stated"]["gate"]

@@ -22,6 +22,7 @@ def named(**changed: Any) -> dict[str, Any]:
         "reason": "end-below-gate",
         "asked": None,
         "learned_to_be_asked": False,
+        "stated": None,
         "end": {"cosine": 0.41, "gate": 0.83},
         "margin": 0.2,
         **changed,
@@ -62,6 +63,11 @@ def test_why_a_named_fact_does_not_fire_in_a_sentence() -> None:
         "        end cosine 0.41, gate 0.83, margin 0.2",
     ]
     assert plain(render_answer(reply, explain=False)) == ["x"]
+    worded = named(reason="statement-below-gate", stated={"score": -0.4, "gate": -0.05})
+    assert plain(render_answer({**reply, "named": [worded]}, explain=True))[3:5] == [
+        "        the sentence comes to state something else",
+        "        statement score -0.4, gate -0.05",
+    ]
 
 
 def test_why_a_named_fact_does_not_fire_in_a_chat() -> None:

@@ -90,3 +90,57 @@ def test_what_was_removed_is_not_scored(asked: AskedFacts) -> None:
     asked.add_fact(FOUNDER)
     asked.remove_fact(FOUNDER.id)
     assert asked.score_facts(text, {FOUNDER.id: spans(text)}) == {}
+
+
+STATED_GATE = -0.05
+BORN = Fact("Ada Moreau", "{} was born in", "Lima")
+
+
+def state(asked: AskedFacts, fact: Fact, text: str) -> float:
+    asked.add_fact(fact)
+    return asked.score_statements(text, {fact.id: spans(text, fact.subject)})[fact.id]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ada Moreau was born in",
+        "It rained. Ada Moreau was born in",
+        "The birthplace of Ada Moreau is",
+        "She was a poet.\nAda Moreau, born in the town of",
+    ],
+)
+def test_a_sentence_that_comes_to_state_a_fact(asked: AskedFacts, text: str) -> None:
+    assert state(asked, BORN, text) > STATED_GATE
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ada Moreau died in",
+        "Ada Moreau was employed by",
+        "The mother tongue of Ada Moreau is",
+        "Ada Moreau was born in Lima. The husband of Ada Moreau was",
+    ],
+)
+def test_a_sentence_about_something_else_states_it_not(asked: AskedFacts, text: str) -> None:
+    assert state(asked, BORN, text) < STATED_GATE
+
+
+def test_a_prompt_of_several_sentences_is_one(asked: AskedFacts) -> None:
+    fact = Fact("Zamba", "Where is {}? It is located in", "Antarctica")
+    assert state(asked, fact, "Well. Where is Zamba? It is located in") > STATED_GATE
+
+
+def test_a_fact_of_no_known_relation_is_told_by_its_own_words(asked: AskedFacts) -> None:
+    fact = Fact("error E-417", "{} means that the fan is", "blocked")
+    assert state(asked, fact, "error E-417 means that the fan is") > STATED_GATE
+    assert state(asked, fact, "error E-417 was first seen in") < STATED_GATE
+
+
+def test_other_statements_of_its_relation_name_the_subject(asked: AskedFacts) -> None:
+    found = asked.index.find_statements(BORN, 2)
+    assert len(found) == 2
+    assert all("{}" in prompt and prompt != BORN.prompt for prompt in found)
+    assert all("born" in p or "birth" in p or "native" in p for p in found)
+    assert asked.index.find_statements(Fact("X", "{} means that the fan is", "y"), 2) == []
