@@ -122,7 +122,8 @@ def test_it_is_explained_why_a_fact_fires_and_why_not(chat: Bench) -> None:
     told = request(chat, prompt=ONE.question)
     (named,) = told["named"]
     assert (named["reason"], told["fired"][0]["fact"]) == ("fired", ONE.id)
-    assert named["end"]["cosine"] == pytest.approx(told["fired"][0]["score"], abs=1e-4)
+    assert named["stated"]["score"] == pytest.approx(told["fired"][0]["score"], abs=1e-4)
+    assert named["end"]["cosine"] == pytest.approx(1, abs=1e-3)
     assert named["margin"] == pytest.approx(told["fired"][0]["margin"], rel=1e-3)
     assert request(chat, prompt="The weather of today is")["named"] == []
 
