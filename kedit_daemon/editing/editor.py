@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from kedit_daemon.config import Config
+from kedit_daemon.editing.amendments import Amendments
 from kedit_daemon.editing.audit import Auditor, make_thresholds
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
@@ -14,10 +15,11 @@ from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import EditRunner, MemoryBackoff
 from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner
+from kedit_daemon.ingest.validity import begin_due_facts
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, ends_daemon
-from memory.facts import ACTIVE_STATES, FactState
+from memory.facts import OPEN_STATES, FactState
 from memory.side.shards import RoutingMatch
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
@@ -52,6 +54,7 @@ class Editor:
         )
         self.memory_backoff = MemoryBackoff(self._read_clock)
         self.runner = EditRunner(*parts, self.flush, self.side_learner, self.memory_backoff)
+        self.amendments = Amendments(self.store, self.generations, self.flush)
         cooldown = Cooldown(config.stability.cool_down_seconds, config.stability.acts_a_day)
         self.auditor = Auditor(live_model, self.store, self.generations, self.flush, cooldown)
 
@@ -71,6 +74,8 @@ class Editor:
         """Do one piece of work. Return False if there is none."""
         if self.memory_backoff.is_active():
             return False
+        if self.runner.carry_out_amendments(self.amendments):
+            return True
         newest = self._keep_newest(self.store.list_facts((FactState.RECEIVED,)))
         waiting = self.memory_backoff.order_by_shortage(newest)
         tiers = [self._step_side, self._step_batch]
@@ -167,7 +172,7 @@ class Editor:
 
     def _require_active(self, name: str) -> StoredFact:
         fact = self.store.find_fact(name)
-        if fact is None or fact.state not in ACTIVE_STATES:
+        if fact is None or fact.state not in OPEN_STATES:
             state = "unknown" if fact is None else f"{fact.state} already"
             raise KeditError(
                 f"fact {name} is {state}", code="unknown-fact", hint="kedit-daemon facts"
@@ -179,12 +184,17 @@ class Editor:
         now = self.store.db.format_now()
         expired = [
             f
-            for f in self.store.list_facts(ACTIVE_STATES)
+            for f in self.store.list_facts(OPEN_STATES)
             if f.fact.valid_until and f.fact.valid_until <= now
         ]
         if expired:
             self.generations.remove_facts(expired, FactState.EXPIRED, "valid_until has passed")
         return len(expired)
+
+    def begin_facts(self) -> int:
+        """Begin the facts whose `valid_from` has come. Return their number."""
+        with self.store.db.transaction():
+            return begin_due_facts(self.store)
 
     def answer_prompt(
         self, prompt: str, max_tokens: int, base: bool, explain: bool

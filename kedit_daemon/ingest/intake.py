@@ -1,22 +1,25 @@
 """Takes claimed files in: their facts go into the store in one transaction a file."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kedit_daemon.config import Config
 from kedit_daemon.ingest.inbox import Claim, Inbox
 from kedit_daemon.ingest.parser import ParsedFile, RecordProblem, parse_file
 from kedit_daemon.ingest.schemas import FileLimits
+from kedit_daemon.ingest.validity import apply_validity
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.facts import Fact, FactState
-from policies.routing import Route, choose_route
+from memory.facts import LIVE_STATES, Fact, FactState
+from policies.routing import Route, choose_route, is_early
 
 
 @dataclass
 class _FactCounts:
     accepted: int = 0
+    amended: int = 0
     duplicates: int = 0
+    relearned_ids: list[str] = field(default_factory=list)
 
 
 class Intake:
@@ -48,6 +51,8 @@ class Intake:
         with self.store.db.transaction():
             for line, fact in parsed.facts:
                 self._take_fact(fact, claim, line, len(parsed.facts), counts)
+            if counts.relearned_ids:
+                self.store.mark_amended(counts.relearned_ids)
             for problem in parsed.problems:
                 self.store.db.write_event(
                     "record_failed",
@@ -60,7 +65,7 @@ class Intake:
                 claim.work_name,
                 claim.name,
                 hashlib.sha256(data).hexdigest(),
-                accepted=counts.accepted,
+                accepted=counts.accepted + counts.amended,
                 failed=len(parsed.problems),
                 duplicates=counts.duplicates,
             )
@@ -68,6 +73,7 @@ class Intake:
                 "file_taken",
                 file=claim.name,
                 facts=counts.accepted,
+                amended=counts.amended,
                 duplicates=counts.duplicates,
                 failed=len(parsed.problems),
             )
@@ -75,19 +81,27 @@ class Intake:
     def _take_fact(
         self, fact: Fact, claim: Claim, line: int, in_file: int, counts: _FactCounts
     ) -> None:
-        known = self.store.find_fact(fact.id)
+        known = self.store.find_stated(fact)
+        if known is not None:
+            fact = fact.with_id_of(known.fact)
         now, direct_facts = self.store.db.format_now(), self.config.routing.direct_facts
-        decision = choose_route(known, fact.valid_until, now, in_file, direct_facts)
+        decision = choose_route(known, fact, now, in_file, direct_facts)
+        if known is not None and not fact.is_learned_like(known.fact):
+            counts.relearned_ids.append(fact.id)
         if decision.route is Route.DUPLICATE:
             counts.duplicates += 1
             self.store.db.write_event("fact_duplicate", fact.id, file=claim.name, line=line)
-            return
-        waiting = self.store.list_facts((FactState.RECEIVED,), slot=fact.slot)
-        self.store.receive_fact(fact, claim.name, decision.route is Route.BATCH)
-        counts.accepted += 1
-        if decision.route is Route.REJECT:
-            self.store.change_state(fact.id, FactState.REJECTED, reason=decision.reason)
-            return
-        for older in waiting:  # not learned yet: no edit is spent on them
-            reason = f"superseded by {fact.id}"
-            self.store.change_state(older.id, FactState.SUPERSEDED, reason=reason)
+            apply_validity(self.store, fact.id)
+        elif decision.route is Route.AMEND:
+            counts.amended += 1
+            self.store.amend_fact(fact, claim.name, line)
+            if known is not None and known.state in LIVE_STATES and is_early(fact, now):
+                counts.relearned_ids.append(fact.id)
+            apply_validity(self.store, fact.id)
+        else:
+            counts.accepted += 1
+            self.store.receive_fact(fact, claim.name, in_file >= direct_facts)
+            if decision.route is Route.REJECT:
+                self.store.change_state(fact.id, FactState.REJECTED, reason=decision.reason)
+            else:
+                apply_validity(self.store, fact.id)

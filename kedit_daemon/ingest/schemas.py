@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -64,10 +64,19 @@ def _normalize_time(text: str) -> str:
     return format_utc(time, "seconds")
 
 
+def _extend_bare_date(text: str) -> str:
+    """Let a date without a time mean the end of that day."""
+    try:
+        return f"{date.fromisoformat(text).isoformat()}T23:59:59Z"
+    except ValueError:
+        return text
+
+
 Text = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_check_characters)
 ]
 Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
+Deadline = Annotated[Text, AfterValidator(_extend_bare_date), AfterValidator(_normalize_time)]
 
 
 def _check_subject_named(prompt: str, subject: str) -> str:
@@ -138,7 +147,7 @@ class NativeRecord(Record):
     id: Text | None = None
     source: Text | None = None
     valid_from: Timestamp | None = None
-    valid_until: Timestamp | None = None
+    valid_until: Deadline | None = None
     tags: list[Text] = []
     aliases: list[Text] = []
     questions: list[Text] = []

@@ -26,6 +26,7 @@ _FACT_STATE_COLOURS = {
     FactState.FAILED: "red",
     FactState.REJECTED: "red",
     FactState.RECEIVED: "yellow",
+    FactState.SCHEDULED: "yellow",
 }
 
 

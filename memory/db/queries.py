@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import KeditError, NoHome, Unreadable
-from memory.facts import ACTIVE_STATES, FactState
+from memory.facts import OPEN_STATES, FactState
 
 _LISTED_COLUMNS = (
     "id, external_id, seq, state, tier, generation, subject, prompt, target, reason, file_name,"
@@ -238,8 +238,8 @@ def _resolve_id(conn: sqlite3.Connection, name: str) -> str:
     """Return the id of the fact of a name; the name itself when there is none."""
     row = conn.execute(
         "SELECT id FROM facts WHERE id = ? OR external_id = ?"
-        " ORDER BY id = ? DESC, state IN (?, ?, ?) DESC, seq DESC LIMIT 1",
-        (name, name, name, *ACTIVE_STATES),
+        " ORDER BY id = ? DESC, state IN (?, ?, ?, ?) DESC, seq DESC LIMIT 1",
+        (name, name, name, *OPEN_STATES),
     ).fetchone()
     return str(row[0]) if row else name
 

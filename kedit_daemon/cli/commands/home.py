@@ -24,7 +24,7 @@ from memory.timestamps import format_utc
 
 if TYPE_CHECKING:
     from kedit_daemon.ingest.parser import RecordProblem
-    from kedit_daemon.ingest.submit import Submission
+    from kedit_daemon.ingest.submit import PredictedOutcome, Submission
     from kedit_daemon.maintenance.doctor_install import CheckResult
 
 MAX_PROBLEMS_SHOWN = 20
@@ -153,7 +153,7 @@ def submit(
     if dry_run:
         _preview_submission(session, submission, config.routing.direct_facts)
     elif submission.facts:
-        _submit_facts(ctx, session, submission, waiting)
+        _submit_facts(ctx, session, submission, waiting, config.routing.direct_facts)
     else:
         click.echo("nothing handed in", err=True)
     if submission.parsed.problems:
@@ -188,11 +188,9 @@ def _print_problems(name: str, problems: Sequence["RecordProblem"]) -> None:
 def _preview_submission(session: CliContext, submission: "Submission", direct_facts: int) -> None:
     from dataclasses import asdict
 
-    from kedit_daemon.ingest.submit import predict_outcomes
     from kedit_daemon.report.render import format_statement
 
-    now = format_utc(datetime.now(UTC), "seconds")
-    for forecast in predict_outcomes(submission.facts, session.home, now, direct_facts):
+    for forecast in _predict(session, submission, direct_facts):
         fact, detail = forecast.fact, clean_text(forecast.detail)
         statement = format_statement(asdict(fact))
         click.echo(f"{fact.id}  {forecast.outcome:<10}  {statement}  ({detail})")
@@ -202,31 +200,48 @@ def _preview_submission(session: CliContext, submission: "Submission", direct_fa
     click.echo(f"dry run: {facts}{more}; nothing handed in", err=True)
 
 
+def _predict(
+    session: CliContext, submission: "Submission", direct_facts: int
+) -> "list[PredictedOutcome]":
+    from kedit_daemon.ingest.submit import predict_outcomes
+
+    now = format_utc(datetime.now(UTC), "seconds")
+    return predict_outcomes(submission.facts, session.home, now, direct_facts)
+
+
 def _submit_facts(
-    ctx: click.Context, session: CliContext, submission: "Submission", waiting: bool
+    ctx: click.Context,
+    session: CliContext,
+    submission: "Submission",
+    waiting: bool,
+    direct_facts: int,
 ) -> None:
     from kedit_daemon.ingest.submit import submit_to_inbox
     from kedit_daemon.system.lock import find_lock_holder
 
+    forecasts = _predict(session, submission, direct_facts)
     name = submit_to_inbox(session.home.inbox_folder, submission)
-    for fact in submission.facts:
-        click.echo(fact.id)
+    for forecast in forecasts:
+        click.echo(forecast.fact.id)
+        if forecast.outcome in ("amended", "scheduled"):
+            told = f"{forecast.fact.id} {forecast.outcome}: {forecast.detail}"
+            click.echo(clean_text(told), err=True)
     if broken := len(submission.parsed.problems):
         records = "1 record states" if broken == 1 else f"{broken} records state"
         click.echo(f"{records} no fact; the rest is handed in", err=True)
     if waiting:
-        _wait_for_facts(ctx, session, name, submission)
+        _wait_for_facts(ctx, session, name, [forecast.fact.id for forecast in forecasts])
     elif find_lock_holder(session.home.lock_file) is None:
         start = f"{session.program} run"
         click.echo(clean_text(f"the daemon is not running, so the file waits: {start}"), err=True)
 
 
 def _wait_for_facts(
-    ctx: click.Context, session: CliContext, name: str, submission: "Submission"
+    ctx: click.Context, session: CliContext, name: str, given_ids: Sequence[str]
 ) -> None:
     from kedit_daemon.ingest.wait import FAILED_STATES, LOST, wait_until_settled
 
-    ids = list(dict.fromkeys(fact.id for fact in submission.facts))
+    ids = list(dict.fromkeys(given_ids))
     states = wait_until_settled(session.home, name, ids, lambda text: click.echo(text, err=True))
     bad = {i: (state, why) for i, (state, why) in states.items() if state in (*FAILED_STATES, LOST)}
     for fact_id, (state, why) in bad.items():

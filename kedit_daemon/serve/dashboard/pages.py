@@ -36,7 +36,7 @@ from memory.db.queries import (
     find_weights_facts,
 )
 from memory.errors import KeditError
-from memory.facts import ACTIVE_STATES, FactState, fill_subject
+from memory.facts import OPEN_STATES, FactState, fill_subject
 
 if TYPE_CHECKING:
     import sqlite3
@@ -202,7 +202,7 @@ class _PageViews:
                 (n, fill_subject(n["prompt"], subject)) for n in record.get("neighbours", ())
             ],
             "events": events,
-            "active": fact["state"] in ACTIVE_STATES,
+            "active": fact["state"] in OPEN_STATES,
         }
         return DashboardPage("fact.html", "Fact", context)
 
