@@ -1,7 +1,8 @@
 """Takes claimed files in: their facts go into the store in one transaction a file."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from kedit_daemon.config import Config
 from kedit_daemon.ingest.inbox import Claim, Inbox
@@ -38,13 +39,37 @@ class Intake:
             self.inbox.fail_claim(claim, [RecordProblem(1, str(error), remedy, "")], whole=True)
             return
         parsed = parse_file(data, claim.name, None, self.limits)
+        told = self._take_rest(claim, data, parsed)
         if not self.store.has_submission(claim.work_name):
             self._record_submission(claim, data, parsed)
-        whole = not parsed.facts and bool(parsed.problems)
-        if parsed.problems:
-            self.inbox.fail_claim(claim, parsed.problems, whole=whole)
+        whole = not parsed.facts and bool(told)
+        if told:
+            self.inbox.fail_claim(claim, told, whole=whole)
+        else:
+            self.inbox.withdraw_report(claim)  # of what was half written before
         if not whole:
             self.inbox.finish_claim(claim)
+
+    def _take_rest(self, claim: Claim, data: bytes, parsed: ParsedFile) -> Sequence[RecordProblem]:
+        """Take in what a file has more than when it was taken in before, if it was; note what it
+        has now. Return the problems to tell."""
+        taken = self.inbox.taken_files.find(claim.work_name)
+        before = self.store.has_submission(claim.work_name)
+        if not before or taken is None or taken.size >= len(data):
+            self.inbox.note_taken(claim, data)
+            return parsed.problems
+        known = parse_file(data[: taken.size], claim.name, None, self.limits)
+        old = {*known.facts, *known.problems}
+        facts = [one for one in parsed.facts if one not in old]
+        problems = [one for one in parsed.problems if one not in old]
+        problems += _describe_halves(known, parsed)
+        part = replace(claim, work_name=f"{claim.work_name}+{len(data)}")
+        if not self.store.has_submission(part.work_name):
+            self._record_submission(part, data, ParsedFile(facts, problems))
+        self.inbox.note_taken(claim, data)
+        if not self.inbox.has_report(claim):  # the older ones are done with
+            return problems
+        return list(dict.fromkeys((*parsed.problems, *problems)))
 
     def _record_submission(self, claim: Claim, data: bytes, parsed: ParsedFile) -> None:
         counts = _FactCounts()
@@ -105,3 +130,12 @@ class Intake:
                 self.store.change_state(fact.id, FactState.REJECTED, reason=decision.reason)
             else:
                 apply_validity(self.store, fact.id)
+
+
+def _describe_halves(known: ParsedFile, parsed: ParsedFile) -> Iterator[RecordProblem]:
+    """Describe the facts that were read from records which were only half written."""
+    whole = {fact.slot for _, fact in parsed.facts}
+    for line, fact in known.facts:
+        if fact.slot not in whole:  # or else the whole one takes its place
+            problem = f"it was taken in before it was whole: {fact.question} → {fact.target}"
+            yield RecordProblem(line, problem, f"kedit-daemon revert {fact.id}", "")
