@@ -164,20 +164,23 @@ class Editor:
         return self.generations.consolidate(dry_run)
 
     def revert(self, names: list[str], generation: int | None, dry_run: bool) -> dict[str, Any]:
-        """Take facts out by id, or go back to a generation."""
+        """Take facts out by id, or go back to a generation. An external id means all its facts."""
         if generation is not None:
             return self.generations.restore_generation(generation, dry_run)
-        facts = [self._require_active(name) for name in names]
-        return self.generations.remove_facts(facts, FactState.REVERTED, "reverted by hand", dry_run)
+        facts = {f.id: f for name in names for f in self._require_open(name)}
+        return self.generations.remove_facts(
+            [*facts.values()], FactState.REVERTED, "reverted by hand", dry_run
+        )
 
-    def _require_active(self, name: str) -> StoredFact:
-        fact = self.store.find_fact(name)
-        if fact is None or fact.state not in OPEN_STATES:
-            state = "unknown" if fact is None else f"{fact.state} already"
+    def _require_open(self, name: str) -> list[StoredFact]:
+        """Return the facts of an id or external id that have not ended."""
+        facts = self.store.find_facts(name)
+        if not facts or facts[0].state not in OPEN_STATES:
+            state = f"{facts[0].state} already" if facts else "unknown"
             raise KeditError(
                 f"fact {name} is {state}", code="unknown-fact", hint="kedit-daemon facts"
             )
-        return fact
+        return facts
 
     def expire_facts(self) -> int:
         """End the facts whose `valid_until` has passed. Return their number."""

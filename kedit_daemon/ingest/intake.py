@@ -21,6 +21,7 @@ class _FactCounts:
     amended: int = 0
     duplicates: int = 0
     relearned_ids: list[str] = field(default_factory=list)
+    shared_ids: set[str] = field(default_factory=set)
 
 
 class Intake:
@@ -130,6 +131,17 @@ class Intake:
                 self.store.change_state(fact.id, FactState.REJECTED, reason=decision.reason)
             else:
                 apply_validity(self.store, fact.id)
+        if decision.route not in (Route.DUPLICATE, Route.REJECT):
+            self._tell_shared_id(fact, counts)
+
+    def _tell_shared_id(self, fact: Fact, counts: _FactCounts) -> None:
+        """Record that another fact has the same external id, once a file and id."""
+        shared = fact.external_id
+        if shared is None or shared in counts.shared_ids:
+            return
+        if (other := self.store.find_sharing_id(fact)) is not None:
+            counts.shared_ids.add(shared)
+            self.store.db.write_event("id_shared", fact.id, external_id=shared, other=other)
 
 
 def _describe_halves(known: ParsedFile, parsed: ParsedFile) -> Iterator[RecordProblem]:

@@ -160,6 +160,26 @@ _ROUTE_OUTCOMES = {
 }
 
 
+def find_shared_ids(facts: Sequence[Fact], home: Home) -> dict[str, int]:
+    """Find the external ids that will be those of several facts, in different slots, which have
+    not ended: the count of these slots by external id."""
+    slots: dict[str, set[str]] = {}
+    for fact in facts:
+        if fact.external_id is not None:
+            slots.setdefault(fact.external_id, set()).add(fact.slot)
+    if slots and home.database_file.is_file():
+        with closing(open_readonly(home.database_file)) as conn:
+            states = ", ".join("?" * len(OPEN_STATES))
+            rows = conn.execute(
+                "SELECT external_id, slot FROM facts WHERE external_id IN"
+                f" (SELECT value FROM json_each(?)) AND state IN ({states})",
+                (json.dumps([*slots]), *OPEN_STATES),
+            )
+            for external_id, slot in rows:
+                slots[external_id].add(slot)
+    return {name: len(found) for name, found in slots.items() if len(found) > 1}
+
+
 def _read_stored(facts: Sequence[Fact], home: Home) -> "list[StoredFact]":
     """Read the facts in the slots of these, those that have not ended last."""
     from memory.db.rows import FACT_COLUMNS, StoredFact

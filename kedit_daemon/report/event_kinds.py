@@ -10,6 +10,7 @@ EVENT_KINDS = {
     "fact_revived": "a fact that had ended was submitted again",
     "fact_duplicate": "a fact was submitted that is known already",
     "fact_amended": "a known fact was submitted with other terms, which hold from now on",
+    "id_shared": "two facts that have not ended have the same id of yours",
     f"fact_{FactState.SCHEDULED}": "it waits for its valid_from",
     f"fact_{FactState.LIVE_SIDE}": "the side memory answers with it",
     f"fact_{FactState.LIVE_WEIGHTS}": "the weights answer with it",

@@ -49,6 +49,29 @@ class Store:
         )
         return self._find_by_id(name) or (StoredFact.from_row(row) if row else None)
 
+    def find_facts(self, name: str) -> list[StoredFact]:
+        """Return the fact of an id, or all facts of an external id that have not ended; where all
+        have, the newest."""
+        found = self.find_fact(name)
+        if found is None or found.id == name or found.state not in OPEN_STATES:
+            return [found] if found else []
+        rows = self.db.conn.execute(
+            f"SELECT {FACT_COLUMNS} FROM facts WHERE external_id = ?"
+            f" AND state IN ({_make_placeholders(OPEN_STATES)}) ORDER BY seq",
+            (name, *OPEN_STATES),
+        )
+        return [StoredFact.from_row(row) for row in rows]
+
+    def find_sharing_id(self, fact: Fact) -> str | None:
+        """Return the id of a fact that has not ended and has the external id of this one, which
+        does not take its place; None where there is none."""
+        row = self.db.fetch_one(
+            "SELECT id FROM facts WHERE external_id = ? AND slot <> ?"
+            f" AND state IN ({_make_placeholders(OPEN_STATES)}) LIMIT 1",
+            *(fact.external_id, fact.slot, *OPEN_STATES),
+        )
+        return str(row[0]) if row else None
+
     def find_stated(self, fact: Fact) -> StoredFact | None:
         """Return the fact of this statement, whatever its terms: of several (older versions hashed
         the source into the id) the one that has not ended, else the newest."""
