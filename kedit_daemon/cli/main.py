@@ -32,6 +32,7 @@ COMMAND_PATHS = {
     "audit": "act:audit",
     "consolidate": "act:consolidate",
     "revert": "act:revert",
+    "dismiss": "dismiss:dismiss",
     "log": "log:log",
     "calibrate": "calibrate:calibrate",
     "export": "export:export",

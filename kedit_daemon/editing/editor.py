@@ -172,6 +172,25 @@ class Editor:
             [*facts.values()], FactState.REVERTED, "reverted by hand", dry_run
         )
 
+    def dismiss(self, names: list[str], dry_run: bool) -> dict[str, Any]:
+        """Settle failed and quarantined facts for which nothing is to be done."""
+        known = {f.id: f for name in names for f in self._require_failed(name)}
+        if not dry_run:
+            with self.store.db.transaction():
+                for fact in known.values():
+                    self.lifecycle.dismiss(fact)
+        return {"dismissed": [*known], "dry_run": dry_run}
+
+    def _require_failed(self, name: str) -> list[StoredFact]:
+        facts = [f for f in self.store.find_ended_facts(name) if self.lifecycle.has_failed(f)]
+        if not facts:
+            raise KeditError(
+                f"no fact {name} has failed: there is nothing to dismiss",
+                code="unknown-fact",
+                hint="kedit-daemon status; revert takes out a fact that is live",
+            )
+        return facts
+
     def _require_open(self, name: str) -> list[StoredFact]:
         """Return the facts of an id or external id that have not ended."""
         facts = self.store.find_facts(name)

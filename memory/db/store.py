@@ -62,6 +62,15 @@ class Store:
         )
         return [StoredFact.from_row(row) for row in rows]
 
+    def find_ended_facts(self, name: str) -> list[StoredFact]:
+        """Return the facts of an id or external id that have ended."""
+        rows = self.db.conn.execute(
+            f"SELECT {FACT_COLUMNS} FROM facts WHERE (id = ? OR external_id = ?)"
+            f" AND state NOT IN ({_make_placeholders(OPEN_STATES)}) ORDER BY seq",
+            (name, name, *OPEN_STATES),
+        )
+        return [StoredFact.from_row(row) for row in rows]
+
     def find_sharing_id(self, fact: Fact) -> str | None:
         """Return the id of a fact that has not ended and has the external id of this one, which
         does not take its place; None where there is none."""
