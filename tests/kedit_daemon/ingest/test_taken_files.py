@@ -4,61 +4,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from intake_room import Room
 
-from kedit_daemon.config import Config
 from kedit_daemon.ingest import file_lease
-from kedit_daemon.ingest.inbox import Inbox
-from kedit_daemon.ingest.intake import Intake
-from memory.db.store import Store
 
 
 def line(number: int, target: str = "Oslo") -> str:
     record = {"subject": f"country {number}", "prompt": "The seat of {} is", "target": target}
     return json.dumps(record) + "\n"
-
-
-class Room:
-    """An inbox where nobody knows who writes, as on a network file system."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.now = folder, datetime(2026, 1, 1, tzinfo=UTC)
-        self.ticks = 0.0
-        self.store = Store(folder.parent / "kedit.db", lambda: self.now)
-        self.open()
-
-    def open(self) -> None:
-        self.inbox = Inbox(self.folder, 1.0, 4_000, lambda: self.now)
-        self.intake = Intake(self.store, self.inbox, Config())
-
-    def look(self, times: int = 3) -> None:
-        """Scan until everything has stood still."""
-        for claim in self.inbox.pending_claims():
-            self.intake.take_file(claim)
-        for _ in range(times):
-            self.ticks += 1.1
-            self.now += timedelta(seconds=1)
-            for claim in self.inbox.claim_files(self.ticks):
-                self.intake.take_file(claim)
-
-    def targets(self) -> list[str]:
-        return [f"{f.fact.subject[8:]} {f.fact.target} {f.state}" for f in self.store.list_facts()]
-
-    def told(self) -> dict[str, list[int]]:
-        reports = (self.folder / "failed").glob("*.error.json")
-        return {
-            path.name.removesuffix(".error.json"): [
-                error["line"] for error in json.loads(path.read_text())["errors"]
-            ]
-            for path in reports
-        }
-
-    def kinds(self, kind: str) -> int:
-        sql = "SELECT count(*) FROM events WHERE kind = ?"
-        return int(self.store.db.conn.execute(sql, (kind,)).fetchone()[0])
 
 
 @pytest.fixture
