@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -167,30 +168,43 @@ def find_shared_ids(facts: Sequence[Fact], home: Home) -> dict[str, int]:
     for fact in facts:
         if fact.external_id is not None:
             slots.setdefault(fact.external_id, set()).add(fact.slot)
-    if slots and home.database_file.is_file():
-        with closing(open_readonly(home.database_file)) as conn:
-            states = ", ".join("?" * len(OPEN_STATES))
-            rows = conn.execute(
-                "SELECT external_id, slot FROM facts WHERE external_id IN"
-                f" (SELECT value FROM json_each(?)) AND state IN ({states})",
-                (json.dumps([*slots]), *OPEN_STATES),
-            )
-            for external_id, slot in rows:
-                slots[external_id].add(slot)
+    states = ", ".join("?" * len(OPEN_STATES))
+    sql = "SELECT external_id, slot FROM facts WHERE external_id IN"
+    sql += f" (SELECT value FROM json_each(?)) AND state IN ({states})"
+    for external_id, slot in _query(home, sql, json.dumps([*slots]), *OPEN_STATES):
+        slots[external_id].add(slot)
     return {name: len(found) for name, found in slots.items() if len(found) > 1}
+
+
+def foresee_submission(
+    facts: Sequence[Fact], home: Home, now: str, direct_facts: int
+) -> tuple[list[PredictedOutcome], dict[str, int]]:
+    """Predict the outcomes, and find the shared ids. Where the database cannot be read, as by a
+    user who may only hand in, each fact is new: that stops no hand-in."""
+    try:
+        outcomes = predict_outcomes(facts, home, now, direct_facts)
+        return outcomes, find_shared_ids(facts, home)
+    except (KeditError, OSError, sqlite3.Error):
+        return [PredictedOutcome(fact, "new", "") for fact in facts], {}
+
+
+def _query(home: Home, sql: str, *values: str) -> list[tuple[Any, ...]]:
+    """Read rows of the database; none where no daemon has made one yet."""
+    try:
+        conn = open_readonly(home.database_file)
+    except NoHome:
+        return []
+    with closing(conn):
+        return [tuple(row) for row in conn.execute(sql, values)]
 
 
 def _read_stored(facts: Sequence[Fact], home: Home) -> "list[StoredFact]":
     """Read the facts in the slots of these, those that have not ended last."""
     from memory.db.rows import FACT_COLUMNS, StoredFact
 
-    if not home.database_file.is_file():
-        return []
-    with closing(open_readonly(home.database_file)) as conn:
-        sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE slot IN (SELECT value FROM json_each(?))"
-        slots = json.dumps([fact.slot for fact in facts])
-        rows = conn.execute(f"{sql} ORDER BY seq", (slots,))
-        stored = [StoredFact.from_row(tuple(row)) for row in rows]
+    sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE slot IN (SELECT value FROM json_each(?))"
+    rows = _query(home, f"{sql} ORDER BY seq", json.dumps([fact.slot for fact in facts]))
+    stored = [StoredFact.from_row(row) for row in rows]
     return sorted(stored, key=lambda one: one.state in OPEN_STATES)
 
 

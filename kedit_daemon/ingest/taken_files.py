@@ -63,7 +63,8 @@ class TakenFiles:
         for path in sorted((inbox / NOTES).glob("*.json")):
             with suppress(ValueError, TypeError, OSError):  # what a stranger wrote is no note
                 note = TakenFile(**json.loads(path.read_bytes()))
-                self._notes[note.work_name] = replace(note, mark=tuple(note.mark))
+                inode, size, changed = note.mark
+                self._notes[note.work_name] = replace(note, mark=(inode, size, changed))
 
     def find(self, work_name: str) -> TakenFile | None:
         """Return the note of a file, if there is one."""

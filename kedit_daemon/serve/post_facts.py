@@ -19,7 +19,7 @@ from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.ingest.submit import (
     PredictedOutcome,
     Submission,
-    predict_outcomes,
+    foresee_submission,
     prepare_submission,
     submit_to_inbox,
 )
@@ -93,7 +93,7 @@ class FactsEndpoint:
     def _predict_outcomes(self, submission: Submission) -> list[PredictedOutcome]:
         now = format_utc(datetime.now(UTC), "seconds")
         direct_facts = self.config.routing.direct_facts
-        return predict_outcomes(submission.facts, self.home, now, direct_facts)
+        return foresee_submission(submission.facts, self.home, now, direct_facts)[0]
 
     def _submit_facts(self, submission: Submission, key: str | None) -> str:
         """Submit the facts unless the key is known; return the name of their file in the inbox."""

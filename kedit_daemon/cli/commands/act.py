@@ -149,7 +149,7 @@ def _confirm_revert(session: CliContext, names: tuple[str, ...], generation: int
 
     if not sys.stdin.isatty():
         raise click.UsageError("off a terminal nobody can be asked: add --yes, or --dry-run.")
-    facts = {}
+    facts = dict[str, dict[str, Any]]()
     with open_database(session.home) as conn:
         for name in names:
             if not (found := fetch_fact_details(conn, name)):

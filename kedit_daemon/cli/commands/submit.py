@@ -97,9 +97,10 @@ def _print_problems(name: str, problems: Sequence["RecordProblem"]) -> None:
 def _preview_submission(session: CliContext, submission: "Submission", direct_facts: int) -> None:
     from dataclasses import asdict
 
+    from kedit_daemon.ingest.submit import predict_outcomes
     from kedit_daemon.report.render import format_statement
 
-    for forecast in _predict(session, submission, direct_facts):
+    for forecast in predict_outcomes(submission.facts, session.home, _now(), direct_facts):
         fact, detail = forecast.fact, clean_text(forecast.detail)
         statement = format_statement(asdict(fact))
         click.echo(f"{fact.id}  {forecast.outcome:<10}  {statement}  ({detail})")
@@ -109,13 +110,8 @@ def _preview_submission(session: CliContext, submission: "Submission", direct_fa
     click.echo(f"dry run: {facts}{more}; nothing handed in", err=True)
 
 
-def _predict(
-    session: CliContext, submission: "Submission", direct_facts: int
-) -> "list[PredictedOutcome]":
-    from kedit_daemon.ingest.submit import predict_outcomes
-
-    now = format_utc(datetime.now(UTC), "seconds")
-    return predict_outcomes(submission.facts, session.home, now, direct_facts)
+def _now() -> str:
+    return format_utc(datetime.now(UTC), "seconds")
 
 
 def _submit_facts(
@@ -125,14 +121,15 @@ def _submit_facts(
     waiting: bool,
     direct_facts: int,
 ) -> None:
-    from kedit_daemon.ingest.submit import find_shared_ids, submit_to_inbox
+    from kedit_daemon.ingest.submit import foresee_submission, submit_to_inbox
     from kedit_daemon.system.lock import find_lock_holder
 
-    forecasts = _predict(session, submission, direct_facts)
+    facts = submission.facts
+    forecasts, shared = foresee_submission(facts, session.home, _now(), direct_facts)
     name = submit_to_inbox(session.home.inbox_folder, submission)
     for forecast in forecasts:
         click.echo(forecast.fact.id)
-    _print_notices(forecasts, find_shared_ids(submission.facts, session.home))
+    _print_notices(forecasts, shared)
     if broken := len(submission.parsed.problems):
         records = "1 record states" if broken == 1 else f"{broken} records state"
         click.echo(f"{records} no fact; the rest is handed in", err=True)

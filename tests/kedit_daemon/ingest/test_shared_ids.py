@@ -15,7 +15,7 @@ from kedit_daemon.ingest.inbox import Inbox
 from kedit_daemon.ingest.intake import Intake
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.ingest.submit import find_shared_ids
+from kedit_daemon.ingest.submit import find_shared_ids, foresee_submission
 from memory.db.queries import (
     fetch_event_page,
     fetch_events,
@@ -122,3 +122,17 @@ def test_the_id_means_all_facts_that_have_not_ended(office: Office) -> None:
         for fact_id in meant:
             office.store.change_state(fact_id, FactState.EXPIRED)
     assert [f.id for f in office.store.find_facts("emp-17")] == [meant[-1]]
+
+
+def test_what_cannot_be_read_stops_no_hand_in(office: Office) -> None:
+    office.drop(fact(1))
+    facts = [f.fact for f in office.store.list_facts()]
+    office.store.close()
+    now = "2026-01-01T00:00:00Z"
+    assert foresee_submission(facts, office.home, now, 500)[0][0].outcome == "duplicate"
+    for damage in (b"", b"no database" * 100):  # empty: as a daemon's first start leaves it shortly
+        office.home.database_file.write_bytes(damage)
+        for ending in ("-wal", "-shm"):
+            Path(f"{office.home.database_file}{ending}").unlink(missing_ok=True)
+        told, shared = foresee_submission(facts, office.home, now, 500)
+        assert ([one.outcome for one in told], shared) == (["new"], {})
