@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 
 class FactState(StrEnum):
     """State of a fact; the last five are final."""
 
+    SCHEDULED = "scheduled"
     RECEIVED = "received"
     LIVE_SIDE = "live-side"
     LIVE_WEIGHTS = "live-weights"
@@ -21,6 +23,10 @@ class FactState(StrEnum):
 
 LIVE_STATES = (FactState.LIVE_SIDE, FactState.LIVE_WEIGHTS)
 ACTIVE_STATES = (FactState.RECEIVED, *LIVE_STATES)
+"""The states of a fact whose time it is: in each slot the newest of them is live in the end."""
+OPEN_STATES = (FactState.SCHEDULED, *ACTIVE_STATES)
+"""The states that are not final."""
+LEARNED_TERMS = ("paraphrases", "neighbours", "aliases", "questions")
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Fact:
     """A statement that the model has to make; `{}` in prompts and questions stands for the subject.
 
     aliases: other names of the subject. questions: how people ask for the target. other_targets:
-    further right answers, which are not learned.
+    further right answers, which are not learned. hashed_terms: the `valid_from` and `source` that
+    are part of the ids of facts from older versions.
     """
 
     subject: str
@@ -57,17 +64,35 @@ class Fact:
     aliases: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
     other_targets: tuple[str, ...] = ()
+    hashed_terms: tuple[str | None, str | None] = (None, None)
 
     @property
     def id(self) -> str:
         """Twelve hex digits of a hash of the statement: submitting it twice is harmless."""
-        statement = [self.subject, self.prompt, self.target, self.valid_from, self.source]
+        statement = [self.subject, self.prompt, self.target, *self.hashed_terms]
         return hashlib.sha256(json.dumps(statement).encode()).hexdigest()[:12]
 
     @property
     def slot(self) -> str:
         """Subject and question without the answer: a later fact of the same slot supersedes."""
         return f"{self.subject}\n{self.question}"
+
+    def with_id_of(self, known: "Fact") -> "Fact":
+        """Return this fact under the id of a known one with the same statement."""
+        return replace(self, hashed_terms=known.hashed_terms)
+
+    def compare_terms(self, newer: "Fact") -> dict[str, dict[str, Any]]:
+        """Return the terms in which a newer record of this fact differs: {before, after} each."""
+        before, after = asdict(self), asdict(newer)
+        return {
+            name: {"before": value, "after": after[name]}
+            for name, value in before.items()
+            if value != after[name]
+        }
+
+    def is_learned_like(self, other: "Fact") -> bool:
+        """Check that another record of this fact is learned from the same texts."""
+        return all(set(getattr(self, n)) == set(getattr(other, n)) for n in LEARNED_TERMS)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -120,4 +145,6 @@ def fact_from_json(text: str) -> Fact:
     for name in ("paraphrases", "tags", "aliases", "questions", "other_targets"):
         values[name] = tuple(values.get(name, ()))
     values["neighbours"] = tuple(Neighbour(**n) for n in values["neighbours"])
+    hashed = values.get("hashed_terms", (values["valid_from"], values["source"]))
+    values["hashed_terms"] = tuple(hashed)
     return Fact(**values)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from memory.db.rows import StoredFact
-from memory.facts import ACTIVE_STATES
+from memory.facts import ACTIVE_STATES, OPEN_STATES, Fact
 
 
 class Route(StrEnum):
@@ -14,6 +14,8 @@ class Route(StrEnum):
     SIDE = "side"
     BATCH = "batch"
     DUPLICATE = "duplicate"
+    AMEND = "amend"
+    SCHEDULE = "schedule"
     REJECT = "reject"
 
 
@@ -26,19 +28,28 @@ class RouteDecision:
 
 
 def choose_route(
-    known: StoredFact | None, valid_until: str | None, now: str, in_file: int, direct_facts: int
+    known: StoredFact | None, fact: Fact, now: str, in_file: int, direct_facts: int
 ) -> RouteDecision:
     """Route a fact by what is known under its id, its validity, and the size of its file.
 
     Times are ISO-8601 UTC with a Z, so that they compare as text.
     """
-    if known is not None and known.state in ACTIVE_STATES:
-        return RouteDecision(Route.DUPLICATE, f"already {known.state}")
-    if valid_until is not None and valid_until <= now:
-        return RouteDecision(Route.REJECT, f"valid_until {valid_until} has passed")
+    if known is not None and known.state in OPEN_STATES:
+        if known.fact == fact:
+            return RouteDecision(Route.DUPLICATE, f"already {known.state}")
+        return RouteDecision(Route.AMEND, ", ".join(known.fact.compare_terms(fact)))
+    if fact.valid_until is not None and fact.valid_until <= now:
+        return RouteDecision(Route.REJECT, f"valid_until {fact.valid_until} has passed")
+    if is_early(fact, now):
+        return RouteDecision(Route.SCHEDULE, f"valid from {fact.valid_from}")
     if in_file >= direct_facts:
         return RouteDecision(Route.BATCH, f"one of {in_file} facts in one file")
     return RouteDecision(Route.SIDE, "live in the side memory first")
+
+
+def is_early(fact: Fact, now: str) -> bool:
+    """Check that a fact is not valid yet."""
+    return fact.valid_from is not None and fact.valid_from > now
 
 
 def is_for_batch(fact: StoredFact) -> bool:

@@ -16,7 +16,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.ingest.failed_files import list_failed_files
 from kedit_daemon.report.event_kinds import EVENT_KINDS
 from memory.errors import KeditError
-from memory.facts import ACTIVE_STATES
+from memory.facts import OPEN_STATES
 
 MAX_OFFERED = 200
 HELP_CHARS = 60
@@ -68,7 +68,7 @@ def _find_home(ctx: click.Context) -> Home:
 def _iter_fact_items(ctx: click.Context, incomplete: str, active: bool) -> Iterator[CompletionItem]:
     from memory.db.queries import open_readonly
 
-    states = f" AND state IN ({', '.join('?' * len(ACTIVE_STATES))})" if active else ""
+    states = f" AND state IN ({', '.join('?' * len(OPEN_STATES))})" if active else ""
     try:
         conn = open_readonly(_find_home(ctx).database_file)
     except (KeditError, sqlite3.Error):
@@ -78,7 +78,7 @@ def _iter_fact_items(ctx: click.Context, incomplete: str, active: bool) -> Itera
             "SELECT id, external_id, subject, prompt, target FROM facts"
             f" WHERE (substr(id, 1, ?1) = ?2 OR substr(external_id, 1, ?1) = ?2){states}"
             f" ORDER BY seq DESC LIMIT {MAX_OFFERED}",
-            (len(incomplete), incomplete, *(ACTIVE_STATES if active else ())),
+            (len(incomplete), incomplete, *(OPEN_STATES if active else ())),
         ).fetchall()
     except sqlite3.Error:
         return

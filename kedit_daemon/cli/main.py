@@ -23,7 +23,7 @@ _COMMANDS_PACKAGE = "kedit_daemon.cli.commands"
 COMMAND_PATHS = {
     "init": "home:init",
     "run": "home:run",
-    "submit": "home:submit",
+    "submit": "submit:submit",
     "status": "read:status",
     "facts": "read:facts",
     "show": "read:show",
@@ -32,6 +32,7 @@ COMMAND_PATHS = {
     "audit": "act:audit",
     "consolidate": "act:consolidate",
     "revert": "act:revert",
+    "dismiss": "dismiss:dismiss",
     "log": "log:log",
     "calibrate": "calibrate:calibrate",
     "export": "export:export",

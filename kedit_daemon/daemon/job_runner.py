@@ -57,4 +57,4 @@ def run_job(editor: Editor, name: str) -> str:
     if name == "retention":
         figures = editor.auditor.retention.probe_retention()["figures"]
         return ", ".join(f"{n} {v:.3f}" for n, v in figures.items() if v is not None) or "none"
-    return f"{editor.expire_facts()} expired"
+    return f"{editor.expire_facts()} expired, {editor.begin_facts()} began"

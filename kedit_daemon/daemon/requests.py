@@ -80,6 +80,8 @@ def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dic
         return editor.audit(given.dry_run)
     if name == "consolidate":
         return editor.consolidate(given.dry_run)
+    if name == "dismiss":
+        return editor.dismiss(given.facts, given.dry_run)
     if name == "revert":
         return editor.revert(given.facts, given.generation, given.dry_run)
     raise _bad_request_error(f"no command {name!r}")

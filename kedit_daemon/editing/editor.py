@@ -7,6 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from kedit_daemon.config import Config
+from kedit_daemon.editing.amendments import Amendments
 from kedit_daemon.editing.audit import Auditor, make_thresholds
 from kedit_daemon.editing.explanations import explain_named, find_fired
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
@@ -15,10 +16,11 @@ from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.memory_backoff import EditRunner, MemoryBackoff
 from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner
+from kedit_daemon.ingest.validity import begin_due_facts
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.errors import KeditError, ends_daemon
-from memory.facts import ACTIVE_STATES, FactState
+from memory.facts import OPEN_STATES, FactState
 from memory.model.chat_layout import write_chat
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
@@ -53,6 +55,7 @@ class Editor:
         )
         self.memory_backoff = MemoryBackoff(self._read_clock)
         self.runner = EditRunner(*parts, self.flush, self.side_learner, self.memory_backoff)
+        self.amendments = Amendments(self.store, self.generations, self.flush)
         cooldown = Cooldown(config.stability.cool_down_seconds, config.stability.acts_a_day)
         self.auditor = Auditor(live_model, self.store, self.generations, self.flush, cooldown)
 
@@ -72,6 +75,8 @@ class Editor:
         """Do one piece of work. Return False if there is none."""
         if self.memory_backoff.is_active():
             return False
+        if self.runner.carry_out_amendments(self.amendments):
+            return True
         newest = self._keep_newest(self.store.list_facts((FactState.RECEIVED,)))
         waiting = self.memory_backoff.order_by_shortage(newest)
         tiers = [self._step_side, self._step_batch]
@@ -167,32 +172,59 @@ class Editor:
         return self.generations.consolidate(dry_run)
 
     def revert(self, names: list[str], generation: int | None, dry_run: bool) -> dict[str, Any]:
-        """Take facts out by id, or go back to a generation."""
+        """Take facts out by id, or go back to a generation. An external id means all its facts."""
         if generation is not None:
             return self.generations.restore_generation(generation, dry_run)
-        facts = [self._require_active(name) for name in names]
-        return self.generations.remove_facts(facts, FactState.REVERTED, "reverted by hand", dry_run)
+        facts = {f.id: f for name in names for f in self._require_open(name)}
+        return self.generations.remove_facts(
+            [*facts.values()], FactState.REVERTED, "reverted by hand", dry_run
+        )
 
-    def _require_active(self, name: str) -> StoredFact:
-        fact = self.store.find_fact(name)
-        if fact is None or fact.state not in ACTIVE_STATES:
-            state = "unknown" if fact is None else f"{fact.state} already"
+    def dismiss(self, names: list[str], dry_run: bool) -> dict[str, Any]:
+        """Settle failed and quarantined facts for which nothing is to be done."""
+        known = {f.id: f for name in names for f in self._require_failed(name)}
+        if not dry_run:
+            with self.store.db.transaction():
+                for fact in known.values():
+                    self.lifecycle.dismiss(fact)
+        return {"dismissed": [*known], "dry_run": dry_run}
+
+    def _require_failed(self, name: str) -> list[StoredFact]:
+        facts = [f for f in self.store.find_ended_facts(name) if self.lifecycle.has_failed(f)]
+        if not facts:
+            raise KeditError(
+                f"no fact {name} has failed: there is nothing to dismiss",
+                code="unknown-fact",
+                hint="kedit-daemon status; revert takes out a fact that is live",
+            )
+        return facts
+
+    def _require_open(self, name: str) -> list[StoredFact]:
+        """Return the facts of an id or external id that have not ended."""
+        facts = self.store.find_facts(name)
+        if not facts or facts[0].state not in OPEN_STATES:
+            state = f"{facts[0].state} already" if facts else "unknown"
             raise KeditError(
                 f"fact {name} is {state}", code="unknown-fact", hint="kedit-daemon facts"
             )
-        return fact
+        return facts
 
     def expire_facts(self) -> int:
         """End the facts whose `valid_until` has passed. Return their number."""
         now = self.store.db.format_now()
         expired = [
             f
-            for f in self.store.list_facts(ACTIVE_STATES)
+            for f in self.store.list_facts(OPEN_STATES)
             if f.fact.valid_until and f.fact.valid_until <= now
         ]
         if expired:
             self.generations.remove_facts(expired, FactState.EXPIRED, "valid_until has passed")
         return len(expired)
+
+    def begin_facts(self) -> int:
+        """Begin the facts whose `valid_from` has come. Return their number."""
+        with self.store.db.transaction():
+            return begin_due_facts(self.store)
 
     def answer_chat(
         self, chat: Sequence[Mapping[str, str]], max_tokens: int, base: bool, explain: bool

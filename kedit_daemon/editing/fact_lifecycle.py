@@ -13,6 +13,7 @@ from policies.capacity import Capacity
 from policies.probe import Probe
 from policies.routing import find_older_in_slot, is_for_batch
 
+QUARANTINED = "quarantined"  # how the reason of such a fact begins
 LIVE_STATE = {"side": FactState.LIVE_SIDE, "weights": FactState.LIVE_WEIGHTS}  # by tier
 
 
@@ -70,6 +71,16 @@ class Lifecycle:
         for old in self.find_superseded(fact):
             self.store.artifacts.drop_side_keys(old.id)
             self.store.change_state(old.id, FactState.SUPERSEDED, reason=f"superseded by {fact.id}")
+
+    def has_failed(self, fact: StoredFact) -> bool:
+        """Check that a fact has failed or is quarantined, and nobody has settled that."""
+        quarantined = (fact.reason or "").startswith(f"{QUARANTINED}:")
+        return fact.state is FactState.FAILED or (fact.state is FactState.REVERTED and quarantined)
+
+    def dismiss(self, fact: StoredFact) -> None:
+        """Settle a fact that has failed or is quarantined: it stays out, and needs nobody."""
+        reason = f"dismissed by hand; before: {fact.reason}"
+        self.store.change_state(fact.id, FactState.REVERTED, reason=reason)
 
     def reject(self, fact: StoredFact, tier: str, reason: str) -> None:
         """Reject a fact that no tier can learn."""

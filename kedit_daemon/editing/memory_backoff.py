@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
+from kedit_daemon.editing.amendments import Amendments
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.live_model import LiveModel
@@ -97,6 +98,16 @@ class EditRunner:
     ) -> None:
         self.live_model, self.store, self.lifecycle = live_model, store, lifecycle
         self.flush, self.side_learner, self.backoff = flush, side_learner, backoff
+
+    def carry_out_amendments(self, amendments: Amendments) -> bool:
+        """Carry out amendments; back off while there is no memory for it. Return False if there
+        are none."""
+        try:
+            with guard_memory(self.live_model):
+                return amendments.carry_out()
+        except OutOfMemory:
+            self._start_backoff([], "weights")
+            return True
 
     # Side memory --------------------------------------------------------------------------------
 

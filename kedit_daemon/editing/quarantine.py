@@ -9,15 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
-from kedit_daemon.editing.fact_lifecycle import FactRemoval, Lifecycle
+from kedit_daemon.editing.fact_lifecycle import QUARANTINED, FactRemoval, Lifecycle
 from kedit_daemon.editing.generations import Generations
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import FactState
 from policies.culprits import Culprits, find_culprits
 from policies.health_limits import Action, Verdict
-
-QUARANTINED = "quarantined"
 
 SelectIds = Callable[[Sequence[StoredFact]], Sequence[str]]
 """Return the ids of all facts in the weights once some suspects are."""

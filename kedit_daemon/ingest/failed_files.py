@@ -26,6 +26,23 @@ def list_failed_files(home: Home) -> list[str]:
     return sorted(path.name.removesuffix(REPORT_SUFFIX) for path in found)
 
 
+def has_records_to_correct(home: Home, name: str) -> bool:
+    """Check that there is something left to correct: a report alone, or an empty file, has
+    nothing."""
+    try:
+        return (failed_folder(home) / name).lstat().st_size > 0
+    except OSError:
+        return False
+
+
+def dismiss_failed_file(home: Home, name: str) -> bool:
+    """Remove the report of a file, which itself stays where it is. False where there is none."""
+    if name not in list_failed_files(home):  # so no name leads out of the folder
+        return False
+    _report_path(home, name).unlink(missing_ok=True)
+    return True
+
+
 def read_failed_report(home: Home, name: str) -> dict[str, Any] | None:
     """Read the report of a file; None when there is no such file, or no readable report."""
     if name not in list_failed_files(home):  # so no name leads out of the folder

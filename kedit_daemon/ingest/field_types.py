@@ -1,7 +1,7 @@
 """The types of a record's fields: texts, times and answers, normalised and checked."""
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, StringConstraints
@@ -45,10 +45,19 @@ def _normalize_time(text: str) -> str:
     return format_utc(time, "seconds")
 
 
+def _extend_bare_date(text: str) -> str:
+    """Let a date without a time mean the end of that day."""
+    try:
+        return f"{date.fromisoformat(text).isoformat()}T23:59:59Z"
+    except ValueError:
+        return text
+
+
 Text = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(check_characters)
 ]
 Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
+Deadline = Annotated[Text, AfterValidator(_extend_bare_date), AfterValidator(_normalize_time)]
 
 
 def _write_answer(value: object) -> object:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from kedit_daemon.config import InboxConfig
 from kedit_daemon.ingest.field_types import (
     Answers,
+    Deadline,
     Text,
     Timestamp,
     collect_texts,
@@ -100,7 +101,7 @@ class NativeRecord(Record):
     id: Text | None = None
     source: Text | None = None
     valid_from: Timestamp | None = None
-    valid_until: Timestamp | None = None
+    valid_until: Deadline | None = None
     tags: list[Text] = []
     aliases: list[Text] = []
     questions: list[Text] = []

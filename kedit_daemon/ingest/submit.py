@@ -4,11 +4,12 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Sequence
+import sqlite3
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kedit_daemon.config import UNFINISHED_NAMES
 from kedit_daemon.home import Home
@@ -19,8 +20,11 @@ from kedit_daemon.ingest.unfinished_names import is_unfinished
 from kedit_daemon.system.disk import describe_disk_error
 from memory.db.queries import open_readonly
 from memory.errors import KeditError, NoHome
-from memory.facts import ACTIVE_STATES, Fact
+from memory.facts import ACTIVE_STATES, OPEN_STATES, Fact
 from memory.files import move_into_place, staging_path
+
+if TYPE_CHECKING:
+    from memory.db.rows import StoredFact
 
 FILE_MODE = 0o640  # the daemon may run as another user, of the inbox's group
 MAX_STEM_CHARS = 80
@@ -127,7 +131,8 @@ def _choose_file_name(name: str, token: str, unfinished_names: Sequence[str]) ->
 
 @dataclass(frozen=True)
 class PredictedOutcome:
-    """The predicted outcome of a fact: new, duplicate, supersedes or rejected, and the reason."""
+    """The predicted outcome of a fact, under its id in this home, and the reason: new, duplicate,
+    amended, scheduled, supersedes or rejected."""
 
     fact: Fact
     outcome: str
@@ -138,40 +143,88 @@ def predict_outcomes(
     facts: Sequence[Fact], home: Home, now: str, direct_facts: int
 ) -> list[PredictedOutcome]:
     """Predict what the daemon would do with the facts, by its own rules and its present facts."""
-    from memory.db.rows import FACT_COLUMNS, StoredFact
-    from policies.routing import Route, choose_route
+    from policies.routing import choose_route
 
-    known: dict[str, StoredFact] = {}
-    if home.database_file.is_file():
-        with closing(open_readonly(home.database_file)) as conn:
-            condition = f"id IN ({_IDS_FROM_JSON}) OR slot IN ({_IDS_FROM_JSON})"
-            sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE {condition} ORDER BY seq"
-            ids, slots = _encode_list(f.id for f in facts), _encode_list(f.slot for f in facts)
-            stored = [StoredFact.from_row(tuple(row)) for row in conn.execute(sql, (ids, slots))]
-        known = {fact.id: fact for fact in stored}
-    active = {f.fact.slot: f.fact for f in known.values() if f.state in ACTIVE_STATES}
-    predicted, earlier = [], set()
-    for fact in facts:
-        decision = choose_route(known.get(fact.id), fact.valid_until, now, len(facts), direct_facts)
-        older = active.get(fact.slot)
-        if fact.id in earlier:
-            outcome, detail = "duplicate", "is in the file before"
-        elif decision.route in (Route.DUPLICATE, Route.REJECT):
-            outcome, detail = _ROUTE_OUTCOMES[decision.route], decision.reason
-        elif older is not None:
+    stored = _read_stored(facts, home)
+    known = {_statement(one.fact): one for one in stored}
+    active = {one.fact.slot: one.fact for one in stored if one.state in ACTIVE_STATES}
+    predicted, earlier = list[PredictedOutcome](), dict[tuple[str, ...], Fact]()
+    for given in facts:
+        key = _statement(given)
+        same, older = known.get(key), active.get(given.slot)
+        fact = given if same is None else given.with_id_of(same.fact)
+        decision = choose_route(same, fact, now, len(facts), direct_facts)
+        outcome, detail = _ROUTE_OUTCOMES.get(decision.route, "new"), decision.reason
+        if (before := earlier.get(key)) is not None:
+            outcome, detail = "amended", ", ".join(before.compare_terms(fact))
+            if before == fact:
+                outcome, detail = "duplicate", "is in the file before"
+        elif outcome == "new" and older is not None:
             outcome, detail = "supersedes", f"{older.id} ({older.target})"
-        else:
-            outcome, detail = "new", decision.reason
         predicted.append(PredictedOutcome(fact, outcome, detail))
         if outcome in ("supersedes", "new"):
-            earlier.add(fact.id)
             active[fact.slot] = fact
+            if older is not None:  # it may come again behind this one
+                earlier.pop(_statement(older), None)
+        if outcome not in ("duplicate", "rejected"):
+            earlier[key] = fact
     return predicted
 
 
-_ROUTE_OUTCOMES = {"duplicate": "duplicate", "reject": "rejected"}
-_IDS_FROM_JSON = "SELECT value FROM json_each(?)"
+_ROUTE_OUTCOMES = {
+    "duplicate": "duplicate",
+    "amend": "amended",
+    "schedule": "scheduled",
+    "reject": "rejected",
+}
 
 
-def _encode_list(values: Iterable[str]) -> str:
-    return json.dumps(list(values))
+def find_shared_ids(facts: Sequence[Fact], home: Home) -> dict[str, int]:
+    """Find the external ids that will be those of several facts, in different slots, which have
+    not ended: the count of these slots by external id."""
+    slots: dict[str, set[str]] = {}
+    for fact in facts:
+        if fact.external_id is not None:
+            slots.setdefault(fact.external_id, set()).add(fact.slot)
+    states = ", ".join("?" * len(OPEN_STATES))
+    sql = "SELECT external_id, slot FROM facts WHERE external_id IN"
+    sql += f" (SELECT value FROM json_each(?)) AND state IN ({states})"
+    for external_id, slot in _query(home, sql, json.dumps([*slots]), *OPEN_STATES):
+        slots[external_id].add(slot)
+    return {name: len(found) for name, found in slots.items() if len(found) > 1}
+
+
+def foresee_submission(
+    facts: Sequence[Fact], home: Home, now: str, direct_facts: int
+) -> tuple[list[PredictedOutcome], dict[str, int]]:
+    """Predict the outcomes, and find the shared ids. Where the database cannot be read, as by a
+    user who may only hand in, each fact is new: that stops no hand-in."""
+    try:
+        outcomes = predict_outcomes(facts, home, now, direct_facts)
+        return outcomes, find_shared_ids(facts, home)
+    except (KeditError, OSError, sqlite3.Error):
+        return [PredictedOutcome(fact, "new", "") for fact in facts], {}
+
+
+def _query(home: Home, sql: str, *values: str) -> list[tuple[Any, ...]]:
+    """Read rows of the database; none where no daemon has made one yet."""
+    try:
+        conn = open_readonly(home.database_file)
+    except NoHome:
+        return []
+    with closing(conn):
+        return [tuple(row) for row in conn.execute(sql, values)]
+
+
+def _read_stored(facts: Sequence[Fact], home: Home) -> "list[StoredFact]":
+    """Read the facts in the slots of these, those that have not ended last."""
+    from memory.db.rows import FACT_COLUMNS, StoredFact
+
+    sql = f"SELECT {FACT_COLUMNS} FROM facts WHERE slot IN (SELECT value FROM json_each(?))"
+    rows = _query(home, f"{sql} ORDER BY seq", json.dumps([fact.slot for fact in facts]))
+    stored = [StoredFact.from_row(row) for row in rows]
+    return sorted(stored, key=lambda one: one.state in OPEN_STATES)
+
+
+def _statement(fact: Fact) -> tuple[str, ...]:
+    return fact.slot, fact.prompt, fact.target

@@ -8,6 +8,7 @@ from contextlib import closing
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.failed_files import REPORT_SUFFIX, failed_folder
 from kedit_daemon.system.lock import find_lock_holder
+from memory.db.meta_keys import AMENDED
 from memory.db.queries import open_readonly
 from memory.errors import NoHome, NotRunning
 from memory.facts import FactState
@@ -64,8 +65,11 @@ def _read_states(home: Home, name: str, ids: Sequence[str]) -> dict[str, FactOut
         taken = conn.execute("SELECT 1 FROM submissions WHERE file_name = ?", (name,)).fetchone()
         if taken is None:
             return None
+        row = conn.execute("SELECT value FROM meta WHERE key = ?", (AMENDED,)).fetchone()
+        relearned = json.loads(row[0]) if row else []
         sql = "SELECT id, state, reason FROM facts WHERE id IN (SELECT value FROM json_each(?))"
         found = {row[0]: (row[1], row[2]) for row in conn.execute(sql, (json.dumps(list(ids)),))}
+    found |= {i: (FactState.RECEIVED, "amended") for i in relearned if i in found}
     return {i: found.get(i, (LOST, "the daemon has not taken it in")) for i in ids}
 
 

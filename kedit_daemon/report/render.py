@@ -26,6 +26,7 @@ _FACT_STATE_COLOURS = {
     FactState.FAILED: "red",
     FactState.REJECTED: "red",
     FactState.RECEIVED: "yellow",
+    FactState.SCHEDULED: "yellow",
 }
 
 
@@ -134,7 +135,7 @@ def render_failed_file(name: str, folder: str, report: Mapping[str, Any]) -> Ite
         if error.get("record"):
             yield f"    record  {clip_text(error['record'], LIST_CHARS)}"
     yield f"Correct {clean_text(folder)}/{clean_text(name)} and hand it in with submit;"
-    yield f"then remove it, and {clean_text(name)}.error.json beside it."
+    yield "then settle it: kedit-daemon dismiss FILE removes the report, and the file is yours."
 
 
 def format_statement(row: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VALUE_CHARS = 200
 # Shown in lines of their own, or in the first line.
-_OMITTED_KEYS = ("from", "to", "before", "after", "reason", "fact", "figures", "reasons")
+_OMITTED_KEYS = ("from", "to", "before", "after", "reason", "fact", "figures", "reasons", "changes")
 # Figures of an audit that its verdict does not depend on: for `log --json`, and for `audit`.
 _UNJUDGED_KEYS = ("evidence", "costs")
 _KIND_COLOURS = {
@@ -70,6 +70,9 @@ def describe_event(event: Mapping[str, Any]) -> EventText:
         for k, v in data.items()
         if k not in _OMITTED_KEYS and v is not None
     ]
+    for name, change in (data.get("changes") or {}).items():
+        before_and_after = (_format_value(change[key]) for key in ("before", "after"))
+        rest.append(f"{humanize_name(name)} {' → '.join(before_and_after)}")
     if "from" in data and "to" in data:
         rest.insert(0, f"{clean_text(data['from'])} → {clean_text(data['to'])}")
     reasons = tuple(clip_text(reason, VALUE_CHARS) for reason in list_reasons(data))

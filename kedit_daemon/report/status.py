@@ -115,7 +115,7 @@ def _read_database(home: Home, now: datetime) -> dict[str, Any]:
             return {
                 **fetch_overview(conn, now),
                 "applied_today": _count_applied_today(conn, now),
-                "failed_facts": _list_failed_facts(conn),
+                "failed_facts": _list_failed_facts(conn, now),
                 "flush_held": _read_meta(conn, meta_keys.FLUSH_HELD),
                 "publish_failed": _read_meta(conn, meta_keys.PUBLISH_FAILED),
                 "weights_capacity": None if capacity is None else int(capacity),
@@ -140,14 +140,15 @@ def _count_applied_today(conn: sqlite3.Connection, now: datetime) -> int:
     return int(row[0])
 
 
-def _list_failed_facts(conn: sqlite3.Connection) -> list[dict[str, Any]]:
-    """Return the failed and the quarantined facts that no later fact in their slot replaces."""
+def _list_failed_facts(conn: sqlite3.Connection, now: datetime) -> list[dict[str, Any]]:
+    """Return the failed and the quarantined facts that no later fact in their slot replaces, and
+    whose time is not over: for those nothing can be done, and nothing need be."""
     rows = conn.execute(
         "SELECT id, reason FROM facts AS failed WHERE (state = ? OR state = ? AND reason LIKE ?)"
         " AND NOT EXISTS"
         " (SELECT 1 FROM facts AS later WHERE later.slot = failed.slot AND later.seq > failed.seq)"
-        " ORDER BY seq DESC",
-        (FactState.FAILED, FactState.REVERTED, f"{QUARANTINED}:%"),
+        " AND (valid_until IS NULL OR valid_until > ?) ORDER BY seq DESC",
+        (FactState.FAILED, FactState.REVERTED, f"{QUARANTINED}:%", format_utc(now)),
     )
     return [{"id": row["id"], "reason": row["reason"]} for row in rows]
 

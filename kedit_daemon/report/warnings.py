@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kedit_daemon.home import Home
-from kedit_daemon.ingest.failed_files import read_first_error
+from kedit_daemon.ingest.failed_files import has_records_to_correct, read_first_error
 from memory.facts import FactState
 
 OLD_FACT_SECONDS = 900.0
@@ -55,9 +55,12 @@ def _fact_warnings(found: Mapping[str, Any], home: Home) -> _Warnings:
         yield what + reason, command, True
     if files := found["failed_files"]:
         what = "1 file" if len(files) == 1 else f"{len(files)} files"
+        files = sorted(files, key=lambda name: not has_records_to_correct(home, name))
         error = read_first_error(home, files[0])
         where = f" line {error.get('line')}: {error['problem']}" if error.get("problem") else ""
-        yield f"{what} in failed/: {files[0]}{where}", f"show {shlex.quote(files[0])}", True
+        # Where there is nothing to correct, nobody is needed.
+        needed = any(has_records_to_correct(home, name) for name in files)
+        yield f"{what} in failed/: {files[0]}{where}", f"show {shlex.quote(files[0])}", needed
     age = found["pending"]["oldest_seconds"]
     if found["pid"] is not None and age is not None and age > OLD_FACT_SECONDS:
         yield f"a fact has waited for {age / 60:.0f} minutes", "facts --state received", False

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import time
 from contextlib import closing, suppress
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +16,13 @@ from starlette.routing import Route
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.ingest.submit import Submission, prepare_submission, submit_to_inbox
+from kedit_daemon.ingest.submit import (
+    PredictedOutcome,
+    Submission,
+    foresee_submission,
+    prepare_submission,
+    submit_to_inbox,
+)
 from kedit_daemon.ingest.wait import POLL_SECONDS, FactOutcome, read_outcomes
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError, bad_request, error_response
@@ -23,6 +30,7 @@ from kedit_daemon.serve.request_body import read_body
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
 from memory.facts import FactState
+from memory.timestamps import format_utc
 
 FILE_PREFIX = "http"
 TOKEN_CHARS = 24  # of a key's hash: the inbox keeps file names of this length unchanged
@@ -67,10 +75,13 @@ class FactsEndpoint:
             return error_response(error, problems=problems)
         if len(submission.data) > self.config.inbox.max_bytes:
             raise KeditError("the facts take more than [inbox] max_bytes", code="too-large")
+        forecasts = await run_in_threadpool(self._predict_outcomes, submission)
         async with self._submit_lock:
             name = await run_in_threadpool(self._submit_facts, submission, key)
-        ids = list(dict.fromkeys(fact.id for fact in submission.facts))
+        ids = list(dict.fromkeys(one.fact.id for one in forecasts))
+        amended = list(dict.fromkeys(o.fact.id for o in forecasts if o.outcome == "amended"))
         answer: dict[str, Any] = {"file": name, "ids": ids, "problems": problems}
+        answer["amended"] = amended
         if not seconds:
             return JSONResponse(answer, 202)
         states = await run_unless_gone(request, self._wait_for_states(name, ids, seconds))
@@ -79,6 +90,11 @@ class FactsEndpoint:
         answer["facts"] = [{"id": i, "state": s, "reason": r} for i, (s, r) in states.items()]
         waiting = any(state == FactState.RECEIVED for state, _ in states.values())
         return JSONResponse(answer, 202 if waiting else 200)
+
+    def _predict_outcomes(self, submission: Submission) -> list[PredictedOutcome]:
+        now = format_utc(datetime.now(UTC), "seconds")
+        direct_facts = self.config.routing.direct_facts
+        return foresee_submission(submission.facts, self.home, now, direct_facts)[0]
 
     def _submit_facts(self, submission: Submission, key: str | None) -> str:
         """Submit the facts unless the key is known; return the name of their file in the inbox."""

@@ -17,7 +17,7 @@ def fetch_overview(conn: sqlite3.Connection, now: datetime | None = None) -> dic
         "SELECT * FROM job_run WHERE id IN (SELECT max(id) FROM job_run GROUP BY name)"
         " ORDER BY name"
     )
-    oldest = "SELECT min(received_at) FROM facts WHERE state = ?"
+    oldest = "SELECT min(changed_at) FROM facts WHERE state = ?"
     conn.execute("BEGIN")  # one snapshot of the database for all figures
     try:
         return {

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from memory.errors import KeditError, NoHome, Unreadable
-from memory.facts import ACTIVE_STATES, FactState
+from memory.facts import OPEN_STATES, FactState
 
+_ONE_OF_FACTS = "fact_id IN (SELECT value FROM json_each(?))"
 _LISTED_COLUMNS = (
     "id, external_id, seq, state, tier, generation, subject, prompt, target, reason, file_name,"
     " received_at, changed_at, valid_until, attempts, direct, before, after"
@@ -71,9 +72,17 @@ def fetch_facts(
     return list(fetch_dicts(conn, sql, *values))
 
 
+def fetch_fact_details(conn: sqlite3.Connection, name: str) -> list[dict[str, Any]]:
+    """Return the fact of an id, or all facts of an external id that have not ended; where all
+    have, the newest."""
+    found = [fetch_fact_detail(conn, fact_id) for fact_id in _resolve_ids(conn, name)]
+    return [fact for fact in found if fact is not None]
+
+
 def fetch_fact_detail(conn: sqlite3.Connection, name: str) -> dict[str, Any] | None:
-    """Return a fact by its id or external id, with its edits, events and sizes in bytes."""
-    fact_id = _resolve_id(conn, name)
+    """Return a fact by its id or external id, of several the newest, with its edits, events and
+    sizes in bytes."""
+    fact_id = _resolve_ids(conn, name)[0]
     row = next(fetch_dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
     if row is None:
         return None
@@ -105,7 +114,7 @@ def fetch_events(
         "seq > ?": after_seq,
         "at >= ?": since,
         "kind IN (SELECT value FROM json_each(?))": json.dumps(list(kinds)) if kinds else None,
-        "fact_id = ?": None if fact is None else _resolve_id(conn, fact),
+        _ONE_OF_FACTS: None if fact is None else json.dumps(_resolve_ids(conn, fact)),
         f"{about} instr(casefold(subject), casefold(?)))": subject,
         f"{about} state = ?)": state,
     }
@@ -171,7 +180,7 @@ def fetch_event_page(
         "events.seq < ?": before,
         "at >= ?": asked.get("since"),
         "kind = ?": asked.get("kind"),
-        "fact_id = ?": None if fact is None else _resolve_id(conn, fact),
+        _ONE_OF_FACTS: None if fact is None else json.dumps(_resolve_ids(conn, fact)),
         "instr(casefold(coalesce(subject, '')), casefold(?))": asked.get("subject"),
     }
     where, values = _where_clause(tests)
@@ -239,14 +248,17 @@ def _tensor_bytes(conn: sqlite3.Connection, table: str, fact_id: str) -> int | N
     return int(row[0]) if row else None
 
 
-def _resolve_id(conn: sqlite3.Connection, name: str) -> str:
-    """Return the id of the fact of a name; the name itself when there is none."""
-    row = conn.execute(
-        "SELECT id FROM facts WHERE id = ? OR external_id = ?"
-        " ORDER BY id = ? DESC, state IN (?, ?, ?) DESC, seq DESC LIMIT 1",
-        (name, name, name, *ACTIVE_STATES),
-    ).fetchone()
-    return str(row[0]) if row else name
+def _resolve_ids(conn: sqlite3.Connection, name: str) -> list[str]:
+    """Return the ids of the facts of a name, the newest first: the fact of this id, else those of
+    this external id that have not ended, else the newest. The name itself when there is none."""
+    rows = conn.execute(
+        "SELECT id, state IN (?, ?, ?, ?) AS open FROM facts WHERE id = ? OR external_id = ?"
+        " ORDER BY id = ? DESC, open DESC, seq DESC",
+        (*OPEN_STATES, name, name, name),
+    ).fetchall()
+    if not rows or rows[0]["id"] == name:
+        return [name]
+    return [str(row["id"]) for row in rows if row["open"]] or [str(rows[0]["id"])]
 
 
 def _where_clause(tests: dict[str, Any]) -> tuple[str, list[Any]]:

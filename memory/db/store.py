@@ -4,17 +4,18 @@ Every writing method needs an open `db.transaction()`, so that a change and its 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from memory.canonical_json import to_canonical_json
+from memory.db import meta_keys
 from memory.db.artifact_writer import ArtifactWriter
 from memory.db.connection import WritingConnection
 from memory.db.rows import FACT_COLUMNS, StoredFact, escape_file_name, make_fact_row
 from memory.errors import KeditError
-from memory.facts import ACTIVE_STATES, Fact, FactState, fact_to_json
+from memory.facts import OPEN_STATES, Fact, FactState, fact_to_json
 
 JOB_OK = "ok"
 """Outcome of a job run that counts as a success."""
@@ -43,10 +44,59 @@ class Store:
         """Return a fact by its id or external id: of several the active one, else the newest."""
         row = self.db.fetch_one(
             f"SELECT {FACT_COLUMNS} FROM facts WHERE external_id = ? "
-            f"ORDER BY state IN ({_make_placeholders(ACTIVE_STATES)}) DESC, seq DESC LIMIT 1",
-            *(name, *ACTIVE_STATES),
+            f"ORDER BY state IN ({_make_placeholders(OPEN_STATES)}) DESC, seq DESC LIMIT 1",
+            *(name, *OPEN_STATES),
         )
         return self._find_by_id(name) or (StoredFact.from_row(row) if row else None)
+
+    def find_facts(self, name: str) -> list[StoredFact]:
+        """Return the fact of an id, or all facts of an external id that have not ended; where all
+        have, the newest."""
+        found = self.find_fact(name)
+        if found is None or found.id == name or found.state not in OPEN_STATES:
+            return [found] if found else []
+        rows = self.db.conn.execute(
+            f"SELECT {FACT_COLUMNS} FROM facts WHERE external_id = ?"
+            f" AND state IN ({_make_placeholders(OPEN_STATES)}) ORDER BY seq",
+            (name, *OPEN_STATES),
+        )
+        return [StoredFact.from_row(row) for row in rows]
+
+    def find_ended_facts(self, name: str) -> list[StoredFact]:
+        """Return the facts of an id or external id that have ended."""
+        rows = self.db.conn.execute(
+            f"SELECT {FACT_COLUMNS} FROM facts WHERE (id = ? OR external_id = ?)"
+            f" AND state NOT IN ({_make_placeholders(OPEN_STATES)}) ORDER BY seq",
+            (name, name, *OPEN_STATES),
+        )
+        return [StoredFact.from_row(row) for row in rows]
+
+    def find_sharing_id(self, fact: Fact) -> str | None:
+        """Return the id of a fact that has not ended and has the external id of this one, which
+        does not take its place; None where there is none."""
+        row = self.db.fetch_one(
+            "SELECT id FROM facts WHERE external_id = ? AND slot <> ?"
+            f" AND state IN ({_make_placeholders(OPEN_STATES)}) LIMIT 1",
+            *(fact.external_id, fact.slot, *OPEN_STATES),
+        )
+        return str(row[0]) if row else None
+
+    def find_stated(self, fact: Fact) -> StoredFact | None:
+        """Return the fact of this statement, whatever its terms: of several (older versions hashed
+        the source into the id) the one that has not ended, else the newest."""
+        row = self.db.fetch_one(
+            f"SELECT {FACT_COLUMNS} FROM facts WHERE slot = ? AND prompt = ? AND target = ? "
+            f"ORDER BY state IN ({_make_placeholders(OPEN_STATES)}) DESC, seq DESC LIMIT 1",
+            *(fact.slot, fact.prompt, fact.target, *OPEN_STATES),
+        )
+        return StoredFact.from_row(row) if row else None
+
+    def require_fact(self, fact_id: str) -> StoredFact:
+        """Return a fact by its id. Raises KeditError when there is none."""
+        fact = self._find_by_id(fact_id)
+        if fact is None:
+            raise KeditError(f"there is no fact {fact_id}", code="unknown-fact")
+        return fact
 
     def list_facts(
         self, states: Iterable[FactState] = (), slot: str | None = None
@@ -69,9 +119,9 @@ class Store:
     def receive_fact(self, fact: Fact, file_name: str, direct: bool) -> StoredFact:
         """Add a fact, or revive one in a final state; it becomes the newest of all."""
         known = self._find_by_id(fact.id)
-        if known is not None and known.state in ACTIVE_STATES:
+        if known is not None and known.state in OPEN_STATES:
             raise KeditError(f"fact {fact.id} is {known.state} already", code="duplicate")
-        ((seq,),) = self.db.conn.execute("SELECT coalesce(max(seq), 0) + 1 FROM facts")
+        seq = self._next_seq()
         row = make_fact_row(fact, seq, file_name, direct, self.db.format_now())
         self.db.upsert_row("facts", "id", row)
         data: dict[str, Any] = {
@@ -84,7 +134,39 @@ class Store:
             self.db.write_event("fact_received", fact.id, **data)
         else:
             self.db.write_event("fact_revived", fact.id, **data, **{"from": known.state})
-        return self._require_fact(fact.id)
+        return self.require_fact(fact.id)
+
+    def amend_fact(self, fact: Fact, file_name: str, line: int) -> StoredFact:
+        """Replace the terms of a fact that has not ended by those of a newer record of it."""
+        known = self.require_fact(fact.id)
+        self.db.execute_write(
+            "UPDATE facts SET record = ?, external_id = ?, valid_until = ? WHERE id = ?",
+            *(fact_to_json(fact), fact.external_id, fact.valid_until, fact.id),
+        )
+        file = escape_file_name(file_name)
+        changes = known.fact.compare_terms(fact)
+        self.db.write_event("fact_amended", fact.id, file=file, line=line, changes=changes)
+        return self.require_fact(fact.id)
+
+    def mark_amended(self, fact_ids: Iterable[str]) -> None:
+        """Mark facts whose learned texts have changed, so that these are learned."""
+        ids = list(dict.fromkeys((*self.list_amended(), *fact_ids)))
+        self.db.set_meta(meta_keys.AMENDED, to_canonical_json(ids) if ids else None)
+
+    def unmark_amended(self, fact_ids: Container[str]) -> None:
+        """Unmark facts: their new texts are learned, or will be."""
+        ids = [n for n in self.list_amended() if n not in fact_ids]
+        self.db.set_meta(meta_keys.AMENDED, to_canonical_json(ids) if ids else None)
+
+    def list_amended(self) -> list[str]:
+        """List the facts that are still to be learned from their new texts, by id."""
+        return list(json.loads(self.db.get_meta(meta_keys.AMENDED) or "[]"))
+
+    def begin_fact(self, fact_id: str) -> StoredFact:
+        """Let a scheduled fact begin: from now on it waits to be learned, the newest of all."""
+        sql = "UPDATE facts SET seq = ? WHERE id = ?"
+        self.db.execute_write(sql, self._next_seq(), fact_id)
+        return self.change_state(fact_id, FactState.RECEIVED, reason="valid from now on")
 
     def change_state(
         self,
@@ -102,7 +184,7 @@ class Store:
         generation and reason are replaced."""
         details = {"reason": reason, "tier": tier, "generation": generation}
         details |= {"before": before, "after": after}
-        previous = self._require_fact(fact_id).state
+        previous = self.require_fact(fact_id).state
         self.db.execute_write(
             "UPDATE facts SET state = ?, reason = ?, tier = ?, generation = ?, changed_at = ?,"
             " before = coalesce(?, before), after = coalesce(?, after),"
@@ -111,12 +193,12 @@ class Store:
             *(_to_json_or_none(probe), fact_id),
         )
         self.db.write_event(f"fact_{state}", fact_id, **{"from": previous, "to": state}, **details)
-        return self._require_fact(fact_id)
+        return self.require_fact(fact_id)
 
     def count_attempt(self, fact_id: str) -> int:
         """Count one more attempt at a fact, and return the new count."""
         self.db.execute_write("UPDATE facts SET attempts = attempts + 1 WHERE id = ?", fact_id)
-        return self._require_fact(fact_id).attempts
+        return self.require_fact(fact_id).attempts
 
     def send_to_side(self, fact_id: str, kind: str, **why: Any) -> None:
         """Redirect a waiting fact from the batch to the side memory, without another attempt.
@@ -224,11 +306,9 @@ class Store:
         row = self.db.fetch_one(f"SELECT {FACT_COLUMNS} FROM facts WHERE id = ?", fact_id)
         return StoredFact.from_row(row) if row else None
 
-    def _require_fact(self, fact_id: str) -> StoredFact:
-        fact = self._find_by_id(fact_id)
-        if fact is None:
-            raise KeditError(f"there is no fact {fact_id}", code="unknown-fact")
-        return fact
+    def _next_seq(self) -> int:
+        ((seq,),) = self.db.conn.execute("SELECT coalesce(max(seq), 0) + 1 FROM facts")
+        return int(seq)
 
 
 def _make_placeholders(values: Sequence[Any]) -> str:

@@ -5,7 +5,7 @@ import pytest
 from editing_home import seat
 
 from memory.db.rows import StoredFact
-from memory.facts import FactState
+from memory.facts import OPEN_STATES, FactState
 from policies.routing import (
     Route,
     choose_route,
@@ -15,11 +15,7 @@ from policies.routing import (
 )
 
 NOW = "2026-01-01T00:00:00Z"
-ENDS = [
-    s
-    for s in FactState
-    if s not in (FactState.RECEIVED, FactState.LIVE_SIDE, FactState.LIVE_WEIGHTS)
-]
+ENDS = [s for s in FactState if s not in OPEN_STATES]
 
 
 def stored(**changes: Any) -> StoredFact:
@@ -42,16 +38,22 @@ def stored(**changes: Any) -> StoredFact:
     return replace(fact, **changes)
 
 
-@pytest.mark.parametrize("state", [FactState.RECEIVED, FactState.LIVE_SIDE, FactState.LIVE_WEIGHTS])
-def test_a_fact_that_is_active_already_is_a_duplicate(state: FactState) -> None:
-    decision = choose_route(stored(state=state), "2020-01-01T00:00:00Z", NOW, 1000, 1)
+OVER = seat(1, valid_until="2020-01-01T00:00:00Z")
+
+
+@pytest.mark.parametrize("state", OPEN_STATES)
+def test_a_fact_that_has_not_ended_is_a_duplicate_or_amended(state: FactState) -> None:
+    decision = choose_route(stored(state=state, fact=OVER), OVER, NOW, 1000, 1)
     assert decision.route is Route.DUPLICATE
     assert str(state) in decision.reason
+    decision = choose_route(stored(state=state), replace(OVER, tags=("x",)), NOW, 1000, 1)
+    assert decision.route is Route.AMEND
+    assert decision.reason == "valid_until, tags"
 
 
 @pytest.mark.parametrize("state", ENDS)
 def test_a_fact_that_has_ended_may_come_back(state: FactState) -> None:
-    assert choose_route(stored(state=state), None, NOW, 1, 64).route is Route.SIDE
+    assert choose_route(stored(state=state), seat(1), NOW, 1, 64).route is Route.SIDE
 
 
 @pytest.mark.parametrize(
@@ -64,15 +66,18 @@ def test_a_fact_that_has_ended_may_come_back(state: FactState) -> None:
     ],
 )
 def test_a_fact_whose_time_is_over_is_rejected(until: str | None, route: Route) -> None:
-    assert choose_route(None, until, NOW, 1, 64).route is route
+    assert choose_route(None, seat(1, valid_until=until), NOW, 1, 64).route is route
 
 
 @pytest.mark.parametrize(
     ("in_file", "route"), [(63, Route.SIDE), (64, Route.BATCH), (65, Route.BATCH)]
 )
 def test_facts_of_a_large_file_go_straight_to_a_batch(in_file: int, route: Route) -> None:
-    assert choose_route(None, None, NOW, in_file, 64).route is route
-    assert choose_route(None, NOW, NOW, in_file, 64).route is Route.REJECT
+    assert choose_route(None, seat(1), NOW, in_file, 64).route is route
+    over, early = seat(1, valid_until=NOW), seat(1, valid_from="2026-01-01T00:00:01Z")
+    assert choose_route(None, over, NOW, in_file, 64).route is Route.REJECT
+    assert choose_route(None, early, NOW, in_file, 64).route is Route.SCHEDULE
+    assert choose_route(None, seat(1, valid_from=NOW), NOW, in_file, 64).route is route
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def judged(daemon: Daemon, book: Book) -> dict[str, Any]:
     sql = "SELECT kind, fact_id, at, data FROM events ORDER BY seq"
     events = [(k, n, at, json.loads(data)) for k, n, at, data in daemon.rows(sql)]
     reader.handed = {n: Known(k.scope, k.target, k.until) for n, (_, k) in book.known.items()}
-    taken = ("fact_received", "fact_revived", "fact_duplicate")
+    taken = ("fact_received", "fact_revived", "fact_duplicate", "fact_amended")
     order = [name for kind, name, _, said in events if kind in taken and "to" not in said]
     try:
         for kind, name, at, said in events:

@@ -60,6 +60,14 @@ class Facts:
             for older in self._older(name, WAITING):
                 self.known[older].standing = SUPERSEDED
 
+    def hand_in_again(self, name: str, fact: Known) -> None:
+        """A fact that is there: its last deadline holds, and whoever waits in its place gives
+        way."""
+        self.known[name].until = fact.until
+        for other in self.active(fact.scope):
+            if other != name and self.known[other].standing is WAITING:
+                self.known[other].standing = SUPERSEDED
+
     def learned(self, name: str) -> None:
         """It is live: in its place nothing older is."""
         assert self.known[name].standing in ACTIVE, f"{name} is live after its end"
@@ -137,8 +145,9 @@ class Reader:
         """One event. `revert` and `go_back` are told to `facts` before their events are read."""
         if name is None or not kind.startswith("fact_"):
             return
-        if kind == "fact_duplicate":
+        if kind in ("fact_duplicate", "fact_amended"):
             assert name in self.facts.active(), f"{name} has ended, and is no duplicate"
+            self.facts.hand_in_again(name, self.handed[name])
             self.taken += 1
         elif kind == "fact_revived" or "fact" in said:
             assert (kind == "fact_revived") == (name in self.facts.known), f"{kind}: {name}"

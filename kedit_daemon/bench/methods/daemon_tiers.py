@@ -23,7 +23,7 @@ from memory.model.canary import Health
 from memory.model.generate import Overlay
 from memory.side.row_overlay import RowOverlay
 from policies.health_limits import Thresholds, Verdict
-from policies.routing import Route, choose_route, is_for_batch
+from policies.routing import is_for_batch
 
 NO_LIMIT = 1e30  # every threshold under --no-policy
 FIGURES = ("norm", "perplexity", "activation", "agreement", "retention")
@@ -198,8 +198,7 @@ class Auto(Wise):
 
     def goes_to_weights(self, in_batch: int) -> bool:
         """Route the batch like a file of `in_batch` facts."""
-        now, direct_facts = self.store.db.format_now(), self.config.routing.direct_facts
-        return choose_route(None, None, now, in_batch, direct_facts).route is Route.BATCH
+        return in_batch >= self.config.routing.direct_facts
 
     def settle_facts(self, received: Sequence[StoredFact]) -> None:
         """Take every step that the editor would take."""

@@ -163,7 +163,8 @@ def revert(
 ) -> None:
     """Take facts out, or go back to a generation.
 
-    A fact is taken out exactly, whatever came after it.
+    A fact is taken out exactly, whatever came after it. An id of yours that several facts have
+    takes out all of them.
 
     \b
     Example:
@@ -181,17 +182,17 @@ def revert(
 def _confirm_revert(session: CliContext, names: tuple[str, ...], generation: int | None) -> None:
     """Show the facts and ask; the daemon decides whether the revert is allowed."""
     from kedit_daemon.report.render import render_facts
-    from memory.db.queries import fetch_fact_detail
+    from memory.db.queries import fetch_fact_details
 
     if not sys.stdin.isatty():
         raise click.UsageError("off a terminal nobody can be asked: add --yes, or --dry-run.")
-    facts = []
+    facts = dict[str, dict[str, Any]]()
     with open_database(session.home) as conn:
         for name in names:
-            if (fact := fetch_fact_detail(conn, name)) is None:
+            if not (found := fetch_fact_details(conn, name)):
                 raise unknown_fact_error(session, conn, name)
-            facts.append(fact)
-    for line in render_facts(facts):
+            facts |= {fact["id"]: fact for fact in found}
+    for line in render_facts(list(facts.values())):
         click.echo(line, err=True)
     question = "Take these facts out?" if names else f"Go back to generation {generation}?"
     click.confirm(question, abort=True, err=True)

@@ -17,6 +17,7 @@ from kedit_daemon.cli.context import (
     unknown_fact_error,
 )
 from kedit_daemon.home import open_database
+from kedit_daemon.system.sanitize import clean_text
 from memory.errors import KeditError
 from memory.facts import FactState
 
@@ -136,8 +137,9 @@ def facts(session: CliContext, state: str | None, subject: str | None, as_json: 
 def show(session: CliContext, name: str, as_json: bool) -> None:
     """Show one fact, by its id or yours.
 
-    With its history, keys, tier, generation and probe results. The name of a file in
-    failed/ shows what is wrong with that file.
+    With its history, keys, tier, generation and probe results. An id of yours that several
+    facts have shows all of them; with --json in a list. The name of a file in failed/ shows what
+    is wrong with that file.
 
     \b
     Example:
@@ -147,29 +149,33 @@ def show(session: CliContext, name: str, as_json: bool) -> None:
     from kedit_daemon.ingest.failed_files import read_failed_report
 
     report = read_failed_report(session.home, name)
-    fact = _find_fact(session, name, wanted=report is None)
+    facts = _find_facts(session, name, wanted=report is None)
     if as_json:
-        print_json(fact or report)
-    elif fact is not None:
-        _show_fact(fact)
+        print_json(facts if len(facts) > 1 else facts[0] if facts else report)
+    elif facts:
+        if len(facts) > 1:
+            told = f"{len(facts)} facts have the id {name}"
+            click.echo(clean_text(told), err=True)
+        for fact in facts:
+            _show_fact(fact)
     else:
         _show_failed_file(session, name, report or {})
 
 
-def _find_fact(session: CliContext, name: str, wanted: bool) -> dict[str, Any] | None:
-    """Return the fact, or None; where it is `wanted`, a missing fact is an error."""
-    from memory.db.queries import fetch_fact_detail
+def _find_facts(session: CliContext, name: str, wanted: bool) -> list[dict[str, Any]]:
+    """Return the facts of a name; where one is `wanted`, that there is none is an error."""
+    from memory.db.queries import fetch_fact_details
 
     try:
         with open_database(session.home) as conn:
-            fact = fetch_fact_detail(conn, name)
-            if fact is None and wanted:
+            facts = fetch_fact_details(conn, name)
+            if not facts and wanted:
                 raise unknown_fact_error(session, conn, name)
     except (KeditError, UnicodeEncodeError):  # a file's name may be any bytes, a fact's may not
         if wanted:
             raise
-        return None
-    return fact
+        return []
+    return facts
 
 
 def _show_fact(fact: dict[str, Any]) -> None:

@@ -38,7 +38,7 @@ from memory.db.queries import (
     fetch_fact_page,
     fetch_generations,
 )
-from memory.facts import ACTIVE_STATES, FactState, fill_subject
+from memory.facts import OPEN_STATES, FactState, fill_subject
 
 if TYPE_CHECKING:
     import sqlite3
@@ -187,7 +187,7 @@ class _PageViews:
                 (n, fill_subject(n["prompt"], subject)) for n in record.get("neighbours", ())
             ],
             "events": events,
-            "active": fact["state"] in ACTIVE_STATES,
+            "active": fact["state"] in OPEN_STATES,
         }
         return DashboardPage("fact.html", "Fact", context)
 

@@ -42,7 +42,7 @@ def test_every_command_has_help_with_an_example(name: str, command: click.Comman
 
 
 def test_the_commands_of_the_contract() -> None:
-    wanted = "init run submit status facts show ask flush audit consolidate revert log"
+    wanted = "init run submit status facts show ask flush audit consolidate revert dismiss log"
     wanted += " calibrate export backup restore bench doctor demo completion man"
     assert list(COMMAND_PATHS) == wanted.split()
     assert {"log verify", "log export"} < {name for name, _ in every_command()}

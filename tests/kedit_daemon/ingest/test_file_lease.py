@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from kedit_daemon.ingest import file_lease
-from kedit_daemon.ingest.file_lease import can_detect_closed, is_closed
+from kedit_daemon.ingest.file_lease import can_detect_closed, has_writer
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="leases are Linux's")
 
@@ -24,21 +24,32 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def asked(path: Path) -> bool:
+def asked(path: Path, leases: bool = True) -> bool | None:
     with path.open("rb") as file:
-        return is_closed(file.fileno())
+        return has_writer(file.fileno(), path, leases=leases)
 
 
 def test_it_is_closed_when_nobody_else_has_it(path: Path) -> None:
-    assert asked(path)
+    assert asked(path) is False
 
 
 def test_readers_do_not_count_and_writers_do(path: Path) -> None:
     with path.open("rb"):
-        assert asked(path)
+        assert asked(path) is False
     with path.open("ab"):
-        assert not asked(path)
-    assert asked(path)
+        assert asked(path) is True
+    assert asked(path) is False
+
+
+@pytest.mark.parametrize("mode", ["ab", "r+b", "wb"])
+def test_without_leases_the_open_files_of_processes_tell_of_writers(path: Path, mode: str) -> None:
+    with path.open("rb"), path.with_name("b.jsonl").open("ab"):
+        assert asked(path, leases=False) is None
+    with path.open(mode):
+        assert asked(path, leases=False) is True
+        path.rename(path.with_name("c.jsonl"))  # to which a writer writes on
+        assert asked(path.with_name("c.jsonl"), leases=False) is True
+    assert asked(path.with_name("c.jsonl"), leases=False) is None
 
 
 def test_writers_in_other_processes_count(path: Path) -> None:
@@ -47,14 +58,15 @@ def test_writers_in_other_processes_count(path: Path) -> None:
     with subprocess.Popen([*command, str(path)], text=True, **pipes) as writer:
         assert writer.stdout is not None
         writer.stdout.readline()
-        assert not asked(path)
+        assert asked(path) is True
+        assert asked(path, leases=False) is True
         writer.communicate("\n")
-    assert asked(path)
+    assert asked(path) is False
 
 
 def test_nothing_is_held_afterwards(path: Path) -> None:
     with path.open("rb") as file:
-        assert is_closed(file.fileno())
+        assert has_writer(file.fileno(), path, leases=True) is False
         # A lease that is still held makes this wait, and so fail without blocking.
         os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
 
@@ -63,9 +75,10 @@ def test_a_writer_who_comes_in_between_does_no_harm(path: Path) -> None:
     """One process asks again and again, until another has met its lease three times."""
     asking = (
         "import sys\n"
-        "from kedit_daemon.ingest.file_lease import is_closed\n"
+        "from pathlib import Path\n"
+        "from kedit_daemon.ingest.file_lease import has_writer\n"
         "with open(sys.argv[1], 'rb') as file:\n"
-        "    while True:\n        is_closed(file.fileno())\n"
+        "    while True:\n        has_writer(file.fileno(), Path(), leases=True)\n"
     )
     met, tries = 0, 0
     with subprocess.Popen([sys.executable, "-c", asking, str(path)]) as asker:

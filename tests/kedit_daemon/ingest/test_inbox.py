@@ -93,18 +93,23 @@ def test_an_empty_file_may_be_about_to_be_filled(inbox: Inbox, folder: Path) -> 
     assert len(inbox.claim_files(1_000.0)) == 1
 
 
-def test_a_file_that_is_held_open_is_claimed_once_it_stands_still(
-    inbox: Inbox, folder: Path
+@pytest.mark.parametrize("leases", [True, False])
+def test_a_file_that_is_held_open_waits_however_long_its_writer_pauses(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, leases: bool
 ) -> None:
-    # The times lie ahead, as after a clock was set back: only standing still tells.
-    path = drop(folder, "a.jsonl", b"1", age=-500)
+    """By leases or, where they are not to be relied on, by the open files of processes."""
+    if not leases:
+        monkeypatch.setattr(file_lease, "LOCAL_FILE_SYSTEMS", frozenset())
+    inbox = Inbox(folder, settle_seconds=1.0, max_bytes=1_000, clock=lambda: NOW)
+    path = drop(folder, "a.jsonl", b"1", age=500)
     with open(path, "ab", buffering=0) as file:
-        assert inbox.claim_files(10.0) == [] and inbox.settling_count == 1
+        for at in (10.0, 10.1, 20.0, 69.0):
+            assert inbox.claim_files(at) == [] and inbox.settling_count == 1
+        assert inbox.claim_files(5_000.0) == [] and inbox.settling_count == 0
         file.write(b"2")
-        os.utime(path, (NOW.timestamp() + 600,) * 2)
-        assert inbox.claim_files(10.9) == []
-        assert inbox.claim_files(11.5) == []
-        [claim] = inbox.claim_files(11.9)
+        assert inbox.claim_files(5_001.0) == [] and inbox.settling_count == 1
+        assert inbox.claim_files(9_000.0) == []
+    [claim] = inbox.claim_files(9_000.1)
     assert inbox.read_claim(claim) == b"12" and inbox.settling_count == 0
 
 

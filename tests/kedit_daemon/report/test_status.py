@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kedit_daemon.config import Config
-from kedit_daemon.editing.quarantine import QUARANTINED
+from kedit_daemon.editing.fact_lifecycle import QUARANTINED
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.failed_files import read_failed_report
 from kedit_daemon.report.status import DEFAULT_SCHEDULE, choose_exit_code, gather_status
@@ -153,6 +153,7 @@ def test_a_failed_file_needs_a_person(home: Home) -> None:
     errors = [{"line": 3, "problem": "target is empty", "remedy": "fill it in", "record": "{}"}]
     path = home.inbox_folder / "failed" / "f.jsonl.error.json"
     path.write_text(json.dumps({**report, "errors": errors}, indent=1))
+    (home.inbox_folder / "failed" / "f.jsonl").write_text("{}")
     with lock.hold_lock(home.lock_file):
         told = "1 file in failed/: f.jsonl line 3: target is empty"
         assert messages(home) == [(told, "kedit-daemon show f.jsonl", True)]
@@ -294,3 +295,21 @@ def test_flushes_tell_what_they_cost_and_a_fact_in_them(home: Home) -> None:
     assert found(home)["flush_cost"] == pytest.approx(
         {"flushes": 2, "per_batch": 5.0, "per_fact": 0.5}
     )
+
+
+def test_what_nobody_can_do_anything_about_needs_nobody(home: Home) -> None:
+    over = Fact("Lake 9", "{} lies in", "Chad", valid_until="2026-02-01T00:00:00Z")
+    with opened(home) as store:
+        store.receive_fact(over, "a.jsonl", False)
+        store.change_state(over.id, FactState.FAILED, reason="does not answer")
+    failed = home.inbox_folder / "failed"
+    (failed / "a.jsonl.error.json").write_text('{"errors": []}')  # its file has been removed
+    (failed / "empty.jsonl.error.json").write_text('{"errors": []}')
+    (failed / "empty.jsonl").touch()
+    with lock.hold_lock(home.lock_file):
+        told = ("2 files in failed/: a.jsonl", "kedit-daemon show a.jsonl", False)
+        assert messages(home) == [told] and choose_exit_code(found(home)) == 0
+        (failed / "z.jsonl.error.json").write_text('{"errors": []}')
+        (failed / "z.jsonl").write_text("{}")
+        assert messages(home)[0][:2] == ("3 files in failed/: z.jsonl", "kedit-daemon show z.jsonl")
+        assert choose_exit_code(found(home)) == 4

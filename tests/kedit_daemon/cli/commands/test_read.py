@@ -29,6 +29,7 @@ def test_status_of_a_running_daemon(home: Home) -> None:
         result = called(home, "status", "--json")
         assert result.exit_code == 0
         (home.inbox_folder / "failed" / "x.jsonl.error.json").write_text("{}")
+        (home.inbox_folder / "failed" / "x.jsonl").write_text("{}")
         assert called(home, "status").exit_code == 4
     found = read(result)
     assert found["pid"] == os.getpid()
