@@ -3,7 +3,8 @@
 import re
 
 _NUMBER_WORDS = (
-    "zero|none|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|dozen|hundred|thousand"
+    "zero|none|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six"
+    "|seven|eigh|nine)teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty(?:-\\w+)?|dozen|hundred|thousand"
     "|million|billion|half|twice|once"
 )
 _TIME_WORDS = (

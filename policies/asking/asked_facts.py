@@ -16,7 +16,7 @@ from memory.facts import Fact
 from memory.side.question_reader import RelationCosine, ScoreParts, Span
 from policies.asking.answer_type import can_answer
 from policies.asking.relation_bank import mask_prompt, mask_spans
-from policies.asking.relation_index import RelationIndex
+from policies.asking.relation_index import CERTAIN_SIMILARITY, RelationIndex
 
 # The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
 # the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the
@@ -138,7 +138,8 @@ class AskedFacts:
             prompts = self.index.average_prompts(fact)
             self._meanings[fact_id] = _Meaning(
                 torch.cat(wordings),
-                self.index.find_own_relations(stated),
+                self.index.find_own_relations(stated)
+                | self.index.find_stated_relations(prompts, CERTAIN_SIMILARITY),
                 prompts,
                 self.index.find_stated_relations(prompts),
                 max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),

@@ -13,7 +13,8 @@ from policies.asking.relation_encoder import RelationEncoder
 # within the second of the best.
 MIN_OWN_SIMILARITY, OWN_SPREAD = 0.45, 0.03
 # The same of a relation whose statements are so near to a prompt, by their words alone.
-MIN_STATED_SIMILARITY = 0.8
+MIN_STATED_SIMILARITY, STATED_SPREAD = 0.8, 0.08
+CERTAIN_SIMILARITY = 0.9  # from which questions count such a relation as the fact's own, too
 SAME_WORDING = 0.98  # similarity from which a statement is the prompt itself
 
 
@@ -58,10 +59,13 @@ class RelationIndex:
         prompts = [mask_prompt(p, fact.subject) for p in (fact.prompt, *fact.paraphrases)]
         return self.encoder.average(prompts)
 
-    def find_stated_relations(self, prompts: Tensor) -> Tensor:
-        """Return which relations (relations,) a fact states, by the means of its prompts."""
+    def find_stated_relations(
+        self, prompts: Tensor, least: float = MIN_STATED_SIMILARITY
+    ) -> Tensor:
+        """Return which relations (relations,) a fact states, by the means of its prompts, whose
+        similarity is to be `least`."""
         near = self.compare_statements(prompts).amax(0)
-        return near >= max(MIN_STATED_SIMILARITY, float(near.max()) - OWN_SPREAD)
+        return near >= max(least, float(near.max()) - STATED_SPREAD)
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
         """Return other prompts of a fact, from the statements of its relation, the nearest first.
