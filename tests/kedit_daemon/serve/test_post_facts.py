@@ -160,7 +160,12 @@ def test_keys_that_are_none(running: Running) -> None:
 
 
 def test_waiting_ends_when_all_facts_are_settled(running: Running) -> None:
-    settling = threading.Timer(0.3, take, (running, FactState.FAILED))
+    def settle() -> None:
+        while not in_inbox(running):
+            time.sleep(0.05)
+        take(running, FactState.FAILED)
+
+    settling = threading.Thread(target=settle)
     settling.start()
     with running.http() as http:
         answer = http.post("/facts?wait=20", content=line(OTHER))
