@@ -16,6 +16,7 @@ from typing import Self
 
 from kedit_daemon.ingest.completion_watch import CompletionWatch, FileMark, mark_of
 from kedit_daemon.ingest.plain_files import encode_json, open_folder, read_at_most, stat_or_none
+from kedit_daemon.system.disk import is_disk_full
 from memory.files import write_atomic
 
 NOTES = ".taken"
@@ -71,11 +72,17 @@ class TakenFiles:
         return self._notes.get(work_name)
 
     def keep(self, note: TakenFile) -> None:
-        """Keep a note, in place of an older one of the same file."""
+        """Keep a note, in place of an older one of the same file; on a full disk until the daemon
+        stops."""
         self._notes.pop(note.work_name, None)
         self._notes[note.work_name] = note
         with open_folder(self.inbox / NOTES):  # which is no link to elsewhere
-            write_atomic(self.inbox / NOTES / f"{note.work_name}.json", encode_json(asdict(note)))
+            path = self.inbox / NOTES / f"{note.work_name}.json"
+            try:
+                write_atomic(path, encode_json(asdict(note)))
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
         for oldest in list(self._notes)[:-MAX_WATCHED]:
             self.forget(oldest)
 

@@ -30,7 +30,8 @@ def find_leftovers(home: Home, conn: sqlite3.Connection | None) -> list[Path]:
     cut_off = not home.database_file.exists()
     found = {p for p in home.root.glob(f"{RESTORE_PREFIX}*") if p.is_dir() and not cut_off}
     queries = _tensor_folders(home)
-    for folder in (home.root, home.state_folder, home.inbox_folder / "failed", *queries):
+    inbox = (home.inbox_folder / name for name in ("failed", ".taken"))
+    for folder in (home.root, home.state_folder, *inbox, *queries):
         found.update(_find_files(folder, STAGED_NAME))
     if conn is not None:
         for folder, sql in queries.items():

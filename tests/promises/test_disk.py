@@ -104,7 +104,7 @@ def test_a_file_that_does_not_fit_waits(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "size=4m") as disk:
         home = Home(disk / "home")
         home.create_folders()
-        lines = [{**record(FACTS[0]), "source": f"{n}" * 50} for n in range(500)]
+        lines = [{**record(FACTS[0]), "subject": f"{n}-" * 25} for n in range(500)]
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (home.inbox_folder / "many.jsonl").write_text(text)
         inbox = Inbox(home.inbox_folder, 0.0, 1 << 20, lambda: datetime.now(UTC))

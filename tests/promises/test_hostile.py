@@ -23,6 +23,7 @@ from kedit_daemon.control import ControlRequest
 from kedit_daemon.daemon.loop import Daemon
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.failed_files import list_failed_files, read_failed_report
+from kedit_daemon.ingest.taken_files import NOTES
 from kedit_daemon.system.sd_notify import SystemdNotifier
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
@@ -84,7 +85,7 @@ def test_nothing_ends_the_intake_or_fills_the_memory(taken: Taken) -> None:
     assert taken.told["peak"] < MOST_MEMORY
     assert taken.told["slowest"] < MOST_SECONDS
     left = {path.name for path in taken.home.inbox_folder.iterdir()}
-    assert left == {"work", "done", "failed"} | taken.things | HIDDEN
+    assert left == {"work", "done", "failed", NOTES} | taken.things | HIDDEN
     assert list((taken.home.inbox_folder / "work").iterdir()) == []
 
 

@@ -7,6 +7,7 @@ goes on with the step that was under way, as people and their scripts do.
 
 import json
 import queue
+import re
 import shutil
 import struct
 import time
@@ -241,4 +242,6 @@ def findings(case: Case) -> dict[str, Any]:
 
 
 def listing(root: Path) -> list[str]:
-    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+    """The files of a folder; a claim's time and random part are left out of their names."""
+    paths = (str(path.relative_to(root)) for path in root.rglob("*") if not path.is_dir())
+    return sorted(re.sub(r"\d{8}T\d{12}Z-[0-9a-f]{8}-", "", path) for path in paths)
