@@ -23,6 +23,7 @@ from policies.asking.relation_index import CERTAIN_SIMILARITY, RelationIndex
 # fact's relation, it counts how far the rival is ahead of it. Fitted on relations and wordings that
 # the encoder had not seen, against questions of relations of the same kind.
 KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
+OWN_LEAD_WEIGHT = 3.0  # of how far the own relation is ahead: few questions have it so
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
@@ -154,7 +155,9 @@ def _compute_logits(meaning: _Meaning, questions: Tensor, relations: Tensor) -> 
     if not meaning.own_relations.any():
         return BIAS + FACT_WEIGHT * fact - RIVAL_WEIGHT * rival
     own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
-    return KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - LEAD_WEIGHT * (rival - own).clamp(min=0)
+    lead = rival - own
+    against = LEAD_WEIGHT * lead.clamp(min=0) + OWN_LEAD_WEIGHT * lead.clamp(max=0)
+    return KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - against
 
 
 def _cut_asked_texts(text: str, spans: Sequence[Span]) -> list[str]:

@@ -92,6 +92,12 @@ def test_what_was_removed_is_not_scored(asked: AskedFacts) -> None:
     assert asked.score_facts(text, {FOUNDER.id: spans(text)}) == {}
 
 
+def test_a_relations_own_question_asks_for_its_facts(asked: AskedFacts) -> None:
+    chief = Fact("Zamba", "The chief executive of {} is", "Ada Moreau")
+    assert score(asked, [chief], "Who runs Zamba?")["Ada Moreau"] > GATE
+    assert score(asked, [chief], "Who founded Zamba?")["Ada Moreau"] < GATE
+
+
 STATED_GATE = -0.05
 BORN = Fact("Ada Moreau", "{} was born in", "Lima")
 
