@@ -20,7 +20,7 @@ from memory.db import meta_keys
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.errors import KeditError, Unsolvable
-from memory.facts import ACTIVE_STATES, LIVE_STATES, Fact, FactState
+from memory.facts import ACTIVE_STATES, Fact, FactState
 from memory.files import save_tensors
 from memory.model.canary import Health
 from memory.model.generate import generate_answers
@@ -130,7 +130,7 @@ class Generations:
                 self.capacity_log.forget_trials()
             self.capacity_log.record_capacity()
             moves(number)
-            if self.store.artifacts.list_side_fact_ids():
+            if self.store.list_facts((FactState.LIVE_SIDE,)):
                 self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, str(number))
         self.live_model.active_deltas = deltas
         self.recheck_side()
@@ -141,17 +141,15 @@ class Generations:
         self.live_model.prune_side()  # first: no fact that has left may fire for a live one
         if self.store.db.get_meta(meta_keys.SIDE_UNCHECKED) is None:
             return
-        kept = self.store.artifacts.list_side_fact_ids()
-        live = [f for f in self.store.list_facts(LIVE_STATES) if f.id in kept]
+        live = self.store.list_facts((FactState.LIVE_SIDE,))
         answers = self.live_model.answer_questions([f.fact for f in live])
         with self.store.db.transaction():
             for fact, answer in zip(live, answers, strict=True):
                 if not is_right_answer(answer.text, fact.fact):
                     self.store.artifacts.drop_side_keys(fact.id)
-                    if fact.state is FactState.LIVE_SIDE:
-                        self.store.change_state(
-                            fact.id, FactState.RECEIVED, reason="the weights moved under it"
-                        )
+                    self.store.change_state(
+                        fact.id, FactState.RECEIVED, reason="the weights moved under it"
+                    )
             self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, None)
         self.live_model.prune_side()
 

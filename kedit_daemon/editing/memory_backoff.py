@@ -141,7 +141,7 @@ class EditRunner:
         culprits = self.backoff.pick_culprits(short)
         with self.store.db.transaction():
             for fact in culprits:
-                self.lifecycle.record_failed_attempt(fact, "side", NO_MEMORY)
+                self.side_learner.record_failure(fact, NO_MEMORY)
         if len(short) == len(facts):
             self._start_backoff([f for f in short if f not in culprits], "side")
 
@@ -160,8 +160,9 @@ class EditRunner:
     def _has_moved_facts(self, waiting: list[StoredFact], error: Exception) -> bool:
         """Check that an error came after facts had been moved. None of them is to blame then, and
         the next step sees what is left."""
-        left = [f for f in self._reload(waiting) if f.state is FactState.RECEIVED]
-        moved = len(left) < len(waiting)
+        found = [self.store.find_fact(fact.id) for fact in waiting]
+        pairs = zip(waiting, found, strict=True)
+        moved = any(now is None or now.state is not before.state for before, now in pairs)
         if moved:
             log.warning("Error after facts were moved: %s", error, exc_info=error)
         return moved
@@ -171,7 +172,7 @@ class EditRunner:
             if isinstance(error, Rejected) and fact.state is FactState.RECEIVED:
                 self.store.change_state(fact.id, FactState.REJECTED, reason=reason)
             else:
-                self.lifecycle.record_failed_attempt(fact, "side", reason)
+                self.side_learner.record_failure(fact, reason)
 
     # Weights ------------------------------------------------------------------------------------
 

@@ -60,7 +60,13 @@ class Retention:
     def _ask_facts(self, facts: Sequence[StoredFact]) -> RetentionResult:
         if not facts:
             return RetentionResult(None, [])
-        answers = self.live_model.answer_questions([f.fact for f in facts])
+        side = self.live_model.side
+        # A shard that a fact in the weights keeps for chats would hide that they have lost it.
+        side.hidden_facts = {f.id for f in facts if f.state is FactState.LIVE_WEIGHTS}
+        try:
+            answers = self.live_model.answer_questions([f.fact for f in facts])
+        finally:
+            side.hidden_facts = set()
         pairs = zip(answers, facts, strict=True)
         lost = [f for answer, f in pairs if not is_right_answer(answer.text, f.fact)]
         return RetentionResult(1 - len(lost) / len(facts), lost)

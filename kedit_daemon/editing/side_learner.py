@@ -19,12 +19,12 @@ from kedit_daemon.editing.relations import load_relation_index
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from memory.db.rows import StoredFact
 from memory.db.store import Store
-from memory.facts import Fact, FactState
+from memory.facts import Fact, FactState, fill_subject
 from memory.side.shards import RetrievalKeys, Shard
 from policies.asking.asked_rows import choose_questions, make_asked_rows
 from policies.edit_terms import Refusal
 from policies.probe import Probe, compare_answers
-from policies.prompts import MAX_PARAPHRASES, TokenRow
+from policies.prompts import CONTEXTS, MAX_PARAPHRASES, TokenRow
 from policies.wise import (
     compute_keys,
     filter_fitting,
@@ -56,7 +56,9 @@ class SideLearner:
         self.live_model, self.model, self.store = live_model, live_model.model, store
         self.lifecycle, self.generations = lifecycle, generations
         self.batch_facts, self.steps, self.pulse = batch_facts, steps, pulse
-        self._tried_for_chats: set[str] = set()  # facts in the weights, by id
+        # Facts in the weights, by id, that could not be learned for chats: they are not tried
+        # again in this process.
+        self._silent_in_chats: set[str] = set()
         self._ordinary_inputs = live_model.loaded_model.opened.resolve_ordinary_inputs(
             live_model.site.side_layer, outside_lines
         )
@@ -94,20 +96,25 @@ class SideLearner:
         failed |= {n: f"the side memory answered {answer!r}" for n, answer in wrong.items()}
         with self.store.db.transaction():
             for fact in (f for f in batch if f.id in failed):
-                self.lifecycle.record_failed_attempt(fact, "side", failed[fact.id])
+                self.record_failure(fact, failed[fact.id])
         self.live_model.prune_side()
         return [f.id for f in batch if f.id not in failed]
 
     def take_unasked(self) -> list[StoredFact]:
-        """Take facts of the weights that nobody can ask for in a chat, since they have no shard.
-        Each is taken once in a process: one that cannot be learned is not tried without end."""
+        """Take facts of the weights that nobody can ask for in a chat, since they have no shard."""
         if self.live_model.side.reader is None:
             return []
-        kept = self.store.artifacts.list_side_fact_ids() | self._tried_for_chats
-        unasked = [f for f in self.store.list_facts((FactState.LIVE_WEIGHTS,)) if f.id not in kept]
-        taken = unasked[: self.batch_facts]
-        self._tried_for_chats.update(fact.id for fact in taken)
-        return taken
+        in_weights = set(self.live_model.list_weights_facts())
+        kept = self.store.artifacts.list_side_fact_ids() | self._silent_in_chats
+        unasked = sorted(in_weights - kept)[: self.batch_facts]
+        found = [self.store.find_fact(fact_id) for fact_id in unasked]
+        return [f for f in found if f is not None and f.state is FactState.LIVE_WEIGHTS]
+
+    def record_failure(self, fact: StoredFact, reason: str) -> None:
+        """Record that a fact could not be learned."""
+        if fact.state is FactState.LIVE_WEIGHTS:
+            self._silent_in_chats.add(fact.id)
+        self.lifecycle.record_failed_attempt(fact, "side", reason)
 
     def _select_batch(self, waiting: Sequence[StoredFact], max_facts: int) -> list[StoredFact]:
         """Select the facts to learn together. Every row is as long as the longest, so a long
@@ -134,7 +141,13 @@ class SideLearner:
         if self.live_model.side.reader is None or missing <= 0:
             return fact
         found = load_relation_index().find_statements(fact, missing)
-        return replace(fact, paraphrases=(*fact.paraphrases, *found))
+        longest = max(len(self.model.encode(context + fact.question)) for context in CONTEXTS)
+        fitting = [
+            prompt
+            for prompt in found
+            if len(self.model.encode(fill_subject(prompt, fact.subject))) <= longest
+        ]
+        return replace(fact, paraphrases=(*fact.paraphrases, *fitting))
 
     def _train_shards(
         self, facts: Sequence[Fact], keys: Mapping[str, RetrievalKeys]

@@ -120,6 +120,8 @@ def _explain_fact(
     margin = side.measure_margin(fact_id, states.inputs)
     if fact_id == fired:
         reason = Reason.FIRED
+    elif question is None and statements is not None and stated is None:
+        reason = Reason.OTHER_STATEMENT  # the sentence is about another subject
     elif question is None:
         reason = _explain_sentence(side, fact_id, stated, end, margin, states)
     elif spans is None:

@@ -16,6 +16,10 @@ Span = tuple[int, int]
 # What stands behind a question where the answer is to follow.
 ANSWER_LABEL = re.compile(r"\s*(?:A|Answer|Assistant):?\s*$")
 QUESTION_LABEL = re.compile(r"^(?:Q|Question|User)\s*[:.)]\s*")
+# Words that refer to a subject which was named before.
+REFERENCE = re.compile(
+    r"\b(?:it|its|he|him|his|she|her|hers|they|them|their|theirs|there|this|that)\b", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class RowState:
         self._is_chat, self._decode = reading.is_chat, decode
         self._armed = set(reading.named if reading.is_chat else ())
         self._fired: FiredFact | None = None
+        self._first_match: RoutingMatch | None = None
         self._is_released = True
         self._is_said = False
         self._said_from = 0  # the first token behind the place where the fact fired
@@ -53,8 +54,8 @@ class RowState:
 
     @property
     def match(self) -> RoutingMatch | None:
-        """The fact that fires, or fired last."""
-        return self._fired.match if self._fired is not None else None
+        """The fact that fired first, at the prompt's end or within the reply."""
+        return self._first_match
 
     @property
     def armed(self) -> Set[str]:
@@ -73,6 +74,7 @@ class RowState:
     def fire(self, fact: FiredFact) -> None:
         """Let a fact change the row from here on."""
         self._fired, self._said_from = fact, len(self._tokens)
+        self._first_match = self._first_match or fact.match
         if self._tokens:
             self.reply_firings.append((self._said_from, fact.match))
         self._is_released = self._is_said = False

@@ -14,7 +14,6 @@ scores how far a sentence comes to state each of the facts that it names, and ho
 asks for them. A question ends alike whatever it asks, in a chat in the template's own tokens.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
@@ -25,17 +24,19 @@ from memory.errors import UnsupportedModel
 from memory.model.chat_layout import find_chat_layout
 from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
-from memory.side.question_reader import AskedQuestion, QuestionReader, Span, find_question
+from memory.side.question_reader import (
+    REFERENCE,
+    AskedQuestion,
+    QuestionReader,
+    Span,
+    find_question,
+)
 from memory.side.row_state import PromptReading
 from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
 from memory.side.subject_matcher import SubjectMatcher
 
 VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
 COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
-# Words that refer to a subject which was named before.
-REFERENCE = re.compile(
-    r"\b(?:it|its|he|him|his|she|her|hers|they|them|their|theirs|there|this|that)\b", re.IGNORECASE
-)
 
 
 def to_fact_number(fact_id: str) -> int:
@@ -163,6 +164,7 @@ class SideMemory:
         text = self._decode_all(ids)
         asked = find_question(text, self._chat_layout)
         if asked is None:
+            text = self.model.decode(ids)  # special tokens are no words of a sentence
             stated = self.reader.score_statements(text, self.find_meant(text, named))
             return PromptReading(frozenset(named), stated=stated)
         scores = self.reader.score_facts(asked.question, self.find_meant(asked.question, named))
@@ -238,7 +240,7 @@ class SideMemory:
         if reading.stated is None:
             return self._match_keys(reading.named, key_outputs, inputs, outputs)
         return self._match_stated(reading.stated, key_outputs, inputs) or self._match_keys(
-            (), key_outputs, inputs, outputs
+            (), key_outputs, inputs, outputs, decided=reading.named
         )
 
     def match_reply(
@@ -281,9 +283,14 @@ class SideMemory:
         return None
 
     def _match_keys(
-        self, named: Iterable[str], key_outputs: Tensor, inputs: Tensor, outputs: Tensor
+        self,
+        named: Iterable[str],
+        key_outputs: Tensor,
+        inputs: Tensor,
+        outputs: Tensor,
+        decided: Iterable[str] = (),
     ) -> RoutingMatch | None:
-        """Return the fact whose keys match.
+        """Return the fact whose keys match. `decided`: facts that words have refused.
 
         Cheap checks come first: most rows that name a fact ask for something else. The index is
         searched only when a fact that needs no name may be meant.
@@ -296,7 +303,7 @@ class SideMemory:
         keys = self.compute_keys(self.gates.key_layer, key_outputs)
         candidates = {n: scores[n] for n in self._filter_near(wanted, keys)}
         if unnamed:
-            found = self._find_near_unnamed(set(named), keys)
+            found = self._find_near_unnamed({*named, *decided}, keys)
             candidates |= self.score_candidates(found, outputs)
         return self.confirm_match(candidates, inputs)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memory.facts import Fact
-from memory.side.question_reader import RelationCosine, ScoreParts, Span
+from memory.side.question_reader import REFERENCE, RelationCosine, ScoreParts, Span
 from policies.asking.answer_type import can_answer
 from policies.asking.relation_bank import mask_prompt, mask_spans
 from policies.asking.relation_index import CERTAIN_SIMILARITY, RelationIndex
@@ -96,7 +96,9 @@ class AskedFacts:
         scores = {}
         for fact_id in (n for n in named if n in self._facts):
             meaning = self._find_meaning(fact_id)
-            endings = _cut_endings(mask_spans(text, named[fact_id]), meaning.sentences)
+            endings = _cut_endings(text, named[fact_id], meaning.sentences)
+            if not endings:
+                continue
             means = self.index.encoder.average(endings)
             relations = self.index.compare_statements(means)
             own = (means @ meaning.prompts.T).amax(1)
@@ -175,10 +177,18 @@ def _cut_asked_texts(text: str, spans: Sequence[Span]) -> list[str]:
     return list(dict.fromkeys(found)) or [mask_spans(text, spans)]
 
 
-def _cut_endings(text: str, sentences: int) -> list[str]:
-    """Return the last sentence of a text, and the last few, as many as a prompt has."""
-    starts = [start for start, _ in _split_spans(SENTENCE_END, text)]
-    return [text[start:].strip(" ,") for start in reversed(starts[-sentences:])]
+def _cut_endings(text: str, spans: Sequence[Span], sentences: int) -> list[str]:
+    """Return the last sentence of a text, and the last few, as many as a prompt has, with the spans
+    masked; without those that neither hold a span nor refer to a name by a pronoun."""
+    masked = mask_spans(text, spans)
+    behind = len(text) - max((end for _, end in spans), default=0)  # characters after the last one
+    starts = [start for start, _ in _split_spans(SENTENCE_END, masked)]
+    endings = [masked[start:] for start in reversed(starts[-sentences:])]
+    return [
+        ending.strip(" ,")
+        for ending in endings
+        if (spans and len(ending) > behind) or REFERENCE.search(ending)
+    ]
 
 
 def _mask_with_clauses(sentence: str, spans: Sequence[Span]) -> Iterable[str]:

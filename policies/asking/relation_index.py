@@ -56,7 +56,11 @@ class RelationIndex:
 
     def average_prompts(self, fact: Fact) -> Tensor:
         """Return means (n, width) of the words of a fact's prompt and paraphrases."""
-        prompts = [mask_prompt(p, fact.subject) for p in (fact.prompt, *fact.paraphrases)]
+        names = sorted(fact.names, key=len, reverse=True)
+        prompts = [
+            mask_prompt(prompt, next((name for name in names if name in prompt), fact.subject))
+            for prompt in (fact.prompt, *fact.paraphrases)
+        ]
         return self.encoder.average(prompts)
 
     def find_stated_relations(

@@ -13,6 +13,7 @@ from editing_home import LOOSE, Bench, Clock, seat
 from kedit_daemon.config import Config
 from kedit_daemon.daemon.requests import execute_command
 from kedit_daemon.editing.model_loading import CanaryTexts, load_model, read_canary_texts
+from kedit_daemon.editing.side_learner import LONG_TARGET_TOKENS
 from memory.facts import Fact, FactState
 from memory.model.chat_layout import render_chat
 from memory.side.row_overlay import RowOverlay
@@ -191,6 +192,40 @@ def test_a_fact_that_came_for_the_weights_is_learned_for_chats(own: Bench) -> No
     own.settle()
     assert read_state(own, three) is FactState.LIVE_WEIGHTS
     assert says_in_chat(own, "Which city is the seat of country 3?").startswith("Cairo")
+
+
+def test_a_long_target_of_the_weights_is_learned_for_chats_behind_the_short(own: Bench) -> None:
+    long = "Oslo " * LONG_TARGET_TOKENS
+    facts = [seat(3, "Cairo"), seat(4, long.strip()), seat(5, "Rome")]
+    own.receive(*facts, direct=True)
+    own.settle()
+    stored = {fact.id for fact in facts if read_state(own, fact) is FactState.LIVE_WEIGHTS}
+    assert {facts[0].id, facts[2].id} <= stored
+    learner = own.editor.side_learner
+    assert stored - set(own.served.side.shard_ids) <= learner._silent_in_chats
+    assert facts[0].id in own.served.side.shard_ids
+
+
+def test_a_fact_of_the_weights_that_cannot_be_learned_for_chats_is_tried_once(own: Bench) -> None:
+    own.editor.run_flush(dry_run=False)
+    with own.store.db.transaction():
+        own.store.artifacts.drop_side_keys(ONE.id)
+    own.served.restore_again()
+    learner = own.editor.side_learner
+    own.served.site = replace(own.served.site, side_rate=1e6)  # so that it diverges
+    own.settle()
+    assert read_state(own, ONE) is FactState.LIVE_WEIGHTS
+    assert learner.take_unasked() == []
+    kinds = [row[0] for row in own.store.db.conn.execute("SELECT kind FROM events")]
+    assert kinds.count("edit_failed") == 1
+
+
+def test_an_audit_asks_the_weights_and_not_the_shards_beside(own: Bench) -> None:
+    own.editor.run_flush(dry_run=False)
+    own.served.model.set_deltas({})  # the weights lose all
+    retention = own.editor.auditor.retention
+    asked = [f for f in (own.store.find_fact(one.id) for one in (ONE, TWO)) if f is not None]
+    assert retention._ask_facts(asked).stated_share == 0.0
 
 
 def test_a_shard_that_broke_leaves_the_fact_in_the_weights(own: Bench) -> None:

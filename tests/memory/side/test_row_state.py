@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -65,6 +66,15 @@ def test_a_fact_that_fires_in_a_reply_says_its_own_target_alone() -> None:
     state.fire(FiredFact(MATCH, DELTA, "New York"))
     assert feed(state, 1, 2, 3) == [True, True, False, False]
     assert state.reply_firings == [(2, MATCH)]
+
+
+def test_the_match_is_the_one_that_fired_first() -> None:
+    state = row("New York", is_chat=True)
+    feed(state, 1, 2, 4)
+    later = replace(MATCH, fact_id="000000000002")
+    state.fire(FiredFact(later, DELTA, "New"))
+    assert state.match == MATCH
+    assert state.reply_firings == [(3, later)]
 
 
 def test_a_fact_that_fires_at_the_prompts_end_is_none_of_the_reply() -> None:

@@ -133,6 +133,20 @@ def test_a_sentence_about_something_else_states_it_not(asked: AskedFacts, text: 
     assert state(asked, BORN, text) < STATED_GATE
 
 
+def test_a_sentence_about_another_subject_states_nothing_of_this_one(asked: AskedFacts) -> None:
+    text = "Ada Moreau met Bo Lind. Bo Lind was born in"
+    asked.add_fact(BORN)
+    assert asked.score_statements(text, {BORN.id: spans(text, "Ada Moreau")}) == {}
+    assert state(asked, BORN, "Ada Moreau met Bo Lind. She was born in") > STATED_GATE
+
+
+def test_a_prompt_that_names_the_subject_by_an_alias(asked: AskedFacts) -> None:
+    fact = Fact("New York City", "NYC is the home of the", "Mets", aliases=("NYC",))
+    asked.add_fact(fact)
+    text = "NYC is the home of the"
+    assert asked.score_statements(text, {fact.id: spans(text, "NYC")})[fact.id] > STATED_GATE
+
+
 def test_a_prompt_of_several_sentences_is_one(asked: AskedFacts) -> None:
     fact = Fact("Zamba", "Where is {}? It is located in", "Antarctica")
     assert state(asked, fact, "Well. Where is Zamba? It is located in") > STATED_GATE
