@@ -2,8 +2,9 @@
 
 A row is prefilled alone or with others of its length, so that no pad is ever routed or attended
 to; its keys and values are then appended to the running batch, padded on the left under a mask.
-The side memory's delta for a row is decided once, at prefill: the side memory may change meanwhile.
-Knows nothing of text, or of how a token is chosen.
+The side memory's delta for a row is decided at prefill, and within a chat's reply where it comes to
+state a fact; a row keeps the one that fires, though the side memory may change meanwhile. Knows
+nothing of how a token is chosen.
 """
 
 from collections.abc import Sequence
