@@ -34,7 +34,11 @@ OTHER_KINDS = (
     (re.compile(rb"SQLite format 3\0"), "is an SQLite database", RESAVE),
     (re.compile(rb"ARROW1\0"), "is an Arrow file", RESAVE),
     (re.compile(rb"%PDF-"), "is a PDF", RESAVE),
-    (re.compile(rb"\x80[\x02-\x05][\x95\]}(c]"), "is a pickle, which may hold code", RESAVE),
+    (
+        re.compile(rb"\x80[\x02-\x05][\x95\]}(c]"),
+        "is a dump of Python objects, which may hold code",
+        RESAVE,
+    ),
 )
 OFFICE_FILES = {"[Content_Types].xml", "mimetype"}
 

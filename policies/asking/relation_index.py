@@ -13,8 +13,8 @@ from policies.asking.relation_encoder import RelationEncoder
 # within the second of the best.
 MIN_OWN_SIMILARITY, OWN_SPREAD = 0.45, 0.03
 # The same of a relation whose statements are so near to a prompt, by their words alone.
-MIN_STATED_SIMILARITY, STATED_SPREAD = 0.8, 0.1
-CERTAIN_SIMILARITY = 0.85  # from which questions count such a relation as the fact's own, too
+MIN_STATED_SIMILARITY = 0.8
+CERTAIN_SIMILARITY = 0.9  # from which questions count such a relation as the fact's own, too
 SAME_WORDING = 0.98  # similarity from which a statement is the prompt itself
 
 
@@ -69,7 +69,7 @@ class RelationIndex:
         """Return which relations (relations,) a fact states, by the means of its prompts, whose
         similarity is to be `least`."""
         near = self.compare_statements(prompts).amax(0)
-        return near >= max(least, float(near.max()) - STATED_SPREAD)
+        return near >= max(least, float(near.max()) - OWN_SPREAD)
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
         """Return other prompts of a fact, from the statements of its relation, the nearest first.
