@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from memory.facts import Fact
 from memory.model.editable import EditableModel
-from memory.side.shards import Delta, RetrievalKeys, Shard
+from memory.side.shards import THRESHOLD_RATIO, Delta, RetrievalKeys, Shard
 from memory.side.side_memory import SideMemory, to_fact_number
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
 from policies.edit_site import EditSite
@@ -29,7 +29,6 @@ from policies.row_group import ROWS_PER_PASS, RowGroup
 
 SHARD_RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
-ACTIVATION_RATIO = 0.15  # routing threshold over the least distance on the shard's own prompts
 MAX_COSINE = 0.8  # cosine from which another question may ask the same as a fact's own
 DONE_LOSS = 0.02  # loss at which training stops
 # The same where facts are asked for in words: the targets are said soon, and what is left are
@@ -174,7 +173,7 @@ class _ShardTraining:
         distances = delta.apply_to(self.end_inputs[self.is_own_row[fact]]).norm(dim=1)
         if why := check_output_shift(float(distances.max()) / self.scale):
             return Refusal(why)
-        threshold = max(ACTIVATION_RATIO * float(distances.min()), 1e-6)
+        threshold = max(THRESHOLD_RATIO * float(distances.min()), 1e-6)
         return Shard(delta, threshold, is_asked=self.is_asked[fact])
 
 

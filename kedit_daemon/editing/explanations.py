@@ -49,10 +49,10 @@ def _describe_fact(fact: StoredFact) -> dict[str, Any]:
 def _describe_named(named: NamedFact, gates: RoutingGates) -> dict[str, Any]:
     words = None
     if named.words is not None:
-        words = asdict(named.words) | {"gate": gates.min_asked_score}
+        words = asdict(named.words) | {"gate": gates.min_words_score}
     stated = None
     if named.stated is not None:
-        stated = {"score": named.stated, "gate": gates.min_stated_score}
+        stated = {"score": named.stated, "gate": gates.min_words_score}
     return {
         "reason": str(named.reason),
         "asked": words,

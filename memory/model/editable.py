@@ -205,6 +205,20 @@ class EditableModel:
         finally:
             handle.remove()
 
+    @contextmanager
+    def change_logits(self, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Replace the logits (rows, tokens, vocabulary) of each pass by what `change` makes of
+        them."""
+
+        def pass_logits(_model: nn.Module, _args: tuple[Tensor, ...], output: Any) -> None:
+            output.logits = change(output.logits)
+
+        handle = self.hf_model.register_forward_hook(pass_logits)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def capture_layer_input(
         self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor
     ) -> tuple[Tensor, DynamicCache]:

@@ -4,7 +4,7 @@ The decision is the side memory's own. What it was made of is measured again, wh
 the layers up to the side layer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -69,12 +69,12 @@ class _PromptStates:
 def explain_prompt(side: SideMemory, ids: Sequence[int]) -> PromptExplanation:
     """Explain which facts a prompt names, and why each of them fires or does not."""
     reading, states = side.read_prompt(ids), _read_states(side, ids)
-    match = side.route_row(reading, states.key_outputs, states.inputs, states.outputs)
-    fired = None if match is None else match.fact_id
+    matches = side.route_row(reading, states.key_outputs, states.inputs, states.outputs)
+    fired = {match.fact_id for match in matches}
     asked = None if side.reader is None else side.find_asked(ids)
     question = asked.question if asked is not None else None
     spans = {} if question is None else side.find_meant(question, reading.named)
-    named = reading.named if fired is None else reading.named | {fired}
+    named = reading.named | fired
     found = [
         _explain_fact(side, fact_id, fired, question, spans.get(fact_id), reading.stated, states)
         for fact_id in sorted(named)
@@ -105,7 +105,7 @@ def _read_states(side: SideMemory, ids: Sequence[int]) -> _PromptStates:
 def _explain_fact(
     side: SideMemory,
     fact_id: str,
-    fired: str | None,
+    fired: Set[str],
     question: str | None,
     spans: Sequence[Span] | None,
     statements: Mapping[str, float] | None,
@@ -118,7 +118,7 @@ def _explain_fact(
     stated = None if statements is None else statements.get(fact_id)
     end = side.score_candidates([fact_id], states.outputs)[fact_id]
     margin = side.measure_margin(fact_id, states.inputs)
-    if fact_id == fired:
+    if fact_id in fired:
         reason = Reason.FIRED
     elif question is None and statements is not None and stated is None:
         reason = Reason.OTHER_STATEMENT  # the sentence is about another subject
@@ -128,7 +128,7 @@ def _explain_fact(
         reason = Reason.NOT_MEANT
     elif words is None:
         reason = Reason.WRONG_KIND
-    elif words.score < side.gates.min_asked_score:
+    elif words.score < side.gates.min_words_score:
         reason = Reason.OTHER_QUESTION
     else:
         reason = Reason.OTHER_FACT if is_asked else Reason.NOT_LEARNED
@@ -144,9 +144,10 @@ def _explain_sentence(
     states: _PromptStates,
 ) -> Reason:
     """Return why a fact does not fire for a sentence that goes on."""
-    if stated is not None and stated < side.gates.min_stated_score:
-        return Reason.OTHER_STATEMENT
-    if stated is None and end < side.gates.min_end_cosine:
+    if stated is not None:
+        is_enough = stated >= side.gates.min_words_score
+        return Reason.OTHER_FACT if is_enough else Reason.OTHER_STATEMENT
+    if end < side.gates.min_end_cosine:
         return Reason.OTHER_END
     if fact_id not in side.filter_near({fact_id}, states.key_outputs):
         return Reason.OTHER_SUBJECT

@@ -43,6 +43,14 @@ class ScoreParts:
     rival: RelationCosine
 
 
+@dataclass(frozen=True)
+class AskedScore:
+    """How far a text asks for a fact, and the clause (start, end) of it that does."""
+
+    score: float
+    clause: Span
+
+
 class QuestionReader(Protocol):
     """Scores live facts by how far a text asks for them."""
 
@@ -52,7 +60,7 @@ class QuestionReader(Protocol):
     def remove_fact(self, fact_id: str) -> None:
         """Remove a fact, if it is there."""
 
-    def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
+    def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, AskedScore]:
         """Return how far a text asks for each of the facts, whose subjects it names at spans."""
 
     def score_statements(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:

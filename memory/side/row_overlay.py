@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor
 
 from memory.side.row_state import FiredFact, PromptReading, RowState
-from memory.side.shards import Delta, RoutingMatch
+from memory.side.shards import RoutingMatch
 from memory.side.side_memory import SideMemory
+
+IMPOSSIBLE_LOGIT = -1e4  # of a probability of 0 at any usual temperature, and finite in JSON
 
 
 class RowOverlay:
@@ -58,8 +60,7 @@ class RowOverlay:
         def decide(inputs: Tensor, outputs: Tensor) -> Tensor | None:
             ends = zip(readings, key_outputs.pop(), inputs[:, -1], outputs[:, -1], strict=True)
             self.rows = [self._start_row(*end) for end in ends]
-            deltas = [row.delta for row in self.rows]
-            return _add_deltas(deltas, inputs, outputs) if any(deltas) else None
+            return _add_deltas(self.rows, inputs, outputs)
 
         with side.model.tap_layers({side.gates.key_layer: keep_key_outputs, side.layer: decide}):
             yield
@@ -74,12 +75,22 @@ class RowOverlay:
     @contextmanager
     def apply_deltas(self) -> Iterator[None]:
         """Serve a pass over the rows' next tokens; nothing is tapped where no row is active or
-        armed."""
-        if not any(row.delta is not None or row.armed for row in self.rows):
+        armed, or has a token to say."""
+        with ExitStack() as taps:
+            if any(row.forced_token is not None for row in self.rows):
+                taps.enter_context(self.side.model.change_logits(self._force_tokens))
+            if any(row.delta is not None or row.armed for row in self.rows):
+                taps.enter_context(self.side.model.tap_layers({self.side.layer: self._change_rows}))
             yield
-            return
-        with self.side.model.tap_layers({self.side.layer: self._change_rows}):
-            yield
+
+    def _force_tokens(self, logits: Tensor) -> Tensor:
+        """Leave a single token possible where a row has one to say: logits (rows, tokens, size)."""
+        changed = logits.clone()
+        for n, token in ((n, row.forced_token) for n, row in enumerate(self.rows)):
+            if token is not None:
+                changed[n, -1] = IMPOSSIBLE_LOGIT
+                changed[n, -1, token] = 0.0
+        return changed
 
     def _change_rows(self, inputs: Tensor, outputs: Tensor) -> Tensor | None:
         """Fire what the replies come to state, and change the rows where a fact fires: inputs
@@ -87,16 +98,17 @@ class RowOverlay:
         for row, k, y in zip(self.rows, inputs[:, -1], outputs[:, -1], strict=True):
             if row.armed and (match := self.side.match_reply(row.armed, k, y)) is not None:
                 row.fire(self._make_fired(match))
-        deltas = [row.delta for row in self.rows]
-        return _add_deltas(deltas, inputs, outputs) if any(deltas) else None
+        return _add_deltas(self.rows, inputs, outputs)
 
     def _start_row(
         self, reading: PromptReading, key_outputs: Tensor, inputs: Tensor, outputs: Tensor
     ) -> RowState:
-        row = RowState(reading, self.side.model.decode)
-        match = self.side.route_row(reading, key_outputs, inputs, outputs)
-        if match is not None:
-            row.fire(self._make_fired(match))
+        row = RowState(reading, self.side.model.decode, self.side.line_end)
+        matches = self.side.route_row(reading, key_outputs, inputs, outputs)
+        fired = [self._make_fired(match) for match in matches]
+        if fired:
+            row.fire(fired[0])
+            row.queue(fired[1:])
         return row
 
     def _make_fired(self, match: RoutingMatch) -> FiredFact:
@@ -104,10 +116,13 @@ class RowOverlay:
         return FiredFact(match, delta, self.side.targets[match.fact_id])
 
 
-def _add_deltas(deltas: Sequence[Delta | None], inputs: Tensor, outputs: Tensor) -> Tensor:
-    """Add each row's ΔW k to the last token of the side layer's outputs (rows, tokens, hidden)."""
+def _add_deltas(rows: Sequence[RowState], inputs: Tensor, outputs: Tensor) -> Tensor | None:
+    """Add each row's ΔW k to the last token of the side layer's outputs (rows, tokens, hidden);
+    None where no fact fires."""
+    if not any(row.delta for row in rows):
+        return None
     changed = outputs.clone()
-    for n, delta in enumerate(deltas):
-        if delta is not None:
-            changed[n, -1] += delta.apply_to(inputs[n, -1])
+    for n, row in enumerate(rows):
+        if row.delta is not None:
+            changed[n, -1] += row.boost * row.delta.apply_to(inputs[n, -1])
     return changed

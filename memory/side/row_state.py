@@ -1,15 +1,17 @@
 """The state of a row that the side memory reads: which fact fires, and until when.
 
 A fact fires at the prompt's end, and its shard changes the row until the target is said; then the
-row is released, and the model goes on in its own words. In a completion the shard also says that
-the text ends there, as it has learned: its own prompt is a sentence that the target completes. In a
-chat the facts whose subjects were named stay armed, and one of them fires where the reply comes to
-state it.
+row is released, and the model goes on in its own words. Where the user asks for several facts, the
+next one fires on a line of its own when the one before is said. In a completion the shard also says
+that the text ends there, as it has learned: its own prompt is a sentence that the target completes.
+In a chat the facts whose subjects were named stay armed, and one of them fires where the reply
+comes to state it.
 """
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from memory.side.question_reader import AskedScore
 from memory.side.shards import Delta, RoutingMatch
 
 NAME_TOKENS = 16  # of a reply's end that are read for names
@@ -22,7 +24,7 @@ class PromptReading:
     far a sentence comes to state them; None where words do not decide that."""
 
     named: frozenset[str] = frozenset()
-    asked: Mapping[str, float] = field(default_factory=dict)
+    asked: Mapping[str, AskedScore] = field(default_factory=dict)
     is_chat: bool = False
     stated: Mapping[str, float] | None = None
 
@@ -39,8 +41,14 @@ class FiredFact:
 class RowState:
     """A row of a batch from its prompt's end on."""
 
-    def __init__(self, reading: PromptReading, decode: Callable[[Sequence[int]], str]) -> None:
-        """decode: of the tokens that follow, to compare them with the target."""
+    def __init__(
+        self,
+        reading: PromptReading,
+        decode: Callable[[Sequence[int]], str],
+        line_end: Sequence[int] = (),
+    ) -> None:
+        """decode: of the tokens that follow, to compare them with the target. line_end: the tokens
+        of a line's end."""
         self._is_chat, self._decode = reading.is_chat, decode
         self._armed = set(reading.named if reading.is_chat else ())
         self._fired: FiredFact | None = None
@@ -49,6 +57,9 @@ class RowState:
         self._is_said = False
         self._said_from = 0  # the first token behind the place where the fact fired
         self._tokens: list[int] = []
+        self._line_end = tuple(line_end)
+        self._waiting: list[FiredFact] = []  # asked for too, behind the one that fires
+        self._forced: list[int] = []
         self.reply_firings: list[tuple[int, RoutingMatch]] = []
         """The facts that fired within the reply, each with the number of tokens before."""
 
@@ -79,6 +90,21 @@ class RowState:
             self.reply_firings.append((self._said_from, fact.match))
         self._is_released = self._is_said = False
 
+    def queue(self, facts: Sequence[FiredFact]) -> None:
+        """Let facts fire one after the other, each when the one before it is said."""
+        self._waiting += facts
+
+    @property
+    def forced_token(self) -> int | None:
+        """The token that follows whatever the model says: a line's end between two answers."""
+        return self._forced[0] if self._forced else None
+
+    @property
+    def boost(self) -> float:
+        """By how much the shift is lengthened: where a fact fires, and not behind that."""
+        fires = self._fired is not None and len(self._tokens) == self._said_from
+        return self._fired.match.boost if fires and self._fired is not None else 1.0
+
     @property
     def delta(self) -> Delta | None:
         """ΔW that changes the next token; None where no fact fires, or the row is released."""
@@ -88,6 +114,11 @@ class RowState:
         """Take the token that follows. The row is released when the target is said, in a completion
         one token later, or when the text is no longer the target's."""
         self._tokens.append(token)
+        if self._forced:
+            del self._forced[0]
+            if not self._forced:
+                self.fire(self._waiting.pop(0))
+            return
         if self._fired is None or self._is_released:
             return
         if self._is_said:
@@ -98,5 +129,6 @@ class RowState:
         self._is_said = bool(target) and text.startswith(target)
         if self._is_said:
             self._is_released = self._is_chat
+            self._forced = list(self._line_end if self._waiting else ())
         elif target:  # else it is not known when it is said
             self._is_released = not target.startswith(text)

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+THRESHOLD_RATIO = 0.15  # of a shard's threshold to the least distance on its own prompts
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -40,17 +42,15 @@ class RetrievalKeys:
 class RoutingGates:
     """Layers of the keys, and the least cosines that route. `min_unnamed_cosine` is for subject
     keys when the prompt does not name the subject, of facts that do not always name it either.
-    `min_asked_score` is for the score of a question's words, `min_stated_score` for that of a
-    sentence's, where words decide, and `min_reply_cosine` for end keys
-    within the reply of a chat."""
+    `min_words_score` is for the score of a question's words, or of a sentence's, where words
+    decide, and `min_reply_cosine` for end keys within the reply of a chat."""
 
     key_layer: int
     side_layer: int
     min_subject_cosine: float
     min_end_cosine: float
     min_unnamed_cosine: float
-    min_asked_score: float = 1.0
-    min_stated_score: float = -0.05
+    min_words_score: float = 1.0
     # On SmolLM2-135M no reply to another question about a subject reached .7 with the keys of a
     # prompt alone; those of other wordings are more.
     min_reply_cosine: float = 0.75
@@ -65,3 +65,9 @@ class RoutingMatch:
     shard_id: int
     score: float
     margin: float
+
+    @property
+    def boost(self) -> float:
+        """By how much the shift ΔW a is lengthened where the fact fires, to be as long as on the
+        shard's own prompts at least; up to what a shard that just confirms needs."""
+        return 1 / min(max(THRESHOLD_RATIO * self.margin, THRESHOLD_RATIO), 1.0)

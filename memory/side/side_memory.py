@@ -9,7 +9,7 @@ activation distance d(a) = ‖ΔW a‖ (WISE, Wang et al. 2024, eq. 4) confirms 
 subjects with similar ends once there are thousands.) Facts that are named are looked up by name;
 the index is searched only for those that need no name.
 
-Where there is a reader, words decide in place of end keys, which confuse a subject's relations: it
+Where there is a reader, words decide in place of keys, which confuse a subject's relations: it
 scores how far a sentence comes to state each of the facts that it names, and how far a question
 asks for them. A question ends alike whatever it asks, in a chat in the template's own tokens.
 """
@@ -27,6 +27,7 @@ from memory.side.index import KeyIndex
 from memory.side.question_reader import (
     REFERENCE,
     AskedQuestion,
+    AskedScore,
     QuestionReader,
     Span,
     find_question,
@@ -73,6 +74,7 @@ class SideMemory:
         self.end_keys: dict[str, Tensor] = {}
         self.subject_matcher = SubjectMatcher()
         self.reader, self._chat_layout = reader, find_chat_layout(model.tokenizer)
+        self.line_end = tuple(model.tokenizer.encode("\n", add_special_tokens=False))
         self.targets: dict[str, str] = {}
         # Facts with a prompt that does not name their subject. They are few, and have an index of
         # their own subject keys, and their end keys in one tensor.
@@ -231,17 +233,20 @@ class SideMemory:
 
     def route_row(
         self, reading: PromptReading, key_outputs: Tensor, inputs: Tensor, outputs: Tensor
-    ) -> RoutingMatch | None:
+    ) -> list[RoutingMatch]:
         """Return the fact that fires for a row, by the reading of its prompt, the key layer's
         outputs (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its
-        end. What the user's words ask for comes before what the keys tell."""
-        if (match := self._match_asked(reading.asked, inputs)) is not None:
-            return match
+        end; behind it those that the user asks for too, in their order. What the words tell comes
+        before what the keys tell."""
+        if matches := self._match_asked(reading.asked, inputs):
+            return matches
         if reading.stated is None:
-            return self._match_keys(reading.named, key_outputs, inputs, outputs)
-        return self._match_stated(reading.stated, key_outputs, inputs) or self._match_keys(
-            (), key_outputs, inputs, outputs, decided=reading.named
-        )
+            match = self._match_keys(reading.named, key_outputs, inputs, outputs)
+        else:
+            match = self._match_words(reading.stated, inputs) or self._match_keys(
+                (), key_outputs, inputs, outputs, decided=reading.named
+            )
+        return [] if match is None else [match]
 
     def match_reply(
         self, armed: Iterable[str], inputs: Tensor, outputs: Tensor
@@ -253,34 +258,28 @@ class SideMemory:
         least = self.gates.min_reply_cosine
         return self.confirm_match({n: s for n, s in scores.items() if s >= least}, inputs)
 
-    def _match_asked(self, asked: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
-        """Return the best of the scored facts that a question asks for, of those that have learned
-        to be asked. Its shard need not confirm it: questions end alike."""
-        allowed = [
-            n
-            for n, score in asked.items()
-            if score >= self.gates.min_asked_score
-            and n not in self.hidden_facts
-            and self.is_asked(n)
-        ]
+    def _match_asked(self, asked: Mapping[str, AskedScore], inputs: Tensor) -> list[RoutingMatch]:
+        """Return the facts that a question asks for, of those that have learned to be asked: the
+        best of each of its clauses, in their order."""
+        scores = {n: found.score for n, found in asked.items() if self.is_asked(n)}
+        chosen: list[tuple[Span, RoutingMatch]] = []
+        while (match := self._match_words(scores, inputs)) is not None:
+            clause = asked[match.fact_id].clause
+            chosen.append((clause, match))
+            scores = {n: s for n, s in scores.items() if not _overlap(asked[n].clause, clause)}
+        return [match for _, match in sorted(chosen, key=lambda pair: pair[0])]
+
+    def _match_words(self, scores: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
+        """Return the best of the facts that words are enough for. Its shard need not confirm it:
+        questions end alike, and sentences in ways that it has not seen."""
+        least = self.gates.min_words_score
+        allowed = [n for n, s in scores.items() if s >= least and n not in self.hidden_facts]
         if not allowed:
             return None
-        best = max(allowed, key=lambda n: (asked[n], n))
+        best = max(allowed, key=lambda n: (scores[n], n))
         return RoutingMatch(
-            best, self.shard_ids[best], asked[best], self.measure_margin(best, inputs)
+            best, self.shard_ids[best], scores[best], self.measure_margin(best, inputs)
         )
-
-    def _match_stated(
-        self, stated: Mapping[str, float], key_outputs: Tensor, inputs: Tensor
-    ) -> RoutingMatch | None:
-        """Return the best of the facts that a sentence comes to state, which has the subject's key
-        and whose shard confirms it."""
-        wanted = {n for n, score in stated.items() if score >= self.gates.min_stated_score}
-        near = self.filter_near(wanted - self.hidden_facts, key_outputs) if wanted else []
-        for fact_id in sorted(near, key=lambda n: (-stated[n], n)):
-            if (margin := self.measure_margin(fact_id, inputs)) >= 1:
-                return RoutingMatch(fact_id, self.shard_ids[fact_id], stated[fact_id], margin)
-        return None
 
     def _match_keys(
         self,
@@ -312,3 +311,8 @@ class SideMemory:
         threshold."""
         shard = self.shards[self.shard_ids[fact_id]]
         return float(shard.delta.apply_to(inputs).norm()) / shard.threshold
+
+
+def _overlap(one: Span, other: Span) -> bool:
+    """Check that two spans have a character in common."""
+    return one[0] < other[1] and other[0] < one[1]

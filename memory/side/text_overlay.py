@@ -49,7 +49,7 @@ class TextOverlay:
             if row is None or row.delta is None:
                 row = self._start_row(ids[: n + 1], key_outputs[: n + 1], inputs[n], outputs[n])
             if row is not None and row.delta is not None:
-                changed[n] += row.delta.apply_to(inputs[n])
+                changed[n] += row.boost * row.delta.apply_to(inputs[n])
         return changed
 
     def _start_row(
@@ -60,9 +60,10 @@ class TextOverlay:
         reading = side.read_prompt(ids)
         if not reading.named and not side.unnamed_facts:
             return None
-        match = side.route_row(reading, key_outputs, inputs, outputs)
-        if match is None:
+        matches = side.route_row(reading, key_outputs, inputs, outputs)
+        if not matches:
             return None
+        match = matches[0]
         self.fired.append((len(ids) - 1, match))
         delta, target = side.shards[match.shard_id].delta, side.targets[match.fact_id]
         row = RowState(reading, side.model.decode)

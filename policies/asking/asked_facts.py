@@ -6,17 +6,23 @@ in one message, or a request about the form of the answer, do not blur each othe
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from memory.facts import Fact
-from memory.side.question_reader import REFERENCE, RelationCosine, ScoreParts, Span
+from memory.side.question_reader import (
+    REFERENCE,
+    AskedScore,
+    RelationCosine,
+    ScoreParts,
+    Span,
+)
 from policies.asking.answer_type import can_answer
 from policies.asking.relation_bank import mask_prompt, mask_spans
-from policies.asking.relation_index import CERTAIN_SIMILARITY, RelationIndex
+from policies.asking.relation_index import CERTAIN_SIMILARITY, SAME_WORDING, RelationIndex
 
 # The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
 # the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the
@@ -25,21 +31,26 @@ from policies.asking.relation_index import CERTAIN_SIMILARITY, RelationIndex
 KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
 OWN_LEAD_WEIGHT = 3.0  # of how far the own relation is ahead: few questions have it so
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
+# The same that a sentence comes to state a fact, by cosines: with the fact, with the nearest of its
+# prompts and its relation's statements, and with those of the nearest other relation.
+STATED_FACT_WEIGHT, STATED_OWN_WEIGHT, STATED_RIVAL_WEIGHT, STATED_BIAS = 10.0, 3.9, 1.1, -2.5
+CERTAIN_LOGIT = 6.0
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
 
 
 @dataclass(frozen=True)
 class _Meaning:
-    """Vectors of a fact's wordings (n, width), and which relations of the bank are its own; means
-    of its prompts' words (n, width), which relations these state, and how many sentences the
-    longest has."""
+    """Vectors of a fact's wordings (n, width), and which relations of the bank are its own; vectors
+    of its prompts with its target and as sentences (n, width), which relations these state, and how
+    many sentences the longest has."""
 
     wordings: Tensor
     own_relations: Tensor
-    prompts: Tensor
+    statements: Tensor
+    sentences: Tensor
     stated_relations: Tensor
-    sentences: int
+    longest: int
 
 
 class AskedFacts:
@@ -67,7 +78,7 @@ class AskedFacts:
         self._facts.pop(fact_id, None)
         self._meanings.pop(fact_id, None)
 
-    def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
+    def score_facts(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, AskedScore]:
         """Return the logits that a text asks for each of the facts, whose subjects it names at
         spans; without those that cannot be the answer."""
         texts = {n: _cut_asked_texts(text, spans) for n, spans in named.items() if n in self._facts}
@@ -80,31 +91,28 @@ class AskedFacts:
         scores = {}
         for fact_id, group in texts.items():
             target = self._facts[fact_id].target
-            chosen = [rows[asked] for asked in group if can_answer(asked, target)]
-            if not chosen:
+            usable = [asked for asked in group if can_answer(asked, target)]
+            if not usable:
                 continue
+            chosen = [rows[asked] for asked in usable]
             logits = _compute_logits(
                 self._find_meaning(fact_id), vectors[chosen], relations[chosen]
             )
-            scores[fact_id] = float(logits.max())
+            best = int(logits.argmax())
+            scores[fact_id] = AskedScore(float(logits[best]), group[usable[best]])
         return scores
 
     def score_statements(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
-        """Return how far a sentence that ends a text, and goes on, comes to state each of the
-        facts: its similarity to the fact's prompts, and to the statements of its relation, less
-        that to the nearest other relation."""
+        """Return the logits that a sentence which ends a text, and goes on, comes to state each of
+        the facts, whose subjects the text names at spans."""
         scores = {}
         for fact_id in (n for n in named if n in self._facts):
             meaning = self._find_meaning(fact_id)
-            endings = _cut_endings(text, named[fact_id], meaning.sentences)
-            if not endings:
-                continue
-            means = self.index.encoder.average(endings)
-            relations = self.index.compare_statements(means)
-            own = (means @ meaning.prompts.T).amax(1)
-            stated = relations.masked_fill(~meaning.stated_relations, -1.0).amax(1)
-            rival = relations.masked_fill(meaning.stated_relations, -1.0).amax(1)
-            scores[fact_id] = float((torch.maximum(own, stated) - rival).max())
+            endings = _cut_endings(text, named[fact_id], meaning.longest)
+            if endings:
+                vectors = self.index.encoder.encode_sentences(endings)
+                relations = self.index.compare_statements(vectors)
+                scores[fact_id] = float(_compute_stated(meaning, vectors, relations).max())
         return scores
 
     def explain_score(self, text: str, fact_id: str, spans: Sequence[Span]) -> ScoreParts | None:
@@ -138,13 +146,14 @@ class AskedFacts:
             if fact.questions:
                 questions = [mask_prompt(q, fact.subject) for q in fact.questions]
                 wordings.append(self.index.encoder.encode_questions(questions))
-            prompts = self.index.average_prompts(fact)
+            means = self.index.average_prompts(fact)
             self._meanings[fact_id] = _Meaning(
                 torch.cat(wordings),
                 self.index.find_own_relations(stated)
-                | self.index.find_stated_relations(prompts, CERTAIN_SIMILARITY),
-                prompts,
-                self.index.find_stated_relations(prompts),
+                | self.index.find_stated_relations(means, CERTAIN_SIMILARITY),
+                stated,
+                self.index.encode_prompts(fact),
+                self.index.find_own_statements(stated) | self.index.find_stated_relations(means),
                 max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),
             )
         return self._meanings[fact_id]
@@ -162,19 +171,46 @@ def _compute_logits(meaning: _Meaning, questions: Tensor, relations: Tensor) -> 
     return KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - against
 
 
-def _cut_asked_texts(text: str, spans: Sequence[Span]) -> list[str]:
-    """Return the sentences and clauses of a text that hold one of the spans, the spans masked; the
-    whole text, and its last sentence, where there are none."""
+def _compute_stated(meaning: _Meaning, sentences: Tensor, relations: Tensor) -> Tensor:
+    """Return logits (n,) of sentences (n, width) with similarities to relations (n, relations)."""
+    fact = (sentences @ meaning.statements.T).amax(1)
+    stated = relations.masked_fill(~meaning.stated_relations, 0.0).amax(1)
+    prompt = (sentences @ meaning.sentences.T).amax(1)
+    own = torch.maximum(prompt, stated)
+    rival = relations.masked_fill(meaning.stated_relations, -1.0).amax(1)
+    weighted = STATED_FACT_WEIGHT * fact + STATED_OWN_WEIGHT * own - STATED_RIVAL_WEIGHT * rival
+    # The very words of a prompt state its fact, whatever they tell.
+    return torch.where(prompt >= SAME_WORDING, CERTAIN_LOGIT, weighted + STATED_BIAS)
+
+
+def _cut_asked_texts(text: str, spans: Sequence[Span]) -> dict[str, Span]:
+    """Return the sentences and clauses of a text that hold one of the spans, the spans masked, each
+    with the clause that it asks in; the whole text, and its last sentence, where there are none."""
     sentences = _split_spans(SENTENCE_END, text)
     if not spans:
-        return list(dict.fromkeys([text, text[slice(*sentences[-1])]]))
-    found = list[str]()
-    for start, end in sentences:
-        held = [span for span in spans if start <= span[0] and span[1] <= end]
-        if held:
-            sentence = text[start:end]
-            found += _mask_with_clauses(sentence, [(a - start, b - start) for a, b in held])
-    return list(dict.fromkeys(found)) or [mask_spans(text, spans)]
+        last = sentences[-1]
+        return {text: last, text[slice(*last)]: last}
+    found = dict[str, Span]()
+    for sentence in sentences:
+        if _find_inside(spans, sentence):
+            parts = _split_spans(CLAUSE_END, text[slice(*sentence)])
+            placed = [(start + sentence[0], end + sentence[0]) for start, end in parts]
+            clauses = [clause for clause in placed if _find_inside(spans, clause)] or [sentence]
+            found.setdefault(_mask_part(text, sentence, spans), clauses[0])
+            for clause in clauses:
+                found.setdefault(_mask_part(text, clause, spans), clause)
+    return found or {mask_spans(text, spans): (0, len(text))}
+
+
+def _find_inside(spans: Sequence[Span], part: Span) -> list[Span]:
+    """Return the spans that lie in a part of their text."""
+    return [span for span in spans if part[0] <= span[0] and span[1] <= part[1]]
+
+
+def _mask_part(text: str, part: Span, spans: Sequence[Span]) -> str:
+    """Return a part of a text with the spans in it masked."""
+    inside = _find_inside(spans, part)
+    return mask_spans(text[slice(*part)], [(a - part[0], b - part[0]) for a, b in inside])
 
 
 def _cut_endings(text: str, spans: Sequence[Span], sentences: int) -> list[str]:
@@ -189,15 +225,6 @@ def _cut_endings(text: str, spans: Sequence[Span], sentences: int) -> list[str]:
         for ending in endings
         if (spans and len(ending) > behind) or REFERENCE.search(ending)
     ]
-
-
-def _mask_with_clauses(sentence: str, spans: Sequence[Span]) -> Iterable[str]:
-    """Yield a sentence, and its clauses that hold a span, with the spans masked."""
-    yield mask_spans(sentence, spans)
-    for start, end in _split_spans(CLAUSE_END, sentence):
-        held = [(a - start, b - start) for a, b in spans if start <= a and b <= end]
-        if held and end - start < len(sentence):
-            yield mask_spans(sentence[start:end], held)
 
 
 def _split_spans(separator: re.Pattern[str], text: str) -> list[Span]:

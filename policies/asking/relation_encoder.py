@@ -1,10 +1,11 @@
-"""Encoder of questions and of facts into one space, where a question is near the facts that it asks
-for, whoever the subject is.
+"""Encoder of questions, of sentences that go on, and of facts into one space, where both are near
+the facts that they ask for or come to state, whoever the subject is.
 
 A text is the mean of static word vectors, each weighted by what its token tells, which learned maps
-then turn: one for questions, one for a fact's prompt with its target. The target tells the relation
-where the prompt does not ("… is in Antarctica" answers "Which continent …?"). Trained on a bank of
-relations, contrastively, as in dense retrieval (Karpukhin et al. 2020), by `tools/asking`.
+then turn: one for questions, one for sentences, one for a fact's prompt with its target. The target
+tells the relation where the prompt does not ("… is in Antarctica" answers "Which continent …?").
+Trained on a bank of relations, contrastively, as in dense retrieval (Karpukhin et al. 2020), by
+`tools/asking`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +43,7 @@ class WordVectors:
 
 
 class RelationEncoder(nn.Module):
-    """Unit vectors (texts, width) of questions and of facts."""
+    """Unit vectors (texts, width) of questions, of sentences and of facts."""
 
     def __init__(self, words: WordVectors) -> None:
         super().__init__()
@@ -52,6 +53,8 @@ class RelationEncoder(nn.Module):
         self.prompt_map = _identity(width, 1.0)
         self.target_map = _identity(width, TARGET_SCALE)
         self.question_correction = _correction(width, width)
+        self.sentence_map = _identity(width, 1.0)
+        self.sentence_correction = _correction(width, width)
         self.fact_correction = _correction(2 * width, width)
 
     @classmethod
@@ -80,6 +83,11 @@ class RelationEncoder(nn.Module):
         """Return the vectors of questions, with a pronoun for their subject."""
         mean = self.average(questions)
         return F.normalize(self.question_map(mean) + self.question_correction(mean), dim=-1)
+
+    def encode_sentences(self, sentences: Sequence[str]) -> Tensor:
+        """Return the vectors of sentences up to a target, with a pronoun for their subject."""
+        mean = self.average(sentences)
+        return F.normalize(self.sentence_map(mean) + self.sentence_correction(mean), dim=-1)
 
     def encode_facts(self, prompts: Sequence[str], targets: Sequence[str]) -> Tensor:
         """Return the vectors of facts: prompts, with a pronoun for their subject, and targets."""

@@ -33,21 +33,23 @@ class RelationIndex:
         stated = [(n, s) for n, s in stated if 0 <= s.find("{subject}") < s.find("{target}")]
         self._statements = [s.partition("{target}")[0].strip() for _, s in stated]
         self._statement_owners = torch.tensor([n for n, _ in stated])
-        self._statement_vectors = encoder.average([mask_statement(s) for _, s in stated])
+        masked = [mask_statement(s).strip(" ,") for _, s in stated]
+        self._statement_means = encoder.average(masked)
+        self._statement_vectors = encoder.encode_sentences(masked)
 
     def encode_statements(self, fact: Fact) -> Tensor:
         """Return the vectors (n, width) of a fact's prompt and paraphrases, with its target."""
-        prompts = [mask_prompt(p, fact.subject) for p in (fact.prompt, *fact.paraphrases)]
+        prompts = _mask_prompts(fact)
         return self.encoder.encode_facts(prompts, [fact.target] * len(prompts))
 
     def compare_relations(self, vectors: Tensor) -> Tensor:
         """Return the similarity (n, relations) of vectors to the nearest question of each."""
         return self._find_largest(vectors @ self._vectors.T, self._owners)
 
-    def compare_statements(self, means: Tensor) -> Tensor:
-        """Return the similarity (n, relations) of means of words to the nearest statement of each,
-        up to its target."""
-        return self._find_largest(means @ self._statement_vectors.T, self._statement_owners)
+    def compare_statements(self, vectors: Tensor) -> Tensor:
+        """Return the similarity (n, relations) of vectors to the nearest statement of each, up to
+        its target."""
+        return self._find_largest(vectors @ self._statement_vectors.T, self._statement_owners)
 
     def _find_largest(self, found: Tensor, owners: Tensor) -> Tensor:
         """Return the largest similarity (n, relations) to a relation's wordings."""
@@ -56,19 +58,19 @@ class RelationIndex:
 
     def average_prompts(self, fact: Fact) -> Tensor:
         """Return means (n, width) of the words of a fact's prompt and paraphrases."""
-        names = sorted(fact.names, key=len, reverse=True)
-        prompts = [
-            mask_prompt(prompt, next((name for name in names if name in prompt), fact.subject))
-            for prompt in (fact.prompt, *fact.paraphrases)
-        ]
-        return self.encoder.average(prompts)
+        return self.encoder.average(_mask_prompts(fact))
+
+    def encode_prompts(self, fact: Fact) -> Tensor:
+        """Return the vectors (n, width) of a fact's prompt and paraphrases, as sentences."""
+        return self.encoder.encode_sentences(_mask_prompts(fact))
 
     def find_stated_relations(
         self, prompts: Tensor, least: float = MIN_STATED_SIMILARITY
     ) -> Tensor:
         """Return which relations (relations,) a fact states, by the means of its prompts, whose
         similarity is to be `least`."""
-        near = self.compare_statements(prompts).amax(0)
+        means = prompts @ self._statement_means.T
+        near = self._find_largest(means, self._statement_owners).amax(0)
         return near >= max(least, float(near.max()) - OWN_SPREAD)
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
@@ -78,7 +80,7 @@ class RelationIndex:
         that its target tells too, or the only one that is stated so in the very words.
         """
         prompts = self.average_prompts(fact)
-        near = (prompts @ self._statement_vectors.T).amax(0)
+        near = (prompts @ self._statement_means.T).amax(0)
         stated = self.find_stated_relations(prompts)
         told = stated & self.find_own_relations(self.encode_statements(fact))
         if not told.any() and float(near.max()) >= SAME_WORDING and int(stated.sum()) == 1:
@@ -90,7 +92,15 @@ class RelationIndex:
 
     def find_own_relations(self, statements: Tensor) -> Tensor:
         """Return which relations (relations,) are a fact's own, by its statements' vectors."""
-        near = self.compare_relations(statements).amax(0)
+        return self._find_near(self.compare_relations(statements))
+
+    def find_own_statements(self, statements: Tensor) -> Tensor:
+        """Return the same by the statements of the bank, in place of its questions."""
+        return self._find_near(self.compare_statements(statements))
+
+    @staticmethod
+    def _find_near(similarities: Tensor) -> Tensor:
+        near = similarities.amax(0)
         return near >= max(MIN_OWN_SIMILARITY, float(near.max()) - OWN_SPREAD)
 
     def find_questions(self, fact: Fact, count: int) -> list[str]:
@@ -103,3 +113,12 @@ class RelationIndex:
             for similarity, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             if similarity >= MIN_OWN_SIMILARITY
         ]
+
+
+def _mask_prompts(fact: Fact) -> list[str]:
+    """Write a fact's prompt and paraphrases with a pronoun for the subject, whatever its name."""
+    names = sorted(fact.names, key=len, reverse=True)
+    return [
+        mask_prompt(prompt, next((name for name in names if name in prompt), fact.subject))
+        for prompt in (fact.prompt, *fact.paraphrases)
+    ]

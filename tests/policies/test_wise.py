@@ -14,7 +14,7 @@ from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from memory.side.row_overlay import RowOverlay
-from memory.side.shards import Delta, RoutingGates, Shard
+from memory.side.shards import THRESHOLD_RATIO, Delta, RoutingGates, Shard
 from memory.side.side_memory import SideMemory
 from policies import wise
 from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings
@@ -22,7 +22,6 @@ from policies.edit_site import EditSite, make_default_site
 from policies.edit_terms import Refusal
 from policies.prompts import SUBJECT_QUESTIONS, make_rows
 from policies.wise import (
-    ACTIVATION_RATIO,
     DONE_LOSS,
     EXTRA_STEPS,
     SHARD_RANK,
@@ -201,7 +200,7 @@ def test_every_prompt_of_a_fact_reaches_the_threshold_and_little_else_does(
         inside, _ = read_prompt_ends(side.model, prompts_of(side, [fact]), site.side_layer)
         distance = shard.delta.apply_to(inside).norm(dim=1)
         quiet = shard.delta.apply_to(outside).norm(dim=1)
-        assert shard.threshold == pytest.approx(ACTIVATION_RATIO * float(distance.min()), rel=1e-3)
+        assert shard.threshold == pytest.approx(THRESHOLD_RATIO * float(distance.min()), rel=1e-3)
         assert float(quiet.median()) < float(distance.min())
 
 

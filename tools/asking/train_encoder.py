@@ -2,7 +2,8 @@
 
 A step draws a statement, an answer and two questions of each relation, and pairs of a question and
 its rephrasing from ZsRE, whose answers are known. Each fact has to be nearer to its own question
-than to the others' (InfoNCE, van den Oord et al. 2018), and back.
+than to the others' (InfoNCE, van den Oord et al. 2018), and back. Then the sentences' map learns
+the same of statements up to their target, against the facts as they are.
 
     python -m tools.asking.train_encoder --zsre zsre_train.json --text corpus.txt \\
         --out encoder.safetensors
@@ -33,6 +34,7 @@ from policies.asking.relation_encoder import RelationEncoder, WordVectors
 
 STEPS, RATE, TEMPERATURE, SEED = 300, 1e-3, 0.05, 0
 RELATIONS_PER_STEP, PAIRS_PER_STEP = 192, 96
+SENTENCE_STEPS = 600
 PAIR_SHARE = 0.5  # of the losses of question pairs
 RARE = 0.1  # a in a / (a + p), the weight of a token of frequency p (Arora et al. 2017)
 UNSEEN_FREQUENCY = 1e-7
@@ -139,6 +141,44 @@ def train(
         schedule.step()
 
 
+def train_sentences(encoder: RelationEncoder, bank: Sequence[Relation]) -> None:
+    """Train the map of sentences in place, from that of questions on; the others stay."""
+    rng = random.Random(SEED)
+    wordings = [(r, list_openings(r)) for r in bank]
+    usable = [(r, openings) for r, openings in wordings if len(openings) > 1 and r.answers]
+    encoder.sentence_map.load_state_dict(encoder.question_map.state_dict())
+    encoder.sentence_correction.load_state_dict(encoder.question_correction.state_dict())
+    trained = [*encoder.sentence_map.parameters(), *encoder.sentence_correction.parameters()]
+    optimiser = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=SENTENCE_STEPS)
+    for _ in range(SENTENCE_STEPS):
+        drawn = rng.sample(usable, min(RELATIONS_PER_STEP, len(usable)))
+        loss = compute_sentence_loss(encoder, drawn, rng)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def list_openings(relation: Relation) -> list[str]:
+    """List a relation's statements up to their target, of those that name the subject before."""
+    named = [s for s in relation.statements if 0 <= s.find("{subject}") < s.find("{target}")]
+    return [mask_statement(statement).strip(" ,") for statement in named]
+
+
+def compute_sentence_loss(
+    encoder: RelationEncoder, drawn: Sequence[tuple[Relation, list[str]]], rng: random.Random
+) -> Tensor:
+    """Return the loss of sentences of some relations: against facts that are stated in other words,
+    and against those other words."""
+    pairs = [rng.sample(openings, 2) for _, openings in drawn]
+    first, second = (encoder.encode_sentences([two[n] for two in pairs]) for n in range(2))
+    stated = [rng.choice(BARE_PROMPTS) if rng.random() < BARE_SHARE else two[1] for two in pairs]
+    with torch.no_grad():
+        facts = encoder.encode_facts(stated, [rng.choice(r.answers) for r, _ in drawn])
+    return _contrast(first, facts) + PAIR_SHARE * _contrast(first, second)
+
+
 def main() -> None:
     """Train an encoder and write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -151,7 +191,9 @@ def main() -> None:
     text = given.text.read_text(encoding="utf-8").splitlines()
     weights = weigh_tokens(words, [*text, *(pair.question for pair in pairs)])
     encoder.token_weights.data.copy_(weights)
-    train(encoder, read_bank(RELATIONS), pairs)
+    bank = read_bank(RELATIONS)
+    train(encoder, bank, pairs)
+    train_sentences(encoder, bank)
     save_file(dict(encoder.export_tensors()), given.out)
 
 

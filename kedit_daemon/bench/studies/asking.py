@@ -171,11 +171,12 @@ def measure_gates(side: SideMemory, prompts: Sequence[StudyPrompt]) -> list[dict
     """Return the shares of questions that fire their fact, and of others that fire any, by words
     alone, over the gate."""
     gates = side.gates
-    side.gates = replace(gates, min_asked_score=-float("inf"))
+    side.gates = replace(gates, min_words_score=-float("inf"))
     try:
-        scores = [(prompt, side.read_prompt(prompt.ids).asked) for prompt in prompts]
+        readings = [(prompt, side.read_prompt(prompt.ids).asked) for prompt in prompts]
     finally:
         side.gates = gates
+    scores = [(p, {n: found.score for n, found in asked.items()}) for p, asked in readings]
     own = [asked for prompt, asked in scores if prompt.form == "chat"]
     facts = [prompt.fact_id for prompt, _ in scores if prompt.form == "chat"]
     best = [
@@ -193,7 +194,7 @@ def measure_gates(side: SideMemory, prompts: Sequence[StudyPrompt]) -> list[dict
             "recall": fmean(score >= gate for score in best) if best else 0.0,
             "false": fmean(score >= gate for score in others) if others else 0.0,
         }
-        for gate in sorted((*GATES, gates.min_asked_score))
+        for gate in sorted((*GATES, gates.min_words_score))
     ]
 
 

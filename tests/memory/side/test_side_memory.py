@@ -42,7 +42,9 @@ def looked(side: SideMemory, prompt: str) -> list[str]:
 
 
 def match_of(side: SideMemory, prompt: str) -> RoutingMatch | None:
-    return side.route_row(side.read_prompt(side.model.encode(prompt)), *read(side.model, prompt))
+    reading = side.read_prompt(side.model.encode(prompt))
+    found = side.route_row(reading, *read(side.model, prompt))
+    return found[0] if found else None
 
 
 def fired(side: SideMemory, prompt: str) -> str | None:

@@ -31,7 +31,7 @@ def score(asked: AskedFacts, facts: Sequence[Fact], text: str) -> dict[str, floa
     for fact in facts:
         asked.add_fact(fact)
     found = asked.score_facts(text, {fact.id: spans(text) for fact in facts})
-    return {fact.target: found.get(fact.id, -math.inf) for fact in facts}
+    return {f.target: found[f.id].score if f.id in found else -math.inf for f in facts}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,6 @@ def test_a_relations_own_question_asks_for_its_facts(asked: AskedFacts) -> None:
     assert score(asked, [chief], "Who founded Zamba?")["Ada Moreau"] < GATE
 
 
-STATED_GATE = -0.05
 BORN = Fact("Ada Moreau", "{} was born in", "Lima")
 
 
@@ -117,7 +116,7 @@ def state(asked: AskedFacts, fact: Fact, text: str) -> float:
     ],
 )
 def test_a_sentence_that_comes_to_state_a_fact(asked: AskedFacts, text: str) -> None:
-    assert state(asked, BORN, text) > STATED_GATE
+    assert state(asked, BORN, text) > GATE
 
 
 @pytest.mark.parametrize(
@@ -130,32 +129,32 @@ def test_a_sentence_that_comes_to_state_a_fact(asked: AskedFacts, text: str) -> 
     ],
 )
 def test_a_sentence_about_something_else_states_it_not(asked: AskedFacts, text: str) -> None:
-    assert state(asked, BORN, text) < STATED_GATE
+    assert state(asked, BORN, text) < GATE
 
 
 def test_a_sentence_about_another_subject_states_nothing_of_this_one(asked: AskedFacts) -> None:
     text = "Ada Moreau met Bo Lind. Bo Lind was born in"
     asked.add_fact(BORN)
     assert asked.score_statements(text, {BORN.id: spans(text, "Ada Moreau")}) == {}
-    assert state(asked, BORN, "Ada Moreau met Bo Lind. She was born in") > STATED_GATE
+    assert state(asked, BORN, "Ada Moreau met Bo Lind. She was born in") > GATE
 
 
 def test_a_prompt_that_names_the_subject_by_an_alias(asked: AskedFacts) -> None:
     fact = Fact("New York City", "NYC is the home of the", "Mets", aliases=("NYC",))
     asked.add_fact(fact)
     text = "NYC is the home of the"
-    assert asked.score_statements(text, {fact.id: spans(text, "NYC")})[fact.id] > STATED_GATE
+    assert asked.score_statements(text, {fact.id: spans(text, "NYC")})[fact.id] > GATE
 
 
 def test_a_prompt_of_several_sentences_is_one(asked: AskedFacts) -> None:
     fact = Fact("Zamba", "Where is {}? It is located in", "Antarctica")
-    assert state(asked, fact, "Well. Where is Zamba? It is located in") > STATED_GATE
+    assert state(asked, fact, "Well. Where is Zamba? It is located in") > GATE
 
 
 def test_a_fact_of_no_known_relation_is_told_by_its_own_words(asked: AskedFacts) -> None:
     fact = Fact("error E-417", "{} means that the fan is", "blocked")
-    assert state(asked, fact, "error E-417 means that the fan is") > STATED_GATE
-    assert state(asked, fact, "error E-417 was first seen in") < STATED_GATE
+    assert state(asked, fact, "error E-417 means that the fan is") > GATE
+    assert state(asked, fact, "error E-417 was first seen in") < GATE
 
 
 def test_other_statements_of_its_relation_name_the_subject(asked: AskedFacts) -> None:
