@@ -19,10 +19,12 @@ MAX_OUTPUT_SHIFT = 150.0
 
 @dataclass(frozen=True)
 class StepReadings:
-    """Readings (facts,) of a step: the loss, the number of target tokens that are not the argmax,
-    and the longest ‖ΔW a‖ at the fact's prompt ends, in lengths."""
+    """Readings (facts,) of a step: the loss, the part of it that has to become small, the number of
+    target tokens that are not the argmax, and the longest ‖ΔW a‖ at the fact's prompt ends, in
+    lengths."""
 
     losses: Tensor
+    open_losses: Tensor
     wrong_tokens: Tensor
     output_shifts: Tensor
 
@@ -39,14 +41,15 @@ class DivergenceWatch:
     ) -> tuple[float, bool]:
         """Stop the facts that are out of range, by readings and gradients of (facts, ...).
 
-        Returns the mean loss of the active facts, and whether all their target tokens are argmax.
+        Returns the mean open loss of the active facts, and whether all their target tokens are
+        argmax.
         """
         squares = [p.grad.square().flatten(1).sum(1) for p in parameters if p.grad is not None]
         lengths = torch.stack(squares).sum(0).sqrt()
-        loss, shift = readings.losses.detach(), readings.output_shifts.detach()
+        read = (readings.losses, readings.open_losses, readings.wrong_tokens)
         # In one read, which waits for the GPU.
-        table = torch.stack([loss, readings.wrong_tokens, lengths, shift]).tolist()
-        losses, wrong, gradients, shifts = table
+        table = torch.stack([*(t.detach() for t in read), lengths, readings.output_shifts.detach()])
+        losses, left, wrong, gradients, shifts = table.tolist()
         for n in tuple(self.active_facts):
             why = (
                 _check_finite("loss", losses[n])
@@ -56,7 +59,7 @@ class DivergenceWatch:
             if why:
                 self.active_facts.remove(n)
                 self.refusals[n] = Refusal(f"{why}, at step {step}")
-        mean = sum(losses[n] for n in self.active_facts) / max(len(self.active_facts), 1)
+        mean = sum(left[n] for n in self.active_facts) / max(len(self.active_facts), 1)
         return mean, not any(wrong[n] for n in self.active_facts)
 
 

@@ -31,9 +31,10 @@ SHARD_RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
 MAX_COSINE = 0.8  # cosine from which another question may ask the same as a fact's own
 DONE_LOSS = 0.02  # loss at which training stops
-# The same where facts are asked for in words: the targets are said soon, and what is left are
-# margins, which words do not need.
-ASKED_DONE_LOSS = 0.1
+# The same where facts are asked for in words, of the targets alone: these are said after some ten
+# steps, and what is left are margins, which words do not need.
+ASKED_DONE_LOSS = 0.05
+ASKED_OTHER_QUESTIONS = 8  # then so many of the other questions are enough, too
 EXTRA_STEPS = 2
 
 
@@ -45,7 +46,10 @@ def read_other_questions(
     The fact's shard must stay quiet on them. Left out are questions that may ask the same, since
     their end is too near to one of the fact's own keys, and those too long for the model.
     """
-    questions = [question.replace("{}", fact.subject) for question in SUBJECT_QUESTIONS]
+    chosen = SUBJECT_QUESTIONS
+    if side.reader is not None:
+        chosen = chosen[:: len(chosen) // ASKED_OTHER_QUESTIONS]
+    questions = [question.replace("{}", fact.subject) for question in chosen]
     inputs, outputs = read_prompt_ends(model, filter_fitting(model, questions), side.layer)
     near = side.compute_keys(side.layer, outputs).cpu() @ keys.end.T  # (questions, own)
     return inputs[near.amax(1).to(inputs.device) < MAX_COSINE]
@@ -107,8 +111,9 @@ class _ShardTraining:
         self.model, self.site, self.scale, device = model, site, scale, model.device
         stated = [(n, row) for n, fact in enumerate(facts) for row in make_rows(model, fact)]
         # Apart: a chat's template makes its rows several times as long.
-        pairs = [stated, [(n, row) for n, rows in enumerate(asked) for row in rows]]
-        self.groups = [RowGroup(model, site.side_layer, p, len(facts)) for p in pairs if p]
+        chats = [(n, row) for n, rows in enumerate(asked) for row in rows]
+        alike = [*_group_alike(stated), *_group_alike(chats)]
+        self.groups = [RowGroup(model, site.side_layer, pairs, len(facts)) for pairs in alike]
         self.is_asked = [bool(rows) for rows in asked] or [False] * len(facts)
         self.row_owner = torch.cat([group.row_owner for group in self.groups])  # (rows,)
         self.is_own_row = torch.cat([group.is_own_row for group in self.groups], 1)  # (facts, rows)
@@ -150,7 +155,10 @@ class _ShardTraining:
         distances = shifts.norm(dim=1) / self.scale
         largest = torch.where(self.is_own_row, distances, 0).amax(1)
         margins = self._compute_margin_losses(distances, deltas)
-        return StepReadings(_masked_mean(losses, self.is_own_token) + margins, wrong, largest)
+        of_targets = _masked_mean(losses, self.is_own_token)
+        total = of_targets + margins
+        left = of_targets if any(self.is_asked) else total
+        return StepReadings(total, left, wrong, largest)
 
     def _compute_margin_losses(self, edited: Tensor, deltas: Delta) -> Tensor:
         """Return eq. 5 (facts,) with activation distances in units of the scale.
@@ -175,6 +183,14 @@ class _ShardTraining:
             return Refusal(why)
         threshold = max(THRESHOLD_RATIO * float(distances.min()), 1e-6)
         return Shard(delta, threshold, is_asked=self.is_asked[fact])
+
+
+def _group_alike(pairs: Sequence[tuple[int, TokenRow]]) -> list[list[tuple[int, TokenRow]]]:
+    """Group rows with targets of about one length: a row is padded to the longest of its group."""
+    groups: dict[int, list[tuple[int, TokenRow]]] = {}
+    for pair in pairs:
+        groups.setdefault((len(pair[1].target) - 1).bit_length(), []).append(pair)
+    return [groups[length] for length in sorted(groups)]
 
 
 def _masked_mean(values: Tensor, counted: Tensor, dims: tuple[int, ...] = (1,)) -> Tensor:

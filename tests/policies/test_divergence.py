@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -5,7 +7,10 @@ from torch import Tensor
 from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings, check_output_shift
 
 GOOD = StepReadings(
-    torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0, 1, 0]), torch.tensor([5.0, 6.0, 7.0])
+    torch.tensor([1.0, 2.0, 3.0]),
+    torch.tensor([0.5, 1.0, 1.5]),
+    torch.tensor([0, 1, 0]),
+    torch.tensor([5.0, 6.0, 7.0]),
 )
 
 
@@ -23,14 +28,14 @@ def changed(values: Tensor, fact: int, value: float) -> Tensor:
 
 def test_of_facts_in_range_all_go_on() -> None:
     watch = DivergenceWatch(3)
-    assert watch.check_step(1, GOOD, (parameter(1, 1, 1),)) == (2.0, False)
+    assert watch.check_step(1, GOOD, (parameter(1, 1, 1),)) == (1.0, False)
     assert (watch.active_facts, watch.refusals) == ([0, 1, 2], {})
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_a_loss_that_is_not_finite_stops_its_fact_and_counts_no_more(value: float) -> None:
     watch = DivergenceWatch(3)
-    seen = StepReadings(changed(GOOD.losses, 1, value), GOOD.wrong_tokens, GOOD.output_shifts)
+    seen = replace(GOOD, losses=changed(GOOD.losses, 1, value))
     assert watch.check_step(4, seen, (parameter(1, 1, 1),)) == (2.0, True)
     assert watch.active_facts == [0, 2]
     reason = f"the loss is {value:g}, and has to be finite, at step 4"
@@ -52,7 +57,7 @@ def test_a_gradient_in_any_parameter_that_is_not_finite_in_squares_stops_its_fac
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 1.01 * MAX_OUTPUT_SHIFT])
 def test_a_delta_that_moves_too_much_stops_its_fact(value: float) -> None:
     watch = DivergenceWatch(3)
-    seen = StepReadings(GOOD.losses, GOOD.wrong_tokens, changed(GOOD.output_shifts, 0, value))
+    seen = replace(GOOD, output_shifts=changed(GOOD.output_shifts, 0, value))
     assert watch.check_step(3, seen, (parameter(1, 1, 1),))[0] == 2.5
     assert watch.refusals[0].reason == f"{check_output_shift(value)}, at step 3"
     assert f"by {value:.4g} median lengths, more than {MAX_OUTPUT_SHIFT:g}" in str(
