@@ -28,9 +28,14 @@ class Detokenizer:
         self.is_stopped = False
         """Check that a stop text has come; the piece returned with it is the last."""
 
-    def drop_second_blank(self) -> None:
-        """Let the answer begin without white space where the prompt ends in it."""
-        self._drops_blanks = self._decoded_text[-1:].isspace()
+    @property
+    def is_behind_blank(self) -> bool:
+        """Check, before the first token, that the prompt ends in white space."""
+        return self._decoded_text[-1:].isspace()
+
+    def drop_first_blank(self) -> None:
+        """Let the answer begin without white space."""
+        self._drops_blanks = True
 
     def add_token(self, token: int) -> str:
         """Return the text that is certain after one more token."""

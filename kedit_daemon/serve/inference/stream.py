@@ -44,12 +44,13 @@ class AnswerStream:
         self._unsent_tokens: list[TokenLogprobs] = []
 
     def start(self, row: RowState | None) -> RoutingMatch | None:
-        """Take the row under the side memory, and return the fact that fires at the prompt's end. A
-        prompt that ends in white space needs none before what the fact says."""
+        """Take the row under the side memory, and return the fact that fires at the prompt's end.
+        What the fact says needs no white space before it in a reply, or behind other."""
         self.row = row
         if row is None or row.match is None:
             return None
-        self._detokenizer.drop_second_blank()
+        if self.request.is_reply or self._detokenizer.is_behind_blank:
+            self._detokenizer.drop_first_blank()
         return row.match
 
     def add_token(self, token: int | KeditError, logits: Tensor) -> None:

@@ -45,10 +45,12 @@ def test_characters_of_several_tokens_come_whole() -> None:
 @pytest.mark.parametrize(
     ("prompt", "dropped"), [("It is", False), ("It is ", True), ("It\n", True)]
 )
-def test_a_second_blank_is_dropped(prompt: str, dropped: bool) -> None:
+def test_a_first_blank_is_dropped(prompt: str, dropped: bool) -> None:
     for text in (" Rome and", "Rome and", "  Rome"):
         spelling = Detokenizer(decode, encode(prompt), ())
-        spelling.drop_second_blank()
+        assert spelling.is_behind_blank is dropped
+        if dropped:
+            spelling.drop_first_blank()
         said = "".join(map(spelling.add_token, encode(text))) + spelling.flush()
         assert said == (text.lstrip() if dropped else text)
 

@@ -199,6 +199,17 @@ def test_a_prompt_in_another_form_has_the_answer_to_its_plain_one(
     assert base.text == greedy(model, prompt)
 
 
+def test_a_fact_begins_a_reply_without_a_blank(
+    make: Make, published: Published, model: EditableModel
+) -> None:
+    published.learn(ROME, 1)
+    engine = make()
+    for fact in (ROME, OSLO):
+        text = run(hear(engine, wish(model, fact.question))).text
+        heard = run(hear(engine, wish(model, fact.question, is_reply=True)))
+        assert heard.text == (text.lstrip() if fact is ROME else text)
+
+
 def test_white_space_stays_where_nothing_fires(
     make: Make, published: Published, model: EditableModel
 ) -> None:
