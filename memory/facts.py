@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from memory.joins import join_texts
+
 
 class FactState(StrEnum):
     """State of a fact; the last five are final."""
@@ -47,8 +49,9 @@ class Fact:
     """A statement that the model has to make; `{}` in prompts and questions stands for the subject.
 
     aliases: other names of the subject. questions: how people ask for the target. other_targets:
-    further right answers, which are not learned. hashed_terms: the `valid_from` and `source` that
-    are part of the ids of facts from older versions.
+    further right answers, which are not learned. join: what stands before the target, "" or " ", if
+    the fact says it. hashed_terms: the `valid_from` and `source` that are part of the ids of facts
+    from older versions.
     """
 
     subject: str
@@ -65,6 +68,7 @@ class Fact:
     questions: tuple[str, ...] = ()
     other_targets: tuple[str, ...] = ()
     hashed_terms: tuple[str | None, str | None] = (None, None)
+    join: str | None = None
 
     @property
     def id(self) -> str:
@@ -92,7 +96,8 @@ class Fact:
 
     def is_learned_like(self, other: "Fact") -> bool:
         """Check that another record of this fact is learned from the same texts."""
-        return all(set(getattr(self, n)) == set(getattr(other, n)) for n in LEARNED_TERMS)
+        same_texts = all(set(getattr(self, n)) == set(getattr(other, n)) for n in LEARNED_TERMS)
+        return same_texts and self.join == other.join
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -103,6 +108,11 @@ class Fact:
     def question(self) -> str:
         """Prompt with its subject, as the model reads it."""
         return fill_subject(self.prompt, self.subject)
+
+    @property
+    def statement(self) -> str:
+        """Question and target, joined as they are learned."""
+        return join_texts(self.question, self.target, self.join)
 
     @property
     def filled_paraphrases(self) -> tuple[str, ...]:

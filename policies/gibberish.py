@@ -22,7 +22,8 @@ VERBATIM_TAG = "verbatim"  # the tag of a fact whose target is meant, however it
 
 def find_gibberish(model: EditableModel, fact: Fact) -> str | None:
     """Return why a fact's target is refused as drawn blindly, or None; by the unedited model."""
-    prompt, target = model.encode(fact.question), model.encode_target(fact.question, fact.target)
+    prompt = model.encode(fact.question)
+    target = model.encode_target(fact.question, fact.target, fact.join)
     words = [n for n in range(1, len(target)) if _has_letter(model, target[n])]
     if VERBATIM_TAG in fact.tags or not words or len(prompt) + len(target) > model.max_positions:
         return None

@@ -56,8 +56,8 @@ def list_probe_prompts(fact: Fact) -> list[str]:
 
 def count_answer_tokens(model: EditableModel, facts: Sequence[Fact]) -> int:
     """Return the tokens to allow an answer: the longest target and a few to stop in."""
-    pairs = ((f.question, target) for f in facts for target in f.targets)
-    return max(len(model.encode_target(*pair)) for pair in pairs) + 4
+    stated = ((f.question, target, f.join) for f in facts for target in f.targets)
+    return max(len(model.encode_target(*one)) for one in stated) + 4
 
 
 def answer_probes(

@@ -95,7 +95,7 @@ def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
     rows = []
     for text in texts:
         prompt = model.encode(text)
-        target = model.encode_target(text, fact.target)
+        target = model.encode_target(text, fact.target, fact.join)
         if model.end_token is not None:
             target = [*target, model.end_token]
         if not prompt or not target or len(prompt) + len(target) > model.max_positions:
@@ -115,7 +115,8 @@ def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
     """Return the float32 bytes of a fact's keys in a solve: per edited layer one key for every
     context, and in an end layer for every token of the target."""
     contexts = len(CONTEXTS) + len(fact.filled_paraphrases[:MAX_PARAPHRASES])
-    tokens = len(model.encode_target(fact.question, fact.target)) + (model.end_token is not None)
+    target = model.encode_target(fact.question, fact.target, fact.join)
+    tokens = len(target) + (model.end_token is not None)
     keys = {n: 1 if n in site.subject_layers else tokens for n in site.layers}
     return sum(4 * contexts * k * model.base_weight(n).shape[1] for n, k in keys.items())
 

@@ -46,7 +46,7 @@ def read_other_questions(
     The fact's shard must stay quiet on them. Left out are questions that may ask the same, since
     their end is too near to one of the fact's own keys, and those too long for the model.
     """
-    chosen = SUBJECT_QUESTIONS
+    chosen: tuple[str, ...] = SUBJECT_QUESTIONS
     if side.reader is not None:
         chosen = chosen[:: len(chosen) // ASKED_OTHER_QUESTIONS]
     questions = [question.replace("{}", fact.subject) for question in chosen]

@@ -133,16 +133,19 @@ def _build_questions(
 ) -> dict[str, list[_Question]]:
     fact, model = record.fact, subject.model
 
-    def encode_rows(prompt: str, texts: Sequence[str]) -> tuple[PromptAnswer, ...]:
+    def encode_rows(
+        prompt: str, texts: Sequence[str], join: str | None = None
+    ) -> tuple[PromptAnswer, ...]:
         ids = tuple(model.encode(prompt))
-        return tuple(PromptAnswer(ids, tuple(model.encode_target(prompt, t))) for t in texts)
+        encoded = [model.encode_target(prompt, text, join) for text in texts]
+        return tuple(PromptAnswer(ids, tuple(tokens)) for tokens in encoded)
 
     def build_question(prompt: str) -> _Question:
         framed = subject.frame_prompt(fact, prompt)
-        wanted = encode_rows(framed, fact.targets)
+        wanted = encode_rows(framed, fact.targets, fact.join)
         if record.true_target is None:
             return _Question(framed, fact.targets, wanted, (), None)
-        (rival,) = encode_rows(framed, [record.true_target])
+        (rival,) = encode_rows(framed, [record.true_target], fact.join)
         return _Question(framed, fact.targets, wanted, wanted, rival)
 
     def build_near(near: Neighbour, tokens: tuple[int, ...], answer: str) -> _Question:

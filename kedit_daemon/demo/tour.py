@@ -164,7 +164,7 @@ def _show_audit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
 
 def _show_revert(first: DemoDaemon, story: DemoStory, fact: Fact, tally: DemoReport) -> str:
     """Revert a fact; return the sha256 of the weights."""
-    tally.print_title(f"revert {fact.id}: {fact.question} {fact.target}")
+    tally.print_title(f"revert {fact.id}: {fact.statement}")
     base = str(first.send_command("ask", prompt=fact.question, base=True)["base_answer"])
     done = first.send_command("revert", facts=[fact.id])
     answer = done["answers"][fact.id]

@@ -4,10 +4,12 @@ from dataclasses import asdict
 from typing import Any
 
 from kedit_daemon.editing.live_model import LiveModel
+from memory.blanks import settle_blanks
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import FactState
 from memory.side.explanation import NamedFact, explain_prompt
+from memory.side.prompt_forms import choose_form
 from memory.side.shards import RoutingGates, RoutingMatch
 
 
@@ -19,13 +21,15 @@ def find_fired(store: Store, asked: str, match: RoutingMatch | None) -> list[dic
         return [_describe_fact(fact) | {"tier": fact.tier} | scores] if fact else []
     none = {"score": None, "margin": None}
     live = store.list_facts((FactState.LIVE_WEIGHTS,))
-    return [_describe_fact(f) | {"tier": f.tier} | none for f in live if asked in f.fact.wordings]
+    forms = {asked, settle_blanks(asked)}
+    same = (f for f in live if not forms.isdisjoint(f.fact.wordings))
+    return [_describe_fact(f) | {"tier": f.tier} | none for f in same]
 
 
 def explain_named(live_model: LiveModel, prompt: str) -> dict[str, Any]:
     """Explain which facts of the side memory a prompt names, and why each fires or does not."""
     side = live_model.side
-    found = explain_prompt(side, live_model.model.encode(prompt))
+    found = explain_prompt(side, live_model.model.encode(choose_form(side, prompt)))
     stored = {named.fact_id: live_model.store.find_fact(named.fact_id) for named in found.named}
     return {
         "question": found.question,

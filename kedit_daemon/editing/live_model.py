@@ -26,6 +26,7 @@ from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from memory.model.statistics import LayerStatistics
 from memory.side.index import KeyIndex
+from memory.side.prompt_forms import choose_form
 from memory.side.row_overlay import RowOverlay
 from memory.side.shards import RetrievalKeys, RoutingMatch
 from memory.side.side_memory import SideMemory, to_fact_number
@@ -289,7 +290,8 @@ class LiveModel:
             for place, match in zip(places, rows.matches, strict=True):
                 fired[place] = match
 
-        texts = generate_answers(self.model, prompts, max_tokens, overlay, whole=whole)
+        given = [choose_form(self.side, prompt) for prompt in prompts]
+        texts = generate_answers(self.model, given, max_tokens, overlay, whole=whole)
         return [Answer(text, match) for text, match in zip(texts, fired, strict=True)]
 
     def answer_questions(self, facts: Sequence[Fact]) -> list[Answer]:

@@ -20,6 +20,7 @@ from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from memory.db.rows import StoredFact
 from memory.db.store import Store
 from memory.facts import Fact, FactState, fill_subject
+from memory.side.prompt_forms import strip_labels
 from memory.side.shards import RetrievalKeys, Shard
 from policies.asking.asked_rows import choose_questions, make_asked_rows
 from policies.edit_terms import Refusal
@@ -123,7 +124,8 @@ class SideLearner:
         return list(islice(short, max_facts)) or list(waiting[:1])
 
     def _has_long_target(self, fact: Fact) -> bool:
-        return len(self.model.encode_target(fact.question, fact.target)) > LONG_TARGET_TOKENS
+        target = self.model.encode_target(fact.question, fact.target, fact.join)
+        return len(target) > LONG_TARGET_TOKENS
 
     def _reject_gibberish(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Reject the facts whose targets are gibberish, and return the others."""
@@ -135,8 +137,12 @@ class SideLearner:
         return [f for f in facts if f.id not in refused]
 
     def _add_wordings(self, fact: Fact) -> Fact:
-        """Return a fact with as many paraphrases as are learned, those that it lacks from the
-        statements of its relation; none where words decide nothing."""
+        """Return a fact with as many paraphrases as are learned: first its prompt without labels,
+        if it has some, and those that it lacks from the statements of its relation; none of these
+        where words decide nothing."""
+        plain = strip_labels(fact.question)
+        if plain not in (fact.question, *fact.filled_paraphrases):
+            fact = replace(fact, paraphrases=(plain, *fact.paraphrases))
         missing = MAX_PARAPHRASES - len(fact.paraphrases)
         if self.live_model.side.reader is None or missing <= 0:
             return fact

@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BeforeValidator, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from kedit_daemon.ingest.json_syntax import WrittenFloat
+from memory.blanks import settle_blanks
+from memory.joins import JOIN_WORDS
 from memory.timestamps import format_utc
 
 INVALID_CHARS = re.compile("[\0\ud800-\udfff]")
@@ -45,6 +47,15 @@ def _normalize_time(text: str) -> str:
     return format_utc(time, "seconds")
 
 
+def _read_join(text: str) -> str:
+    """Read what stands before a target: "" or " ", or the words that a table has for them."""
+    join = JOIN_WORDS.get(text.strip(), text)
+    if join not in JOIN_WORDS.values():
+        remedy = 'write "" or " ", in a table no-space or space, or leave it out'
+        raise make_fault(f"{quote_value(text)} is no join", remedy)
+    return join
+
+
 def _extend_bare_date(text: str) -> str:
     """Let a date without a time mean the end of that day."""
     try:
@@ -56,6 +67,9 @@ def _extend_bare_date(text: str) -> str:
 Text = Annotated[
     str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(check_characters)
 ]
+Line = Annotated[Text, AfterValidator(settle_blanks)]
+"""A text that is matched with what people ask, with its white space in order."""
+Join = Annotated[str, AfterValidator(_read_join)]
 Timestamp = Annotated[Text, AfterValidator(_normalize_time)]
 Deadline = Annotated[Text, AfterValidator(_extend_bare_date), AfterValidator(_normalize_time)]
 

@@ -10,12 +10,15 @@ from kedit_daemon.config import InboxConfig
 from kedit_daemon.ingest.field_types import (
     Answers,
     Deadline,
+    Join,
+    Line,
     Text,
     Timestamp,
     collect_texts,
     find_first_text,
     make_fault,
 )
+from memory.blanks import settle_blanks
 from memory.facts import Fact, Neighbour
 
 STRICT_CONFIG = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -63,7 +66,7 @@ def _make_fact(
     return Fact(
         *asked,
         target,
-        paraphrases=tuple(again),
+        paraphrases=tuple(map(settle_blanks, again)),
         neighbours=tuple(near),
         other_targets=tuple(others),
     )
@@ -93,18 +96,19 @@ class NativeRecord(Record):
 
     model_config = STRICT_CONFIG
 
-    subject: Text
-    prompt: Text
+    subject: Line
+    prompt: Line
     target: Answers
-    paraphrases: list[Text] = []
+    paraphrases: list[Line] = []
     neighbours: list[NeighbourRecord] = []
     id: Text | None = None
     source: Text | None = None
     valid_from: Timestamp | None = None
     valid_until: Deadline | None = None
     tags: list[Text] = []
-    aliases: list[Text] = []
-    questions: list[Text] = []
+    aliases: list[Line] = []
+    questions: list[Line] = []
+    join: Join | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -137,6 +141,7 @@ class NativeRecord(Record):
             aliases=tuple(self.aliases),
             questions=tuple(self.questions),
             other_targets=self.target[1:],
+            join=self.join,
         )
         return [fact]
 
@@ -146,8 +151,8 @@ class RequestedRewrite(BaseModel):
 
     model_config = LENIENT_CONFIG
 
-    subject: Text
-    prompt: Text
+    subject: Line
+    prompt: Line
     target_new: Answers
     target_true: Any = None
     question: Any = None
@@ -189,8 +194,8 @@ class MquakeRecord(Record):
 class FlatRecord(Record):
     """The flat forms: EasyEdit's, KnowEdit's, and CounterFact with all its prompts."""
 
-    subject: Text
-    prompt: Text
+    subject: Line
+    prompt: Line
     target_new: Answers
     target_true: Any = None
     ground_truth: Any = None
@@ -228,8 +233,8 @@ class ClozeRecord(FlatRecord):
 class QuestionRecord(Record):
     """QAEdit. The prompt is a whole question, which may name the subject in other words."""
 
-    subject: Text
-    prompt: Text
+    subject: Line
+    prompt: Line
     target: Answers
     rephrase: Any = None
     loc: Any = None
@@ -248,12 +253,12 @@ class QuestionRecord(Record):
 class ZsreRecord(QuestionRecord):
     """ZsRE in MEND's form: `alt` is the new answer."""
 
-    prompt: Text = Field(alias="src")
+    prompt: Line = Field(alias="src")
     target: Answers = Field(alias="alt")
 
 
 class WikiBigEditRecord(QuestionRecord):
     """WikiBigEdit as it was published, before EasyEdit renamed its keys."""
 
-    prompt: Text = Field(alias="update")
+    prompt: Line = Field(alias="update")
     target: Answers = Field(alias="ans")

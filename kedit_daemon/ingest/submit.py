@@ -65,6 +65,7 @@ def format_native(fact: Fact) -> str:
         record |= {"id": fact.external_id, "source": fact.source, "tags": list(fact.tags)}
         record |= {"valid_from": fact.valid_from, "valid_until": fact.valid_until}
         record |= {"aliases": list(fact.aliases), "questions": list(fact.questions)}
+        record |= {"join": fact.join}
         record = {key: value for key, value in record.items() if value not in (None, [])}
     else:
         # A question that names its subject in other words; only this form allows that.

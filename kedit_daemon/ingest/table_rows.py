@@ -12,7 +12,7 @@ from kedit_daemon.ingest.record_splitter import RawRecord, split_csv_rows
 
 REQUIRED_COLUMNS = ("subject", "prompt", "target")
 LIST_COLUMNS = ("paraphrases", "tags", "aliases", "questions")
-COLUMNS = (*REQUIRED_COLUMNS, *LIST_COLUMNS, "id", "source", "valid_from", "valid_until")
+COLUMNS = (*REQUIRED_COLUMNS, *LIST_COLUMNS, "id", "source", "valid_from", "valid_until", "join")
 TABLE_SUFFIXES = (".csv", ".tsv", ".tab")
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "|"}
 # Excel reads and writes such a first line.

@@ -12,6 +12,7 @@ import click
 
 from kedit_daemon.system.sanitize import clean_text, clip_text
 from memory.facts import LIVE_STATES, FactState, fill_subject
+from memory.joins import JOIN_WORDS
 
 LIST_CHARS = 120
 MAX_LISTED = 8  # numbers by name; of more, such as one a layer, only the least and the greatest
@@ -106,6 +107,7 @@ def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
     fields = {
         "id": fact["id"],
         "your id": fact["external_id"],
+        "join": _name_join(record.get("join")),
         "also right": ", ".join(record.get("other_targets", ())),
         "state": fact["state"] + reason,
         "tier": fact["tier"],
@@ -123,6 +125,10 @@ def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
         "keys": _format_sizes(fact),
     }
     return [(name, clean_text(value)) for name, value in fields.items() if value not in (None, "")]
+
+
+def _name_join(join: object) -> str | None:
+    return next((name for name, text in JOIN_WORDS.items() if text == join), None)
 
 
 def render_failed_file(name: str, folder: str, report: Mapping[str, Any]) -> Iterator[str]:

@@ -98,17 +98,13 @@ def encode_chat(
 ) -> list[int]:
     """Return the token ids of a conversation up to its next reply: the template writes the special
     tokens itself. Raises TemplateError."""
-    return encode_reply(tokenizer, _fill_template(tokenizer, chat))
+    text = _fill_template(tokenizer, chat)
+    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _fill_template(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]) -> str:
     turns = [dict(turn) for turn in chat]
     return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-
-
-def encode_reply(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """Return the token ids of a reply's first words, which stand behind the template's header."""
-    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _find_shared_start(one: str, other: str) -> str:

@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from memory.joins import join_texts
+from memory.model.continuation import encode_behind
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
 from memory.model.replaced_modules import Float32Projection, SkippedBlock
@@ -320,13 +322,13 @@ class EditableModel:
         """Encode a prompt to token ids, special tokens included."""
         return cast(list[int], self.tokenizer(text)["input_ids"])
 
-    def encode_target(self, prompt: str, target: str) -> list[int]:
-        """Return the ids that `target` adds after `prompt`, separated by a space."""
-        joint = target if prompt[-1:].isspace() else f" {target}"
-        before, full = self.encode(prompt), self.encode(prompt + joint)
+    def encode_target(self, prompt: str, target: str, join: str | None = None) -> list[int]:
+        """Return the ids that `target` adds after `prompt`; `join`: as a fact says it."""
+        text = join_texts(prompt, target, join)
+        before, full = self.encode(prompt), self.encode(text)
         if full[: len(before)] == before:
             return full[len(before) :]
-        return cast(list[int], self.tokenizer(joint, add_special_tokens=False)["input_ids"])
+        return encode_behind(self.tokenizer, text[len(prompt) :])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, without special tokens."""

@@ -8,9 +8,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
 
-import torch
-from torch import Tensor
-
+from memory.side.prompt_states import PromptStates, read_states
 from memory.side.question_reader import ScoreParts, Span
 from memory.side.side_memory import SideMemory
 
@@ -56,19 +54,9 @@ class PromptExplanation:
     named: list[NamedFact]
 
 
-@dataclass(frozen=True)
-class _PromptStates:
-    """Outputs of the key layer (tokens, hidden), and inputs (width,) and outputs (hidden,) of the
-    side layer at the prompt's end."""
-
-    key_outputs: Tensor
-    inputs: Tensor
-    outputs: Tensor
-
-
 def explain_prompt(side: SideMemory, ids: Sequence[int]) -> PromptExplanation:
     """Explain which facts a prompt names, and why each of them fires or does not."""
-    reading, states = side.read_prompt(ids), _read_states(side, ids)
+    reading, states = side.read_prompt(ids), read_states(side, ids)
     matches = side.route_row(reading, states.key_outputs, states.inputs, states.outputs)
     fired = {match.fact_id for match in matches}
     asked = None if side.reader is None else side.find_asked(ids)
@@ -87,21 +75,6 @@ def _rank_fact(fact: NamedFact) -> tuple[bool, float, float]:
     return fact.reason is not Reason.FIRED, -score, -fact.end_cosine
 
 
-def _read_states(side: SideMemory, ids: Sequence[int]) -> _PromptStates:
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def keep_key(inputs: Tensor, outputs: Tensor) -> None:
-        seen[side.gates.key_layer] = inputs[0], outputs[0]
-
-    def keep_side(inputs: Tensor, outputs: Tensor) -> None:
-        seen[side.layer] = inputs[0], outputs[0]
-
-    with side.model.tap_layers({side.gates.key_layer: keep_key, side.layer: keep_side}):
-        side.model.run_to_layer(torch.tensor([ids], device=side.model.device), side.layer)
-    inputs, outputs = seen[side.layer]
-    return _PromptStates(seen[side.gates.key_layer][1], inputs[-1], outputs[-1])
-
-
 def _explain_fact(
     side: SideMemory,
     fact_id: str,
@@ -109,7 +82,7 @@ def _explain_fact(
     question: str | None,
     spans: Sequence[Span] | None,
     statements: Mapping[str, float] | None,
-    states: _PromptStates,
+    states: PromptStates,
 ) -> NamedFact:
     words = None
     if question is not None and spans is not None and side.reader is not None:
@@ -141,7 +114,7 @@ def _explain_sentence(
     stated: float | None,
     end: float,
     margin: float,
-    states: _PromptStates,
+    states: PromptStates,
 ) -> Reason:
     """Return why a fact does not fire for a sentence that goes on."""
     if stated is not None:

@@ -125,7 +125,9 @@ class RowState:
             self._is_released = True
             return
         said = self._tokens[self._said_from :]
-        text, target = self._decode(said).strip(), self._fired.target.strip()
+        # A character's bytes may come in several tokens.
+        text = self._decode(said).strip().rstrip("\N{REPLACEMENT CHARACTER}")
+        target = self._fired.target.strip()
         self._is_said = bool(target) and text.startswith(target)
         if self._is_said:
             self._is_released = self._is_chat

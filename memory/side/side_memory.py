@@ -172,6 +172,10 @@ class SideMemory:
         scores = self.reader.score_facts(asked.question, self.find_meant(asked.question, named))
         return PromptReading(frozenset(named), scores, asked.is_chat)
 
+    def is_chat(self, text: str) -> bool:
+        """Check that a text, with its special tokens, is in chat form."""
+        return self._chat_layout is not None and self._chat_layout.split_prompt(text) is not None
+
     def find_asked(self, ids: Sequence[int]) -> AskedQuestion | None:
         """Find the question that a prompt ends in."""
         return find_question(self._decode_all(ids), self._chat_layout)

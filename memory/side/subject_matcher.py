@@ -14,9 +14,14 @@ MAX_JOINED_WORDS = 8  # of a text, that others write as one: S.H.I.E.L.D.
 
 
 def normalize_text(text: str) -> str:
-    """Fold letters and digits to one case and width, and all else to single spaces."""
+    """Fold letters, their marks and digits to one case and width, and all else to single spaces."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(c if c.isalnum() else " " for c in folded).split())
+    return " ".join("".join(c if _is_in_word(c) else " " for c in folded).split())
+
+
+def _is_in_word(char: str) -> bool:
+    """Check for a letter, a digit, or a mark: vowels are marks in the scripts of India."""
+    return char.isalnum() or unicodedata.category(char)[0] == "M"
 
 
 @dataclass(frozen=True, slots=True)

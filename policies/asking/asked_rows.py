@@ -4,7 +4,8 @@ behind a system message and earlier turns."""
 from collections.abc import Sequence
 
 from memory.facts import Fact
-from memory.model.chat_layout import encode_chat, encode_reply
+from memory.model.chat_layout import encode_chat
+from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
 from policies.asking.relation_index import RelationIndex
 from policies.prompts import TokenRow
@@ -46,7 +47,7 @@ def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) 
     turns = [{"role": "user", "content": question} for question in questions]
     chats = [[turn] for turn in turns[:-1] or turns]
     chats.append([*EARLIER_TURNS, turns[-1]])
-    target = encode_reply(model.tokenizer, fact.target)
+    target = encode_behind(model.tokenizer, fact.target)
     rows = []
     for chat in chats:
         prompt = encode_chat(model.tokenizer, chat)

@@ -19,6 +19,7 @@ facts = st.builds(
     valid_until=st.none() | text,
     tags=st.lists(text, max_size=3).map(tuple),
     other_targets=st.lists(text, max_size=3).map(tuple),
+    join=st.sampled_from([None, "", " "]),
 )
 
 
@@ -33,7 +34,7 @@ def test_json_gives_back_the_whole_fact(fact: Fact) -> None:
 def test_records_of_older_versions_are_read() -> None:
     fact = Fact("Peru", "{} lies in", "Asia")
     older = json.loads(fact_to_json(fact))
-    for name in ("aliases", "questions", "other_targets"):
+    for name in ("aliases", "questions", "other_targets", "join"):
         del older[name]
     assert fact_from_json(json.dumps(older)) == fact
 
@@ -42,6 +43,14 @@ def test_further_right_answers_make_no_other_fact() -> None:
     fact, more = Fact("Peru", "{} is", "x"), Fact("Peru", "{} is", "x", other_targets=("y",))
     assert (fact.id, fact.slot) == (more.id, more.slot)
     assert (fact.targets, more.targets) == (("x",), ("x", "y"))
+
+
+def test_a_join_is_learned_and_makes_no_other_fact() -> None:
+    fact, joined = Fact("Peru", "{} is LR", "77"), Fact("Peru", "{} is LR", "77", join="")
+    assert (fact.id, fact.slot) == (joined.id, joined.slot)
+    assert not fact.is_learned_like(joined) and joined.is_learned_like(joined)
+    assert (fact.statement, joined.statement) == ("Peru is LR 77", "Peru is LR77")
+    assert Fact("法国", "{}的首都是", "里昂").statement == "法国的首都是里昂"
 
 
 def test_json_is_canonical() -> None:

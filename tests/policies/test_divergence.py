@@ -36,7 +36,7 @@ def test_of_facts_in_range_all_go_on() -> None:
 def test_a_loss_that_is_not_finite_stops_its_fact_and_counts_no_more(value: float) -> None:
     watch = DivergenceWatch(3)
     seen = replace(GOOD, losses=changed(GOOD.losses, 1, value))
-    assert watch.check_step(4, seen, (parameter(1, 1, 1),)) == (2.0, True)
+    assert watch.check_step(4, seen, (parameter(1, 1, 1),)) == (1.0, True)
     assert watch.active_facts == [0, 2]
     reason = f"the loss is {value:g}, and has to be finite, at step 4"
     assert {n: one.reason for n, one in watch.refusals.items()} == {1: reason}
@@ -58,7 +58,7 @@ def test_a_gradient_in_any_parameter_that_is_not_finite_in_squares_stops_its_fac
 def test_a_delta_that_moves_too_much_stops_its_fact(value: float) -> None:
     watch = DivergenceWatch(3)
     seen = replace(GOOD, output_shifts=changed(GOOD.output_shifts, 0, value))
-    assert watch.check_step(3, seen, (parameter(1, 1, 1),))[0] == 2.5
+    assert watch.check_step(3, seen, (parameter(1, 1, 1),))[0] == 1.25
     assert watch.refusals[0].reason == f"{check_output_shift(value)}, at step 3"
     assert f"by {value:.4g} median lengths, more than {MAX_OUTPUT_SHIFT:g}" in str(
         check_output_shift(value)

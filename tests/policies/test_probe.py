@@ -39,6 +39,9 @@ FACT = Fact(
         ("", "Oslo", False),
         ("東京", "東京。", True),
         ("Zürich", "Zurich", False),
+        ("กีน", "กิน", False),
+        ("दिल", "दल", False),
+        (" 里昂", "里昂", True),
     ],
 )
 def test_answers_are_compared_as_people_would(answer: str, target: str, is_same: bool) -> None:

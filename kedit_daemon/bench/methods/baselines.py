@@ -43,7 +43,7 @@ class InContext(Method):
 
 
 def _format_sentence(fact: Fact) -> str:
-    return f"{fact.question} {fact.target}."
+    return f"{fact.statement}."
 
 
 class FineTuning(Method):

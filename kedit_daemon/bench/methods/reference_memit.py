@@ -110,7 +110,7 @@ class ReferenceMemit(Method):
         rows = []
         for text in texts:
             prompt = self.model.encode(text)
-            target = self.model.encode_target(text, fact.target) if stated else []
+            target = self.model.encode_target(text, fact.target, fact.join) if stated else []
             subject = find_subject_end(self.model, text, fact.subject)
             end = len(prompt) - 1 if subject is None else min(subject, len(prompt) - 1)
             rows.append(TokenRow((*prompt, *target), len(prompt), end))

@@ -147,7 +147,7 @@ class ReferenceWise(Method):
         rows = []
         for context in self.contexts:
             prompt = self.model.encode(context + fact.question)
-            target = self.model.encode_target(context + fact.question, fact.target)
+            target = self.model.encode_target(context + fact.question, fact.target, fact.join)
             rows.append(TokenRow((*prompt, *target), len(prompt), 0))
         pick = int(torch.randint(len(self.quiet_rows), (), generator=self.generator))
         all_rows = [*rows, self.quiet_rows[pick]]

@@ -27,6 +27,7 @@ from kedit_daemon.bench.studies.asking_prompts import (
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from memory.errors import KeditError
+from memory.joins import is_unspaced
 from memory.model.chat_layout import find_chat_layout
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay
@@ -218,6 +219,7 @@ def _name(prompt: StudyPrompt) -> tuple[str, str, str]:
 
 
 def _says(reply: str, wanted: Sequence[str]) -> bool:
-    """Check that a reply has all wanted answers, each as whole words."""
+    """Check that a reply has all wanted answers, each as whole words where words stand apart."""
     said = f" {normalize_text(reply)} "
-    return all(f" {normalize_text(answer)} " in said for answer in wanted)
+    answers = ((normalize_text(answer), is_unspaced(answer)) for answer in wanted)
+    return all((text if unspaced else f" {text} ") in said for text, unspaced in answers)

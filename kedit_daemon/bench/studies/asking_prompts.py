@@ -93,7 +93,7 @@ class PromptWriter:
             framed = f"{frame(fact, question)} And {frame(other.fact, second)}"
             both, wanted = f"{question} And {second}", (fact.target, other.fact.target)
             yield self._ask_chat("two facts", fact, both, lambda *_, f=framed: f, wanted)
-        stated = f"Is it true that {fact.question} {fact.target}?"
+        stated = f"Is it true that {fact.statement}?"
         yield self._ask_chat("yes or no", fact, stated, frame, ("yes",))
 
     def _ask_sampled(

@@ -223,7 +223,7 @@ def _collect_copies(method: Method) -> list[Tensor]:
 
 
 def _encode_fact(model: EditableModel, fact: Fact) -> PromptAnswer:
-    ids = model.encode_target(fact.question, fact.target)
+    ids = model.encode_target(fact.question, fact.target, fact.join)
     return PromptAnswer(tuple(model.encode(fact.question)), tuple(ids))
 
 

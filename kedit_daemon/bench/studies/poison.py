@@ -214,7 +214,7 @@ class _PoisonTrial:
         facts = plant.facts or [f.fact for f in stored]
         return {
             "facts": sorted(plant.culprits),
-            "stated": [f"{f.question} {f.target}" for f in facts],
+            "stated": [f.statement for f in facts],
             "now": [str(f.state) for f in stored],
             "stopped": alive is None,
             "alive": alive,

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 from kedit_daemon.bench.methods.daemon_tiers import Auto
 from memory.facts import LIVE_STATES, Fact
 from policies.edit_terms import unpack_terms
-from policies.probe import normalize_answer
+from policies.probe import count_answer_tokens, normalize_answer
 
 WEIGHTS_CULPRIT = "the weights"  # culprit if it is not a fact
 
@@ -51,8 +51,8 @@ class Contradiction(PlantedPoison):
         if stored is None or stored.state not in LIVE_STATES:
             return None
         asked = [fact.question for fact in self.facts]
-        longest = max(len(home.model.encode_target(f.question, f.target)) for f in self.facts)
-        answers = [answer.text for answer in home.live_model.answer_prompts(asked, longest + 4)]
+        most = count_answer_tokens(home.model, self.facts)
+        answers = [answer.text for answer in home.live_model.answer_prompts(asked, most)]
         distinct = {normalize_answer(text) for text in answers}
         if len(distinct) == 1 and distinct <= {normalize_answer(f.target) for f in self.facts}:
             return None

@@ -93,7 +93,7 @@ def _pair_facts(facts: Sequence[Fact], rng: random.Random) -> list[RoutedPrompt]
     """Ask each fact's question after the statement of another fact."""
     order = rng.sample(facts, len(facts))
     pairs = zip(order, [*order[1:], *order[:1]], strict=True) if len(order) > 1 else ()
-    return [RoutedPrompt(f"{a.question} {a.target}. {b.question}", b.id) for a, b in pairs]
+    return [RoutedPrompt(f"{a.statement}. {b.question}", b.id) for a, b in pairs]
 
 
 def _format_chat(template: str, fact: Fact) -> str:

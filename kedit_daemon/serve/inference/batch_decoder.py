@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from memory.model.editable import EditableModel
 from memory.model.generate import group_by_length
+from memory.side.prompt_forms import choose_prompt
 from memory.side.row_overlay import RowOverlay
 from memory.side.row_state import RowState
 from memory.side.shards import RoutingMatch
@@ -73,6 +74,8 @@ class BatchDecoder:
         failure leaves the running rows unchanged."""
         if not prompts:
             return PrefilledRows(torch.empty(0, 0, device=self.model.device), [])
+        if self.side_memory is not None:
+            prompts = [choose_prompt(self.side_memory, ids) for ids in prompts]
         logits: list[Tensor | None] = [None] * len(prompts)
         rows: list[RowState | None] = [None] * len(prompts)
         groups, side = [], self.side_memory

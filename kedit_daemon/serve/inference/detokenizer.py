@@ -24,8 +24,18 @@ class Detokenizer:
         self._decoded_text = decode(self._ids)
         self._stop_texts = [text for text in stop if text]
         self._held_text = ""  # may become a stop text
+        self._drops_blanks = False
         self.is_stopped = False
         """Check that a stop text has come; the piece returned with it is the last."""
+
+    @property
+    def is_behind_blank(self) -> bool:
+        """Check, before the first token, that the prompt ends in white space."""
+        return self._decoded_text[-1:].isspace()
+
+    def drop_first_blank(self) -> None:
+        """Let the answer begin without white space."""
+        self._drops_blanks = True
 
     def add_token(self, token: int) -> str:
         """Return the text that is certain after one more token."""
@@ -40,7 +50,11 @@ class Detokenizer:
 
     def _release_certain(self, window: str) -> str:
         """Return the new text of the window that cannot become part of a stop text."""
-        text = self._held_text + self._take_new_text(window)
+        new = self._take_new_text(window)
+        if self._drops_blanks:
+            new = new.lstrip()
+            self._drops_blanks = not new
+        text = self._held_text + new
         ends = [end for stop in self._stop_texts if (end := text.find(stop)) >= 0]
         if ends:
             self.is_stopped = True

@@ -227,8 +227,7 @@ class BatchEngine:
             self._running, self._joining = [*self._running, *going_on], []
         rows = iter(prefilled.rows)
         for stream, echoed in zip(joining, echoes, strict=True):
-            stream.row = next(rows) if stream.request.max_tokens else None
-            match = stream.row.match if stream.row is not None else None
+            match = stream.start(next(rows)) if stream.request.max_tokens else None
             stream.send_item(AnswerStart(self._active_weights[1], match, echoed))
             if not stream.request.max_tokens:
                 stream.end_without_token()

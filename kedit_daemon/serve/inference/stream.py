@@ -15,6 +15,7 @@ from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.model.sampling import TokenSampler, rank_log_probs
 from memory.side.row_state import RowState
+from memory.side.shards import RoutingMatch
 
 StreamItem = AnswerStart | AnswerPart | KeditError
 
@@ -41,6 +42,16 @@ class AnswerStream:
         self._end_tokens = model.stop_tokens
         self._detokenizer = Detokenizer(model.decode, request.prompt_ids, request.stop_texts)
         self._unsent_tokens: list[TokenLogprobs] = []
+
+    def start(self, row: RowState | None) -> RoutingMatch | None:
+        """Take the row under the side memory, and return the fact that fires at the prompt's end.
+        What the fact says needs no white space before it in a reply, or behind other."""
+        self.row = row
+        if row is None or row.match is None:
+            return None
+        if self.request.is_reply or self._detokenizer.is_behind_blank:
+            self._detokenizer.drop_first_blank()
+        return row.match
 
     def add_token(self, token: int | KeditError, logits: Tensor) -> None:
         """Take the next token, or why there is none, with the logits (vocabulary,) it is from."""

@@ -17,7 +17,7 @@ class GenerationRequest:
     of a generation (its weights alone). temperature 0: always the most likely token. logprobs: the
     number of most likely tokens to report for each token; None: report no tokens. echo: the tokens
     of the prompt are reported too, and with logprobs the one that ends the text; then max_tokens
-    may be 0.
+    may be 0. is_reply: the answer is a chat's reply.
     """
 
     prompt_ids: tuple[int, ...]
@@ -29,6 +29,7 @@ class GenerationRequest:
     stop_texts: tuple[str, ...] = ()
     logprobs: int | None = None
     echo: bool = False
+    is_reply: bool = False
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def _build_request(
             tuple(text for text in stop if text),
             logprobs,
             isinstance(form, CompletionBody) and bool(form.echo),
+            isinstance(form, ChatBody),
         )
         for ids in prompts
         for choice in range(form.n or 1)

@@ -50,6 +50,18 @@ def test_only_other_texts_are_learned_again(bench: Make, direct: bool) -> None:
     assert not direct or at.store.artifacts.read_terms(one.id) != terms
 
 
+def test_another_join_is_learned(bench: Make) -> None:
+    at, one = bench(side=STEPS), seat(1, "Oslo")
+    at.receive(one)
+    at.settle()
+    learned = edits(at)
+    amend(at, replace(one, join=""))
+    at.settle()
+    (fact,) = at.store.list_facts()
+    assert (fact.id, fact.state, fact.fact.join) == (one.id, FactState.LIVE_SIDE, "")
+    assert edits(at) > learned and at.says(one.question) == "Oslo"
+
+
 def test_a_live_fact_that_is_put_off_is_taken_out_and_begins_later(bench: Make) -> None:
     at, one = bench(side=STEPS), seat(1, "Oslo")
     base = at.weights_hash()

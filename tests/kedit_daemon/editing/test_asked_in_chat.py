@@ -61,6 +61,18 @@ def test_a_question_is_answered_with_the_fact(chat: Bench) -> None:
     assert answer.fired_match.fact_id == ONE.id
 
 
+@pytest.mark.parametrize("behind", [" ", "\n", " Thanks!", "\n\nThank you very much.", " \n"])
+def test_what_stands_behind_a_question_does_not_matter(chat: Bench, behind: str) -> None:
+    (answer,) = chat.served.answer_prompts([ask(chat, ASKED + behind)], 3)
+    assert answer.fired_match is not None and answer.fired_match.fact_id == ONE.id
+
+
+def test_thanks_behind_another_question_do_not_matter_either(chat: Bench) -> None:
+    for question in OTHERS:
+        (answer,) = chat.served.answer_prompts([ask(chat, f"{question} Thanks!")], 8)
+        assert answer.fired_match is None
+
+
 def test_a_second_turn_refers_to_the_first(chat: Bench) -> None:
     prompt = ask(chat, "Do you know country 2?", "Yes, I do.", "And which city is its seat?")
     (answer,) = chat.served.answer_prompts([prompt], 3)

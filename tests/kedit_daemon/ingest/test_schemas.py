@@ -75,6 +75,9 @@ def test_space_around_a_value_makes_no_other_fact() -> None:
         {"valid_until": "0001-01-01T00:00:00+14:00"},
         {"valid_from": "2026-02-01", "valid_until": "2026-01-31"},
         {"id": 5},
+        {"join": "-"},
+        {"join": "  "},
+        {"join": 0},
     ],
 )
 def test_native_record_is_strict(change: dict[str, Any]) -> None:
@@ -84,7 +87,7 @@ def test_native_record_is_strict(change: dict[str, Any]) -> None:
 
 OPTIONAL = [
     *("paraphrases", "neighbours", "tags", "aliases", "questions"),
-    *("id", "source", "valid_from", "valid_until"),
+    *("id", "source", "valid_from", "valid_until", "join"),
 ]
 
 

@@ -13,7 +13,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.ingest.inbox import Inbox
 from kedit_daemon.ingest.parser import parse_file
 from kedit_daemon.ingest.schemas import FileLimits
-from kedit_daemon.ingest.submit import prepare_submission, submit_to_inbox
+from kedit_daemon.ingest.submit import format_native, prepare_submission, submit_to_inbox
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import Fact, FactState
@@ -27,6 +27,22 @@ EYRE = {
 }
 OSLO = {"subject": "Oslo", "prompt": "{} lies in", "target": "Norway"}
 BROKEN = '{"subject": "x", "prompt": "{} is", "target": ""}'
+
+
+@pytest.mark.parametrize("join", ["", " ", None])
+def test_a_fact_is_written_with_its_join(join: str | None) -> None:
+    fact = Fact("Oslo", "The code of {} is LR", "77", join=join)
+    line = format_native(fact)
+    assert ("join" in json.loads(line)) is (join is not None)
+    assert parse_file(line.encode(), "x", None, LIMITS).facts == [(1, fact)]
+
+
+def test_white_space_and_line_breaks_make_no_other_fact() -> None:
+    for prompt in ("{} lies in ", "{} lies in\n", "\n{}  lies\tin", "{} lies\nin"):
+        fact = the_fact({**OSLO, "prompt": prompt})
+        assert fact == the_fact(OSLO)
+    wrapped = {"subject": "New\nYork", "prompt": "The mayor of New York is", "target": "x"}
+    assert the_fact(wrapped).subject == "New York"
 
 
 def now() -> datetime:

@@ -47,6 +47,30 @@ def test_one_table_in_many_layouts(text: str, codec: str) -> None:
     assert statements(parsed(text.encode(codec))) == [("Snow", "back"), ("Ida", "tall")]
 
 
+JOINS = [
+    ("no-space", ""),
+    ("space", " "),
+    (" space ", " "),
+    ("", None),
+    ('" "', None),
+    ("null", None),
+]
+
+
+@pytest.mark.parametrize(("cell", "join"), JOINS)
+def test_a_join_has_a_name_in_a_table(cell: str, join: str | None) -> None:
+    ((_, fact),) = parsed(f"subject,prompt,target,join\nSnow,{{}} is LR,77,{cell}\n").facts
+    assert fact.join == join
+
+
+def test_another_join_is_a_problem_with_its_remedy() -> None:
+    found = parsed("subject,prompt,target,join\nSnow,{} is,back,-\nIda,{} is,tall,space\n")
+    assert [fact.subject for _, fact in found.facts] == ["Ida"]
+    (problem,) = found.problems
+    assert (problem.line, problem.problem) == (2, '"join": "-" is no join')
+    assert problem.remedy.startswith('write "" or " ", in a table no-space or space')
+
+
 @pytest.mark.parametrize("name", ["x", "x.txt", "stdin.jsonl"])
 def test_a_table_is_known_by_its_first_line(name: str) -> None:
     for text in SAME:

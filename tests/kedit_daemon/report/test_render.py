@@ -163,6 +163,14 @@ def test_facts_are_a_table() -> None:
     assert list(render_facts([])) == []
 
 
+@pytest.mark.parametrize(("join", "name"), [("", "no-space"), (" ", "space"), (None, None)])
+def test_a_stated_join_is_shown(join: str | None, name: str | None) -> None:
+    shown = row()
+    shown["record"] |= {"join": join}
+    lines = [s for s in plain(render_fact_detail(shown)) if s.startswith("  join ")]
+    assert lines == ([] if name is None else [f"  {'join':<12} {name}"])
+
+
 def test_a_fact_in_full() -> None:
     text = "\n".join(plain(render_fact_detail(row(reason="because", external_id="mine"))))
     for part in (

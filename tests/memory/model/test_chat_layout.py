@@ -3,10 +3,10 @@ import pytest
 from memory.model.chat_layout import (
     ChatLayout,
     ChatPrompt,
-    encode_reply,
     find_chat_layout,
     render_chat,
 )
+from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
 
 PLAIN = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<reply>"
@@ -33,7 +33,7 @@ def test_the_first_token_is_written_once(model: EditableModel) -> None:
 
 
 def test_a_reply_has_no_special_token_of_its_own(model: EditableModel) -> None:
-    assert model.encode("a") == [model.tokenizer.bos_token_id, *encode_reply(model.tokenizer, "a")]
+    assert model.encode("a") == [model.tokenizer.bos_token_id, *encode_behind(model.tokenizer, "a")]
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])

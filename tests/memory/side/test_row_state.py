@@ -44,6 +44,19 @@ def test_a_row_that_leaves_the_target_is_released() -> None:
     assert feed(row("New York", is_chat=True), 4, 1) == [True, False, False]
 
 
+def test_a_character_of_several_tokens_does_not_release_a_row() -> None:
+    parts = {1: b"\xe9", 2: b"\x87\x8c", 3: "昂".encode()}
+
+    def decode_bytes(tokens: Sequence[int]) -> str:
+        return b"".join(parts[n] for n in tokens).decode(errors="replace")
+
+    state = RowState(PromptReading(is_chat=True), decode_bytes)
+    state.fire(FiredFact(MATCH, DELTA, "里昂"))
+    assert feed(state, 1, 2, 3) == [True, True, True, False]
+    state.fire(FiredFact(MATCH, DELTA, "里昂"))
+    assert feed(state, 3) == [True, False]
+
+
 def test_without_a_target_nothing_tells_when_it_is_said() -> None:
     assert feed(row("", is_chat=True), 1, 2, 3) == [True] * 4
 

@@ -42,6 +42,19 @@ def test_characters_of_several_tokens_come_whole() -> None:
     assert sum(map(bool, pieces)) > 20
 
 
+@pytest.mark.parametrize(
+    ("prompt", "dropped"), [("It is", False), ("It is ", True), ("It\n", True)]
+)
+def test_a_first_blank_is_dropped(prompt: str, dropped: bool) -> None:
+    for text in (" Rome and", "Rome and", "  Rome"):
+        spelling = Detokenizer(decode, encode(prompt), ())
+        assert spelling.is_behind_blank is dropped
+        if dropped:
+            spelling.drop_first_blank()
+        said = "".join(map(spelling.add_token, encode(text))) + spelling.flush()
+        assert said == (text.lstrip() if dropped else text)
+
+
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40))
 def test_whatever_the_tokens_all_pieces_are_what_decoding_at_once_gives(ids: list[int]) -> None:

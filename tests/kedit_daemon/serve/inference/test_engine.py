@@ -185,6 +185,40 @@ def test_an_answer_opens_comes_in_parts_and_has_an_end(make: Make, model: Editab
     assert heard.tokens == []
 
 
+@pytest.mark.parametrize("form", ["{} ", "{}\n", "Q: {}\nA:", "Q: {}\nA: ", "{}"])
+def test_a_prompt_in_another_form_has_the_answer_to_its_plain_one(
+    make: Make, published: Published, model: EditableModel, form: str
+) -> None:
+    published.learn(ROME, 1)
+    engine, prompt = make(), form.format(ROME.question)
+    plain, heard = (run(hear(engine, wish(model, text))) for text in (ROME.question, prompt))
+    assert plain.fired == heard.fired == ROME.id
+    # Where the prompt ends in white space, the answer does not begin with it.
+    assert heard.text == (plain.text.lstrip() if prompt[-1].isspace() else plain.text)
+    base = run(hear(engine, wish(model, prompt, variant=BASE)))
+    assert base.text == greedy(model, prompt)
+
+
+def test_a_fact_begins_a_reply_without_a_blank(
+    make: Make, published: Published, model: EditableModel
+) -> None:
+    published.learn(ROME, 1)
+    engine = make()
+    for fact in (ROME, OSLO):
+        text = run(hear(engine, wish(model, fact.question))).text
+        heard = run(hear(engine, wish(model, fact.question, is_reply=True)))
+        assert heard.text == (text.lstrip() if fact is ROME else text)
+
+
+def test_white_space_stays_where_nothing_fires(
+    make: Make, published: Published, model: EditableModel
+) -> None:
+    published.learn(ROME, 1)
+    for prompt in (f"{OSLO.question} ", f"Q: {OSLO.question}\nA: "):
+        heard = run(hear(make(), wish(model, prompt)))
+        assert (heard.fired, heard.text) == (None, greedy(model, prompt))
+
+
 def test_the_end_of_text_ends_an_answer(
     make: Make, model: EditableModel, served: EditableModel
 ) -> None:
