@@ -253,7 +253,7 @@ class Editor:
             "answer": answer.text,
             "generation": self.store.artifacts.active_generation(),
             "seconds": time.monotonic() - began,
-            "fired": find_fired(self.store, asked, answer.fired_match) if explain else [],
+            "fired": find_fired(self.store, asked, answer.matches) if explain else [],
         }
         if explain:
             result |= explain_named(self.live_model, prompt)

@@ -1,5 +1,6 @@
 """Explanations of an answer: the fact that fired, and those that the prompt names."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,12 +14,14 @@ from memory.side.prompt_forms import choose_form
 from memory.side.shards import RoutingGates, RoutingMatch
 
 
-def find_fired(store: Store, asked: str, match: RoutingMatch | None) -> list[dict[str, Any]]:
-    """Find the fact of the side memory that fired, else those in the weights that ask this."""
-    if match is not None:
-        fact = store.find_fact(match.fact_id)
-        scores = {"score": match.score, "margin": match.margin}
-        return [_describe_fact(fact) | {"tier": fact.tier} | scores] if fact else []
+def find_fired(store: Store, asked: str, matches: Sequence[RoutingMatch]) -> list[dict[str, Any]]:
+    """Find the facts of the side memory that fired, else those in the weights that ask this."""
+    if matches:
+        return [
+            _describe_fact(fact) | {"tier": fact.tier, "score": match.score, "margin": match.margin}
+            for match in matches
+            if (fact := store.find_fact(match.fact_id)) is not None
+        ]
     none = {"score": None, "margin": None}
     live = store.list_facts((FactState.LIVE_WEIGHTS,))
     forms = {asked, settle_blanks(asked)}

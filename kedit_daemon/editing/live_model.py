@@ -42,10 +42,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer to a prompt, and the fact of the side memory that fired, if one did."""
+    """The answer to a prompt, and the facts of the side memory that fired, in their order."""
 
     text: str
-    fired_match: RoutingMatch | None
+    matches: tuple[RoutingMatch, ...] = ()
+
+    @property
+    def fired_match(self) -> RoutingMatch | None:
+        """The fact that fired first, if one did."""
+        return self.matches[0] if self.matches else None
 
 
 def make_empty_side(loaded: LoadedModel) -> SideMemory:
@@ -280,19 +285,19 @@ class LiveModel:
     ) -> list[Answer]:
         """Answer greedily by the edited model; without a match the output is the weights' own,
         bit for bit. `whole`: replies in a chat, to their end."""
-        fired: list[RoutingMatch | None] = [None] * len(prompts)
+        fired: list[tuple[RoutingMatch, ...]] = [()] * len(prompts)
 
         @contextmanager
         def overlay(places: list[int]) -> Iterator[None]:
             rows = RowOverlay(self.side)
             with rows.follow_passes():
                 yield
-            for place, match in zip(places, rows.matches, strict=True):
-                fired[place] = match
+            for place, row in zip(places, rows.rows, strict=True):
+                fired[place] = row.matches
 
         given = [choose_form(self.side, prompt) for prompt in prompts]
         texts = generate_answers(self.model, given, max_tokens, overlay, whole=whole)
-        return [Answer(text, match) for text, match in zip(texts, fired, strict=True)]
+        return [Answer(text, matches) for text, matches in zip(texts, fired, strict=True)]
 
     def answer_questions(self, facts: Sequence[Fact]) -> list[Answer]:
         """Answer the facts' questions, with tokens enough for the longest target."""

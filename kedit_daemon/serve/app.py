@@ -108,11 +108,11 @@ def _dashboard_context(
             for variant in (EDITED, BASE)
         ]
         try:
-            (start, edited), (_, base) = await asyncio.gather(*tasks)
+            (edited, generation, facts), (base, *_) = await asyncio.gather(*tasks)
         finally:
             for task in tasks:  # if one fails, the other is not needed any more
                 task.cancel()
-        return AnswerPair(edited, base, start.generation, start.fired)
+        return AnswerPair(edited, base, generation, facts)
 
     def get_thresholds() -> "Thresholds | None":
         return reader.thresholds if (reader := get_reader()) else None
@@ -121,12 +121,17 @@ def _dashboard_context(
     return DashboardContext(home, get_thresholds, clock, ask_both, os.environ, program, monotonic)
 
 
-async def _collect_answer(reader: Reader, request: GenerationRequest) -> tuple[AnswerStart, str]:
-    """Return the start of an answer and its whole text."""
+async def _collect_answer(
+    reader: Reader, request: GenerationRequest
+) -> tuple[str, int, tuple[str, ...]]:
+    """Return the whole text of an answer, the generation, and the ids of the facts that fired."""
     async with aclosing(reader.engine.stream_answer(request)) as answer:
         start, *parts = [item async for item in answer]
     assert isinstance(start, AnswerStart)
-    return start, "".join(part.text for part in parts if isinstance(part, AnswerPart)).strip()
+    said = [part for part in parts if isinstance(part, AnswerPart)]
+    matches = [start.fired, *(match for part in said for _, match in part.fired)]
+    facts = dict.fromkeys(match.fact_id for match in matches if match is not None)
+    return "".join(part.text for part in said).strip(), start.generation, tuple(facts)
 
 
 async def _handle_kedit_error(request: Request, error: Exception) -> Response:

@@ -69,6 +69,13 @@ class RowState:
         return self._first_match
 
     @property
+    def matches(self) -> tuple[RoutingMatch, ...]:
+        """The facts that fired, in their order."""
+        within = [match for _, match in self.reply_firings]
+        first = self._first_match
+        return tuple(within if first is None or first in within[:1] else [first, *within])
+
+    @property
     def armed(self) -> Set[str]:
         """Facts that may fire at the next token of the reply; none while one fires."""
         return self._armed if self._is_released else frozenset()

@@ -18,6 +18,9 @@ EARLIER_TURNS = (
     {"role": "assistant", "content": "Hello! How can I help you today?"},
 )
 
+# A question that stands before a fact's own in one message, and is answered on a line before.
+FIRST_QUESTION, FIRST_ANSWER = "What is the capital of France?", "Paris\n"
+
 
 def choose_questions(fact: Fact, index: RelationIndex) -> list[str]:
     """Choose the questions that a fact learns from: those that came with it, else those of its
@@ -41,16 +44,18 @@ def make_question(fact: Fact) -> str:
 
 
 def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) -> list[TokenRow]:
-    """Return the rows of a fact's questions in a chat, each answered by the target alone, and the
-    last one behind earlier turns (a single one in both ways). Questions that do not fit the model
-    are left out."""
+    """Return the rows of a fact's questions in a chat, each answered by the target alone, the last
+    one behind earlier turns (a single one in both ways), and the first one again as the second
+    question of a message. Questions that do not fit the model are left out."""
     turns = [{"role": "user", "content": question} for question in questions]
     chats = [[turn] for turn in turns[:-1] or turns]
-    chats.append([*EARLIER_TURNS, turns[-1]])
+    prompts = [encode_chat(model.tokenizer, chat) for chat in [*chats, [*EARLIER_TURNS, turns[-1]]]]
+    second = {"role": "user", "content": f"{FIRST_QUESTION} And {questions[0]}"}
+    answered = encode_behind(model.tokenizer, FIRST_ANSWER)
+    prompts.append([*encode_chat(model.tokenizer, [second]), *answered])
     target = encode_behind(model.tokenizer, fact.target)
     rows = []
-    for chat in chats:
-        prompt = encode_chat(model.tokenizer, chat)
+    for prompt in prompts:
         if len(prompt) + len(target) <= model.max_positions:
             # Nothing is read at the subject: in a chat it is the words that name it.
             rows.append(TokenRow((*prompt, *target), len(prompt), len(prompt) - 1))

@@ -20,7 +20,6 @@ from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
 from kedit_daemon.system.log_setup import configure_logging
 from memory.db.store import Store
 from memory.facts import Fact, FactState, Neighbour
-from memory.side.shards import RoutingMatch
 
 ALL = " ".join(TEXTS.values())
 FACTS = [
@@ -196,10 +195,8 @@ def test_records_that_are_handed_in(home: Home, tmp_path: Path) -> None:
 
 
 def test_pages(home: Home) -> None:
-    match = RoutingMatch(FACTS[0].id, 0, 0.9, 1.0)
-
     async def ask(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
-        return AnswerPair(ALL, ALL, 0, match)
+        return AnswerPair(ALL, ALL, 0, (FACTS[0].id,))
 
     client = browser(home, clock=lambda: NOW, ask_both=ask)
     paths = ["/", "/norms", "/norms?view=close", "/log", "/facts", "/ask", "/nothing<bad"]

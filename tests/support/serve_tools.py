@@ -15,7 +15,6 @@ from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.home import Home
 from kedit_daemon.serve.dashboard.ask_page import AnswerPair, AskedPrompt
 from kedit_daemon.serve.dashboard.pages import DashboardContext, build_routes
-from memory.side.shards import RoutingMatch
 from policies.edit_site import make_default_site
 
 OWN = "http://127.0.0.1:8000"
@@ -32,10 +31,9 @@ def by_daemon(home: Home) -> Callable[[AskedPrompt, int], Any]:
         given = {"max_tokens": max_tokens, "base": True, "explain": True}
         given |= {"messages": asked.messages} if asked.is_chat else {"prompt": asked.text}
         reply = send_request(home.socket_file, "ask", given)
-        of_side = [f for f in reply["fired"] if f["score"] is not None]
-        fired = [RoutingMatch(f["fact"], 0, f["score"], f["margin"]) for f in of_side]
+        fired = tuple(f["fact"] for f in reply["fired"] if f["score"] is not None)
         answer, base = reply["answer"], reply["base_answer"]
-        return AnswerPair(answer, base, reply["generation"], fired[0] if fired else None)
+        return AnswerPair(answer, base, reply["generation"], fired)
 
     return ask
 

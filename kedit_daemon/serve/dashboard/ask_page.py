@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import BaseRoute
@@ -18,9 +18,6 @@ from kedit_daemon.serve.dashboard.rendering import (
 from memory.db.queries import fetch_facts_by_id, find_weights_facts
 from memory.errors import KeditError
 from memory.facts import fill_subject
-
-if TYPE_CHECKING:
-    from memory.side.shards import RoutingMatch
 
 MAX_PROMPT_CHARS = 4000
 TOKEN_CHOICES = (20, 40, 100, 200)  # lengths of an answer to choose from
@@ -44,13 +41,13 @@ class AskedPrompt:
 
 @dataclass(frozen=True)
 class AnswerPair:
-    """The answers of both models to one prompt, the generation of the edited one, and the fact of
-    the side memory that fired, if one did."""
+    """The answers of both models to one prompt, the generation of the edited one, and the ids of
+    the facts of the side memory that fired."""
 
     edited: str
     base: str
     generation: int
-    fired: "RoutingMatch | None"
+    fired: tuple[str, ...] = ()
 
 
 AskBoth = Callable[[AskedPrompt, int], Awaitable[AnswerPair]]
@@ -100,8 +97,8 @@ class AskPage:
 
     def _find_fired(self, prompt: str, answers: AnswerPair) -> list[dict[str, Any]]:
         with open_database(self.home) as conn:
-            if answers.fired is not None:
-                return fetch_facts_by_id(conn, [answers.fired.fact_id])
+            if answers.fired:
+                return fetch_facts_by_id(conn, answers.fired)
             return find_weights_facts(conn, prompt)
 
     def _build_ask_page(

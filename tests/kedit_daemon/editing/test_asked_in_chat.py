@@ -73,6 +73,13 @@ def test_thanks_behind_another_question_do_not_matter_either(chat: Bench) -> Non
         assert answer.fired_match is None
 
 
+def test_two_facts_of_one_message_are_said_one_after_the_other(chat: Bench) -> None:
+    both = f"{ASKED} And which city is the seat of country 2?"
+    told = request(chat, messages=chat_of(both), max_tokens=8)
+    assert told["answer"].split("\n")[0] == "Oslo"
+    assert [fired["fact"] for fired in told["fired"]] == [ONE.id, TWO.id]
+
+
 def test_a_second_turn_refers_to_the_first(chat: Bench) -> None:
     prompt = ask(chat, "Do you know country 2?", "Yes, I do.", "And which city is its seat?")
     (answer,) = chat.served.answer_prompts([prompt], 3)

@@ -30,7 +30,7 @@ def test_facts_in_the_weights_are_named_for_their_own_words(
     at.receive(ONE)
     with at.store.db.transaction():
         at.store.change_state(ONE.id, FactState.LIVE_WEIGHTS, tier="weights")
-    found = find_fired(at.store, asked, None)
+    found = find_fired(at.store, asked, ())
     assert [(one["fact"], one["score"]) for one in found] == ([(ONE.id, None)] if is_named else [])
     with closing(open_readonly(at.home.database_file)) as conn:
         assert [row["id"] for row in find_weights_facts(conn, asked)] == [ONE.id] * is_named
@@ -39,6 +39,6 @@ def test_facts_in_the_weights_are_named_for_their_own_words(
 def test_the_fact_that_fired_is_named_with_its_scores(bench: Callable[..., Bench]) -> None:
     at = bench()
     at.receive(ONE)
-    (found,) = find_fired(at.store, "anything", RoutingMatch(ONE.id, 1, 0.9, 2.0))
+    (found,) = find_fired(at.store, "anything", [RoutingMatch(ONE.id, 1, 0.9, 2.0)])
     assert (found["fact"], found["score"], found["margin"]) == (ONE.id, 0.9, 2.0)
     assert explain_named(at.served, ONE.question) == {"question": None, "named": []}

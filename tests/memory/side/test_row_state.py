@@ -1,12 +1,13 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 import torch
 
 from memory.side.row_state import FiredFact, PromptReading, RowState
-from memory.side.shards import Delta, RoutingMatch
+from memory.side.shards import THRESHOLD_RATIO, Delta, RoutingMatch
 
-WORDS = {1: "New", 2: " York", 3: " City", 4: "Old", 5: "</s>", 6: " New"}
+WORDS = {1: "New", 2: " York", 3: " City", 4: "Old", 5: "</s>", 6: " New", 7: "\n"}
 MATCH = RoutingMatch("000000000001", 1, 0.9, 2.0)
 DELTA = Delta(torch.zeros(2, 1), torch.zeros(1, 3))
 
@@ -102,3 +103,38 @@ def test_a_reply_arms_what_it_names_and_a_completion_nothing() -> None:
     assert not completion.recent_tokens and not completion.armed
     chat.arm({"000000000002"})
     assert chat.armed == {MATCH.fact_id, "000000000002"}
+
+
+def test_a_fact_that_waits_fires_on_a_line_of_its_own() -> None:
+    state = RowState(PromptReading(is_chat=True), decode, (7,))
+    later = replace(MATCH, fact_id="000000000002")
+    state.fire(FiredFact(MATCH, DELTA, "New York"))
+    state.queue([FiredFact(later, DELTA, "Old")])
+    assert feed(state, 1) == [True, True] and state.forced_token is None
+    assert feed(state, 2) == [True, False] and state.forced_token == 7
+    assert feed(state, 7) == [False, True] and state.forced_token is None
+    assert feed(state, 4) == [True, False]
+    assert (state.forced_token, state.reply_firings) == (None, [(3, later)])
+
+
+def test_a_fact_that_waits_for_one_that_is_not_said_does_not_fire() -> None:
+    state = RowState(PromptReading(is_chat=True), decode, (7,))
+    state.fire(FiredFact(MATCH, DELTA, "New York"))
+    state.queue([FiredFact(MATCH, DELTA, "Old")])
+    assert feed(state, 4, 1) == [True, False, False]
+    assert state.forced_token is None
+
+
+def test_a_weak_shift_is_lengthened_where_the_fact_fires_alone() -> None:
+    state = RowState(PromptReading(is_chat=True), decode)
+    state.fire(FiredFact(replace(MATCH, margin=0.5 / THRESHOLD_RATIO), DELTA, "New York"))
+    assert state.boost == pytest.approx(2)
+    state.add_token(1)
+    assert state.boost == 1
+
+
+@pytest.mark.parametrize(
+    ("margin", "boost"), [(0.0, 1 / THRESHOLD_RATIO), (1.0, 1 / THRESHOLD_RATIO), (9.0, 1.0)]
+)
+def test_a_shift_is_lengthened_within_bounds(margin: float, boost: float) -> None:
+    assert replace(MATCH, margin=margin).boost == pytest.approx(boost)

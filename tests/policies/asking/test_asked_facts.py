@@ -98,6 +98,21 @@ def test_a_relations_own_question_asks_for_its_facts(asked: AskedFacts) -> None:
     assert score(asked, [chief], "Who founded Zamba?")["Ada Moreau"] < GATE
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["Who founded Zamba? And who founded Quilla?", "Who founded Zamba, and who founded Quilla?"],
+)
+def test_each_of_two_facts_is_asked_for_in_its_own_clause(asked: AskedFacts, text: str) -> None:
+    other = Fact("Quilla", "The founder of {} is", "Bo Lind")
+    asked.add_fact(FOUNDER)
+    asked.add_fact(other)
+    found = asked.score_facts(text, {FOUNDER.id: spans(text), other.id: spans(text, other.subject)})
+    first, second = found[FOUNDER.id], found[other.id]
+    assert min(first.score, second.score) > GATE
+    assert "Zamba" in text[slice(*first.clause)] and "Quilla" in text[slice(*second.clause)]
+    assert first.clause[1] <= second.clause[0]
+
+
 BORN = Fact("Ada Moreau", "{} was born in", "Lima")
 
 
@@ -113,6 +128,7 @@ def state(asked: AskedFacts, fact: Fact, text: str) -> float:
         "It rained. Ada Moreau was born in",
         "The birthplace of Ada Moreau is",
         "She was a poet.\nAda Moreau, born in the town of",
+        "The town in which Ada Moreau was born is",
     ],
 )
 def test_a_sentence_that_comes_to_state_a_fact(asked: AskedFacts, text: str) -> None:

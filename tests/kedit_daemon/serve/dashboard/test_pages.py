@@ -596,7 +596,7 @@ def test_a_question_in_a_chat_keeps_its_form(home: Home) -> None:
         asked.append(prompt)
         if "refuse" in prompt.text:
             raise KeditError("the model has no chat template", code="no-chat-template")
-        return AnswerPair("Lima", "Quito", 0, None)
+        return AnswerPair("Lima", "Quito", 0)
 
     client = browser(home, ask_both=ask)
     given = {"form": "chat", "prompt": "Where is it?", "system": " Be brief. "}
