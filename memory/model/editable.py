@@ -222,12 +222,19 @@ class EditableModel:
             handle.remove()
 
     def capture_layer_input(
-        self, layer: int, ids: Tensor, mask: Tensor, positions: Tensor
+        self,
+        layer: int,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: DynamicCache | None = None,
     ) -> tuple[Tensor, DynamicCache]:
         """Return the residual stream (rows, tokens, hidden) that enters a block, and the attention
-        cache. ids, mask (1 where a token may be attended to), positions: (rows, tokens)."""
+        cache. ids, positions: (rows, tokens); mask: 1 where a token may be attended to, also for
+        those of a `cache` of the tokens before."""
         caught: list[Tensor] = []
-        cache = DynamicCache([(None, None)] * self.layer_count)
+        if cache is None:
+            cache = DynamicCache([(None, None)] * self.layer_count)
         handle = self._blocks[layer].register_forward_pre_hook(
             lambda _module, args: caught.append(args[0].detach())
         )

@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer
 
 from memory.model.editable import EditableModel
 
+MIN_SHARED_TOKENS = 16  # at the beginning of rows, from which on they are computed once
+
 
 class PrefixCache:
     """A fixed number of rows of one shape, each replaceable.
@@ -56,17 +58,42 @@ class PrefixCache:
         ids, mask, positions = (t.to(self.model.device) for t in (ids, mask, positions))
         # Columns that are pads in all of these rows are not computed.
         pads = self.head_length - max(map(len, heads))
-        read = (t[:, pads:] for t in (ids, mask, positions))
-        hidden, cache = self.model.capture_layer_input(self.layer, *read)
+        ids_read, mask_read, positions_read = (t[:, pads:] for t in (ids, mask, positions))
+        shared = _find_shared_start(heads)
+        before = self._run_start(shared, [max(map(len, heads)) - len(head) for head in heads])
+        start = len(shared) if before is not None else 0
+        hidden, cache = self.model.capture_layer_input(
+            self.layer, ids_read[:, start:], mask_read, positions_read[:, start:], before
+        )
         at = slice(first, first + len(heads))
         self.tail_ids[at] = ids[:, self.head_length :]
         self.tail_positions[at] = positions[:, self.head_length :]
-        self.attention_mask[at], self.layer_inputs[at] = mask, hidden[:, self.head_length - pads :]
+        self.attention_mask[at] = mask
+        self.layer_inputs[at] = hidden[:, hidden.shape[1] - self.tail_length :]
         for n in {0, *range(self.layer, self.model.layer_count)}:
             states = zip(self._allocate_states(n, cache), _layer_states(cache, n), strict=True)
             for kept, new in states:
                 kept[at] = 0
                 kept[at, :, pads:] = new[:, :, : self.head_length - pads]
+
+    def _run_start(self, shared: Sequence[int], pads: Sequence[int]) -> DynamicCache | None:
+        """Compute the tokens with which all rows begin once, and return their states in each row,
+        behind its `pads`, as many columns as there are tokens; None where it is not worth it."""
+        if len(pads) < 2 or len(shared) < MIN_SHARED_TOKENS:
+            return None
+        ids = torch.tensor([list(shared)], device=self.model.device)
+        places = torch.arange(len(shared), device=self.model.device)[None]
+        _, cache = self.model.capture_layer_input(self.layer, ids, torch.ones_like(ids), places)
+        moved = []
+        for n in range(self.model.layer_count):
+            rows = []
+            for kept in _layer_states(cache, n):  # (1, heads, tokens, size)
+                shifted = kept.new_zeros(len(pads), *kept.shape[1:])
+                for row, pad in enumerate(pads):
+                    shifted[row, :, pad:] = kept[0, :, : max(len(shared) - pad, 0)]
+                rows.append(shifted)
+            moved.append((rows[0], rows[1]))
+        return DynamicCache(moved)
 
     def _allocate_states(self, layer: int, cache: DynamicCache) -> tuple[Tensor, Tensor]:
         """Return a layer's keys and values, allocated when their shape is first known."""
@@ -94,6 +121,13 @@ class PrefixCache:
                 use_cache=True,
             )
         return cast(Tensor, out.logits)
+
+
+def _find_shared_start(heads: Sequence[Sequence[int]]) -> Sequence[int]:
+    """Return the tokens with which all heads begin."""
+    first, last = min(heads, key=list), max(heads, key=list)
+    pairs = enumerate(zip(first, last, strict=False))
+    return first[: next((n for n, (a, b) in pairs if a != b), min(len(first), len(last)))]
 
 
 def _layer_states(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:

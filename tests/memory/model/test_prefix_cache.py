@@ -56,6 +56,23 @@ def assert_whole(
             assert torch.allclose(found[n], whole(model, row)[chosen[n]], atol=1e-4), n
 
 
+@pytest.mark.parametrize("lengths", [(40, 30, 26), (40, 24), (60, 24, 24, 57)])
+def test_a_shared_beginning_gives_what_the_whole_row_gives(
+    any_model: EditableModel, lengths: Sequence[int]
+) -> None:
+    ids = any_model.encode(" ".join(SENTENCES * 2))
+    start, rest = ids[:24], ids[24:]
+    rows = [
+        ([*start, *rest[n : n + most - 24]], rest[-4 - n :][:4]) for n, most in enumerate(lengths)
+    ]
+    replay = PrefixCache(any_model, 1, len(rows), 62, 4)
+    passes: list[torch.Size] = []
+    with any_model.observe_input_ids(lambda seen: passes.append(seen.shape)):
+        replay.fill_rows(0, [head for head, _ in rows], [tail for _, tail in rows])
+    assert passes == [(1, 24), (len(rows), max(lengths) - 24 + 4)]
+    assert_whole(any_model, replay, rows)
+
+
 def hooked(model: EditableModel) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks for m in model.hf_model.modules())
 
