@@ -60,10 +60,10 @@ class PrefixCache:
         pads = self.head_length - max(map(len, heads))
         ids_read, mask_read, positions_read = (t[:, pads:] for t in (ids, mask, positions))
         shared = _find_shared_start(heads)
-        before = self._run_start(shared, [max(map(len, heads)) - len(head) for head in heads])
-        start = len(shared) if before is not None else 0
+        past = self._run_start(shared, [max(map(len, heads)) - len(head) for head in heads])
+        start = len(shared) if past is not None else 0
         hidden, cache = self.model.capture_layer_input(
-            self.layer, ids_read[:, start:], mask_read, positions_read[:, start:], before
+            self.layer, ids_read[:, start:], mask_read, positions_read[:, start:], past
         )
         at = slice(first, first + len(heads))
         self.tail_ids[at] = ids[:, self.head_length :]
