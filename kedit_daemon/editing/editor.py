@@ -151,13 +151,17 @@ class Editor:
     # Requests and jobs --------------------------------------------------------------------------
 
     def run_flush(self, dry_run: bool) -> dict[str, Any]:
-        """Flush now, without another reason."""
+        """Flush now, without another reason. Facts that stay live in the side memory are kept, and
+        have not failed."""
         reports, failed = self.runner.flush_in_parts(self._select_batch(), "asked for", dry_run)
         if not reports:
             raise failed[0][1]
         lists = ("flushed", "failed", "quarantined")
         ids = {key: [n for report in reports for n in report.get(key, [])] for key in lists}
         ids["failed"] += [fact.id for part, _ in failed for fact in part]
+        beside = {fact.id for fact in self.store.list_facts((FactState.LIVE_SIDE,))}
+        ids["kept"] = [n for n in ids["failed"] if n in beside]
+        ids["failed"] = [n for n in ids["failed"] if n not in beside]
         last = reports[-1]
         reasons = [f"{len(part)} facts could not be flushed: {error}" for part, error in failed]
         merged = last | {key: found for key, found in ids.items() if key in last or found}

@@ -150,7 +150,7 @@ def list_named_facts(reply: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the ids of the facts in a reply, by outcome."""
     return [
         (name, f"{len(reply[name])}  {' '.join(map(clean_text, reply[name]))}".rstrip())
-        for name in ("flushed", "failed", "quarantined", "reverted", "restored")
+        for name in ("flushed", "kept", "failed", "quarantined", "reverted", "restored")
         if reply.get(name) or (name in reply and name != "quarantined")
     ]
 

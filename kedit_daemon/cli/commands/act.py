@@ -100,7 +100,8 @@ def _list_messages(
 def flush(ctx: click.Context, session: CliContext, dry_run: bool, as_json: bool) -> None:
     """Move waiting facts into the weights, now.
 
-    Exits with 1 when a fact failed, or the flush was refused.
+    Facts that the weights do not bear are kept in the side memory, where they stay live. Exits with
+    1 when a fact failed, or the flush was refused.
 
     \b
     Example:

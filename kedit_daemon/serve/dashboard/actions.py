@@ -19,6 +19,7 @@ from memory.errors import BadRequest
 
 _GROUP_TITLES = {
     "flushed": "Into the weights",
+    "kept": "Kept in the side memory",
     "failed": "Not held",
     "quarantined": "Into quarantine",
     "reverted": "Taken out",

@@ -85,6 +85,9 @@ def test_flush_and_consolidate(home: Home) -> None:
         assert (result.exit_code, f"1  {EYRE.id}" in result.stdout) == (0, True)
         assert read(called(home, "consolidate", "--json"))["figures"]["norm_ratio"]["4"] == "nan"
     assert running.asked == [("flush", {"dry_run": True}), ("consolidate", {"dry_run": False})]
+    with daemon(home, flush={**flushed, "kept": [OSLO.id]}):
+        kept = called(home, "flush")
+        assert (kept.exit_code, f"kept              1  {OSLO.id}" in kept.stdout) == (0, True)
     with daemon(home, flush={**flushed, "failed": [OSLO.id]}):
         assert called(home, "flush").exit_code == 1
     with daemon(home, flush={**flushed, "verdict": "revert", "reasons": ["norm"]}):
