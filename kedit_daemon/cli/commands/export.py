@@ -7,9 +7,11 @@ import click
 from kedit_daemon.cli.context import CliContext, add_json_option, pass_cli_context, print_json
 from kedit_daemon.system.sanitize import clean_text
 
+KINDS = ("merged", "delta", "lora", "gguf", "gguf-lora", "facts")
+
 
 @click.command()
-@click.argument("kind", type=click.Choice(["merged", "delta", "lora", "gguf", "gguf-lora", "facts"]))
+@click.argument("kind", type=click.Choice(KINDS))
 @click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--keep",
