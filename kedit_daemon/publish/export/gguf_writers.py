@@ -40,7 +40,7 @@ def write_gguf(source: ExportSource, to: Path) -> WrittenExport:
         name = _name_weight(n)
         weight = edited.checkpoint.read_edited_weight(n, edited.deltas).numpy()
         size = float(edited.deltas[n].double().norm())
-        packed[name], lost[name] = _round_weight(weight, size, base.get_tensor(name).kind)
+        packed[name], lost[name] = round_weight(weight, size, base.get_tensor(name).kind)
     base.copy(to / MODEL_FILE, packed)
     _refuse_damage(to / MODEL_FILE, base.find_difference(GgufFile(to / MODEL_FILE), packed))
     kinds = {name: one.kind.name for name, one in packed.items()}
@@ -51,7 +51,7 @@ def write_gguf(source: ExportSource, to: Path) -> WrittenExport:
     return WrittenExport({"dtypes": kinds, "rounding": lost}, notes)
 
 
-def _round_weight(
+def round_weight(
     weight: Floats, size: float, own: GGMLQuantizationType
 ) -> tuple[PackedTensor, float]:
     """Round an edited weight to its own type, or to the first larger one that keeps the change, and

@@ -19,6 +19,7 @@ from kedit_daemon.cli.commands.export import KINDS
 from kedit_daemon.editing.gguf_cache import SOURCE_FILE, GgufCache
 from kedit_daemon.publish.export import gguf_writers
 from kedit_daemon.publish.export.create_export import create_export
+from kedit_daemon.publish.export.gguf_writers import round_weight
 from kedit_daemon.publish.export.writers import WRITERS
 from memory.errors import KeditError
 from memory.files import hash_file
@@ -75,9 +76,36 @@ def test_gguf_is_the_models_own_file_but_for_the_edited_matrices(
         assert off <= (1e-2 * np.linalg.norm(weights[name]) if most else 0)
 
 
-def test_a_larger_type_keeps_a_change_that_its_own_would_lose(at: Bench, tmp_path: Path) -> None:
-    found = written(at.home, "gguf", tmp_path / "gguf").manifest_entries
-    assert all(lost <= gguf_writers.MOST_LOST for lost in found["rounding"].values())
+def test_a_larger_type_keeps_a_change_that_its_own_would_lose(
+    at: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_writers, "MOST_LOST", ANY)
+    own = written(at.home, "gguf", tmp_path / "own").manifest_entries["rounding"]
+    monkeypatch.setattr(gguf_writers, "MOST_LOST", 0.9 * min(own.values()))
+    found = written(at.home, "gguf", tmp_path / "larger")
+    assert set(found.manifest_entries["dtypes"].values()) == {"F16"}
+    assert all(lost < own[name] for name, lost in found.manifest_entries["rounding"].items())
+    assert "are F16, which loses up to" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "width", "largest", "kind"),
+    [
+        (Kind.Q6_K, 256, 1.0, Kind.Q8_0),  # which can only be read
+        (Kind.Q6_K, 33, 1.0, Kind.F16),  # no whole number of blocks
+        (Kind.Q4_0, 64, 1.0, Kind.Q8_0),
+        (Kind.Q8_0, 64, 1.0, Kind.Q8_0),
+        (Kind.BF16, 64, 1.0, Kind.BF16),
+        (Kind.F16, 33, 1e6, Kind.F32),  # infinite in 16 bits
+        (Kind.F32, 64, 1.0, Kind.F32),
+    ],
+)
+def test_the_type_of_an_edited_matrix(own: Kind, width: int, largest: float, kind: Kind) -> None:
+    weight = np.linspace(-largest, largest, 32 * width, dtype=np.float32).reshape(32, width)
+    size = 0.05 * float(np.linalg.norm(weight))
+    packed, lost = round_weight(weight, size, own)
+    assert packed.kind == kind
+    assert lost <= gguf_writers.MOST_LOST
 
 
 def test_the_file_answers_as_the_weights_do(
