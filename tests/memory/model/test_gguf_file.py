@@ -13,7 +13,7 @@ from tiny_gguf import write_gguf
 from memory.errors import KeditError
 from memory.model.gguf_file import GgufFile, PackedTensor
 
-NAME, LAST = "blk.1.ffn_down.weight", "zz.weight"
+NAME, ODD, LAST = "blk.1.ffn_down.weight", "yy.weight", "zz.weight"
 NUMBERS = np.linspace(-1, 1, 32 * 96, dtype=np.float32).reshape(32, 96)
 OFF = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q4_0: 0.1}
 
@@ -21,13 +21,14 @@ OFF = {Kind.F32: 0.0, Kind.F16: 1e-3, Kind.BF16: 1e-2, Kind.Q8_0: 1e-2, Kind.Q4_
 @pytest.fixture(scope="module")
 def base(model_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> GgufFile:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    odd = {LAST: torch.arange(7.0)}  # whose end is not aligned
+    odd = {ODD: torch.arange(7.0), LAST: torch.arange(5.0)}  # whose ends are not aligned
     return GgufFile(write_gguf(model_folder("llama"), path, Kind.Q8_0, odd))
 
 
 @pytest.mark.parametrize("kind", OFF)
 def test_only_what_is_changed_differs(base: GgufFile, tmp_path: Path, kind: Kind) -> None:
-    changed = {NAME: PackedTensor.pack(NUMBERS, kind), LAST: base.get_tensor(LAST)}
+    changed = {NAME: PackedTensor.pack(NUMBERS, kind)}
+    changed[ODD] = PackedTensor.pack(base.get_tensor(ODD).unpack(), Kind.F16)
     base.copy(tmp_path / "new.gguf", changed)
     old, new = GGUFReader(base.path), GGUFReader(tmp_path / "new.gguf")
     assert [t.name for t in new.tensors] == [t.name for t in old.tensors]
@@ -38,7 +39,7 @@ def test_only_what_is_changed_differs(base: GgufFile, tmp_path: Path, kind: Kind
         assert other.data_offset == expected  # llama.cpp refuses any other
         expected += -(-other.n_bytes // 32) * 32
         assert list(one.shape) == list(other.shape)
-        if one.name != NAME:
+        if one.name not in changed:
             assert one.tensor_type == other.tensor_type
             assert one.data.tobytes() == other.data.tobytes()
     found = GgufFile(tmp_path / "new.gguf").get_tensor(NAME)
@@ -66,6 +67,9 @@ def test_a_copy_that_is_damaged_is_found(base: GgufFile, tmp_path: Path) -> None
         assert base.find_difference(GgufFile(path), changed) == part
     path.write_bytes(whole)
     assert base.find_difference(GgufFile(path), {}) == NAME
+    kind = entry + len(NAME) + 4 + 2 * 8  # after the count of dimensions, and two of them
+    path.write_bytes(whole[:kind] + bytes([Kind.BF16]) + whole[kind + 1 :])
+    assert base.find_difference(GgufFile(path), changed) == NAME
 
 
 def test_what_cannot_be_packed_or_found(base: GgufFile) -> None:
