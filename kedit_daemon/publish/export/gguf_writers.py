@@ -37,9 +37,10 @@ def write_gguf(source: ExportSource, to: Path) -> WrittenExport:
     base = _open_base(source, edited, "merged", "convert_hf_to_gguf.py")
     packed, lost = {}, {}
     for n in sorted(edited.deltas):
+        if not (size := float(edited.deltas[n].double().norm())):
+            continue
         name = _name_weight(n)
         weight = edited.checkpoint.read_edited_weight(n, edited.deltas).numpy()
-        size = float(edited.deltas[n].double().norm())
         packed[name], lost[name] = round_weight(weight, size, base.get_tensor(name).kind)
     base.copy(to / MODEL_FILE, packed)
     _refuse_damage(to / MODEL_FILE, base.find_difference(GgufFile(to / MODEL_FILE), packed))
@@ -63,7 +64,7 @@ def round_weight(
             continue
         off = float(np.linalg.norm(packed.unpack().astype(np.float64) - weight))
         if off <= MOST_LOST * size:  # not where a number is infinite in 16 bits
-            return packed, off / size if size else 0.0
+            return packed, off / size
     return PackedTensor.pack(weight, GGMLQuantizationType.F32), 0.0
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from editing_home import Bench
-from export_tools import FACTS, filled, logits, served, written
+from export_tools import FACTS, filled, logits, served, still, written
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from tiny_gguf import write_gguf
@@ -143,12 +143,18 @@ def test_the_same_state_gives_the_same_bytes(at: Bench, tmp_path: Path) -> None:
         assert create_export(at.home, kind, tmp_path / "out", None).placed.existed
 
 
-def test_without_a_fact_the_file_is_the_models_own(
+def test_what_bears_nothing_is_the_models_own(
     model_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     file = write_gguf(model_folder("llama"), tmp_path / "tiny.gguf", Kind.F16)
     (tmp_path / "cache").mkdir()
     at = filled(tmp_path / "home", file, tmp_path / "cache", FACTS[:1])
+    with at.store.db.transaction():
+        name = f"blk.{still(at, at.home, at.store)}.ffn_down.weight"
+    found = written(at.home, "gguf", tmp_path / "still").manifest_entries
+    assert len(found["dtypes"]) == len(at.loaded.layers) - 1
+    stored = tensors(tmp_path / "still/model.gguf")[name].data
+    assert stored.tobytes() == tensors(file)[name].data.tobytes()
     at.editor.revert([FACTS[0].id], None, False)
     written(at.home, "gguf", tmp_path / "gguf")
     assert hash_file(tmp_path / "gguf/model.gguf") == hash_file(file)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from editing_home import Bench, Clock
-from export_tools import FACTS, filled, loaded, logits, served, written
+from export_tools import FACTS, filled, loaded, logits, served, still, written
 from peft import PeftModel
-from safetensors.torch import load, load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
 from tiny_models import save_model
 from transformers import AutoTokenizer
@@ -21,8 +21,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.publish.export import writers
 from memory.db.store import Store
 from memory.errors import KeditError
-from memory.files import hash_file, save_tensors
-from memory.model.checkpoint import Checkpoint
+from memory.files import hash_file
 
 Edited = Callable[[str], Bench]
 
@@ -254,25 +253,6 @@ def test_terms_that_give_other_weights_are_refused(
         written(home, "lora", tmp_path / "lora")
     assert "consolidate" in caught.value.hint
     written(home, "merged", tmp_path / "merged")
-
-
-def still(at: Bench, home: Home, store: Store) -> int:
-    """Make the first edited layer bear nothing, in the terms and in what was solved from them."""
-    row, first = (
-        store.artifacts.get_generation(store.artifacts.active_generation()),
-        min(at.loaded.layers),
-    )
-    for fact_id in row.fact_ids:
-        terms = load(store.artifacts.read_terms(fact_id))
-        terms[f"residual/{first}"].zero_()
-        store.artifacts.put_terms(fact_id, save(terms))
-    deltas = {n: d * (n != first) for n, d in at.served.active_deltas.items()}
-    sha = save_tensors(home.generations_folder, {str(n): d for n, d in deltas.items()})
-    served = Checkpoint(Path(at.loaded.name)).weights_hash(at.loaded.layers, deltas)
-    store.artifacts.activate_generation(
-        store.artifacts.add_generation(sha, served, row.id, "still", row.fact_ids, {})
-    )
-    return first
 
 
 def test_a_layer_that_bears_nothing_is_no_damage(
