@@ -146,7 +146,7 @@ class ScheduleConfig(_Section):
 class PublishConfig(_Section):
     """The export of each new generation to the servers that use it."""
 
-    kind: Literal["merged", "delta", "lora", "facts"] | None = None
+    kind: Literal["merged", "delta", "lora", "gguf", "gguf-lora", "facts"] | None = None
     folder: Annotated[str, Field(pattern="^[/~]")] | None = None
     keep: Count = 3
     command: list[Annotated[str, Field(min_length=1)]] = []
@@ -158,8 +158,8 @@ class PublishConfig(_Section):
             raise ValueError("kind and folder belong together: set both or neither")
         if self.kind is None and (self.command or self.vllm):
             raise ValueError("there is nothing to publish without kind and folder: set both")
-        if self.kind == "facts" and self.vllm:
-            raise ValueError("vllm takes lora, delta or merged, not facts")
+        if self.kind in ("facts", "gguf", "gguf-lora") and self.vllm:
+            raise ValueError(f"vllm takes lora, delta or merged, not {self.kind}")
         return self
 
 

@@ -24,9 +24,9 @@ def find_model_folder(name: str, cache: GgufCache) -> Path | None:
         if not shipped.MODEL.is_dir():
             raise UnusableModel(f"{shipped.MODEL} is missing", hint="install again")
         return shipped.MODEL
-    path = find_smollm2() if name == SMOLLM2_MODEL else Path(name)
     try:
-        folder = _find_path(path, cache)
+        file = find_gguf_file(name)
+        folder = cache.find_checkpoint(file) if file is not None else _find_folder(Path(name))
     except OSError as error:
         problem = f"the model {name} cannot be read: {error.strerror}"
         hint = "let this user read it; the systemd unit sees nothing in /home"
@@ -36,13 +36,22 @@ def find_model_folder(name: str, cache: GgufCache) -> Path | None:
     return folder
 
 
-def _find_path(path: Path, cache: GgufCache) -> Path | None:
+def find_gguf_file(name: str) -> Path | None:
+    """Find the GGUF file that a configured model is opened from; None for any other model.
+
+    Raises UnusableModel when there are several; OSError.
+    """
+    if name == SHIPPED_MODEL:
+        return None
+    path = find_smollm2() if name == SMOLLM2_MODEL else Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path = _find_gguf_in(path)
+    return path.absolute() if path.suffix.lower() == ".gguf" and path.is_file() else None
+
+
+def _find_folder(path: Path) -> Path | None:
     if path.is_dir():
         return path
-    if path.suffix.lower() == ".gguf" and path.is_file():
-        return cache.find_checkpoint(path.absolute())
     if path.exists():
         problem = f"{path} is neither a folder nor a GGUF file"
         raise UnusableModel(problem, hint=MODEL_HINT)

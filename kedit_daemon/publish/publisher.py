@@ -72,7 +72,7 @@ class Publisher:
         if active != self._failed_generation or self._backoff.is_due():
             # No adapter can be made of no facts, and the one before must no longer be served.
             facts = self.store.artifacts.get_generation(active).fact_ids
-            withdraw = self.config.kind == "lora" and not facts
+            withdraw = self.config.kind in ("lora", "gguf-lora") and not facts
             self._attempt = _PublishAttempt(self.config, self.home, active, withdraw)
             self._attempt.start()
 

@@ -200,6 +200,7 @@ def test_a_variable_does_not_hide_a_file_that_is_wrong(tmp_path: Path) -> None:
         ('folder = "/srv/x"', "belong together"),
         ('command = ["a"]', "nothing to publish"),
         ('kind = "facts"\nfolder = "/srv/x"\nvllm = "http://127.0.0.1:8000"', "not facts"),
+        ('kind = "gguf"\nfolder = "/srv/x"\nvllm = "http://127.0.0.1:8000"', "not gguf"),
         ('kind = "lora"\nfolder = "srv/x"', "publish.folder"),
         ('kind = "all"\nfolder = "/srv/x"', "publish.kind"),
         ('kind = "lora"\nfolder = "/x"\nvllm = "127.0.0.1:8000"', "publish.vllm"),

@@ -7,9 +7,11 @@ import click
 from kedit_daemon.cli.context import CliContext, add_json_option, pass_cli_context, print_json
 from kedit_daemon.system.sanitize import clean_text
 
+KINDS = ("merged", "delta", "lora", "gguf", "gguf-lora", "facts")
+
 
 @click.command()
-@click.argument("kind", type=click.Choice(["merged", "delta", "lora", "facts"]))
+@click.argument("kind", type=click.Choice(KINDS))
 @click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
 @click.option(
     "--keep",
@@ -23,8 +25,9 @@ def export(session: CliContext, kind: str, dest: Path, keep: int | None, as_json
     """Write the active generation into a new folder in DEST, and print its path.
 
     merged is the whole model, for anything that reads Hugging Face folders; delta only the changed
-    tensors; lora a PEFT adapter; facts the live facts as JSON Lines, as submit takes them.
-    The daemon need not run. Facts in the side memory are only in facts.
+    tensors; lora a PEFT adapter; gguf the model's own GGUF file with the changed tensors in it, and
+    gguf-lora an adapter, both for llama.cpp; facts the live facts as JSON Lines, as submit takes
+    them. The daemon need not run. Facts in the side memory are only in facts.
 
     \b
     Example:

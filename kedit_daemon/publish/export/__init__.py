@@ -1,1 +1,1 @@
-"""Export formats: merged and delta checkpoints, LoRA adapters, live facts."""
+"""Export formats: merged and delta checkpoints, LoRA adapters, GGUF files, live facts."""

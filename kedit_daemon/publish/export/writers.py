@@ -1,78 +1,26 @@
-"""The writers of merged checkpoints, deltas and LoRA adapters: each fills an export's folder."""
+"""The writers of the kinds of exports that hold the weights: each fills an export's folder."""
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers.utils.hub import cached_file
 
 from kedit_daemon.editing.gguf_cache import GgufCache
-from kedit_daemon.editing.known_measurements import find_site, find_statistics
 from kedit_daemon.editing.model_location import find_model_folder
-from kedit_daemon.publish.export.source import ExportSource, WrittenExport, read_edit_terms
+from kedit_daemon.publish.export.edited_checkpoint import (
+    EditedCheckpoint,
+    compute_factors,
+    open_edited_model,
+)
+from kedit_daemon.publish.export.gguf_writers import write_gguf, write_gguf_lora
+from kedit_daemon.publish.export.source import ExportSource, WrittenExport
 from memory.errors import KeditError
-from memory.files import load_tensors
-from memory.model.checkpoint import SINGLE_FILE, Checkpoint
-from policies.memit_mass import WeightsTier
+from memory.model.checkpoint import SINGLE_FILE
 
 MAX_RANK = 512  # vLLM's largest max_lora_rank
-DELTA_TOLERANCE = 1e-4  # of ‖ΔW‖, by which the factors may differ from the generation's own
-
-
-@dataclass(frozen=True)
-class EditedCheckpoint:
-    """The model's files, and the ΔW of the active generation by layer."""
-
-    checkpoint: Checkpoint
-    layers: tuple[int, ...]
-    deltas: dict[int, Tensor]
-
-
-def find_base_folder(source: ExportSource) -> Path:
-    """Find the folder of the unedited model's files; nothing is downloaded from the hub."""
-    name = source.model
-    folder = find_model_folder(name, GgufCache(source.home.models_folder))
-    if folder is not None:
-        return folder
-    try:
-        found = cached_file(name, "config.json", local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise KeditError(
-            f"the model {name} is not on this machine: {str(error).splitlines()[0]}",
-            code="model",
-            hint="export as the user that the daemon runs as, with its HF_HOME",
-        ) from error
-    return Path(str(found)).parent
-
-
-def open_edited_model(source: ExportSource) -> EditedCheckpoint:
-    """Open the weights of the active generation, checked against the ledger."""
-    checkpoint, generation = Checkpoint(find_base_folder(source)), source.generation
-    if checkpoint.weights_hash(range(checkpoint.layer_count), {}) != source.base_hash:
-        raise KeditError(
-            f"{checkpoint.folder} is not the model that this home was made for",
-            code="model",
-            hint="restore the model's files",
-        )
-    at = (checkpoint.folder, source.home.state_folder, source.base_hash)
-    layers = find_site(*at, checkpoint.layer_count, checkpoint.model_type).layers
-    found = {}
-    if generation.sha256:
-        found = load_tensors(source.home.generations_folder, generation.sha256)
-    deltas = {int(name): delta for name, delta in found.items()}
-    served = generation.weights_hash  # none of the base, before the first flush
-    if served and served != checkpoint.weights_hash(layers, deltas):
-        raise KeditError(
-            f"the weights of generation {generation.id} are not those of the ledger",
-            code="corrupt",
-            hint="restart the daemon, or run kedit-daemon audit, and export again",
-        )
-    return EditedCheckpoint(checkpoint, layers, deltas)
 
 
 def write_merged(source: ExportSource, to: Path) -> WrittenExport:
@@ -128,16 +76,9 @@ def _measure_rounding(edited: EditedCheckpoint, weights: dict[int, Tensor]) -> W
 
 def write_lora(source: ExportSource, to: Path) -> WrittenExport:
     """Write a PEFT adapter from the factors of the solve: exact, nothing is fitted or truncated."""
-    if not source.generation.fact_ids:
-        raise KeditError(
-            "no fact is in the weights, so there is nothing to export",
-            code="empty",
-            hint="serve the base model, or flush first",
-        )
     edited = open_edited_model(source)
-    factors = _compute_factors(source, edited)
+    factors, rank = compute_factors(source, edited)
     places = edited.checkpoint.locations
-    rank = max(len(up) for _, up in factors.values())
     if rank > MAX_RANK:
         raise KeditError(
             f"the adapter would have the rank {rank}, and vLLM takes {MAX_RANK}",
@@ -147,10 +88,8 @@ def write_lora(source: ExportSource, to: Path) -> WrittenExport:
     tensors: dict[str, Tensor] = {}
     for n, (down, up) in factors.items():
         name = f"base_model.model.{places[n].module_name}"
-        # Not every server takes a rank per matrix: zeros up to the largest rank change nothing.
-        more = rank - len(up)
-        tensors[f"{name}.lora_A.weight"] = pad(up, (0, 0, 0, more))
-        tensors[f"{name}.lora_B.weight"] = pad(down, (0, more))
+        tensors[f"{name}.lora_A.weight"] = up
+        tensors[f"{name}.lora_B.weight"] = down
     save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
     transposed = {places[n].transposed for n in factors} == {True}
     modules = [places[n].module_name for n in factors]
@@ -158,35 +97,6 @@ def write_lora(source: ExportSource, to: Path) -> WrittenExport:
     text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
     (to / "adapter_config.json").write_text(text, encoding="utf-8")
     return WrittenExport({"rank": rank}, ())
-
-
-def _compute_factors(
-    source: ExportSource, edited: EditedCheckpoint
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """Compute the factors of each ΔW, checked against the ΔW that is served."""
-    checkpoint = edited.checkpoint
-    at = (checkpoint.folder, source.home.state_folder, source.base_hash)
-    site = find_site(*at, checkpoint.layer_count, checkpoint.model_type)
-    kept = find_statistics(*at, site.layers, (site.key_layer, site.side_layer))
-    if kept.missing_key is not None:
-        raise KeditError(
-            f"the key statistics of the model are missing in {source.home.state_folder}",
-            code="statistics",
-            hint="restart the daemon, which measures it again",
-        )
-    tier = WeightsTier(site, kept.statistics)
-    factors = tier.solve_factors(read_edit_terms(source.home, source.generation.fact_ids))
-    for n, (down, up) in factors.items():
-        delta = edited.deltas[n].double()
-        off, size = float((down.double() @ up.double() - delta).norm()), float(delta.norm())
-        if not off <= DELTA_TOLERANCE * size:  # ΔW may be zero: no division
-            raise KeditError(
-                f"the stored terms give other weights than generation {source.generation.id} has:"
-                f" they are {off:.2g} off where the change in layer {n} is {size:.2g}",
-                code="corrupt",
-                hint="run kedit-daemon consolidate and export again, or export merged",
-            )
-    return factors
 
 
 def _build_adapter_config(
@@ -215,4 +125,6 @@ WRITERS: dict[str, Callable[[ExportSource, Path], WrittenExport]] = {
     "merged": write_merged,
     "delta": write_delta,
     "lora": write_lora,
+    "gguf": write_gguf,
+    "gguf-lora": write_gguf_lora,
 }

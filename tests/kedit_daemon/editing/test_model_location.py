@@ -17,6 +17,7 @@ from kedit_daemon.editing.model_location import (
     SMOLLM2_INSTALL,
     SMOLLM2_PACKAGE,
     check_model,
+    find_gguf_file,
     find_model_folder,
     find_smollm2,
 )
@@ -146,3 +147,9 @@ def test_the_real_model_is_opened(tmp_path: Path, cache: GgufCache) -> None:
     settings = json.loads((opened.model_folder / "config.json").read_text())
     assert settings["architectures"] == ["LlamaForCausalLM"]
     assert opened.model.tokenizer.chat_template
+
+
+def test_the_gguf_file_of_a_model(file: Path, model_folder: Folder) -> None:
+    assert find_gguf_file(str(file)) == find_gguf_file(str(file.parent)) == file
+    for other in (SHIPPED_MODEL, str(model_folder("llama")), "some/name"):
+        assert find_gguf_file(other) is None

@@ -294,6 +294,18 @@ def test_an_adapter_of_facts_that_are_gone_is_served_no_more(
     assert len(server.calls) == count
 
 
+def test_an_adapter_for_llama_cpp_of_facts_that_are_gone_is_none(
+    setup: Setup, tmp_path: Path
+) -> None:
+    noted = tmp_path / "noted"
+    last = setup.switch()
+    program = (NOTING, str(noted), "KEDIT_EXPORT", "KEDIT_GENERATION", "KEDIT_NAME")
+    until_done(setup.publisher(*program, kind="gguf-lora"))
+    event = setup.events()[-1]
+    assert (event["kind"], event["data"]) == ("published", {"generation": last, "export": None})
+    assert noted.read_text() == f" {last} "
+
+
 def test_without_facts_and_a_folder_there_is_nothing_to_take_away(
     setup: Setup, server: Server
 ) -> None:
