@@ -147,13 +147,17 @@ class AskedFacts:
                 questions = [mask_prompt(q, fact.subject) for q in fact.questions]
                 wordings.append(self.index.encoder.encode_questions(questions))
             means = self.index.average_prompts(fact)
+            told = self.index.find_told_relations(fact)
             self._meanings[fact_id] = _Meaning(
                 torch.cat(wordings),
                 self.index.find_own_relations(stated)
-                | self.index.find_stated_relations(means, CERTAIN_SIMILARITY),
+                | self.index.find_stated_relations(means, CERTAIN_SIMILARITY)
+                | told,
                 stated,
                 self.index.encode_prompts(fact),
-                self.index.find_own_statements(stated) | self.index.find_stated_relations(means),
+                self.index.find_own_statements(stated)
+                | self.index.find_stated_relations(means)
+                | told,
                 max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),
             )
         return self._meanings[fact_id]

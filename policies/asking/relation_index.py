@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from memory.facts import Fact
+from memory.side.subject_matcher import normalize_text
 from policies.asking.relation_bank import Relation, mask_prompt, mask_statement, mask_subject
 from policies.asking.relation_encoder import RelationEncoder
 
@@ -14,6 +15,9 @@ from policies.asking.relation_encoder import RelationEncoder
 MIN_OWN_SIMILARITY, OWN_SPREAD = 0.45, 0.03
 # The same of a relation whose statements are so near to a prompt, by their words alone.
 MIN_STATED_SIMILARITY = 0.8
+# Of the relations that have a target among their typical answers, those that a prompt is the
+# nearest to are the fact's own ("it, the" midfielder), if their statements are so near at least.
+MIN_TOLD_SIMILARITY, TOLD_SPREAD = 0.2, 0.02
 CERTAIN_SIMILARITY = 0.9  # from which questions count such a relation as the fact's own, too
 SAME_WORDING = 0.98  # similarity from which a statement is the prompt itself
 
@@ -28,6 +32,9 @@ class RelationIndex:
         self._vectors = encoder.encode_questions(list(map(mask_subject, self._questions)))
         owners = [n for n, relation in enumerate(bank) for _ in relation.questions]
         self._owners, self._count = torch.tensor(owners), len(bank)
+        self._answered: dict[str, set[int]] = {}  # relations by their typical answers
+        for n, answer in ((n, a) for n, relation in enumerate(bank) for a in relation.answers):
+            self._answered.setdefault(normalize_text(answer), set()).add(n)
         stated = [(n, s) for n, relation in enumerate(bank) for s in relation.statements]
         # Those that name the subject before the target, as a prompt does.
         stated = [(n, s) for n, s in stated if 0 <= s.find("{subject}") < s.find("{target}")]
@@ -51,6 +58,12 @@ class RelationIndex:
         its target."""
         return self._find_largest(vectors @ self._statement_vectors.T, self._statement_owners)
 
+    def _compare_words(self, means: Tensor) -> Tensor:
+        """Return the similarity (relations,) of the nearest of some means of words to the nearest
+        statement of each."""
+        found = means @ self._statement_means.T
+        return self._find_largest(found, self._statement_owners).amax(0)
+
     def _find_largest(self, found: Tensor, owners: Tensor) -> Tensor:
         """Return the largest similarity (n, relations) to a relation's wordings."""
         least = found.new_full((len(found), self._count), -1.0)
@@ -69,9 +82,19 @@ class RelationIndex:
     ) -> Tensor:
         """Return which relations (relations,) a fact states, by the means of its prompts, whose
         similarity is to be `least`."""
-        means = prompts @ self._statement_means.T
-        near = self._find_largest(means, self._statement_owners).amax(0)
+        near = self._compare_words(prompts)
         return near >= max(least, float(near.max()) - OWN_SPREAD)
+
+    def find_told_relations(self, fact: Fact) -> Tensor:
+        """Return which relations (relations,) a fact's target tells, where its prompt tells little:
+        those with this answer whose statements are the nearest."""
+        told = torch.zeros(self._count, dtype=torch.bool)
+        answered = sorted(self._answered.get(normalize_text(fact.target), ()))
+        if answered:
+            told[answered] = True
+            near = self._compare_words(self.average_prompts(fact)).masked_fill(~told, -1.0)
+            told = near >= max(MIN_TOLD_SIMILARITY, float(near.max()) - TOLD_SPREAD)
+        return told
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
         """Return other prompts of a fact, from the statements of its relation, the nearest first.
@@ -104,14 +127,17 @@ class RelationIndex:
         return near >= max(MIN_OWN_SIMILARITY, float(near.max()) - OWN_SPREAD)
 
     def find_questions(self, fact: Fact, count: int) -> list[str]:
-        """Return questions of the bank that ask for a fact, the nearest first; none where no
-        relation is near."""
+        """Return questions of the bank that ask for a fact, the nearest first, then those of the
+        relation that its target tells; none where no relation is near."""
         near = (self.encode_statements(fact) @ self._vectors.T).amax(0)
+        told = self.find_told_relations(fact)[self._owners]
+        near = near.masked_fill(near < MIN_OWN_SIMILARITY, -1.0)
+        near = torch.where(told, near.clamp(min=0.0), near)
         best = near.topk(min(count, len(near)))
         return [
             self._questions[n].replace("{subject}", fact.subject)
             for similarity, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            if similarity >= MIN_OWN_SIMILARITY
+            if similarity >= 0
         ]
 
 

@@ -179,3 +179,20 @@ def test_other_statements_of_its_relation_name_the_subject(asked: AskedFacts) ->
     assert all("{}" in prompt and prompt != BORN.prompt for prompt in found)
     assert all("born" in p or "birth" in p or "native" in p for p in found)
     assert asked.index.find_statements(Fact("X", "{} means that the fan is", "y"), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "question", "other"),
+    [
+        ("{}, the", "midfielder", "Which position did Zamba play?", "Who was Zamba married to?"),
+        ("{} is within", "Texas", "Where is Zamba located?", "When was Zamba built?"),
+    ],
+)
+def test_a_target_tells_the_relation_where_the_prompt_tells_little(
+    asked: AskedFacts, prompt: str, target: str, question: str, other: str
+) -> None:
+    fact = Fact("Zamba", prompt, target)
+    assert score(asked, [fact], question)[target] > GATE
+    assert score(asked, [fact], other)[target] < GATE
+    silent = Fact("Zamba", prompt, "Ojbrek")
+    assert score(asked, [silent], question)["Ojbrek"] < GATE
