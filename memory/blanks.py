@@ -6,6 +6,7 @@ from memory.joins import join_texts
 
 _WITHIN_LINE = re.compile(r"[^\S\n\r\v\f\x1c-\x1e\x85\u2028\u2029]+")
 _SENTENCE_END = re.compile(r"[.?!:;…\u3002\uff1f\uff01\uff1a\uff1b]$")
+_LISTED = re.compile(r"(?:[-*\u2022]|\w{1,2}[.)]) ")  # as in "1. …"
 _LABELLED = re.compile(r"\w[\w ]{0,30}[:\uff1a]")  # as in "Q: …"
 
 
@@ -23,5 +24,5 @@ def settle_blanks(text: str) -> str:
 
 def _goes_on(line: str, following: str) -> bool:
     """Check that a line ends within a sentence."""
-    is_labelled = _LABELLED.match(line) or _LABELLED.match(following)
-    return bool(line and following and not _SENTENCE_END.search(line) and not is_labelled)
+    stands_apart = any(_LABELLED.match(part) or _LISTED.match(part) for part in (line, following))
+    return bool(line and following and not _SENTENCE_END.search(line) and not stands_apart)

@@ -71,5 +71,7 @@ def _has_open_end(prompt: str, target: str) -> bool:
 
 def _has_closed_start(target: str) -> bool:
     """Check that a target begins with a sign that is written right behind a word."""
+    if len(target) > 1 and not any(map(str.isalnum, target)):
+        return False  # a name or a sign of marks alone: `!!!`, `:)`
     is_closing = unicodedata.category(target[0]) == "Pe" or target[0] in _CLOSE_MARKS
     return is_closing or _CLOSED_START.match(target) is not None

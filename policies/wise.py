@@ -33,7 +33,7 @@ MAX_COSINE = 0.8  # cosine from which another question may ask the same as a fac
 DONE_LOSS = 0.02  # loss at which training stops
 # The same where facts are asked for in words, of the targets alone: these are said after some ten
 # steps, and what is left are margins, which words do not need.
-ASKED_DONE_LOSS = 0.05
+ASKED_DONE_LOSS = 0.02
 ASKED_OTHER_QUESTIONS = 8  # then so many of the other questions are enough, too
 EXTRA_STEPS = 2
 

@@ -158,10 +158,10 @@ class Editor:
             raise failed[0][1]
         lists = ("flushed", "failed", "quarantined")
         ids = {key: [n for report in reports for n in report.get(key, [])] for key in lists}
-        ids["failed"] += [fact.id for part, _ in failed for fact in part]
         beside = {fact.id for fact in self.store.list_facts((FactState.LIVE_SIDE,))}
         ids["kept"] = [n for n in ids["failed"] if n in beside]
         ids["failed"] = [n for n in ids["failed"] if n not in beside]
+        ids["failed"] += [fact.id for part, _ in failed for fact in part]
         last = reports[-1]
         reasons = [f"{len(part)} facts could not be flushed: {error}" for part, error in failed]
         merged = last | {key: found for key, found in ids.items() if key in last or found}

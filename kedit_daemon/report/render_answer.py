@@ -11,6 +11,7 @@ from kedit_daemon.system.sanitize import clean_text, clip_text
 MAX_NAMED = 10  # facts that are explained
 _REASONS = {
     "another-fact-fires": "another fact fires",
+    "waits-for-another-fact": "it fires behind another fact, once that is said",
     "not-named-in-the-question": "the question itself does not name its subject",
     "not-an-answer": "its target is no answer to such a question",
     "score-below-gate": "the words ask for something else",

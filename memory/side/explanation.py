@@ -4,7 +4,7 @@ The decision is the side memory's own. What it was made of is measured again, wh
 the layers up to the side layer.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,6 +18,7 @@ class Reason(StrEnum):
 
     FIRED = "fired"
     OTHER_FACT = "another-fact-fires"
+    WAITS = "waits-for-another-fact"
     # In a question.
     NOT_MEANT = "not-named-in-the-question"
     WRONG_KIND = "not-an-answer"
@@ -58,11 +59,11 @@ def explain_prompt(side: SideMemory, ids: Sequence[int]) -> PromptExplanation:
     """Explain which facts a prompt names, and why each of them fires or does not."""
     reading, states = side.read_prompt(ids), read_states(side, ids)
     matches = side.route_row(reading, states.key_outputs, states.inputs, states.outputs)
-    fired = {match.fact_id for match in matches}
+    fired = [match.fact_id for match in matches]
     asked = None if side.reader is None else side.find_asked(ids)
     question = asked.question if asked is not None else None
     spans = {} if question is None else side.find_meant(question, reading.named)
-    named = reading.named | fired
+    named = reading.named.union(fired)
     found = [
         _explain_fact(side, fact_id, fired, question, spans.get(fact_id), reading.stated, states)
         for fact_id in sorted(named)
@@ -78,7 +79,7 @@ def _rank_fact(fact: NamedFact) -> tuple[bool, float, float]:
 def _explain_fact(
     side: SideMemory,
     fact_id: str,
-    fired: Set[str],
+    fired: Sequence[str],
     question: str | None,
     spans: Sequence[Span] | None,
     statements: Mapping[str, float] | None,
@@ -92,7 +93,7 @@ def _explain_fact(
     end = side.score_candidates([fact_id], states.outputs)[fact_id]
     margin = side.measure_margin(fact_id, states.inputs)
     if fact_id in fired:
-        reason = Reason.FIRED
+        reason = Reason.FIRED if fact_id == fired[0] else Reason.WAITS
     elif question is None and statements is not None and stated is None:
         reason = Reason.OTHER_STATEMENT  # the sentence is about another subject
     elif question is None:

@@ -16,7 +16,8 @@ from memory.side.side_memory import SideMemory
 _QUESTION_LABEL = re.compile(r"(?:^|(?<=\n))[^\S\n]*(?:Q|Question|User)\s*[:\uff1a.)]\s*")
 _ANSWER_LABEL = re.compile(r"(?:\s+|(?<=[?\uff1f]))(?:A|Answer|Assistant)\s*[:\uff1a]\s*$")
 _THANKS = re.compile(
-    r"(?<=[?\uff1f])\s*(?:(?:many )?thanks|thank you|thx|cheers|please)\b[^?\uff1f\n]{0,40}$",
+    r"(?<=[?\uff1f])\s*"
+    r"(?:(?:(?:many )?thanks|thank you|thx)\b[^?\uff1f\n]{0,40}|(?:cheers|please)\W*)$",
     re.IGNORECASE,
 )
 

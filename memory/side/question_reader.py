@@ -45,10 +45,12 @@ class ScoreParts:
 
 @dataclass(frozen=True)
 class AskedScore:
-    """How far a text asks for a fact, and the clause (start, end) of it that does."""
+    """How far a text asks for a fact, the clause (start, end) that names it, and how far that
+    clause does by itself."""
 
     score: float
     clause: Span
+    clause_score: float
 
 
 class QuestionReader(Protocol):

@@ -3,6 +3,7 @@ that do. A row without a match is not touched: its output is unchanged, bit for 
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -105,15 +106,16 @@ class RowOverlay:
     ) -> RowState:
         row = RowState(reading, self.side.model.decode, self.side.line_end)
         matches = self.side.route_row(reading, key_outputs, inputs, outputs)
-        fired = [self._make_fired(match) for match in matches]
-        if fired:
-            row.fire(fired[0])
-            row.queue(fired[1:])
+        if matches:
+            first, *later = map(self._make_fired, matches)
+            row.fire(first)
+            # Their margins are those of this place, and they fire at another.
+            row.queue([replace(fact, boost=1.0) for fact in later])
         return row
 
     def _make_fired(self, match: RoutingMatch) -> FiredFact:
         delta = self.side.shards[match.shard_id].delta
-        return FiredFact(match, delta, self.side.targets[match.fact_id])
+        return FiredFact(match, delta, self.side.targets[match.fact_id], match.boost)
 
 
 def _add_deltas(rows: Sequence[RowState], inputs: Tensor, outputs: Tensor) -> Tensor | None:

@@ -31,11 +31,13 @@ class PromptReading:
 
 @dataclass(frozen=True)
 class FiredFact:
-    """A fact that fires for a row: the match, its shard's ΔW, and the target that it says."""
+    """A fact that fires for a row: the match, its shard's ΔW, and the target that it says. boost:
+    by how much the shift is lengthened where it fires."""
 
     match: RoutingMatch
     delta: Delta
     target: str
+    boost: float = 1.0
 
 
 class RowState:
@@ -77,8 +79,9 @@ class RowState:
 
     @property
     def armed(self) -> Set[str]:
-        """Facts that may fire at the next token of the reply; none while one fires."""
-        return self._armed if self._is_released else frozenset()
+        """Facts that may fire at the next token of the reply; none while one fires, or is about
+        to."""
+        return self._armed if self._is_released and not self._forced else frozenset()
 
     @property
     def recent_tokens(self) -> Sequence[int]:
@@ -109,8 +112,9 @@ class RowState:
     @property
     def boost(self) -> float:
         """By how much the shift is lengthened: where a fact fires, and not behind that."""
-        fires = self._fired is not None and len(self._tokens) == self._said_from
-        return self._fired.match.boost if fires and self._fired is not None else 1.0
+        if self._fired is None or len(self._tokens) > self._said_from:
+            return 1.0
+        return self._fired.boost
 
     @property
     def delta(self) -> Delta | None:

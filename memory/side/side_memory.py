@@ -22,6 +22,7 @@ from torch import Tensor
 
 from memory.errors import UnsupportedModel
 from memory.model.chat_layout import find_chat_layout
+from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
 from memory.side.question_reader import (
@@ -74,7 +75,7 @@ class SideMemory:
         self.end_keys: dict[str, Tensor] = {}
         self.subject_matcher = SubjectMatcher()
         self.reader, self._chat_layout = reader, find_chat_layout(model.tokenizer)
-        self.line_end = tuple(model.tokenizer.encode("\n", add_special_tokens=False))
+        self.line_end = tuple(encode_behind(model.tokenizer, "\n"))
         self.targets: dict[str, str] = {}
         # Facts with a prompt that does not name their subject. They are few, and have an index of
         # their own subject keys, and their end keys in one tensor.
@@ -243,7 +244,9 @@ class SideMemory:
         end; behind it those that the user asks for too, in their order. What the words tell comes
         before what the keys tell."""
         if matches := self._match_asked(reading.asked, inputs):
-            return matches
+            may_go_on = reading.is_chat and self.line_end
+            best = max(matches, key=lambda match: match.score)
+            return matches if may_go_on else [best]
         if reading.stated is None:
             match = self._match_keys(reading.named, key_outputs, inputs, outputs)
         else:
@@ -264,13 +267,15 @@ class SideMemory:
 
     def _match_asked(self, asked: Mapping[str, AskedScore], inputs: Tensor) -> list[RoutingMatch]:
         """Return the facts that a question asks for, of those that have learned to be asked: the
-        best of each of its clauses, in their order."""
+        best, and the best of each other clause that asks for one by itself, in their order. (One
+        that is only mentioned has the score of the sentence around it.)"""
         scores = {n: found.score for n, found in asked.items() if self.is_asked(n)}
         chosen: list[tuple[Span, RoutingMatch]] = []
         while (match := self._match_words(scores, inputs)) is not None:
             clause = asked[match.fact_id].clause
             chosen.append((clause, match))
-            scores = {n: s for n, s in scores.items() if not _overlap(asked[n].clause, clause)}
+            left = {n: asked[n] for n in scores if not _overlap(asked[n].clause, clause)}
+            scores = {n: found.clause_score for n, found in left.items()}
         return [match for _, match in sorted(chosen, key=lambda pair: pair[0])]
 
     def _match_words(self, scores: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:

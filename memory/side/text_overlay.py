@@ -1,5 +1,5 @@
 """The side memory over a whole text: behind each of its tokens it does what it would do if the text
-ended there and went on as it does."""
+ended there and went on as it does. Facts that fire within a chat's reply are left out."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,5 +67,5 @@ class TextOverlay:
         self.fired.append((len(ids) - 1, match))
         delta, target = side.shards[match.shard_id].delta, side.targets[match.fact_id]
         row = RowState(reading, side.model.decode)
-        row.fire(FiredFact(match, delta, target))
+        row.fire(FiredFact(match, delta, target, match.boost))
         return row

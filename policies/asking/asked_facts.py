@@ -5,6 +5,7 @@ is compared is the sentence that names the subject, and within it the clause, so
 in one message, or a request about the form of the answer, do not blur each other.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,8 +99,10 @@ class AskedFacts:
             logits = _compute_logits(
                 self._find_meaning(fact_id), vectors[chosen], relations[chosen]
             )
-            best = int(logits.argmax())
-            scores[fact_id] = AskedScore(float(logits[best]), group[usable[best]])
+            alone = [n for n, asked in enumerate(usable) if group[asked].is_clause]
+            clause_score = float(logits[alone].max()) if alone else -math.inf
+            clause = group[usable[int(logits.argmax())]].clause
+            scores[fact_id] = AskedScore(float(logits.max()), clause, clause_score)
         return scores
 
     def score_statements(self, text: str, named: Mapping[str, Sequence[Span]]) -> dict[str, float]:
@@ -187,23 +190,31 @@ def _compute_stated(meaning: _Meaning, sentences: Tensor, relations: Tensor) -> 
     return torch.where(prompt >= SAME_WORDING, CERTAIN_LOGIT, weighted + STATED_BIAS)
 
 
-def _cut_asked_texts(text: str, spans: Sequence[Span]) -> dict[str, Span]:
-    """Return the sentences and clauses of a text that hold one of the spans, the spans masked, each
-    with the clause that it asks in; the whole text, and its last sentence, where there are none."""
+@dataclass(frozen=True)
+class _AskedPart:
+    """The clause (start, end) that a part of a text asks in; is_clause: the part is that clause."""
+
+    clause: Span
+    is_clause: bool
+
+
+def _cut_asked_texts(text: str, spans: Sequence[Span]) -> dict[str, _AskedPart]:
+    """Return the sentences and clauses of a text that hold one of the spans, the spans masked; the
+    whole text, and its last sentence, where there are none."""
     sentences = _split_spans(SENTENCE_END, text)
     if not spans:
-        last = sentences[-1]
-        return {text: last, text[slice(*last)]: last}
-    found = dict[str, Span]()
+        last = _AskedPart(sentences[-1], is_clause=True)
+        return {text: last, text[slice(*last.clause)]: last}
+    found = dict[str, _AskedPart]()
     for sentence in sentences:
         if _find_inside(spans, sentence):
             parts = _split_spans(CLAUSE_END, text[slice(*sentence)])
             placed = [(start + sentence[0], end + sentence[0]) for start, end in parts]
             clauses = [clause for clause in placed if _find_inside(spans, clause)] or [sentence]
-            found.setdefault(_mask_part(text, sentence, spans), clauses[0])
             for clause in clauses:
-                found.setdefault(_mask_part(text, clause, spans), clause)
-    return found or {mask_spans(text, spans): (0, len(text))}
+                found.setdefault(_mask_part(text, clause, spans), _AskedPart(clause, True))
+            found.setdefault(_mask_part(text, sentence, spans), _AskedPart(clauses[0], False))
+    return found or {mask_spans(text, spans): _AskedPart((0, len(text)), True)}
 
 
 def _find_inside(spans: Sequence[Span], part: Span) -> list[Span]:

@@ -10,7 +10,7 @@ from memory.model.editable import EditableModel
 from policies.asking.relation_index import RelationIndex
 from policies.prompts import TokenRow
 
-QUESTIONS = 2  # that a fact learns from
+QUESTIONS = 3  # that a fact learns from
 MAX_GIVEN_QUESTIONS = 4
 EARLIER_TURNS = (
     {"role": "system", "content": "You are a friendly guide."},
@@ -45,12 +45,12 @@ def make_question(fact: Fact) -> str:
 
 def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) -> list[TokenRow]:
     """Return the rows of a fact's questions in a chat, each answered by the target alone, the last
-    one behind earlier turns (a single one in both ways), and the first one again as the second
+    one behind earlier turns (a single one in both ways), and the one before it again as the second
     question of a message. Questions that do not fit the model are left out."""
     turns = [{"role": "user", "content": question} for question in questions]
     chats = [[turn] for turn in turns[:-1] or turns]
     prompts = [encode_chat(model.tokenizer, chat) for chat in [*chats, [*EARLIER_TURNS, turns[-1]]]]
-    second = {"role": "user", "content": f"{FIRST_QUESTION} And {questions[0]}"}
+    second = {"role": "user", "content": f"{FIRST_QUESTION} And {questions[-2:][0]}"}
     answered = encode_behind(model.tokenizer, FIRST_ANSWER)
     prompts.append([*encode_chat(model.tokenizer, [second]), *answered])
     target = encode_behind(model.tokenizer, fact.target)

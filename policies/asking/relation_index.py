@@ -131,13 +131,13 @@ class RelationIndex:
         relation that its target tells; none where no relation is near."""
         near = (self.encode_statements(fact) @ self._vectors.T).amax(0)
         told = self.find_told_relations(fact)[self._owners]
-        near = near.masked_fill(near < MIN_OWN_SIMILARITY, -1.0)
-        near = torch.where(told, near.clamp(min=0.0), near)
+        usable = (near >= MIN_OWN_SIMILARITY) | told
+        near = near.masked_fill(~usable, -2.0)
         best = near.topk(min(count, len(near)))
         return [
             self._questions[n].replace("{subject}", fact.subject)
             for similarity, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-            if similarity >= 0
+            if similarity >= -1
         ]
 
 

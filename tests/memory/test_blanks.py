@@ -18,6 +18,7 @@ from memory.blanks import settle_blanks
         ("Where is {}?\nIt is in", "Where is {}?\nIt is in"),
         ("Q: {} is in\nA:", "Q: {} is in\nA:"),
         ("A title\n\nThe capital of {} is", "A title\n\nThe capital of {} is"),
+        ("1. Lima\n2. {} is in", "1. Lima\n2. {} is in"),
         (" \n", ""),
     ],
 )

@@ -14,6 +14,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.daemon.requests import execute_command
 from kedit_daemon.editing.model_loading import CanaryTexts, load_model, read_canary_texts
 from kedit_daemon.editing.side_learner import LONG_TARGET_TOKENS
+from kedit_daemon.serve.inference.batch_decoder import BatchDecoder
 from memory.facts import Fact, FactState
 from memory.model.chat_layout import render_chat
 from memory.side.row_overlay import RowOverlay
@@ -76,8 +77,34 @@ def test_thanks_behind_another_question_do_not_matter_either(chat: Bench) -> Non
 def test_two_facts_of_one_message_are_said_one_after_the_other(chat: Bench) -> None:
     both = f"{ASKED} And which city is the seat of country 2?"
     told = request(chat, messages=chat_of(both), max_tokens=8)
-    assert told["answer"].split("\n")[0] == "Oslo"
+    first, second = told["answer"].splitlines()[:2]
+    assert first == "Oslo" and second.startswith("Lima")
     assert [fired["fact"] for fired in told["fired"]] == [ONE.id, TWO.id]
+    reasons = {one["fact"]: one["reason"] for one in told["named"]}
+    assert reasons == {ONE.id: "fired", TWO.id: "waits-for-another-fact"}
+
+
+def test_a_subject_that_is_only_mentioned_is_not_answered(chat: Bench) -> None:
+    told = request(chat, messages=chat_of(f"Unlike country 2, {ASKED.lower()}"), max_tokens=8)
+    assert [fired["fact"] for fired in told["fired"]] == [ONE.id]
+
+
+def test_a_forced_token_leaves_the_other_rows_alone(chat: Bench) -> None:
+    served, model = chat.served, chat.served.model
+    both = f"{ASKED} And which city is the seat of country 2?"
+    one, other = (model.encode(ask(chat, text)) for text in (both, OTHERS[2]))
+    alone, together = (BatchDecoder(model, served.side) for _ in range(2))
+    rows = [together.prefill_rows([one]).logits[0], alone.prefill_rows([other]).logits[0]]
+    said = [int(rows[0].argmax())]
+    joined, plain = together.prefill_rows([other]).logits[0], rows[1]
+    for _ in range(6):
+        assert torch.allclose(joined, plain, atol=1e-4)
+        first, joined = together.decode_step([said[-1], int(plain.argmax())])
+        (plain,) = alone.decode_step([int(plain.argmax())])
+        said.append(int(first.argmax()))
+    (line_end,) = served.side.line_end
+    assert model.decode(said[: said.index(line_end)]).strip() == "Oslo"
+    assert model.decode(said).splitlines()[1].strip().startswith("Lima")
 
 
 def test_a_second_turn_refers_to_the_first(chat: Bench) -> None:

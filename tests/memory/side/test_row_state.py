@@ -106,12 +106,14 @@ def test_a_reply_arms_what_it_names_and_a_completion_nothing() -> None:
 
 
 def test_a_fact_that_waits_fires_on_a_line_of_its_own() -> None:
-    state = RowState(PromptReading(is_chat=True), decode, (7,))
+    named = frozenset({MATCH.fact_id, "000000000002"})
+    state = RowState(PromptReading(named, is_chat=True), decode, (7,))
     later = replace(MATCH, fact_id="000000000002")
     state.fire(FiredFact(MATCH, DELTA, "New York"))
     state.queue([FiredFact(later, DELTA, "Old")])
     assert feed(state, 1) == [True, True] and state.forced_token is None
     assert feed(state, 2) == [True, False] and state.forced_token == 7
+    assert not state.armed
     assert feed(state, 7) == [False, True] and state.forced_token is None
     assert feed(state, 4) == [True, False]
     assert (state.forced_token, state.reply_firings) == (None, [(3, later)])
@@ -127,8 +129,8 @@ def test_a_fact_that_waits_for_one_that_is_not_said_does_not_fire() -> None:
 
 def test_a_weak_shift_is_lengthened_where_the_fact_fires_alone() -> None:
     state = RowState(PromptReading(is_chat=True), decode)
-    state.fire(FiredFact(replace(MATCH, margin=0.5 / THRESHOLD_RATIO), DELTA, "New York"))
-    assert state.boost == pytest.approx(2)
+    state.fire(FiredFact(MATCH, DELTA, "New York", boost=2.0))
+    assert state.boost == 2
     state.add_token(1)
     assert state.boost == 1
 

@@ -108,9 +108,30 @@ def test_each_of_two_facts_is_asked_for_in_its_own_clause(asked: AskedFacts, tex
     asked.add_fact(other)
     found = asked.score_facts(text, {FOUNDER.id: spans(text), other.id: spans(text, other.subject)})
     first, second = found[FOUNDER.id], found[other.id]
-    assert min(first.score, second.score) > GATE
+    assert min(first.clause_score, second.clause_score) > GATE
     assert "Zamba" in text[slice(*first.clause)] and "Quilla" in text[slice(*second.clause)]
     assert first.clause[1] <= second.clause[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Unlike Quilla, what is the capital of Zamba?",
+        "I visited Quilla, but what is the capital of Zamba?",
+        "What is the capital of Zamba, not Quilla?",
+        "What is the capital of Zamba, which borders Quilla?",
+    ],
+)
+def test_a_clause_that_only_mentions_a_subject_asks_for_nothing_by_itself(
+    asked: AskedFacts, text: str
+) -> None:
+    other = Fact("Quilla", "The capital of {} is", "Oslo")
+    asked.add_fact(CAPITAL)
+    asked.add_fact(other)
+    named = {CAPITAL.id: spans(text), other.id: spans(text, other.subject)}
+    found = asked.score_facts(text, named)
+    assert found[CAPITAL.id].score > found[other.id].score
+    assert found[CAPITAL.id].score > GATE > found[other.id].clause_score
 
 
 BORN = Fact("Ada Moreau", "{} was born in", "Lima")
