@@ -11,6 +11,7 @@ from memory.side.row_state import FiredFact, PromptReading, RowState
 from memory.side.shards import RoutingMatch
 from memory.side.side_memory import SideMemory
 
+LIKELY_TOKENS = 64  # that are looked at for the next letters of a word
 IMPOSSIBLE_LOGIT = -1e4  # of a probability of 0 at any usual temperature, and finite in JSON
 
 
@@ -78,19 +79,23 @@ class RowOverlay:
         """Serve a pass over the rows' next tokens; nothing is tapped where no row is active or
         armed, or has a token to say."""
         with ExitStack() as taps:
-            if any(row.forced_token is not None for row in self.rows):
-                taps.enter_context(self.side.model.change_logits(self._force_tokens))
+            if any(row.forced_token is not None or row.ends_word for row in self.rows):
+                taps.enter_context(self.side.model.change_logits(self._limit_tokens))
             if any(row.delta is not None or row.armed for row in self.rows):
                 taps.enter_context(self.side.model.tap_layers({self.side.layer: self._change_rows}))
             yield
 
-    def _force_tokens(self, logits: Tensor) -> Tensor:
-        """Leave a single token possible where a row has one to say: logits (rows, tokens, size)."""
+    def _limit_tokens(self, logits: Tensor) -> Tensor:
+        """Leave a single token possible where a row has one to say, and none that goes on with the
+        last word of a target: logits (rows, tokens, size)."""
         changed = logits.clone()
-        for n, token in ((n, row.forced_token) for n, row in enumerate(self.rows)):
-            if token is not None:
+        for n, row in enumerate(self.rows):
+            if row.forced_token is not None:
                 changed[n, -1] = IMPOSSIBLE_LOGIT
-                changed[n, -1, token] = 0.0
+                changed[n, -1, row.forced_token] = 0.0
+            elif row.ends_word:
+                likely = logits[n, -1].topk(min(LIKELY_TOKENS, logits.shape[-1])).indices.tolist()
+                changed[n, -1, [t for t in likely if row.continues_word(t)]] = IMPOSSIBLE_LOGIT
         return changed
 
     def _change_rows(self, inputs: Tensor, outputs: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ comes to state it.
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from memory.joins import is_unspaced
 from memory.side.question_reader import AskedScore
 from memory.side.shards import Delta, RoutingMatch
 
@@ -62,6 +63,7 @@ class RowState:
         self._line_end = tuple(line_end)
         self._waiting: list[FiredFact] = []  # asked for too, behind the one that fires
         self._forced: list[int] = []
+        self._ends_word = False
         self.reply_firings: list[tuple[int, RoutingMatch]] = []
         """The facts that fired within the reply, each with the number of tokens before."""
 
@@ -110,6 +112,18 @@ class RowState:
         return self._forced[0] if self._forced else None
 
     @property
+    def ends_word(self) -> bool:
+        """Check that a reply has just said a target, whose last word may not go on ("60" as
+        "600")."""
+        return self._ends_word
+
+    def continues_word(self, token: int) -> bool:
+        """Check that a token would go on with the last word of what was said."""
+        said = self._tokens[self._said_from :]
+        before, after = self._decode(said), self._decode([*said, token])
+        return after[len(before) :][:1].isalnum() and not is_unspaced(before)
+
+    @property
     def boost(self) -> float:
         """By how much the shift is lengthened: where a fact fires, and not behind that."""
         if self._fired is None or len(self._tokens) > self._said_from:
@@ -125,6 +139,7 @@ class RowState:
         """Take the token that follows. The row is released when the target is said, in a completion
         one token later, or when the text is no longer the target's."""
         self._tokens.append(token)
+        self._ends_word = False
         if self._forced:
             del self._forced[0]
             if not self._forced:
@@ -143,5 +158,6 @@ class RowState:
         if self._is_said:
             self._is_released = self._is_chat
             self._forced = list(self._line_end if self._waiting else ())
+            self._ends_word = self._is_chat and not self._forced
         elif target:  # else it is not known when it is said
             self._is_released = not target.startswith(text)

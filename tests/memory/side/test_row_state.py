@@ -140,3 +140,21 @@ def test_a_weak_shift_is_lengthened_where_the_fact_fires_alone() -> None:
 )
 def test_a_shift_is_lengthened_within_bounds(margin: float, boost: float) -> None:
     assert replace(MATCH, margin=margin).boost == pytest.approx(boost)
+
+
+@pytest.mark.parametrize(("target", "ends"), [("New York", True), ("New York City", False)])
+def test_the_last_word_of_a_target_does_not_go_on(target: str, ends: bool) -> None:
+    state = row(target, is_chat=True)
+    feed(state, 1)
+    assert not state.ends_word
+    feed(state, 2)
+    assert state.ends_word is ends
+    assert [state.continues_word(token) for token in (3, 4, 7)] == [False, True, False]
+    feed(state, 4)
+    assert not state.ends_word
+
+
+def test_a_completion_goes_on_as_it_will() -> None:
+    state = row("New York", is_chat=False)
+    feed(state, 1, 2)
+    assert not state.ends_word
