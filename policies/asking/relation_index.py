@@ -114,6 +114,16 @@ class RelationIndex:
             if similarity >= MIN_OWN_SIMILARITY
         ]
 
+    def find_relation_questions(self, fact: Fact) -> list[str]:
+        """Return the questions of the one relation of the bank that is nearest to a fact, the
+        nearest first; none where no relation is near."""
+        near = (self.encode_statements(fact) @ self._vectors.T).amax(0)
+        is_own = self._owners == self._owners[near.argmax()]
+        order = near.masked_fill(~is_own, -1.0).argsort(descending=True)[: int(is_own.sum())]
+        if float(near.max()) < MIN_OWN_SIMILARITY:
+            return []
+        return [self._questions[n].replace("{subject}", fact.subject) for n in order.tolist()]
+
 
 def _mask_prompts(fact: Fact) -> list[str]:
     """Write a fact's prompt and paraphrases with a pronoun for the subject, whatever its name."""
