@@ -27,6 +27,7 @@ from policies.asking.chat_probe import (
     FailedQuestion,
     Relearning,
     choose_probe_questions,
+    list_learnable,
 )
 from policies.edit_terms import Refusal
 from policies.probe import compare_answers, count_answer_tokens, says_answers
@@ -107,18 +108,17 @@ class ChatProber:
                 failed[n].append(FailedQuestion(question, answer.text, fired))
         counts = [sum(place == n for place, _, _ in asked) for n in range(len(facts))]
         return [
-            ChatProbe(sha, count, tuple(wrong), self._judge_failed(fact, wrong))
+            ChatProbe(
+                sha,
+                count,
+                tuple(wrong),
+                Relearning.WAITS if self._list_learnable(fact, wrong) else None,
+            )
             for (fact, sha), count, wrong in zip(facts, counts, failed, strict=True)
         ]
 
-    def _judge_failed(self, fact: Fact, failed: Sequence[FailedQuestion]) -> Relearning | None:
-        """Decide if a fact is to be learned again: not where words decide against it."""
-        return Relearning.WAITS if self._list_healable(fact, failed) else None
-
-    def _list_healable(self, fact: Fact, failed: Sequence[FailedQuestion]) -> list[str]:
-        # An older shard, which has learned no question, fires for none.
-        learned = self.live_model.side.is_asked(fact.id)
-        return [one.question for one in failed if one.fired or not learned]
+    def _list_learnable(self, fact: Fact, failed: Sequence[FailedQuestion]) -> list[str]:
+        return list_learnable(failed, is_asked=self.live_model.side.is_asked(fact.id))
 
     def _record(
         self, fact: StoredFact, probe: dict[str, Any], chat: ChatProbe, reason: str | None = None
@@ -137,7 +137,7 @@ class ChatProber:
         """Learn a fact again. Another shard takes the place of the first if the fact's own prompt
         is still right, and it is answered for more of the questions."""
         began, chat = time.monotonic(), self._read_probe(fact)
-        questions = self._list_healable(fact.fact, chat.failed)
+        questions = self._list_learnable(fact.fact, chat.failed)
         shard = self.side_learner.train_again(fact.fact, questions)
         if not self._still_waits(fact):
             return

@@ -7,7 +7,7 @@ from typing import Any
 
 from memory.facts import Fact
 from memory.side.subject_matcher import names_subject
-from policies.asking.asked_rows import choose_questions
+from policies.asking.asked_rows import choose_questions, make_question
 from policies.asking.relation_index import RelationIndex
 
 
@@ -52,12 +52,24 @@ class ChatProbe:
         return cls(values["shard"], values["questions"], failed, relearning)
 
 
+def list_learnable(failed: Sequence[FailedQuestion], *, is_asked: bool) -> list[str]:
+    """List the failed questions that another shard may be learned from: those for which the first
+    one fired, or all if it has learned no question (`is_asked`), and so fires for none."""
+    return [one.question for one in failed if one.fired or not is_asked]
+
+
 def choose_probe_questions(fact: Fact, index: RelationIndex) -> list[str]:
-    """Choose the questions of a probe: those that came with a fact, else the first that it has
-    learned, and one of its relation that it has not. Each names the subject: nothing stands before
-    it that could."""
-    learned = choose_questions(fact, index)
-    known: Sequence[str] = learned if fact.questions else learned[:1]
-    other = [q for q in index.find_relation_questions(fact) if q not in learned][:1]
+    """Choose the questions of a probe: those that came with a fact, else one that it has learned,
+    and one of its relation that it has not. Each names the subject: nothing stands before it that
+    could.
+
+    A fact may have learned questions that ask for something else, where the bank lacks its
+    relation. Then it is asked in the words of its own prompt.
+    """
+    learned, own = choose_questions(fact, index), index.find_relation_questions(fact)
+    known: Sequence[str] = learned
+    if not fact.questions:
+        known = [q for q in learned if q in own][:1] or [make_question(fact)]
+    other = [q for q in own if q not in learned][:1]
     chosen = dict.fromkeys([*known, *other])
     return [question for question in chosen if names_subject((question,), fact.names)]

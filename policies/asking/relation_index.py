@@ -74,21 +74,31 @@ class RelationIndex:
         return near >= max(least, float(near.max()) - OWN_SPREAD)
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
-        """Return other prompts of a fact, from the statements of its relation, the nearest first.
-
-        Words alone confuse relations ("writes in" a language, with a hand): it has to be the one
-        that its target tells too, or the only one that is stated so in the very words.
-        """
-        prompts = self.average_prompts(fact)
-        near = (prompts @ self._statement_means.T).amax(0)
-        stated = self.find_stated_relations(prompts)
-        told = stated & self.find_own_relations(self.encode_statements(fact))
-        if not told.any() and float(near.max()) >= SAME_WORDING and int(stated.sum()) == 1:
-            told = stated
+        """Return other prompts of a fact, from the statements of its relation, the nearest
+        first."""
+        near = self._compare_prompts(fact)
+        told = self._find_told_relations(fact)
         usable = told[self._statement_owners] & (near < SAME_WORDING)
         order = near.masked_fill(~usable, -1.0).argsort(descending=True)[: int(usable.sum())]
         found = dict.fromkeys(self._statements[n] for n in order.tolist())
         return [prompt.replace("{subject}", "{}") for prompt in found][:count]
+
+    def _compare_prompts(self, fact: Fact) -> Tensor:
+        """Return the similarity (statements,) of the words of a fact's prompts."""
+        return (self.average_prompts(fact) @ self._statement_means.T).amax(0)
+
+    def _find_told_relations(self, fact: Fact) -> Tensor:
+        """Return which relations (relations,) a fact tells.
+
+        Words alone confuse relations ("writes in" a language, with a hand): it has to be the one
+        that its target tells too, or the only one that is stated so in the very words.
+        """
+        stated = self.find_stated_relations(self.average_prompts(fact))
+        told = stated & self.find_own_relations(self.encode_statements(fact))
+        nearest = float(self._compare_prompts(fact).max())
+        if not told.any() and nearest >= SAME_WORDING and int(stated.sum()) == 1:
+            return stated
+        return told
 
     def find_own_relations(self, statements: Tensor) -> Tensor:
         """Return which relations (relations,) are a fact's own, by its statements' vectors."""
@@ -115,13 +125,11 @@ class RelationIndex:
         ]
 
     def find_relation_questions(self, fact: Fact) -> list[str]:
-        """Return the questions of the one relation of the bank that is nearest to a fact, the
-        nearest first; none where no relation is near."""
+        """Return all questions of the relation that a fact tells, the nearest first; none where
+        the bank may not have it."""
         near = (self.encode_statements(fact) @ self._vectors.T).amax(0)
-        is_own = self._owners == self._owners[near.argmax()]
-        order = near.masked_fill(~is_own, -1.0).argsort(descending=True)[: int(is_own.sum())]
-        if float(near.max()) < MIN_OWN_SIMILARITY:
-            return []
+        told = self._find_told_relations(fact)[self._owners]
+        order = near.masked_fill(~told, -1.0).argsort(descending=True)[: int(told.sum())]
         return [self._questions[n].replace("{subject}", fact.subject) for n in order.tolist()]
 
 
