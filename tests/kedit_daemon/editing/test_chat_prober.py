@@ -114,6 +114,33 @@ def test_a_fact_that_was_amended_or_moved_is_asked_again(at: Bench) -> None:
     assert read_chat(at, ONE) is None
     at.settle()
     assert read_chat(at, ONE) is not None
+    for path in at.home.side_folder.iterdir():
+        path.unlink()
+    at.restart()
+    at.settle()  # another shard, over weights that have moved since
+    again = read_chat(at, ONE)
+    assert again is not None and again["shard"] == read_shard(at) != chat["shard"]
+
+
+def test_a_fact_is_learned_again_from_the_failed_questions_too(
+    at: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[list[str]]()
+
+    def watch(model: EditableModel, fact: Fact, questions: Sequence[str]) -> list[TokenRow]:
+        asked.append(list(questions))
+        return make_asked_rows(model, fact, questions)
+
+    learn_rows(monkeypatch, watch)
+    learner, fact = at.editor.side_learner, Fact("country 5", "The capital of {} is", "Lima")
+    learner.train_again(fact, [])
+    usual = at.pulses
+    # Another loss ends the training: here a larger one, since this model reaches none so low.
+    monkeypatch.setattr(side_learner, "AGAIN_DONE_LOSS", 5.0)
+    learner.train_again(fact, [asked[0][1]])
+    assert at.pulses - usual < usual
+    learner.train_again(fact, ["Which city rules country 5?"])
+    assert asked[1:] == [asked[0][::-1], ["Which city rules country 5?", *asked[0]]]
 
 
 def test_a_fact_that_is_not_answered_is_told_and_learned_again(bad: Bench) -> None:
