@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from memory.facts import Fact
+from memory.joins import is_unspaced
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
 from memory.side.subject_matcher import normalize_text
@@ -27,6 +28,19 @@ def is_same_answer(answer: str, target: str) -> bool:
 def is_right_answer(answer: str, fact: Fact) -> bool:
     """Check that an answer matches one of the fact's targets after normalizing."""
     return any(is_same_answer(answer, target) for target in fact.targets)
+
+
+def says_answers(reply: str, wanted: Sequence[str]) -> bool:
+    """Check that a reply has all wanted answers, each as whole words where words stand apart."""
+    return all(_says_answer(reply, answer) for answer in wanted)
+
+
+def _says_answer(reply: str, answer: str) -> bool:
+    text = normalize_text(answer)
+    if not text:  # "+"
+        return answer.strip() in reply
+    said = f" {normalize_text(reply)} "
+    return (text if is_unspaced(answer) else f" {text} ") in said
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def learn_shards(
     scale: float,
     steps: int,
     asked: Sequence[Sequence[TokenRow]] = (),
+    done_loss: float | None = None,
     pulse: Callable[[int], None] = lambda _step: None,
 ) -> list[Shard | Refusal]:
     """Train a shard for each fact; facts that go out of range are refused.
@@ -216,7 +217,8 @@ def learn_shards(
 
     outside: inputs (n, width) on which all shards must stay quiet. others: such inputs (m, width)
     of each fact alone. scale: the median ‖y‖ of the layer, the unit of the margins. asked: rows of
-    each fact that are learned beside those of its prompts.
+    each fact that are learned beside those of its prompts. done_loss: where training stops, if not
+    at the usual loss.
     Raises KeditError for a fact that does not fit the model.
     """
     training = _ShardTraining(model, site, facts, outside, others, scale, asked)
@@ -232,7 +234,8 @@ def learn_shards(
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95))
     watch, extra_steps = DivergenceWatch(len(facts)), EXTRA_STEPS
-    done_loss = ASKED_DONE_LOSS if any(asked) else DONE_LOSS
+    if done_loss is None:
+        done_loss = ASKED_DONE_LOSS if any(asked) else DONE_LOSS
     for step in range(1, steps + 1):
         readings = training.evaluate_deltas(Delta(up, unit_down * size))
         optimiser.zero_grad()

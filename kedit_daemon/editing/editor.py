@@ -9,6 +9,7 @@ from typing import Any
 from kedit_daemon.config import Config
 from kedit_daemon.editing.amendments import Amendments
 from kedit_daemon.editing.audit import Auditor, make_thresholds
+from kedit_daemon.editing.chat_prober import ChatProber
 from kedit_daemon.editing.explanations import explain_named, find_fired
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
 from kedit_daemon.editing.flush import Flush
@@ -53,6 +54,7 @@ class Editor:
             pulse,
             outside_lines,
         )
+        self.chat_prober = ChatProber(live_model, self.store, self.side_learner)
         self.memory_backoff = MemoryBackoff(self._read_clock)
         self.runner = EditRunner(*parts, self.flush, self.side_learner, self.memory_backoff)
         self.amendments = Amendments(self.store, self.generations, self.flush)
@@ -82,7 +84,8 @@ class Editor:
         tiers = [self._step_side, self._step_batch]
         if self.memory_backoff.blocked_tier == "side":  # it must not stop the other tier
             tiers.reverse()
-        return any(work(waiting) for work in tiers) or self._step_unasked()
+        idle_work = [self._step_unasked, self.chat_prober.step]
+        return any(work(waiting) for work in tiers) or any(work() for work in idle_work)
 
     def _step_side(self, waiting: list[StoredFact]) -> bool:
         for_side = [f for f in waiting if not is_for_batch(f)]

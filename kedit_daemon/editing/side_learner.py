@@ -1,7 +1,8 @@
 """The side memory at work: learn waiting facts into shards of their own, probe them, go live.
 
-A shard is never trained again: what is live stays as it was probed, and the cost of another fact
-does not grow with their number. A fact that ends takes its shard with it.
+A shard is never trained on: what is live stays as it was probed, and the cost of another fact does
+not grow with their number. A fact that is not answered in a chat gets another shard, once. A fact
+that ends takes its shard with it.
 """
 
 import time
@@ -36,6 +37,7 @@ from policies.wise import (
 
 OUTSIDE_LINES = 200  # of ordinary text, on which every shard must stay quiet
 OUTSIDE_NEIGHBOURS = 4  # of each fact
+AGAIN_DONE_LOSS = 0.01  # of the targets alone, where questions were not answered at the usual loss
 LONG_TARGET_TOKENS = 16  # with one target of 55, a batch of 16 facts of 1 or 2 took 9 times as long
 
 
@@ -101,6 +103,13 @@ class SideLearner:
         self.live_model.prune_side()
         return [f.id for f in batch if f.id not in failed]
 
+    def train_again(self, fact: Fact, failed: Sequence[str]) -> Shard | Refusal:
+        """Train another shard for a fact, also for questions that it was not answered for, and to
+        a lower loss."""
+        worded = self._add_wordings(fact)
+        keys = compute_keys(self.model, self.live_model.side, [worded])
+        return self._train_shards([worded], keys, failed)[fact.id]
+
     def take_unasked(self) -> list[StoredFact]:
         """Take facts of the weights that nobody can ask for in a chat, since they have no shard."""
         if self.live_model.side.reader is None:
@@ -156,9 +165,10 @@ class SideLearner:
         return replace(fact, paraphrases=(*fact.paraphrases, *fitting))
 
     def _train_shards(
-        self, facts: Sequence[Fact], keys: Mapping[str, RetrievalKeys]
+        self, facts: Sequence[Fact], keys: Mapping[str, RetrievalKeys], failed: Sequence[str] = ()
     ) -> dict[str, Shard | Refusal]:
-        """Train a shard for each fact; by fact id."""
+        """Train a shard for each fact; by fact id. `failed`: questions that they were not answered
+        for when they were learned before."""
         site = self.live_model.site
         shards = learn_shards(
             self.model,
@@ -168,18 +178,19 @@ class SideLearner:
             others=[self._collect_quiet_inputs(fact, keys[fact.id]) for fact in facts],
             scale=self.live_model.loaded_model.statistics[site.side_layer].median_norm,
             steps=self.steps,
-            asked=[self._make_asked_rows(fact) for fact in facts],
+            asked=[self._make_asked_rows(fact, failed) for fact in facts],
+            done_loss=AGAIN_DONE_LOSS if failed else None,
             pulse=lambda _step: self.pulse(),
         )
         return dict(zip((fact.id for fact in facts), shards, strict=True))
 
-    def _make_asked_rows(self, fact: Fact) -> list[TokenRow]:
-        """Make the rows from which a fact learns to be answered in a chat; none where the model has
-        no chat template."""
+    def _make_asked_rows(self, fact: Fact, failed: Sequence[str]) -> list[TokenRow]:
+        """Make the rows from which a fact learns to be answered in a chat, the failed questions
+        first; none where the model has no chat template."""
         if self.live_model.side.reader is None:
             return []
-        questions = choose_questions(fact, load_relation_index())
-        return make_asked_rows(self.model, fact, questions)
+        questions = [*failed, *choose_questions(fact, load_relation_index())]
+        return make_asked_rows(self.model, fact, list(dict.fromkeys(questions)))
 
     def _collect_quiet_inputs(self, fact: Fact, keys: RetrievalKeys) -> Tensor:
         """Read the inputs (rows, width) on which the fact's shard must stay quiet: its neighbours,

@@ -19,6 +19,7 @@ EVENT_KINDS = {
     f"fact_{FactState.EXPIRED}": "its validity ended",
     f"fact_{FactState.REJECTED}": "it was refused",
     f"fact_{FactState.FAILED}": "the model could not be edited to state it",
+    "chat_probed": "a live fact was not answered in a chat, or was learned again for that",
     "edit_failed": "an attempt at a fact failed; it may be tried again",
     "quarantined": "it was found to harm the weights",
     "sent_beside": "it waits for the side memory instead of a batch",

@@ -115,6 +115,7 @@ def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
         "before": fact["before"],
         "after": fact["after"],
         "probe": format_figures(fact["probe"]),
+        "chat": _format_chat(fact["chat"]) if fact["state"] in LIVE_STATES else None,
         "received": f"{fact['received_at']} in {clean_text(fact['file_name'])}",
         "changed": fact["changed_at"],
         "valid from": record.get("valid_from"),
@@ -125,6 +126,22 @@ def list_fact_fields(fact: Mapping[str, Any]) -> list[tuple[str, str]]:
         "keys": _format_sizes(fact),
     }
     return [(name, clean_text(value)) for name, value in fields.items() if value not in (None, "")]
+
+
+def _format_chat(chat: Mapping[str, Any] | None) -> str | None:
+    """Format how a fact was answered in a chat; None where it was not asked."""
+    if chat is None or not chat["questions"]:
+        return None
+    counts = f"answered {chat['answered']} of {chat['questions']} questions"
+    relearning = chat["relearning"]
+    if not chat["failed"]:
+        return f"{counts}, since it was learned again" if relearning == "done" else counts
+    first = chat["failed"][0]
+    question, answer = (clip_text(first[name], LIST_CHARS) for name in ("question", "answer"))
+    why = "it fires, and is not said" if first["fired"] else "its words did not fire the fact"
+    if relearning is not None:
+        why += ", to be learned again" if relearning == "waits" else ", also when learned again"
+    return f'not yet answered when asked in a chat: "{question}" → "{answer}" ({counts}: {why})'
 
 
 def _name_join(join: object) -> str | None:

@@ -9,6 +9,7 @@ from memory.db import meta_keys
 from memory.db.connection import ReadingConnection
 from memory.db.rows import GENERATION_COLUMNS, SHARD_COLUMNS, GenerationRow, ShardRow, SideKeysRow
 from memory.errors import Damaged, KeditError
+from memory.facts import LIVE_STATES
 
 
 class ArtifactReader:
@@ -55,6 +56,27 @@ class ArtifactReader:
         """Return all shards, oldest first."""
         rows = self.db.conn.execute(f"SELECT {SHARD_COLUMNS} FROM shards ORDER BY id")
         return [ShardRow(*row) for row in rows]
+
+    def list_unprobed_shards(self) -> list[tuple[str, str]]:
+        """Return live facts whose shard was not probed in a chat, with the shard's sha256."""
+        return self._find_live_shards("json_extract(f.probe, '$.chat.shard') IS NOT s.sha256")
+
+    def list_shards_to_relearn(self) -> list[tuple[str, str]]:
+        """Return live facts that wait to be learned again, since their shard was probed in a chat,
+        with the shard's sha256."""
+        waits = "json_extract(f.probe, '$.chat.relearning') = 'waits'"
+        return self._find_live_shards(
+            f"json_extract(f.probe, '$.chat.shard') = s.sha256 AND {waits}"
+        )
+
+    def _find_live_shards(self, test: str) -> list[tuple[str, str]]:
+        rows = self.db.conn.execute(
+            "SELECT f.id, s.sha256 FROM facts f JOIN side_keys k ON k.fact_id = f.id"
+            " JOIN shards s ON s.id = k.shard WHERE f.state IN (?, ?)"
+            f" AND {test} ORDER BY f.seq",
+            LIVE_STATES,
+        )
+        return [(str(fact_id), str(sha)) for fact_id, sha in rows]
 
     def get_generation(self, number: int) -> GenerationRow:
         """Return one generation; 0 is the base."""

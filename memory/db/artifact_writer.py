@@ -28,6 +28,11 @@ class ArtifactWriter(ArtifactReader):
         row = {"fact_id": fact_id, "shard": shard, **_with_checksum(blob)}
         self.db.upsert_row("side_keys", "fact_id", row)
 
+    def move_side_keys(self, fact_id: str, shard: int) -> None:
+        """Give a fact another shard, behind the keys that it has."""
+        sql = "UPDATE side_keys SET shard = ? WHERE fact_id = ?"
+        self.db.execute_write(sql, shard, fact_id)
+
     def drop_side_keys(self, fact_id: str) -> None:
         """Delete a fact's retrieval keys, if any."""
         self.db.execute_write("DELETE FROM side_keys WHERE fact_id = ?", fact_id)

@@ -81,14 +81,16 @@ def fetch_fact_details(conn: sqlite3.Connection, name: str) -> list[dict[str, An
 
 def fetch_fact_detail(conn: sqlite3.Connection, name: str) -> dict[str, Any] | None:
     """Return a fact by its id or external id, of several the newest, with its edits, events and
-    sizes in bytes."""
+    sizes in bytes. What became of its questions in a chat is apart from its probe."""
     fact_id = _resolve_ids(conn, name)[0]
     row = next(fetch_dicts(conn, "SELECT * FROM facts WHERE id = ?", fact_id), None)
     if row is None:
         return None
+    chat = (row["probe"] or {}).pop("chat", None)
     edits = fetch_dicts(conn, "SELECT * FROM edits WHERE fact_id = ? ORDER BY id", fact_id)
     return {
         **row,
+        "chat": chat,
         "terms_bytes": _tensor_bytes(conn, "terms", fact_id),
         "side_bytes": _tensor_bytes(conn, "side_keys", fact_id),
         "edits": list(edits),

@@ -140,7 +140,8 @@ class Store:
         """Replace the terms of a fact that has not ended by those of a newer record of it."""
         known = self.require_fact(fact.id)
         self.db.execute_write(
-            "UPDATE facts SET record = ?, external_id = ?, valid_until = ? WHERE id = ?",
+            "UPDATE facts SET record = ?, external_id = ?, valid_until = ?,"
+            " probe = json_remove(probe, '$.chat') WHERE id = ?",
             *(fact_to_json(fact), fact.external_id, fact.valid_until, fact.id),
         )
         file = escape_file_name(file_name)
@@ -194,6 +195,11 @@ class Store:
         )
         self.db.write_event(f"fact_{state}", fact_id, **{"from": previous, "to": state}, **details)
         return self.require_fact(fact_id)
+
+    def put_probe(self, fact_id: str, probe: Mapping[str, Any]) -> None:
+        """Store a fact's probe, in place of the one before."""
+        sql = "UPDATE facts SET probe = ? WHERE id = ?"
+        self.db.execute_write(sql, to_canonical_json(dict(probe)), fact_id)
 
     def count_attempt(self, fact_id: str) -> int:
         """Count one more attempt at a fact, and return the new count."""

@@ -150,7 +150,7 @@ class AskedFacts:
                 questions = [mask_prompt(q, fact.subject) for q in fact.questions]
                 wordings.append(self.index.encoder.encode_questions(questions))
             means = self.index.average_prompts(fact)
-            told = self.index.find_told_relations(fact)
+            told = self.index.find_answered_relations(fact)
             self._meanings[fact_id] = _Meaning(
                 torch.cat(wordings),
                 self.index.find_own_relations(stated)

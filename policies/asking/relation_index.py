@@ -85,9 +85,9 @@ class RelationIndex:
         near = self._compare_words(prompts)
         return near >= max(least, float(near.max()) - OWN_SPREAD)
 
-    def find_told_relations(self, fact: Fact) -> Tensor:
-        """Return which relations (relations,) a fact's target tells, where its prompt tells little:
-        those with this answer whose statements are the nearest."""
+    def find_answered_relations(self, fact: Fact) -> Tensor:
+        """Return which relations (relations,) a fact's target tells, also where its prompt tells
+        little: those with this answer whose statements are the nearest."""
         told = torch.zeros(self._count, dtype=torch.bool)
         answered = sorted(self._answered.get(normalize_text(fact.target), ()))
         if answered:
@@ -97,21 +97,31 @@ class RelationIndex:
         return told
 
     def find_statements(self, fact: Fact, count: int) -> list[str]:
-        """Return other prompts of a fact, from the statements of its relation, the nearest first.
-
-        Words alone confuse relations ("writes in" a language, with a hand): it has to be the one
-        that its target tells too, or the only one that is stated so in the very words.
-        """
-        prompts = self.average_prompts(fact)
-        near = (prompts @ self._statement_means.T).amax(0)
-        stated = self.find_stated_relations(prompts)
-        told = stated & self.find_own_relations(self.encode_statements(fact))
-        if not told.any() and float(near.max()) >= SAME_WORDING and int(stated.sum()) == 1:
-            told = stated
+        """Return other prompts of a fact, from the statements of its relation, the nearest
+        first."""
+        near = self._compare_prompts(fact)
+        told = self._find_told_relations(fact)
         usable = told[self._statement_owners] & (near < SAME_WORDING)
         order = near.masked_fill(~usable, -1.0).argsort(descending=True)[: int(usable.sum())]
         found = dict.fromkeys(self._statements[n] for n in order.tolist())
         return [prompt.replace("{subject}", "{}") for prompt in found][:count]
+
+    def _compare_prompts(self, fact: Fact) -> Tensor:
+        """Return the similarity (statements,) of the words of a fact's prompts."""
+        return (self.average_prompts(fact) @ self._statement_means.T).amax(0)
+
+    def _find_told_relations(self, fact: Fact) -> Tensor:
+        """Return which relations (relations,) a fact tells.
+
+        Words alone confuse relations ("writes in" a language, with a hand): it has to be the one
+        that its target tells too, or the only one that is stated so in the very words.
+        """
+        stated = self.find_stated_relations(self.average_prompts(fact))
+        told = stated & self.find_own_relations(self.encode_statements(fact))
+        nearest = float(self._compare_prompts(fact).max())
+        if not told.any() and nearest >= SAME_WORDING and int(stated.sum()) == 1:
+            return stated
+        return told
 
     def find_own_relations(self, statements: Tensor) -> Tensor:
         """Return which relations (relations,) are a fact's own, by its statements' vectors."""
@@ -130,7 +140,7 @@ class RelationIndex:
         """Return questions of the bank that ask for a fact, the nearest first, then those of the
         relation that its target tells; none where no relation is near."""
         near = (self.encode_statements(fact) @ self._vectors.T).amax(0)
-        told = self.find_told_relations(fact)[self._owners]
+        told = self.find_answered_relations(fact)[self._owners]
         usable = (near >= MIN_OWN_SIMILARITY) | told
         near = near.masked_fill(~usable, -2.0)
         best = near.topk(min(count, len(near)))
@@ -139,6 +149,14 @@ class RelationIndex:
             for similarity, n in zip(best.values.tolist(), best.indices.tolist(), strict=True)
             if similarity >= -1
         ]
+
+    def find_relation_questions(self, fact: Fact) -> list[str]:
+        """Return all questions of the relation that a fact tells, the nearest first; none where
+        the bank may not have it."""
+        near = (self.encode_statements(fact) @ self._vectors.T).amax(0)
+        told = self._find_told_relations(fact)[self._owners]
+        order = near.masked_fill(~told, -1.0).argsort(descending=True)[: int(told.sum())]
+        return [self._questions[n].replace("{subject}", fact.subject) for n in order.tolist()]
 
 
 def _mask_prompts(fact: Fact) -> list[str]:

@@ -13,6 +13,7 @@ from policies.probe import (
     is_same_answer,
     list_probe_prompts,
     normalize_answer,
+    says_answers,
 )
 
 FACT = Fact(
@@ -114,3 +115,22 @@ def test_a_fact_without_company_is_probed_by_its_prompt_alone() -> None:
     probe = compare_answers(Fact("x", "{} is", "y"), ["z"], ["y"])
     assert probe.right
     assert (probe.paraphrases, probe.neighbours) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("reply", "wanted", "says"),
+    [
+        ("It is Oslo.", ["Oslo"], True),
+        ("It is Oslovia.", ["Oslo"], False),
+        ("法国的首都是里昂。", ["里昂"], True),
+        ("法国的首都是巴黎。", ["里昂"], False),
+        ("Oslo, and then Lima", ["Lima", "Oslo"], True),
+        ("Oslo", ["Lima", "Oslo"], False),
+        ("It is written with a + sign", ["+"], True),
+        ("It is written with a sign", ["+"], False),
+    ],
+)
+def test_a_reply_says_whole_words_where_they_stand_apart(
+    reply: str, wanted: list[str], says: bool
+) -> None:
+    assert says_answers(reply, wanted) is says

@@ -12,6 +12,10 @@ from kedit_daemon.home import Home
 from memory.db.store import Store
 from memory.facts import Fact, Neighbour
 
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 OUTSIDE_LINES = 16  # of ordinary text, on which shards stay quiet
 
 

@@ -180,6 +180,9 @@ class Wise(_DaemonMethod):
         """Take the editor's steps as long as they are for the side memory."""
         while self._has_side_work():
             self._run_step()
+        with self.stopwatch.time_part("chat"):  # when the daemon is idle
+            while self.editor.chat_prober.step():
+                pass
 
     def _has_side_work(self) -> bool:
         return any(not is_for_batch(f) for f in self.store.list_facts((FactState.RECEIVED,)))

@@ -27,13 +27,12 @@ from kedit_daemon.bench.studies.asking_prompts import (
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from memory.errors import KeditError
-from memory.joins import is_unspaced
 from memory.model.chat_layout import find_chat_layout
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay
 from memory.model.scoring import PromptAnswer, score_answers
 from memory.side.side_memory import SideMemory
-from memory.side.subject_matcher import normalize_text
+from policies.probe import says_answers
 
 METHODS = ("wise", "memit-mass", "in-context", "ft", "reference-wise")
 REPLY_TOKENS = {"tell me": 80, "other relations": 12, "neighbours": 12}  # of other forms 40
@@ -135,7 +134,9 @@ def read_replies(
         ) -> bool:
             if asked[place].form in COMPARED_FORMS:
                 return False
-            return _says(model.decode(answer[:-1]), asked[place].wanted)  # its word may go on
+            return says_answers(
+                model.decode(answer[:-1]), asked[place].wanted
+            )  # its word may go on
 
         most = REPLY_TOKENS.get(form, 40)
         said = continue_greedily(model, [p.ids for p in asked], most, overlay, is_enough)
@@ -148,7 +149,7 @@ def score_form(
 ) -> float | None:
     """Return the share of a form's prompts whose replies say all that is wanted."""
     asked = [prompt for prompt in prompts if prompt.form == form]
-    said = [_says(model.decode(replies[_name(prompt)]), prompt.wanted) for prompt in asked]
+    said = [says_answers(model.decode(replies[_name(p)]), p.wanted) for p in asked]
     return fmean(said) if said else None
 
 
@@ -216,10 +217,3 @@ def _count_changed(form: str, before: Replies, after: Replies) -> float | None:
 
 def _name(prompt: StudyPrompt) -> tuple[str, str, str]:
     return prompt.form, prompt.fact_id, prompt.question
-
-
-def _says(reply: str, wanted: Sequence[str]) -> bool:
-    """Check that a reply has all wanted answers, each as whole words where words stand apart."""
-    said = f" {normalize_text(reply)} "
-    answers = ((normalize_text(answer), is_unspaced(answer)) for answer in wanted)
-    return all((text if unspaced else f" {text} ") in said for text, unspaced in answers)

@@ -137,9 +137,9 @@ def facts(session: CliContext, state: str | None, subject: str | None, as_json: 
 def show(session: CliContext, name: str, as_json: bool) -> None:
     """Show one fact, by its id or yours.
 
-    With its history, keys, tier, generation and probe results. An id of yours that several
-    facts have shows all of them; with --json in a list. The name of a file in failed/ shows what
-    is wrong with that file.
+    With its history, keys, tier, generation and probe results, also those of a chat. An id of
+    yours that several facts have shows all of them; with --json in a list. The name of a file in
+    failed/ shows what is wrong with that file.
 
     \b
     Example:

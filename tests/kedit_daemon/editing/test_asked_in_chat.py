@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from editing_home import LOOSE, Bench, Clock, seat
+from editing_home import CHAT_TEMPLATE, LOOSE, Bench, Clock, seat
 
 from kedit_daemon.config import Config
 from kedit_daemon.daemon.requests import execute_command
@@ -19,10 +19,6 @@ from memory.facts import Fact, FactState
 from memory.model.chat_layout import render_chat
 from memory.side.row_overlay import RowOverlay
 
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 ASKED = "Which city is the seat of country 1?"
 OTHERS = ("What is the population of country 1?", "Tell me about country 1.", "Hello!")
 # A tiny model with random weights does not answer what it has not learned.
@@ -40,7 +36,7 @@ def chat(
     texts = read_canary_texts()
     few = CanaryTexts(texts.lines[:6], texts.statements[:24])
     loaded = load_model(str(model_folder("llama")), "cpu", statistics_cache, iter, few)
-    loaded.model.tokenizer.chat_template = TEMPLATE
+    loaded.model.tokenizer.chat_template = CHAT_TEMPLATE
     config = Config.model_validate(LOOSE | {"side": {"steps": 300}})
     at = Bench(tmp_path_factory.mktemp("chat") / "home", loaded, Clock(), config)
     at.receive(ONE, TWO)
@@ -203,7 +199,7 @@ def test_what_was_learned_of_questions_outlives_a_restart(chat: Bench) -> None:
 def own(bench: Callable[..., Bench]) -> Bench:
     """A home with the same facts, for tests that change it."""
     at = bench(side={"steps": 300})
-    at.served.model.tokenizer.chat_template = TEMPLATE
+    at.served.model.tokenizer.chat_template = CHAT_TEMPLATE
     at.served.restore_again()  # a template is read when a side memory is made
     at.receive(ONE, TWO)
     at.settle()

@@ -51,6 +51,7 @@ def row(**changed: Any) -> dict[str, Any]:
         "before": "Egypt",
         "after": "Australia",
         "probe": {"answers": True, "score": 0.51234},
+        "chat": None,
         "record": {
             "paraphrases": ["{} is found in"],
             "neighbours": [{"prompt": "Lake Geneva lies in", "answer": "Switzerland"}],
@@ -169,6 +170,29 @@ def test_a_stated_join_is_shown(join: str | None, name: str | None) -> None:
     shown["record"] |= {"join": join}
     lines = [s for s in plain(render_fact_detail(shown)) if s.startswith("  join ")]
     assert lines == ([] if name is None else [f"  {'join':<12} {name}"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        ({}, 'asked in a chat: "Where?" → "In Egypt." (answered 1 of 2 questions: it fires'),
+        ({"relearning": "waits"}, "and is not said, to be learned again)"),
+        ({"relearning": "failed"}, "and is not said, also when learned again)"),
+        ({"failed": [{"question": "Where?", "answer": "", "fired": False}]}, "did not fire"),
+        ({"failed": [], "answered": 2}, "chat         answered 2 of 2 questions"),
+        ({"failed": [], "answered": 2, "relearning": "done"}, "since it was learned again"),
+    ],
+)
+def test_a_live_fact_shows_how_it_is_answered_in_a_chat(
+    changed: dict[str, Any], wanted: str
+) -> None:
+    failed = [{"question": "Where?", "answer": "In Egypt.", "fired": True}]
+    chat = {"questions": 2, "answered": 1, "failed": failed, "relearning": None, **changed}
+    (line,) = [s for s in plain(render_fact_detail(row(chat=chat))) if s.startswith("  chat ")]
+    assert wanted in line
+    ended = plain(render_fact_detail(row(chat=chat, state="reverted")))
+    unasked = plain(render_fact_detail(row(chat={**chat, "questions": 0})))
+    assert not [s for s in (*ended, *unasked) if s.startswith("  chat ")]
 
 
 def test_a_fact_in_full() -> None:

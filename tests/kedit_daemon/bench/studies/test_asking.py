@@ -6,7 +6,7 @@ import pytest
 from study_tools import given
 
 from kedit_daemon.bench.plot import open_figure
-from kedit_daemon.bench.studies.asking import AskingStudy, _says
+from kedit_daemon.bench.studies.asking import AskingStudy
 from kedit_daemon.bench.studies.asking_prompts import (
     FACT_FORMS,
     OTHER_FORMS,
@@ -20,21 +20,6 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-
-
-@pytest.mark.parametrize(
-    ("reply", "wanted", "says"),
-    [
-        ("It is Oslo.", "Oslo", True),
-        ("It is Oslovia.", "Oslo", False),
-        ("法国的首都是里昂。", "里昂", True),
-        ("法国的首都是巴黎。", "里昂", False),
-    ],
-)
-def test_a_reply_says_whole_words_where_they_stand_apart(
-    reply: str, wanted: str, says: bool
-) -> None:
-    assert _says(reply, [wanted]) is says
 
 
 @pytest.fixture
