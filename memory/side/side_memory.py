@@ -28,7 +28,6 @@ from memory.side.index import KeyIndex
 from memory.side.question_reader import (
     REFERENCE,
     AskedQuestion,
-    AskedScore,
     QuestionReader,
     Span,
     find_question,
@@ -36,6 +35,7 @@ from memory.side.question_reader import (
 from memory.side.row_state import PromptReading
 from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
 from memory.side.subject_matcher import SubjectMatcher
+from memory.side.word_matches import match_asked, match_words
 
 VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
 COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
@@ -243,14 +243,14 @@ class SideMemory:
         outputs (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its
         end; behind it those that the user asks for too, in their order. What the words tell comes
         before what the keys tell."""
-        if matches := self._match_asked(reading.asked, inputs):
+        if matches := match_asked(self, reading.asked, inputs):
             may_go_on = reading.is_chat and self.line_end
             best = max(matches, key=lambda match: match.score)
             return matches if may_go_on else [best]
         if reading.stated is None:
             match = self._match_keys(reading.named, key_outputs, inputs, outputs)
         else:
-            match = self._match_words(reading.stated, inputs) or self._match_keys(
+            match = match_words(self, reading.stated, inputs) or self._match_keys(
                 (), key_outputs, inputs, outputs, decided=reading.named
             )
         return [] if match is None else [match]
@@ -264,31 +264,6 @@ class SideMemory:
         scores = self.score_candidates(known, outputs)
         least = self.gates.min_reply_cosine
         return self.confirm_match({n: s for n, s in scores.items() if s >= least}, inputs)
-
-    def _match_asked(self, asked: Mapping[str, AskedScore], inputs: Tensor) -> list[RoutingMatch]:
-        """Return the facts that a question asks for, of those that have learned to be asked: the
-        best, and the best of each other clause that asks for one by itself, in their order. (One
-        that is only mentioned has the score of the sentence around it.)"""
-        scores = {n: found.score for n, found in asked.items() if self.is_asked(n)}
-        chosen: list[tuple[Span, RoutingMatch]] = []
-        while (match := self._match_words(scores, inputs)) is not None:
-            clause = asked[match.fact_id].clause
-            chosen.append((clause, match))
-            left = {n: asked[n] for n in scores if not _overlap(asked[n].clause, clause)}
-            scores = {n: found.clause_score for n, found in left.items()}
-        return [match for _, match in sorted(chosen, key=lambda pair: pair[0])]
-
-    def _match_words(self, scores: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
-        """Return the best of the facts that words are enough for. Its shard need not confirm it:
-        questions end alike, and sentences in ways that it has not seen."""
-        least = self.gates.min_words_score
-        allowed = [n for n, s in scores.items() if s >= least and n not in self.hidden_facts]
-        if not allowed:
-            return None
-        best = max(allowed, key=lambda n: (scores[n], n))
-        return RoutingMatch(
-            best, self.shard_ids[best], scores[best], self.measure_margin(best, inputs)
-        )
 
     def _match_keys(
         self,
@@ -320,8 +295,3 @@ class SideMemory:
         threshold."""
         shard = self.shards[self.shard_ids[fact_id]]
         return float(shard.delta.apply_to(inputs).norm()) / shard.threshold
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    """Check that two spans have a character in common."""
-    return one[0] < other[1] and other[0] < one[1]
