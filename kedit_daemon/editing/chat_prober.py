@@ -32,7 +32,7 @@ from policies.asking.chat_probe import (
 from policies.edit_terms import Refusal
 from policies.probe import compare_answers, count_answer_tokens, says_answers
 
-FACTS_PER_STEP = 8  # that are asked together, while a new fact may wait
+FACTS_PER_STEP = 2  # that are asked together, some seconds on a slow CPU, while others wait
 SPARE_TOKENS = 8  # before the target: a reply may be a sentence
 log = logging.getLogger(__name__)
 
