@@ -71,7 +71,7 @@ def test_wise_leaves_the_weights_alone_and_answers_by_its_overlay(setup: MakeSet
     keys = sum(len(row.blob) for row in method.store.artifacts.read_side_keys())
     paths = [method.home.side_folder / f"{shard.sha256}.safetensors" for shard in shards]
     assert method.count_stored_bytes() == keys + sum(path.stat().st_size for path in paths)
-    assert set(method.stopwatch.seconds_by_part) == {"learn", "probe"}
+    assert set(method.stopwatch.seconds_by_part) == {"learn", "probe", "chat"}
     method.close()
 
 
