@@ -509,7 +509,7 @@ def test_a_reader_who_leaves_ends_the_answer(tmp_path: Path, folder: Path) -> No
         wait_for(lambda: running.engine.status.running == 0)
         with http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as answer:
             next(answer.iter_lines())
-            assert running.engine.status.running == 2
+            wait_for(lambda: running.engine.status.running == 2)
         wait_for(lambda: running.engine.status.running == 0)
 
 
