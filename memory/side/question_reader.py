@@ -45,8 +45,8 @@ class ScoreParts:
 
 @dataclass(frozen=True)
 class AskedScore:
-    """How far a text asks for a fact, the clause (start, end) that names it, and how far that
-    clause does by itself."""
+    """Score of how far a text asks for a fact, the clause (start, end) that names it, and the score
+    of that clause by itself."""
 
     score: float
     clause: Span

@@ -1,4 +1,4 @@
-"""What stands between a prompt and its target."""
+"""Joins of prompts and targets."""
 
 import pytest
 

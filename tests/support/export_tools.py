@@ -45,7 +45,7 @@ def logits(model: Any, tokenizer: Any) -> Tensor:
 
 
 def served(at: Bench) -> Tensor:
-    """What the weights tier gives, without the side memory."""
+    """Return the answers of the weights tier, without the side memory."""
     return logits(at.loaded.model.hf_model, at.loaded.model.tokenizer)
 
 
