@@ -33,7 +33,8 @@ KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
 OWN_LEAD_WEIGHT = 3.0  # of how far the own relation is ahead: few questions have it so
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
 # The same that a sentence comes to state a fact, by cosines: with the fact, with the nearest of its
-# prompts and its relation's statements, and with those of the nearest other relation.
+# prompts and its relation's statements, and with those of the nearest other relation. Fitted on
+# paraphrases of CounterFact, with maps that had seen their wordings and with maps that had not.
 STATED_FACT_WEIGHT, STATED_OWN_WEIGHT, STATED_RIVAL_WEIGHT, STATED_BIAS = 10.0, 3.9, 1.1, -2.5
 CERTAIN_LOGIT = 6.0
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
