@@ -47,6 +47,9 @@ class EditSite:
     alpha: float  # WISE margins: largest activation distance outside a shard's facts
     beta: float  # least activation distance on the shard's facts
     gamma: float  # least gap between the two
+    # Learned behind a target of the weights; if empty, the token that ends a text. A chat model
+    # goes on behind an answer, and edits that end its texts hardly carry over to other wordings.
+    target_ending: str = ""
     unnamed_gate: float = 0.95  # the subject gate of a fact with a prompt that does not name it
     # ‖W‖/‖W0‖ at which an audit warns, consolidates, reverts. These start values are
     # judged from large models; how many facts a layer holds per unit of norm depends on the model.
@@ -150,7 +153,13 @@ def make_start_site(kind: str, layers: int) -> EditSite:
         return start
     scale = (layers - 1) / (published.layers - 1)
     subject = range(round(published.first * scale), round(published.last * scale) + 1)
-    return replace(start, subject_layers=tuple(subject), end_layers=(), prior=published.prior)
+    return replace(
+        start,
+        subject_layers=tuple(subject),
+        end_layers=(),
+        prior=published.prior,
+        target_ending=".",
+    )
 
 
 def load_site(model_path: Path, layers: int, kind: str = "") -> EditSite:

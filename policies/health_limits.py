@@ -7,6 +7,9 @@ from enum import IntEnum
 from memory.model.canary import Health
 
 HYSTERESIS = 0.1  # of the way from the unedited model's value to a limit
+# Share of the replies about edited subjects and neighbours that may change before an audit warns.
+# It does no more: to solve again would not help, and a revert is for harm to all else.
+LOCALITY_WARN = 0.1
 TOLERANCE = 0.01  # by which a figure may get worse through rounding and chance
 
 
@@ -87,13 +90,22 @@ class Verdict:
     reasons: tuple[str, ...]
 
 
-def judge_health(health: Health, thresholds: Thresholds, retention: float | None = None) -> Verdict:
-    """Return the severest verdict of all figures; `retention`, if measured, is the share of the
-    oldest live facts that the model still states."""
+def judge_health(
+    health: Health,
+    thresholds: Thresholds,
+    retention: float | None = None,
+    locality: float | None = None,
+) -> Verdict:
+    """Return the severest verdict of all figures. If they were measured: `retention`, the share of
+    the oldest live facts that the model still states; `locality`, that of the replies about edited
+    subjects and neighbours that are as before the edits."""
     judged = list(_judge_each(health, thresholds))
     if retention is not None:
         reason = f"of the oldest facts {retention:.3f} are still stated"
         judged.append((thresholds.retention.judge_value(1 - retention), reason))
+    if locality is not None and 1 - locality >= LOCALITY_WARN:
+        reason = f"of the replies about edited subjects and neighbours {locality:.3f} are as before"
+        judged.append((Action.WARN, reason))
     action = max((a for a, _ in judged), default=Action.KEEP)
     return Verdict(action, tuple(reason for a, reason in judged if a > Action.KEEP))
 

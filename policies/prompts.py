@@ -64,6 +64,19 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
+class TargetRows:
+    """Rows from which a fact's target is learned, and rows about its subject whose ends are held:
+    their targets are what the unedited model says."""
+
+    learned: list[TokenRow]
+    held: list[TokenRow]
+
+    @property
+    def all(self) -> list[TokenRow]:
+        return [*self.learned, *self.held]
+
+
+@dataclass(frozen=True)
 class TokenBatch:
     """Rows padded to one width: ids (rows, tokens), ends of subject and prompt (rows,).
 
@@ -87,16 +100,16 @@ def find_subject_end(model: EditableModel, text: str, subject: str) -> int | Non
     return max(shared - 1, 0)
 
 
-def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
+def make_rows(model: EditableModel, fact: Fact, ending: str = "") -> list[TokenRow]:
     """Return the rows from which an edit learns; raises Rejected for a fact that does not fit the
-    model."""
+    model. ending: text behind the target; if empty, the token that ends a text."""
     texts = [context + fact.question for context in CONTEXTS]
     texts += fact.filled_paraphrases[:MAX_PARAPHRASES]
     rows = []
     for text in texts:
         prompt = model.encode(text)
-        target = model.encode_target(text, fact.target, fact.join)
-        if model.end_token is not None:
+        target = model.encode_target(text, end_target(fact.target, ending), fact.join)
+        if not ending and model.end_token is not None:
             target = [*target, model.end_token]
         if not prompt or not target or len(prompt) + len(target) > model.max_positions:
             raise Rejected(
@@ -111,12 +124,17 @@ def make_rows(model: EditableModel, fact: Fact) -> list[TokenRow]:
     return rows
 
 
+def end_target(target: str, ending: str) -> str:
+    """Write an ending behind a target that has none of its own."""
+    return target if target.endswith((".", "!", "?")) else target + ending
+
+
 def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:
     """Return the float32 bytes of a fact's keys in a solve: per edited layer one key for every
     context, and in an end layer for every token of the target."""
     contexts = len(CONTEXTS) + len(fact.filled_paraphrases[:MAX_PARAPHRASES])
     target = model.encode_target(fact.question, fact.target, fact.join)
-    tokens = len(target) + (model.end_token is not None)
+    tokens = len(target) + 1  # and its ending
     keys = {n: 1 if n in site.subject_layers else tokens for n in site.layers}
     return sum(4 * contexts * k * model.base_weight(n).shape[1] for n, k in keys.items())
 

@@ -114,7 +114,6 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._request_stop())
         self.editor = self._load_editor()
-        self.editor.finish_interrupted()
         self.control_server.start()
         self.job_schedule.start(self._find_last_runs())
         self._long_jobs_from = self._monotonic() + START_GRACE_SECONDS

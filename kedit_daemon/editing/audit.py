@@ -13,6 +13,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.editing.flush import Flush
 from kedit_daemon.editing.generations import Generations
 from kedit_daemon.editing.live_model import LiveModel
+from kedit_daemon.editing.locality_check import LocalityCheck
 from kedit_daemon.editing.repair import find_damage, read_active_hash, repair_damage
 from kedit_daemon.editing.retention import Retention
 from memory.canonical_json import to_canonical_json
@@ -116,6 +117,7 @@ class Auditor:
         self.flush, self.quarantine, self.cooldown = flush, flush.quarantine, cooldown
         self.evidence = EvidenceCollector(live_model.loaded_model.canary)
         self.retention = Retention(live_model, store, generations)
+        self.locality = LocalityCheck(live_model, store)
         self.traffic = Traffic()
 
     def audit(self, dry_run: bool = False) -> dict[str, Any]:
@@ -164,6 +166,8 @@ class Auditor:
             readings = self.live_model.loaded_model.canary.latest_readings
         with _record_seconds(costs, "retention"):
             retention, lost = self._find_lost_facts(turn)
+        with _record_seconds(costs, "locality"):
+            locality = self.locality.ask(turn)
         with _record_seconds(costs, "database"):
             self._check_database()
         with _record_seconds(costs, "chain"):
@@ -173,6 +177,7 @@ class Auditor:
             evidence = self.evidence.collect_evidence(count, weights, readings)
         figures = health.as_dict() | {
             "retention": retention,
+            "locality": None if locality is None else locality.as_dict(),
             "weights_as_written": read_active_hash(self.live_model) == weights,
             "chain_intact": chain.intact,
             "traffic": asdict(self.traffic),
@@ -182,7 +187,8 @@ class Auditor:
         bits = find_equal_rounding(health.kl, self.live_model.site.rounding_kl)
         if bits is not None:
             figures["rounding_bits"] = bits
-        verdict = judge_health(health, self.generations.thresholds, retention)
+        as_before = None if locality is None else locality.as_before
+        verdict = judge_health(health, self.generations.thresholds, retention, as_before)
         return _Findings(damage.reasons, health, lost, verdict, figures)
 
     def _check_database(self) -> None:

@@ -20,7 +20,7 @@ from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner
 from kedit_daemon.ingest.validity import begin_due_facts
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
-from memory.errors import KeditError, ends_daemon
+from memory.errors import KeditError
 from memory.facts import OPEN_STATES, FactState
 from memory.model.chat_layout import write_chat
 from policies.cooldown import Cooldown
@@ -60,16 +60,6 @@ class Editor:
         self.amendments = Amendments(self.store, self.generations, self.flush)
         cooldown = Cooldown(config.stability.cool_down_seconds, config.stability.acts_a_day)
         self.auditor = Auditor(live_model, self.store, self.generations, self.flush, cooldown)
-
-    def finish_interrupted(self) -> None:
-        """Finish a change that a crash has cut off between two of its transactions."""
-        try:
-            self.generations.recheck_side()
-        except KeditError as error:
-            if ends_daemon(error):
-                raise
-            # No reason not to start: the model is served as before.
-            log.warning("Cannot finish an interrupted change: %s", error)
 
     # The loop -----------------------------------------------------------------------------------
 

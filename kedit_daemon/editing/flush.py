@@ -9,7 +9,7 @@ from typing import Any
 
 from kedit_daemon.editing.capacity_log import FULL_SHARE
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
-from kedit_daemon.editing.flush_outcome import FlushRecorder, Trial, make_report
+from kedit_daemon.editing.flush_outcome import FlushRecorder, Trial, explain_loss, make_report
 from kedit_daemon.editing.generations import Candidate, Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.quarantine import Quarantine
@@ -185,7 +185,7 @@ class Flush:
         for _ in range(MAX_ROUNDS):
             after = answer_probes(self.model, [f.fact for f in held])
             probes |= {f.id: compare_answers(f.fact, before[f.id], after[f.id]) for f in held}
-            right = [f for f in held if probes[f.id].right]
+            right = [f for f in held if explain_loss(f, probes[f.id]) is None]
             if len(right) == len(held) or not self.is_selective:
                 break
             held = right
@@ -229,7 +229,8 @@ class Flush:
             asked = {f.id for f in trial.held_facts if self.live_model.side.is_asked(f.id)}
             self.recorder.record_flushed(generation, trial, oversized, before, seconds, asked)
 
-        self.generations.activate_candidate(candidate, reason, move_facts)
+        gone = self.lifecycle.find_all_superseded(trial.held_facts)
+        self.generations.activate_candidate(candidate, reason, move_facts, gone)
 
     def _report_unchanged(
         self, refused: Mapping[str, Refusal], dry_run: bool, reasons: Sequence[str] = ()

@@ -109,11 +109,20 @@ class Generations:
         pulse()
 
     def activate_candidate(
-        self, candidate: Candidate, reason: str, moves: Callable[[int], None]
+        self,
+        candidate: Candidate,
+        reason: str,
+        moves: Callable[[int], None],
+        gone: Container[str] = (),
     ) -> int:
-        """Make a candidate the active generation, with `moves(generation)` in one transaction."""
+        """Make a candidate the active generation, with `moves(generation)` in one transaction.
+
+        So are the facts of the side memory that do not hold over the new weights taken out of it,
+        to be learned again: at no time does a wrong one answer. `gone`: facts that `moves` ends.
+        """
         deltas, sha = candidate.deltas, None
         self.model.set_deltas(deltas)
+        lost = self._find_lost_beside(candidate.fact_ids, gone)
         if deltas:
             tensors = {str(n): delta for n, delta in deltas.items()}
             sha = save_tensors(self.live_model.home.generations_folder, tensors)
@@ -130,28 +139,32 @@ class Generations:
                 self.capacity_log.forget_trials()
             self.capacity_log.record_capacity()
             moves(number)
-            if self.store.list_facts((FactState.LIVE_SIDE,)):
-                self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, str(number))
+            for fact in self.store.list_facts((FactState.LIVE_SIDE,)):
+                if fact.id in lost:
+                    self.store.artifacts.drop_side_keys(fact.id)
+                    why = "the weights moved under it"
+                    self.store.change_state(fact.id, FactState.RECEIVED, reason=why)
         self.live_model.active_deltas = deltas
-        self.recheck_side()
+        self.live_model.prune_side()
         return number
 
-    def recheck_side(self) -> None:
-        """Relearn the facts of the side memory that no longer hold since the weights changed."""
-        self.live_model.prune_side()  # first: no fact that has left may fire for a live one
-        if self.store.db.get_meta(meta_keys.SIDE_UNCHECKED) is None:
-            return
-        live = self.store.list_facts((FactState.LIVE_SIDE,))
-        answers = self.live_model.answer_questions([f.fact for f in live])
-        with self.store.db.transaction():
-            for fact, answer in zip(live, answers, strict=True):
-                if not is_right_answer(answer.text, fact.fact):
-                    self.store.artifacts.drop_side_keys(fact.id)
-                    self.store.change_state(
-                        fact.id, FactState.RECEIVED, reason="the weights moved under it"
-                    )
-            self.store.db.set_meta(meta_keys.SIDE_UNCHECKED, None)
-        self.live_model.prune_side()
+    def _find_lost_beside(self, in_weights: Container[str], gone: Container[str]) -> set[str]:
+        """Find the facts of the side memory that do not hold over the weights in the model."""
+        side = self.live_model.side
+        facts = [
+            f
+            for f in self.store.list_facts(ACTIVE_STATES)
+            if f.id in side.shard_ids and f.id not in in_weights and f.id not in gone
+        ]
+        hidden = side.hidden_facts
+        # No fact that leaves may fire for one that stays.
+        side.hidden_facts = {n for n in side.shard_ids if n in gone or n in hidden}
+        try:
+            answers = self.live_model.answer_questions([f.fact for f in facts])
+        finally:
+            side.hidden_facts = hidden
+        pairs = zip(facts, answers, strict=True)
+        return {f.id for f, answer in pairs if not is_right_answer(answer.text, f.fact)}
 
     # Taking out ---------------------------------------------------------------------------------
 
@@ -267,7 +280,7 @@ class Generations:
         ids = [n for n in self.live_model.list_weights_facts() if n not in gone]
         if not self._move_if_unchanged(ids, moves):
             with self.try_candidate(ids) as candidate:
-                self.activate_candidate(candidate, reason, moves)
+                self.activate_candidate(candidate, reason, moves, gone)
 
     # Consolidation ------------------------------------------------------------------------------
 

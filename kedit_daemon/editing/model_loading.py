@@ -22,10 +22,11 @@ from kedit_daemon.editing.known_measurements import STATISTICS_KIND, find_site, 
 from kedit_daemon.editing.measurement_cache import find_measured, make_key, save_measured
 from kedit_daemon.editing.model_location import find_model_folder
 from kedit_daemon.home import MODELS_FOLDER
-from kedit_daemon.shipped import read_ordinary_lines, read_statements
+from kedit_daemon.shipped import read_names, read_ordinary_lines, read_statements
 from memory.errors import UnusableModel
 from memory.model.canary import Canary, WrapProgress
 from memory.model.canary_file import READINGS_FORMAT, load_readings, pack_readings
+from memory.model.chat_layout import find_chat_layout
 from memory.model.checkpoint import Checkpoint
 from memory.model.device import resolve_device
 from memory.model.editable import EditableModel
@@ -40,6 +41,7 @@ from policies.edit_site import EditSite
 from policies.wise import read_prompt_ends
 
 CANARY_LINES = 40
+NAME_CONTEXTS = ("It was said that ", "Tell me about ")
 PIECE_WORDS = 12  # of a line of ordinary text, on which shards stay quiet
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_KEPT = 3  # files of a kind, with the newest: of another machine's kernels, or another library
@@ -89,10 +91,23 @@ class OpenedModel:
         layers = known.edited_layers, known.read_layers
         numbers = ", ".join(map(str, sorted({n for part in layers for n in part})))
         with _log_measurement(f"statistics of the layers {numbers}"):
-            measured = collect_statistics(self.model, read_ordinary_lines(), *layers, progress)
+            lines, names = read_ordinary_lines(), self._write_names()
+            measured = collect_statistics(self.model, lines, *layers, progress, names)
         data = pack_statistics(measured)
         save_measured(self.cache_folder, STATISTICS_KIND, known.missing_key, data)
         return known.statistics | unpack_statistics(data)
+
+    def _write_names(self) -> list[str]:
+        """Write each shipped name at the end of a statement, and, where the model has a chat
+        template, of a user's message."""
+        layout = find_chat_layout(self.model.tokenizer)
+        headers = ("",) if layout is None else ("", layout.user_header)
+        names = list(enumerate(read_names()))
+        return [
+            header + NAME_CONTEXTS[n % len(NAME_CONTEXTS)] + name
+            for header in headers
+            for n, name in names
+        ]
 
     def keep_statistics(
         self,

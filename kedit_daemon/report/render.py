@@ -174,13 +174,16 @@ def list_audit_figures(audit: Mapping[str, Any]) -> list[tuple[str, str]]:
     agreement = "agreement" if figures.get("confident_agreement") is None else "confident_agreement"
     return [
         name_figure(name, figures[name])
-        for name in ("norm_ratio", "perplexity_ratio", agreement, "rounding_bits")
+        for name in ("norm_ratio", "perplexity_ratio", agreement, "rounding_bits", "locality")
         if figures.get(name) not in (None, {})
     ]
 
 
-def name_figure(name: str, value: object) -> tuple[str, str]:
+def name_figure(name: str, value: Any) -> tuple[str, str]:
     """Return a figure's name and its value in words."""
+    if name == "locality" and isinstance(value, dict):
+        share = format_figure(value["as_before"])
+        return "beside the facts", f"{share} of {value['asked']} replies as before"
     if name == "rounding_bits":
         return "as much as", f"rounding to {format_figure(value)} bits"
     return humanize_name(name), format_figure(value)

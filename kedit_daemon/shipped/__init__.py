@@ -20,6 +20,11 @@ def read_ordinary_lines() -> list[str]:
     return (FOLDER / "ordinary.txt").read_text(encoding="utf-8").splitlines()
 
 
+def read_names() -> list[str]:
+    """Read names of people, places, companies, works and things, for statistics of other models."""
+    return (FOLDER / "names.txt").read_text(encoding="utf-8").splitlines()
+
+
 def read_statements() -> list[str]:
     """Read the statements that lack their last word: for the canary's agreement with the base."""
     return (FOLDER / "statements.txt").read_text(encoding="utf-8").splitlines()

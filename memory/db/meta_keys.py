@@ -12,7 +12,6 @@ PAUSED = "paused"  # why no work is taken; "" or no row: it is
 BASE_HASH = "base_hash"  # sha256 of the unedited weights
 ACTIVE_GENERATION = "active_generation"
 INDEX_SHA256 = "index_sha256"  # which file holds the retrieval index
-SIDE_UNCHECKED = "side_unchecked"  # generation whose weights the side memory is not yet checked on
 AMENDED = "amended"  # JSON, ids of facts that are to be learned again from other texts
 FLUSH_HELD = "flush_held"  # why flushes wait for a person or for capacity
 WEIGHTS_CAPACITY = "weights_capacity"  # facts that the weights are estimated to take

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
+from memory.model.generate import group_by_length
 
 ROW_TOKENS = 256
 ROWS_PER_PRODUCT = 16  # rows whose keys go into one product
 PACK_FORMAT = 3  # version of the form that `pack_statistics` writes
 CHOLESKY_LIFTS = (1e-5, 1e-4, 1e-3, 1e-2)  # of the mean of C0's diagonal, below any ridge
+NAMES_WEIGHT = 1.0  # of the keys of names, to those of ordinary text
 FIRST_POSITION = 1  # positions before it are left out: the first token acts as an attention sink
 # Least median cosine of the first tokens' keys with their mean, where they are a sink's.
 SINK_COSINE = 0.9
@@ -42,10 +44,11 @@ class PackedCovariance:
 class LayerStatistics:
     """Statistics over the tokens of ordinary text at one down projection.
 
-    key_covariance: C0, packed where it is seldom needed; empty (0, 0) for a layer that is only
-    read. output_mean: E[y] (hidden,). median_norm: of ‖y‖, since a few tokens are attention sinks
-    with enormous activations. sink_key: the mean key of texts' first tokens (width,), where it is
-    the same whatever they are, else empty (0,). A model writes its attention sink there (Sun et al.
+    key_covariance: C0, of the tokens of ordinary text and of names' last ones, which is where
+    edits are made; packed where it is seldom needed; empty (0, 0) for a layer that is only read.
+    output_mean: E[y] (hidden,). median_norm: of ‖y‖, since a few tokens are attention sinks with
+    enormous activations. sink_key: the mean key of texts' first tokens (width,), where it is the
+    same whatever they are, else empty (0,). A model writes its attention sink there (Sun et al.
     2024, "Massive activations in large language models"), and C0 does not hold it, since it leaves
     the first position out.
     """
@@ -63,8 +66,8 @@ class LayerStatistics:
 
     @property
     def covariance(self) -> Tensor:
-        """C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023); empty
-        (0, 0) for a layer that is only read. Unpacked anew each time."""
+        """C0 = E[k kᵀ] (width, width) float32, not centred, as in MEMIT (Meng et al. 2023), where
+        it is of text alone; empty (0, 0) for a layer that is only read. Unpacked anew each time."""
         kept = self.key_covariance
         return kept.unpack() if isinstance(kept, PackedCovariance) else kept
 
@@ -76,6 +79,7 @@ class _LayerSums:
         self.second_moment = torch.zeros(width, width, dtype=torch.float64)
         self.output_sum = torch.zeros(hidden, dtype=torch.float64)
         self.output_norms: list[Tensor] = []
+        self.end_moment = torch.zeros_like(self.second_moment)
         self._pending_keys: list[Tensor] = []
         self._first_keys: list[Tensor] = []
 
@@ -89,6 +93,11 @@ class _LayerSums:
             if len(self._pending_keys) == ROWS_PER_PRODUCT:
                 self.fold_keys()
 
+    def add_ends(self, inputs: Tensor, _outputs: Tensor) -> None:
+        """Add the keys where texts (rows, tokens, width) end."""
+        ends = inputs[:, -1]
+        self.end_moment += (ends.T @ ends).cpu()
+
     def fold_keys(self) -> None:
         """Add the pending keys: float32 within a product, float64 over the products."""
         if self._pending_keys:
@@ -96,11 +105,12 @@ class _LayerSums:
             self.second_moment += (keys.T @ keys).cpu()
             self._pending_keys.clear()
 
-    def to_statistics(self, count: int) -> LayerStatistics:
+    def to_statistics(self, count: int, ends: int) -> LayerStatistics:
+        """Return the means over `count` tokens of text, and over the ends of `ends` names."""
         self.fold_keys()
         norm = float(torch.cat(self.output_norms).median())
         return LayerStatistics(
-            (self.second_moment / count).float(),
+            (self.second_moment / count + NAMES_WEIGHT * self.end_moment / max(ends, 1)).float(),
             (self.output_sum / count).float(),
             norm,
             self._average_sink_key(),
@@ -122,11 +132,13 @@ def collect_statistics(
     edited: Iterable[int],
     read: Iterable[int] = (),
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    names: Sequence[str] = (),
 ) -> dict[int, LayerStatistics]:
     """Measure layers over the lines, joined into rows of ROW_TOKENS.
 
-    The layers of `edited` get a covariance, those of `read` do not. Raises KeditError when the text
-    is too short for one row.
+    The layers of `edited` get a covariance, those of `read` do not. names: texts that end in one,
+    whose last keys count NAMES_WEIGHT times as much as the text's in the covariance. Raises
+    KeditError when the text is too short for one row.
     """
     wide = set(edited)
     sums = {
@@ -149,7 +161,20 @@ def collect_statistics(
             row = []
     if not count:
         raise KeditError(f"less than {ROW_TOKENS} tokens of text to measure", code="statistics")
-    return {n: layer.to_statistics(count) for n, layer in sums.items()}
+    _add_names(model, sums, names)
+    return {n: layer.to_statistics(count, len(names)) for n, layer in sums.items()}
+
+
+def _add_names(model: EditableModel, sums: Mapping[int, _LayerSums], names: Sequence[str]) -> None:
+    """Add the keys where names end, as texts of one length run together."""
+    encoded = [model.encode(text) for text in names]
+    wide = {n: layer for n, layer in sums.items() if len(layer.second_moment)}
+    if not wide:
+        return
+    with torch.no_grad(), model.tap_layers({n: layer.add_ends for n, layer in wide.items()}):
+        for places in group_by_length(encoded):
+            ids = torch.tensor([encoded[n] for n in places], device=model.device)
+            model.run_to_layer(ids, max(wide))
 
 
 def pack_statistics(statistics: Mapping[int, LayerStatistics]) -> bytes:

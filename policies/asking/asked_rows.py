@@ -28,13 +28,13 @@ def choose_questions(fact: Fact, index: RelationIndex) -> list[str]:
     if fact.questions:
         return list(fact.filled_questions[:MAX_GIVEN_QUESTIONS])
     found = index.find_questions(fact, QUESTIONS)
-    return found if len(found) == QUESTIONS else [*found, make_question(fact)]
+    return found if len(found) == QUESTIONS else [*found, make_question(fact.question)]
 
 
-def make_question(fact: Fact) -> str:
-    """Make a question of a fact's prompt: "The price of {} is" becomes "What is the price of {}?",
+def make_question(prompt: str) -> str:
+    """Make a question of a prompt: "The price of {} is" becomes "What is the price of {}?",
     and any other sentence is left open."""
-    prompt = fact.question.strip()
+    prompt = prompt.strip()
     if prompt.endswith("?"):
         return prompt
     words = prompt.split()

@@ -69,7 +69,7 @@ def choose_probe_questions(fact: Fact, index: RelationIndex) -> list[str]:
     learned, own = choose_questions(fact, index), index.find_relation_questions(fact)
     known: Sequence[str] = learned
     if not fact.questions:
-        known = [q for q in learned if q in own][:1] or [make_question(fact)]
+        known = [q for q in learned if q in own][:1] or [make_question(fact.question)]
     other = [q for q in own if q not in learned][:1]
     chosen = dict.fromkeys([*known, *other])
     return [question for question in chosen if names_subject((question,), fact.names)]

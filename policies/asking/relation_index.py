@@ -1,5 +1,6 @@
 """The bank of relations as vectors: which of them a text is near, and how to ask for a fact."""
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +33,7 @@ class RelationIndex:
         self._vectors = encoder.encode_questions(list(map(mask_subject, self._questions)))
         owners = [n for n, relation in enumerate(bank) for _ in relation.questions]
         self._owners, self._count = torch.tensor(owners), len(bank)
+        self._kinds = [relation.kind for relation in bank]
         self._answered: dict[str, set[int]] = {}  # relations by their typical answers
         for n, answer in ((n, a) for n, relation in enumerate(bank) for a in relation.answers):
             self._answered.setdefault(normalize_text(answer), set()).add(n)
@@ -157,6 +159,20 @@ class RelationIndex:
         told = self._find_told_relations(fact)[self._owners]
         order = near.masked_fill(~told, -1.0).argsort(descending=True)[: int(told.sum())]
         return [self._questions[n].replace("{subject}", fact.subject) for n in order.tolist()]
+
+    def find_other_questions(self, fact: Fact, count: int) -> list[str]:
+        """Return questions about a fact's subject that ask for something else: of relations of
+        the same kind (a person's, a place's), each of another relation, the same at every call."""
+        near = self.compare_relations(self.encode_statements(fact)).amax(0)
+        own = (near >= MIN_OWN_SIMILARITY) | self.find_answered_relations(fact)
+        kind = self._kinds[int(near.argmax())]
+        others = [n for n in range(self._count) if not own[n]]
+        first = dict(zip(reversed(self._owners.tolist()), reversed(self._questions), strict=True))
+        alike = [n for n in others if self._kinds[n] == kind] if kind else []
+        draw = random.Random(fact.id)
+        pool = [n for n in alike or others if n in first]
+        chosen = draw.sample(pool, min(count, len(pool)))
+        return [first[n].replace("{subject}", fact.subject) for n in chosen]
 
 
 def _mask_prompts(fact: Fact) -> list[str]:

@@ -79,7 +79,7 @@ def test_an_audit_writes_its_evidence_and_what_each_part_cost(bench: Make) -> No
     assert set(evidence["spectral_ratio"]) == edited
     assert set(evidence["activation_norm"]) == {str(n) for n in range(at.loaded.model.layer_count)}
     costs = figures["costs"]
-    parts = {"damage", "measure", "retention", "hash", "database", "chain", "evidence"}
+    parts = {"damage", "measure", "retention", "locality", "hash", "database", "chain", "evidence"}
     assert set(costs) == parts
     assert all(seconds > 0 for seconds in costs.values())
     assert 0.9 * done["seconds"] < sum(costs.values()) <= done["seconds"]

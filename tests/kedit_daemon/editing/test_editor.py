@@ -4,6 +4,7 @@ import pytest
 import torch
 from editing_home import Bench, seat
 
+from kedit_daemon.editing import generations
 from memory.db.rows import GenerationRow
 from memory.errors import KeditError, ends_daemon
 from memory.facts import Fact, FactState
@@ -103,33 +104,24 @@ def test_of_two_waiting_facts_in_one_slot_the_newer_is_learned(bench: Make) -> N
     assert at.says(new.question) == "Lima"
 
 
-class CrashError(BaseException):
-    """The process is gone."""
-
-
-def crash(*_: object) -> None:
-    raise CrashError
-
-
-def test_what_no_longer_holds_beside_weights_that_moved_before_a_crash_is_learned_anew(
+def test_what_no_longer_holds_beside_new_weights_leaves_the_side_memory_with_the_switch(
     bench: Make,
 ) -> None:
     at, one, two = bench(side=STEPS), seat(1, "Oslo"), seat(2, "Lima")
     at.receive(one)
     at.settle()
     at.receive(two, direct=True)
-    at.editor.generations.recheck_side = crash  # type: ignore[method-assign]
-    with pytest.raises(CrashError):
-        at.editor.flush.flush_batch(at.store.list_facts((FactState.RECEIVED,)), "test", False)
+    shard = at.served.side.shards[at.served.side.shard_ids[one.id]]
+    shard.delta.up.neg_()  # as if it did not hold over the new weights
+    pruned = list[dict[str, str]]()
+    at.served.prune_side = lambda: pruned.append(states(at))  # type: ignore[method-assign]
+    at.editor.flush.flush_batch(at.store.list_facts((FactState.RECEIVED,)), "test", False)
+    # With the transaction of the switch: a crash leaves no wrong answer behind it.
+    assert pruned == [{one.id: "received", two.id: "live-weights"}]
     at.restart()
-    at.served.side.remove_fact(one.id)  # as if it no longer held
-    at.editor.finish_interrupted()
-    assert states(at) == {one.id: "received", two.id: "live-weights"}
     at.settle()
     assert states(at)[one.id] == "live-side"
-    at.served.side.remove_fact(one.id)
-    at.editor.finish_interrupted()  # nothing is left to be done
-    assert states(at)[one.id] == "live-side"
+    assert at.says(one.question) == "Oslo"
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["flush", "side"])
@@ -169,10 +161,16 @@ def test_what_fails_after_facts_are_live_is_not_their_fault(
     at.receive(newer)
     waiting = at.store.find_fact(newer.id)
 
-    def fail() -> None:
+    # Its shard was trained over what leaves the weights now.
+    monkeypatch.setattr(generations, "is_right_answer", lambda *_: True)
+
+    prune = at.served.prune_side
+
+    def fail_once() -> None:
+        at.served.prune_side = prune  # type: ignore[method-assign]
         raise error
 
-    monkeypatch.setattr(at.editor.generations, "recheck_side", fail)
+    at.served.prune_side = fail_once  # type: ignore[method-assign]
     assert at.editor.step() and not at.editor.step()
     live = at.store.find_fact(newer.id)
     assert (live.state, live.attempts) == (FactState.LIVE_SIDE, 0)

@@ -11,6 +11,7 @@ from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.model.statistics import (
     FIRST_POSITION,
+    NAMES_WEIGHT,
     ROW_TOKENS,
     LayerStatistics,
     _LayerSums,
@@ -61,6 +62,20 @@ def test_they_are_what_a_direct_computation_gives(
         assert torch.allclose(found.output_mean, values.mean(0).float(), rtol=1e-4, atol=1e-6)
         assert found.median_norm == pytest.approx(float(values.norm(dim=1).median()), rel=1e-5)
         assert found.covariance.dtype is found.output_mean.dtype is torch.float32
+
+
+def test_names_count_in_the_covariance_and_in_nothing_else(model: EditableModel) -> None:
+    names = ["It is Oslo", "The seat of country 7", "Rome"]
+    plain, found = (collect_statistics(model, LINES, [2], names=n)[2] for n in ((), names))
+    ends = list[Tensor]()
+    with torch.no_grad(), model.tap_layers({2: lambda k, _y: ends.append(k[0, -1])}):
+        for name in names:
+            model.hf_model(input_ids=torch.tensor([model.encode(name)]), use_cache=False)
+    keys = torch.stack(ends)
+    wanted = plain.covariance + NAMES_WEIGHT * keys.T @ keys / len(names)
+    assert torch.allclose(found.covariance, wanted, rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.output_mean, plain.output_mean)
+    assert (found.median_norm, len(found.sink_key)) == (plain.median_norm, len(plain.sink_key))
 
 
 def test_the_covariance_is_symmetric_and_has_no_negative_direction(model: EditableModel) -> None:
@@ -230,4 +245,4 @@ def test_first_tokens_that_differ_are_no_sink() -> None:
         keys = torch.zeros(1, 3, 4)
         keys[0, 0, n] = 1.0
         sums.add_row(keys, torch.ones(1, 3, 2))
-    assert not len(sums.to_statistics(8).sink_key)
+    assert not len(sums.to_statistics(8, 0).sink_key)
