@@ -64,19 +64,6 @@ class TokenRow:
 
 
 @dataclass(frozen=True)
-class TargetRows:
-    """Rows from which a fact's target is learned, and rows about its subject whose ends are held:
-    their targets are what the unedited model says."""
-
-    learned: list[TokenRow]
-    held: list[TokenRow]
-
-    @property
-    def all(self) -> list[TokenRow]:
-        return [*self.learned, *self.held]
-
-
-@dataclass(frozen=True)
 class TokenBatch:
     """Rows padded to one width: ids (rows, tokens), ends of subject and prompt (rows,).
 

@@ -6,7 +6,7 @@ done frees its slot for the next one.
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,13 @@ from memory.model.prefix_cache import PrefixCache
 from policies.edit_site import EditSite
 from policies.edit_terms import EditTerms, Refusal
 from policies.norm_anchor import check_target_length
-from policies.prompts import IGNORE_LABEL, TargetRows, TokenRow
+from policies.prompts import IGNORE_LABEL, TokenRow
 
 HEAD_UNIT, TAIL_UNIT, TARGET_UNIT = 32, 4, 4  # lengths are rounded up to multiples of these
 WEIGHT_DECAY = 0.02  # weight of ‖δ‖² in lengths
 EXTRA_STEPS = 5  # after the target is the argmax everywhere
 
-WaitingFacts = deque[tuple[Fact, TargetRows]]
+WaitingFacts = deque[tuple[Fact, list[TokenRow]]]
 TermsById = dict[str, EditTerms | Refusal]
 
 
@@ -33,22 +33,19 @@ TermsById = dict[str, EditTerms | Refusal]
 class SlotShape:
     """Shape of all slots: rows per fact, and lengths of the parts of a row in tokens."""
 
-    rows: int  # the held ones included
-    held: int  # of them, the last ones
+    rows: int  # the essence row included
     head: int  # before the first site
     tail: int  # from there to the last token that predicts a token of the target
     target_tokens: int
 
     @classmethod
-    def measure(cls, target_rows: TargetRows, site: EditSite) -> "SlotShape":
+    def measure(cls, rows: Sequence[TokenRow], site: EditSite) -> "SlotShape":
         """Return the smallest shape, in whole units, that holds a fact's rows."""
-        rows = target_rows.all
         starts = [_find_first_site(row, site) for row in rows]
         tails = [len(row.ids) - 1 - start for row, start in zip(rows, starts, strict=True)]
         targets = [len(row.target) for row in rows]
         lengths = ((starts, HEAD_UNIT), (tails, TAIL_UNIT), (targets, TARGET_UNIT))
-        held = len(target_rows.held)
-        return cls(len(rows), held, *(-(-max(1, *many) // unit) * unit for many, unit in lengths))
+        return cls(len(rows), *(-(-max(1, *many) // unit) * unit for many, unit in lengths))
 
 
 def _find_first_site(row: TokenRow, site: EditSite) -> int:
@@ -73,7 +70,7 @@ class TargetOptimiser:
         self.model, self.site, self.norms, self.shape = model, site, norms, shape
         self.slot_count, device = slots, model.device
         rows = slots * shape.rows
-        self.target_rows = shape.rows - shape.held  # per fact
+        self.target_rows = shape.rows - site.has_essence  # per fact
         self.replay = PrefixCache(model, site.layers[0], rows, shape.head, shape.tail)
         self.row_index = torch.arange(rows, device=device)[:, None]
         self.columns = torch.zeros(rows, shape.target_tokens, dtype=torch.long, device=device)
@@ -86,9 +83,7 @@ class TargetOptimiser:
         self.second_moment = torch.zeros(slots, 1, 1, device=device)
         self.steps = torch.zeros(slots, device=device)
         self.extra_steps = torch.zeros(slots, device=device)
-        self.is_held = torch.zeros(slots, shape.held, shape.target_tokens, device=device).bool()
-        # Of the unedited model: (facts, held rows, tokens, vocabulary).
-        self.held_logprobs = torch.zeros(slots, 0, device=device)
+        self.essence_logprobs = torch.zeros(slots, 0, device=device)  # (facts, vocabulary)
         self.is_first_pass = torch.zeros(slots, dtype=torch.bool, device=device)
         self.facts: list[Fact | None] = [None] * slots
         self.keys: dict[int, Tensor] = {}
@@ -103,8 +98,7 @@ class TargetOptimiser:
             if waiting and self.facts[slot] is None:
                 self._fill_slot(slot, *waiting.popleft())
 
-    def _fill_slot(self, slot: int, fact: Fact, target_rows: TargetRows) -> None:
-        rows = target_rows.all
+    def _fill_slot(self, slot: int, fact: Fact, rows: list[TokenRow]) -> None:
         self.facts[slot] = fact
         for tensor in (*self.deltas.values(), *self.first_moments.values(), self.second_moment):
             tensor[slot] = 0
@@ -121,8 +115,6 @@ class TargetOptimiser:
             if n - first < self.target_rows:
                 self.labels[n, :length] = torch.tensor(row.target)
             self.columns[n, :length] = torch.arange(length) + row.prompt_length - 1 - start
-        for n, row in enumerate(target_rows.held):
-            self.is_held[slot, n] = torch.arange(self.shape.target_tokens) < len(row.target)
 
     def _make_tap(self, layer: int, delta: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return a tap that adds δ (facts, sites, hidden) at the layer's sites and reads its keys
@@ -142,7 +134,7 @@ class TargetOptimiser:
 
     def compute_losses(self, delta: Mapping[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return by fact, under δ: the mean target NLL, whether every target token is the argmax,
-        and the KL of the held rows."""
+        and the KL of the subject's essence."""
         with self.model.tap_layers({layer: self._make_tap(layer, d) for layer, d in delta.items()}):
             logits = self.replay.logits(self.columns).float()  # (rows, target tokens, vocabulary)
         is_target = self.labels != IGNORE_LABEL
@@ -152,29 +144,26 @@ class TargetOptimiser:
         count = is_target.view(self.slot_count, -1).sum(1).clamp(min=1)
         wrong = (logits.argmax(-1) != self.labels) & is_target
         nll = losses.view(self.slot_count, -1).sum(1) / count
-        return nll, ~wrong.view(self.slot_count, -1).any(1), self._compute_held_kl(logits)
+        return nll, ~wrong.view(self.slot_count, -1).any(1), self._compute_essence_kl(logits)
 
-    def _compute_held_kl(self, logits: Tensor) -> Tensor:
-        """Return the KL (facts,) from the unedited model, summed over the held rows, of the mean
-        over each row's tokens."""
-        if not self.shape.held:
+    def _compute_essence_kl(self, logits: Tensor) -> Tensor:
+        """Return the KL (facts,) after "<subject> is a", from the unedited model's distribution."""
+        if not self.site.has_essence:
             return logits.new_zeros(self.slot_count)
         by_slot = logits.view(self.slot_count, self.shape.rows, *logits.shape[1:])
-        logprobs = by_slot[:, self.target_rows :].log_softmax(-1)
-        if self.held_logprobs.shape != logprobs.shape:
-            self.held_logprobs = torch.zeros_like(logprobs)
-        self.held_logprobs = torch.where(
-            self.is_first_pass[:, None, None, None], logprobs.detach(), self.held_logprobs
+        logprobs = by_slot[:, -1, 0].log_softmax(-1)
+        if self.essence_logprobs.shape != logprobs.shape:
+            self.essence_logprobs = torch.zeros_like(logprobs)
+        self.essence_logprobs = torch.where(
+            self.is_first_pass[:, None], logprobs.detach(), self.essence_logprobs
         )
         self.is_first_pass[:] = False  # the first pass of a slot is with δ = 0
-        lost = F.kl_div(logprobs, self.held_logprobs, reduction="none", log_target=True).sum(-1)
-        counts = self.is_held.sum(-1).clamp(min=1)
-        return (torch.where(self.is_held, lost, 0).sum(-1) / counts).sum(-1)
+        return F.kl_div(logprobs, self.essence_logprobs, reduction="none", log_target=True).sum(-1)
 
     def step(self) -> TermsById:
         """Take a step of descent for every fact in a slot; return the results of those done."""
         delta = {n: d.detach().requires_grad_() for n, d in self.deltas.items()}
-        losses, right, held_kl = self.compute_losses(delta)
+        losses, right, essence_kl = self.compute_losses(delta)
         self.extra_steps -= right.long()
         self.steps += 1
         is_finite = torch.isfinite(losses.detach()) & torch.isfinite(self.second_moment.flatten())
@@ -187,7 +176,7 @@ class TargetOptimiser:
         self.facts = [None if f is None or f.id in result else f for f in self.facts]
         if self.is_busy:
             size = sum(d.square().sum() for d in delta.values())
-            total = losses.sum() + self.site.essence * held_kl.sum() + WEIGHT_DECAY * size
+            total = losses.sum() + self.site.essence * essence_kl.sum() + WEIGHT_DECAY * size
             gradients = torch.autograd.grad(total, list(delta.values()))
             self._update_deltas(dict(zip(delta, gradients, strict=True)))
         return result

@@ -19,7 +19,7 @@ from memory.model.editable import EditableModel
 from memory.oom import as_out_of_memory
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal
-from policies.prompts import TargetRows, make_essence_row, make_rows
+from policies.prompts import make_essence_row, make_rows
 from policies.target_optimiser import SlotShape, TargetOptimiser, TermsById, WaitingFacts
 
 MAX_SLOTS = 12  # facts that are optimised at the same time, while there is memory for them
@@ -64,25 +64,21 @@ def _group_by_shape(
     refused: TermsById = {}
     for fact in facts:
         try:
-            rows = make_target_rows(model, site, fact)
+            rows = make_rows(model, fact, site.target_ending)
         except KeditError as error:
             refused[fact.id] = Refusal(str(error))
             continue
-        length = len(rows.learned[0].target)
+        length = len(rows[0].target)
         if length > MAX_TARGET_TOKENS:
             why = f"the target has {length} tokens, and the weights take at most"
             refused[fact.id] = Refusal(f"{why} {MAX_TARGET_TOKENS}", can_use_side=True)
             continue
+        # A tokenizer may split the target in two ways; one is enough.
+        rows = [row for row in rows if len(row.target) == length]
+        if site.has_essence:
+            rows.append(make_essence_row(model, fact))
         shapes[SlotShape.measure(rows, site)].append((fact, rows))
     return shapes, refused
-
-
-def make_target_rows(model: EditableModel, site: EditSite, fact: Fact) -> TargetRows:
-    """Return the rows of a fact's target; raises Rejected for one that does not fit the model."""
-    rows = make_rows(model, fact, site.target_ending)
-    # A tokenizer may split the target in two ways; one is enough.
-    learned = [row for row in rows if len(row.target) == len(rows[0].target)]
-    return TargetRows(learned, [make_essence_row(model, fact)] if site.has_essence else [])
 
 
 def _optimise_shape(
