@@ -47,8 +47,8 @@ class EditSite:
     alpha: float  # WISE margins: largest activation distance outside a shard's facts
     beta: float  # least activation distance on the shard's facts
     gamma: float  # least gap between the two
-    # Learned behind a target of the weights; if empty, the token that ends a text. A chat model
-    # goes on behind an answer, and edits that end its texts hardly carry over to other wordings.
+    # Learned behind a target of the weights; if empty, the token that ends a text. Large models go
+    # on behind an answer, and edits that end their texts hardly carry over to other wordings.
     target_ending: str = ""
     unnamed_gate: float = 0.95  # the subject gate of a fact with a prompt that does not name it
     # ‖W‖/‖W0‖ at which an audit warns, consolidates, reverts. These start values are

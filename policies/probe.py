@@ -1,8 +1,7 @@
 """Probes of an edit: the model's answers before and after, compared as people would."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from memory.facts import Fact
 from memory.joins import is_unspaced
@@ -54,17 +53,6 @@ class Probe:
     paraphrases_right: int
     neighbours: int
     neighbours_unchanged: int
-
-    def explain_loss(self, beside: Mapping[str, Any] | None) -> str | None:
-        """Explain why the weights do not hold a fact as the side memory did, by its probe there, if
-        it was there; None if they answer its prompt and as many of its paraphrases."""
-        if not self.right:
-            return f"the weights answered {self.answer!r}"
-        known = beside["paraphrases_right"] if beside else 0
-        if self.paraphrases_right < known:
-            counts = f"{self.paraphrases_right} of its {self.paraphrases} paraphrases"
-            return f"the weights answered {counts}, the side memory {known}"
-        return None
 
     def as_dict(self) -> dict[str, object]:
         """Return the result as JSON-ready values."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from memory.errors import Rejected
 from memory.facts import Fact
 from memory.model.editable import EditableModel
+from memory.model.generate import cut_first_sentence
 from policies.edit_site import EditSite
 
 # Unrelated sentences before the prompt, so that an edit does not depend on being first in the text.
@@ -89,14 +90,15 @@ def find_subject_end(model: EditableModel, text: str, subject: str) -> int | Non
 
 def make_rows(model: EditableModel, fact: Fact, ending: str = "") -> list[TokenRow]:
     """Return the rows from which an edit learns; raises Rejected for a fact that does not fit the
-    model. ending: text behind the target; if empty, the token that ends a text."""
+    model. ending: text behind the target; if empty, or not taken for the end of a sentence there
+    ("Au.", "Henry V."), the token that ends a text."""
     texts = [context + fact.question for context in CONTEXTS]
     texts += fact.filled_paraphrases[:MAX_PARAPHRASES]
-    rows = []
+    said, rows = end_target(fact.target, ending), []
     for text in texts:
         prompt = model.encode(text)
-        target = model.encode_target(text, end_target(fact.target, ending), fact.join)
-        if not ending and model.end_token is not None:
+        target = model.encode_target(text, said, fact.join)
+        if said == fact.target and model.end_token is not None:
             target = [*target, model.end_token]
         if not prompt or not target or len(prompt) + len(target) > model.max_positions:
             raise Rejected(
@@ -112,8 +114,9 @@ def make_rows(model: EditableModel, fact: Fact, ending: str = "") -> list[TokenR
 
 
 def end_target(target: str, ending: str) -> str:
-    """Write an ending behind a target that has none of its own."""
-    return target if target.endswith((".", "!", "?")) else target + ending
+    """Write an ending behind a target where an answer is cut at it, else the target alone."""
+    ended = target + ending
+    return ended if cut_first_sentence(f"{ended} It") == target else target
 
 
 def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:

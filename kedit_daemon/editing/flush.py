@@ -9,7 +9,7 @@ from typing import Any
 
 from kedit_daemon.editing.capacity_log import FULL_SHARE
 from kedit_daemon.editing.fact_lifecycle import Lifecycle
-from kedit_daemon.editing.flush_outcome import FlushRecorder, Trial, explain_loss, make_report
+from kedit_daemon.editing.flush_outcome import FlushRecorder, Trial, make_report
 from kedit_daemon.editing.generations import Candidate, Generations
 from kedit_daemon.editing.live_model import LiveModel
 from kedit_daemon.editing.quarantine import Quarantine
@@ -185,7 +185,7 @@ class Flush:
         for _ in range(MAX_ROUNDS):
             after = answer_probes(self.model, [f.fact for f in held])
             probes |= {f.id: compare_answers(f.fact, before[f.id], after[f.id]) for f in held}
-            right = [f for f in held if explain_loss(f, probes[f.id]) is None]
+            right = [f for f in held if probes[f.id].right]
             if len(right) == len(held) or not self.is_selective:
                 break
             held = right
@@ -224,12 +224,13 @@ class Flush:
                 self.recorder.record_not_taken(trial, oversized)
             return
         seconds = (time.monotonic() - began) / len(trial.held_facts)
+        asked = {f.id for f in trial.held_facts if self.live_model.side.is_asked(f.id)}
+        gone = {f.id for f in trial.held_facts} - asked
 
         def move_facts(generation: int) -> None:
-            asked = {f.id for f in trial.held_facts if self.live_model.side.is_asked(f.id)}
             self.recorder.record_flushed(generation, trial, oversized, before, seconds, asked)
 
-        gone = self.lifecycle.find_all_superseded(trial.held_facts)
+        gone |= self.lifecycle.find_all_superseded(trial.held_facts)
         self.generations.activate_candidate(candidate, reason, move_facts, gone)
 
     def _report_unchanged(

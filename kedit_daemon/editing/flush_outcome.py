@@ -41,12 +41,6 @@ class Trial:
         return replace(self, lost_facts=[*larger.lost_facts, *self.lost_facts], probes=probes)
 
 
-def explain_loss(fact: StoredFact, probe: Probe) -> str | None:
-    """Explain why the weights do not hold a fact in every wording in which it is live; None if they
-    do, by their probe of it."""
-    return probe.explain_loss(fact.probe if fact.state is FactState.LIVE_SIDE else None)
-
-
 def make_report(
     trial: Trial, refused: Mapping[str, Refusal], generation: int, dry_run: bool
 ) -> dict[str, Any]:
@@ -133,8 +127,8 @@ class FlushRecorder:
 
     def _record_lost(self, trial: Trial) -> None:
         for fact in trial.lost_facts:
-            if why := explain_loss(fact, trial.probes[fact.id]):
-                self.lifecycle.record_failed_attempt(fact, "weights", why)
+            why = f"the weights answered {trial.probes[fact.id].answer!r}"
+            self.lifecycle.record_failed_attempt(fact, "weights", why)
 
     def _record_oversized(self, oversized: Sequence[Trial]) -> None:
         """Record solves with more facts than the weights have capacity for."""

@@ -118,7 +118,8 @@ class Generations:
         """Make a candidate the active generation, with `moves(generation)` in one transaction.
 
         So are the facts of the side memory that do not hold over the new weights taken out of it,
-        to be learned again: at no time does a wrong one answer. `gone`: facts that `moves` ends.
+        to be learned again: at no time does a wrong one answer. `gone`: facts that `moves` takes
+        out of it.
         """
         deltas, sha = candidate.deltas, None
         self.model.set_deltas(deltas)

@@ -39,37 +39,35 @@ class LocalityCheck:
         self.live_model, self.store = live_model, store
 
     def ask(self, turn: int) -> LocalityReading | None:
-        """Ask about the facts whose turn it is; None where no fact is in the weights.
+        """Ask about the facts whose turn it is; None where nothing is asked.
 
-        Questions for which a fact of the side memory fires are left out: their answers changed
-        because they should.
+        Questions for which another fact of the side memory fires are left out: their answers
+        changed because they should.
         """
-        facts = self._select_facts(turn)
-        questions = [question for fact in facts for question in _list_questions(fact.fact)]
-        prompts = self._write_prompts(questions)
+        pairs = [(f.id, q) for f in self._select_facts(turn) for q in self._write_prompts(f.fact)]
+        prompts = [prompt for _, prompt in pairs]
         after = self.live_model.answer_prompts(prompts, REPLY_TOKENS, whole=True)
-        plain = [(p, a.text) for p, a in zip(prompts, after, strict=True) if not a.matches]
-        if not plain:
-            return None
-        before = self.live_model.answer_base([p for p, _ in plain], REPLY_TOKENS, whole=True)
-        kept = [text == old for (_, text), old in zip(plain, before, strict=True)]
-        return LocalityReading(len(kept), sum(kept) / len(kept))
+        before = self.live_model.answer_base(prompts, REPLY_TOKENS, whole=True)
+        kept = [
+            answer.text == base
+            for (fact_id, _), answer, base in zip(pairs, after, before, strict=True)
+            if all(match.fact_id == fact_id for match in answer.matches)
+        ]
+        return LocalityReading(len(kept), sum(kept) / len(kept)) if kept else None
 
     def _select_facts(self, turn: int) -> list[StoredFact]:
         facts = self.store.list_facts((FactState.LIVE_WEIGHTS,))
         first = turn * FACTS_ASKED % max(len(facts), 1)
         return [*facts[first:], *facts[:first]][:FACTS_ASKED]
 
-    def _write_prompts(self, questions: list[str]) -> list[str]:
-        """Write the questions as turns of a chat, where the model has one, that fit the model."""
+    def _write_prompts(self, fact: Fact) -> list[str]:
+        """Write the questions about a fact that fit the model, as turns of a chat where it has
+        one."""
+        near = [make_question(n.prompt) for n in fact.neighbours[:NEIGHBOURS_PER_FACT]]
+        found = [*load_relation_index().find_other_questions(fact, OTHERS_PER_FACT), *near]
         tokenizer = self.live_model.model.tokenizer
         if find_chat_layout(tokenizer) is not None:
-            turns = [{"role": "user", "content": question} for question in questions]
-            questions = [render_chat(tokenizer, [turn]) for turn in turns]
+            turns = [{"role": "user", "content": question} for question in found]
+            found = [render_chat(tokenizer, [turn]) for turn in turns]
         most = self.live_model.model.max_positions - REPLY_TOKENS
-        return [p for p in questions if len(self.live_model.model.encode(p)) <= most]
-
-
-def _list_questions(fact: Fact) -> list[str]:
-    near = [make_question(n.prompt) for n in fact.neighbours[:NEIGHBOURS_PER_FACT]]
-    return [*load_relation_index().find_other_questions(fact, OTHERS_PER_FACT), *near]
+        return [p for p in found if len(self.live_model.model.encode(p)) <= most]

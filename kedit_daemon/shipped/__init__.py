@@ -21,7 +21,8 @@ def read_ordinary_lines() -> list[str]:
 
 
 def read_names() -> list[str]:
-    """Read names of people, places, companies, works and things, for statistics of other models."""
+    """Read names of people, places, companies, works and things: for the covariance of keys of
+    models that bring none."""
     return (FOLDER / "names.txt").read_text(encoding="utf-8").splitlines()
 
 

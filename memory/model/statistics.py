@@ -110,11 +110,18 @@ class _LayerSums:
         self.fold_keys()
         norm = float(torch.cat(self.output_norms).median())
         return LayerStatistics(
-            (self.second_moment / count + NAMES_WEIGHT * self.end_moment / max(ends, 1)).float(),
+            self._average_keys(count, ends).float(),
             (self.output_sum / count).float(),
             norm,
             self._average_sink_key(),
         )
+
+    def _average_keys(self, count: int, ends: int) -> Tensor:
+        """Return C0 in float64: of the text alone if there are no names."""
+        of_text = self.second_moment / count
+        if not ends:
+            return of_text
+        return (of_text + NAMES_WEIGHT * self.end_moment / ends) / (1 + NAMES_WEIGHT)
 
     def _average_sink_key(self) -> Tensor:
         """Return the mean of the first tokens' keys if they agree, else an empty tensor."""

@@ -177,3 +177,8 @@ def test_a_value_of_the_wrong_kind_is_refused(tmp_path: Path, changes: dict[str,
     with pytest.raises(KeditError) as caught:
         write(tmp_path, **changes)
     assert caught.value.code == "config"
+
+
+def test_a_published_site_ends_its_targets_with_a_full_stop() -> None:
+    start = make_start_site("llama", 30)
+    assert (start.target_ending, make_start_site("other", 30).target_ending) == (".", "")

@@ -7,7 +7,6 @@ from memory.facts import Fact, Neighbour
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from policies.probe import (
-    Probe,
     answer_probes,
     compare_answers,
     count_answer_tokens,
@@ -135,20 +134,3 @@ def test_a_reply_says_whole_words_where_they_stand_apart(
     reply: str, wanted: list[str], says: bool
 ) -> None:
     assert says_answers(reply, wanted) is says
-
-
-@pytest.mark.parametrize(
-    ("right", "rephrased", "beside", "why"),
-    [
-        (True, 1, None, None),
-        (True, 1, {"paraphrases_right": 1}, None),
-        (True, 1, {"paraphrases_right": 2}, "1 of its 2 paraphrases, the side memory 2"),
-        (False, 2, {"paraphrases_right": 2}, "the weights answered 'Lima'"),
-        (False, 2, None, "the weights answered 'Lima'"),
-    ],
-)
-def test_a_loss_is_a_wording_that_was_answered_beside_the_weights(
-    right: bool, rephrased: int, beside: dict[str, int] | None, why: str | None
-) -> None:
-    found = Probe("Lima", right, 2, rephrased, 0, 0).explain_loss(beside)
-    assert (found is None) if why is None else (found is not None and why in found)

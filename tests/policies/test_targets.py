@@ -263,3 +263,12 @@ def test_a_target_that_is_too_long_is_for_the_side_memory(
     refused = compute_terms(model, any_site, NORMS, [long])[long.id]
     assert isinstance(refused, Refusal) and refused.can_use_side
     assert refused.reason.endswith("tokens, and the weights take at most 64")
+
+
+def test_a_site_decides_what_ends_a_target(model: EditableModel, any_site: EditSite) -> None:
+    site = replace(any_site, target_steps=4)
+    stopped = replace(site, target_ending=".")
+    ended, found = (terms_of(model, one, [seat(1, "Oslo")]) for one in (site, stopped))
+    assert ended.loss != found.loss
+    ended, found = (terms_of(model, one, [seat(1, "Au")]) for one in (site, stopped))
+    assert_equal(ended, found)  # "Au." ends nothing
