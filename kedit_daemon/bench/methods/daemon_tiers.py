@@ -1,7 +1,7 @@
 """MEMIT-MASS, WISE and auto: the daemon's own flush and editor, on a home made for the run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -22,6 +22,7 @@ from memory.facts import LIVE_STATES, Fact, FactState
 from memory.model.canary import Health
 from memory.model.generate import Overlay
 from memory.side.row_overlay import RowOverlay
+from policies.edit_terms import Refusal
 from policies.health_limits import Thresholds, Verdict
 from policies.routing import is_for_batch
 
@@ -129,6 +130,27 @@ class _TimedGenerations(Generations):
             return super().measure_health()
 
 
+class _TimedFlush(Flush):
+    """A flush that times its targets."""
+
+    def __init__(
+        self,
+        live_model: LiveModel,
+        store: Store,
+        lifecycle: Lifecycle,
+        generations: Generations,
+        pulse: Callable[[], None],
+        selective: bool,
+        stopwatch: Stopwatch,
+    ) -> None:
+        super().__init__(live_model, store, lifecycle, generations, pulse, selective)
+        self.stopwatch = stopwatch
+
+    def ensure_terms(self, facts: Sequence[Fact], *, again: bool = False) -> dict[str, Refusal]:
+        with self.stopwatch.time_part("targets"):
+            return super().ensure_terms(facts, again=again)
+
+
 class MemitMass(_DaemonMethod):
     """MEMIT-MASS: every batch straight into the weights, as one flush."""
 
@@ -138,7 +160,8 @@ class MemitMass(_DaemonMethod):
         thresholds = make_thresholds(self.config, self.loaded_model.site)
         parts = self.live_model, self.store, lifecycle
         generations = _TimedGenerations(*parts, thresholds, self.stopwatch)
-        self.flush = Flush(*parts, generations, self.note_progress, selective=setup.has_policy)
+        more = self.note_progress, setup.has_policy, self.stopwatch
+        self.flush = _TimedFlush(*parts, generations, *more)
 
     def goes_to_weights(self, in_batch: int) -> bool:
         return True
@@ -155,12 +178,9 @@ class MemitMass(_DaemonMethod):
 
     def _flush_batch(self, batch: Sequence[StoredFact]) -> bool:
         """Flush once, timing its parts, and return whether a fact has come into the weights."""
-        began = self._last_pulse = time.perf_counter()
-        before = sum(self.stopwatch.seconds_by_part.values())
+        began, before = time.perf_counter(), sum(self.stopwatch.seconds_by_part.values())
         result = self.flush.flush_batch(batch, "bench", dry_run=False)
         total = time.perf_counter() - began
-        # A flush pulses while it computes targets.
-        self.stopwatch.add_seconds("targets", self._last_pulse - began)
         spent = sum(self.stopwatch.seconds_by_part.values()) - before
         self.stopwatch.add_seconds("probe", total - spent)
         return bool(result["flushed"])

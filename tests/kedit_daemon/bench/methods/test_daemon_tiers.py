@@ -36,7 +36,8 @@ def test_the_flush_takes_every_batch_into_the_weights(setup: MakeSetup) -> None:
     assert method.count_stored_bytes() == sum(
         len(method.store.artifacts.read_terms(f.id)) for f in FACTS
     )
-    assert set(method.stopwatch.seconds_by_part) == {"targets", "solve", "audit", "probe"}
+    parts = method.stopwatch.seconds_by_part
+    assert set(parts) == {"targets", "solve", "audit", "probe"} and min(parts.values()) > 0
     assert all(seconds > 0 for seconds in method.stopwatch.seconds_by_part.values())
     assert model.weights_hash(method.loaded_model.layers) != base
     method.close()
