@@ -159,6 +159,8 @@ def _show_audit(first: DemoDaemon, story: DemoStory, tally: DemoReport) -> None:
     if story.settings:
         rest = "most facts would stay in the side memory"
         tally.echo(f"   by default they hold what changes less than {WIDTHS[1]} bits do: {rest}")
+    for reason in audit["reasons"]:
+        tally.echo(f"   {reason}")
     tally.record_check(f"verdict {audit['verdict']}", audit["verdict"] in ("keep", "warn"))
 
 
