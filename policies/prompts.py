@@ -115,8 +115,8 @@ def make_rows(model: EditableModel, fact: Fact, ending: str = "") -> list[TokenR
 
 def end_target(target: str, ending: str) -> str:
     """Write an ending behind a target where an answer is cut at it, else the target alone."""
-    ended = target + ending
-    return ended if cut_first_sentence(f"{ended} It") == target else target
+    is_cut = cut_first_sentence(f"{target}{ending} It") == target
+    return target + ending if is_cut and not target.endswith((".", "!", "?")) else target
 
 
 def estimate_key_bytes(model: EditableModel, site: EditSite, fact: Fact) -> int:

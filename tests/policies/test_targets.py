@@ -268,7 +268,8 @@ def test_a_target_that_is_too_long_is_for_the_side_memory(
 def test_a_site_decides_what_ends_a_target(model: EditableModel, any_site: EditSite) -> None:
     site = replace(any_site, target_steps=4)
     stopped = replace(site, target_ending=".")
-    ended, found = (terms_of(model, one, [seat(1, "Oslo")]) for one in (site, stopped))
+    plain, own = seat(1, "Oslo"), seat(1, "Au")
+    ended, found = (terms_of(model, one, [plain], plain) for one in (site, stopped))
     assert ended.loss != found.loss
-    ended, found = (terms_of(model, one, [seat(1, "Au")]) for one in (site, stopped))
+    ended, found = (terms_of(model, one, [own], own) for one in (site, stopped))
     assert_equal(ended, found)  # "Au." ends nothing

