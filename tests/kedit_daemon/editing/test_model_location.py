@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,7 +117,8 @@ def test_the_file_of_the_wheel_is_found_without_its_code(
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("raise ImportError('llama_cpp')")
     wanted = shutil.copy(file, package / "SmolLM2.gguf")
-    monkeypatch.setattr("sys.path", [str(tmp_path / "site")])
+    # The rest stays: transformers looks for the version of gguf there.
+    monkeypatch.setattr("sys.path", [str(tmp_path / "site"), *sys.path])
     assert find_smollm2() == Path(wanted)
     assert find_model_folder(SMOLLM2_MODEL, cache) == cache.folder / hash_file(file)
 
