@@ -1,6 +1,5 @@
 """The editor: the next piece of work for facts that wait, and what people and jobs request."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -25,8 +24,6 @@ from memory.facts import OPEN_STATES, FactState
 from memory.model.chat_layout import write_chat
 from policies.cooldown import Cooldown
 from policies.routing import find_flush_reason, is_for_batch
-
-log = logging.getLogger(__name__)
 
 
 class Editor:

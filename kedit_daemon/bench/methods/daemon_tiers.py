@@ -1,9 +1,10 @@
 """MEMIT-MASS, WISE and auto: the daemon's own flush and editor, on a home made for the run."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 from torch import Tensor
 
@@ -133,17 +134,9 @@ class _TimedGenerations(Generations):
 class _TimedFlush(Flush):
     """A flush that times its targets."""
 
-    def __init__(
-        self,
-        live_model: LiveModel,
-        store: Store,
-        lifecycle: Lifecycle,
-        generations: Generations,
-        pulse: Callable[[], None],
-        selective: bool,
-        stopwatch: Stopwatch,
-    ) -> None:
-        super().__init__(live_model, store, lifecycle, generations, pulse, selective)
+    def __init__(self, stopwatch: Stopwatch, *parts: Any, **more: Any) -> None:
+        """parts, more: the arguments of a flush."""
+        super().__init__(*parts, **more)
         self.stopwatch = stopwatch
 
     def ensure_terms(self, facts: Sequence[Fact], *, again: bool = False) -> dict[str, Refusal]:
@@ -160,8 +153,8 @@ class MemitMass(_DaemonMethod):
         thresholds = make_thresholds(self.config, self.loaded_model.site)
         parts = self.live_model, self.store, lifecycle
         generations = _TimedGenerations(*parts, thresholds, self.stopwatch)
-        more = self.note_progress, setup.has_policy, self.stopwatch
-        self.flush = _TimedFlush(*parts, generations, *more)
+        work = *parts, generations, self.note_progress
+        self.flush = _TimedFlush(self.stopwatch, *work, selective=setup.has_policy)
 
     def goes_to_weights(self, in_batch: int) -> bool:
         return True
