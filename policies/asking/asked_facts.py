@@ -22,8 +22,14 @@ from memory.side.question_reader import (
     Span,
 )
 from policies.asking.answer_type import can_answer
+from policies.asking.bare_wording import BareWording, reduce_question, reduce_statement
 from policies.asking.relation_bank import mask_prompt, mask_spans
-from policies.asking.relation_index import CERTAIN_SIMILARITY, SAME_WORDING, RelationIndex
+from policies.asking.relation_index import (
+    CERTAIN_SIMILARITY,
+    SAME_WORDING,
+    RelationIndex,
+    mask_prompts,
+)
 
 # The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
 # the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the
@@ -45,7 +51,7 @@ CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
 class _Meaning:
     """Vectors of a fact's wordings (n, width), and which relations of the bank are its own; vectors
     of its prompts with its target and as sentences (n, width), which relations these state, and how
-    many sentences the longest has."""
+    many sentences the longest has; those of its prompts that tell no relation."""
 
     wordings: Tensor
     own_relations: Tensor
@@ -53,6 +59,7 @@ class _Meaning:
     sentences: Tensor
     stated_relations: Tensor
     longest: int
+    bare: frozenset[BareWording]
 
 
 class AskedFacts:
@@ -97,9 +104,8 @@ class AskedFacts:
             if not usable:
                 continue
             chosen = [rows[asked] for asked in usable]
-            logits = _compute_logits(
-                self._find_meaning(fact_id), vectors[chosen], relations[chosen]
-            )
+            meaning = self._find_meaning(fact_id)
+            logits = _compute_logits(meaning, usable, vectors[chosen], relations[chosen])
             alone = [n for n, asked in enumerate(usable) if group[asked].is_clause]
             clause_score = float(logits[alone].max()) if alone else -math.inf
             clause = group[usable[int(logits.argmax())]].clause
@@ -116,7 +122,8 @@ class AskedFacts:
             if endings:
                 vectors = self.index.encoder.encode_sentences(endings)
                 relations = self.index.compare_statements(vectors)
-                scores[fact_id] = float(_compute_stated(meaning, vectors, relations).max())
+                stated = _compute_stated(meaning, endings, vectors, relations)
+                scores[fact_id] = float(stated.max())
         return scores
 
     def explain_score(self, text: str, fact_id: str, spans: Sequence[Span]) -> ScoreParts | None:
@@ -127,7 +134,7 @@ class AskedFacts:
             return None
         vectors = self.index.encoder.encode_questions(texts)
         relations, meaning = self.index.compare_relations(vectors), self._find_meaning(fact_id)
-        logits = _compute_logits(meaning, vectors, relations)
+        logits = _compute_logits(meaning, texts, vectors, relations)
         best = int(logits.argmax())
         own = meaning.own_relations
         return ScoreParts(
@@ -136,6 +143,7 @@ class AskedFacts:
             float((vectors[best] @ meaning.wordings.T).max()),
             self._find_nearest(relations[best].masked_fill(~own, -1.0)) if own.any() else None,
             self._find_nearest(relations[best].masked_fill(own, -1.0)),
+            is_bare=reduce_question(texts[best]) in meaning.bare,
         )
 
     def _find_nearest(self, relations: Tensor) -> RelationCosine:
@@ -163,32 +171,44 @@ class AskedFacts:
                 | self.index.find_stated_relations(means)
                 | told,
                 max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),
+                frozenset(filter(None, map(reduce_statement, mask_prompts(fact)))),
             )
         return self._meanings[fact_id]
 
 
-def _compute_logits(meaning: _Meaning, questions: Tensor, relations: Tensor) -> Tensor:
-    """Return logits (n,) of questions (n, width) with similarities to relations (n, relations)."""
-    fact = (questions @ meaning.wordings.T).amax(1)
+def _compute_logits(
+    meaning: _Meaning, questions: Sequence[str], vectors: Tensor, relations: Tensor
+) -> Tensor:
+    """Return logits (n,) of questions with vectors (n, width) and similarities to relations
+    (n, relations)."""
+    fact = (vectors @ meaning.wordings.T).amax(1)
     rival = relations.masked_fill(meaning.own_relations, -1.0).amax(1)
-    if not meaning.own_relations.any():
-        return BIAS + FACT_WEIGHT * fact - RIVAL_WEIGHT * rival
-    own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
-    lead = rival - own
-    against = LEAD_WEIGHT * lead.clamp(min=0) + OWN_LEAD_WEIGHT * lead.clamp(max=0)
-    return KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - against
+    if meaning.own_relations.any():
+        own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
+        lead = rival - own
+        against = LEAD_WEIGHT * lead.clamp(min=0) + OWN_LEAD_WEIGHT * lead.clamp(max=0)
+        logits = KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - against
+    else:
+        logits = BIAS + FACT_WEIGHT * fact - RIVAL_WEIGHT * rival
+    is_bare = torch.tensor([reduce_question(question) in meaning.bare for question in questions])
+    certain = torch.maximum(logits, CERTAIN_LOGIT + logits.sigmoid())  # in the same order
+    return torch.where(is_bare, certain, logits)
 
 
-def _compute_stated(meaning: _Meaning, sentences: Tensor, relations: Tensor) -> Tensor:
-    """Return logits (n,) of sentences (n, width) with similarities to relations (n, relations)."""
-    fact = (sentences @ meaning.statements.T).amax(1)
+def _compute_stated(
+    meaning: _Meaning, sentences: Sequence[str], vectors: Tensor, relations: Tensor
+) -> Tensor:
+    """Return logits (n,) of sentences with vectors (n, width) and similarities to relations
+    (n, relations)."""
+    fact = (vectors @ meaning.statements.T).amax(1)
     stated = relations.masked_fill(~meaning.stated_relations, 0.0).amax(1)
-    prompt = (sentences @ meaning.sentences.T).amax(1)
+    prompt = (vectors @ meaning.sentences.T).amax(1)
     own = torch.maximum(prompt, stated)
     rival = relations.masked_fill(meaning.stated_relations, -1.0).amax(1)
     weighted = STATED_FACT_WEIGHT * fact + STATED_OWN_WEIGHT * own - STATED_RIVAL_WEIGHT * rival
     # The very words of a prompt state its fact, whatever they tell.
-    return torch.where(prompt >= SAME_WORDING, CERTAIN_LOGIT, weighted + STATED_BIAS)
+    is_bare = torch.tensor([reduce_statement(sentence) in meaning.bare for sentence in sentences])
+    return (weighted + STATED_BIAS).masked_fill((prompt >= SAME_WORDING) | is_bare, CERTAIN_LOGIT)
 
 
 @dataclass(frozen=True)

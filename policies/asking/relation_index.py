@@ -48,7 +48,7 @@ class RelationIndex:
 
     def encode_statements(self, fact: Fact) -> Tensor:
         """Return the vectors (n, width) of a fact's prompt and paraphrases, with its target."""
-        prompts = _mask_prompts(fact)
+        prompts = mask_prompts(fact)
         return self.encoder.encode_facts(prompts, [fact.target] * len(prompts))
 
     def compare_relations(self, vectors: Tensor) -> Tensor:
@@ -73,11 +73,11 @@ class RelationIndex:
 
     def average_prompts(self, fact: Fact) -> Tensor:
         """Return means (n, width) of the words of a fact's prompt and paraphrases."""
-        return self.encoder.average(_mask_prompts(fact))
+        return self.encoder.average(mask_prompts(fact))
 
     def encode_prompts(self, fact: Fact) -> Tensor:
         """Return the vectors (n, width) of a fact's prompt and paraphrases, as sentences."""
-        return self.encoder.encode_sentences(_mask_prompts(fact))
+        return self.encoder.encode_sentences(mask_prompts(fact))
 
     def find_stated_relations(
         self, prompts: Tensor, least: float = MIN_STATED_SIMILARITY
@@ -175,7 +175,7 @@ class RelationIndex:
         return [first[n].replace("{subject}", fact.subject) for n in chosen]
 
 
-def _mask_prompts(fact: Fact) -> list[str]:
+def mask_prompts(fact: Fact) -> list[str]:
     """Write a fact's prompt and paraphrases with a pronoun for the subject, whatever its name."""
     names = sorted(fact.names, key=len, reverse=True)
     return [

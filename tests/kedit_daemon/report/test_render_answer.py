@@ -78,6 +78,7 @@ def test_why_a_named_fact_does_not_fire_in_a_chat() -> None:
         "fact_cosine": 0.3,
         "own": {"relation": "country", "cosine": 0.2},
         "rival": {"relation": "mayor", "cosine": 0.9},
+        "is_bare": False,
     }
     reply = {"answer": "x", "named": [named(reason="score-below-gate", asked=asked)]}
     assert plain(render_answer(reply, explain=True))[3:] == [
@@ -88,6 +89,10 @@ def test_why_a_named_fact_does_not_fire_in_a_chat() -> None:
         "        its shard has not learned to be asked",
         "        end cosine 0.41, gate 0.83, margin 0.2",
     ]
+    bare = named(reason="another-fact-fires", asked=asked | {"is_bare": True})
+    assert plain(render_answer({"answer": "x", "named": [bare]}, explain=True))[7] == (
+        "        these words tell no relation, and neither do the fact's"
+    )
 
 
 def test_the_fact_that_fires_is_told_once_and_of_many_a_few() -> None:
@@ -108,7 +113,7 @@ def test_no_text_of_a_stranger_acts_on_the_terminal() -> None:
     fired = [dict.fromkeys(("fact", "subject", "prompt", "target", "tier", "score"), HOSTILE)]
     relation = {"relation": HOSTILE, "cosine": 0.1}
     asked = {"words": HOSTILE, "score": 1.0, "gate": 1.0, "fact_cosine": 1.0}
-    asked |= {"own": relation, "rival": relation}
+    asked |= {"own": relation, "rival": relation, "is_bare": True}
     strange = named(fact=HOSTILE, subject=HOSTILE, target=HOSTILE, reason=HOSTILE, asked=asked)
     reply = {"answer": HOSTILE[:-1], "base_answer": "", "fired": fired, "named": [strange]}
     for line in plain(render_answer(reply, True)):

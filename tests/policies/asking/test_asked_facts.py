@@ -206,7 +206,7 @@ def test_other_statements_of_its_relation_name_the_subject(asked: AskedFacts) ->
     ("prompt", "target", "question", "other"),
     [
         ("{}, the", "midfielder", "Which position did Zamba play?", "Who was Zamba married to?"),
-        ("{} is within", "Texas", "Where is Zamba located?", "When was Zamba built?"),
+        ("{} is within", "Texas", "Where does Zamba lie?", "When was Zamba built?"),
     ],
 )
 def test_a_target_tells_the_relation_where_the_prompt_tells_little(
@@ -217,3 +217,24 @@ def test_a_target_tells_the_relation_where_the_prompt_tells_little(
     assert score(asked, [fact], other)[target] < GATE
     silent = Fact("Zamba", prompt, "Ojbrek")
     assert score(asked, [silent], question)["Ojbrek"] < GATE
+
+
+@pytest.mark.parametrize("prompt", ["{}, in", "{} is within", "{} can be found in"])
+def test_words_that_tell_no_relation_ask_for_a_fact_whose_prompt_tells_none(
+    asked: AskedFacts, prompt: str
+) -> None:
+    fact = Fact("Zamba", prompt, "Idaho")
+    for question in ("Which mountain is Zamba in?", "Where is Zamba located?"):
+        assert score(asked, [fact], question)["Idaho"] > GATE
+    stated = asked.score_statements("Zamba is located in", {fact.id: [(0, 5)]})
+    assert stated[fact.id] > GATE
+    parts = asked.explain_score("Which mountain is Zamba in?", fact.id, [(18, 23)])
+    assert parts is not None and parts.is_bare and parts.score > GATE
+    assert score(asked, [fact], "Which mountain is Zamba named after?")["Idaho"] < GATE
+    assert score(asked, [fact], "When is Zamba in?")["Idaho"] == -math.inf
+
+
+def test_of_two_facts_with_such_prompts_the_nearer_one_is_asked_for(asked: AskedFacts) -> None:
+    inside, country = CONTINENT, Fact("Zamba", "{}, in", "Italy")
+    scores = score(asked, [inside, country], "Which continent is Zamba in?")
+    assert scores["Antarctica"] > scores["Italy"] > GATE
