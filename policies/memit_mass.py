@@ -1,6 +1,6 @@
 """The long-term tier: MEMIT-MASS, the weights as one joint solve over the facts that live there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,11 @@ from torch import Tensor
 from memory.model.statistics import LayerStatistics
 from policies.edit_site import EditSite
 from policies.edit_terms import unpack_terms
+from policies.prompts import CONTEXTS
 from policies.solver import RidgeSolver, drop_sink_keys, narrow_to_float32, stack_facts
+from policies.summed_facts import Grid, LayerSums, LayerTerms, SummedFacts
+
+SUMMED_SHARE = 0.25  # of a layer's width, in rows, from which sums are quicker than the rows
 
 
 class WeightsTier:
@@ -18,6 +22,7 @@ class WeightsTier:
     def __init__(self, site: EditSite, statistics: Mapping[int, LayerStatistics]) -> None:
         self.site, self._statistics = site, statistics
         self._solvers: dict[int, RidgeSolver] = {}
+        self._summed = SummedFacts(self._make_sums, self._read_rows)
 
     def _get_solver(self, layer: int) -> RidgeSolver:
         if layer not in self._solvers:
@@ -29,15 +34,44 @@ class WeightsTier:
             )
         return self._solvers[layer]
 
-    def solve_deltas(self, terms: Mapping[str, bytes]) -> dict[int, Tensor]:
+    def solve_deltas(
+        self,
+        terms: Mapping[str, bytes],
+        read_gone: Callable[[str], bytes | None] = lambda _fact_id: None,
+    ) -> dict[int, Tensor]:
         """Solve ΔW (hidden, width) by layer from packed terms by fact id; no layers for no facts.
 
-        The rows are ordered by fact id, so that the same facts give the same bytes.
+        The same facts give the same bytes: the rows of a few are ordered by fact id, and those of
+        many are summed exactly, from the sums of the solve before.
+        read_gone: reads the terms of a fact that was among them then; None if they are lost.
         """
-        return {
-            layer: self._get_solver(layer).solve(*stack_facts(facts))
-            for layer, facts in self._unpack_by_layer(terms).items()
-        }
+        if not self._has_many_rows(len(terms)):
+            return {
+                layer: self._get_solver(layer).solve(*stack_facts(facts))
+                for layer, facts in self._unpack_by_layer(_sort_by_id(terms)).items()
+            }
+        summed = self._summed.sum_over(terms, read_gone)
+        return {n: self._get_solver(n).solve_sums(s.gram, s.cross) for n, s in summed.items()}
+
+    def _has_many_rows(self, facts: int) -> bool:
+        """Check that some facts have so many rows that their sums are quicker."""
+        widths = [self._get_solver(n).width for n in self.site.layers] if facts else []
+        return bool(widths) and facts * len(CONTEXTS) >= SUMMED_SHARE * min(widths)
+
+    def _make_sums(self) -> dict[int, LayerSums]:
+        sums = {}
+        for layer in self.site.layers:
+            hidden = len(self._statistics[layer].output_mean)
+            sums[layer] = LayerSums(self._get_solver(layer).width, hidden, self._get_grid(layer))
+        return sums
+
+    def _get_grid(self, layer: int) -> Grid:
+        known = self._statistics[layer]
+        hidden = len(known.output_mean)
+        return Grid.measure(self._get_solver(layer).key_size, known.median_norm / hidden**0.5)
+
+    def _read_rows(self, blobs: Sequence[bytes]) -> dict[int, LayerTerms]:
+        return {n: stack_facts(facts) for n, facts in self._unpack_by_layer(blobs).items()}
 
     def solve_factors(self, terms: Mapping[str, bytes]) -> dict[int, tuple[Tensor, Tensor]]:
         """Solve the ΔW of `solve_deltas` as exact factors by layer: B (hidden, rank) and
@@ -48,7 +82,7 @@ class WeightsTier:
         of facts times the sites of each.
         """
         result = {}
-        for layer, facts in self._unpack_by_layer(terms).items():
+        for layer, facts in self._unpack_by_layer(_sort_by_id(terms)).items():
             keys, _ = stack_facts(facts)
             rows = torch.eye(len(keys), dtype=torch.float64)
             spread = self._get_solver(layer).solve_exact(keys, rows)  # G (rows, width)
@@ -58,19 +92,24 @@ class WeightsTier:
             result[layer] = _balance_factors(residuals.T, up)
         return result
 
-    def _unpack_by_layer(
-        self, terms: Mapping[str, bytes]
-    ) -> dict[int, list[tuple[Tensor, Tensor]]]:
-        """Return by layer the facts' keys and residuals, ordered by fact id."""
-        unpacked = [unpack_terms(terms[fact_id]) for fact_id in sorted(terms)]
-        layers = self.site.layers if unpacked else ()
-        return {
-            layer: [
-                (drop_sink_keys(keys[layer], self._statistics[layer].sink_key), residuals[layer])
+    def _unpack_by_layer(self, blobs: Sequence[bytes]) -> dict[int, list[tuple[Tensor, Tensor]]]:
+        """Return by layer the facts' keys and residuals on its grid, in their order."""
+        unpacked = [unpack_terms(blob) for blob in blobs]
+        result = {}
+        for layer in self.site.layers if unpacked else ():
+            grid, sink_key = self._get_grid(layer), self._statistics[layer].sink_key
+            result[layer] = [
+                (
+                    grid.round_keys(drop_sink_keys(keys[layer], sink_key)),
+                    grid.round_residuals(residuals[layer]),
+                )
                 for keys, residuals in unpacked
             ]
-            for layer in layers
-        }
+        return result
+
+
+def _sort_by_id(terms: Mapping[str, bytes]) -> list[bytes]:
+    return [terms[fact_id] for fact_id in sorted(terms)]
 
 
 def _index_residuals(facts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

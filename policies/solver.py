@@ -73,6 +73,8 @@ class RidgeSolver:
         """
         c0 = covariance.double().cpu()
         unit = float(c0.diagonal().mean())
+        self.width, self.key_size = len(c0), unit**0.5
+        """Width of the layer, and the size of a typical entry of a key."""
         self._basis = None if projector is None else _find_null_space(c0, projector * unit)
         self._equality, self._covariance = equality, covariance
         self._prior, self._ridge, self._sink_key = prior, ridge, sink_key
@@ -106,6 +108,18 @@ class RidgeSolver:
             k = k @ self._basis  # (n, free)
         delta = self._solve_equality(k, r) if self._equality else self._solve_ridge(k, r)
         return (delta if self._basis is None else self._basis @ delta).T
+
+    def solve_sums(self, gram: Tensor, cross: Tensor) -> Tensor:
+        """Solve ΔW (hidden, width) in float32 from KᵀK (width, width) and KᵀR (width, hidden),
+        without a projector or equality.
+
+        Raises NotFinite rather than return NaN or Inf.
+        """
+        if not (torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+            raise NotFinite("a key or a target is not finite")
+        return narrow_to_float32(
+            torch.cholesky_solve(cross, _factor_matrix(self._make_a0().add_(gram))).T
+        )
 
     def _solve_ridge(self, k: Tensor, r: Tensor) -> Tensor:
         """Solve for the ΔWᵀ (width, hidden) that minimises ‖K ΔWᵀ − R‖² + tr(ΔW A0 ΔWᵀ).

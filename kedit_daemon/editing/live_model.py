@@ -272,8 +272,13 @@ class LiveModel:
 
     def solve(self, fact_ids: Sequence[str]) -> dict[int, Tensor]:
         """Solve for ΔW by layer for a set of facts, from their stored terms alone."""
-        terms = {n: self.store.artifacts.read_terms(n) for n in fact_ids}
-        return self.weights_tier.solve_deltas(terms)
+        artifacts = self.store.artifacts
+
+        def read_gone(fact_id: str) -> bytes | None:
+            return artifacts.read_terms(fact_id) if artifacts.has_terms(fact_id) else None
+
+        terms = {n: artifacts.read_terms(n) for n in fact_ids}
+        return self.weights_tier.solve_deltas(terms, read_gone)
 
     def list_weights_facts(self) -> list[str]:
         """List the facts of the active generation, by id."""
