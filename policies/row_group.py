@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from memory.model.editable import EditableModel
 from memory.model.prefix_cache import PrefixCache
 from memory.side.shards import Delta
+from policies.divergence import stop_non_finite
 from policies.prompts import IGNORE_LABEL, TokenRow
 
 ROWS_PER_PASS = 16  # padded to the longest of them
@@ -60,6 +61,7 @@ class RowGroup:
 
         with self.model.tap_layers({self.layer: tap}):
             logits = self.replay.logits(self.columns)
-        picked, labels = logits[self.is_target].float(), self.labels[self.is_target]
+        picked = stop_non_finite(logits[self.is_target].float())
+        labels = self.labels[self.is_target]
         losses = F.cross_entropy(picked, labels, reduction="none")
         return losses, picked.argmax(-1) != labels

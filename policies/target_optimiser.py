@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.prefix_cache import PrefixCache
+from policies.divergence import stop_non_finite
 from policies.edit_site import EditSite
 from policies.edit_terms import EditTerms, Refusal
 from policies.norm_anchor import check_target_length
@@ -137,6 +138,7 @@ class TargetOptimiser:
         and the KL of the subject's essence."""
         with self.model.tap_layers({layer: self._make_tap(layer, d) for layer, d in delta.items()}):
             logits = self.replay.logits(self.columns).float()  # (rows, target tokens, vocabulary)
+        logits = stop_non_finite(logits)
         is_target = self.labels != IGNORE_LABEL
         losses = F.cross_entropy(
             logits.flatten(0, 1), self.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="none"

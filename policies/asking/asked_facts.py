@@ -33,11 +33,13 @@ from policies.asking.relation_index import (
 
 # The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
 # the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the
-# fact's relation, it counts how far the rival is ahead of it. Fitted on relations and wordings that
-# the encoder had not seen, against questions of relations of the same kind.
-KNOWN_FACT_WEIGHT, LEAD_WEIGHT, KNOWN_BIAS = 10.2, 7.4, -0.9
-OWN_LEAD_WEIGHT = 3.0  # of how far the own relation is ahead: few questions have it so
-FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 18.4, 6.5, -0.2
+# fact's relation, it counts how far the rival is ahead of it, or behind. Rivals that are nearer
+# than the largest cosine count as that one. Fitted on questions of CounterFact against those of its
+# other relations; where the bank lacks the relation, with its relations left out of the bank.
+KNOWN_FACT_WEIGHT, KNOWN_RIVAL_WEIGHT, KNOWN_BIAS = 14.0, 10.1, 3.7
+LEAD_WEIGHT, OWN_LEAD_WEIGHT = 1.5, 3.9
+FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 16.9, 5.2, -1.4
+MAX_RIVAL = 0.8
 # The same that a sentence comes to state a fact, by cosines: with the fact, with the nearest of its
 # prompts and its relation's statements, and with those of the nearest other relation. Fitted on
 # paraphrases of CounterFact, with maps that had seen their wordings and with maps that had not.
@@ -182,12 +184,13 @@ def _compute_logits(
     """Return logits (n,) of questions with vectors (n, width) and similarities to relations
     (n, relations)."""
     fact = (vectors @ meaning.wordings.T).amax(1)
-    rival = relations.masked_fill(meaning.own_relations, -1.0).amax(1)
+    nearest = relations.masked_fill(meaning.own_relations, -1.0).amax(1)
+    rival = nearest.clamp(max=MAX_RIVAL)
     if meaning.own_relations.any():
         own = relations.masked_fill(~meaning.own_relations, -1.0).amax(1)
-        lead = rival - own
+        lead = nearest - own
         against = LEAD_WEIGHT * lead.clamp(min=0) + OWN_LEAD_WEIGHT * lead.clamp(max=0)
-        logits = KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - against
+        logits = KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - KNOWN_RIVAL_WEIGHT * rival - against
     else:
         logits = BIAS + FACT_WEIGHT * fact - RIVAL_WEIGHT * rival
     is_bare = torch.tensor([reduce_question(question) in meaning.bare for question in questions])
