@@ -36,7 +36,7 @@ from policies.asking.relation_index import (
 # fact's relation, it counts how far the rival is ahead of it, or behind. Rivals that are nearer
 # than the largest cosine count as that one. Fitted on questions of CounterFact against those of its
 # other relations; where the bank lacks the relation, with its relations left out of the bank.
-KNOWN_FACT_WEIGHT, KNOWN_RIVAL_WEIGHT, KNOWN_BIAS = 14.0, 10.1, 3.7
+KNOWN_FACT_WEIGHT, KNOWN_RIVAL_WEIGHT, KNOWN_BIAS = 14.0, 10.1, 4.05
 LEAD_WEIGHT, OWN_LEAD_WEIGHT = 1.5, 3.9
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 16.9, 5.2, -1.4
 MAX_RIVAL = 0.8
