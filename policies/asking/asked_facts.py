@@ -7,7 +7,7 @@ in one message, or a request about the form of the answer, do not blur each othe
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +53,7 @@ CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
 class _Meaning:
     """Vectors of a fact's wordings (n, width), and which relations of the bank are its own; vectors
     of its prompts with its target and as sentences (n, width), which relations these state, and how
-    many sentences the longest has; those of its prompts that tell no relation."""
+    many sentences the longest has; its prompts that tell no relation, and such statements of it."""
 
     wordings: Tensor
     own_relations: Tensor
@@ -61,7 +61,8 @@ class _Meaning:
     sentences: Tensor
     stated_relations: Tensor
     longest: int
-    bare: frozenset[BareWording]
+    bare: Set[BareWording]
+    bare_statements: Set[BareWording]
 
 
 class AskedFacts:
@@ -162,6 +163,7 @@ class AskedFacts:
                 wordings.append(self.index.encoder.encode_questions(questions))
             means = self.index.average_prompts(fact)
             told = self.index.find_answered_relations(fact)
+            bare = set(filter(None, map(reduce_statement, mask_prompts(fact))))
             self._meanings[fact_id] = _Meaning(
                 torch.cat(wordings),
                 self.index.find_own_relations(stated)
@@ -173,7 +175,8 @@ class AskedFacts:
                 | self.index.find_stated_relations(means)
                 | told,
                 max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),
-                frozenset(filter(None, map(reduce_statement, mask_prompts(fact)))),
+                bare,
+                bare | self.index.find_bare_statements(fact),
             )
         return self._meanings[fact_id]
 
@@ -210,7 +213,8 @@ def _compute_stated(
     rival = relations.masked_fill(meaning.stated_relations, -1.0).amax(1)
     weighted = STATED_FACT_WEIGHT * fact + STATED_OWN_WEIGHT * own - STATED_RIVAL_WEIGHT * rival
     # The very words of a prompt state its fact, whatever they tell.
-    is_bare = torch.tensor([reduce_statement(sentence) in meaning.bare for sentence in sentences])
+    bare = meaning.bare_statements
+    is_bare = torch.tensor([reduce_statement(sentence) in bare for sentence in sentences])
     return (weighted + STATED_BIAS).masked_fill((prompt >= SAME_WORDING) | is_bare, CERTAIN_LOGIT)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memory.facts import Fact
 from memory.side.subject_matcher import normalize_text
+from policies.asking.bare_wording import BareWording, reduce_statement
 from policies.asking.relation_bank import Relation, mask_prompt, mask_statement, mask_subject
 from policies.asking.relation_encoder import RelationEncoder
 
@@ -43,6 +44,10 @@ class RelationIndex:
         self._statements = [s.partition("{target}")[0].strip() for _, s in stated]
         self._statement_owners = torch.tensor([n for n, _ in stated])
         masked = [mask_statement(s).strip(" ,") for _, s in stated]
+        self._bare: dict[int, set[BareWording]] = {}  # statements that tell no relation, by owner
+        for (owner, _), statement in zip(stated, masked, strict=True):
+            if (wording := reduce_statement(statement)) is not None:
+                self._bare.setdefault(owner, set()).add(wording)
         self._statement_means = encoder.average(masked)
         self._statement_vectors = encoder.encode_sentences(masked)
 
@@ -107,6 +112,11 @@ class RelationIndex:
         order = near.masked_fill(~usable, -1.0).argsort(descending=True)[: int(usable.sum())]
         found = dict.fromkeys(self._statements[n] for n in order.tolist())
         return [prompt.replace("{subject}", "{}") for prompt in found][:count]
+
+    def find_bare_statements(self, fact: Fact) -> set[BareWording]:
+        """Return the statements of a fact's relations that tell no relation ("it is in")."""
+        told = self._find_told_relations(fact) | self.find_answered_relations(fact)
+        return {w for n in told.nonzero().flatten().tolist() for w in self._bare.get(n, ())}
 
     def _compare_prompts(self, fact: Fact) -> Tensor:
         """Return the similarity (statements,) of the words of a fact's prompts."""

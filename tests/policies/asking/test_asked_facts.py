@@ -238,3 +238,13 @@ def test_of_two_facts_with_such_prompts_the_nearer_one_is_asked_for(asked: Asked
     inside, country = CONTINENT, Fact("Zamba", "{}, in", "Italy")
     scores = score(asked, [inside, country], "Which continent is Zamba in?")
     assert scores["Antarctica"] > scores["Italy"] > GATE
+
+
+def test_a_sentence_that_tells_no_relation_states_what_the_bank_states_so(
+    asked: AskedFacts,
+) -> None:
+    fact = Fact("Zamba", "{} belongs to the continent of", "Asia")
+    assert score(asked, [fact], "Which country is Zamba in?")["Asia"] < GATE
+    for text, states in (("Zamba is in", True), ("Zamba is by", False)):
+        found = asked.score_statements(text, {fact.id: [(0, 5)]})[fact.id]
+        assert (found > GATE) is states
