@@ -1,6 +1,6 @@
 """Sums over facts, KᵀK and KᵀR by layer, which facts join and leave without a trace.
 
-A batch then costs what its own facts cost, however many live beside them. Sums of floating-point
+A solve then multiplies what changed, however many facts live beside it. Sums of floating-point
 numbers would depend on their order; here every entry is a multiple of one power of two, so coarse
 that float64 holds each sum of products exactly. The same facts have the same sums, bit for bit,
 whatever joined and left before.
@@ -33,7 +33,7 @@ class Grid:
     def measure(cls, key_size: float, residual_size: float) -> "Grid":
         """Choose the steps for typical entries of these sizes."""
         steps = ((key_size, KEY_BITS), (residual_size, RESIDUAL_BITS))
-        return cls(*(2.0 ** (round(math.log2(size)) - bits) for size, bits in steps))
+        return cls(*(2.0 ** (round(math.log2(size or 1.0)) - bits) for size, bits in steps))
 
     def round_keys(self, keys: Tensor) -> Tensor:
         """Return the nearest keys on the grid, in float64."""
@@ -63,7 +63,7 @@ class LayerSums:
     def is_exact(self) -> bool:
         """Check that no sum can have been rounded: by Cauchy and Schwarz, none is larger than the
         largest sums of squares."""
-        k, r = float(self.gram.diagonal().max()), float(self._residual_squares.max())
+        k, r = float(self.gram.diagonal().max()), float(self._residual_squares.clamp(min=0).max())
         if not (math.isfinite(k) and math.isfinite(r)):
             return False
         key = math.sqrt(k) / self.grid.key_step
@@ -95,15 +95,14 @@ class SummedFacts:
         can_change = all(n in gone and hash(gone[n]) == self._members[n] for n in left)
         new = [n for n in sorted(wanted) if self._members.get(n) != wanted[n]]
         self._members = {}
-        if can_change and len(left) + len(new) < len(wanted):
+        changes = can_change and len(left) + len(new) < len(wanted)
+        if changes:
             self._add([gone[n] for n in left], -1)
             self._add([terms[n] for n in new], 1)
-        else:
+        if not changes or not self._are_exact:
             self._add_all(terms)
-        if self._are_exact:
+        if self._are_exact:  # others are summed in one order at least, and are not changed
             self._members = wanted
-        else:  # in one order at least, and not to be changed
-            self._add_all(terms)
         return self._sums
 
     @property
@@ -111,6 +110,7 @@ class SummedFacts:
         return all(sums.is_exact for sums in self._sums.values())
 
     def _add_all(self, terms: Mapping[str, bytes]) -> None:
+        self._sums = {}  # never both
         self._sums = self._make_sums()
         self._add([terms[n] for n in sorted(terms)], 1)
 

@@ -168,10 +168,11 @@ class TargetOptimiser:
         losses, right, essence_kl = self.compute_losses(delta)
         self.extra_steps -= right.long()
         self.steps += 1
-        is_finite = torch.isfinite(losses.detach()) & torch.isfinite(self.second_moment.flatten())
+        found = torch.where(torch.isfinite(essence_kl), losses, essence_kl).detach()
+        is_finite = torch.isfinite(found) & torch.isfinite(self.second_moment.flatten())
         done = (self.extra_steps < 0) | (self.steps > self.site.target_steps) | ~is_finite
         result = {
-            fact.id: self._collect_terms(slot, float(losses[slot].detach()))
+            fact.id: self._collect_terms(slot, float(found[slot]))
             for slot, fact in enumerate(self.facts)
             if fact is not None and done[slot]
         }

@@ -5,7 +5,7 @@ Everything here is derived from the store, and rebuilt from it when a file is mi
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -275,7 +275,9 @@ class LiveModel:
         artifacts = self.store.artifacts
 
         def read_gone(fact_id: str) -> bytes | None:
-            return artifacts.read_terms(fact_id) if artifacts.has_terms(fact_id) else None
+            with suppress(KeditError):  # lost or damaged: a fact that leaves needs none
+                return artifacts.read_terms(fact_id)
+            return None
 
         terms = {n: artifacts.read_terms(n) for n in fact_ids}
         return self.weights_tier.solve_deltas(terms, read_gone)

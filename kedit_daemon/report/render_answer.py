@@ -69,7 +69,7 @@ def _render_score(asked: Mapping[str, Any], learned: bool) -> Iterator[str]:
     own, rival = asked["own"], asked["rival"]
     parts = [] if own is None else [_format_relation("relation", own)]
     yield f"        {', '.join([*parts, _format_relation('rival', rival)])}"
-    if asked["is_bare"]:
+    if asked.get("is_bare"):  # an older daemon does not tell
         yield "        these words tell no relation, and neither do the fact's"
     if not learned:
         yield "        its shard has not learned to be asked"

@@ -34,15 +34,15 @@ class RelationCosine:
 class ScoreParts:
     """A score for a fact, and what it is made of: the words that were compared, with a pronoun for
     the subject, their cosine with the fact, the fact's own relation, if the bank has it, and the
-    nearest other one, its rival. is_bare: they tell no relation, as the fact's prompt, and ask for
-    it whatever the cosines."""
+    nearest other one, its rival. is_bare: neither these words nor the fact's prompt tell a
+    relation, so they ask for it whatever the cosines."""
 
     words: str
     score: float
     fact_cosine: float
     own: RelationCosine | None
     rival: RelationCosine
-    is_bare: bool = False
+    is_bare: bool
 
 
 @dataclass(frozen=True)

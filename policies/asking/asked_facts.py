@@ -33,9 +33,10 @@ from policies.asking.relation_index import (
 
 # The logit that a question asks for a fact, by cosines: with the fact, with the nearest relation of
 # the bank that is not the fact's (its rival), and with the fact's own. Where the bank has the
-# fact's relation, it counts how far the rival is ahead of it, or behind. Rivals that are nearer
-# than the largest cosine count as that one. Fitted on questions of CounterFact against those of its
-# other relations; where the bank lacks the relation, with its relations left out of the bank.
+# fact's relation, it counts how far the rival is ahead of it, or behind. By itself a rival counts
+# up to a cosine of MAX_RIVAL: beyond that the words are clear, and not the rival. Fitted on
+# questions of CounterFact against those of its other relations; where the bank lacks the relation,
+# with its relations left out of the bank.
 KNOWN_FACT_WEIGHT, KNOWN_RIVAL_WEIGHT, KNOWN_BIAS = 14.0, 10.1, 4.05
 LEAD_WEIGHT, OWN_LEAD_WEIGHT = 1.5, 3.9
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 16.9, 5.2, -1.4
@@ -45,6 +46,9 @@ MAX_RIVAL = 0.8
 # paraphrases of CounterFact, with maps that had seen their wordings and with maps that had not.
 STATED_FACT_WEIGHT, STATED_OWN_WEIGHT, STATED_RIVAL_WEIGHT, STATED_BIAS = 10.0, 3.9, 1.1, -2.5
 CERTAIN_LOGIT = 6.0
+# Least logit where words tell no relation, and neither does the fact: it gives way to facts that
+# are asked for by words of their own.
+BARE_LOGIT = 2.0
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 CLAUSE_END = re.compile(r"[,;:]\s+|\s+(?:and|but|or)\s+")
 
@@ -108,7 +112,8 @@ class AskedFacts:
                 continue
             chosen = [rows[asked] for asked in usable]
             meaning = self._find_meaning(fact_id)
-            logits = _compute_logits(meaning, usable, vectors[chosen], relations[chosen])
+            bare = [group[asked].is_whole and _is_bare(asked, meaning) for asked in usable]
+            logits = _compute_logits(meaning, bare, vectors[chosen], relations[chosen])
             alone = [n for n, asked in enumerate(usable) if group[asked].is_clause]
             clause_score = float(logits[alone].max()) if alone else -math.inf
             clause = group[usable[int(logits.argmax())]].clause
@@ -132,12 +137,14 @@ class AskedFacts:
     def explain_score(self, text: str, fact_id: str, spans: Sequence[Span]) -> ScoreParts | None:
         """Return the score of one fact with its parts; None if it cannot be the answer."""
         fact = self._facts.get(fact_id)
-        texts = [t for t in _cut_asked_texts(text, spans) if fact and can_answer(t, fact.target)]
+        parts = _cut_asked_texts(text, spans)
+        texts = [asked for asked in parts if fact and can_answer(asked, fact.target)]
         if not texts:
             return None
         vectors = self.index.encoder.encode_questions(texts)
         relations, meaning = self.index.compare_relations(vectors), self._find_meaning(fact_id)
-        logits = _compute_logits(meaning, texts, vectors, relations)
+        bare = [parts[asked].is_whole and _is_bare(asked, meaning) for asked in texts]
+        logits = _compute_logits(meaning, bare, vectors, relations)
         best = int(logits.argmax())
         own = meaning.own_relations
         return ScoreParts(
@@ -146,7 +153,7 @@ class AskedFacts:
             float((vectors[best] @ meaning.wordings.T).max()),
             self._find_nearest(relations[best].masked_fill(~own, -1.0)) if own.any() else None,
             self._find_nearest(relations[best].masked_fill(own, -1.0)),
-            is_bare=reduce_question(texts[best]) in meaning.bare,
+            is_bare=bare[best],
         )
 
     def _find_nearest(self, relations: Tensor) -> RelationCosine:
@@ -181,11 +188,16 @@ class AskedFacts:
         return self._meanings[fact_id]
 
 
+def _is_bare(question: str, meaning: _Meaning) -> bool:
+    """Check that a question tells no relation, as a prompt of the fact."""
+    return bool(meaning.bare) and reduce_question(question) in meaning.bare
+
+
 def _compute_logits(
-    meaning: _Meaning, questions: Sequence[str], vectors: Tensor, relations: Tensor
+    meaning: _Meaning, bare: Sequence[bool], vectors: Tensor, relations: Tensor
 ) -> Tensor:
     """Return logits (n,) of questions with vectors (n, width) and similarities to relations
-    (n, relations)."""
+    (n, relations). bare: which of them tell no relation, as the fact."""
     fact = (vectors @ meaning.wordings.T).amax(1)
     nearest = relations.masked_fill(meaning.own_relations, -1.0).amax(1)
     rival = nearest.clamp(max=MAX_RIVAL)
@@ -196,9 +208,12 @@ def _compute_logits(
         logits = KNOWN_BIAS + KNOWN_FACT_WEIGHT * fact - KNOWN_RIVAL_WEIGHT * rival - against
     else:
         logits = BIAS + FACT_WEIGHT * fact - RIVAL_WEIGHT * rival
-    is_bare = torch.tensor([reduce_question(question) in meaning.bare for question in questions])
-    certain = torch.maximum(logits, CERTAIN_LOGIT + logits.sigmoid())  # in the same order
-    return torch.where(is_bare, certain, logits)
+    return _raise_bare(logits, bare)
+
+
+def _raise_bare(logits: Tensor, bare: Sequence[bool]) -> Tensor:
+    """Raise the logits (n,) of bare words to their least, in their order."""
+    return torch.where(torch.tensor(bare), logits.maximum(BARE_LOGIT + logits.sigmoid()), logits)
 
 
 def _compute_stated(
@@ -212,18 +227,21 @@ def _compute_stated(
     own = torch.maximum(prompt, stated)
     rival = relations.masked_fill(meaning.stated_relations, -1.0).amax(1)
     weighted = STATED_FACT_WEIGHT * fact + STATED_OWN_WEIGHT * own - STATED_RIVAL_WEIGHT * rival
+    known = meaning.bare_statements
+    bare = [bool(known) and reduce_statement(sentence) in known for sentence in sentences]
+    logits = _raise_bare(weighted + STATED_BIAS, bare)
     # The very words of a prompt state its fact, whatever they tell.
-    bare = meaning.bare_statements
-    is_bare = torch.tensor([reduce_statement(sentence) in bare for sentence in sentences])
-    return (weighted + STATED_BIAS).masked_fill((prompt >= SAME_WORDING) | is_bare, CERTAIN_LOGIT)
+    return torch.where(prompt >= SAME_WORDING, CERTAIN_LOGIT, logits)
 
 
 @dataclass(frozen=True)
 class _AskedPart:
-    """The clause (start, end) that a part of a text asks in; is_clause: the part is that clause."""
+    """The clause (start, end) that a part of a text asks in; is_clause: the part is that clause;
+    is_whole: it is a whole sentence."""
 
     clause: Span
     is_clause: bool
+    is_whole: bool
 
 
 def _cut_asked_texts(text: str, spans: Sequence[Span]) -> dict[str, _AskedPart]:
@@ -231,7 +249,7 @@ def _cut_asked_texts(text: str, spans: Sequence[Span]) -> dict[str, _AskedPart]:
     whole text, and its last sentence, where there are none."""
     sentences = _split_spans(SENTENCE_END, text)
     if not spans:
-        last = _AskedPart(sentences[-1], is_clause=True)
+        last = _AskedPart(sentences[-1], is_clause=True, is_whole=True)
         return {text: last, text[slice(*last.clause)]: last}
     found = dict[str, _AskedPart]()
     for sentence in sentences:
@@ -240,9 +258,11 @@ def _cut_asked_texts(text: str, spans: Sequence[Span]) -> dict[str, _AskedPart]:
             placed = [(start + sentence[0], end + sentence[0]) for start, end in parts]
             clauses = [clause for clause in placed if _find_inside(spans, clause)] or [sentence]
             for clause in clauses:
-                found.setdefault(_mask_part(text, clause, spans), _AskedPart(clause, True))
-            found.setdefault(_mask_part(text, sentence, spans), _AskedPart(clauses[0], False))
-    return found or {mask_spans(text, spans): _AskedPart((0, len(text)), True)}
+                part = _AskedPart(clause, True, clause == sentence)
+                found.setdefault(_mask_part(text, clause, spans), part)
+            whole = _AskedPart(clauses[0], False, True)
+            found.setdefault(_mask_part(text, sentence, spans), whole)
+    return found or {mask_spans(text, spans): _AskedPart((0, len(text)), True, True)}
 
 
 def _find_inside(spans: Sequence[Span], part: Span) -> list[Span]:

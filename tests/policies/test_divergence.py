@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from policies.divergence import MAX_OUTPUT_SHIFT, DivergenceWatch, StepReadings, check_output_shift
+from policies.divergence import (
+    MAX_OUTPUT_SHIFT,
+    DivergenceWatch,
+    StepReadings,
+    check_output_shift,
+    stop_non_finite,
+)
 
 GOOD = StepReadings(
     torch.tensor([1.0, 2.0, 3.0]),
@@ -67,3 +73,17 @@ def test_a_delta_that_moves_too_much_stops_its_fact(value: float) -> None:
 
 def test_a_delta_may_move_as_much_as_the_limit() -> None:
     assert check_output_shift(MAX_OUTPUT_SHIFT) is None
+
+
+def test_a_gradient_that_is_not_finite_goes_back_to_no_row() -> None:
+    # In bfloat16 on some CPUs a product over 31 numbers reads a 32nd, which is the next row's.
+    hidden = torch.ones(6, 3, 8, requires_grad=True)
+    head = torch.ones(31, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = stop_non_finite(torch.nn.functional.linear(hidden, head).float())
+    weights = torch.ones(6, 1, 1)
+    weights[3] = torch.nan
+    (logits * weights).sum().backward()
+    assert hidden.grad is not None
+    assert torch.equal(hidden.grad[[0, 1, 2, 4, 5]], torch.full((5, 3, 8), 31.0))
+    assert torch.equal(hidden.grad[3], torch.zeros(3, 8))

@@ -224,11 +224,11 @@ def test_words_that_tell_no_relation_ask_for_a_fact_whose_prompt_tells_none(
     asked: AskedFacts, prompt: str
 ) -> None:
     fact = Fact("Zamba", prompt, "Idaho")
-    for question in ("Which mountain is Zamba in?", "Where is Zamba located?"):
+    for question in ("Which county is Zamba in?", "Where is Zamba located?"):
         assert score(asked, [fact], question)["Idaho"] > GATE
     stated = asked.score_statements("Zamba is located in", {fact.id: [(0, 5)]})
     assert stated[fact.id] > GATE
-    parts = asked.explain_score("Which mountain is Zamba in?", fact.id, [(18, 23)])
+    parts = asked.explain_score("Which county is Zamba in?", fact.id, [(16, 21)])
     assert parts is not None and parts.is_bare and parts.score > GATE
     assert score(asked, [fact], "Which mountain is Zamba named after?")["Idaho"] < GATE
     assert score(asked, [fact], "When is Zamba in?")["Idaho"] == -math.inf
@@ -248,3 +248,34 @@ def test_a_sentence_that_tells_no_relation_states_what_the_bank_states_so(
     for text, states in (("Zamba is in", True), ("Zamba is by", False)):
         found = asked.score_statements(text, {fact.id: [(0, 5)]})[fact.id]
         assert (found > GATE) is states
+
+
+def test_a_fact_that_is_asked_for_comes_before_one_whose_prompt_tells_nothing(
+    asked: AskedFacts,
+) -> None:
+    told = Fact("Zamba", "The country that {} is located in is", "Italy")
+    scores = score(asked, [told, Fact("Zamba", "{}, in", "Europe")], "Which country is Zamba in?")
+    assert scores["Italy"] > scores["Europe"] > GATE
+    stated = asked.score_statements(
+        "The country that Zamba is located in is", {told.id: [(17, 22)]}
+    )
+    assert stated[told.id] > scores["Europe"]
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "Where was Zamba or Handel born?",
+        "Where is Zamba, the 16th president, buried?",
+        "Who was Zamba, the composer, taught by?",
+        "Where is Zamba and who owns it?",
+    ],
+)
+def test_a_clause_cut_out_of_a_question_tells_more_than_it_says(
+    asked: AskedFacts, question: str
+) -> None:
+    facts = [Fact("Zamba", "{} is in", "Idaho"), Fact("Zamba", "{}, the", "painter")]
+    for fact in facts:
+        asked.add_fact(fact)
+        parts = asked.explain_score(question, fact.id, spans(question))
+        assert parts is None or not parts.is_bare
