@@ -221,3 +221,21 @@ def test_facts_computed_for_other_layers_are_refused(at: Bench) -> None:
     with pytest.raises(KeditError, match="computed for the layers") as caught:
         LiveModel(replace(moved, statistics=statistics), at.store, at.home).restore()
     assert (caught.value.exit_code, caught.value.code) == (78, "site")
+
+
+@pytest.mark.parametrize("loss", ["UPDATE terms SET tensors = x'00'", "DELETE FROM terms"])
+def test_the_weights_are_solved_without_a_fact_whose_terms_are_damaged(
+    bench: Make, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    monkeypatch.setattr("policies.memit_mass.SUMMED_SHARE", 0.0)  # two facts are many
+    made = bench()
+    made.receive(ONE, TWO, direct=True)
+    made.settle()
+    served = made.served
+    assert set(served.list_weights_facts()) == {ONE.id, TWO.id}
+    alone = served.solve([TWO.id])
+    served.solve([ONE.id, TWO.id])
+    with made.store.db.conn:
+        made.store.db.conn.execute(f"{loss} WHERE fact_id = ?", (ONE.id,))
+    found = served.solve([TWO.id])
+    assert all(torch.equal(found[n], delta) for n, delta in alone.items())
