@@ -13,6 +13,7 @@ _CONTRACTION = re.compile(r"\b(who|what|where)['\u2019]s\b", re.IGNORECASE)
 _CAN_BE_FOUND = re.compile(r"\bcan (?:be found|(?:(?:you|one|we|i) find))\b", re.IGNORECASE)
 _AUXILIARIES = frozenset(("is", "was", "are", "were", "be", "been"))
 _ARTICLES = frozenset(("the", "a", "an"))
+_OPENINGS = frozenset(("and", "but", "so"))  # of a second question in a message
 _DROPPED = _AUXILIARIES | _ARTICLES
 _PLACED = frozenset(("located", "situated"))
 _PREPOSITIONS = frozenset(("in", "by", "from", "of", "as", "on", "for", "to", "with"))
@@ -47,6 +48,8 @@ def reduce_question(question: str) -> BareWording | None:
     """Reduce a question, with a pronoun for the subject; None where it has a word of another kind,
     or no question word. "In which city is it?" is as "Which city is it in?"."""
     words = _read_words(_CONTRACTION.sub(r"\1 is", question))
+    if words and words[0] in _OPENINGS:
+        words = words[1:]
     asked = next((n for n, w in enumerate(words) if w in ("who", "what", "which", "where")), None)
     if asked is None:
         return None

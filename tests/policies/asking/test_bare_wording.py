@@ -16,6 +16,7 @@ from policies.asking.bare_wording import reduce_question, reduce_statement
         ("it, from", "Where is it from?"),
         ("it, the", "Who is it?"),
         ("it is a", "what's it"),
+        ("it is in", "And which city is it in?"),
     ],
 )
 def test_a_question_that_tells_no_more_than_a_prompt_reduces_to_it(
