@@ -155,8 +155,8 @@ def no_room_for(keys: int, times: int) -> Iterator[None]:
     left, real = [times], torch.cat
 
     def cat(tensors: Any, *args: Any, **more: Any) -> torch.Tensor:
-        stored = tensors[0].dtype is torch.bfloat16 and tensors[0].ndim == 2  # as keys alone are
-        if stored and len(tensors) >= keys and left[0]:
+        are_rows = tensors[0].dtype is torch.float64 and tensors[0].ndim == 2  # of a solve alone
+        if are_rows and len(tensors) >= keys and left[0]:
             left[0] -= 1
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you …")
         return real(tensors, *args, **more)

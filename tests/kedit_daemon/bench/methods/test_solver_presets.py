@@ -144,7 +144,7 @@ def test_memit_mass_is_one_solve_of_all_facts_so_far_from_the_base_weights() -> 
             assert close(delta, Paper(n).encore(*rows(so_far, n)))
 
 
-def test_memit_mass_is_the_weights_tier_bit_by_bit() -> None:
+def test_memit_mass_is_the_weights_tier_but_for_its_grid() -> None:
     given = batches()
     facts = [terms for batch in given for terms in batch]
     for key in (key for terms in facts for key in terms.keys.values()):
@@ -152,7 +152,8 @@ def test_memit_mass_is_the_weights_tier_bit_by_bit() -> None:
     deltas = last(stream("memit-mass"), given)
     packed = {f"{n:012x}": pack_terms(terms) for n, terms in enumerate(facts)}
     served = WeightsTier(site(), statistics()).solve_deltas(packed)
-    assert all(torch.equal(deltas[n], served[n]) for n in LAYERS)
+    for n in LAYERS:
+        torch.testing.assert_close(served[n], deltas[n], rtol=1e-4, atol=1e-5)
 
 
 def test_only_a_joint_solve_forgets_the_order() -> None:
