@@ -62,10 +62,11 @@ class WeightsTier:
         sums = {}
         for layer in self.site.layers:
             hidden = len(self._statistics[layer].output_mean)
-            sums[layer] = LayerSums(self._get_solver(layer).width, hidden, self._get_grid(layer))
+            sums[layer] = LayerSums(self._get_solver(layer).width, hidden, self.get_grid(layer))
         return sums
 
-    def _get_grid(self, layer: int) -> Grid:
+    def get_grid(self, layer: int) -> Grid:
+        """Return the grid on which a layer's keys and residuals are solved."""
         known = self._statistics[layer]
         hidden = len(known.output_mean)
         return Grid.measure(self._get_solver(layer).key_size, known.median_norm / hidden**0.5)
@@ -97,7 +98,7 @@ class WeightsTier:
         unpacked = [unpack_terms(blob) for blob in blobs]
         result = {}
         for layer in self.site.layers if unpacked else ():
-            grid, sink_key = self._get_grid(layer), self._statistics[layer].sink_key
+            grid, sink_key = self.get_grid(layer), self._statistics[layer].sink_key
             result[layer] = [
                 (
                     grid.round_keys(drop_sink_keys(keys[layer], sink_key)),

@@ -36,7 +36,7 @@ from policies.asking.relation_index import (
 # fact's relation, it counts how far the rival is ahead of it, or behind. By itself a rival counts
 # up to a cosine of MAX_RIVAL: beyond that the words are clear, and not the rival. Fitted on
 # questions of CounterFact against those of its other relations; where the bank lacks the relation,
-# with its relations left out of the bank.
+# with its relations left out of the bank. The biases are chosen: they place the gate.
 KNOWN_FACT_WEIGHT, KNOWN_RIVAL_WEIGHT, KNOWN_BIAS = 14.0, 10.1, 4.05
 LEAD_WEIGHT, OWN_LEAD_WEIGHT = 1.5, 3.9
 FACT_WEIGHT, RIVAL_WEIGHT, BIAS = 16.9, 5.2, -1.4
@@ -170,6 +170,11 @@ class AskedFacts:
                 wordings.append(self.index.encoder.encode_questions(questions))
             means = self.index.average_prompts(fact)
             told = self.index.find_answered_relations(fact)
+            stated_relations = (
+                self.index.find_own_statements(stated)
+                | self.index.find_stated_relations(means)
+                | told
+            )
             bare = set(filter(None, map(reduce_statement, mask_prompts(fact))))
             self._meanings[fact_id] = _Meaning(
                 torch.cat(wordings),
@@ -178,12 +183,10 @@ class AskedFacts:
                 | told,
                 stated,
                 self.index.encode_prompts(fact),
-                self.index.find_own_statements(stated)
-                | self.index.find_stated_relations(means)
-                | told,
+                stated_relations,
                 max(len(SENTENCE_END.split(p)) for p in (fact.prompt, *fact.paraphrases)),
                 bare,
-                bare | self.index.find_bare_statements(fact),
+                bare | self.index.find_bare_statements(stated_relations),
             )
         return self._meanings[fact_id]
 

@@ -113,10 +113,10 @@ class RelationIndex:
         found = dict.fromkeys(self._statements[n] for n in order.tolist())
         return [prompt.replace("{subject}", "{}") for prompt in found][:count]
 
-    def find_bare_statements(self, fact: Fact) -> set[BareWording]:
-        """Return the statements of a fact's relations that tell no relation ("it is in")."""
-        told = self._find_told_relations(fact) | self.find_answered_relations(fact)
-        return {w for n in told.nonzero().flatten().tolist() for w in self._bare.get(n, ())}
+    def find_bare_statements(self, relations: Tensor) -> set[BareWording]:
+        """Return the statements of some relations (relations,) that tell none ("it is in")."""
+        chosen = relations.nonzero().flatten().tolist()
+        return {wording for n in chosen for wording in self._bare.get(n, ())}
 
     def _compare_prompts(self, fact: Fact) -> Tensor:
         """Return the similarity (statements,) of the words of a fact's prompts."""
