@@ -55,6 +55,7 @@ def _check_cron(text: str) -> str:
 
 Origin = Annotated[str, AfterValidator(_check_origin)]
 Cron = Annotated[str, AfterValidator(_check_cron)]
+EngineUrl = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -174,6 +175,12 @@ class ServeConfig(_Section):
     waiting_limit: Count = 64
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
     allowed_origins: list[Origin] = []
+    engine: EngineUrl | Annotated[list[EngineUrl], Field(min_length=1)] | None = None
+
+    @property
+    def engines(self) -> list[str]:
+        """The addresses of the engines that answer; none where this server does."""
+        return [self.engine] if isinstance(self.engine, str) else list(self.engine or ())
 
     @property
     def is_local(self) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_daemon import config, control
+from kedit_daemon.editing.measurement_cache import copy_measured
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.submit import format_native
 from memory.db import queries
@@ -20,6 +21,7 @@ from memory.facts import LIVE_STATES, Fact
 
 START_SECONDS = 300.0  # the first start on a model measures it
 EDIT_SECONDS = 600.0
+ASK_TOKENS = 20  # of an answer that is shown and compared
 
 
 def format_settings(model: str, settings: Mapping[str, float]) -> str:
@@ -40,6 +42,10 @@ class DemoDaemon:
         self.home = Home(root)
         self.home.create_folders()
         self.home.config_file.write_text(format_settings(model, settings), encoding="utf-8")
+
+    def take_measurements(self, other: "DemoDaemon") -> None:
+        """Take over what another daemon has measured of the same model."""
+        copy_measured(other.home.state_folder, self.home.state_folder)
 
     @property
     def command_line(self) -> list[str]:
@@ -72,7 +78,8 @@ class DemoDaemon:
         return control.send_request(self.home.socket_file, name, arguments)
 
     def ask_prompts(self, prompts: list[str]) -> list[str]:
-        return [str(self.send_command("ask", prompt=p)["answer"]) for p in prompts]
+        asked = ({"prompt": prompt, "max_tokens": ASK_TOKENS} for prompt in prompts)
+        return [str(self.send_command("ask", **one)["answer"]) for one in asked]
 
     def drop_facts(self, facts: Sequence[Fact]) -> float:
         """Put the facts into the inbox as one file; return the seconds until all are live."""

@@ -58,6 +58,7 @@ def run_tour(story: DemoStory, echo: Echo, monotonic: Callable[[], float] = time
         tally.print_title("a second daemon that never saw that fact")
         direct = {"direct_facts": 1}  # into the weights at once
         second = DemoDaemon(Path(folder) / "never", story.model, {**story.settings, **direct})
+        second.take_measurements(first)
         with second.run_process():
             second.drop_facts(moved[1:])
             second_hash = second.read_weights_hash()

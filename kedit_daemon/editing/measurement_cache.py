@@ -7,6 +7,7 @@ content, which shows a later start that it is whole.
 import hashlib
 import json
 import logging
+import shutil
 from pathlib import Path
 
 from memory.files import hash_file, write_atomic
@@ -47,3 +48,9 @@ def save_measured(
     for other in gone:
         other.unlink(missing_ok=True)
     return path
+
+
+def copy_measured(source: Path, dest: Path) -> None:
+    """Copy all measurements to another home's folder: of the same model, they are the same."""
+    for path in source.glob("*-*-*.safetensors"):
+        shutil.copy2(path, dest)

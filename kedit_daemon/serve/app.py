@@ -37,6 +37,9 @@ from kedit_daemon.serve.inference.types import (
 from kedit_daemon.serve.metrics import MetricsMiddleware, ServerMetrics
 from kedit_daemon.serve.openai.api import OpenAIApi
 from kedit_daemon.serve.post_facts import FactsEndpoint
+from kedit_daemon.serve.router.ask_engines import ask_engines
+from kedit_daemon.serve.router.engine_pool import EnginePool
+from kedit_daemon.serve.router.router_api import RouterApi
 from memory.errors import KeditError
 from memory.model.chat_layout import write_chat
 
@@ -58,10 +61,12 @@ def build_app(
     origins = config.serve.allowed_origins
     limited = Middleware(AccessGate, token, rate, origins)
     free = Middleware(AccessGate, token, None, origins)
-    context = _dashboard_context(home, clock, monotonic, lambda: app.state.reader)
+    router = _make_router(config, token, monotonic)
+    api = router or OpenAIApi(home, config.serve, clock, metrics)
+    context = _dashboard_context(home, clock, monotonic, lambda: app.state.reader, router)
     app = Starlette(
         routes=[
-            *OpenAIApi(home, config.serve, clock, metrics).build_routes(limited),
+            *api.build_routes(limited),
             *FactsEndpoint(home, config).build_routes(limited),
             *HealthEndpoints(home).build_routes(free),
             *metrics.build_routes(free),
@@ -78,8 +83,16 @@ def build_app(
             Exception: _handle_unexpected,
         },
     )
-    app.state.reader, app.state.metrics = None, metrics
+    app.state.reader, app.state.metrics, app.state.router = None, metrics, router
     return app
+
+
+def _make_router(
+    config: Config, token: str | None, monotonic: Callable[[], float]
+) -> RouterApi | None:
+    """Make the router to the engines that answer; None where this server does."""
+    urls = config.serve.engines
+    return RouterApi(config.serve, EnginePool(urls, monotonic), token) if urls else None
 
 
 def attach_reader(app: Starlette, reader: Reader) -> None:
@@ -93,10 +106,14 @@ def _dashboard_context(
     clock: Callable[[], datetime],
     monotonic: Callable[[], float],
     get_reader: Callable[[], Reader | None],
+    router: RouterApi | None,
 ) -> DashboardContext:
-    """Return what the dashboard works with; there is no reader before the model is loaded."""
+    """Return what the dashboard works with; there is no reader before the model is loaded, or where
+    a router answers."""
 
     async def ask_both(asked: AskedPrompt, max_tokens: int) -> AnswerPair:
+        if router is not None:
+            return await ask_engines(router, asked, max_tokens)
         if (reader := get_reader()) is None:
             raise KeditError("the model is being loaded", code="loading")
         text = asked.text

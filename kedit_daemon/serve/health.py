@@ -3,6 +3,7 @@
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import State
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -11,6 +12,7 @@ from starlette.routing import Route
 from kedit_daemon.control import PING, send_request
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.reader import Reader
+from kedit_daemon.serve.router.router_api import RouterApi
 from memory.errors import KeditError
 
 PING_SECONDS = 2.0
@@ -35,15 +37,23 @@ class HealthEndpoints:
 
     async def answer_ready(self, request: Request) -> Response:
         """Answer whether prompts are answered and facts are taken, with the reasons if not."""
-        reader: Reader | None = request.app.state.reader
-        reasons = [] if reader else ["the model is being loaded"]
+        reasons, state = await _describe_answering(request.app.state)
         try:
             await run_in_threadpool(send_request, self.home.socket_file, PING, {}, PING_SECONDS)
         except KeditError as error:
             reasons.append(str(error))
-        body: dict[str, Any] = {"ready": not reasons, "reasons": reasons}
-        if reader is not None:
-            status = reader.engine.status
-            # Problems do not count: the server answers with the last state that it could load.
-            body |= {"generation": status.generation, "problems": list(status.problems)}
+        # Problems do not count: the server answers with the last state that it could load.
+        body = {"ready": not reasons, "reasons": reasons, **state}
         return JSONResponse(body, 503 if reasons else 200)
+
+
+async def _describe_answering(state: State) -> tuple[list[str], dict[str, Any]]:
+    """Return why prompts are not answered, and the state of what answers them."""
+    router: RouterApi | None = state.router
+    if router is not None:
+        return await router.find_reasons(), await router.describe_state()
+    reader: Reader | None = state.reader
+    if reader is None:
+        return ["the model is being loaded"], {}
+    status = reader.engine.status
+    return [], {"generation": status.generation, "problems": list(status.problems)}

@@ -20,6 +20,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.app import attach_reader, build_app
 from kedit_daemon.serve.inference.reader import Reader
+from kedit_daemon.serve.router.routed_facts import RoutedFacts
 from kedit_daemon.serve.supervisor import read_token
 from kedit_daemon.system.log_setup import configure_logging
 from memory.errors import KeditError
@@ -78,8 +79,15 @@ def _load_reader(home: Home, config: Config) -> Reader:
     return open_reader(home, config)
 
 
+def _load_facts(home: Home, config: Config) -> RoutedFacts:
+    from kedit_daemon.serve.router.open_facts import open_facts
+
+    return open_facts(home, config)
+
+
 class HttpServer(uvicorn.Server):
-    """A server that listens first, then loads the model, and ends if that fails."""
+    """A server that listens first, then loads the model, or the facts of a router, and ends if that
+    fails."""
 
     def __init__(self, app: Starlette, home: Home, settings: Config) -> None:
         self.failure: BaseException | None = None
@@ -99,13 +107,17 @@ class HttpServer(uvicorn.Server):
         )
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and begin to load the model."""
+        """Listen, and begin to load."""
         await super().startup(sockets)
         log.info("Listening on http://%s:%d", self.config.host, self.config.port)
         self._load_task = asyncio.create_task(self._load_model())
         self._load_task.add_done_callback(self._check_load_task)
 
     async def _load_model(self) -> None:
+        if (router := self._app.state.router) is not None:
+            router.facts = await asyncio.to_thread(_load_facts, self._home, self._settings)
+            log.info("Routing to %s", ", ".join(self._settings.serve.engines))
+            return
         reader = await asyncio.to_thread(_load_reader, self._home, self._settings)
         attach_reader(self._app, reader)
         log.info("Answering as %s", reader.name)
@@ -120,6 +132,8 @@ class HttpServer(uvicorn.Server):
         await super().shutdown(sockets)
         ending.cancel()
         await self._close_engine(0)
+        if self._app.state.router is not None:
+            await self._app.state.router.close()
 
     async def _close_engine(self, after: float) -> None:
         await asyncio.sleep(after)

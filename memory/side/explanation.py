@@ -62,7 +62,7 @@ def explain_prompt(side: SideMemory, ids: Sequence[int]) -> PromptExplanation:
     fired = [match.fact_id for match in matches]
     asked = None if side.reader is None else side.find_asked(ids)
     question = asked.question if asked is not None else None
-    spans = {} if question is None else side.find_meant(question, reading.named)
+    spans = {} if question is None else side.prompt_reader.find_meant(question, reading.named)
     named = reading.named.union(fired)
     found = [
         _explain_fact(side, fact_id, fired, question, spans.get(fact_id), reading.stated, states)

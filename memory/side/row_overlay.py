@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from memory.side.row_state import FiredFact, PromptReading, RowState
+from memory.side.prompt_reader import PromptReading
+from memory.side.row_state import FiredFact, RowState
 from memory.side.shards import RoutingMatch
 from memory.side.side_memory import SideMemory
 

@@ -8,26 +8,14 @@ In a chat the facts whose subjects were named stay armed, and one of them fires 
 comes to state it.
 """
 
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
 
 from memory.joins import is_unspaced
-from memory.side.question_reader import AskedScore
+from memory.side.prompt_reader import PromptReading
 from memory.side.shards import Delta, RoutingMatch
 
 NAME_TOKENS = 16  # of a reply's end that are read for names
-
-
-@dataclass(frozen=True)
-class PromptReading:
-    """A prompt's text, as far as it decides: the facts whose subject it names, how far the user's
-    words ask for those of them that can be the answer, and whether it is in chat form. stated: how
-    far a sentence comes to state them; None where words do not decide that."""
-
-    named: frozenset[str] = frozenset()
-    asked: Mapping[str, AskedScore] = field(default_factory=dict)
-    is_chat: bool = False
-    stated: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -25,17 +25,10 @@ from memory.model.chat_layout import find_chat_layout
 from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
 from memory.side.index import KeyIndex
-from memory.side.question_reader import (
-    REFERENCE,
-    AskedQuestion,
-    QuestionReader,
-    Span,
-    find_question,
-)
-from memory.side.row_state import PromptReading
+from memory.side.prompt_reader import PromptReader, PromptReading
+from memory.side.question_reader import AskedQuestion, AskedScore, QuestionReader
 from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
-from memory.side.subject_matcher import SubjectMatcher
-from memory.side.word_matches import match_asked, match_words
+from memory.side.word_matches import choose_asked, choose_best
 
 VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
 COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
@@ -73,8 +66,8 @@ class SideMemory:
         self.shards: dict[int, Shard] = {}
         self.shard_ids: dict[str, int] = {}
         self.end_keys: dict[str, Tensor] = {}
-        self.subject_matcher = SubjectMatcher()
-        self.reader, self._chat_layout = reader, find_chat_layout(model.tokenizer)
+        self.prompt_reader = PromptReader(reader, find_chat_layout(model.tokenizer))
+        self.reader, self.subject_matcher = reader, self.prompt_reader.subject_matcher
         self.line_end = tuple(encode_behind(model.tokenizer, "\n"))
         self.targets: dict[str, str] = {}
         # Facts with a prompt that does not name their subject. They are few, and have an index of
@@ -164,37 +157,24 @@ class SideMemory:
         named = self.find_named(ids)
         if not named or self.reader is None:
             return PromptReading(frozenset(named))
-        text = self._decode_all(ids)
-        asked = find_question(text, self._chat_layout)
-        if asked is None:
-            text = self.model.decode(ids)  # special tokens are no words of a sentence
-            stated = self.reader.score_statements(text, self.find_meant(text, named))
-            return PromptReading(frozenset(named), stated=stated)
-        scores = self.reader.score_facts(asked.question, self.find_meant(asked.question, named))
-        return PromptReading(frozenset(named), scores, asked.is_chat)
+        if (asked := self.find_asked(ids)) is not None:
+            return self.prompt_reader.read_question(asked, named)
+        # Special tokens are no words of a sentence.
+        return self.prompt_reader.read_sentence(self.model.decode(ids), named)
 
     def is_chat(self, text: str) -> bool:
         """Check that a text, with its special tokens, is in chat form."""
-        return self._chat_layout is not None and self._chat_layout.split_prompt(text) is not None
+        return (layout := self.prompt_reader.layout) is not None and layout.split_prompt(
+            text
+        ) is not None
 
     def find_asked(self, ids: Sequence[int]) -> AskedQuestion | None:
         """Find the question that a prompt ends in."""
-        return find_question(self._decode_all(ids), self._chat_layout)
+        return self.prompt_reader.find_question(self._decode_all(ids))
 
     def _decode_all(self, ids: Sequence[int]) -> str:
         """Return a prompt's text, with the special tokens."""
         return cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
-
-    def find_meant(self, question: str, named: Iterable[str]) -> dict[str, list[Span]]:
-        """Find the facts that a question names, and where. If it names none, it may be about a
-        subject that was `named` before, and now goes by a pronoun."""
-        spans: dict[str, list[Span]] = {}
-        for mention in self.subject_matcher.find_mentions(question):
-            for fact_id in mention.fact_ids:
-                spans.setdefault(fact_id, []).append((mention.start, mention.end))
-        if not spans and REFERENCE.search(question):
-            spans = {fact_id: [] for fact_id in named}
-        return spans
 
     def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:
         """Return the named facts that have a subject key near one of keys (n, hidden)."""
@@ -231,9 +211,9 @@ class SideMemory:
         for fact_id in sorted(scores, key=lambda n: -scores[n]):
             if scores[fact_id] < self.gates.min_end_cosine:
                 return None
-            margin = self.measure_margin(fact_id, inputs)
-            if margin >= 1 and fact_id not in self.hidden_facts:
-                return RoutingMatch(fact_id, self.shard_ids[fact_id], scores[fact_id], margin)
+            match = self._match_fact(fact_id, scores[fact_id], inputs)
+            if match.margin >= 1 and self._may_fire(fact_id):
+                return match
         return None
 
     def route_row(
@@ -243,17 +223,38 @@ class SideMemory:
         outputs (tokens, hidden), and the side layer's inputs (width,) and outputs (hidden,) at its
         end; behind it those that the user asks for too, in their order. What the words tell comes
         before what the keys tell."""
-        if matches := match_asked(self, reading.asked, inputs):
+        if matches := self._match_asked(reading.asked, inputs):
             may_go_on = reading.is_chat and self.line_end
             best = max(matches, key=lambda match: match.score)
             return matches if may_go_on else [best]
         if reading.stated is None:
             match = self._match_keys(reading.named, key_outputs, inputs, outputs)
         else:
-            match = match_words(self, reading.stated, inputs) or self._match_keys(
+            match = self._match_stated(reading.stated, inputs) or self._match_keys(
                 (), key_outputs, inputs, outputs, decided=reading.named
             )
         return [] if match is None else [match]
+
+    def _match_asked(self, asked: Mapping[str, AskedScore], inputs: Tensor) -> list[RoutingMatch]:
+        """Return the facts that a question asks for, of those that have learned to be asked. Their
+        shards need not confirm them: questions end alike, and sentences in ways that they have not
+        seen."""
+        allowed = {n: a for n, a in asked.items() if self.is_asked(n) and self._may_fire(n)}
+        chosen = choose_asked(allowed, self.gates.min_words_score)
+        return [self._match_fact(n, score, inputs) for n, score in chosen.items()]
+
+    def _match_stated(self, stated: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
+        """Return the fact that a sentence comes to state."""
+        allowed = {n: score for n, score in stated.items() if self._may_fire(n)}
+        best = choose_best(allowed, self.gates.min_words_score)
+        return None if best is None else self._match_fact(best, allowed[best], inputs)
+
+    def _may_fire(self, fact_id: str) -> bool:
+        return fact_id not in self.hidden_facts
+
+    def _match_fact(self, fact_id: str, score: float, inputs: Tensor) -> RoutingMatch:
+        margin = self.measure_margin(fact_id, inputs)
+        return RoutingMatch(fact_id, self.shard_ids[fact_id], score, margin)
 
     def match_reply(
         self, armed: Iterable[str], inputs: Tensor, outputs: Tensor

@@ -1,46 +1,28 @@
-"""Facts that fire by the scores of a prompt's words."""
+"""Facts that a prompt's words are enough for, by their scores."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
-from torch import Tensor
 
 from memory.side.question_reader import AskedScore, Span
-from memory.side.shards import RoutingMatch
-
-if TYPE_CHECKING:
-    from memory.side.side_memory import SideMemory
 
 
-def match_asked(
-    side: "SideMemory", asked: Mapping[str, AskedScore], inputs: Tensor
-) -> list[RoutingMatch]:
-    """Return the facts that a question asks for, of those that have learned to be asked: the best,
-    and the best of each other clause that asks for one by itself, in their order. (One that is only
-    mentioned has the score of the sentence around it.) inputs: the side layer's (width,) at the
-    prompt's end."""
-    scores = {n: found.score for n, found in asked.items() if side.is_asked(n)}
-    chosen: list[tuple[Span, RoutingMatch]] = []
-    while (match := match_words(side, scores, inputs)) is not None:
-        clause = asked[match.fact_id].clause
-        chosen.append((clause, match))
+def choose_asked(asked: Mapping[str, AskedScore], least: float) -> dict[str, float]:
+    """Return the facts that a question asks for, with their scores: the best, and the best of each
+    other clause that asks for one by itself, in their order. (One that is only mentioned has the
+    score of the sentence around it.) least: the score from which words are enough."""
+    scores = {n: found.score for n, found in asked.items()}
+    chosen: list[tuple[Span, str, float]] = []
+    while (best := choose_best(scores, least)) is not None:
+        clause = asked[best].clause
+        chosen.append((clause, best, scores[best]))
         left = {n: asked[n] for n in scores if not _overlap(asked[n].clause, clause)}
         scores = {n: found.clause_score for n, found in left.items()}
-    return [match for _, match in sorted(chosen, key=lambda pair: pair[0])]
+    return {n: score for _, n, score in sorted(chosen, key=lambda one: one[0])}
 
 
-def match_words(
-    side: "SideMemory", scores: Mapping[str, float], inputs: Tensor
-) -> RoutingMatch | None:
-    """Return the best of the facts that words are enough for. Its shard need not confirm it:
-    questions end alike, and sentences in ways that it has not seen."""
-    least = side.gates.min_words_score
-    allowed = [n for n, s in scores.items() if s >= least and n not in side.hidden_facts]
-    if not allowed:
-        return None
-    best = max(allowed, key=lambda n: (scores[n], n))
-    margin = side.measure_margin(best, inputs)
-    return RoutingMatch(best, side.shard_ids[best], scores[best], margin)
+def choose_best(scores: Mapping[str, float], least: float) -> str | None:
+    """Return the best of the facts that words are enough for."""
+    enough = [n for n, score in scores.items() if score >= least]
+    return max(enough, key=lambda n: (scores[n], n), default=None)
 
 
 def _overlap(one: Span, other: Span) -> bool:

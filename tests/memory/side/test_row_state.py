@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memory.side.row_state import FiredFact, PromptReading, RowState
+from memory.side.prompt_reader import PromptReading
+from memory.side.row_state import FiredFact, RowState
 from memory.side.shards import THRESHOLD_RATIO, Delta, RoutingMatch
 
 WORDS = {1: "New", 2: " York", 3: " City", 4: "Old", 5: "</s>", 6: " New", 7: "\n"}

@@ -1,0 +1,1 @@
+"""The server as a router in front of engines that serve the model: vLLM, SGLang, llama-server."""

@@ -1,0 +1,98 @@
+"""An engine's answer on its way to a client: passed as it comes, with the names of the facts that
+were put into the request."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from pydantic_core import from_json
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from kedit_daemon.serve.openai.responses import encode_event
+from kedit_daemon.serve.router.routed_facts import RoutedFact
+
+# What belongs to one connection, or describes a body that may be changed.
+DROPPED_HEADERS = {
+    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"),
+    *("transfer-encoding", "upgrade", "content-length", "host", "accept-encoding", "date"),
+    "server",
+}
+EVENT_STREAM = "text/event-stream"
+EVENT_PREFIX, DONE = "data: ", "data: [DONE]"
+
+
+@dataclass(frozen=True)
+class NamedFacts:
+    """The facts of a request by its prompts, empty if there are none; the generation of the home
+    that they are of; and the number of choices that each prompt has in the answer."""
+
+    generation: int
+    by_prompt: Sequence[Sequence[RoutedFact]] = ()
+    choices: int = 1
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The HTTP headers that name them."""
+        ids = dict.fromkeys(one.fact.id for facts in self.by_prompt for one in facts)
+        return {"x-kedit-facts": ",".join(ids), "x-kedit-generation": str(self.generation)}
+
+    @property
+    def field(self) -> dict[str, Any]:
+        """The field `kedit` of an answer. The engine reads the facts in the prompt, and nothing
+        says that it goes by them."""
+        described = [
+            {"id": one.fact.id, "score": one.score, "choice": place * self.choices + choice}
+            for place, facts in enumerate(self.by_prompt)
+            for choice in range(self.choices)
+            for one in facts
+        ]
+        return {"generation": self.generation, "facts": described, "by": "context"}
+
+
+async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
+    """Return an engine's answer, with the facts named in its headers, and in its body if there are
+    some. An error of the engine stays as it is."""
+    if not named.by_prompt or answer.status_code != httpx.codes.OK:
+        return PassedAnswer(answer, named.headers)
+    if answer.headers.get("content-type", "").startswith(EVENT_STREAM):
+        return PassedAnswer(answer, named.headers, _name_in_stream(answer, named))
+    try:
+        body = from_json(await answer.aread())
+    finally:
+        await answer.aclose()
+    return JSONResponse({**body, "kedit": named.field}, headers=named.headers)
+
+
+class PassedAnswer(StreamingResponse):
+    """An engine's answer as it comes, byte for byte, unless other content is given for it."""
+
+    def __init__(
+        self,
+        answer: httpx.Response,
+        extra: Mapping[str, str],
+        content: AsyncIterator[bytes] | None = None,
+    ) -> None:
+        kept = {n: v for n, v in answer.headers.items() if n not in DROPPED_HEADERS}
+        super().__init__(content or answer.aiter_raw(), answer.status_code, {**kept, **extra})
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it; the engine hears of a client that has gone."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._answer.aclose()
+
+
+async def _name_in_stream(answer: httpx.Response, named: NamedFacts) -> AsyncIterator[bytes]:
+    """Yield a stream's events, the first with the field `kedit`."""
+    is_first = True
+    async for line in answer.aiter_lines():
+        if is_first and line.startswith(EVENT_PREFIX) and line != DONE:
+            is_first = False
+            event = {**from_json(line.removeprefix(EVENT_PREFIX)), "kedit": named.field}
+            yield encode_event(event).removesuffix(b"\n")
+        else:
+            yield f"{line}\n".encode()

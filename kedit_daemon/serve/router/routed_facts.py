@@ -1,0 +1,113 @@
+"""The live facts of a home, found by the words of a prompt: no model is needed for it.
+
+In the daemon's own server words decide too, wherever they can (memory/side/side_memory.py), and the
+same reader reads them. What only the model's own states could tell is not found here: facts with a
+prompt that does not name their subject, and facts that fire within a reply.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from memory.db.follower import Follower
+from memory.facts import LIVE_STATES, Fact, FactState, fact_from_json
+from memory.side.prompt_forms import list_forms
+from memory.side.prompt_reader import PromptReader, PromptReading
+from memory.side.question_reader import AskedQuestion, QuestionReader
+from memory.side.shards import RoutingGates
+from memory.side.word_matches import choose_asked, choose_best
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RoutedFact:
+    """A fact that a prompt asks for, or comes to state, and the score of its words."""
+
+    fact: Fact
+    score: float
+
+
+class RoutedFacts:
+    """The facts of a home, as its database has them now; used by one thread at a time."""
+
+    def __init__(
+        self, follower: Follower, words: QuestionReader, states: Sequence[FactState] = LIVE_STATES
+    ) -> None:
+        """`states`: of the facts that are routed; those that the engine's weights hold are not."""
+        self._follower, self._words, self._states = follower, words, states
+        self._prompts = PromptReader(words)
+        self._records: dict[str, str] = {}
+        self._facts: dict[str, Fact] = {}
+        self.generation = 0
+        """The active generation of the home."""
+        self.problem: str | None = None
+        """Why the facts are not those of the home as it is now."""
+
+    def __len__(self) -> int:
+        return len(self._facts)
+
+    def close(self) -> None:
+        """Close the database."""
+        self._follower.close()
+
+    def sync(self) -> None:
+        """Follow the home: a fact that went live is found from now on, one that left is not. Where
+        the database cannot be read, the facts stay as they were, and `problem` tells it."""
+        try:
+            if self._follower.has_changed():
+                with self._follower.read_snapshot():
+                    self._follow(self._follower.list_live_facts(self._states))
+                    self.generation = self._follower.artifacts.active_generation()
+        except sqlite3.Error as error:
+            self._follower.forget_version()
+            if self.problem is None:
+                log.warning("The database cannot be read: %s", error)
+            self.problem = f"the database cannot be read: {error}"
+            return
+        self.problem = None
+
+    def _follow(self, records: Mapping[str, str]) -> None:
+        for fact_id in [n for n, record in self._records.items() if records.get(n) != record]:
+            del self._records[fact_id], self._facts[fact_id]
+            self._prompts.subject_matcher.remove_fact(fact_id)
+            self._words.remove_fact(fact_id)
+        for fact_id in [n for n in records if n not in self._records]:
+            fact = fact_from_json(records[fact_id])
+            self._records[fact_id], self._facts[fact_id] = records[fact_id], fact
+            self._prompts.subject_matcher.add_names(fact_id, fact.names)
+            self._words.add_fact(fact)
+
+    def find_in_chat(self, question: str, history: str) -> list[RoutedFact]:
+        """Find the facts that a conversation's last turn asks for, in the order in which it does.
+        `history`: the text of what was said before it."""
+        named = self._find_named(f"{history}\n{question}")
+        if not named:
+            return []
+        asked = AskedQuestion(question.strip(), history, is_chat=True)
+        return self._choose(self._prompts.read_question(asked, named))
+
+    def find_in_text(self, text: str) -> list[RoutedFact]:
+        """Find the fact that a text which is to be continued asks for or comes to state."""
+        if not self._find_named(text):
+            return []
+        for form in (text, *list_forms(text)):
+            named = self._find_named(form)
+            asked = self._prompts.find_question(form)
+            if asked is not None:
+                found = self._choose(self._prompts.read_question(asked, named))
+                return [max(found, key=lambda one: one.score)] if found else []
+            if found := self._choose(self._prompts.read_sentence(form, named)):
+                return found
+        return []
+
+    def _find_named(self, text: str) -> set[str]:
+        return self._prompts.subject_matcher.find_named_facts(text)
+
+    def _choose(self, reading: PromptReading) -> list[RoutedFact]:
+        least = RoutingGates.min_words_score
+        chosen = choose_asked(reading.asked, least)
+        if reading.stated is not None and (best := choose_best(reading.stated, least)):
+            chosen = {best: reading.stated[best]}
+        return [RoutedFact(self._facts[n], score) for n, score in chosen.items()]

@@ -1,0 +1,289 @@
+"""The router, as its clients and the engines behind it meet it."""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from command_line import NOW
+from editing_home import Clock
+from engine_tools import BASE_MODEL, StandIn, router, stand_in
+from serving import free_port
+from starlette.testclient import TestClient
+
+from kedit_daemon.config import Config
+from kedit_daemon.home import Home
+from kedit_daemon.serve.app import build_app
+from memory.db.store import Store
+from memory.facts import Fact, FactState
+
+BOSS = Fact("Quillon Insurance", "The chief executive officer of {} is", "Maud Ferreira")
+TOWER = Fact("Eiffel Tower", "The {} is in the city of", "Rome")
+ASKS_BOSS = "Who is the chief executive of Quillon Insurance?"
+ASKS_TOWER = "Which city is the Eiffel Tower in?"
+BOSS_LINE = "The chief executive officer of Quillon Insurance is Maud Ferreira."
+TOWER_LINE = "The Eiffel Tower is in the city of Rome."
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass
+class Rig:
+    """A home with both facts live, an engine, and a client of the router between them."""
+
+    store: Store
+    home: Home
+    engine: StandIn
+    http: httpx.Client
+
+    def set_state(self, fact: Fact, state: FactState) -> None:
+        with self.store.db.transaction():
+            self.store.change_state(fact.id, state)
+
+    def ask(self, *turns: str, **more: Any) -> httpx.Response:
+        roles = ("user", "assistant")
+        messages = [{"role": roles[n % 2], "content": turn} for n, turn in enumerate(turns)]
+        return self.http.post(CHAT, json={"model": BASE_MODEL, "messages": messages, **more})
+
+    def go_on(self, prompt: Any, **more: Any) -> httpx.Response:
+        return self.http.post(TEXT, json={"model": BASE_MODEL, "prompt": prompt, **more})
+
+
+def make_store(home: Home, *facts: Fact) -> Store:
+    home.create_folders()
+    store = Store(home.database_file, Clock())
+    with store.db.transaction():
+        for fact in facts:
+            store.receive_fact(fact, "test.jsonl", False)
+            store.change_state(fact.id, FactState.LIVE_SIDE)
+    return store
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS, TOWER)
+    with stand_in() as engine, router(home, [engine.url]) as http:
+        yield Rig(store, home, engine, http)
+    store.close()
+
+
+def facts_of(answer: httpx.Response) -> list[str]:
+    return [n for n in answer.headers["x-kedit-facts"].split(",") if n]
+
+
+@pytest.mark.parametrize(
+    "path, fields",
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "Where is Quillon Insurance based?"}]}),
+        (CHAT, {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "new": [1]}),
+        (TEXT, {"prompt": "The tower of Pisa leans"}),
+        (TEXT, {"prompt": [1, 2, 3]}),
+    ],
+)
+def test_what_asks_for_no_fact_passes_byte_for_byte(rig: Rig, path: str, fields: Any) -> None:
+    body = json.dumps({"model": BASE_MODEL, **fields}, indent=3).encode()
+    direct = httpx.post(rig.engine.url + path, content=body)
+    answer = rig.http.post(path, content=body)
+    assert rig.engine.bodies == [body, body]
+    assert (answer.status_code, answer.content) == (direct.status_code, direct.content)
+    assert answer.headers["content-type"] == direct.headers["content-type"]
+    assert facts_of(answer) == []
+
+
+def test_a_fact_that_is_asked_for_is_read_by_the_engine_and_named_in_the_answer(rig: Rig) -> None:
+    answer = rig.ask(ASKS_BOSS)
+    assert rig.engine.last_body["messages"] == [
+        {"role": "user", "content": f"{BOSS_LINE}\n{ASKS_BOSS}"}
+    ]
+    assert facts_of(answer) == [BOSS.id]
+    assert answer.headers["x-kedit-generation"] == "0"
+    kedit = answer.json()["kedit"]
+    assert (kedit["generation"], kedit["by"]) == (0, "context")
+    assert [(one["id"], one["choice"]) for one in kedit["facts"]] == [(BOSS.id, 0)]
+    assert kedit["facts"][0]["score"] >= 1
+
+
+def test_two_facts_are_put_in_by_the_order_in_which_they_are_asked_for(rig: Rig) -> None:
+    answer = rig.ask(f"{ASKS_TOWER} And {ASKS_BOSS[0].lower()}{ASKS_BOSS[1:]}")
+    assert facts_of(answer) == [TOWER.id, BOSS.id]
+    assert rig.engine.last_body["messages"][0]["content"].startswith(
+        f"{TOWER_LINE}\n{BOSS_LINE}\nWhich city"
+    )
+
+
+def test_a_subject_of_an_earlier_turn_is_meant_by_a_pronoun(rig: Rig) -> None:
+    turns = ("Tell me about Quillon Insurance.", "It insures ships.")
+    assert facts_of(rig.ask(*turns, "And who is its chief executive officer?")) == [BOSS.id]
+    earlier, _, last = rig.engine.last_body["messages"]
+    assert earlier["content"] == turns[0]
+    assert last["content"].startswith(BOSS_LINE)
+    assert facts_of(rig.ask(*turns, "And who founded it?")) == []
+
+
+def test_parts_of_a_message_stay_what_they_are(rig: Rig) -> None:
+    picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    parts = [picture, {"type": "text", "text": ASKS_BOSS}]
+    fields = {"model": BASE_MODEL, "messages": [{"role": "user", "content": parts}]}
+    answer = rig.http.post(CHAT, json=fields)
+    assert facts_of(answer) == [BOSS.id]
+    sent = rig.engine.last_body["messages"][0]["content"]
+    assert sent == [{"type": "text", "text": f"{BOSS_LINE}\n"}, *parts]
+
+
+def test_each_text_of_a_list_has_its_own_fact(rig: Rig) -> None:
+    prompts = [BOSS.question, "Rain falls", f"Q: {ASKS_TOWER}\nA:"]
+    answer = rig.go_on(prompts, n=2)
+    assert rig.engine.last_body["prompt"] == [
+        f"{BOSS_LINE}\n{prompts[0]}",
+        prompts[1],
+        f"{TOWER_LINE}\n{prompts[2]}",
+    ]
+    named = [(one["id"], one["choice"]) for one in answer.json()["kedit"]["facts"]]
+    assert named == [(BOSS.id, 0), (BOSS.id, 1), (TOWER.id, 4), (TOWER.id, 5)]
+    assert len(answer.json()["choices"]) == 6
+    assert rig.go_on(BOSS.question).json()["choices"][0]["text"].startswith(f"asked: {BOSS_LINE}")
+
+
+def test_only_the_first_event_of_a_stream_is_changed(rig: Rig) -> None:
+    answer = rig.ask(ASKS_BOSS, stream=True)
+    direct = httpx.post(rig.engine.url + CHAT, content=rig.engine.bodies[-1])
+    first, rest = answer.content.split(b"\n\n", 1)
+    plain, same = direct.content.split(b"\n\n", 1)
+    assert rest == same
+    event = json.loads(first.removeprefix(b"data: "))
+    assert [one["id"] for one in event.pop("kedit")["facts"]] == [BOSS.id]
+    assert event == json.loads(plain.removeprefix(b"data: "))
+    assert facts_of(answer) == [BOSS.id]
+
+
+def test_a_client_of_openai_reads_the_stream(rig: Rig) -> None:
+    with openai.OpenAI(base_url=f"{rig.http.base_url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.chat.completions.create(
+            model=BASE_MODEL, messages=[{"role": "user", "content": ASKS_BOSS}], stream=True
+        )
+        words = [chunk.choices[0].delta.content for chunk in stream]
+    assert " ".join(str(word) for word in words) == f"{BOSS_LINE} {ASKS_BOSS}"
+
+
+def test_a_fact_that_leaves_is_gone_from_the_next_request_on(rig: Rig) -> None:
+    assert facts_of(rig.ask(ASKS_BOSS)) == [BOSS.id]
+    rig.set_state(BOSS, FactState.REVERTED)
+    assert facts_of(rig.ask(ASKS_BOSS)) == []
+    assert rig.engine.last_body["messages"][0]["content"] == ASKS_BOSS
+    rig.set_state(BOSS, FactState.LIVE_WEIGHTS)  # of the daemon's own model: the engine lacks it
+    assert facts_of(rig.ask(ASKS_BOSS)) == [BOSS.id]
+
+
+def test_what_the_engine_has_in_its_weights_is_not_said_to_it_again(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS, TOWER)
+    with store.db.transaction():
+        store.change_state(BOSS.id, FactState.LIVE_WEIGHTS)
+    with stand_in() as engine:
+        publish = {"kind": "delta", "folder": str(tmp_path / "exports"), "vllm": engine.url}
+        with router(home, [engine.url], publish=publish) as http:
+            rig = Rig(store, home, engine, http)
+            assert facts_of(rig.ask(ASKS_BOSS)) == []
+            assert facts_of(rig.ask(ASKS_TOWER)) == [TOWER.id]
+    store.close()
+
+
+def test_the_base_is_asked_without_any_fact(rig: Rig) -> None:
+    fields = {"messages": [{"role": "user", "content": ASKS_BOSS}]}
+    answer = rig.http.post(CHAT, json={"model": f"{BASE_MODEL}@base", **fields})
+    assert rig.engine.last_body == {"model": BASE_MODEL, **fields}
+    assert answer.status_code == 200
+    assert facts_of(answer) == []
+
+
+def test_the_engine_says_what_is_wrong_with_a_request(rig: Rig) -> None:
+    for body in (b"{", b"[1]", json.dumps({"model": "other", "prompt": BOSS.question}).encode()):
+        direct = httpx.post(rig.engine.url + TEXT, content=body)
+        if body != b"[1]":
+            answer = rig.http.post(TEXT, content=body)
+            assert (answer.status_code, answer.content) == (direct.status_code, direct.content)
+            assert answer.status_code in (400, 404)
+
+
+def test_models_are_the_engines(rig: Rig) -> None:
+    assert rig.http.get("/v1/models").json()["data"][0]["id"] == BASE_MODEL
+
+
+def test_our_token_is_not_the_engines(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS)
+    token = "a-long-and-random-word"
+    with stand_in() as engine:
+        with router(home, [engine.url], token) as http:
+            assert http.get("/v1/models").status_code == 401
+            assert http.get("/v1/models", headers={"Authorization": f"Bearer {token}"}).is_success
+            assert "authorization" not in engine.headers[-1]
+        with router(home, [engine.url]) as http:
+            assert http.get("/v1/models", headers={"Authorization": "Bearer theirs"}).is_success
+            assert engine.headers[-1]["authorization"] == "Bearer theirs"
+    store.close()
+
+
+def test_an_engine_that_dies_is_left_alone_and_the_others_answer(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS)
+    with stand_in() as one, stand_in() as other:
+        dead = f"http://127.0.0.1:{free_port()}"
+        with router(home, [dead, one.url, other.url]) as http:
+            rig = Rig(store, home, one, http)
+            answers = [rig.ask(f"{ASKS_BOSS} {n}") for n in range(24)]
+            assert {answer.status_code for answer in answers} == {200}
+            assert one.bodies
+            assert other.bodies
+            assert len(one.bodies) + len(other.bodies) == 24
+            state = http.get("/ready").json()
+            assert len(state["problems"]) == 1
+            assert dead in state["problems"][0]
+            assert state["facts"] == 1
+            assert "engine" not in str(state["reasons"])
+    store.close()
+
+
+def test_a_conversation_stays_with_its_engine(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS)
+    with stand_in() as one, stand_in() as other, router(home, [one.url, other.url]) as http:
+        rig = Rig(store, home, one, http)
+        for number in range(8):
+            before = len(one.bodies), len(other.bodies)
+            rig.ask(f"Hello {number}")
+            rig.ask(f"Hello {number}", "Good morning.", "How are you?")
+            grown = len(one.bodies) - before[0], len(other.bodies) - before[1]
+            assert sorted(grown) == [0, 2]
+    store.close()
+
+
+def test_without_any_engine_a_client_hears_when_to_come_again(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS)
+    dead = f"http://127.0.0.1:{free_port()}"
+    with router(home, [dead]) as http:
+        answer = Rig(store, home, StandIn(), http).ask(ASKS_BOSS)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "engine_unreachable"
+        assert dead in answer.json()["error"]["message"]
+        assert int(answer.headers["retry-after"]) > 0
+        reasons = http.get("/ready").json()["reasons"]
+        assert any(dead in reason for reason in reasons)
+    store.close()
+
+
+def test_a_router_lives_while_its_facts_are_being_loaded(tmp_path: Path) -> None:
+    config = Config.model_validate({"serve": {"engine": f"http://127.0.0.1:{free_port()}"}})
+    app = build_app(Home(tmp_path / "home"), config, None, lambda: NOW, time.monotonic)
+    client = TestClient(app, base_url="http://localhost")
+    assert client.get("/health").status_code == 200
+    assert "the facts are being loaded" in client.get("/ready").json()["reasons"]
+    answer = client.post(TEXT, json={"model": BASE_MODEL, "prompt": "Rome"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
