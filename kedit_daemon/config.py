@@ -176,6 +176,7 @@ class ServeConfig(_Section):
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
     allowed_origins: list[Origin] = []
     engine: EngineUrl | Annotated[list[EngineUrl], Field(min_length=1)] | None = None
+    adapters: Annotated[str, Field(pattern="^[/~]")] | None = None
 
     @property
     def engines(self) -> list[str]:
@@ -189,6 +190,12 @@ class ServeConfig(_Section):
             return self.host == "localhost" or ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Self:
+        if self.adapters is not None and not self.engine:
+            raise ValueError("adapters are for engines: set engine too, or leave adapters out")
+        return self
 
     @model_validator(mode="after")
     def _check_token_file(self) -> Self:

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-from memory.model.canary import Health
+if TYPE_CHECKING:  # it imports torch, and a page that draws the limits needs none
+    from memory.model.canary import Health
 
 HYSTERESIS = 0.1  # of the way from the unedited model's value to a limit
 # Share of the replies about edited subjects and neighbours that may change before an audit warns.
@@ -91,7 +93,7 @@ class Verdict:
 
 
 def judge_health(
-    health: Health,
+    health: "Health",
     thresholds: Thresholds,
     retention: float | None = None,
     locality: float | None = None,
@@ -110,7 +112,7 @@ def judge_health(
     return Verdict(action, tuple(reason for a, reason in judged if a > Action.KEEP))
 
 
-def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action, str]]:
+def _judge_each(health: "Health", thresholds: Thresholds) -> Iterator[tuple[Action, str]]:
     if not health.finite:
         yield Action.REVERT, "a number is NaN or infinite"
     for layer, ratio in health.norm_ratio.items():
@@ -124,7 +126,7 @@ def _judge_each(health: Health, thresholds: Thresholds) -> Iterator[tuple[Action
     yield _judge_agreement(health, thresholds)
 
 
-def _judge_agreement(health: Health, thresholds: Thresholds) -> tuple[Action, str]:
+def _judge_agreement(health: "Health", thresholds: Thresholds) -> tuple[Action, str]:
     share, limits = health.confident_agreement, thresholds.confident
     if share is None or limits is None:
         reason = f"agreement with the base on statements is {health.agreement:.3f}"
@@ -134,7 +136,7 @@ def _judge_agreement(health: Health, thresholds: Thresholds) -> tuple[Action, st
     return limits.judge_value(1 - share), reason
 
 
-def find_worsened(was: Health, now: Health) -> list[str]:
+def find_worsened(was: "Health", now: "Health") -> list[str]:
     """List the figures that got worse from one state to another, by more than `TOLERANCE`."""
     found = [] if now.finite else ["a number is NaN or infinite"]
     pairs = [("canary perplexity", was.perplexity, now.perplexity)]
@@ -148,7 +150,7 @@ def find_worsened(was: Health, now: Health) -> list[str]:
     return found
 
 
-def _select_agreement(health: Health) -> float:
+def _select_agreement(health: "Health") -> float:
     """Return the agreement on confident statements; on all where those are too few."""
     share = health.confident_agreement
     return health.agreement if share is None else share

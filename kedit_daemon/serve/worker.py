@@ -20,7 +20,7 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.app import attach_reader, build_app
 from kedit_daemon.serve.inference.reader import Reader
-from kedit_daemon.serve.router.routed_facts import RoutedFacts
+from kedit_daemon.serve.router.router_api import RouterApi
 from kedit_daemon.serve.supervisor import read_token
 from kedit_daemon.system.log_setup import configure_logging
 from memory.errors import KeditError
@@ -79,10 +79,10 @@ def _load_reader(home: Home, config: Config) -> Reader:
     return open_reader(home, config)
 
 
-def _load_facts(home: Home, config: Config) -> RoutedFacts:
-    from kedit_daemon.serve.router.open_facts import open_facts
+def _load_facts(router: RouterApi, home: Home, config: Config) -> None:
+    from kedit_daemon.serve.router.load_router import load_router
 
-    return open_facts(home, config)
+    load_router(router, home, config, time.time())
 
 
 class HttpServer(uvicorn.Server):
@@ -115,7 +115,7 @@ class HttpServer(uvicorn.Server):
 
     async def _load_model(self) -> None:
         if (router := self._app.state.router) is not None:
-            router.facts = await asyncio.to_thread(_load_facts, self._home, self._settings)
+            await asyncio.to_thread(_load_facts, router, self._home, self._settings)
             log.info("Routing to %s", ", ".join(self._settings.serve.engines))
             return
         reader = await asyncio.to_thread(_load_reader, self._home, self._settings)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -23,16 +24,21 @@ from starlette.routing import Route
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.app import build_app
-from kedit_daemon.serve.router.open_facts import open_facts
+from kedit_daemon.serve.router.load_router import load_router
 
-BASE_MODEL = "stand-in"
+BASE_MODEL, BASE_ROOT = "stand-in", "/models/stand-in"
+MAX_RANK = 16  # vLLM's --max-lora-rank
 
 
 @dataclass
 class StandIn:
-    """An engine's state, and what it was sent."""
+    """An engine's state, and what it was sent. It takes adapters by vLLM's rules: one a request, by
+    its name, found in a folder when it is first asked for, made for this very model, and kept."""
 
     url: str = ""
+    adapters: Path | None = None
+    takes_adapters: bool = True
+    loaded: dict[str, bytes] = field(default_factory=dict)  # adapters' weights, by name
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     pause: float = 0.0  # seconds before each word of a stream, and before an answer
@@ -52,7 +58,7 @@ class StandIn:
 
     async def list_models(self, request: Request) -> Response:
         self.headers.append(dict(request.headers))
-        return JSONResponse({"object": "list", "data": [{"id": BASE_MODEL, "object": "model"}]})
+        return JSONResponse({"object": "list", "data": [{"id": BASE_MODEL, "root": BASE_ROOT}]})
 
     async def complete(self, request: Request) -> Response:
         return await self._answer(request, "text_completion")
@@ -68,7 +74,8 @@ class StandIn:
             fields = json.loads(body)
         except ValueError as error:
             return JSONResponse({"error": {"message": f"no JSON: {error}"}}, 400)
-        if fields.get("model") != BASE_MODEL:
+        model = fields.get("model")
+        if model != BASE_MODEL and not self._load_adapter(str(model)):
             message = f"The model {fields.get('model')!r} does not exist."
             return JSONResponse({"error": {"message": message, "code": 404}}, 404)
         is_chat = kind == "chat.completion"
@@ -84,7 +91,18 @@ class StandIn:
             for s in said
         ]
         choices = [{"index": n, **text, "finish_reason": "stop"} for n, text in enumerate(texts)]
-        return JSONResponse({"id": "x", "object": kind, "model": BASE_MODEL, "choices": choices})
+        return JSONResponse({"id": "x", "object": kind, "model": model, "choices": choices})
+
+    def _load_adapter(self, name: str) -> bool:
+        if self.adapters is None or not self.takes_adapters:
+            return False
+        settings = self.adapters / name / "adapter_config.json"
+        if name not in self.loaded and settings.is_file():
+            known = json.loads(settings.read_bytes())
+            if known["base_model_name_or_path"] == BASE_ROOT and known["r"] <= MAX_RANK:
+                weights = self.adapters / name / "adapter_model.safetensors"
+                self.loaded[name] = weights.read_bytes()
+        return name in self.loaded
 
     async def _stream_words(self, fields: Any, is_chat: bool, asked: str) -> AsyncIterator[bytes]:
         for word in asked.split():
@@ -122,20 +140,22 @@ def _listening(app: Starlette) -> Iterator[str]:
 
 
 @contextmanager
-def stand_in() -> Iterator[StandIn]:
-    """An engine that listens within the block."""
-    engine = StandIn()
+def stand_in(adapters: Path | None = None) -> Iterator[StandIn]:
+    """An engine that listens within the block, and reads adapters from a folder."""
+    engine = StandIn(adapters=adapters)
     with _listening(engine.build_app()) as engine.url:
         yield engine
 
 
 @contextmanager
 def router(
-    home: Home, engines: list[str], token: str | None = None, **more: Any
+    home: Home, engines: list[str], token: str | None = None, publish: Any = None, **serve: Any
 ) -> Iterator[httpx.Client]:
     """A client of a router over a home, in front of engines."""
-    config = Config.model_validate({"serve": {"engine": engines}, **more})
+    config = Config.model_validate(
+        {"serve": {"engine": engines, **serve}, "publish": publish or {}}
+    )
     app = build_app(home, config, token, lambda: NOW, time.monotonic)
-    app.state.router.facts = open_facts(home, config)
+    load_router(app.state.router, home, config, NOW.timestamp())
     with _listening(app) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client

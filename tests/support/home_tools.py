@@ -9,6 +9,7 @@ from side_tools import delta_of, keys_of, side_of
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from kedit_daemon.home import Home
 from kedit_daemon.serve.inference.replica import Replica
+from memory.db import meta_keys
 from memory.db.follower import Follower
 from memory.db.store import Store
 from memory.facts import Fact, FactState
@@ -29,11 +30,18 @@ class Published:
         self.seconds = 0.0  # of the clock that a replica looks at
         self.store = Store(self.home.database_file, Clock())
 
-    def learn(self, fact: Fact, shard: int, seed: int = 1) -> Path:
+    def name_model(self, folder: Path) -> None:
+        """As a daemon does at its first start."""
+        with self.store.db.transaction():
+            self.store.db.set_meta(meta_keys.MODEL, str(folder))
+            every = range(self.model.layer_count)
+            self.store.db.set_meta(meta_keys.BASE_HASH, self.model.weights_hash(every))
+
+    def learn(self, fact: Fact, shard: int, seed: int = 1, *, is_asked: bool = False) -> Path:
         """A fact goes live in the side memory; the path of its shard's file."""
         side = side_of(self.model, {})
         delta = delta_of(self.model, seed)
-        sha = save_shard(self.home.side_folder, Shard(delta, 1e-3))
+        sha = save_shard(self.home.side_folder, Shard(delta, 1e-3, is_asked))
         with self.store.db.transaction():
             known = self.store.find_fact(fact.id)
             if known is None:

@@ -1,9 +1,7 @@
 """The writers of the kinds of exports that hold the weights: each fills an export's folder."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +14,7 @@ from kedit_daemon.publish.export.edited_checkpoint import (
     open_edited_model,
 )
 from kedit_daemon.publish.export.gguf_writers import write_gguf, write_gguf_lora
+from kedit_daemon.publish.export.peft_adapter import AdapterFactors, write_adapter
 from kedit_daemon.publish.export.source import ExportSource, WrittenExport
 from memory.errors import KeditError
 from memory.model.checkpoint import SINGLE_FILE
@@ -85,40 +84,11 @@ def write_lora(source: ExportSource, to: Path) -> WrittenExport:
             code="rank",
             hint="export merged or delta, which hold any number of facts at the same cost",
         )
-    tensors: dict[str, Tensor] = {}
-    for n, (down, up) in factors.items():
-        name = f"base_model.model.{places[n].module_name}"
-        tensors[f"{name}.lora_A.weight"] = up
-        tensors[f"{name}.lora_B.weight"] = down
-    save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
-    transposed = {places[n].transposed for n in factors} == {True}
-    modules = [places[n].module_name for n in factors]
-    settings = _build_adapter_config(source, rank, modules, transposed)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    (to / "adapter_config.json").write_text(text, encoding="utf-8")
-    return WrittenExport({"rank": rank}, ())
-
-
-def _build_adapter_config(
-    source: ExportSource, rank: int, modules: list[str], transposed: bool
-) -> dict[str, Any]:
-    """Build PEFT's settings. Alpha is the rank, so that the product is not scaled."""
     folder = find_model_folder(source.model, GgufCache(source.home.models_folder))
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": source.model if folder is None else str(folder),
-        "r": rank,
-        "lora_alpha": rank,
-        "target_modules": modules,
-        "fan_in_fan_out": transposed,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
+    base = source.model if folder is None else str(folder)
+    ordered = [AdapterFactors(places[n], down, up) for n, (down, up) in factors.items()]
+    write_adapter(to, base, ordered)
+    return WrittenExport({"rank": rank}, ())
 
 
 WRITERS: dict[str, Callable[[ExportSource, Path], WrittenExport]] = {

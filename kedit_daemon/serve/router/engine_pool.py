@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import httpx
+from pydantic_core import from_json
 
 from kedit_daemon.serve.errors import RequestError
 from kedit_daemon.system.backoff import Backoff
@@ -59,6 +60,16 @@ class EnginePool:
             code="engine_unreachable",
             retry=RETRY_SECONDS,
         )
+
+    async def list_models(self) -> dict[str, str]:
+        """Return what an engine has loaded, a folder or a hub's name, by the model's name. Raises
+        RequestError (503): none answers."""
+        response = await self.send("GET", "/v1/models", {}, b"", "")
+        try:
+            listed = from_json(await response.aread()) if response.is_success else {}
+        finally:
+            await response.aclose()
+        return {str(m["id"]): str(m.get("root") or m["id"]) for m in listed.get("data", ())}
 
     async def find_silent(self) -> list[str]:
         """Ask each engine for its models; return what is wrong with those that do not answer."""

@@ -3,7 +3,7 @@ were put into the request."""
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic_core import from_json
@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kedit_daemon.serve.openai.responses import encode_event
-from kedit_daemon.serve.router.routed_facts import RoutedFact
+
+if TYPE_CHECKING:  # it imports torch
+    from kedit_daemon.serve.router.routed_facts import RoutedFact
 
 # What belongs to one connection, or describes a body that may be changed.
 DROPPED_HEADERS = {
@@ -26,29 +28,42 @@ EVENT_PREFIX, DONE = "data: ", "data: [DONE]"
 @dataclass(frozen=True)
 class NamedFacts:
     """The facts of a request by its prompts, empty if there are none; the generation of the home
-    that they are of; and the number of choices that each prompt has in the answer."""
+    that they are of; and the number of choices that each prompt has in the answer. model: that the
+    client has asked for, where an adapter answers in its place; else the facts are in the prompt,
+    and nothing says that the engine goes by them."""
 
     generation: int
-    by_prompt: Sequence[Sequence[RoutedFact]] = ()
+    by_prompt: "Sequence[Sequence[RoutedFact]]" = ()
     choices: int = 1
+    model: str | None = None
+
+    @property
+    def distinct(self) -> "list[RoutedFact]":
+        """The facts of all prompts, each once."""
+        return list({one.fact.id: one for facts in self.by_prompt for one in facts}.values())
 
     @property
     def headers(self) -> dict[str, str]:
         """The HTTP headers that name them."""
-        ids = dict.fromkeys(one.fact.id for facts in self.by_prompt for one in facts)
-        return {"x-kedit-facts": ",".join(ids), "x-kedit-generation": str(self.generation)}
+        ids = ",".join(one.fact.id for one in self.distinct)
+        return {"x-kedit-facts": ids, "x-kedit-generation": str(self.generation)}
 
     @property
     def field(self) -> dict[str, Any]:
-        """The field `kedit` of an answer. The engine reads the facts in the prompt, and nothing
-        says that it goes by them."""
+        """The field `kedit` of an answer."""
         described = [
             {"id": one.fact.id, "score": one.score, "choice": place * self.choices + choice}
             for place, facts in enumerate(self.by_prompt)
             for choice in range(self.choices)
             for one in facts
         ]
-        return {"generation": self.generation, "facts": described, "by": "context"}
+        by = "context" if self.model is None else "adapter"
+        return {"generation": self.generation, "facts": described, "by": by}
+
+    def restore_model(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return an answer's body, or a part of it, with the name of the model that was asked for:
+        the engine puts the adapter's there."""
+        return body if self.model is None else {**body, "model": self.model}
 
 
 async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
@@ -62,7 +77,7 @@ async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
         body = from_json(await answer.aread())
     finally:
         await answer.aclose()
-    return JSONResponse({**body, "kedit": named.field}, headers=named.headers)
+    return JSONResponse({**named.restore_model(body), "kedit": named.field}, headers=named.headers)
 
 
 class PassedAnswer(StreamingResponse):
@@ -90,9 +105,10 @@ async def _name_in_stream(answer: httpx.Response, named: NamedFacts) -> AsyncIte
     """Yield a stream's events, the first with the field `kedit`."""
     is_first = True
     async for line in answer.aiter_lines():
-        if is_first and line.startswith(EVENT_PREFIX) and line != DONE:
-            is_first = False
-            event = {**from_json(line.removeprefix(EVENT_PREFIX)), "kedit": named.field}
-            yield encode_event(event).removesuffix(b"\n")
-        else:
+        is_event = line.startswith(EVENT_PREFIX) and line != DONE
+        if not is_event or not (is_first or named.model):
             yield f"{line}\n".encode()
+            continue
+        event = named.restore_model(from_json(line.removeprefix(EVENT_PREFIX)))
+        yield encode_event({**event, "kedit": named.field} if is_first else event)[:-1]
+        is_first = False

@@ -23,10 +23,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoutedFact:
-    """A fact that a prompt asks for, or comes to state, and the score of its words."""
+    """A fact that a prompt asks for, or comes to state, the score of its words, and the sha256 of
+    its shard's file, if it is in the side memory."""
 
     fact: Fact
     score: float
+    shard_sha: str | None = None
 
 
 class RoutedFacts:
@@ -40,6 +42,7 @@ class RoutedFacts:
         self._prompts = PromptReader(words)
         self._records: dict[str, str] = {}
         self._facts: dict[str, Fact] = {}
+        self._shards: dict[str, str] = {}  # sha256 of the file, by fact
         self.generation = 0
         """The active generation of the home."""
         self.problem: str | None = None
@@ -59,6 +62,8 @@ class RoutedFacts:
             if self._follower.has_changed():
                 with self._follower.read_snapshot():
                     self._follow(self._follower.list_live_facts(self._states))
+                    rows = self._follower.list_live_rows()
+                    self._shards = {row.fact_id: row.file_sha256 for row in rows}
                     self.generation = self._follower.artifacts.active_generation()
         except sqlite3.Error as error:
             self._follower.forget_version()
@@ -110,4 +115,5 @@ class RoutedFacts:
         chosen = choose_asked(reading.asked, least)
         if reading.stated is not None and (best := choose_best(reading.stated, least)):
             chosen = {best: reading.stated[best]}
-        return [RoutedFact(self._facts[n], score) for n, score in chosen.items()]
+        found = ((self._facts[n], score, self._shards.get(n)) for n, score in chosen.items())
+        return [RoutedFact(*one) for one in found]

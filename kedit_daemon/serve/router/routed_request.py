@@ -6,16 +6,18 @@ that the engine knows.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json, to_json
 
 from kedit_daemon.serve.openai.request_parser import BASE_SUFFIX
-from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
 from memory.facts import Fact
 
+if TYPE_CHECKING:  # it imports torch
+    from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
+
 CONVERSATION_CHARS = 500  # that tell one conversation from another
-FindFacts = Callable[[RoutedFacts, dict[str, Any]], list[list[RoutedFact]]]
+FindFacts = Callable[["RoutedFacts", dict[str, Any]], "list[list[RoutedFact]]"]
 """Finds the facts of each prompt of a request."""
 
 
@@ -72,7 +74,7 @@ def read_request(body: bytes) -> RoutedRequest:
 # Conversations ------------------------------------------------------------------------------------
 
 
-def find_chat_facts(facts: RoutedFacts, fields: dict[str, Any]) -> list[list[RoutedFact]]:
+def find_chat_facts(facts: "RoutedFacts", fields: dict[str, Any]) -> "list[list[RoutedFact]]":
     """Find the facts that the last turn of a conversation asks for, if it is the user's."""
     turns = _read_turns(fields)
     if not turns or turns[-1][0] != "user":
@@ -81,7 +83,9 @@ def find_chat_facts(facts: RoutedFacts, fields: dict[str, Any]) -> list[list[Rou
     return [facts.find_in_chat(turns[-1][1], history)]
 
 
-def add_chat_facts(fields: dict[str, Any], found: Sequence[Sequence[RoutedFact]]) -> dict[str, Any]:
+def add_chat_facts(
+    fields: dict[str, Any], found: "Sequence[Sequence[RoutedFact]]"
+) -> dict[str, Any]:
     """Return the fields of a conversation with facts before the words of its last turn."""
     *before, last = fields["messages"]
     lines = _write_lines([one.fact for one in found[0]])
@@ -112,7 +116,7 @@ def _read_text(content: Any) -> str:
 # Texts to continue --------------------------------------------------------------------------------
 
 
-def find_text_facts(facts: RoutedFacts, fields: dict[str, Any]) -> list[list[RoutedFact]]:
+def find_text_facts(facts: "RoutedFacts", fields: dict[str, Any]) -> "list[list[RoutedFact]]":
     """Find the fact of each text that is to be continued. Tokens are not read."""
     return [
         facts.find_in_text(prompt) if isinstance(prompt, str) else []
@@ -120,7 +124,9 @@ def find_text_facts(facts: RoutedFacts, fields: dict[str, Any]) -> list[list[Rou
     ]
 
 
-def add_text_facts(fields: dict[str, Any], found: Sequence[Sequence[RoutedFact]]) -> dict[str, Any]:
+def add_text_facts(
+    fields: dict[str, Any], found: "Sequence[Sequence[RoutedFact]]"
+) -> dict[str, Any]:
     """Return the fields of a completion with each text's fact in a line before it."""
     prompts = [
         f"{_write_lines([one.fact for one in facts])}{prompt}" if facts else prompt

@@ -2,10 +2,12 @@
 is, and so do the answers but for the names of the facts."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic_core import to_json
@@ -25,7 +27,6 @@ from kedit_daemon.serve.router.named_answers import (
     PassedAnswer,
     name_facts,
 )
-from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
 from kedit_daemon.serve.router.routed_request import (
     FindFacts,
     RoutedRequest,
@@ -35,8 +36,15 @@ from kedit_daemon.serve.router.routed_request import (
     find_text_facts,
     read_request,
 )
+from memory.errors import KeditError
 
-AddFacts = Callable[[dict[str, Any], Sequence[Sequence[RoutedFact]]], dict[str, Any]]
+if TYPE_CHECKING:  # they import torch, and the server answers before that is loaded
+    from kedit_daemon.serve.router.fact_adapters import FactAdapters
+    from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
+
+MAX_ERROR_CHARS = 300  # of an engine's
+log = logging.getLogger(__name__)
+AddFacts = Callable[[dict[str, Any], "Sequence[Sequence[RoutedFact]]"], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,9 @@ class RouterApi:
         self.config, self.engines, self.token = config, engines, token
         self.facts: RoutedFacts | None = None
         """The facts; None while they are being loaded."""
+        self.adapters: FactAdapters | None = None
+        """The adapters of facts; None where facts are told in the prompt."""
+        self._roots: dict[str, str] = {}  # what the engines have loaded, by the models' names
         self._reading = ThreadPoolExecutor(1, "router")  # of the facts, by one thread at a time
 
     def build_routes(self, gate: Middleware) -> list[Route]:
@@ -106,14 +117,46 @@ class RouterApi:
     async def _answer_request(self, request: Request, form: PromptForm) -> Response:
         routed = read_request(await read_body(request, self.config.max_body_bytes))
         named = await self.find_facts(routed, form)
-        body = routed.plain_body
-        if named.by_prompt:
-            body = to_json(form.add_facts(routed.fields, named.by_prompt))
-        sending = self._send(request, body, routed.conversation)
-        answer = await run_unless_gone(request, sending)
-        if answer is None:
+        answered = await run_unless_gone(request, self._ask_engine(request, routed, form, named))
+        if answered is None:
             return Response(status_code=CLIENT_GONE)
-        return await name_facts(answer, named)
+        return await name_facts(*answered)
+
+    async def _ask_engine(
+        self, request: Request, routed: RoutedRequest, form: PromptForm, named: NamedFacts
+    ) -> tuple[httpx.Response, NamedFacts]:
+        """Send a request with its facts: by an adapter where there is one that the engine takes,
+        else in the prompt."""
+        if not named.by_prompt:
+            return await self._send(request, routed.plain_body, routed.conversation), named
+        if (adapter := await self._make_adapter(routed, form, named)) is not None:
+            body = to_json({**routed.fields, "model": adapter})
+            answer = await self._send(request, body, routed.conversation)
+            if not answer.is_error:
+                return answer, replace(named, model=str(routed.fields.get("model")))
+            text = (await answer.aread())[:MAX_ERROR_CHARS].decode(errors="replace")
+            await answer.aclose()
+            log.warning("The engine does not take the adapter %s: %s", adapter, text)
+        body = to_json(form.add_facts(routed.fields, named.by_prompt))
+        return await self._send(request, body, routed.conversation), named
+
+    async def _make_adapter(
+        self, routed: RoutedRequest, form: PromptForm, named: NamedFacts
+    ) -> str | None:
+        """Return the adapter of a request's facts; None where they are to be told in the prompt."""
+        if (adapters := self.adapters) is None:
+            return None
+        model = str(routed.fields.get("model"))
+        if model not in self._roots:
+            self._roots |= await self.engines.list_models()
+        if (base := self._roots.get(model)) is None:
+            return None  # the engine says that there is no such model
+        make = partial(adapters.make_adapter, named.distinct, base, form is CHAT)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reading, make)
+        except (OSError, KeditError) as error:
+            log.warning("No adapter can be made: %s", error)
+            return None
 
     async def find_facts(self, routed: RoutedRequest, form: PromptForm) -> NamedFacts:
         """Find the facts that a request asks for. Raises RequestError (503) while they are being

@@ -2,24 +2,30 @@
 
 import json
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import torch
 from command_line import NOW
 from editing_home import Clock
 from engine_tools import BASE_MODEL, StandIn, router, stand_in
-from serving import free_port
+from home_tools import Published
+from safetensors.torch import load_file
+from serving import free_port, load
+from side_tools import delta_of
 from starlette.testclient import TestClient
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.app import build_app
+from kedit_daemon.serve.router.fact_adapters import KEPT_SECONDS, open_adapters
 from memory.db.store import Store
+from memory.errors import KeditError
 from memory.facts import Fact, FactState
 
 BOSS = Fact("Quillon Insurance", "The chief executive officer of {} is", "Maud Ferreira")
@@ -287,3 +293,134 @@ def test_a_router_lives_while_its_facts_are_being_loaded(tmp_path: Path) -> None
     assert "the facts are being loaded" in client.get("/ready").json()["reasons"]
     answer = client.post(TEXT, json={"model": BASE_MODEL, "prompt": "Rome"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+
+
+# Adapters -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class AdapterRig:
+    """A home whose facts have shards, and an engine that reads adapters from a folder."""
+
+    published: Published
+    folder: Path
+    engine: StandIn
+    http: httpx.Client
+
+    def ask(self, question: str, **more: Any) -> httpx.Response:
+        messages = [{"role": "user", "content": question}]
+        return self.http.post(CHAT, json={"model": BASE_MODEL, "messages": messages, **more})
+
+
+@pytest.fixture
+def adapter_rig(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator[AdapterRig]:
+    published = Published(tmp_path / "home", load(model_folder("llama")))
+    published.name_model(model_folder("llama"))
+    published.learn(BOSS, 1, seed=1, is_asked=True)
+    published.learn(TOWER, 2, seed=2, is_asked=True)
+    folder = tmp_path / "adapters"
+    with (
+        stand_in(folder) as engine,
+        router(published.home, [engine.url], adapters=str(folder)) as http,
+    ):
+        yield AdapterRig(published, folder, engine, http)
+    published.store.close()
+
+
+def test_a_fact_is_served_as_an_adapter_that_the_engine_finds(adapter_rig: AdapterRig) -> None:
+    answer = adapter_rig.ask(ASKS_BOSS)
+    sent = adapter_rig.engine.last_body
+    assert sent["messages"] == [{"role": "user", "content": ASKS_BOSS}]
+    assert sent["model"].startswith("kedit-")
+    assert answer.json()["model"] == BASE_MODEL
+    assert answer.json()["kedit"]["by"] == "adapter"
+    assert facts_of(answer) == [BOSS.id]
+    # The very shard, for the matrix that it was learned on.
+    (path,) = adapter_rig.folder.iterdir()
+    tensors = load_file(path / "adapter_model.safetensors")
+    delta = delta_of(adapter_rig.published.model, 1)
+    name = "base_model.model.model.layers.2.mlp.down_proj"
+    assert torch.equal(tensors[f"{name}.lora_A.weight"], delta.down)
+    assert torch.equal(tensors[f"{name}.lora_B.weight"], delta.up)
+    settings = json.loads((path / "adapter_config.json").read_bytes())
+    assert settings["lora_alpha"] == settings["r"] == len(delta.down)
+
+
+def test_another_target_is_another_adapter(adapter_rig: AdapterRig) -> None:
+    adapter_rig.ask(ASKS_BOSS)
+    first = adapter_rig.engine.last_body["model"]
+    adapter_rig.ask(ASKS_BOSS)
+    assert adapter_rig.engine.last_body["model"] == first
+    adapter_rig.published.forget(BOSS, 1)
+    newer = replace(BOSS, target="Ida Lind")
+    adapter_rig.published.learn(newer, 3, seed=3, is_asked=True)
+    assert facts_of(adapter_rig.ask(ASKS_BOSS)) == [newer.id]
+    assert adapter_rig.engine.last_body["model"] not in (first, BASE_MODEL)
+
+
+def test_two_facts_are_one_adapter_of_both_shards(adapter_rig: AdapterRig) -> None:
+    answer = adapter_rig.ask(f"{ASKS_TOWER} And {ASKS_BOSS}")
+    assert facts_of(answer) == [TOWER.id, BOSS.id]
+    (path,) = adapter_rig.folder.iterdir()
+    tensors = load_file(path / "adapter_model.safetensors")
+    (down,) = [t for n, t in tensors.items() if "lora_A" in n]
+    (up,) = [t for n, t in tensors.items() if "lora_B" in n]
+    one, other = (delta_of(adapter_rig.published.model, seed) for seed in (1, 2))
+    assert torch.allclose(up @ down, one.up @ one.down + other.up @ other.down, atol=1e-6)
+
+
+def test_a_stream_by_an_adapter_names_the_model_that_was_asked_for(
+    adapter_rig: AdapterRig,
+) -> None:
+    answer = adapter_rig.ask(ASKS_BOSS, stream=True)
+    lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert {event["model"] for event in events} == {BASE_MODEL}
+    assert ["kedit" in event for event in events] == [True] + [False] * (len(events) - 1)
+
+
+@pytest.mark.parametrize("why", ["refused", "in the weights", "not asked", "no disk"])
+def test_where_no_adapter_can_be_the_fact_is_told(adapter_rig: AdapterRig, why: str) -> None:
+    published = adapter_rig.published
+    if why == "refused":
+        adapter_rig.engine.takes_adapters = False
+    elif why == "in the weights":
+        with published.store.db.transaction():
+            published.store.artifacts.drop_side_keys(BOSS.id)
+            published.store.change_state(BOSS.id, FactState.LIVE_WEIGHTS)
+    elif why == "not asked":
+        published.forget(BOSS, 1)
+        published.learn(replace(BOSS, target="Ida Lind"), 3, seed=3)
+    else:
+        adapter_rig.folder.rmdir()
+        adapter_rig.folder.write_text("no folder")
+    answer = adapter_rig.ask(ASKS_BOSS)
+    assert answer.json()["kedit"]["by"] == "context"
+    sent = adapter_rig.engine.last_body
+    assert sent["model"] == BASE_MODEL
+    assert sent["messages"][0]["content"].startswith("The chief executive officer of Quillon")
+
+
+def test_adapters_that_nobody_asks_for_are_deleted_after_a_week(
+    adapter_rig: AdapterRig,
+) -> None:
+    adapter_rig.ask(ASKS_BOSS)
+    (path,) = adapter_rig.folder.iterdir()
+    now = path.stat().st_mtime
+    open_adapters(adapter_rig.published.home, adapter_rig.folder, now + KEPT_SECONDS - 1)
+    assert path.is_dir()
+    open_adapters(adapter_rig.published.home, adapter_rig.folder, now + KEPT_SECONDS + 1)
+    assert not path.exists()
+
+
+def test_a_folder_of_adapters_that_cannot_be_is_named(
+    tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    published = Published(tmp_path / "home", load(model_folder("llama")))
+    published.name_model(model_folder("llama"))
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(KeditError, match="adapters") as raised:
+        open_adapters(published.home, file, 0.0)
+    assert raised.value.exit_code == 78
+    published.store.close()

@@ -1,0 +1,26 @@
+"""Loading of what a router needs of a home. Imports torch, for the vectors of words."""
+
+from pathlib import Path
+
+from kedit_daemon.config import Config
+from kedit_daemon.editing.relations import load_relation_index
+from kedit_daemon.home import Home
+from kedit_daemon.serve.router.fact_adapters import open_adapters
+from kedit_daemon.serve.router.routed_facts import RoutedFacts
+from kedit_daemon.serve.router.router_api import RouterApi
+from memory.db.follower import Follower
+from memory.facts import LIVE_STATES, FactState
+from policies.asking.asked_facts import AskedFacts
+
+
+def load_router(router: RouterApi, home: Home, config: Config, now: float) -> None:
+    """Load a home's facts into a router, which answers from then on. Those in the weights are left
+    out where the daemon publishes its weights to a server: an engine has them then. now: in seconds
+    since 1970. Raises KeditError: there is no database, or no adapters can be made."""
+    is_published = config.publish.vllm is not None
+    states = (FactState.LIVE_SIDE,) if is_published else LIVE_STATES
+    if (folder := config.serve.adapters) is not None:
+        router.adapters = open_adapters(home, Path(folder).expanduser(), now)
+    facts = RoutedFacts(Follower(home.database_file), AskedFacts(load_relation_index), states)
+    facts.sync()
+    router.facts = facts
