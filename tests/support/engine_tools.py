@@ -4,6 +4,7 @@ Its answers tell which model was asked and what it was asked, so that a test see
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -41,6 +42,7 @@ class StandIn:
     loaded: dict[str, bytes] = field(default_factory=dict)  # adapters' weights, by name
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    says: dict[str, str] = field(default_factory=dict)  # by what the model's name begins with
     pause: float = 0.0  # seconds before each word of a stream, and before an answer
 
     @property
@@ -81,17 +83,20 @@ class StandIn:
         is_chat = kind == "chat.completion"
         asked = fields["messages"][-1]["content"] if is_chat else fields["prompt"]
         prompts = asked if isinstance(asked, list) and not is_chat else [asked]
+        told = self._find_said(str(model))
         if fields.get("stream"):
-            words = self._stream_words(fields, is_chat, str(prompts[0]))
+            words = self._stream_words(fields, is_chat, told or str(prompts[0]))
             return StreamingResponse(words, media_type="text/event-stream")
         time.sleep(self.pause)
-        said = [f"asked: {prompt}" for prompt in prompts for _ in range(fields.get("n", 1))]
-        texts = [
-            {"message": {"role": "assistant", "content": s}} if is_chat else {"text": s}
-            for s in said
-        ]
-        choices = [{"index": n, **text, "finish_reason": "stop"} for n, text in enumerate(texts)]
-        return JSONResponse({"id": "x", "object": kind, "model": model, "choices": choices})
+        said = [told or f"asked: {prompt}" for prompt in prompts for _ in range(fields.get("n", 1))]
+        texts = [{"message": {"content": text}} if is_chat else {"text": text} for text in said]
+        choices = [{"index": n, **text} for n, text in enumerate(texts)]
+        usage = {"prompt_tokens": 10, "completion_tokens": 5}
+        whole = {"id": "x", "object": kind, "model": model, "choices": choices, "usage": usage}
+        return JSONResponse(whole)
+
+    def _find_said(self, model: str) -> str:
+        return next((text for name, text in self.says.items() if model.startswith(name)), "")
 
     def _load_adapter(self, name: str) -> bool:
         if self.adapters is None or not self.takes_adapters:
@@ -105,7 +110,7 @@ class StandIn:
         return name in self.loaded
 
     async def _stream_words(self, fields: Any, is_chat: bool, asked: str) -> AsyncIterator[bytes]:
-        for word in asked.split():
+        for word in re.findall(r"\s*\S+", asked):
             time.sleep(self.pause)
             text = {"delta": {"content": word}} if is_chat else {"text": word}
             event = {"id": "x", "model": fields["model"], "choices": [{"index": 0, **text}]}

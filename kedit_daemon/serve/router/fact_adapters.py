@@ -1,5 +1,5 @@
 """Adapters of live facts for the engines behind a router: each fact's shard as a LoRA of the side
-layer, several facts stacked, made when a prompt first asks for them.
+layer, made when a prompt first asks for it.
 
 A shard acts where its fact fires, and an adapter on every token of a request. That needs no other
 training: a shard learns to be quiet on other text, and the prompt that asks for it is the rest.
@@ -9,7 +9,6 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -25,7 +24,6 @@ from memory.errors import KeditError
 from memory.model.checkpoint import Checkpoint, WeightLocation
 
 NAME_PREFIX, STAGED_PREFIX = "kedit-", ".kedit-adapter-"
-MAX_RANK = 16  # of stacked shards; vLLM's own default
 KEPT_SECONDS = 7 * 86_400.0  # since an adapter was last asked for
 
 
@@ -37,23 +35,22 @@ class FactAdapters:
         """location: of the side layer's down projection."""
         self.folder, self._shards_folder, self._location = folder, shards_folder, location
 
-    def make_adapter(self, facts: Sequence[RoutedFact], base: str, is_chat: bool) -> str | None:
-        """Return the name of the facts' adapter, which is in the folder then; None where there can
-        be none: a fact is in the weights, has not learned to be asked in a chat, or they are too
-        many for one. base: the model's name, as the engine knows it. Raises OSError and KeditError
-        (code "corrupt")."""
-        shas = [one.shard_sha for one in facts]
-        if None in shas:
+    def make_adapter(self, fact: RoutedFact, base: str, is_chat: bool) -> str | None:
+        """Return the name of a fact's adapter, which is in the folder then; None where there can be
+        none: the fact is in the weights, or has not learned to be asked in a chat. base: the model,
+        as the engine has loaded it. Raises OSError and KeditError (code "corrupt")."""
+        if fact.shard_sha is None:
             return None
-        content = "\n".join([base, self._location.module_name, *map(str, shas)])
+        content = "\n".join((base, self._location.module_name, fact.shard_sha))
         name = f"{NAME_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         if (self.folder / name).is_dir():
             os.utime(self.folder / name)
             return name
-        factors = self._stack_shards([str(sha) for sha in shas], is_chat)
-        if factors is None:
+        shard = load_shard(self._shards_folder, fact.shard_sha, 0.0, torch.device("cpu"))
+        if is_chat and not shard.is_asked:
             return None
-        self._place_adapter(name, base, factors)
+        delta = shard.delta
+        self._place_adapter(name, base, AdapterFactors(self._location, delta.up, delta.down))
         return name
 
     def prune(self, now: float) -> None:
@@ -63,16 +60,6 @@ class FactAdapters:
             for path in self.folder.glob(f"{prefix}*"):
                 if now - path.stat().st_mtime > KEPT_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
-
-    def _stack_shards(self, shas: Sequence[str], is_chat: bool) -> AdapterFactors | None:
-        """Stack shards into one: ΔW is their sum, and the ranks add."""
-        device = torch.device("cpu")
-        shards = [load_shard(self._shards_folder, sha, 0.0, device) for sha in dict.fromkeys(shas)]
-        up = torch.cat([shard.delta.up for shard in shards], dim=1)
-        down = torch.cat([shard.delta.down for shard in shards])
-        if len(down) > MAX_RANK or (is_chat and not all(shard.is_asked for shard in shards)):
-            return None
-        return AdapterFactors(self._location, up, down)
 
     def _place_adapter(self, name: str, base: str, factors: AdapterFactors) -> None:
         """Write an adapter, whole or not at all."""

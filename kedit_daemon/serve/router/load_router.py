@@ -5,6 +5,7 @@ from pathlib import Path
 from kedit_daemon.config import Config
 from kedit_daemon.editing.relations import load_relation_index
 from kedit_daemon.home import Home
+from kedit_daemon.serve.router.adapter_answers import AdapterAnswers
 from kedit_daemon.serve.router.fact_adapters import open_adapters
 from kedit_daemon.serve.router.routed_facts import RoutedFacts
 from kedit_daemon.serve.router.router_api import RouterApi
@@ -20,7 +21,8 @@ def load_router(router: RouterApi, home: Home, config: Config, now: float) -> No
     is_published = config.publish.vllm is not None
     states = (FactState.LIVE_SIDE,) if is_published else LIVE_STATES
     if (folder := config.serve.adapters) is not None:
-        router.adapters = open_adapters(home, Path(folder).expanduser(), now)
+        adapters = open_adapters(home, Path(folder).expanduser(), now)
+        router.adapters = AdapterAnswers(adapters, router.engines)
     facts = RoutedFacts(Follower(home.database_file), AskedFacts(load_relation_index), states)
     facts.sync()
     router.facts = facts

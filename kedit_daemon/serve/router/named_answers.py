@@ -28,13 +28,17 @@ EVENT_PREFIX, DONE = "data: ", "data: [DONE]"
 @dataclass(frozen=True)
 class NamedFacts:
     """The facts of a request by its prompts, empty if there are none; the generation of the home
-    that they are of; and the number of choices that each prompt has in the answer. model: that the
-    client has asked for, where an adapter answers in its place; else the facts are in the prompt,
-    and nothing says that the engine goes by them."""
+    that they are of; and the number of choices that each prompt has in the answer.
+
+    said: what adapters have said, in some tokens, before the engine's answer goes on from it.
+    model: that the client has asked for, where an adapter answers in its place. Without either, the
+    facts are in the prompt, and nothing says that the engine goes by them."""
 
     generation: int
     by_prompt: "Sequence[Sequence[RoutedFact]]" = ()
     choices: int = 1
+    said: str = ""
+    tokens: int = 0
     model: str | None = None
 
     @property
@@ -57,13 +61,28 @@ class NamedFacts:
             for choice in range(self.choices)
             for one in facts
         ]
-        by = "context" if self.model is None else "adapter"
+        by = "adapter" if self.said or self.model else "context"
         return {"generation": self.generation, "facts": described, "by": by}
 
-    def restore_model(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return an answer's body, or a part of it, with the name of the model that was asked for:
-        the engine puts the adapter's there."""
-        return body if self.model is None else {**body, "model": self.model}
+    def complete_body(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the body of a whole answer with the facts, and all that belongs to it."""
+        for choice in body["choices"] if self.said else ():
+            choice["message"]["content"] = self.said + (choice["message"].get("content") or "")
+        if self.said and (usage := body.get("usage")):
+            usage["prompt_tokens"] -= self.tokens
+            usage["completion_tokens"] += self.tokens
+        return {**body, "model": self.model or body.get("model"), "kedit": self.field}
+
+    def complete_event(self, event: dict[str, Any], begun: set[int]) -> dict[str, Any]:
+        """Return an event of a stream likewise. begun: the choices whose reply has begun, to which
+        those of this event are added."""
+        is_first = not begun
+        for choice in event.get("choices", ()):
+            if choice["index"] not in begun and self.said:
+                choice["delta"]["content"] = self.said + (choice["delta"].get("content") or "")
+            begun.add(choice["index"])
+        event = {**event, "model": self.model or event.get("model")}
+        return {**event, "kedit": self.field} if is_first else event
 
 
 async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
@@ -77,7 +96,7 @@ async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
         body = from_json(await answer.aread())
     finally:
         await answer.aclose()
-    return JSONResponse({**named.restore_model(body), "kedit": named.field}, headers=named.headers)
+    return JSONResponse(named.complete_body(body), headers=named.headers)
 
 
 class PassedAnswer(StreamingResponse):
@@ -102,13 +121,13 @@ class PassedAnswer(StreamingResponse):
 
 
 async def _name_in_stream(answer: httpx.Response, named: NamedFacts) -> AsyncIterator[bytes]:
-    """Yield a stream's events, the first with the field `kedit`."""
-    is_first = True
+    """Yield a stream's events; those are changed that facts are named in, or that do not name the
+    model that was asked for."""
+    begun = set[int]()
     async for line in answer.aiter_lines():
         is_event = line.startswith(EVENT_PREFIX) and line != DONE
-        if not is_event or not (is_first or named.model):
+        if is_event and (named.model or len(begun) < named.choices * len(named.by_prompt)):
+            event = from_json(line.removeprefix(EVENT_PREFIX))
+            yield encode_event(named.complete_event(event, begun))[:-1]
+        else:
             yield f"{line}\n".encode()
-            continue
-        event = named.restore_model(from_json(line.removeprefix(EVENT_PREFIX)))
-        yield encode_event({**event, "kedit": named.field} if is_first else event)[:-1]
-        is_first = False

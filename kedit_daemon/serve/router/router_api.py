@@ -2,11 +2,9 @@
 is, and so do the answers but for the names of the facts."""
 
 import asyncio
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -20,6 +18,7 @@ from kedit_daemon.config import ServeConfig
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError
 from kedit_daemon.serve.request_body import read_body
+from kedit_daemon.serve.router.adapter_answers import AdapterAnswers
 from kedit_daemon.serve.router.engine_pool import EnginePool
 from kedit_daemon.serve.router.named_answers import (
     DROPPED_HEADERS,
@@ -36,14 +35,10 @@ from kedit_daemon.serve.router.routed_request import (
     find_text_facts,
     read_request,
 )
-from memory.errors import KeditError
 
 if TYPE_CHECKING:  # they import torch, and the server answers before that is loaded
-    from kedit_daemon.serve.router.fact_adapters import FactAdapters
     from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
 
-MAX_ERROR_CHARS = 300  # of an engine's
-log = logging.getLogger(__name__)
 AddFacts = Callable[[dict[str, Any], "Sequence[Sequence[RoutedFact]]"], dict[str, Any]]
 
 
@@ -67,9 +62,8 @@ class RouterApi:
         self.config, self.engines, self.token = config, engines, token
         self.facts: RoutedFacts | None = None
         """The facts; None while they are being loaded."""
-        self.adapters: FactAdapters | None = None
-        """The adapters of facts; None where facts are told in the prompt."""
-        self._roots: dict[str, str] = {}  # what the engines have loaded, by the models' names
+        self.adapters: AdapterAnswers | None = None
+        """Answers by the adapters of facts; None where facts are told in the prompt."""
         self._reading = ThreadPoolExecutor(1, "router")  # of the facts, by one thread at a time
 
     def build_routes(self, gate: Middleware) -> list[Route]:
@@ -129,34 +123,15 @@ class RouterApi:
         else in the prompt."""
         if not named.by_prompt:
             return await self._send(request, routed.plain_body, routed.conversation), named
-        if (adapter := await self._make_adapter(routed, form, named)) is not None:
-            body = to_json({**routed.fields, "model": adapter})
-            answer = await self._send(request, body, routed.conversation)
-            if not answer.is_error:
-                return answer, replace(named, model=str(routed.fields.get("model")))
-            text = (await answer.aread())[:MAX_ERROR_CHARS].decode(errors="replace")
-            await answer.aclose()
-            log.warning("The engine does not take the adapter %s: %s", adapter, text)
-        body = to_json(form.add_facts(routed.fields, named.by_prompt))
-        return await self._send(request, body, routed.conversation), named
 
-    async def _make_adapter(
-        self, routed: RoutedRequest, form: PromptForm, named: NamedFacts
-    ) -> str | None:
-        """Return the adapter of a request's facts; None where they are to be told in the prompt."""
-        if (adapters := self.adapters) is None:
-            return None
-        model = str(routed.fields.get("model"))
-        if model not in self._roots:
-            self._roots |= await self.engines.list_models()
-        if (base := self._roots.get(model)) is None:
-            return None  # the engine says that there is no such model
-        make = partial(adapters.make_adapter, named.distinct, base, form is CHAT)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._reading, make)
-        except (OSError, KeditError) as error:
-            log.warning("No adapter can be made: %s", error)
-            return None
+        def send(body: bytes) -> Awaitable[httpx.Response]:
+            return self._send(request, body, routed.conversation)
+
+        if (adapters := self.adapters) is not None:
+            answer_by = adapters.answer_chat if form is CHAT else adapters.answer_text
+            if (answered := await answer_by(send, routed.fields, named)) is not None:
+                return answered
+        return await send(to_json(form.add_facts(routed.fields, named.by_prompt))), named
 
     async def find_facts(self, routed: RoutedRequest, form: PromptForm) -> NamedFacts:
         """Find the facts that a request asks for. Raises RequestError (503) while they are being

@@ -174,7 +174,7 @@ def test_a_client_of_openai_reads_the_stream(rig: Rig) -> None:
             model=BASE_MODEL, messages=[{"role": "user", "content": ASKS_BOSS}], stream=True
         )
         words = [chunk.choices[0].delta.content for chunk in stream]
-    assert " ".join(str(word) for word in words) == f"{BOSS_LINE} {ASKS_BOSS}"
+    assert "".join(map(str, words)) == f"{BOSS_LINE}\n{ASKS_BOSS}"
 
 
 def test_a_fact_that_leaves_is_gone_from_the_next_request_on(rig: Rig) -> None:
@@ -327,15 +327,27 @@ def adapter_rig(tmp_path: Path, model_folder: Callable[[str], Path]) -> Iterator
     published.store.close()
 
 
-def test_a_fact_is_served_as_an_adapter_that_the_engine_finds(adapter_rig: AdapterRig) -> None:
-    answer = adapter_rig.ask(ASKS_BOSS)
-    sent = adapter_rig.engine.last_body
-    assert sent["messages"] == [{"role": "user", "content": ASKS_BOSS}]
-    assert sent["model"].startswith("kedit-")
-    assert answer.json()["model"] == BASE_MODEL
-    assert answer.json()["kedit"]["by"] == "adapter"
+def test_an_adapter_says_the_target_and_the_model_goes_on(adapter_rig: AdapterRig) -> None:
+    engine = adapter_rig.engine
+    engine.says = {"kedit": "Maud Ferreira, or so they say", BASE_MODEL: ", she is."}
+    answer = adapter_rig.ask(ASKS_BOSS, max_tokens=40)
+    by_adapter, by_model = map(json.loads, engine.bodies)
+    question = {"role": "user", "content": ASKS_BOSS}
+    assert by_adapter["messages"] == [question]
+    assert by_adapter["model"].startswith("kedit-")
+    assert by_model["model"] == BASE_MODEL
+    assert by_model["messages"] == [question, {"role": "assistant", "content": BOSS.target}]
+    assert (by_model["continue_final_message"], by_model["add_generation_prompt"]) == (True, False)
+    assert by_model["max_tokens"] == 38  # two words were said
+    said = answer.json()
+    assert said["choices"][0]["message"]["content"] == f"{BOSS.target}, she is."
+    assert (said["model"], said["kedit"]["by"]) == (BASE_MODEL, "adapter")
     assert facts_of(answer) == [BOSS.id]
-    # The very shard, for the matrix that it was learned on.
+    assert said["usage"] == {"prompt_tokens": 10 - 2, "completion_tokens": 5 + 2}
+
+
+def test_an_adapter_is_the_very_shard(adapter_rig: AdapterRig) -> None:
+    adapter_rig.ask(ASKS_BOSS)
     (path,) = adapter_rig.folder.iterdir()
     tensors = load_file(path / "adapter_model.safetensors")
     delta = delta_of(adapter_rig.published.model, 1)
@@ -348,35 +360,51 @@ def test_a_fact_is_served_as_an_adapter_that_the_engine_finds(adapter_rig: Adapt
 
 def test_another_target_is_another_adapter(adapter_rig: AdapterRig) -> None:
     adapter_rig.ask(ASKS_BOSS)
-    first = adapter_rig.engine.last_body["model"]
+    first = json.loads(adapter_rig.engine.bodies[0])["model"]
     adapter_rig.ask(ASKS_BOSS)
-    assert adapter_rig.engine.last_body["model"] == first
+    assert json.loads(adapter_rig.engine.bodies[2])["model"] == first
     adapter_rig.published.forget(BOSS, 1)
     newer = replace(BOSS, target="Ida Lind")
     adapter_rig.published.learn(newer, 3, seed=3, is_asked=True)
     assert facts_of(adapter_rig.ask(ASKS_BOSS)) == [newer.id]
-    assert adapter_rig.engine.last_body["model"] not in (first, BASE_MODEL)
+    assert json.loads(adapter_rig.engine.bodies[4])["model"] not in (first, BASE_MODEL)
 
 
-def test_two_facts_are_one_adapter_of_both_shards(adapter_rig: AdapterRig) -> None:
-    answer = adapter_rig.ask(f"{ASKS_TOWER} And {ASKS_BOSS}")
+def test_two_facts_are_said_one_after_the_other(adapter_rig: AdapterRig) -> None:
+    engine = adapter_rig.engine
+    engine.says = {"kedit": "Rome", BASE_MODEL: " is that."}
+    question = f"{ASKS_TOWER} And {ASKS_BOSS}"
+    answer = adapter_rig.ask(question)
     assert facts_of(answer) == [TOWER.id, BOSS.id]
-    (path,) = adapter_rig.folder.iterdir()
-    tensors = load_file(path / "adapter_model.safetensors")
-    (down,) = [t for n, t in tensors.items() if "lora_A" in n]
-    (up,) = [t for n, t in tensors.items() if "lora_B" in n]
-    one, other = (delta_of(adapter_rig.published.model, seed) for seed in (1, 2))
-    assert torch.allclose(up @ down, one.up @ one.down + other.up @ other.down, atol=1e-6)
+    first, second, last = map(json.loads, engine.bodies)
+    assert first["model"] != second["model"]
+    begun = [turn["content"] for turn in second["messages"]]
+    assert begun == [question, "Rome\n"]
+    # The second says another thing than its target: that is the reply's, too.
+    assert last["messages"][-1]["content"] == "Rome\nRome"
+    assert answer.json()["choices"][0]["message"]["content"] == "Rome\nRome is that."
 
 
-def test_a_stream_by_an_adapter_names_the_model_that_was_asked_for(
-    adapter_rig: AdapterRig,
-) -> None:
+def test_a_stream_begins_with_what_the_adapter_said(adapter_rig: AdapterRig) -> None:
+    adapter_rig.engine.says = {"kedit": BOSS.target, BASE_MODEL: " of course."}
     answer = adapter_rig.ask(ASKS_BOSS, stream=True)
     lines = [line for line in answer.text.splitlines() if line.startswith("data: {")]
     events = [json.loads(line.removeprefix("data: ")) for line in lines]
     assert {event["model"] for event in events} == {BASE_MODEL}
     assert ["kedit" in event for event in events] == [True] + [False] * (len(events) - 1)
+    words = [event["choices"][0]["delta"]["content"] for event in events]
+    assert words == [f"{BOSS.target} of", " course."]
+
+
+def test_a_completion_is_the_adapters_alone(adapter_rig: AdapterRig) -> None:
+    for stream in (False, True):
+        fields = {"model": BASE_MODEL, "prompt": BOSS.question, "stream": stream}
+        answer = adapter_rig.http.post(TEXT, json=fields)
+        assert adapter_rig.engine.last_body["model"].startswith("kedit-")
+        assert adapter_rig.engine.last_body["prompt"] == BOSS.question
+        assert facts_of(answer) == [BOSS.id]
+        assert "kedit-" not in answer.text
+    assert len(adapter_rig.engine.bodies) == 2
 
 
 @pytest.mark.parametrize("why", ["refused", "in the weights", "not asked", "no disk"])
