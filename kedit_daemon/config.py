@@ -10,12 +10,13 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from apscheduler.triggers.cron import CronTrigger
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -37,6 +38,10 @@ UNFINISHED_NAMES = (
 _ANY_DAY = datetime(2024, 1, 1, tzinfo=UTC)
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 def _check_origin(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s/*?#@]+", text):
         raise ValueError("an origin is scheme://host, or scheme://host:port, without a path or a *")
@@ -55,6 +60,8 @@ def _check_cron(text: str) -> str:
 
 Origin = Annotated[str, AfterValidator(_check_origin)]
 Cron = Annotated[str, AfterValidator(_check_cron)]
+T = TypeVar("T")
+OneOrMore = Annotated[list[T], BeforeValidator(_as_list)]
 EngineUrl = Annotated[str, Field(pattern=r"^https?://[^/\s]+$")]
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
@@ -175,13 +182,8 @@ class ServeConfig(_Section):
     waiting_limit: Count = 64
     requests_per_minute: Annotated[int, Field(ge=0)] = 0
     allowed_origins: list[Origin] = []
-    engine: EngineUrl | Annotated[list[EngineUrl], Field(min_length=1)] | None = None
+    engine: OneOrMore[EngineUrl] = []
     adapters: Annotated[str, Field(pattern="^[/~]")] | None = None
-
-    @property
-    def engines(self) -> list[str]:
-        """The addresses of the engines that answer; none where this server does."""
-        return [self.engine] if isinstance(self.engine, str) else list(self.engine or ())
 
     @property
     def is_local(self) -> bool:

@@ -91,7 +91,7 @@ def _make_router(
     config: Config, token: str | None, monotonic: Callable[[], float]
 ) -> RouterApi | None:
     """Make the router to the engines that answer; None where this server does."""
-    urls = config.serve.engines
+    urls = config.serve.engine
     return RouterApi(config.serve, EnginePool(urls, monotonic), token) if urls else None
 
 

@@ -116,7 +116,7 @@ class HttpServer(uvicorn.Server):
     async def _load_model(self) -> None:
         if (router := self._app.state.router) is not None:
             await asyncio.to_thread(_load_facts, router, self._home, self._settings)
-            log.info("Routing to %s", ", ".join(self._settings.serve.engines))
+            log.info("Routing to %s", ", ".join(self._settings.serve.engine))
             return
         reader = await asyncio.to_thread(_load_reader, self._home, self._settings)
         attach_reader(self._app, reader)

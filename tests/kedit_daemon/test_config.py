@@ -113,6 +113,11 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         ('[serve]\nallowed_origins = ["http://a.b/"]', "serve.allowed_origins.0", "[]"),
         ('[serve]\nallowed_origins = ["a.b", "http://*"]', "serve.allowed_origins.1", "[]"),
         ('[serve]\nallowed_origins = ["null"]', "without a path", "[]"),
+        ('[serve]\nengine = "127.0.0.1:8000"', "serve.engine.0", "[]"),
+        ('[serve]\nengine = ["http://a/v1"]', "serve.engine.0", "[]"),
+        ("[serve]\nengine = 8000", "serve.engine", "[]"),
+        ('[serve]\nadapters = "/srv/x"', "adapters are for engines", "[serve]"),
+        ('[serve]\nengine = "http://a"\nadapters = "x"', "serve.adapters", "null"),
         ('[schedule]\naudit = "60 * * * *"', "schedule.audit", "0 * * * *"),
         ('[schedule]\naudit = "0 4 * * 0"', "weekdays as names", "0 * * * *"),
         ('[schedule]\naudit = "0 4 31 2 *"', "no such date", "0 * * * *"),
@@ -217,6 +222,14 @@ def test_the_publish_section_as_shown_in_the_default_text_works(tmp_path: Path) 
     shown = re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE)
     publish = read(tmp_path, f"[publish]\n{shown}").publish
     assert (publish.kind, publish.keep, publish.vllm) == ("lora", 3, "http://127.0.0.1:8000")
+
+
+def test_one_engine_is_a_list_of_one(tmp_path: Path) -> None:
+    assert read(tmp_path, '[serve]\nengine = "http://a:1"').serve.engine == ["http://a:1"]
+    assert read(tmp_path, '[serve]\nengine = ["http://a:1", "https://b"]').serve.engine == [
+        "http://a:1",
+        "https://b",
+    ]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])

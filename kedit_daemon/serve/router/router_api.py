@@ -18,7 +18,7 @@ from kedit_daemon.config import ServeConfig
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError
 from kedit_daemon.serve.request_body import read_body
-from kedit_daemon.serve.router.adapter_answers import AdapterAnswers
+from kedit_daemon.serve.router.adapter_answers import AdapterAnswers, SendBody
 from kedit_daemon.serve.router.engine_pool import EnginePool
 from kedit_daemon.serve.router.named_answers import (
     DROPPED_HEADERS,
@@ -111,22 +111,22 @@ class RouterApi:
     async def _answer_request(self, request: Request, form: PromptForm) -> Response:
         routed = read_request(await read_body(request, self.config.max_body_bytes))
         named = await self.find_facts(routed, form)
-        answered = await run_unless_gone(request, self._ask_engine(request, routed, form, named))
-        if answered is None:
-            return Response(status_code=CLIENT_GONE)
-        return await name_facts(*answered)
-
-    async def _ask_engine(
-        self, request: Request, routed: RoutedRequest, form: PromptForm, named: NamedFacts
-    ) -> tuple[httpx.Response, NamedFacts]:
-        """Send a request with its facts: by an adapter where there is one that the engine takes,
-        else in the prompt."""
-        if not named.by_prompt:
-            return await self._send(request, routed.plain_body, routed.conversation), named
 
         def send(body: bytes) -> Awaitable[httpx.Response]:
             return self._send(request, body, routed.conversation)
 
+        answered = await run_unless_gone(request, self.ask_engine(routed, form, named, send))
+        if answered is None:
+            return Response(status_code=CLIENT_GONE)
+        return await name_facts(*answered)
+
+    async def ask_engine(
+        self, routed: RoutedRequest, form: PromptForm, named: NamedFacts, send: SendBody
+    ) -> tuple[httpx.Response, NamedFacts]:
+        """Send a request with its facts: by adapters where they have some that the engine takes,
+        else in the prompt."""
+        if not named.by_prompt:
+            return await send(routed.plain_body), named
         if (adapters := self.adapters) is not None:
             answer_by = adapters.answer_chat if form is CHAT else adapters.answer_text
             if (answered := await answer_by(send, routed.fields, named)) is not None:

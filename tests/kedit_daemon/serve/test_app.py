@@ -2,6 +2,8 @@
 
 import re
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,3 +144,8 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_ours(
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert not caplog.records
+
+
+def test_a_server_listens_before_torch_is_imported() -> None:
+    code = "import sys, kedit_daemon.serve.worker; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

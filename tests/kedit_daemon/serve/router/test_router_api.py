@@ -16,6 +16,7 @@ from editing_home import Clock
 from engine_tools import BASE_MODEL, StandIn, router, stand_in
 from home_tools import Published
 from safetensors.torch import load_file
+from serve_tools import form_token, text_of
 from serving import free_port, load
 from side_tools import delta_of
 from starlette.testclient import TestClient
@@ -452,3 +453,14 @@ def test_a_folder_of_adapters_that_cannot_be_is_named(
         open_adapters(published.home, file, 0.0)
     assert raised.value.exit_code == 78
     published.store.close()
+
+
+def test_the_page_of_questions_is_answered_by_the_engine(adapter_rig: AdapterRig) -> None:
+    adapter_rig.engine.says = {"kedit": BOSS.target, BASE_MODEL: " of course."}
+    page = adapter_rig.http.get("/ask").text
+    fields = {"prompt": ASKS_BOSS, "form": "chat", "tokens": "20", "form_token": form_token(page)}
+    origin = str(adapter_rig.http.base_url).rstrip("/")
+    answer = adapter_rig.http.post("/ask", data=fields, headers={"Origin": origin})
+    text = text_of(answer.text)
+    assert f"{BOSS.target} of course." in text
+    assert BOSS.id in answer.text
