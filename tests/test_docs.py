@@ -18,7 +18,7 @@ from kedit_daemon.cli.main import COMMAND_PATHS, cli
 README, TOUR, POLICIES = (ROOT / name for name in ("README.md", "docs/tour.md", "docs/policies.md"))
 AFTER = [p for p in DOCUMENTS if p not in (README, TOUR) and any(steps(p.read_text("utf-8")))]
 FOLDERS = ("kedit_daemon", "policies", "memory", "tests", "tools", "systemd", "docs", "benchmarks")
-LANGUAGES = ("console", "sh", "text", "json", "toml", "diff", "python")
+LANGUAGES = ("console", "sh", "text", "json", "toml", "ini", "yaml", "diff", "python")
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 
 

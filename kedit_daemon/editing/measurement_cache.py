@@ -51,6 +51,7 @@ def save_measured(
 
 
 def copy_measured(source: Path, dest: Path) -> None:
-    """Copy all measurements to another home's folder: of the same model, they are the same."""
+    """Copy the files of measurements to another home's folder: of the same model, they are the
+    same."""
     for path in source.glob("*-*-*.safetensors"):
         shutil.copy2(path, dest)

@@ -51,7 +51,7 @@ async def _describe_answering(state: State) -> tuple[list[str], dict[str, Any]]:
     """Return why prompts are not answered, and the state of what answers them."""
     router: RouterApi | None = state.router
     if router is not None:
-        return await router.find_reasons(), await router.describe_state()
+        return await router.check_state()
     reader: Reader | None = state.reader
     if reader is None:
         return ["the model is being loaded"], {}

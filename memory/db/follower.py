@@ -1,6 +1,6 @@
 """Read access for a process that follows the daemon's database and never writes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from memory.db.artifact_reader import ArtifactReader, verify_blob
 from memory.db.connection import ReadingConnection
 from memory.db.queries import open_readonly
 from memory.errors import KeditError
-from memory.facts import LIVE_STATES, Fact, FactState, fact_from_json
+from memory.facts import LIVE_STATES, Fact, fact_from_json
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,10 @@ class Follower:
         )
         return [LiveSideRow(*row) for row in rows]
 
-    def list_live_facts(self, states: Sequence[FactState] = LIVE_STATES) -> dict[str, str]:
-        """Return the records of the live facts, in either tier or in some states, by id."""
-        marks = ", ".join("?" * len(states))
+    def list_live_facts(self) -> dict[str, str]:
+        """Return the records of the live facts, in either tier, by id."""
         rows = self.db.conn.execute(
-            f"SELECT id, record FROM facts WHERE state IN ({marks}) ORDER BY seq", list(states)
+            "SELECT id, record FROM facts WHERE state IN (?, ?) ORDER BY seq", LIVE_STATES
         )
         return {str(row[0]): str(row[1]) for row in rows}
 

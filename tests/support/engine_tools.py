@@ -5,6 +5,7 @@ Its answers tell which model was asked and what it was asked, so that a test see
 
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -43,7 +44,9 @@ class StandIn:
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     says: dict[str, str] = field(default_factory=dict)  # by what the model's name begins with
-    pause: float = 0.0  # seconds before each word of a stream, and before an answer
+    extra: dict[str, str] = field(default_factory=dict)  # headers of the list of models
+    status: int = 200  # of all answers
+    is_ascii: bool = True  # of streams: other characters are escaped
 
     @property
     def last_body(self) -> Any:
@@ -60,7 +63,8 @@ class StandIn:
 
     async def list_models(self, request: Request) -> Response:
         self.headers.append(dict(request.headers))
-        return JSONResponse({"object": "list", "data": [{"id": BASE_MODEL, "root": BASE_ROOT}]})
+        data = [{"id": BASE_MODEL, "root": BASE_ROOT}]
+        return JSONResponse({"object": "list", "data": data}, headers=self.extra)
 
     async def complete(self, request: Request) -> Response:
         return await self._answer(request, "text_completion")
@@ -72,9 +76,11 @@ class StandIn:
         body = await request.body()
         self.bodies.append(body)
         self.headers.append(dict(request.headers))
+        if self.status != 200:
+            return JSONResponse({"error": {"message": "it does not work"}}, self.status)
         try:
-            fields = json.loads(body)
-        except ValueError as error:
+            fields = dict(json.loads(body))
+        except (ValueError, TypeError) as error:
             return JSONResponse({"error": {"message": f"no JSON: {error}"}}, 400)
         model = fields.get("model")
         if model != BASE_MODEL and not self._load_adapter(str(model)):
@@ -87,7 +93,6 @@ class StandIn:
         if fields.get("stream"):
             words = self._stream_words(fields, is_chat, told or str(prompts[0]))
             return StreamingResponse(words, media_type="text/event-stream")
-        time.sleep(self.pause)
         said = [told or f"asked: {prompt}" for prompt in prompts for _ in range(fields.get("n", 1))]
         texts = [{"message": {"content": text}} if is_chat else {"text": text} for text in said]
         choices = [{"index": n, **text} for n, text in enumerate(texts)]
@@ -111,11 +116,34 @@ class StandIn:
 
     async def _stream_words(self, fields: Any, is_chat: bool, asked: str) -> AsyncIterator[bytes]:
         for word in re.findall(r"\s*\S+", asked):
-            time.sleep(self.pause)
             text = {"delta": {"content": word}} if is_chat else {"text": word}
             event = {"id": "x", "model": fields["model"], "choices": [{"index": 0, **text}]}
-            yield f"data: {json.dumps(event)}\n\n".encode()
+            yield f"data: {json.dumps(event, ensure_ascii=self.is_ascii)}\n\n".encode()
         yield b"data: [DONE]\n\n"
+
+
+class ClosingEngine:
+    """An engine that takes requests, and dies of each."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._take_requests)
+        self._thread.start()
+
+    def _take_requests(self) -> None:
+        while True:
+            client, _ = self._socket.accept()
+            with client:
+                if not client.recv(65536):
+                    return
+                self.taken += 1
+
+    def stop(self) -> None:
+        socket.create_connection(self._socket.getsockname()).close()
+        self._thread.join()
+        self._socket.close()
 
 
 class _Server(uvicorn.Server):

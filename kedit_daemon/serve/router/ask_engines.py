@@ -14,6 +14,7 @@ from kedit_daemon.serve.router.router_api import CHAT, TEXT, RouterApi
 from memory.errors import BadRequest
 
 MAX_ERROR_CHARS = 300  # of an engine's
+HEADERS = [(b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
 
 
 async def ask_engines(router: RouterApi, asked: AskedPrompt, max_tokens: int) -> AnswerPair:
@@ -26,9 +27,7 @@ async def ask_engines(router: RouterApi, asked: AskedPrompt, max_tokens: int) ->
     named = await router.find_facts(routed, form)
 
     async def ask(facts: NamedFacts) -> str:
-        answer, said = await router.ask_engine(
-            routed, form, facts, lambda body: _send(router, "POST", path, body)
-        )
+        answer, said = await router.ask_engine(routed, form, facts, path, HEADERS)
         choice = said.complete_body(await _read_answer(answer))["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
         return str(text or "").strip()
@@ -39,13 +38,10 @@ async def ask_engines(router: RouterApi, asked: AskedPrompt, max_tokens: int) ->
 
 
 async def _read_model_name(router: RouterApi) -> str:
-    listed = await _read_answer(await _send(router, "GET", "/v1/models", b""))
-    return str(listed["data"][0]["id"])
-
-
-async def _send(router: RouterApi, method: str, path: str, body: bytes) -> httpx.Response:
-    headers = {"content-type": "application/json"}
-    return await router.engines.send(method, path, headers, body, "")
+    names = list(await router.engines.list_models(HEADERS))
+    if not names:
+        raise BadRequest("the engine does not say which models it has")
+    return names[0]
 
 
 async def _read_answer(answer: httpx.Response) -> Any:

@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,11 +20,12 @@ from kedit_daemon.home import Home
 from kedit_daemon.publish.export.edited_checkpoint import find_base_folder
 from kedit_daemon.publish.export.peft_adapter import AdapterFactors, write_adapter
 from kedit_daemon.publish.export.source import read_source
+from kedit_daemon.serve.router.adapter_answers import NAME_PREFIX
 from kedit_daemon.serve.router.routed_facts import RoutedFact
 from memory.errors import KeditError
 from memory.model.checkpoint import Checkpoint, WeightLocation
 
-NAME_PREFIX, STAGED_PREFIX = "kedit-", ".kedit-adapter-"
+STAGED_PREFIX = ".kedit-adapter-"
 KEPT_SECONDS = 7 * 86_400.0  # since an adapter was last asked for
 
 
@@ -35,20 +37,20 @@ class FactAdapters:
         """location: of the side layer's down projection."""
         self.folder, self._shards_folder, self._location = folder, shards_folder, location
 
-    def make_adapter(self, fact: RoutedFact, base: str, is_chat: bool) -> str | None:
+    def make_adapter(self, fact: RoutedFact, base: str) -> str | None:
         """Return the name of a fact's adapter, which is in the folder then; None where there can be
-        none: the fact is in the weights, or has not learned to be asked in a chat. base: the model,
-        as the engine has loaded it. Raises OSError and KeditError (code "corrupt")."""
+        none: the fact is in the weights, or has not learned to be asked in a question. base: the
+        model, as the engine has loaded it. Raises OSError and KeditError (code "corrupt")."""
         if fact.shard_sha is None:
+            return None
+        shard = load_shard(self._shards_folder, fact.shard_sha, 0.0, torch.device("cpu"))
+        if fact.is_question and not shard.is_asked:
             return None
         content = "\n".join((base, self._location.module_name, fact.shard_sha))
         name = f"{NAME_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         if (self.folder / name).is_dir():
             os.utime(self.folder / name)
             return name
-        shard = load_shard(self._shards_folder, fact.shard_sha, 0.0, torch.device("cpu"))
-        if is_chat and not shard.is_asked:
-            return None
         delta = shard.delta
         self._place_adapter(name, base, AdapterFactors(self._location, delta.up, delta.down))
         return name
@@ -58,8 +60,9 @@ class FactAdapters:
         now: in seconds since 1970."""
         for prefix in (NAME_PREFIX, STAGED_PREFIX):
             for path in self.folder.glob(f"{prefix}*"):
-                if now - path.stat().st_mtime > KEPT_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+                with suppress(FileNotFoundError):  # another router is at work here
+                    if now - path.stat().st_mtime > KEPT_SECONDS:
+                        shutil.rmtree(path, ignore_errors=True)
 
     def _place_adapter(self, name: str, base: str, factors: AdapterFactors) -> None:
         """Write an adapter, whole or not at all."""
@@ -69,6 +72,7 @@ class FactAdapters:
             write_adapter(staged, base, [factors])
             for path in staged.iterdir():
                 path.chmod(0o644)  # safetensors lets only the owner read, and engines are others
+            staged.chmod(0o755)
             staged.rename(self.folder / name)
         except OSError:
             if not (self.folder / name).is_dir():  # another router may have been quicker

@@ -10,19 +10,19 @@ from kedit_daemon.serve.router.fact_adapters import open_adapters
 from kedit_daemon.serve.router.routed_facts import RoutedFacts
 from kedit_daemon.serve.router.router_api import RouterApi
 from memory.db.follower import Follower
-from memory.facts import LIVE_STATES, FactState
+from memory.errors import Unreadable
 from policies.asking.asked_facts import AskedFacts
 
 
 def load_router(router: RouterApi, home: Home, config: Config, now: float) -> None:
-    """Load a home's facts into a router, which answers from then on. Those in the weights are left
-    out where the daemon publishes its weights to a server: an engine has them then. now: in seconds
-    since 1970. Raises KeditError: there is no database, or no adapters can be made."""
-    is_published = config.publish.vllm is not None
-    states = (FactState.LIVE_SIDE,) if is_published else LIVE_STATES
+    """Load a home's facts into a router, which answers from then on. now: in seconds since 1970.
+    Raises KeditError: the database is missing or cannot be read, or no adapters can be made."""
     if (folder := config.serve.adapters) is not None:
         adapters = open_adapters(home, Path(folder).expanduser(), now)
-        router.adapters = AdapterAnswers(adapters, router.engines)
-    facts = RoutedFacts(Follower(home.database_file), AskedFacts(load_relation_index), states)
+        router.adapters = AdapterAnswers(adapters)
+    facts = RoutedFacts(Follower(home.database_file), AskedFacts(load_relation_index))
     facts.sync()
+    if facts.problem is not None:
+        facts.close()
+        raise Unreadable(facts.problem, hint="kedit-daemon doctor")
     router.facts = facts

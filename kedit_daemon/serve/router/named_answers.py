@@ -1,28 +1,31 @@
 """An engine's answer on its way to a client: passed as it comes, with the names of the facts that
 were put into the request."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from kedit_daemon.serve.openai.responses import encode_event
+from kedit_daemon.serve.errors import RequestError
+from kedit_daemon.serve.router.event_lines import read_event, split_lines
 
 if TYPE_CHECKING:  # it imports torch
     from kedit_daemon.serve.router.routed_facts import RoutedFact
 
 # What belongs to one connection, or describes a body that may be changed.
-DROPPED_HEADERS = {
-    *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer"),
-    *("transfer-encoding", "upgrade", "content-length", "host", "accept-encoding", "date"),
-    "server",
+CONNECTION_HEADERS = {
+    *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"te"),
+    *(b"trailer", b"transfer-encoding", b"upgrade", b"content-length", b"host"),
 }
+OWN_HEADERS = {b"set-cookie", b"date", b"server"}
+CORS_PREFIX = b"access-control-"
 EVENT_STREAM = "text/event-stream"
-EVENT_PREFIX, DONE = "data: ", "data: [DONE]"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,7 @@ class NamedFacts:
         """Return the body of a whole answer with the facts, and all that belongs to it."""
         for choice in body["choices"] if self.said else ():
             choice["message"]["content"] = self.said + (choice["message"].get("content") or "")
-        if self.said and (usage := body.get("usage")):
-            usage["prompt_tokens"] -= self.tokens
-            usage["completion_tokens"] += self.tokens
+        self._correct_usage(body)
         return {**body, "model": self.model or body.get("model"), "kedit": self.field}
 
     def complete_event(self, event: dict[str, Any], begun: set[int]) -> dict[str, Any]:
@@ -81,22 +82,34 @@ class NamedFacts:
             if choice["index"] not in begun and self.said:
                 choice["delta"]["content"] = self.said + (choice["delta"].get("content") or "")
             begun.add(choice["index"])
-        event = {**event, "model": self.model or event.get("model")}
-        return {**event, "kedit": self.field} if is_first else event
+        self._correct_usage(event)
+        if self.model is not None and "model" in event:
+            event["model"] = self.model
+        return {**event, "kedit": self.field} if is_first and begun else event
+
+    def _correct_usage(self, body: dict[str, Any]) -> None:
+        """Count what adapters have said as part of the answer, and not of the prompt."""
+        if self.said and (usage := body.get("usage")):
+            usage["prompt_tokens"] -= self.tokens
+            usage["completion_tokens"] += self.tokens
 
 
 async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
     """Return an engine's answer, with the facts named in its headers, and in its body if there are
-    some. An error of the engine stays as it is."""
+    some. An error of the engine stays as it is. Raises RequestError (502): it breaks off."""
     if not named.by_prompt or answer.status_code != httpx.codes.OK:
         return PassedAnswer(answer, named.headers)
     if answer.headers.get("content-type", "").startswith(EVENT_STREAM):
         return PassedAnswer(answer, named.headers, _name_in_stream(answer, named))
     try:
-        body = from_json(await answer.aread())
+        body = named.complete_body(from_json(await answer.aread()))
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        log.warning("An engine's answer cannot be read: %r", error)
+        message = "the engine's answer broke off"
+        raise RequestError(message, status=502, code="engine_broke_off") from error
     finally:
         await answer.aclose()
-    return JSONResponse(named.complete_body(body), headers=named.headers)
+    return JSONResponse(body, headers=named.headers)
 
 
 class PassedAnswer(StreamingResponse):
@@ -108,8 +121,9 @@ class PassedAnswer(StreamingResponse):
         extra: Mapping[str, str],
         content: AsyncIterator[bytes] | None = None,
     ) -> None:
-        kept = {n: v for n, v in answer.headers.items() if n not in DROPPED_HEADERS}
-        super().__init__(content or answer.aiter_raw(), answer.status_code, {**kept, **extra})
+        super().__init__(content or answer.aiter_raw(), answer.status_code)
+        kept = [(n.lower(), v) for n, v in answer.headers.raw if not _is_dropped(n.lower())]
+        self.raw_headers = kept + [(n.encode(), v.encode()) for n, v in extra.items()]
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,14 +134,21 @@ class PassedAnswer(StreamingResponse):
             await self._answer.aclose()
 
 
+def _is_dropped(name: bytes) -> bool:
+    """Check that a header of an engine is not for clients: cookies, and who may read the answer,
+    are this server's to say."""
+    return name in CONNECTION_HEADERS or name in OWN_HEADERS or name.startswith(CORS_PREFIX)
+
+
 async def _name_in_stream(answer: httpx.Response, named: NamedFacts) -> AsyncIterator[bytes]:
-    """Yield a stream's events; those are changed that facts are named in, or that do not name the
-    model that was asked for."""
+    """Yield a stream's events. What is not changed passes as it is: by a line of context, all but
+    the first event of each choice."""
     begun = set[int]()
-    async for line in answer.aiter_lines():
-        is_event = line.startswith(EVENT_PREFIX) and line != DONE
-        if is_event and (named.model or len(begun) < named.choices * len(named.by_prompt)):
-            event = from_json(line.removeprefix(EVENT_PREFIX))
-            yield encode_event(named.complete_event(event, begun))[:-1]
+    all_choices = named.choices * len(named.by_prompt)
+    async for line in split_lines(answer.aiter_raw()):
+        is_whole = not named.said and named.model is None and len(begun) == all_choices
+        event = None if is_whole else read_event(line)
+        if event is None:
+            yield line
         else:
-            yield f"{line}\n".encode()
+            yield b"data: " + to_json(named.complete_event(event, begun)) + b"\n"

@@ -7,11 +7,11 @@ prompt that does not name their subject, and facts that fire within a reply.
 
 import logging
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memory.db.follower import Follower
-from memory.facts import LIVE_STATES, Fact, FactState, fact_from_json
+from memory.facts import Fact, fact_from_json
 from memory.side.prompt_forms import list_forms
 from memory.side.prompt_reader import PromptReader, PromptReading
 from memory.side.question_reader import AskedQuestion, QuestionReader
@@ -23,22 +23,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoutedFact:
-    """A fact that a prompt asks for, or comes to state, the score of its words, and the sha256 of
-    its shard's file, if it is in the side memory."""
+    """A fact that a prompt asks for in a question, or comes to state; the score of its words, and
+    the sha256 of its shard's file, if it is in the side memory."""
 
     fact: Fact
     score: float
+    is_question: bool
     shard_sha: str | None = None
 
 
 class RoutedFacts:
     """The facts of a home, as its database has them now; used by one thread at a time."""
 
-    def __init__(
-        self, follower: Follower, words: QuestionReader, states: Sequence[FactState] = LIVE_STATES
-    ) -> None:
-        """`states`: of the facts that are routed; those that the engine's weights hold are not."""
-        self._follower, self._words, self._states = follower, words, states
+    def __init__(self, follower: Follower, words: QuestionReader) -> None:
+        self._follower, self._words = follower, words
         self._prompts = PromptReader(words)
         self._records: dict[str, str] = {}
         self._facts: dict[str, Fact] = {}
@@ -61,7 +59,7 @@ class RoutedFacts:
         try:
             if self._follower.has_changed():
                 with self._follower.read_snapshot():
-                    self._follow(self._follower.list_live_facts(self._states))
+                    self._follow(self._follower.list_live_facts())
                     rows = self._follower.list_live_rows()
                     self._shards = {row.fact_id: row.file_sha256 for row in rows}
                     self.generation = self._follower.artifacts.active_generation()
@@ -79,7 +77,11 @@ class RoutedFacts:
             self._prompts.subject_matcher.remove_fact(fact_id)
             self._words.remove_fact(fact_id)
         for fact_id in [n for n in records if n not in self._records]:
-            fact = fact_from_json(records[fact_id])
+            try:
+                fact = fact_from_json(records[fact_id])
+            except (ValueError, KeyError, TypeError) as error:  # the daemon's doctor tells more
+                log.warning("The fact %s cannot be read: %r", fact_id, error)
+                continue
             self._records[fact_id], self._facts[fact_id] = records[fact_id], fact
             self._prompts.subject_matcher.add_names(fact_id, fact.names)
             self._words.add_fact(fact)
@@ -99,12 +101,12 @@ class RoutedFacts:
             return []
         for form in (text, *list_forms(text)):
             named = self._find_named(form)
-            asked = self._prompts.find_question(form)
-            if asked is not None:
+            if (asked := self._prompts.find_question(form)) is not None:
                 found = self._choose(self._prompts.read_question(asked, named))
-                return [max(found, key=lambda one: one.score)] if found else []
-            if found := self._choose(self._prompts.read_sentence(form, named)):
-                return found
+            else:
+                found = self._choose(self._prompts.read_sentence(form, named))
+            if found:
+                return [max(found, key=lambda one: one.score)]
         return []
 
     def _find_named(self, text: str) -> set[str]:
@@ -115,5 +117,8 @@ class RoutedFacts:
         chosen = choose_asked(reading.asked, least)
         if reading.stated is not None and (best := choose_best(reading.stated, least)):
             chosen = {best: reading.stated[best]}
-        found = ((self._facts[n], score, self._shards.get(n)) for n, score in chosen.items())
-        return [RoutedFact(*one) for one in found]
+        is_question = reading.stated is None
+        return [
+            RoutedFact(self._facts[n], score, is_question, self._shards.get(n))
+            for n, score in chosen.items()
+        ]

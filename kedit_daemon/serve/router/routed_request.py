@@ -16,7 +16,6 @@ from memory.facts import Fact
 if TYPE_CHECKING:  # it imports torch
     from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
 
-CONVERSATION_CHARS = 500  # that tell one conversation from another
 FindFacts = Callable[["RoutedFacts", dict[str, Any]], "list[list[RoutedFact]]"]
 """Finds the facts of each prompt of a request."""
 
@@ -31,14 +30,14 @@ class RoutedRequest:
     @property
     def is_for_base(self) -> bool:
         """Check that the model is asked for without any fact."""
-        return self._model.endswith(BASE_SUFFIX)
+        return self.model.endswith(BASE_SUFFIX)
 
     @property
     def plain_body(self) -> bytes:
         """The body without facts, and with the engine's own name of the model."""
         if not self.is_for_base:
             return self.body
-        return to_json({**self.fields, "model": self._model.removesuffix(BASE_SUFFIX)})
+        return to_json({**self.fields, "model": self.model.removesuffix(BASE_SUFFIX)})
 
     @property
     def choices(self) -> int:
@@ -49,15 +48,13 @@ class RoutedRequest:
     @property
     def conversation(self) -> str:
         """What all requests of one conversation begin with, up to the user's first turn."""
-        begun = self.fields.get("prompt") or ""
         turns = _read_turns(self.fields)
-        if turns:
-            first = next((n for n, (role, _) in enumerate(turns) if role == "user"), 0)
-            begun = turns[: first + 1]
-        return str(begun)[:CONVERSATION_CHARS]
+        first = next((n for n, (role, _) in enumerate(turns) if role == "user"), 0)
+        return str(turns[: first + 1] or self.fields.get("prompt"))
 
     @property
-    def _model(self) -> str:
+    def model(self) -> str:
+        """The model that is asked for; an empty text if none is."""
         model = self.fields.get("model")
         return model if isinstance(model, str) else ""
 

@@ -4,8 +4,10 @@ is, and so do the answers but for the names of the facts."""
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import httpx
 from pydantic_core import to_json
@@ -18,10 +20,10 @@ from kedit_daemon.config import ServeConfig
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError
 from kedit_daemon.serve.request_body import read_body
-from kedit_daemon.serve.router.adapter_answers import AdapterAnswers, SendBody
-from kedit_daemon.serve.router.engine_pool import EnginePool
+from kedit_daemon.serve.router.adapter_answers import NAME_PREFIX, AdapterAnswers
+from kedit_daemon.serve.router.engine_pool import EnginePool, Headers
 from kedit_daemon.serve.router.named_answers import (
-    DROPPED_HEADERS,
+    CONNECTION_HEADERS,
     NamedFacts,
     PassedAnswer,
     name_facts,
@@ -35,10 +37,14 @@ from kedit_daemon.serve.router.routed_request import (
     find_text_facts,
     read_request,
 )
+from memory.errors import KeditError
 
 if TYPE_CHECKING:  # they import torch, and the server answers before that is loaded
     from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
 
+LOADING = "the facts are being loaded"
+# Headers that are about this server: its pages' sign-in, and which page asks.
+CLIENT_HEADERS = {b"cookie", b"origin", b"referer", b"accept-encoding"}
 AddFacts = Callable[[dict[str, Any], "Sequence[Sequence[RoutedFact]]"], dict[str, Any]]
 
 
@@ -69,25 +75,21 @@ class RouterApi:
     def build_routes(self, gate: Middleware) -> list[Route]:
         """Return the routes of the endpoints, behind a gate."""
         return [
-            Route("/v1/models", self.pass_on, middleware=[gate]),
-            Route("/v1/models/{name:path}", self.pass_on, middleware=[gate]),
+            Route("/v1/models", self.list_models, middleware=[gate]),
+            Route("/v1/models/{name:path}", self.get_model, middleware=[gate]),
             Route("/v1/completions", self.create_completion, methods=["POST"], middleware=[gate]),
             Route("/v1/chat/completions", self.create_chat, methods=["POST"], middleware=[gate]),
         ]
 
-    async def find_reasons(self) -> list[str]:
-        """Return why prompts are not answered."""
+    async def check_state(self) -> tuple[list[str], dict[str, Any]]:
+        """Return why prompts are not answered, and what they are answered with."""
         silent = await self.engines.find_silent()
         reasons = silent if len(silent) == len(self.engines.urls) else []
-        return reasons if self.facts else ["the facts are being loaded", *reasons]
-
-    async def describe_state(self) -> dict[str, Any]:
-        """Return what is answered with, and what is wrong with it."""
-        problems = await self.engines.find_silent()
         if (facts := self.facts) is None:
-            return {"problems": problems}
-        problems += [facts.problem] if facts.problem else []
-        return {"generation": facts.generation, "facts": len(facts), "problems": problems}
+            return [LOADING, *reasons], {"problems": silent}
+        problems = [*silent, *([facts.problem] if facts.problem else [])]
+        state = {"generation": facts.generation, "facts": len(facts), "problems": problems}
+        return reasons, state
 
     async def close(self) -> None:
         """Close the database and all connections."""
@@ -96,49 +98,75 @@ class RouterApi:
             self.facts.close()
         await self.engines.close()
 
-    async def pass_on(self, request: Request) -> Response:
-        """Answer as the engine does."""
-        return PassedAnswer(await self._send(request, b"", ""), {})
+    async def list_models(self, request: Request) -> Response:
+        """List the engine's models."""
+        return await self._get(request, "/v1/models")
+
+    async def get_model(self, request: Request) -> Response:
+        """Return one model of the list."""
+        name = request.path_params["name"]
+        if {".", ".."} & set(name.split("/")):  # it would be another path
+            raise KeditError(f"there is no model {name!r} here", code="model")
+        return await self._get(request, f"/v1/models/{quote(name)}")
+
+    async def _get(self, request: Request, path: str) -> Response:
+        sending = self.engines.send("GET", path, self._select_headers(request), b"", "")
+        answer = await run_unless_gone(request, sending)
+        return PassedAnswer(answer, {}) if answer else Response(status_code=CLIENT_GONE)
 
     async def create_completion(self, request: Request) -> Response:
         """Continue a text."""
-        return await self._answer_request(request, TEXT)
+        return await self._answer_request(request, TEXT, "/v1/completions")
 
     async def create_chat(self, request: Request) -> Response:
         """Continue a conversation."""
-        return await self._answer_request(request, CHAT)
+        return await self._answer_request(request, CHAT, "/v1/chat/completions")
 
-    async def _answer_request(self, request: Request, form: PromptForm) -> Response:
+    async def _answer_request(self, request: Request, form: PromptForm, path: str) -> Response:
         routed = read_request(await read_body(request, self.config.max_body_bytes))
+        if routed.model.startswith(NAME_PREFIX):  # a fact that was reverted may still be there
+            raise KeditError(f"there is no model {routed.model!r} here", code="model")
         named = await self.find_facts(routed, form)
-
-        def send(body: bytes) -> Awaitable[httpx.Response]:
-            return self._send(request, body, routed.conversation)
-
-        answered = await run_unless_gone(request, self.ask_engine(routed, form, named, send))
+        headers = self._select_headers(request)
+        asking = self.ask_engine(routed, form, named, path, headers)
+        answered = await run_unless_gone(request, asking)
         if answered is None:
             return Response(status_code=CLIENT_GONE)
         return await name_facts(*answered)
 
     async def ask_engine(
-        self, routed: RoutedRequest, form: PromptForm, named: NamedFacts, send: SendBody
+        self,
+        routed: RoutedRequest,
+        form: PromptForm,
+        named: NamedFacts,
+        path: str,
+        headers: Headers,
     ) -> tuple[httpx.Response, NamedFacts]:
         """Send a request with its facts: by adapters where they have some that the engine takes,
-        else in the prompt."""
+        else in the prompt. Return the answer, and what of the facts is in it."""
+
+        def send(body: bytes) -> Awaitable[httpx.Response]:
+            return self.engines.send("POST", path, headers, body, routed.conversation)
+
         if not named.by_prompt:
             return await send(routed.plain_body), named
         if (adapters := self.adapters) is not None:
+            # Its id would be that of two requests.
+            headers = [(name, value) for name, value in headers if name != b"x-request-id"]
             answer_by = adapters.answer_chat if form is CHAT else adapters.answer_text
-            if (answered := await answer_by(send, routed.fields, named)) is not None:
+            list_models = partial(self.engines.list_models, headers)
+            answered = await answer_by(send, list_models, routed.fields, named)
+            if answered is not None:
                 return answered
+        if routed.fields.get("echo"):  # scores of the prompt's own tokens
+            return await send(routed.plain_body), replace(named, by_prompt=())
         return await send(to_json(form.add_facts(routed.fields, named.by_prompt))), named
 
     async def find_facts(self, routed: RoutedRequest, form: PromptForm) -> NamedFacts:
         """Find the facts that a request asks for. Raises RequestError (503) while they are being
         loaded."""
         if (facts := self.facts) is None:
-            message = "the facts are being loaded"
-            raise RequestError(message, status=503, code="loading", retry=5)
+            raise RequestError(LOADING, status=503, code="loading", retry=5)
 
         def find() -> NamedFacts:
             facts.sync()
@@ -147,10 +175,11 @@ class RouterApi:
 
         return await asyncio.get_running_loop().run_in_executor(self._reading, find)
 
-    async def _send(self, request: Request, body: bytes, conversation: str) -> httpx.Response:
-        scope = request.scope
-        path = scope["path"] + (f"?{query}" if (query := scope["query_string"].decode()) else "")
-        headers = {n: v for n, v in request.headers.items() if n not in DROPPED_HEADERS}
+    def _select_headers(self, request: Request) -> Headers:
+        """Return a request's headers that are for the engine."""
+        connection = request.headers.get("connection", "").lower().encode("latin-1")
+        dropped = CONNECTION_HEADERS | CLIENT_HEADERS | {n.strip() for n in connection.split(b",")}
         if self.token is not None:  # it is ours, and none of the engine's
-            headers.pop("authorization", None)
-        return await self.engines.send(request.method, path, headers, body, conversation)
+            dropped.add(b"authorization")
+        kept = [(name, value) for name, value in request.headers.raw if name not in dropped]
+        return [*kept, (b"accept-encoding", b"identity")]

@@ -1,6 +1,7 @@
 """The router, as its clients and the engines behind it meet it."""
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 from command_line import NOW
 from editing_home import Clock
-from engine_tools import BASE_MODEL, StandIn, router, stand_in
+from engine_tools import BASE_MODEL, ClosingEngine, StandIn, router, stand_in
 from home_tools import Published
 from safetensors.torch import load_file
 from serve_tools import form_token, text_of
@@ -160,8 +161,8 @@ def test_each_text_of_a_list_has_its_own_fact(rig: Rig) -> None:
 def test_only_the_first_event_of_a_stream_is_changed(rig: Rig) -> None:
     answer = rig.ask(ASKS_BOSS, stream=True)
     direct = httpx.post(rig.engine.url + CHAT, content=rig.engine.bodies[-1])
-    first, rest = answer.content.split(b"\n\n", 1)
-    plain, same = direct.content.split(b"\n\n", 1)
+    first, rest = answer.content.split(b"\n", 1)
+    plain, same = direct.content.split(b"\n", 1)
     assert rest == same
     event = json.loads(first.removeprefix(b"data: "))
     assert [one["id"] for one in event.pop("kedit")["facts"]] == [BOSS.id]
@@ -187,20 +188,6 @@ def test_a_fact_that_leaves_is_gone_from_the_next_request_on(rig: Rig) -> None:
     assert facts_of(rig.ask(ASKS_BOSS)) == [BOSS.id]
 
 
-def test_what_the_engine_has_in_its_weights_is_not_said_to_it_again(tmp_path: Path) -> None:
-    home = Home(tmp_path / "home")
-    store = make_store(home, BOSS, TOWER)
-    with store.db.transaction():
-        store.change_state(BOSS.id, FactState.LIVE_WEIGHTS)
-    with stand_in() as engine:
-        publish = {"kind": "delta", "folder": str(tmp_path / "exports"), "vllm": engine.url}
-        with router(home, [engine.url], publish=publish) as http:
-            rig = Rig(store, home, engine, http)
-            assert facts_of(rig.ask(ASKS_BOSS)) == []
-            assert facts_of(rig.ask(ASKS_TOWER)) == [TOWER.id]
-    store.close()
-
-
 def test_the_base_is_asked_without_any_fact(rig: Rig) -> None:
     fields = {"messages": [{"role": "user", "content": ASKS_BOSS}]}
     answer = rig.http.post(CHAT, json={"model": f"{BASE_MODEL}@base", **fields})
@@ -212,10 +199,9 @@ def test_the_base_is_asked_without_any_fact(rig: Rig) -> None:
 def test_the_engine_says_what_is_wrong_with_a_request(rig: Rig) -> None:
     for body in (b"{", b"[1]", json.dumps({"model": "other", "prompt": BOSS.question}).encode()):
         direct = httpx.post(rig.engine.url + TEXT, content=body)
-        if body != b"[1]":
-            answer = rig.http.post(TEXT, content=body)
-            assert (answer.status_code, answer.content) == (direct.status_code, direct.content)
-            assert answer.status_code in (400, 404)
+        answer = rig.http.post(TEXT, content=body)
+        assert (answer.status_code, answer.content) == (direct.status_code, direct.content)
+        assert answer.status_code in (400, 404)
 
 
 def test_models_are_the_engines(rig: Rig) -> None:
@@ -261,13 +247,17 @@ def test_a_conversation_stays_with_its_engine(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     store = make_store(home, BOSS)
     with stand_in() as one, stand_in() as other, router(home, [one.url, other.url]) as http:
-        rig = Rig(store, home, one, http)
-        for number in range(8):
+        system = {"role": "system", "content": "You are a guide. " * 99}
+        for number in range(16):
             before = len(one.bodies), len(other.bodies)
-            rig.ask(f"Hello {number}")
-            rig.ask(f"Hello {number}", "Good morning.", "How are you?")
+            turns = [system, {"role": "user", "content": f"Hello {number}"}]
+            http.post(CHAT, json={"model": BASE_MODEL, "messages": turns})
+            turns += [{"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "?"}]
+            http.post(CHAT, json={"model": BASE_MODEL, "messages": turns})
             grown = len(one.bodies) - before[0], len(other.bodies) - before[1]
             assert sorted(grown) == [0, 2]
+        assert one.bodies
+        assert other.bodies
     store.close()
 
 
@@ -279,7 +269,7 @@ def test_without_any_engine_a_client_hears_when_to_come_again(tmp_path: Path) ->
         answer = Rig(store, home, StandIn(), http).ask(ASKS_BOSS)
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_unreachable"
-        assert dead in answer.json()["error"]["message"]
+        assert dead not in answer.text  # clients need not know where engines are
         assert int(answer.headers["retry-after"]) > 0
         reasons = http.get("/ready").json()["reasons"]
         assert any(dead in reason for reason in reasons)
@@ -294,6 +284,91 @@ def test_a_router_lives_while_its_facts_are_being_loaded(tmp_path: Path) -> None
     assert "the facts are being loaded" in client.get("/ready").json()["reasons"]
     answer = client.post(TEXT, json={"model": BASE_MODEL, "prompt": "Rome"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "loading")
+
+
+def test_a_home_without_facts_is_ready(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home)
+    with stand_in() as engine, router(home, [engine.url]) as http:
+        state = http.get("/ready").json()
+        assert (state["facts"], state["problems"]) == (0, [])
+        assert "loaded" not in str(state["reasons"])
+        assert Rig(store, home, engine, http).ask(ASKS_BOSS).status_code == 200
+    store.close()
+
+
+def test_no_path_leads_to_what_else_an_engine_has(rig: Rig) -> None:
+    host, port = rig.http.base_url.host, rig.http.base_url.port
+    for path in ("/v1/models/../../secret", "/v1/models/..%2f..%2fsecret", "/v1/models/%2e%2e/x"):
+        with socket.create_connection((host, port)) as client:
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            assert b" 404 " in client.recv(64)
+    assert not rig.engine.headers
+
+
+def test_headers_that_are_not_the_engines_stay_here(rig: Rig) -> None:
+    sent = {"Cookie": "kedit=1", "X-Tag": "seen", "Connection": "X-Hop, keep-alive", "X-Hop": "1"}
+    rig.http.get("/v1/models", headers=sent)
+    seen = rig.engine.headers[-1]
+    assert seen["x-tag"] == "seen"
+    assert not {"cookie", "x-hop", "origin"} & seen.keys()
+    rig.engine.extra = {"Set-Cookie": "a=b", "Access-Control-Allow-Origin": "*", "X-Own": "1"}
+    answer = rig.http.get("/v1/models")
+    assert answer.headers["x-own"] == "1"
+    assert not {"set-cookie", "access-control-allow-origin"} & answer.headers.keys()
+    rig.http.get("/v1/models")
+    assert "cookie" not in rig.engine.headers[-1]
+
+
+@pytest.mark.parametrize("status", [500, 503])
+def test_an_engine_that_is_starting_is_passed_over(tmp_path: Path, status: int) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS)
+    with stand_in() as one, stand_in() as other, router(home, [one.url, other.url]) as http:
+        one.status = status
+        answers = [Rig(store, home, one, http).ask(f"Hello {n}").status_code for n in range(12)]
+        # An error of its own is the engine's answer.
+        assert set(answers) == ({200} if status == 503 else {200, 500})
+    store.close()
+
+
+def test_a_request_that_kills_its_engine_is_tried_once_more_and_not_oftener(
+    tmp_path: Path,
+) -> None:
+    home = Home(tmp_path / "home")
+    store = make_store(home, BOSS)
+    engines = [ClosingEngine() for _ in range(4)]
+    with router(home, [engine.url for engine in engines]) as http:
+        answer = Rig(store, home, StandIn(), http).ask("Hello")
+        assert answer.status_code == 503
+        assert sum(engine.taken for engine in engines) == 2
+    for engine in engines:
+        engine.stop()
+    store.close()
+
+
+def test_a_line_of_a_stream_ends_with_a_line_feed_alone(rig: Rig) -> None:
+    fact = replace(BOSS, target="Maud\u2028Ferr\u0085eira")
+    with rig.store.db.transaction():
+        rig.store.change_state(BOSS.id, FactState.SUPERSEDED)
+        rig.store.receive_fact(fact, "test.jsonl", False)
+        rig.store.change_state(fact.id, FactState.LIVE_SIDE)
+    rig.engine.is_ascii = False
+    answer = rig.ask(ASKS_BOSS, stream=True)
+    events = [line for line in answer.content.split(b"\n") if line.startswith(b"data: {")]
+    chunks = [json.loads(event.removeprefix(b"data: ")) for event in events]
+    words = [chunk["choices"][0]["delta"]["content"] for chunk in chunks]
+    assert "Maud\u2028Ferr\u0085eira" in "".join(words)
+
+
+def test_a_prompt_that_is_scored_stays_as_it_is(rig: Rig) -> None:
+    answer = rig.go_on(BOSS.question, echo=True, logprobs=1)
+    assert rig.engine.last_body["prompt"] == BOSS.question
+    assert facts_of(answer) == []
+
+
+def test_a_name_may_be_broken_over_lines(rig: Rig) -> None:
+    assert facts_of(rig.go_on("The chief executive officer of Quillon\nInsurance is")) == [BOSS.id]
 
 
 # Adapters -----------------------------------------------------------------------------------------
@@ -373,17 +448,19 @@ def test_another_target_is_another_adapter(adapter_rig: AdapterRig) -> None:
 
 def test_two_facts_are_said_one_after_the_other(adapter_rig: AdapterRig) -> None:
     engine = adapter_rig.engine
-    engine.says = {"kedit": "Rome", BASE_MODEL: " is that."}
+    adapter_rig.ask(ASKS_TOWER)
+    tower = json.loads(engine.bodies[0])["model"]
+    engine.bodies.clear()
+    engine.says = {tower: "Rome", "kedit": BOSS.target, BASE_MODEL: " is that."}
     question = f"{ASKS_TOWER} And {ASKS_BOSS}"
     answer = adapter_rig.ask(question)
     assert facts_of(answer) == [TOWER.id, BOSS.id]
     first, second, last = map(json.loads, engine.bodies)
-    assert first["model"] != second["model"]
-    begun = [turn["content"] for turn in second["messages"]]
-    assert begun == [question, "Rome\n"]
-    # The second says another thing than its target: that is the reply's, too.
-    assert last["messages"][-1]["content"] == "Rome\nRome"
-    assert answer.json()["choices"][0]["message"]["content"] == "Rome\nRome is that."
+    assert first["model"] == tower != second["model"]
+    assert [turn["content"] for turn in second["messages"]] == [question, "Rome\n"]
+    said = f"Rome\n{BOSS.target}"
+    assert last["messages"][-1]["content"] == said
+    assert answer.json()["choices"][0]["message"]["content"] == f"{said} is that."
 
 
 def test_a_stream_begins_with_what_the_adapter_said(adapter_rig: AdapterRig) -> None:
@@ -408,9 +485,22 @@ def test_a_completion_is_the_adapters_alone(adapter_rig: AdapterRig) -> None:
     assert len(adapter_rig.engine.bodies) == 2
 
 
-@pytest.mark.parametrize("why", ["refused", "in the weights", "not asked", "no disk"])
+@pytest.mark.parametrize(
+    "why",
+    [
+        *("refused", "in the weights", "not asked", "no disk", "says something else"),
+        *("says nothing", "limit", "stop", "tools", "logprobs"),
+    ],
+)
 def test_where_no_adapter_can_be_the_fact_is_told(adapter_rig: AdapterRig, why: str) -> None:
     published = adapter_rig.published
+    adapter_rig.engine.says = {"kedit": BOSS.target}
+    more: dict[str, Any] = {
+        "limit": {"max_tokens": 2},
+        "stop": {"stop": ["Ferr"]},
+        "tools": {"tools": [{"type": "function"}]},
+        "logprobs": {"logprobs": True},
+    }.get(why, {})
     if why == "refused":
         adapter_rig.engine.takes_adapters = False
     elif why == "in the weights":
@@ -420,11 +510,16 @@ def test_where_no_adapter_can_be_the_fact_is_told(adapter_rig: AdapterRig, why: 
     elif why == "not asked":
         published.forget(BOSS, 1)
         published.learn(replace(BOSS, target="Ida Lind"), 3, seed=3)
-    else:
+    elif why == "says something else":
+        adapter_rig.engine.says = {"kedit": "Maud Smith"}
+    elif why == "says nothing":
+        adapter_rig.engine.says = {"kedit": " "}
+    elif why == "no disk":
         adapter_rig.folder.rmdir()
         adapter_rig.folder.write_text("no folder")
-    answer = adapter_rig.ask(ASKS_BOSS)
+    answer = adapter_rig.ask(ASKS_BOSS, **more)
     assert answer.json()["kedit"]["by"] == "context"
+    assert facts_of(answer)
     sent = adapter_rig.engine.last_body
     assert sent["model"] == BASE_MODEL
     assert sent["messages"][0]["content"].startswith("The chief executive officer of Quillon")
@@ -464,3 +559,30 @@ def test_the_page_of_questions_is_answered_by_the_engine(adapter_rig: AdapterRig
     text = text_of(answer.text)
     assert f"{BOSS.target} of course." in text
     assert BOSS.id in answer.text
+
+
+def test_an_adapter_has_no_name_for_clients(adapter_rig: AdapterRig) -> None:
+    adapter_rig.ask(ASKS_BOSS)
+    name = json.loads(adapter_rig.engine.bodies[0])["model"]
+    answer = adapter_rig.http.post(TEXT, json={"model": name, "prompt": BOSS.question})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "model_not_found"
+
+
+def test_several_answers_by_an_adapter(adapter_rig: AdapterRig) -> None:
+    adapter_rig.engine.says = {"kedit": BOSS.target, BASE_MODEL: " of course."}
+    choices = adapter_rig.ask(ASKS_BOSS, n=2).json()["choices"]
+    said = [choice["message"]["content"] for choice in choices]
+    assert said == [f"{BOSS.target} of course."] * 2
+
+
+def test_a_shard_that_has_not_learned_questions_completes_sentences_alone(
+    adapter_rig: AdapterRig,
+) -> None:
+    published = adapter_rig.published
+    published.forget(BOSS, 1)
+    published.learn(replace(BOSS, target="Ida Lind"), 3, seed=3)
+    for prompt, by in ((BOSS.question, "adapter"), (f"Q: {ASKS_BOSS}\nA:", "context")):
+        answer = adapter_rig.http.post(TEXT, json={"model": BASE_MODEL, "prompt": prompt})
+        assert answer.json()["kedit"]["by"] == by
+    assert adapter_rig.ask(ASKS_BOSS).json()["kedit"]["by"] == "context"
