@@ -2,7 +2,8 @@
 
 The choice is by `EditQuality.score`, the harmonic mean of reliability, generality and locality, of
 candidates that leave the perplexity alone. Scores within one standard error of the best are as
-good, and then the smaller norm ratio decides, since future facts have to share it.
+good. Of these the one decides that states the most facts, since what is lost among a few is lost
+oftener among many; and then the smaller norm ratio, since future facts have to share it.
 """
 
 import math
@@ -120,7 +121,7 @@ def choose_candidate(candidates: Sequence[Candidate]) -> Candidate:
     mild = [c for c in full if c.quality.perplexity_ratio <= MAX_PERPLEXITY] or full
     top = max(c.quality.score for c in mild)
     near = [c for c in mild if c.quality.score >= top - SCORE_SPREAD / math.sqrt(facts)]
-    return min(near, key=lambda c: c.quality.norm_ratio)
+    return min(near, key=lambda c: (-c.quality.reliability, c.quality.norm_ratio))
 
 
 def format_layers(site: EditSite) -> str:

@@ -40,7 +40,7 @@ RULES = {
     "anchors": "by layer the mean length of the pilot's targets, without the longest 5 %",
     "choice": "the harmonic mean of reliability, generality and locality, where the perplexity"
     f" ratio is at most {MAX_PERPLEXITY}; within its standard error of the best,"
-    f" {SCORE_SPREAD} / √facts, the smallest norm ratio",
+    f" {SCORE_SPREAD} / √facts, the largest reliability, and then the smallest norm ratio",
     "end_gate": "the cosine that at most a share false_routes of the pairs of a pilot's fact and a"
     " piece of ordinary text reach",
     **LIMIT_RULES,

@@ -107,3 +107,9 @@ def test_both_kinds_of_layers_are_named() -> None:
     site = replace(make_default_site(6), subject_layers=(1, 2), end_layers=(3,))
     assert format_layers(site) == "subject 1, 2 + end 3"
     assert format_layers(replace(site, subject_layers=())) == "end 3"
+
+
+def test_among_ties_the_one_is_chosen_that_states_the_most_facts() -> None:
+    whole, weak = candidate(1.0, 0.88, 0.88, norm=1.01), candidate(0.94, 0.9, 0.93, norm=1.006)
+    assert weak.quality.score > whole.quality.score
+    assert choose_candidate([weak, whole]) is whole
