@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from kedit_daemon.config import Config
 from kedit_daemon.home import Home
@@ -42,6 +43,21 @@ def check_settings(home: Home, config: Config) -> None:
             hint="pip install 'kedit-daemon[serve]', or set port = 0",
         )
     read_token(home, config)
+    if config.serve.adapters is not None:
+        _check_adapters(Path(config.serve.adapters).expanduser())
+
+
+def _check_adapters(folder: Path) -> None:
+    """Refuse a folder of adapters that cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise KeditError(
+            f"[serve] adapters: {folder}: {error.strerror or error}",
+            code="bad-config",
+            hint="name a folder that the daemon may write to, and the engines read",
+        ) from error
 
 
 def read_token(home: Home, config: Config) -> str | None:

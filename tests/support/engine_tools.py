@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import uvicorn
 from command_line import NOW
+from editing_home import Clock
 from serving import free_port
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -27,6 +28,8 @@ from kedit_daemon.config import Config
 from kedit_daemon.home import Home
 from kedit_daemon.serve.app import build_app
 from kedit_daemon.serve.router.load_router import load_router
+from memory.db.store import Store
+from memory.facts import Fact, FactState
 
 BASE_MODEL, BASE_ROOT = "stand-in", "/models/stand-in"
 MAX_RANK = 16  # vLLM's --max-lora-rank
@@ -192,3 +195,14 @@ def router(
     load_router(app.state.router, home, config, NOW.timestamp())
     with _listening(app) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
+
+
+def make_store(home: Home, *facts: Fact) -> Store:
+    """The store of a home in which facts are live, without shards."""
+    home.create_folders()
+    store = Store(home.database_file, Clock())
+    with store.db.transaction():
+        for fact in facts:
+            store.receive_fact(fact, "test.jsonl", False)
+            store.change_state(fact.id, FactState.LIVE_SIDE)
+    return store

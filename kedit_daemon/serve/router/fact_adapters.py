@@ -95,14 +95,7 @@ def open_adapters(home: Home, folder: Path, now: float) -> FactAdapters:
             code="bad-config",
             hint="leave `adapters` out: facts are then told as lines of context",
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        adapters = FactAdapters(folder, home.side_folder, location)
-        adapters.prune(now)
-    except OSError as error:
-        raise KeditError(
-            f"[serve] adapters: {folder}: {error.strerror or error}",
-            code="bad-config",
-            hint="name a folder that this server may write to, and the engines read",
-        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    adapters = FactAdapters(folder, home.side_folder, location)
+    adapters.prune(now)
     return adapters

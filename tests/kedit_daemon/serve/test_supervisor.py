@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 from editing_home import LOOSE, seat
+from engine_tools import BASE_MODEL, make_store, stand_in
 from openai import OpenAI
 from serving import free_port
 
@@ -24,6 +25,7 @@ from kedit_daemon.home import Home
 from kedit_daemon.serve import supervisor
 from kedit_daemon.serve.supervisor import ProcessKeeper, check_settings, keep_serving, read_token
 from memory.errors import KeditError
+from memory.facts import Fact
 
 pytestmark = pytest.mark.timeout(120)
 TOKEN = "a-token-of-many-characters"
@@ -82,6 +84,16 @@ def test_a_token_that_is_none_or_no_secret_is_refused(
         check_settings(Home(tmp_path), config(token_file="token"))
     assert caught.value.exit_code == 78 and caught.value.hint
     check_settings(Home(tmp_path), config(token_file="token", port=0))  # there is no server
+
+
+def test_a_folder_of_adapters_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    engine = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(KeditError, match="adapters") as caught:
+        check_settings(Home(tmp_path), config(engine=engine, adapters=str(tmp_path / "file")))
+    assert caught.value.exit_code == 78 and caught.value.hint
+    check_settings(Home(tmp_path), config(engine=engine, adapters=str(tmp_path / "new")))
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,6 +194,30 @@ def test_what_cannot_be_started_harms_nobody(caplog: pytest.LogCaptureFixture) -
 def test_without_a_port_there_is_no_server(tmp_path: Path) -> None:
     with keep_serving(Home(tmp_path), Config()):
         assert not [t for t in threading.enumerate() if t.name == "serve"]
+
+
+def test_a_router_is_a_server_too(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    fact = Fact("Quillon Insurance", "The chief executive officer of {} is", "Maud Ferreira")
+    store = make_store(home, fact)
+    port = free_port()
+    with stand_in() as engine, httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+        with keep_serving(home, config(port=port, engine=engine.url)):
+            wait(lambda: _is_up(http))
+            wait(lambda: "loaded" not in http.get("/ready").text)
+            fields = {"model": BASE_MODEL, "prompt": fact.question}
+            answer = http.post("/v1/completions", json=fields)
+            assert answer.headers["x-kedit-facts"] == fact.id
+            assert answer.json()["kedit"]["by"] == "context"
+        assert not _is_up(http)
+    store.close()
+
+
+def _is_up(http: httpx.Client) -> bool:
+    try:
+        return http.get("/health").is_success
+    except httpx.HTTPError:
+        return False
 
 
 # The whole --------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ import openai
 import pytest
 import torch
 from command_line import NOW
-from editing_home import Clock
-from engine_tools import BASE_MODEL, ClosingEngine, StandIn, router, stand_in
+from engine_tools import BASE_MODEL, ClosingEngine, StandIn, make_store, router, stand_in
 from home_tools import Published
 from safetensors.torch import load_file
 from serve_tools import form_token, text_of
@@ -27,7 +26,6 @@ from kedit_daemon.home import Home
 from kedit_daemon.serve.app import build_app
 from kedit_daemon.serve.router.fact_adapters import KEPT_SECONDS, open_adapters
 from memory.db.store import Store
-from memory.errors import KeditError
 from memory.facts import Fact, FactState
 
 BOSS = Fact("Quillon Insurance", "The chief executive officer of {} is", "Maud Ferreira")
@@ -59,16 +57,6 @@ class Rig:
 
     def go_on(self, prompt: Any, **more: Any) -> httpx.Response:
         return self.http.post(TEXT, json={"model": BASE_MODEL, "prompt": prompt, **more})
-
-
-def make_store(home: Home, *facts: Fact) -> Store:
-    home.create_folders()
-    store = Store(home.database_file, Clock())
-    with store.db.transaction():
-        for fact in facts:
-            store.receive_fact(fact, "test.jsonl", False)
-            store.change_state(fact.id, FactState.LIVE_SIDE)
-    return store
 
 
 @pytest.fixture
@@ -535,19 +523,6 @@ def test_adapters_that_nobody_asks_for_are_deleted_after_a_week(
     assert path.is_dir()
     open_adapters(adapter_rig.published.home, adapter_rig.folder, now + KEPT_SECONDS + 1)
     assert not path.exists()
-
-
-def test_a_folder_of_adapters_that_cannot_be_is_named(
-    tmp_path: Path, model_folder: Callable[[str], Path]
-) -> None:
-    published = Published(tmp_path / "home", load(model_folder("llama")))
-    published.name_model(model_folder("llama"))
-    file = tmp_path / "file"
-    file.write_text("")
-    with pytest.raises(KeditError, match="adapters") as raised:
-        open_adapters(published.home, file, 0.0)
-    assert raised.value.exit_code == 78
-    published.store.close()
 
 
 def test_the_page_of_questions_is_answered_by_the_engine(adapter_rig: AdapterRig) -> None:
