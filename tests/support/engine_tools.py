@@ -85,6 +85,8 @@ class StandIn:
             fields = dict(json.loads(body))
         except (ValueError, TypeError) as error:
             return JSONResponse({"error": {"message": f"no JSON: {error}"}}, 400)
+        if empty := [name for name, value in fields.items() if value is None]:
+            return JSONResponse({"error": {"message": f"null is no value of {empty}"}}, 400)
         model = fields.get("model")
         if model != BASE_MODEL and not self._load_adapter(str(model)):
             message = f"The model {fields.get('model')!r} does not exist."

@@ -33,12 +33,12 @@ STRUCTURED_FIELDS = (
     *("json_schema", "regex", "ebnf", "grammar"),
 )
 LIMITS = ("max_completion_tokens", "max_tokens")
-# How an adapter is asked: by itself, until the router has heard enough.
-ONE_BY_ONE: Mapping[str, Any] = {
-    **dict.fromkeys(("stream_options", "stop", "min_tokens", *LIMITS)),
-    **dict.fromkeys(("presence_penalty", "frequency_penalty"), 0),
-    **{"stream": True, "n": 1, "temperature": 0, "max_tokens": TARGET_TOKENS},
+# How an adapter is asked: by itself, for the likeliest text, until the router has heard enough.
+LEFT_OUT = {
+    *("stream_options", "stop", "min_tokens", "presence_penalty", "frequency_penalty", "n"),
+    *LIMITS,
 }
+ASKED_BY: Mapping[str, Any] = {"stream": True, "temperature": 0, "max_tokens": TARGET_TOKENS}
 SendBody = Callable[[bytes], Awaitable[httpx.Response]]
 ListModels = Callable[[], Awaitable[dict[str, str]]]
 log = logging.getLogger(__name__)
@@ -63,7 +63,8 @@ class AdapterAnswers:
             begun = f"{said}\n" if said else ""
             if (adapter := await self._make_adapter(fact, list_models, fields)) is None:
                 return None
-            asked = {**_begin_reply(fields, begun), "model": adapter, **ONE_BY_ONE}
+            asked = {n: v for n, v in _begin_reply(fields, begun).items() if n not in LEFT_OUT}
+            asked |= {"model": adapter, **ASKED_BY}
             heard = await self._take_answer(await send(to_json(asked)))
             spoken = None if heard is None else await _count_tokens_to(heard, fact.fact.target)
             if spoken is None:
