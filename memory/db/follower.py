@@ -70,12 +70,36 @@ class Follower:
         )
         return [LiveSideRow(*row) for row in rows]
 
-    def list_live_facts(self) -> dict[str, str]:
-        """Return the records of the live facts, in either tier, by id."""
-        rows = self.db.conn.execute(
-            "SELECT id, record FROM facts WHERE state IN (?, ?) ORDER BY seq", LIVE_STATES
-        )
-        return {str(row[0]): str(row[1]) for row in rows}
+    def list_live_facts(self) -> list[str]:
+        """Return the ids of the live facts, in either tier."""
+        sql = "SELECT id FROM facts WHERE state IN (?, ?) ORDER BY seq"
+        return [str(row[0]) for row in self.db.conn.execute(sql, LIVE_STATES)]
+
+    def list_changed_facts(self, after: int) -> list[str]:
+        """Return the ids of the facts that events behind a number are about."""
+        sql = "SELECT DISTINCT fact_id FROM events WHERE seq > ? AND fact_id IS NOT NULL"
+        return [str(row[0]) for row in self.db.conn.execute(sql, (after,))]
+
+    def newest_event(self) -> int:
+        """Return the number of the newest event."""
+        return int(self.db.conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+
+    def find_live_fact(self, fact_id: str) -> Fact | None:
+        """Return a fact if it is live, in either tier. Raises KeditError (code "corrupt") when its
+        record is damaged."""
+        sql = "SELECT record FROM facts WHERE id = ? AND state IN (?, ?)"
+        row = self.db.fetch_one(sql, fact_id, *LIVE_STATES)
+        try:
+            return None if row is None else fact_from_json(row[0])
+        except (ValueError, KeyError, TypeError) as error:
+            hint = "kedit-daemon doctor"
+            raise KeditError(f"fact {fact_id}: {error!r}", code="corrupt", hint=hint) from error
+
+    def find_shard_file(self, fact_id: str) -> str | None:
+        """Return the sha256 of the file of a fact's shard, if it has one."""
+        sql = "SELECT s.sha256 FROM side_keys k JOIN shards s ON s.id = k.shard WHERE k.fact_id = ?"
+        row = self.db.fetch_one(sql, fact_id)
+        return None if row is None else str(row[0])
 
     def read_live_fact(self, fact_id: str) -> tuple[Fact, bytes]:
         """Return a fact of the side memory and its retrieval keys. Raises KeditError (code

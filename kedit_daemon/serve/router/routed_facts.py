@@ -7,11 +7,11 @@ prompt that does not name their subject, and facts that fire within a reply.
 
 import logging
 import sqlite3
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memory.db.follower import Follower
-from memory.facts import Fact, fact_from_json
+from memory.errors import KeditError
+from memory.facts import Fact
 from memory.side.prompt_forms import list_forms
 from memory.side.prompt_reader import PromptReader, PromptReading
 from memory.side.question_reader import AskedQuestion, QuestionReader
@@ -38,9 +38,8 @@ class RoutedFacts:
     def __init__(self, follower: Follower, words: QuestionReader) -> None:
         self._follower, self._words = follower, words
         self._prompts = PromptReader(words)
-        self._records: dict[str, str] = {}
         self._facts: dict[str, Fact] = {}
-        self._shards: dict[str, str] = {}  # sha256 of the file, by fact
+        self._followed_to: int | None = None  # the event up to which the facts are followed
         self.generation = 0
         """The active generation of the home."""
         self.problem: str | None = None
@@ -54,14 +53,13 @@ class RoutedFacts:
         self._follower.close()
 
     def sync(self) -> None:
-        """Follow the home: a fact that went live is found from now on, one that left is not. Where
-        the database cannot be read, the facts stay as they were, and `problem` tells it."""
+        """Follow the home: a fact that went live is found from now on, one that left is not. Cheap
+        where little has changed. Where the database cannot be read, the facts stay as they were,
+        and `problem` tells it."""
         try:
             if self._follower.has_changed():
                 with self._follower.read_snapshot():
-                    self._follow(self._follower.list_live_facts())
-                    rows = self._follower.list_live_rows()
-                    self._shards = {row.fact_id: row.file_sha256 for row in rows}
+                    self._follow_events()
                     self.generation = self._follower.artifacts.active_generation()
         except sqlite3.Error as error:
             self._follower.forget_version()
@@ -71,18 +69,32 @@ class RoutedFacts:
             return
         self.problem = None
 
-    def _follow(self, records: Mapping[str, str]) -> None:
-        for fact_id in [n for n, record in self._records.items() if records.get(n) != record]:
-            del self._records[fact_id], self._facts[fact_id]
-            self._prompts.subject_matcher.remove_fact(fact_id)
-            self._words.remove_fact(fact_id)
-        for fact_id in [n for n in records if n not in self._records]:
+    def _follow_events(self) -> None:
+        """Read the facts again that new events are about: none changes without one."""
+        followed, newest = self._followed_to, self._follower.newest_event()
+        if followed is None:
+            changed = self._follower.list_live_facts()
+        else:
+            changed = self._follower.list_changed_facts(followed)
+        for fact_id in changed:
             try:
-                fact = fact_from_json(records[fact_id])
-            except (ValueError, KeyError, TypeError) as error:  # the daemon's doctor tells more
-                log.warning("The fact %s cannot be read: %r", fact_id, error)
-                continue
-            self._records[fact_id], self._facts[fact_id] = records[fact_id], fact
+                fact = self._follower.find_live_fact(fact_id)
+            except KeditError as error:  # of one fact, which is not routed
+                log.warning("%s", error)
+                fact = None
+            self._set_fact(fact_id, fact)
+        self._followed_to = newest
+
+    def _set_fact(self, fact_id: str, fact: Fact | None) -> None:
+        """Find a fact as it is now, or not any more."""
+        if self._facts.get(fact_id) == fact:
+            return
+        self._words.remove_fact(fact_id)
+        if fact is None:
+            del self._facts[fact_id]
+            self._prompts.subject_matcher.remove_fact(fact_id)
+        else:
+            self._facts[fact_id] = fact
             self._prompts.subject_matcher.add_names(fact_id, fact.names)
             self._words.add_fact(fact)
 
@@ -119,6 +131,12 @@ class RoutedFacts:
             chosen = {best: reading.stated[best]}
         is_question = reading.stated is None
         return [
-            RoutedFact(self._facts[n], score, is_question, self._shards.get(n))
+            RoutedFact(self._facts[n], score, is_question, self._find_shard(n))
             for n, score in chosen.items()
         ]
+
+    def _find_shard(self, fact_id: str) -> str | None:
+        try:
+            return self._follower.find_shard_file(fact_id)
+        except sqlite3.Error:  # the next sync tells it
+            return None
