@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # it imports torch
     from kedit_daemon.serve.router.fact_adapters import FactAdapters
     from kedit_daemon.serve.router.routed_facts import RoutedFact
 
-NAME_PREFIX = "kedit-"  # of adapters
 TARGET_TOKENS = 128  # in which a target must be said
 # Fields that make more of a reply than text, by the names that vLLM, SGLang and llama-server have.
 STRUCTURED_FIELDS = (

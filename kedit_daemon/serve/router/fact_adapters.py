@@ -20,8 +20,8 @@ from kedit_daemon.home import Home
 from kedit_daemon.publish.export.edited_checkpoint import find_base_folder
 from kedit_daemon.publish.export.peft_adapter import AdapterFactors, write_adapter
 from kedit_daemon.publish.export.source import read_source
-from kedit_daemon.serve.router.adapter_answers import NAME_PREFIX
 from kedit_daemon.serve.router.routed_facts import RoutedFact
+from kedit_daemon.serve.router.routed_request import ADAPTER_PREFIX
 from memory.errors import KeditError
 from memory.model.checkpoint import Checkpoint, WeightLocation
 
@@ -47,7 +47,7 @@ class FactAdapters:
         if fact.is_question and not shard.is_asked:
             return None
         content = "\n".join((base, self._location.module_name, fact.shard_sha))
-        name = f"{NAME_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        name = f"{ADAPTER_PREFIX}{hashlib.sha256(content.encode()).hexdigest()[:16]}"
         if (self.folder / name).is_dir():
             os.utime(self.folder / name)
             return name
@@ -58,7 +58,7 @@ class FactAdapters:
     def prune(self, now: float) -> None:
         """Delete the adapters that nobody has asked for in a week, and what a crash has left then.
         now: in seconds since 1970."""
-        for prefix in (NAME_PREFIX, STAGED_PREFIX):
+        for prefix in (ADAPTER_PREFIX, STAGED_PREFIX):
             for path in self.folder.glob(f"{prefix}*"):
                 with suppress(FileNotFoundError):  # another router is at work here
                     if now - path.stat().st_mtime > KEPT_SECONDS:

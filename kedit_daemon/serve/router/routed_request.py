@@ -16,6 +16,7 @@ from memory.facts import Fact
 if TYPE_CHECKING:  # it imports torch
     from kedit_daemon.serve.router.routed_facts import RoutedFact, RoutedFacts
 
+ADAPTER_PREFIX = "kedit-"  # of adapters' names, which no client may ask for
 FindFacts = Callable[["RoutedFacts", dict[str, Any]], "list[list[RoutedFact]]"]
 """Finds the facts of each prompt of a request."""
 

@@ -20,7 +20,7 @@ from kedit_daemon.config import ServeConfig
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError
 from kedit_daemon.serve.request_body import read_body
-from kedit_daemon.serve.router.adapter_answers import NAME_PREFIX, AdapterAnswers
+from kedit_daemon.serve.router.adapter_answers import AdapterAnswers
 from kedit_daemon.serve.router.engine_pool import EnginePool, Headers
 from kedit_daemon.serve.router.named_answers import (
     CONNECTION_HEADERS,
@@ -29,6 +29,7 @@ from kedit_daemon.serve.router.named_answers import (
     name_facts,
 )
 from kedit_daemon.serve.router.routed_request import (
+    ADAPTER_PREFIX,
     FindFacts,
     RoutedRequest,
     add_chat_facts,
@@ -124,7 +125,7 @@ class RouterApi:
 
     async def _answer_request(self, request: Request, form: PromptForm, path: str) -> Response:
         routed = read_request(await read_body(request, self.config.max_body_bytes))
-        if routed.model.startswith(NAME_PREFIX):  # a fact that was reverted may still be there
+        if routed.model.startswith(ADAPTER_PREFIX):  # a fact that was reverted may still be there
             raise KeditError(f"there is no model {routed.model!r} here", code="model")
         named = await self.find_facts(routed, form)
         headers = self._select_headers(request)
