@@ -21,7 +21,7 @@ from memory.facts import LIVE_STATES, Fact
 
 START_SECONDS = 300.0  # the first start on a model measures it
 EDIT_SECONDS = 600.0
-ASK_TOKENS = 20  # of an answer that is shown and compared
+ASK_TOKENS = 16  # of an answer that is shown and compared
 
 
 def format_settings(model: str, settings: Mapping[str, float]) -> str:
