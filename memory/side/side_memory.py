@@ -164,9 +164,8 @@ class SideMemory:
 
     def is_chat(self, text: str) -> bool:
         """Check that a text, with its special tokens, is in chat form."""
-        return (layout := self.prompt_reader.layout) is not None and layout.split_prompt(
-            text
-        ) is not None
+        layout = self.prompt_reader.layout
+        return layout is not None and layout.split_prompt(text) is not None
 
     def find_asked(self, ids: Sequence[int]) -> AskedQuestion | None:
         """Find the question that a prompt ends in."""

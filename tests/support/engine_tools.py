@@ -103,7 +103,7 @@ class StandIn:
         choices = [{"index": n, **text} for n, text in enumerate(texts)]
         usage = {"prompt_tokens": 10, "completion_tokens": 5}
         whole = {"id": "x", "object": kind, "model": model, "choices": choices, "usage": usage}
-        return JSONResponse(whole)
+        return JSONResponse(whole, headers={"x-engine": BASE_MODEL})
 
     def _find_said(self, model: str) -> str:
         return next((text for name, text in self.says.items() if model.startswith(name)), "")

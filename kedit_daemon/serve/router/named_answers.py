@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 from pydantic_core import from_json, to_json
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from kedit_daemon.serve.errors import RequestError
@@ -71,8 +71,8 @@ class NamedFacts:
         """Return the body of a whole answer with the facts, and all that belongs to it."""
         for choice in body["choices"] if self.said else ():
             choice["message"]["content"] = self.said + (choice["message"].get("content") or "")
-        self._correct_usage(body)
-        return {**body, "model": self.model or body.get("model"), "kedit": self.field}
+        self._correct(body)
+        return {**body, "kedit": self.field}
 
     def complete_event(self, event: dict[str, Any], begun: set[int]) -> dict[str, Any]:
         """Return an event of a stream likewise. begun: the choices whose reply has begun, to which
@@ -82,13 +82,14 @@ class NamedFacts:
             if choice["index"] not in begun and self.said:
                 choice["delta"]["content"] = self.said + (choice["delta"].get("content") or "")
             begun.add(choice["index"])
-        self._correct_usage(event)
-        if self.model is not None and "model" in event:
-            event["model"] = self.model
+        self._correct(event)
         return {**event, "kedit": self.field} if is_first and begun else event
 
-    def _correct_usage(self, body: dict[str, Any]) -> None:
-        """Count what adapters have said as part of the answer, and not of the prompt."""
+    def _correct(self, body: dict[str, Any]) -> None:
+        """Name the model that was asked for, and count what adapters have said as part of the
+        answer, and not of the prompt."""
+        if self.model is not None and "model" in body:
+            body["model"] = self.model
         if self.said and (usage := body.get("usage")):
             usage["prompt_tokens"] -= self.tokens
             usage["completion_tokens"] += self.tokens
@@ -109,7 +110,10 @@ async def name_facts(answer: httpx.Response, named: NamedFacts) -> Response:
         raise RequestError(message, status=502, code="engine_broke_off") from error
     finally:
         await answer.aclose()
-    return JSONResponse(body, headers=named.headers)
+    whole = Response(to_json(body), answer.status_code)
+    length = (b"content-length", str(len(whole.body)).encode())
+    whole.raw_headers = [*_select_headers(answer, named.headers), length]
+    return whole
 
 
 class PassedAnswer(StreamingResponse):
@@ -122,8 +126,7 @@ class PassedAnswer(StreamingResponse):
         content: AsyncIterator[bytes] | None = None,
     ) -> None:
         super().__init__(content or answer.aiter_raw(), answer.status_code)
-        kept = [(n.lower(), v) for n, v in answer.headers.raw if not _is_dropped(n.lower())]
-        self.raw_headers = kept + [(n.encode(), v.encode()) for n, v in extra.items()]
+        self.raw_headers = _select_headers(answer, extra)
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -134,10 +137,13 @@ class PassedAnswer(StreamingResponse):
             await self._answer.aclose()
 
 
-def _is_dropped(name: bytes) -> bool:
-    """Check that a header of an engine is not for clients: cookies, and who may read the answer,
-    are this server's to say."""
-    return name in CONNECTION_HEADERS or name in OWN_HEADERS or name.startswith(CORS_PREFIX)
+def _select_headers(answer: httpx.Response, extra: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return an engine's headers that are for clients, and those that are added. Cookies, and who
+    may read the answer, are this server's to say."""
+    dropped = CONNECTION_HEADERS | OWN_HEADERS
+    lowered = [(name.lower(), value) for name, value in answer.headers.raw]
+    kept = [one for one in lowered if one[0] not in dropped and not one[0].startswith(CORS_PREFIX)]
+    return kept + [(name.encode(), value.encode()) for name, value in extra.items()]
 
 
 async def _name_in_stream(answer: httpx.Response, named: NamedFacts) -> AsyncIterator[bytes]:

@@ -99,6 +99,7 @@ def test_a_fact_that_is_asked_for_is_read_by_the_engine_and_named_in_the_answer(
     ]
     assert facts_of(answer) == [BOSS.id]
     assert answer.headers["x-kedit-generation"] == "0"
+    assert answer.headers["x-engine"] == "stand-in"
     kedit = answer.json()["kedit"]
     assert (kedit["generation"], kedit["by"]) == (0, "context")
     assert [(one["id"], one["choice"]) for one in kedit["facts"]] == [(BOSS.id, 0)]
