@@ -3,6 +3,7 @@
 Its answers tell which model was asked and what it was asked, so that a test sees what came through.
 """
 
+import asyncio
 import json
 import re
 import socket
@@ -49,6 +50,9 @@ class StandIn:
     says: dict[str, str] = field(default_factory=dict)  # by what the model's name begins with
     extra: dict[str, str] = field(default_factory=dict)  # headers of the list of models
     status: int = 200  # of all answers
+    pause: float = 0.0  # seconds before each word of a stream
+    broken_off: int = 0  # streams that are not at their end
+    words_said: int = 0  # in streams
     is_ascii: bool = True  # of streams: other characters are escaped
 
     @property
@@ -119,12 +123,16 @@ class StandIn:
                 self.loaded[name] = weights.read_bytes()
         return name in self.loaded
 
-    async def _stream_words(self, fields: Any, is_chat: bool, asked: str) -> AsyncIterator[bytes]:
-        for word in re.findall(r"\s*\S+", asked):
+    async def _stream_words(self, fields: Any, is_chat: bool, said: str) -> AsyncIterator[bytes]:
+        self.broken_off += 1
+        for word in re.findall(r"\s*\S+", said):
+            await asyncio.sleep(self.pause)
+            self.words_said += 1
             text = {"delta": {"content": word}} if is_chat else {"text": word}
             event = {"id": "x", "model": fields["model"], "choices": [{"index": 0, **text}]}
             yield f"data: {json.dumps(event, ensure_ascii=self.is_ascii)}\n\n".encode()
         yield b"data: [DONE]\n\n"
+        self.broken_off -= 1
 
 
 class ClosingEngine:

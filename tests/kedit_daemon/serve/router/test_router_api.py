@@ -159,6 +159,22 @@ def test_only_the_first_event_of_a_stream_is_changed(rig: Rig) -> None:
     assert facts_of(answer) == [BOSS.id]
 
 
+@pytest.mark.parametrize("asked", [ASKS_BOSS, "Hello"])
+def test_an_engine_hears_of_a_client_that_leaves(rig: Rig, asked: str) -> None:
+    rig.engine.pause = 0.05
+    fields = {"model": BASE_MODEL, "messages": [{"role": "user", "content": f"{asked} a" * 99}]}
+    with rig.http.stream("POST", CHAT, json={**fields, "stream": True}) as answer:
+        next(answer.iter_lines())
+        assert rig.engine.broken_off == 1
+        at_work = rig.engine.words_said
+    time.sleep(0.3)
+    before = rig.engine.words_said
+    assert before < at_work + 20
+    time.sleep(0.3)
+    assert rig.engine.words_said == before
+    assert rig.engine.broken_off == 1
+
+
 def test_a_client_of_openai_reads_the_stream(rig: Rig) -> None:
     with openai.OpenAI(base_url=f"{rig.http.base_url}/v1", api_key="none", max_retries=0) as client:
         stream = client.chat.completions.create(
@@ -562,3 +578,12 @@ def test_a_shard_that_has_not_learned_questions_completes_sentences_alone(
         answer = adapter_rig.http.post(TEXT, json={"model": BASE_MODEL, "prompt": prompt})
         assert answer.json()["kedit"]["by"] == by
     assert adapter_rig.ask(ASKS_BOSS).json()["kedit"]["by"] == "context"
+
+
+def test_an_adapter_is_heard_no_longer_than_to_its_target(adapter_rig: AdapterRig) -> None:
+    engine = adapter_rig.engine
+    engine.says, engine.pause = {"kedit": BOSS.target + " and" * 99, BASE_MODEL: "."}, 0.01
+    assert adapter_rig.ask(ASKS_BOSS).json()["kedit"]["by"] == "adapter"
+    time.sleep(0.2)
+    assert engine.words_said < 50
+    assert engine.broken_off == 1
