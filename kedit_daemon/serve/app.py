@@ -61,7 +61,7 @@ def build_app(
     origins = config.serve.allowed_origins
     limited = Middleware(AccessGate, token, rate, origins)
     free = Middleware(AccessGate, token, None, origins)
-    router = _make_router(config, token, monotonic)
+    router = _make_router(config, metrics, token, monotonic)
     api = router or OpenAIApi(home, config.serve, clock, metrics)
     context = _dashboard_context(home, clock, monotonic, lambda: app.state.reader, router)
     app = Starlette(
@@ -88,11 +88,13 @@ def build_app(
 
 
 def _make_router(
-    config: Config, token: str | None, monotonic: Callable[[], float]
+    config: Config, metrics: ServerMetrics, token: str | None, monotonic: Callable[[], float]
 ) -> RouterApi | None:
     """Make the router to the engines that answer; None where this server does."""
     urls = config.serve.engine
-    return RouterApi(config.serve, EnginePool(urls, monotonic), token) if urls else None
+    if not urls:
+        return None
+    return RouterApi(config.serve, EnginePool(urls, monotonic), metrics, token)
 
 
 def attach_reader(app: Starlette, reader: Reader) -> None:

@@ -60,6 +60,12 @@ class ServerMetrics:
             ["kind"],
             registry=registry,
         )
+        self.routed_counter = Counter(
+            "kedit_routed",
+            "Requests passed on to engines, by how facts were put in: none, context or adapter.",
+            ["by"],
+            registry=registry,
+        )
         registry.register(HomeCollector(home, clock))
 
     def watch_engine(self, engine: "BatchEngine") -> None:

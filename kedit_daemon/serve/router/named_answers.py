@@ -50,6 +50,13 @@ class NamedFacts:
         return list({one.fact.id: one for facts in self.by_prompt for one in facts}.values())
 
     @property
+    def by(self) -> str:
+        """How the facts were put in."""
+        if not self.by_prompt:
+            return "none"
+        return "adapter" if self.said or self.model else "context"
+
+    @property
     def headers(self) -> dict[str, str]:
         """The HTTP headers that name them."""
         ids = ",".join(one.fact.id for one in self.distinct)
@@ -64,8 +71,7 @@ class NamedFacts:
             for choice in range(self.choices)
             for one in facts
         ]
-        by = "adapter" if self.said or self.model else "context"
-        return {"generation": self.generation, "facts": described, "by": by}
+        return {"generation": self.generation, "facts": described, "by": self.by}
 
     def complete_body(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the body of a whole answer with the facts, and all that belongs to it."""

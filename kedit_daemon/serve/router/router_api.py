@@ -19,6 +19,7 @@ from starlette.routing import Route
 from kedit_daemon.config import ServeConfig
 from kedit_daemon.serve.disconnect import CLIENT_GONE, run_unless_gone
 from kedit_daemon.serve.errors import RequestError
+from kedit_daemon.serve.metrics import ServerMetrics
 from kedit_daemon.serve.request_body import read_body
 from kedit_daemon.serve.router.adapter_answers import AdapterAnswers
 from kedit_daemon.serve.router.engine_pool import EnginePool, Headers
@@ -64,9 +65,11 @@ TEXT = PromptForm(find_text_facts, add_text_facts)
 class RouterApi:
     """The endpoints. Prompts and answers are neither kept nor logged."""
 
-    def __init__(self, config: ServeConfig, engines: EnginePool, token: str | None = None) -> None:
+    def __init__(
+        self, config: ServeConfig, engines: EnginePool, metrics: ServerMetrics, token: str | None
+    ) -> None:
         """`token`: of this server's clients, if they need one."""
-        self.config, self.engines, self.token = config, engines, token
+        self.config, self.engines, self.metrics, self.token = config, engines, metrics, token
         self.facts: RoutedFacts | None = None
         """The facts; None while they are being loaded."""
         self.adapters: AdapterAnswers | None = None
@@ -133,7 +136,9 @@ class RouterApi:
         answered = await run_unless_gone(request, asking)
         if answered is None:
             return Response(status_code=CLIENT_GONE)
-        return await name_facts(*answered)
+        answer, named = answered
+        self.metrics.routed_counter.labels(named.by).inc()
+        return await name_facts(answer, named)
 
     async def ask_engine(
         self,

@@ -1,6 +1,7 @@
 """The router, as its clients and the engines behind it meet it."""
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -587,3 +588,14 @@ def test_an_adapter_is_heard_no_longer_than_to_its_target(adapter_rig: AdapterRi
     time.sleep(0.2)
     assert engine.words_said < 50
     assert engine.broken_off == 1
+
+
+def test_what_was_passed_on_is_counted(adapter_rig: AdapterRig) -> None:
+    adapter_rig.engine.says = {"kedit": BOSS.target}
+    adapter_rig.ask(ASKS_BOSS)
+    adapter_rig.ask(ASKS_BOSS, logprobs=True)
+    adapter_rig.ask("Hello")
+    adapter_rig.ask("Hello again")
+    told = adapter_rig.http.get("/metrics").text
+    counts = dict(re.findall(r'kedit_routed_total\{by="(\w+)"\} ([\d.]+)', told))
+    assert counts == {"adapter": "1.0", "context": "1.0", "none": "2.0"}
