@@ -218,7 +218,7 @@ def test_a_publish_section_that_cannot_work(tmp_path: Path, text: str, problem: 
 
 
 def test_the_publish_section_as_shown_in_the_default_text_works(tmp_path: Path) -> None:
-    section = render_default_config("shipped").split("[publish]")[1]
+    section = render_default_config("shipped").split("[publish]")[1].split("[serve]")[0]
     shown = re.sub(r"^# (?=\w+ = )", "", section, flags=re.MULTILINE)
     publish = read(tmp_path, f"[publish]\n{shown}").publish
     assert (publish.kind, publish.keep, publish.vllm) == ("lora", 3, "http://127.0.0.1:8000")
