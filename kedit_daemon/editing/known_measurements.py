@@ -7,11 +7,13 @@ models, found by the hash of their weights.
 import errno
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
 
 from kedit_daemon.editing.measurement_cache import find_measured, make_key
 from kedit_daemon.shipped import KNOWN_MODELS
@@ -21,6 +23,7 @@ from policies.edit_site import SITE_FILE, EditSite, load_site, read_site, read_w
 
 # Not *.safetensors, though it is: servers take every such file in a folder for weights.
 STATISTICS_FILE = "statistics.kedit"
+INPUTS_FILE = "inputs.kedit"
 STATISTICS_KIND = "statistics"
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,17 @@ def find_statistics(
     if older := _load_unhashed(unhashed, {*wide, *narrow}):
         return KnownStatistics(shipped | older)
     return KnownStatistics(shipped, key, tuple(wide), tuple(narrow))
+
+
+def make_inputs_key(base_hash: str, layer: int, pieces: Sequence[Sequence[int]]) -> str:
+    """Return the key of a layer's inputs where pieces of text end, by their token ids."""
+    return make_key(base_hash, layer, pieces)
+
+
+def find_shipped_inputs(base_hash: str, key: str) -> Tensor | None:
+    """Find the inputs of a layer that the package ships for these weights, by `make_inputs_key`."""
+    path = locate_known(base_hash) / INPUTS_FILE
+    return load(path.read_bytes()).get(key) if path.is_file() else None
 
 
 def _read_shipped(folder: Path) -> dict[int, LayerStatistics]:

@@ -18,7 +18,13 @@ from torch import Tensor
 from transformers.utils.hub import cached_file
 
 from kedit_daemon.editing.gguf_cache import GgufCache
-from kedit_daemon.editing.known_measurements import STATISTICS_KIND, find_site, find_statistics
+from kedit_daemon.editing.known_measurements import (
+    STATISTICS_KIND,
+    find_shipped_inputs,
+    find_site,
+    find_statistics,
+    make_inputs_key,
+)
 from kedit_daemon.editing.measurement_cache import find_measured, make_key, save_measured
 from kedit_daemon.editing.model_location import find_model_folder
 from kedit_daemon.home import MODELS_FOLDER
@@ -141,9 +147,13 @@ class OpenedModel:
 
     def resolve_ordinary_inputs(self, layer: int, count: int) -> Tensor:
         """Return the inputs (count, width) of a layer where pieces of ordinary text end, in the
-        unedited model: as cached, else measured now."""
+        unedited model: as shipped, as cached, else measured now."""
         pieces = [" ".join(line.split()[:PIECE_WORDS]) for line in read_ordinary_lines()[:count]]
-        key = make_key(self.fingerprint, layer, [self.model.encode(piece) for piece in pieces])
+        ids = [self.model.encode(piece) for piece in pieces]
+        shipped = find_shipped_inputs(self.base_hash, make_inputs_key(self.base_hash, layer, ids))
+        if shipped is not None:
+            return shipped.to(self.model.device)
+        key = make_key(self.fingerprint, layer, ids)
         if (path := find_measured(self.cache_folder, "inputs", key)) is not None:
             inputs = load_file(path, device=str(self.model.device))["inputs"]
         else:

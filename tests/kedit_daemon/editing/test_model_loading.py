@@ -6,18 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from kedit_daemon import shipped
 from kedit_daemon.config import SHIPPED_MODEL
 from kedit_daemon.editing import known_measurements, model_loading
 from kedit_daemon.editing.known_measurements import STATISTICS_FILE
 from kedit_daemon.editing.model_loading import (
+    PIECE_WORDS,
     CanaryTexts,
     LoadedModel,
     load_model,
     open_model,
     read_canary_texts,
 )
+from kedit_daemon.editing.side_learner import OUTSIDE_LINES
 from kedit_daemon.shipped import KNOWN_MODELS, read_ordinary_lines
 from memory.errors import KeditError
 from memory.model.generate import generate_answers
@@ -240,3 +243,31 @@ def test_a_model_that_is_not_there_is_bad_configuration(tmp_path: Path) -> None:
 
 def test_there_is_ordinary_text() -> None:
     assert len(read_ordinary_lines()) > 200
+
+
+def test_inputs_that_the_package_ships_are_not_measured(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    loaded, measured, _ = start()
+    opened, layer = loaded.opened, loaded.site.side_layer
+    monkeypatch.setattr(known_measurements, "KNOWN_MODELS", tmp_path / "known")
+    lines = read_ordinary_lines()[:8]
+    pieces = [loaded.model.encode(" ".join(line.split()[:PIECE_WORDS])) for line in lines]
+    path = known_measurements.locate_known(loaded.base_hash) / known_measurements.INPUTS_FILE
+    path.parent.mkdir(parents=True)
+    shipped = {
+        known_measurements.make_inputs_key(loaded.base_hash, layer, pieces): measured + 1,
+        known_measurements.make_inputs_key("other weights", layer, pieces): measured + 2,
+    }
+    save_file(shipped, path)
+    caplog.clear()
+    assert torch.equal(opened.resolve_ordinary_inputs(layer, 8), measured + 1)
+    assert torch.equal(opened.resolve_ordinary_inputs(layer, 7), measured[:7])  # other texts
+    assert sum("once for this model" in text for text in caplog.messages) == 1
+
+
+def test_what_is_shipped_of_the_real_models_inputs_is_whole() -> None:
+    (path,) = known_measurements.KNOWN_MODELS.glob(f"*/{known_measurements.INPUTS_FILE}")
+    (inputs,) = load_file(path).values()
+    assert inputs.shape == (OUTSIDE_LINES, 1536)
+    assert bool(torch.isfinite(inputs).all())
