@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from kedit_daemon.editing.gguf_cache import GgufCache
-from kedit_daemon.editing.known_measurements import INPUTS_FILE, locate_known, make_inputs_key
-from kedit_daemon.editing.model_loading import PIECE_WORDS, open_model
+from kedit_daemon.editing.known_measurements import INPUTS_FILE, locate_known
+from kedit_daemon.editing.measurement_cache import make_key
+from kedit_daemon.editing.model_loading import open_model, read_pieces
 from kedit_daemon.editing.side_learner import OUTSIDE_LINES
-from kedit_daemon.shipped import read_ordinary_lines
 
 
 def write_inputs(name: str) -> Path:
@@ -22,9 +22,8 @@ def write_inputs(name: str) -> Path:
         path = locate_known(opened.base_hash) / INPUTS_FILE
         path.unlink(missing_ok=True)
         inputs = opened.resolve_ordinary_inputs(layer, OUTSIDE_LINES)
-        lines = read_ordinary_lines()[:OUTSIDE_LINES]
-        pieces = [opened.model.encode(" ".join(line.split()[:PIECE_WORDS])) for line in lines]
-        key = make_inputs_key(opened.base_hash, layer, pieces)
+        ids = [opened.model.encode(piece) for piece in read_pieces(OUTSIDE_LINES)]
+        key = make_key(opened.base_hash, layer, ids)
         save_file({key: inputs.cpu().contiguous()}, path)
         return path
 

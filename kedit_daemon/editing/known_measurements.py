@@ -7,7 +7,7 @@ models, found by the hash of their weights.
 import errno
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,13 +77,9 @@ def find_statistics(
     return KnownStatistics(shipped, key, tuple(wide), tuple(narrow))
 
 
-def make_inputs_key(base_hash: str, layer: int, pieces: Sequence[Sequence[int]]) -> str:
-    """Return the key of a layer's inputs where pieces of text end, by their token ids."""
-    return make_key(base_hash, layer, pieces)
-
-
 def find_shipped_inputs(base_hash: str, key: str) -> Tensor | None:
-    """Find the inputs of a layer that the package ships for these weights, by `make_inputs_key`."""
+    """Find the inputs of a layer that the package ships for these weights, by a key of the weights,
+    the layer and the texts' token ids."""
     path = locate_known(base_hash) / INPUTS_FILE
     return load(path.read_bytes()).get(key) if path.is_file() else None
 

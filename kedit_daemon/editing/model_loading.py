@@ -23,7 +23,6 @@ from kedit_daemon.editing.known_measurements import (
     find_shipped_inputs,
     find_site,
     find_statistics,
-    make_inputs_key,
 )
 from kedit_daemon.editing.measurement_cache import find_measured, make_key, save_measured
 from kedit_daemon.editing.model_location import find_model_folder
@@ -70,6 +69,11 @@ def read_canary_lines() -> list[str]:
 def read_canary_texts() -> CanaryTexts:
     """Read the shipped lines and statements."""
     return CanaryTexts(read_canary_lines(), read_statements())
+
+
+def read_pieces(count: int) -> list[str]:
+    """Read the beginnings of shipped lines of ordinary text."""
+    return [" ".join(line.split()[:PIECE_WORDS]) for line in read_ordinary_lines()[:count]]
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,9 @@ class OpenedModel:
     def resolve_ordinary_inputs(self, layer: int, count: int) -> Tensor:
         """Return the inputs (count, width) of a layer where pieces of ordinary text end, in the
         unedited model: as shipped, as cached, else measured now."""
-        pieces = [" ".join(line.split()[:PIECE_WORDS]) for line in read_ordinary_lines()[:count]]
+        pieces = read_pieces(count)
         ids = [self.model.encode(piece) for piece in pieces]
-        shipped = find_shipped_inputs(self.base_hash, make_inputs_key(self.base_hash, layer, ids))
+        shipped = find_shipped_inputs(self.base_hash, make_key(self.base_hash, layer, ids))
         if shipped is not None:
             return shipped.to(self.model.device)
         key = make_key(self.fingerprint, layer, ids)

@@ -12,13 +12,14 @@ from kedit_daemon import shipped
 from kedit_daemon.config import SHIPPED_MODEL
 from kedit_daemon.editing import known_measurements, model_loading
 from kedit_daemon.editing.known_measurements import STATISTICS_FILE
+from kedit_daemon.editing.measurement_cache import make_key
 from kedit_daemon.editing.model_loading import (
-    PIECE_WORDS,
     CanaryTexts,
     LoadedModel,
     load_model,
     open_model,
     read_canary_texts,
+    read_pieces,
 )
 from kedit_daemon.editing.side_learner import OUTSIDE_LINES
 from kedit_daemon.shipped import KNOWN_MODELS, read_ordinary_lines
@@ -251,13 +252,12 @@ def test_inputs_that_the_package_ships_are_not_measured(
     loaded, measured, _ = start()
     opened, layer = loaded.opened, loaded.site.side_layer
     monkeypatch.setattr(known_measurements, "KNOWN_MODELS", tmp_path / "known")
-    lines = read_ordinary_lines()[:8]
-    pieces = [loaded.model.encode(" ".join(line.split()[:PIECE_WORDS])) for line in lines]
+    ids = [loaded.model.encode(piece) for piece in read_pieces(8)]
     path = known_measurements.locate_known(loaded.base_hash) / known_measurements.INPUTS_FILE
     path.parent.mkdir(parents=True)
     shipped = {
-        known_measurements.make_inputs_key(loaded.base_hash, layer, pieces): measured + 1,
-        known_measurements.make_inputs_key("other weights", layer, pieces): measured + 2,
+        make_key(loaded.base_hash, layer, ids): measured + 1,
+        make_key("other weights", layer, ids): measured + 2,
     }
     save_file(shipped, path)
     caplog.clear()

@@ -332,7 +332,7 @@ def test_an_engine_that_is_starting_is_passed_over(tmp_path: Path, status: int) 
     store = make_store(home, BOSS)
     with stand_in() as one, stand_in() as other, router(home, [one.url, other.url]) as http:
         one.status = status
-        answers = [Rig(store, home, one, http).ask(f"Hello {n}").status_code for n in range(12)]
+        answers = [Rig(store, home, one, http).ask(f"Hello {n}").status_code for n in range(32)]
         # An error of its own is the engine's answer.
         assert set(answers) == ({200} if status == 503 else {200, 500})
     store.close()
