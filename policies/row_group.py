@@ -1,6 +1,7 @@
 """Rows of facts that learn side by side, run together on each fact's own ΔW."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -13,6 +14,40 @@ from policies.divergence import stop_non_finite
 from policies.prompts import IGNORE_LABEL, TokenRow
 
 ROWS_PER_PASS = 16  # padded to the longest of them
+MAX_PADS = 16  # of a row in such a pass: a chat's template makes its rows several times as long
+# What a pass costs beside its tokens, in tokens: it reads the weights. (SmolLM2-135M on one core:
+# 15 to 40; on a GPU many more.)
+PASS_TOKENS = 32
+
+
+def group_by_target(
+    pairs: Sequence[tuple[int, TokenRow]],
+) -> list[list[tuple[int, TokenRow]]]:
+    """Group pairs of a fact's index and a row by the length of the targets.
+
+    A row is padded to the longest of its group: a group joins the next longer one where its pads
+    cost less than a pass of its own.
+    """
+    by_length: dict[int, list[tuple[int, TokenRow]]] = {}
+    for pair in sorted(pairs, key=lambda pair: len(pair[1].target)):
+        by_length.setdefault(len(pair[1].target), []).append(pair)
+    groups: list[list[tuple[int, TokenRow]]] = []
+    for length, group in by_length.items():
+        pads = sum(length - len(row.target) for _, row in groups[-1]) if groups else PASS_TOKENS
+        if pads < PASS_TOKENS:
+            groups[-1].extend(group)
+        else:
+            groups.append(group)
+    return groups
+
+
+def split_passes(lengths: Sequence[int]) -> list[slice]:
+    """Split rows, by their ascending lengths, into passes of few pads."""
+    starts = [0]
+    for n, length in enumerate(lengths):
+        if n - starts[-1] >= ROWS_PER_PASS or length > lengths[starts[-1]] + MAX_PADS:
+            starts.append(n)
+    return [slice(a, b) for a, b in pairwise([*starts, len(lengths)])]
 
 
 class RowGroup:
@@ -31,9 +66,8 @@ class RowGroup:
         tails = [row.ids[row.prompt_length - 1 : -1] for row in rows]
         longest = max(map(len, tails))
         self.replay = PrefixCache(model, layer, len(rows), max(map(len, heads)), longest)
-        for first in range(0, len(rows), ROWS_PER_PASS):
-            part = slice(first, first + ROWS_PER_PASS)
-            self.replay.fill_rows(first, heads[part], tails[part])
+        for part in split_passes([len(head) for head in heads]):
+            self.replay.fill_rows(part.start, heads[part], tails[part])
         self.columns = torch.arange(longest, device=device).repeat(len(rows), 1)
         self.labels = torch.full((len(rows), longest), IGNORE_LABEL, device=device)
         for n, row in enumerate(rows):

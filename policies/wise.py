@@ -25,7 +25,7 @@ from policies.divergence import DivergenceWatch, StepReadings, check_output_shif
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal
 from policies.prompts import SUBJECT_QUESTIONS, TokenRow, make_rows, pad_rows
-from policies.row_group import ROWS_PER_PASS, RowGroup
+from policies.row_group import ROWS_PER_PASS, RowGroup, group_by_target
 
 SHARD_RANK = 4  # of a fact's ΔW: it has to say a few different tokens
 DOWN_RATE = 0.1  # Adam's for A, in units of the size of its entries
@@ -109,11 +109,10 @@ class _ShardTraining:
         asked: Sequence[Sequence[TokenRow]],
     ) -> None:
         self.model, self.site, self.scale, device = model, site, scale, model.device
-        stated = [(n, row) for n, fact in enumerate(facts) for row in make_rows(model, fact)]
-        # Apart: a chat's template makes its rows several times as long.
-        chats = [(n, row) for n, rows in enumerate(asked) for row in rows]
-        alike = [*_group_alike(stated), *_group_alike(chats)]
-        self.groups = [RowGroup(model, site.side_layer, pairs, len(facts)) for pairs in alike]
+        pairs = [(n, row) for n, fact in enumerate(facts) for row in make_rows(model, fact)]
+        pairs += [(n, row) for n, rows in enumerate(asked) for row in rows]
+        groups = group_by_target(pairs)
+        self.groups = [RowGroup(model, site.side_layer, group, len(facts)) for group in groups]
         self.is_asked = [bool(rows) for rows in asked] or [False] * len(facts)
         self.row_owner = torch.cat([group.row_owner for group in self.groups])  # (rows,)
         self.is_own_row = torch.cat([group.is_own_row for group in self.groups], 1)  # (facts, rows)
@@ -183,14 +182,6 @@ class _ShardTraining:
             return Refusal(why)
         threshold = max(THRESHOLD_RATIO * float(distances.min()), 1e-6)
         return Shard(delta, threshold, is_asked=self.is_asked[fact])
-
-
-def _group_alike(pairs: Sequence[tuple[int, TokenRow]]) -> list[list[tuple[int, TokenRow]]]:
-    """Group rows with targets of about one length: a row is padded to the longest of its group."""
-    groups: dict[int, list[tuple[int, TokenRow]]] = {}
-    for pair in pairs:
-        groups.setdefault((len(pair[1].target) - 1).bit_length(), []).append(pair)
-    return [groups[length] for length in sorted(groups)]
 
 
 def _masked_mean(values: Tensor, counted: Tensor, dims: tuple[int, ...] = (1,)) -> Tensor:
