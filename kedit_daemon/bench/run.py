@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -81,7 +81,7 @@ def measure_method(
                 result = {
                     **average_columns(scores),
                     "retention": compute_retention(scores),
-                    **measure_health(loaded),
+                    **measure_health(loaded, method.edited_layers),
                     "seconds_per_fact": _summarize_seconds(method, seconds),
                     "peak_memory_bytes": read_peak_memory(),
                     "bytes_per_fact": method.count_stored_bytes() / len(stream.records),
@@ -140,9 +140,10 @@ def name_matrix(layer: int | str) -> str:
     return f"layer.{layer}.down_proj"
 
 
-def measure_health(loaded: LoadedModel) -> dict[str, Any]:
-    """Measure perplexity before all edits and now, and ‖W‖_F / ‖W0‖_F by matrix."""
-    health = loaded.canary.measure_health()
+def measure_health(loaded: LoadedModel, layers: Collection[int] | None = None) -> dict[str, Any]:
+    """Measure perplexity before all edits and now, and ‖W‖_F / ‖W0‖_F by matrix. `layers`: those
+    that are edited, if not the site's."""
+    health = loaded.canary.measure_health(layers)
     ratios = {name_matrix(n): ratio for n, ratio in health.norm_ratio.items()}
     perplexity = {"before": loaded.canary.base_readings.perplexity, "after": health.perplexity}
     return {"perplexity": perplexity, "norm_ratio": ratios}

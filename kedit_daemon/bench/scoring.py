@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memory.facts import Fact
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, decode_steps, group_by_length
+from memory.model.scoring import PromptAnswer, score_answers
 from policies.prompts import TokenRow
 
 
@@ -23,6 +25,17 @@ def compute_target_losses(logits: Tensor, rows: Sequence[TokenRow]) -> Tensor:
             for each, row in zip(logits, rows, strict=True)
         ]
     )
+
+
+def check_stated(
+    model: EditableModel, facts: Sequence[Fact], overlay: Overlay | None = None
+) -> list[bool]:
+    """Check for each fact whether all tokens of its target are the argmax behind its prompt."""
+    rows = []
+    for fact in facts:
+        target = model.encode_target(fact.question, fact.target, fact.join)
+        rows.append(PromptAnswer(tuple(model.encode(fact.question)), tuple(target)))
+    return [all(row.token_hits) for row in score_answers(model, rows, overlay)]
 
 
 def continue_greedily(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -168,11 +168,13 @@ class Canary:
         lost = (share * (base - logits.log_softmax(-1))).where(share > 0, 0)
         return float(lost.double().sum().clamp(min=0))
 
-    def measure_health(self) -> Health:
-        """Measure the model as it is now; `latest_readings` keeps the measurements."""
+    def measure_health(self, layers: Collection[int] | None = None) -> Health:
+        """Measure the model as it is now; `latest_readings` keeps the measurements. `layers`: those
+        that are edited, if not the canary's own."""
         seen = self.latest_readings = self._read_canary(self.base_readings)
+        edited = self.layers if layers is None else layers
         ratios, updates = {}, {}
-        for layer in self.layers:
+        for layer in edited:
             weight, base = self.model.weight(layer), self.model.base_weight(layer)
             ratios[str(layer)] = float(weight.norm() / base.norm())
             updates[str(layer)] = float((weight - base).norm())
@@ -181,7 +183,7 @@ class Canary:
         same = [now == token for now, token in pairs]
         sure = [kept for kept, counts in zip(same, self.is_confident, strict=True) if counts]
         before = unedited.activation_norms
-        moved = {str(n): seen.activation_norms[n] / before[n] for n in self.layers if before[n]}
+        moved = {str(n): seen.activation_norms[n] / before[n] for n in edited if before[n]}
         # A NaN or an infinity anywhere in a matrix makes its norm one.
         numbers = [*ratios.values(), *updates.values(), *moved.values(), seen.perplexity, seen.kl]
         return Health(

@@ -67,6 +67,11 @@ class Method:
         raise NotImplementedError
 
     @property
+    def edited_layers(self) -> tuple[int, ...]:
+        """The layers whose weights it may change."""
+        return self.loaded_model.layers
+
+    @property
     def overlay(self) -> Overlay | None:
         """The overlay on the weights under which the model answers, if there is one."""
         return None

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_daemon.bench.methods.method import Method, MethodSetup
+from kedit_daemon.bench.methods.method import MethodSetup
+from kedit_daemon.bench.methods.stacking import StackingMethod
 from kedit_daemon.bench.scoring import compute_target_losses
 from memory.errors import KeditError
 from memory.facts import Fact
@@ -56,7 +57,7 @@ def sample_prefixes(model: EditableModel, seed: int) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _ContextBatch:
+class ContextBatch:
     """A fact in several contexts, the bare prompt first: ids (rows, tokens), each row's site."""
 
     rows: list[TokenRow]
@@ -64,7 +65,7 @@ class _ContextBatch:
     sites: Tensor
 
 
-class ReferenceMemit(Method):
+class ReferenceMemit(StackingMethod):
     """Sequential MEMIT. As published, targets have no end-of-text token.
 
     Edits the layers of the subject's last token; of the prompt's, if the site has none of these.
@@ -79,6 +80,7 @@ class ReferenceMemit(Method):
         self.layers, self.prior = site.subject_layers, site.prior
         if not self.layers:
             self.layers, self.prior = site.end_layers, site.end_prior
+        self.layers = self.choose_layers(self.layers)
         self.last_layer = self.layers[-1]
         if self.last_layer == self.model.layer_count - 1:
             raise KeditError(
@@ -87,7 +89,11 @@ class ReferenceMemit(Method):
                 hint="choose another method, or other layers in the model's kedit.json",
             )
         self.contexts = ["", *sample_prefixes(self.model, setup.seed)]
-        self.deltas = {n: torch.zeros_like(self.model.base_weight(n)) for n in self.layers}
+        self.start_layers(self.layers)
+
+    def choose_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Choose those of the site's layers that are edited: all."""
+        return layers
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """Edit fact by fact; one with numbers that are not finite leaves the weights alone."""
@@ -97,15 +103,14 @@ class ReferenceMemit(Method):
             with self.stopwatch.time_part("targets"):
                 target = self.compute_target(fact, batch)
             with self.stopwatch.time_part("solve"):
-                is_updated = target is not None and self._update_layers(batch, target)
+                is_updated = target is not None and self.update_layers(batch, target)
             if not is_updated:
                 self.not_edited += 1
-                self.deltas = kept
-                self.model.set_deltas(self.deltas)
+                self.replace_deltas(kept)
 
     def build_context_batch(
         self, texts: Sequence[str], fact: Fact, stated: bool = True
-    ) -> _ContextBatch:
+    ) -> ContextBatch:
         """Build one row a text, followed by the fact's target if `stated`."""
         rows = []
         for text in texts:
@@ -117,11 +122,11 @@ class ReferenceMemit(Method):
         width = max(len(row.ids) for row in rows)
         batch = pad_rows(rows, width, self.model.end_token or 0, self.model.device)
         sites = batch.subject_index if self.loaded_model.site.subject_layers else batch.end_index
-        return _ContextBatch(rows, batch.ids, sites)
+        return ContextBatch(rows, batch.ids, sites)
 
     # Target -------------------------------------------------------------------------------------
 
-    def compute_target(self, fact: Fact, batch: _ContextBatch) -> Tensor | None:
+    def compute_target(self, fact: Fact, batch: ContextBatch) -> Tensor | None:
         """Compute z (hidden,) at the last edited layer's output, by Adam on δ through the model."""
         essence = self.build_context_batch([f"{fact.subject} is a"], fact, stated=False)
         start = self.read_residual(batch)
@@ -150,7 +155,7 @@ class ReferenceMemit(Method):
                 delta *= max_norm / delta.norm().clamp(min=max_norm)
         return start + delta.detach()
 
-    def _compute_logits(self, batch: _ContextBatch, delta: Tensor) -> Tensor:
+    def _compute_logits(self, batch: ContextBatch, delta: Tensor) -> Tensor:
         """Compute logits (rows, tokens, vocabulary) with δ added at every row's site."""
         rows = torch.arange(len(batch.ids), device=self.model.device)
 
@@ -164,7 +169,7 @@ class ReferenceMemit(Method):
         logits: Tensor = out.logits
         return logits.float()
 
-    def read_residual(self, batch: _ContextBatch) -> Tensor:
+    def read_residual(self, batch: ContextBatch) -> Tensor:
         """Read the residual stream (hidden,) after the last edited layer, at the bare site."""
         with torch.no_grad():
             out = self.model.hf_model(
@@ -175,25 +180,24 @@ class ReferenceMemit(Method):
 
     # Solve --------------------------------------------------------------------------------------
 
-    def _update_layers(self, batch: _ContextBatch, target: Tensor) -> bool:
+    def update_layers(self, batch: ContextBatch, target: Tensor) -> bool:
         """Spread the remaining distance to the target in equal shares over the layers to come.
 
         Return False, with some layers updated, if a solution is not finite.
         """
         for n, layer in enumerate(self.layers):
-            key = self._compute_key(layer, batch)
+            key = self.average_keys(self.read_keys(layer, batch))
             share = (target - self.read_residual(batch)) / (len(self.layers) - n)
             covariance = self.loaded_model.statistics[layer].covariance
             ridge = self.prior * RIDGE_FLOOR
             update = solve_dense_update(covariance, self.prior, ridge, key[None], share[None])
             if not torch.isfinite(update).all():
                 return False
-            self.deltas[layer] = self.deltas[layer] + update.to(self.deltas[layer])
-            self.model.set_deltas(self.deltas)
+            self.add_updates({layer: update})
         return True
 
-    def _compute_key(self, layer: int, batch: _ContextBatch) -> Tensor:
-        """Average the bare prompt's key with the mean key of the other contexts: (width,)."""
+    def read_keys(self, layer: int, batch: ContextBatch) -> Tensor:
+        """Read the keys (contexts, width) at the sites, the bare prompt's first."""
         caught: list[Tensor] = []
 
         def catch_inputs(inputs: Tensor, _outputs: Tensor) -> None:
@@ -202,4 +206,8 @@ class ReferenceMemit(Method):
 
         with torch.no_grad(), self.model.tap_layers({layer: catch_inputs}):
             self.model.hf_model(input_ids=batch.ids, use_cache=False)
-        return (caught[0][0] + caught[0][1:].mean(0)) / 2
+        return caught[0]
+
+    def average_keys(self, keys: Tensor) -> Tensor:
+        """Average the bare prompt's key with the mean key of the other contexts: (width,)."""
+        return (keys[0] + keys[1:].mean(0)) / 2

@@ -18,6 +18,7 @@ from kedit_daemon.bench.methods.method_catalog import import_method
 from kedit_daemon.bench.methods.reference_wise import ReferenceWise
 from kedit_daemon.bench.plot import to_percent
 from kedit_daemon.bench.run import name_matrix
+from kedit_daemon.bench.scoring import check_stated
 from kedit_daemon.bench.studies.activation_reader import ActivationReader
 from kedit_daemon.bench.studies.shared import catch_unsolved
 from kedit_daemon.bench.studies.study import Study, StudyInput
@@ -25,8 +26,6 @@ from kedit_daemon.bench.table import align_rows, format_share
 from kedit_daemon.editing.model_loading import CanaryTexts
 from memory.errors import NotFinite
 from memory.facts import Fact
-from memory.model.editable import EditableModel
-from memory.model.scoring import PromptAnswer, score_answers
 from memory.model.spectra import (
     effective_rank,
     linear_cka,
@@ -208,8 +207,7 @@ class _CurveProbe:
 
     def _check_held(self, method: Method, edited: int) -> list[bool]:
         """Check for each fact so far that it is answered, strictly."""
-        rows = [_encode_fact(self.model, fact) for fact in self.facts[:edited]]
-        return [all(row.token_hits) for row in score_answers(self.model, rows, method.overlay)]
+        return check_stated(self.model, self.facts[:edited], method.overlay)
 
 
 def _collect_copies(method: Method) -> list[Tensor]:
@@ -220,11 +218,6 @@ def _collect_copies(method: Method) -> list[Tensor]:
         deltas = [shard.delta for shard in method.live_model.side.shards.values()]
         return [delta.up @ delta.down for delta in deltas]
     return []
-
-
-def _encode_fact(model: EditableModel, fact: Fact) -> PromptAnswer:
-    ids = model.encode_target(fact.question, fact.target, fact.join)
-    return PromptAnswer(tuple(model.encode(fact.question)), tuple(ids))
 
 
 def _divide_pairwise(now: Sequence[float], base: Sequence[float]) -> list[float]:

@@ -18,6 +18,7 @@ from memory.db.store import Store
 from memory.errors import KeditError, Unsolvable
 from memory.facts import Neighbour
 from memory.model.editable import EditableModel
+from memory.model.generate import Overlay
 from policies.edit_terms import EditTerms, Refusal, unpack_terms
 from policies.probe import normalize_answer
 from policies.targets import compute_terms
@@ -121,10 +122,14 @@ def thin_records(records: Sequence[BenchRecord]) -> list[BenchRecord]:
 
 
 def measure_columns(
-    model: EditableModel, records: Sequence[BenchRecord], before: Sequence[BaseAnswers]
+    model: EditableModel,
+    records: Sequence[BenchRecord],
+    before: Sequence[BaseAnswers],
+    overlay: Overlay | None = None,
 ) -> ColumnMeans:
-    """Measure the columns over some records, on the current weights."""
-    return average_columns(measure_records(MeasuredModel(model), records, before, _skip_tracking))
+    """Measure the columns over some records, on the current weights, with an overlay or without."""
+    subject = MeasuredModel(model, overlay)
+    return average_columns(measure_records(subject, records, before, _skip_tracking))
 
 
 def _skip_tracking(items: Sequence[T], _what: str, /) -> Iterable[T]:

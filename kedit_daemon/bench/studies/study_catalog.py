@@ -17,6 +17,7 @@ STUDIES = {
     "cost": "cost:CostStudy",
     "norms": "norms:NormGrowthStudy",
     "poison": "poison:PoisonStudy",
+    "hypernetworks": "hypernetworks:HypernetworkStudy",
 }
 
 DEFAULT_LIMITS = {
@@ -26,6 +27,7 @@ DEFAULT_LIMITS = {
     "cost": 1000,
     "norms": 120,
     "poison": 130,
+    "hypernetworks": 100,
 }
 """Number of records without --limit, for a study that does not need the whole stream."""
 

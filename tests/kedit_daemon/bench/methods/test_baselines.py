@@ -2,14 +2,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from editing_home import seat
 
-from kedit_daemon.bench.methods.baselines import LORA_RANK, FineTuning, InContext, Lora, Unedited
+from kedit_daemon.bench.methods.baselines import InContext, Unedited
 from kedit_daemon.bench.methods.method import Method, MethodSetup, Stopwatch
 from kedit_daemon.bench.methods.method_catalog import METHODS, import_method
 from kedit_daemon.editing.model_loading import LoadedModel
-from memory.model.generate import generate_answers
 
 FACTS = [seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")]
 Load = Callable[[str], LoadedModel]
@@ -47,57 +45,6 @@ def test_in_context_states_the_fact_first_and_changes_no_weight(setup: MethodSet
     one = InContext(setup)
     one.edit(FACTS[:1])
     assert one.count_stored_bytes() == len("The seat of country 1 is Oslo.")
-
-
-def test_fine_tuning_says_the_targets_and_stops(setup: MethodSetup) -> None:
-    model, method = setup.loaded_model.model, FineTuning(setup)
-    for _ in range(4):  # a random model learns slowly
-        method.edit(FACTS)
-    said = generate_answers(model, [f.question for f in FACTS], 12)
-    assert said == ["Oslo", "Lima", "Cairo"]  # and nothing after: the end is learned too
-
-
-def test_fine_tuning_changes_one_layer_and_goes_on_from_what_it_has(setup: MethodSetup) -> None:
-    model, method = setup.loaded_model.model, FineTuning(setup)
-    method.edit(FACTS[:1])
-    first = method.delta.clone()
-    changed = [
-        n for n in range(model.layer_count) if not model.weight(n).equal(model.base_weight(n))
-    ]
-    assert changed == [setup.loaded_model.site.layers[-1]]
-    method.edit(FACTS[1:])
-    moved = (method.delta - first).norm()
-    assert 0 < moved < 2 * first.norm() and not method.delta.equal(first)
-    found = model.weight(method.layer) - model.base_weight(method.layer)
-    assert found.allclose(method.delta, atol=1e-5)
-    assert set(method.stopwatch.seconds_by_part) == {"steps"}
-
-
-def test_lora_adds_a_change_of_low_rank_for_every_batch(setup: MethodSetup) -> None:
-    model, method = setup.loaded_model.model, Lora(setup)
-    method.edit(FACTS[:1])
-    first = method.delta.clone()
-    method.edit(FACTS[1:])
-    for change in (first, method.delta - first):
-        values = torch.linalg.svdvals(change)
-        assert values[LORA_RANK - 1] > 0 and values[LORA_RANK] < 1e-4 * values[0]
-    assert torch.linalg.svdvals(method.delta)[LORA_RANK] > 1e-3
-    found = model.weight(method.layer) - model.base_weight(method.layer)
-    assert found.allclose(method.delta, atol=1e-5)
-    again = Lora(setup)
-    again.edit(FACTS[:1])
-    assert again.delta.equal(first)
-
-
-def test_lora_says_the_targets_and_stops(setup: MethodSetup) -> None:
-    method = Lora(setup)
-    for _ in range(4):  # a random model learns slowly
-        method.edit(FACTS)
-    assert generate_answers(method.model, [f.question for f in FACTS], 12) == [
-        "Oslo",
-        "Lima",
-        "Cairo",
-    ]
 
 
 def test_a_stopwatch_adds_up_also_when_the_work_fails() -> None:

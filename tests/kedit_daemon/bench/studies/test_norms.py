@@ -1,5 +1,5 @@
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,8 @@ import pytest
 import torch
 from study_tools import given
 
-from kedit_daemon.bench.methods import baselines, reference_wise
+from kedit_daemon.bench.methods import reference_wise
+from kedit_daemon.bench.methods.fine_tuning import FineTuning
 from kedit_daemon.bench.methods.method import MethodSetup
 from kedit_daemon.bench.methods.reference_wise import ReferenceWise, WiseMemory
 from kedit_daemon.bench.methods.solver_presets import PRESETS, PresetStream
@@ -128,13 +129,14 @@ def test_a_way_whose_numbers_break_ends_and_the_others_go_on(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = list[int]()
-    put = baselines.FineTuning._set_delta
+    put = FineTuning.replace_deltas
 
-    def breaking(method: baselines.FineTuning, delta: torch.Tensor) -> None:
+    def breaking(method: FineTuning, deltas: Mapping[int, torch.Tensor]) -> None:
         broken.append(1)
-        put(method, delta * (1e30 if len(broken) > 2 else 1))
+        factor = 1e30 if len(broken) > 2 else 1
+        put(method, {n: delta * factor for n, delta in deltas.items()})
 
-    monkeypatch.setattr(baselines.FineTuning, "_set_delta", breaking)
+    monkeypatch.setattr(FineTuning, "replace_deltas", breaking)
     study = SmallStudy({"ft": WAYS["ft"], **MEMIT}, curve_points=2)
     result = study.run(given(load("llama"), 3, 100))
     assert [row["edits"] for row in of(result, "ft")] == [2]
@@ -163,14 +165,15 @@ def test_a_side_memory_is_asked_and_read_with_what_lies_over_the_weights(
     work = given(load("llama"), 2, 100)
     model, probe = work.loaded_model.model, norms._CurveProbe(work, TEXTS)
     setup = MethodSetup(work.loaded_model, tmp_path, 100, 0)
-    tuned, side = baselines.FineTuning(setup), ReferenceWise(setup)
-    tuned.layer = side.layer
-    tuned.delta = torch.zeros_like(model.base_weight(side.layer))
+    tuned, side = FineTuning(setup), ReferenceWise(setup)
+    tuned.layers = (side.layer,)
+    tuned.start_layers(tuned.layers)
     for _ in range(4):
         tuned.edit([record.fact for record in work.records])
     wanted = probe.measure_point(tuned, 2, 2)
     model.set_deltas({})
-    side.merged_memories = [WiseMemory(tuned.delta / 2, math.inf), WiseMemory(tuned.delta, 0.0)]
+    delta = tuned.deltas[side.layer]
+    side.merged_memories = [WiseMemory(delta / 2, math.inf), WiseMemory(delta, 0.0)]
     found = probe.measure_point(side, 2, 2)
     bare = probe.measure_point(tuned, 2, 2)
     assert (found["all_strict"], wanted["all_strict"], bare["all_strict"]) == (1, 1, 0)
@@ -178,8 +181,8 @@ def test_a_side_memory_is_asked_and_read_with_what_lies_over_the_weights(
     assert found["cka"] == pytest.approx(wanted["cka"], rel=1e-4)
     assert bare["perplexity_ratio"] == pytest.approx(1)
     base = model.base_weight(side.layer)
-    moved = float((base + tuned.delta).norm() / base.norm())  # of the copy that has gone farthest
+    moved = float((base + delta).norm() / base.norm())  # of the copy that has gone farthest
     assert get_side_figure(found, "norm_ratio") == pytest.approx(moved)
     assert found["matrices"][SIDE_MATRIX]["effective_rank"] == pytest.approx(
-        effective_rank(singular_values(tuned.delta))
+        effective_rank(singular_values(delta))
     )
