@@ -29,12 +29,12 @@ from memory.model.editable import EditableModel, Tap
 from policies.prompts import TokenRow, pad_rows
 
 RANK = 48
-STEPS, RATE, RATES_RATE = 300, 3e-4, 2e-2  # RATES_RATE: of the layers' own rates and ridges
+STEPS, RATE, RATES_RATE = 300, 3e-4, 1e-2  # RATES_RATE: of the layers' own rates and ridges
 EDIT_WEIGHT, KEEP_WEIGHT = 1.0, 1.0  # of the edits' loss, of the divergence
 MAX_GRADIENT = 1.0
 FIT_FACTS = 256  # for means and deviations of the inputs
-BATCHES = {"mend": 12, "malmen": 24}
-START_RATES = {"mend": 1e-3, "malmen": 1e-2}  # of the updates
+BATCH_FACTS = 12
+START_RATES = {"mend": 1e-3, "malmen": 3e-3}  # of the updates
 MAX_TOKENS = 48  # of a row; longer records are left out
 
 
@@ -156,7 +156,7 @@ def train_network(kind: str, name: str, file: Path) -> Path:
         model = opened.model
         lessons = read_lessons(model, file)
         training = NetworkTraining(model, lessons, kind)
-        for step, batch in enumerate(draw_batches(lessons, BATCHES[kind], STEPS), 1):
+        for step, batch in enumerate(draw_batches(lessons, BATCH_FACTS, STEPS), 1):
             loss, moved = training.learn_batch(batch)
             if step % 20 == 0:
                 print(f"step {step}: loss {loss:.3f}, divergence {moved:.3f}", flush=True)

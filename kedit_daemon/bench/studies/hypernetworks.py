@@ -121,19 +121,17 @@ class _EditStream:
     def run(self, step: int) -> dict[str, Any]:
         """Edit fact by fact, and measure at every `step` edits. Return how the stream ends."""
         method = Auto if self.name == DAEMON else import_method(self.name)
-        failed, edited, columns = list[str](), 0, None
-        with self.given.open_method(method) as editor:
+        failed, edited, columns, kept = list[str](), 0, None, 0
+        with catch_unsolved(failed), self.given.open_method(method) as editor:
             guard = self._build_guard(editor)
-            with catch_unsolved(failed):
-                for fact in self.given.track(self.facts, self._name()):
-                    edited += 1
-                    self._edit_fact(editor, guard, fact, edited)
-                    if edited % step == 0 or edited == len(self.facts):
-                        self.rows.append(self._measure_point(editor, edited))
-            if not failed:
-                records = self.given.records
-                columns = measure_columns(self.model, records, self.before, editor.overlay)
-            kept = edited - len(self.refused) - editor.not_edited
+            for fact in self.given.track(self.facts, self._name()):
+                edited += 1
+                self._edit_fact(editor, guard, fact, edited)
+                kept = edited - len(self.refused) - editor.not_edited
+                if edited % step == 0 or edited == len(self.facts):
+                    self.rows.append(self._measure_point(editor, edited, kept))
+            records = self.given.records
+            columns = measure_columns(self.model, records, self.before, editor.overlay)
         number, reason = self.refused[0] if self.refused else (None, None)
         return {
             "editor": self.name,
@@ -171,7 +169,7 @@ class _EditStream:
             self.update_ratio = max(self.update_ratio, float(moved))
         self.gradient = max(self.gradient, editor.last_gradient)
 
-    def _measure_point(self, editor: Method, edited: int) -> dict[str, Any]:
+    def _measure_point(self, editor: Method, edited: int, kept: int) -> dict[str, Any]:
         """Measure a row. Raise NotFinite if a logit is NaN or infinite."""
         logit = self._read_largest_logit()
         if not torch.isfinite(logit):
@@ -182,7 +180,7 @@ class _EditStream:
             "editor": self.name,
             "guarded": self.guarded,
             "edits": edited,
-            "kept": edited - len(self.refused) - editor.not_edited,
+            "kept": kept,
             "norm_ratio": max(health["norm_ratio"].values()),
             "perplexity_ratio": health["perplexity"]["after"] / health["perplexity"]["before"],
             "largest_logit": float(logit),

@@ -53,8 +53,12 @@ class StreamedMethod:
 # Without the policy, every fact goes into the weights at once, by the daemon's own joint solve.
 # With it, the side memory comes first, and the weights take facts up to their capacity.
 WAYS = {
+    "pretrain": StreamedMethod("pretrain", one_by_one=True),
+    "ft-wide": StreamedMethod("ft-wide", one_by_one=True),
     "ft": StreamedMethod("ft", one_by_one=True),
     "lora": StreamedMethod("lora", one_by_one=True),
+    "mend": StreamedMethod("mend", one_by_one=True),
+    "rome": StreamedMethod("rome", one_by_one=True),
     "memit": StreamedMethod("memit"),
     "wise": StreamedMethod("reference-wise", one_by_one=True),
     "no policy": StreamedMethod("memit-mass", policy=False),
@@ -123,7 +127,8 @@ class NormGrowthStudy(Study):
             yield f"{name}: {end['method']}{policy}, not edited {end['not_edited']}{failed}"
 
     def draw_curves(self, result: Mapping[str, Any], *axes: Any) -> None:
-        for n, name in enumerate(result["ways"]):
+        drawn = dict.fromkeys(row["way"] for row in result["rows"])
+        for n, name in enumerate(drawn):
             rows = [row for row in result["rows"] if row["way"] == name]
             edits, color = [row["edits"] for row in rows], f"C{n}"
             for panel, kind in zip(axes, MATRIX_CURVES, strict=False):
@@ -184,7 +189,8 @@ class _CurveProbe:
         A side memory leaves W alone and answers from copies of it: the farthest copy counts.
         """
         weight, base = self.model.weight, self.model.base_weight
-        changes = {name_matrix(n): (n, weight(n).detach() - base(n)) for n in self.site.layers}
+        layers = sorted({*self.site.layers, *method.edited_layers})
+        changes = {name_matrix(n): (n, weight(n).detach() - base(n)) for n in layers}
         if copies := _collect_copies(method):
             farthest = max(copies, key=lambda delta: float(delta.norm()))
             changes[SIDE_MATRIX] = (self.site.side_layer, farthest)

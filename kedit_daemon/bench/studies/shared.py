@@ -145,10 +145,13 @@ def measure_figures(loaded: LoadedModel) -> dict[str, Any]:
 
 @contextmanager
 def catch_unsolved(failed: list[str]) -> Iterator[None]:
-    """Append the reason to `failed` if a solve in the block fails, which ends the block."""
+    """Append the reason to `failed` if a solve in the block fails, or an editor cannot edit this
+    model, which ends the block."""
     try:
         yield
-    except Unsolvable as error:
+    except KeditError as error:
+        if not isinstance(error, Unsolvable) and error.code != "unsupported":
+            raise
         failed.append(str(error))
 
 

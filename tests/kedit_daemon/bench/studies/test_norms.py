@@ -48,13 +48,16 @@ def test_every_way_has_its_curve_and_is_drawn(load: Load, tmp_path: Path) -> Non
     work, study = given(load("llama"), 2, 100), SmallStudy(curve_points=2)
     result = study.run(work)
     assert result["batch_size"] == 1
-    assert {name: [row["edits"] for row in of(result, name)] for name in WAYS} == {
-        name: [1, 2] for name in WAYS
+    able = [name for name in WAYS if name != "mend"]  # it has no network for this model
+    assert {name: [row["edits"] for row in of(result, name)] for name in able} == {
+        name: [1, 2] for name in able
     }
-    assert [end["failed"] for end in result["ways"].values()] == [None] * len(WAYS)
+    failed = {name: end["failed"] for name, end in result["ways"].items() if end["failed"]}
+    assert list(failed) == ["mend"] and "has been trained for" in failed["mend"]
     sites = {f"layer.{n}.down_proj" for n in work.loaded_model.site.layers}
     for row in result["rows"]:
-        assert set(row["matrices"]) - {SIDE_MATRIX} == sites
+        found = set(row["matrices"]) - {SIDE_MATRIX}
+        assert found > sites if row["way"] in ("ft-wide", "pretrain") else found == sites
         assert len(row["written_ratio"]) == len(row["cka"]) == work.loaded_model.model.layer_count
         assert all(0 < cka <= 1 + 1e-9 for cka in row["cka"])
     for name in ("ft", "lora", "memit", "no policy"):
@@ -72,12 +75,12 @@ def test_every_way_has_its_curve_and_is_drawn(load: Load, tmp_path: Path) -> Non
         )
     assert of(result, "no policy")[-1]["all_strict"] == 1.0
     lines = list(study.format_lines(result))
-    assert [line.split()[:2] for line in lines[1:3]] == [["ft", "1"], ["ft", "2"]]
+    assert [line.split()[:2] for line in lines[1:3]] == [["pretrain", "1"], ["pretrain", "2"]]
     assert any(line.startswith("no policy: memit-mass, no policy, not edited 0") for line in lines)
     pytest.importorskip("matplotlib")
     with open_figure(tmp_path / "out.png", study.panels) as panels:
         study.draw_curves(result, *panels)
-    curves = len(WAYS)
+    curves = len(able)
     found = [len(panel.lines) for panel in panels]
     assert found == [2 * curves, 2 * curves, curves, curves, curves + 1, curves]
 
