@@ -9,7 +9,7 @@ from torch import Tensor
 from kedit_daemon.bench.methods.stacking import StackingMethod
 from kedit_daemon.bench.scoring import check_stated
 from memory.facts import Fact
-from memory.model.canary import Health
+from memory.model.canary import Canary
 from policies.health_limits import Action, Thresholds, judge_health
 
 OLDEST_FACTS = 20  # accepted facts that are asked again, as an audit does
@@ -22,8 +22,8 @@ class EditGuard:
     updates are added cannot be solved anew.
     """
 
-    def __init__(self, editor: StackingMethod, thresholds: Thresholds) -> None:
-        self.editor, self.thresholds = editor, thresholds
+    def __init__(self, editor: StackingMethod, thresholds: Thresholds, canary: Canary) -> None:
+        self.editor, self.thresholds, self.canary = editor, thresholds, canary
         self.accepted: list[Fact] = []
 
     def edit(self, facts: Sequence[Fact]) -> str | None:
@@ -32,7 +32,7 @@ class EditGuard:
         self.editor.edit(facts)
         if self.editor.not_edited > failed:
             return "the update is not finite"
-        reason = self._find_bad_number() or self._find_broken_limit() or self._find_unstated(facts)
+        reason = self._find_bad_number() or self._find_unstated(facts) or self._find_broken_limit()
         if reason is None:
             self.accepted += facts
         else:
@@ -51,12 +51,9 @@ class EditGuard:
         return f"{count} of {len(facts)} facts are not stated" if count else None
 
     def _find_broken_limit(self) -> str | None:
-        health = self._measure_health()
+        health = self.canary.measure_health(self.editor.edited_layers)
         verdict = judge_health(health, self.thresholds, retention=self._measure_retention())
         return "; ".join(verdict.reasons) if verdict.action >= Action.CONSOLIDATE else None
-
-    def _measure_health(self) -> Health:
-        return self.editor.loaded_model.canary.measure_health(self.editor.edited_layers)
 
     def _measure_retention(self) -> float:
         """Measure which share of the oldest facts the model still states."""

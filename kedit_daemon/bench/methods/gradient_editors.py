@@ -109,7 +109,7 @@ class HypernetworkEditor(GradientEditor):
             raise KeditError(
                 f"no {self.network_file} has been trained for {self.loaded_model.name}",
                 code="unsupported",
-                hint="take --model shipped, or train one: python -m tools.hypernetworks",
+                hint="take --model shipped, or train one: python -m tools.train_hypernetworks",
             )
         self.network = load_hypernetwork(file).to(self.model.device)
         return self.network.layers

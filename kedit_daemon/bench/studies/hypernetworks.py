@@ -5,8 +5,9 @@ stream of single edits ends for each editor, where the guard would have stopped 
 daemon makes of the same facts.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from kedit_daemon.bench.methods.method import Method
 from kedit_daemon.bench.methods.method_catalog import import_method
 from kedit_daemon.bench.methods.stacking import StackingMethod
 from kedit_daemon.bench.plot import to_percent
-from kedit_daemon.bench.run import measure_health
 from kedit_daemon.bench.scoring import check_stated
 from kedit_daemon.bench.studies.shared import (
     catch_unsolved,
@@ -30,38 +30,54 @@ from kedit_daemon.bench.studies.shared import (
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from kedit_daemon.editing.audit import make_thresholds
+from kedit_daemon.editing.model_loading import CanaryTexts, read_canary_texts
 from memory.errors import NotFinite
 from memory.facts import Fact
+from memory.model.canary import Canary
 
 EDITORS = ("ft", "rome", "r-rome", "mend", "malmen", "ultraedit")
 DAEMON = "daemon"
+SLOW_EDITORS = ("ft", "rome", "r-rome")  # each edit takes many passes
 ASKED_FACTS = 50  # the first ones of the stream, whose logits are read
+CANARY_LINES = 12  # of ordinary text, where an audit of the daemon reads all
 
 
 @dataclass(frozen=True)
 class HypernetworkStudy(Study):
-    """The same facts, one at a time: each editor without and with the guard, and the daemon."""
+    """The same facts, one at a time: each editor without and with the guard, and the daemon.
+
+    max_slow_facts: facts of a stream that takes seconds a fact: of slow editors, and with a guard,
+    which measures the model after every edit.
+    """
 
     editors: Sequence[str] = EDITORS
     curve_points: int = 10  # of each curve, about
+    max_slow_facts: int = 60
+    texts: CanaryTexts | None = None  # that the model reads; otherwise the first shipped ones
 
     def run(self, given: StudyInput) -> dict[str, Any]:
         """Measure each stream's curve, and its columns where it ends."""
-        model = given.loaded_model.model
+        loaded, model = given.loaded_model, given.loaded_model.model
         before = read_base_answers(model, given.records, given.track)
+        shipped = read_canary_texts()
+        texts = self.texts or replace(shipped, lines=shipped.lines[:CANARY_LINES])
+        canary = Canary(model, texts.lines, loaded.layers, texts.statements)
         streams = [(name, guarded) for name in self.editors for guarded in (False, True)]
         rows, ends = list[dict[str, Any]](), list[dict[str, Any]]()
         for name, guarded in [*streams, (DAEMON, True)]:
-            stream = _EditStream(given, name, guarded, before)
-            end = stream.run(-(-len(given.records) // self.curve_points))
+            is_slow = guarded or name in SLOW_EDITORS
+            count = min(len(given.records), self.max_slow_facts if is_slow else 1 << 30)
+            part = replace(given, records=given.records[:count])
+            stream = _EditStream(part, name, guarded, before[:count], canary)
+            end = stream.run(-(-count // self.curve_points))
             rows += stream.rows
             ends.append(end)
             model.set_deltas({})
         return {"ends": ends, "rows": rows}
 
     def format_lines(self, result: Mapping[str, Any]) -> Iterator[str]:
-        rows = [["editor", "edits", "kept", "‖W‖", "perplexity", "logit", "update", "gradient"]]
-        rows[0] += ["stated"]
+        rows = [["editor", "edits", "kept", "‖W‖", "perplexity", "logit", "|y|"]]
+        rows[0] += ["update", "gradient", "stated"]
         for row in result["rows"]:
             figures = [row[name] for name in FIGURES]
             cells = [f"{figure:.4g}" for figure in figures]
@@ -76,6 +92,7 @@ class HypernetworkStudy(Study):
         yield from align_rows(ends)
         yield ""
         yield "‖W‖: the largest, to W0's; update: the largest of an edit, to ‖W0‖"
+        yield "|y|: the largest number that an MLP writes; float16 ends at 65,504"
         for end in result["ends"]:
             if end["failed"]:
                 yield f"{_name_way(end)}: ended early: {end['failed']}"
@@ -96,7 +113,14 @@ class HypernetworkStudy(Study):
         right.set(xlabel="edits", ylabel="%", ylim=(-2, 102), title="Facts stated, of all so far")
 
 
-FIGURES = ("norm_ratio", "perplexity_ratio", "largest_logit", "update_ratio", "gradient")
+FIGURES = (
+    "norm_ratio",
+    "perplexity_ratio",
+    "largest_logit",
+    "largest_output",
+    "update_ratio",
+    "gradient",
+)
 
 
 def _name_way(row: Mapping[str, Any]) -> str:
@@ -108,9 +132,15 @@ class _EditStream:
     """One stream of single edits through an editor; `rows` has the points of its curve."""
 
     def __init__(
-        self, given: StudyInput, name: str, guarded: bool, before: Sequence[BaseAnswers]
+        self,
+        given: StudyInput,
+        name: str,
+        guarded: bool,
+        before: Sequence[BaseAnswers],
+        canary: Canary,
     ) -> None:
         self.given, self.name, self.guarded, self.before = given, name, guarded, before
+        self.canary = canary
         self.loaded = given.loaded_model
         self.model = self.loaded.model
         self.facts = [record.fact for record in given.records]
@@ -150,7 +180,8 @@ class _EditStream:
     def _build_guard(self, editor: Method) -> EditGuard | None:
         if not self.guarded or not isinstance(editor, StackingMethod):
             return None  # the daemon has its own
-        return EditGuard(editor, make_thresholds(build_config(editor.setup), self.loaded.site))
+        thresholds = make_thresholds(build_config(editor.setup), self.loaded.site)
+        return EditGuard(editor, thresholds, self.canary)
 
     def _edit_fact(self, editor: Method, guard: EditGuard | None, fact: Fact, number: int) -> None:
         """Edit one fact. Raise NotFinite if it leaves a number that is not."""
@@ -171,19 +202,20 @@ class _EditStream:
 
     def _measure_point(self, editor: Method, edited: int, kept: int) -> dict[str, Any]:
         """Measure a row. Raise NotFinite if a logit is NaN or infinite."""
-        logit = self._read_largest_logit()
-        if not torch.isfinite(logit):
+        logit, output = self._read_largest()
+        if not math.isfinite(logit):
             raise NotFinite(f"after {edited} edits a logit is NaN or infinite")
-        health = measure_health(self.loaded, editor.edited_layers)
+        health = self.canary.measure_health(editor.edited_layers)
         stated = check_stated(self.model, self.facts[:edited], editor.overlay)
         row = {
             "editor": self.name,
             "guarded": self.guarded,
             "edits": edited,
             "kept": kept,
-            "norm_ratio": max(health["norm_ratio"].values()),
-            "perplexity_ratio": health["perplexity"]["after"] / health["perplexity"]["before"],
-            "largest_logit": float(logit),
+            "norm_ratio": max(health.norm_ratio.values()),
+            "perplexity_ratio": health.perplexity_ratio,
+            "largest_logit": logit,
+            "largest_output": output,
             "update_ratio": self.update_ratio,
             "gradient": self.gradient,
             "stated_strict": sum(stated) / edited,
@@ -191,11 +223,16 @@ class _EditStream:
         self.update_ratio = self.gradient = 0.0
         return row
 
-    def _read_largest_logit(self) -> Tensor:
-        """Read the largest |logit| where the first facts' prompts end."""
-        largest = []
-        for fact in self.facts[:ASKED_FACTS]:
-            ids = torch.tensor([self.model.encode(fact.question)], device=self.model.device)
-            with torch.no_grad():
-                largest.append(self.model.hf_model(input_ids=ids).logits[0, -1].abs().amax())
-        return torch.stack(largest).amax()
+    def _read_largest(self) -> tuple[float, float]:
+        """Read the largest |logit| where the first facts' prompts end, and the largest number that
+        an MLP writes on them: float16 ends at 65,504."""
+        logits, outputs = list[Tensor](), list[Tensor]()
+        taps = {
+            n: lambda _inputs, written: outputs.append(written.abs().amax())
+            for n in range(self.model.layer_count)
+        }
+        with torch.no_grad(), self.model.tap_layers(taps):
+            for fact in self.facts[:ASKED_FACTS]:
+                ids = torch.tensor([self.model.encode(fact.question)], device=self.model.device)
+                logits.append(self.model.hf_model(input_ids=ids).logits[0, -1].abs().amax())
+        return float(torch.stack(logits).amax()), float(torch.stack(outputs).amax())

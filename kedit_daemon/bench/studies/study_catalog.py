@@ -27,7 +27,7 @@ DEFAULT_LIMITS = {
     "cost": 1000,
     "norms": 120,
     "poison": 130,
-    "hypernetworks": 100,
+    "hypernetworks": 500,
 }
 """Number of records without --limit, for a study that does not need the whole stream."""
 

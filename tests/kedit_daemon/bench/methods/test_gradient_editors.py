@@ -141,7 +141,7 @@ def test_a_model_without_a_network_is_told_so(
 ) -> None:
     with pytest.raises(KeditError, match=r"has been trained for .*") as error:
         editor(setup)
-    assert "tools.hypernetworks" in str(error.value.hint)
+    assert "tools.train_hypernetworks" in str(error.value.hint)
 
 
 def test_an_update_that_is_not_finite_leaves_the_weights_alone(

@@ -10,9 +10,10 @@ from kedit_daemon.bench.methods.gradient_editors import UltraEdit
 from kedit_daemon.bench.plot import open_figure
 from kedit_daemon.bench.studies import hypernetworks
 from kedit_daemon.bench.studies.hypernetworks import DAEMON, HypernetworkStudy
-from kedit_daemon.editing.model_loading import LoadedModel
+from kedit_daemon.editing.model_loading import CanaryTexts, LoadedModel, read_canary_texts
 from memory.facts import Fact
 
+TEXTS = CanaryTexts(read_canary_texts().lines[:4], read_canary_texts().statements[:20])
 Load = Callable[[str], LoadedModel]
 
 
@@ -24,7 +25,7 @@ def test_each_editor_runs_without_and_with_the_guard_and_the_daemon_after(
     load: Load, tmp_path: Path
 ) -> None:
     work = given(load("llama"), 4, 100)
-    study = HypernetworkStudy(editors=("ft", "ultraedit"), curve_points=2)
+    study = HypernetworkStudy(editors=("ft", "ultraedit"), curve_points=2, texts=TEXTS)
     result = study.run(work)
     assert [(e["editor"], e["guarded"]) for e in result["ends"]] == [
         ("ft", False),
@@ -66,10 +67,16 @@ def test_a_stream_ends_where_a_weight_is_no_number(
             self.add_updates({n: torch.full_like(d, value) for n, d in self.deltas.items()})
 
     monkeypatch.setattr(hypernetworks, "import_method", lambda _name: Broken)
-    result = HypernetworkStudy(editors=("ultraedit",)).run(given(load("llama"), 3, 1))
+    result = HypernetworkStudy(editors=("ultraedit",), texts=TEXTS).run(given(load("llama"), 3, 1))
     free, guarded = ends(result, "ultraedit")
     assert free["failed"] == "after 2 edits a weight is NaN or infinite"
     assert (free["edits"], free["columns"]) == (2, None)
     assert guarded["failed"] is None and guarded["edits"] == 3
     assert guarded["first_reason"] == "1 of 1 facts are not stated"
     assert guarded["kept"] == 0
+
+
+def test_slow_streams_end_after_the_first_facts(load: Load) -> None:
+    study = HypernetworkStudy(editors=("ft", "ultraedit"), max_slow_facts=2, texts=TEXTS)
+    result = study.run(given(load("llama"), 3, 1))
+    assert [end["edits"] for end in result["ends"]] == [2, 2, 3, 2, 2]

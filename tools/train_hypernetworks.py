@@ -1,5 +1,5 @@
 """Trains MEND's and MALMEN's networks for a model:
-`python -m tools.hypernetworks mend|malmen shipped zsre_train_10000.json`.
+`python -m tools.train_hypernetworks mend|malmen shipped zsre_train_10000.json`.
 
 Each step edits the unedited model with facts of MEND's form and asks for them in another wording
 (the edit's loss), and for what must not change (the divergence on `loc`).
