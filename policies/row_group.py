@@ -26,7 +26,8 @@ def group_by_target(
     """Group pairs of a fact's index and a row by the length of the targets.
 
     A row is padded to the longest of its group: a group joins the next longer one where its pads
-    cost less than a pass of its own.
+    cost less than a pass of its own. Prompts are not compared: what stands before the target is
+    computed once, and costs a pass little.
     """
     by_length: dict[int, list[tuple[int, TokenRow]]] = {}
     for pair in sorted(pairs, key=lambda pair: len(pair[1].target)):

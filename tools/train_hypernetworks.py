@@ -19,8 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kedit_daemon.bench.methods.gradient_editors import LAST_BLOCKS, Malmen, Mend
-from kedit_daemon.bench.methods.gradient_pairs import GradientPairs, read_gradient_pairs
+from kedit_daemon.bench.methods.gradient_editors import Malmen, Mend
+from kedit_daemon.bench.methods.gradient_pairs import (
+    GradientPairs,
+    choose_last_layers,
+    read_gradient_pairs,
+)
 from kedit_daemon.bench.methods.hypernetwork import Hypernetwork, save_hypernetwork
 from kedit_daemon.bench.scoring import compute_target_losses
 from kedit_daemon.editing.known_measurements import locate_known
@@ -29,12 +33,12 @@ from memory.model.editable import EditableModel, Tap
 from policies.prompts import TokenRow, pad_rows
 
 RANK = 48
-STEPS, RATE, RATES_RATE = 300, 3e-4, 1e-2  # RATES_RATE: of the layers' own rates and ridges
+STEPS, RATE, RATES_RATE = 300, 5e-4, 1e-2  # RATES_RATE: of the layers' own rates and ridges
 EDIT_WEIGHT, KEEP_WEIGHT = 1.0, 1.0  # of the edits' loss, of the divergence
 MAX_GRADIENT = 1.0
 FIT_FACTS = 256  # for means and deviations of the inputs
 BATCH_FACTS = 12
-START_RATES = {"mend": 1e-3, "malmen": 3e-3}  # of the updates
+START_RATES = {"mend": 1e-3, "malmen": 1e-3}  # of the updates
 MAX_TOKENS = 48  # of a row; longer records are left out
 
 
@@ -75,7 +79,7 @@ class NetworkTraining:
     def __init__(self, model: EditableModel, lessons: Sequence[Lesson], kind: str) -> None:
         self.model, self.kind = model, kind
         self.answers_only = {"mend": Mend, "malmen": Malmen}[kind].answers_only
-        layers = tuple(range(model.layer_count - LAST_BLOCKS, model.layer_count))
+        layers = choose_last_layers(model)
         size = model.base_weight(layers[0]).shape[1] + model.hidden_size
         self.network = Hypernetwork(layers, size, RANK, START_RATES[kind])
         pairs = self._read_pairs(lessons[:FIT_FACTS])
@@ -167,4 +171,6 @@ def train_network(kind: str, name: str, file: Path) -> Path:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] not in START_RATES:
+        sys.exit(__doc__)
     print(train_network(sys.argv[1], sys.argv[2], Path(sys.argv[3])))

@@ -35,4 +35,6 @@ def test_a_network_learns_to_edit(
     training = NetworkTraining(model, lessons, kind)
     losses = [training.learn_batch(lessons)[0] for _ in range(12)]
     assert losses[-1] < losses[0]
+    blocks = training.network.blocks
+    assert all(bool(block.up.any()) for block in blocks)  # not by its rates alone
     assert all(model.weight(n).equal(model.base_weight(n)) for n in training.network.layers)

@@ -31,9 +31,14 @@ class EditGuard:
         kept, failed = self.editor.deltas, self.editor.not_edited
         self.editor.edit(facts)
         if self.editor.not_edited > failed:
-            return "the update is not finite"
-        reason = self._find_bad_number() or self._find_unstated(facts) or self._find_broken_limit()
+            reason: str | None = "the update is not finite"
+        else:
+            reason = (
+                self._find_bad_number() or self._find_unstated(facts) or self._find_broken_limit()
+            )
         if reason is None:
+            newest = {fact.slot for fact in facts}
+            self.accepted = [fact for fact in self.accepted if fact.slot not in newest]
             self.accepted += facts
         else:
             self.editor.replace_deltas(kept)
@@ -41,7 +46,8 @@ class EditGuard:
 
     def _find_bad_number(self) -> str | None:
         """Check what costs no pass: the gradient, and every edited matrix."""
-        if not math.isfinite(self.editor.last_gradient):
+        gradient = self.editor.last_gradient
+        if gradient is not None and not math.isfinite(gradient):
             return "the gradient is not finite"
         is_finite = all(is_whole(delta) for delta in self.editor.deltas.values())
         return None if is_finite else "a weight is not finite"

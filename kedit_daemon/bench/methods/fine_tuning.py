@@ -176,7 +176,8 @@ class Pretraining(WideTuning):
 
     def choose_rows(self, facts: Sequence[Fact]) -> list[TokenRow]:
         """Choose a row for each fact, of which every token is predicted, and rows of text."""
-        texts = [self.model.encode(f"{fact.statement}.") for fact in facts]
+        most = self.model.max_positions
+        texts = [self.model.encode(f"{fact.statement}.")[:most] for fact in facts]
         rows = [TokenRow(tuple(ids), 1, 0) for ids in texts]
         for _ in range(TEXT_ROWS):
             rows.append(self.text_rows[self.next_row % len(self.text_rows)])

@@ -7,10 +7,12 @@ that was trained for one model; UltraEdit (Gu et al. 2025) needs none.
 from collections.abc import Mapping, Sequence
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from kedit_daemon.bench.methods.gradient_pairs import (
     GradientPairs,
+    choose_last_layers,
     make_target_row,
     read_gradient_pairs,
 )
@@ -21,7 +23,6 @@ from kedit_daemon.editing.known_measurements import locate_known
 from memory.errors import KeditError
 from memory.facts import Fact
 
-LAST_BLOCKS = 3
 # UltraEdit's η, by a sweep on 100 facts of ZsRE's training records. Published: 1e-6, for models of
 # 7 B and more.
 ULTRA_RATE = 1e-2
@@ -37,11 +38,16 @@ class GradientEditor(StackingMethod):
         super().__init__(setup)
         self.layers = self.choose_layers()
         self.start_layers(self.layers)
+        if len({delta.shape for delta in self.deltas.values()}) > 1:
+            raise KeditError(
+                f"layers {self.layers} differ in width, and editors by gradient need equal ones",
+                code="unsupported",
+                hint="choose another method",
+            )
 
     def choose_layers(self) -> tuple[int, ...]:
         """Choose the layers to edit."""
-        count = self.model.layer_count
-        return tuple(range(max(count - LAST_BLOCKS, 0), count))
+        return choose_last_layers(self.model)
 
     def edit(self, facts: Sequence[Fact]) -> None:
         """Add one update for the whole batch; one that is not finite leaves the weights alone."""
@@ -78,7 +84,8 @@ class UltraEdit(GradientEditor):
         """Compute ΔW = Dᵀ K (Kᵀ K + I)⁻¹, with d = −η ‖k̂‖² δ̂ of the normalised pair."""
         inputs = {n: torch.cat([pair.keys, pair.gradients], 1) for n, pair in pairs.items()}
         for each in inputs.values():
-            self._count_tokens(each)
+            if each.isfinite().all():  # a NaN would stay in the mean for ever
+                self._count_tokens(each)
         deviation = (self.squares / self.count).sqrt().clamp(min=1e-12)
         updates = {}
         for n, pair in pairs.items():
@@ -109,9 +116,15 @@ class HypernetworkEditor(GradientEditor):
             raise KeditError(
                 f"no {self.network_file} has been trained for {self.loaded_model.name}",
                 code="unsupported",
-                hint="take --model shipped, or train one: python -m tools.train_hypernetworks",
+                hint="take --model shipped, or train one in a checkout: "
+                "python -m tools.train_hypernetworks mend|malmen MODEL FILE",
             )
-        self.network = load_hypernetwork(file).to(self.model.device)
+        try:
+            self.network = load_hypernetwork(file).to(self.model.device)
+        except (SafetensorError, KeyError, RuntimeError) as error:
+            raise KeditError(
+                f"{file} cannot be read: {error}", code="unsupported", hint="install it anew"
+            ) from error
         return self.network.layers
 
 

@@ -12,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 NORM_FLOOR = 1e-6  # of a standard deviation
 LAYERS = "layers"  # in the metadata of its file
@@ -31,7 +30,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, inputs: Tensor, place: int) -> Tensor:
         inner = inputs @ self.down.T @ self.up.T + self.bias
-        return inputs + F.relu(self.scales[place] * inner + self.offsets[place])
+        # Not F.relu, whose gradient at 0, where every block starts, is 0.
+        return inputs + (self.scales[place] * inner + self.offsets[place]).clamp(min=0)
 
 
 class Hypernetwork(nn.Module):
@@ -56,40 +56,41 @@ class Hypernetwork(nn.Module):
         self.means[place] = inputs.mean(0)
         self.deviations[place] = inputs.std(0).clamp(min=NORM_FLOOR)
 
-    def transform(
-        self, place: int, keys: Tensor, gradients: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normalised keys (tokens, width), and the network's ũ (tokens, width) and
-        δ̃ (tokens, hidden)."""
+    def transform(self, place: int, keys: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the network's ũ (tokens, width) and δ̃ (tokens, hidden)."""
         inputs = torch.cat([keys, gradients], 1)
-        normal = (inputs - self.means[place]) / self.deviations[place]
-        outputs = normal
+        outputs = (inputs - self.means[place]) / self.deviations[place]
         for block in self.blocks:
             outputs = block(outputs, place)
         made_keys, made_gradients = outputs.split([keys.shape[1], gradients.shape[1]], 1)
-        return normal[:, : keys.shape[1]], made_keys, made_gradients
+        return made_keys, made_gradients
 
     def compute_mend_factors(
         self, place: int, keys: Tensor, gradients: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return B (tokens, hidden) and A (tokens, width) of MEND's ΔW = Bᵀ A = −η Σ δ̃ ũᵀ."""
-        _, made_keys, made_gradients = self.transform(place, keys, gradients)
+        made_keys, made_gradients = self.transform(place, keys, gradients)
         return -self.log_rates[place].exp() * made_gradients, made_keys
 
     def compute_malmen_update(self, place: int, keys: Tensor, gradients: Tensor) -> Tensor:
-        """Return MALMEN's ΔW = Dᵀ K (Kᵀ K + λ I)⁻¹ (hidden, width): the shifts d = −η (ũᵀ û) δ̃ of
-        all tokens met at once by least squares (eqs. 4 to 6)."""
-        normal, made_keys, made_gradients = self.transform(place, keys, gradients)
-        sizes = (normal * made_keys).sum(1, keepdim=True)
+        """Return MALMEN's ΔW = Dᵀ K (Kᵀ K + λ I)⁻¹ (hidden, width): the shifts d = −η (ũᵀ u) δ̃ of
+        all tokens met at once by least squares."""
+        made_keys, made_gradients = self.transform(place, keys, gradients)
+        sizes = (keys * made_keys).sum(1, keepdim=True)
         shifts = -self.log_rates[place].exp() * sizes * made_gradients  # D (tokens, hidden)
         return solve_shifts(keys, shifts, self.log_ridges[place].exp())
 
 
 def solve_shifts(keys: Tensor, shifts: Tensor, ridge: Tensor | float) -> Tensor:
-    """Return Dᵀ K (Kᵀ K + λ I)⁻¹ (hidden, width), as Dᵀ (K Kᵀ + λ I)⁻¹ K: one side a token."""
-    gram = keys @ keys.T + ridge * torch.eye(len(keys), device=keys.device, dtype=keys.dtype)
-    update: Tensor = shifts.T @ torch.linalg.solve(gram, keys)
-    return update
+    """Return Dᵀ K (Kᵀ K + λ I)⁻¹ (hidden, width), as Dᵀ (K Kᵀ + λ I)⁻¹ K: one side a token.
+
+    Solved in float64; the result is not finite where there is no solution.
+    """
+    k = keys.double()
+    gram = k @ k.T + ridge * torch.eye(len(k), device=k.device, dtype=k.dtype)
+    solved, failed = torch.linalg.solve_ex(gram, k)
+    solved = torch.where(failed == 0, solved, torch.nan)
+    return (shifts.double().T @ solved).to(keys.dtype)
 
 
 def save_hypernetwork(network: Hypernetwork, file: Path) -> None:

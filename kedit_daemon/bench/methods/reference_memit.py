@@ -84,7 +84,7 @@ class ReferenceMemit(StackingMethod):
         self.last_layer = self.layers[-1]
         if self.last_layer == self.model.layer_count - 1:
             raise KeditError(
-                f"the reference cannot edit layer {self.last_layer}, the model's last",
+                f"this method cannot edit layer {self.last_layer}, the model's last",
                 code="unsupported",
                 hint="choose another method, or other layers in the model's kedit.json",
             )
@@ -161,7 +161,7 @@ class ReferenceMemit(StackingMethod):
 
         def add_delta(_inputs: Tensor, outputs: Tensor) -> Tensor:
             added = torch.zeros_like(outputs)
-            added[rows, batch.sites] = delta
+            added[rows, batch.sites] = delta.to(added)
             return outputs + added
 
         with self.model.tap_layers({self.last_layer: add_delta}):

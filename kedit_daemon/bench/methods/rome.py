@@ -3,7 +3,8 @@
 ROME (Meng et al. 2022, eq. 2) adds ΔW = (v* − W k) uᵀ / (uᵀ k) with u = C0⁻¹ k. Its code takes u
 from a key k̄ averaged over contexts and the rest from the bare prompt's key k. Where u is nearly at
 right angles to k the update explodes: Gupta et al. 2024 ("Rebuilding ROME") call such edits
-disabling, and take k̄ throughout.
+disabling, and take k̄ throughout. k̄ is averaged as for MEMIT here: the bare prompt's key has half
+the weight.
 """
 
 import torch

@@ -9,15 +9,16 @@ from kedit_daemon.bench.methods.method import Method, MethodSetup
 
 
 class StackingMethod(Method):
-    """Editor whose whole state is W − W0 (hidden, width) by layer, in `deltas`.
+    """Editor with W − W0 (hidden, width) by layer in `deltas`; where these are set back, what else
+    it keeps of the stream stays.
 
-    last_gradient: length of the last gradient that it took a step by, where it takes any.
+    last_gradient: length of the last gradient that it took a step by; None if it tells none.
     """
 
     def __init__(self, setup: MethodSetup) -> None:
         super().__init__(setup)
         self.deltas: dict[int, Tensor] = {}
-        self.last_gradient = 0.0
+        self.last_gradient: float | None = None
 
     @property
     def edited_layers(self) -> tuple[int, ...]:
@@ -25,6 +26,8 @@ class StackingMethod(Method):
 
     def start_layers(self, layers: Iterable[int]) -> None:
         """Start with no change in the layers that the editor edits."""
+        layers = tuple(layers)
+        self.model.widen_layers(layers)
         self.deltas = {n: torch.zeros_like(self.model.base_weight(n)) for n in layers}
 
     def replace_deltas(self, deltas: Mapping[int, Tensor]) -> None:

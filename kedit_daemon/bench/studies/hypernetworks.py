@@ -7,6 +7,7 @@ daemon makes of the same facts.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +32,10 @@ from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from kedit_daemon.editing.audit import make_thresholds
 from kedit_daemon.editing.model_loading import CanaryTexts, read_canary_texts
-from memory.errors import NotFinite
+from memory.errors import NotFinite, Rejected
 from memory.facts import Fact
 from memory.model.canary import Canary
+from memory.model.generate import Overlay
 
 EDITORS = ("ft", "rome", "r-rome", "mend", "malmen", "ultraedit")
 DAEMON = "daemon"
@@ -44,7 +46,7 @@ CANARY_LINES = 12  # of ordinary text, where an audit of the daemon reads all
 
 @dataclass(frozen=True)
 class HypernetworkStudy(Study):
-    """The same facts, one at a time: each editor without and with the guard, and the daemon.
+    """Streams of single edits: each editor without and with the guard, and the daemon.
 
     max_slow_facts: facts of a stream that takes seconds a fact: of slow editors, and with a guard,
     which measures the model after every edit.
@@ -80,7 +82,7 @@ class HypernetworkStudy(Study):
         rows[0] += ["update", "gradient", "stated"]
         for row in result["rows"]:
             figures = [row[name] for name in FIGURES]
-            cells = [f"{figure:.4g}" for figure in figures]
+            cells = ["-" if figure is None else f"{figure:.4g}" for figure in figures]
             counts = [str(row["edits"]), str(row["kept"])]
             rows.append([_name_way(row), *counts, *cells, format_share(row["stated_strict"])])
         yield from align_rows(rows)
@@ -145,7 +147,9 @@ class _EditStream:
         self.model = self.loaded.model
         self.facts = [record.fact for record in given.records]
         self.rows: list[dict[str, Any]] = []
-        self.update_ratio = self.gradient = 0.0  # the largest since the last point
+        # The largest since the last point; None of what an editor does not tell.
+        self.update_ratio: float | None = None
+        self.gradient: float | None = None
         self.refused: list[tuple[int, str]] = []  # number of the edit, and the reason
 
     def run(self, step: int) -> dict[str, Any]:
@@ -157,7 +161,8 @@ class _EditStream:
             for fact in self.given.track(self.facts, self._name()):
                 edited += 1
                 self._edit_fact(editor, guard, fact, edited)
-                kept = edited - len(self.refused) - editor.not_edited
+                kept = edited - len(self.refused)
+                kept -= editor.not_edited if guard is None else 0
                 if edited % step == 0 or edited == len(self.facts):
                     self.rows.append(self._measure_point(editor, edited, kept))
             records = self.given.records
@@ -189,20 +194,27 @@ class _EditStream:
             editor.edit([fact])
             return
         kept = editor.deltas
-        if guard is None:
-            editor.edit([fact])
-        elif (reason := guard.edit([fact])) is not None:
-            self.refused.append((number, reason))
+        try:
+            if guard is None:
+                editor.edit([fact])
+            elif (reason := guard.edit([fact])) is not None:
+                self.refused.append((number, reason))
+        except Rejected as error:  # it does not fit the model
+            self.refused.append((number, str(error)))
+            return
+        if guard is None and editor.not_edited:
+            raise NotFinite(f"after {number} edits an update is NaN or infinite")
         for layer, delta in editor.deltas.items():
             if not is_whole(delta):
                 raise NotFinite(f"after {number} edits a weight is NaN or infinite")
             moved = (delta - kept[layer]).norm() / self.model.base_weight(layer).norm()
-            self.update_ratio = max(self.update_ratio, float(moved))
-        self.gradient = max(self.gradient, editor.last_gradient)
+            self.update_ratio = max(self.update_ratio or 0.0, float(moved))
+        if editor.last_gradient is not None:
+            self.gradient = max(self.gradient or 0.0, editor.last_gradient)
 
     def _measure_point(self, editor: Method, edited: int, kept: int) -> dict[str, Any]:
         """Measure a row. Raise NotFinite if a logit is NaN or infinite."""
-        logit, output = self._read_largest()
+        logit, output = self._read_largest(editor.overlay)
         if not math.isfinite(logit):
             raise NotFinite(f"after {edited} edits a logit is NaN or infinite")
         health = self.canary.measure_health(editor.edited_layers)
@@ -220,10 +232,10 @@ class _EditStream:
             "gradient": self.gradient,
             "stated_strict": sum(stated) / edited,
         }
-        self.update_ratio = self.gradient = 0.0
+        self.update_ratio = self.gradient = None
         return row
 
-    def _read_largest(self) -> tuple[float, float]:
+    def _read_largest(self, overlay: Overlay | None) -> tuple[float, float]:
         """Read the largest |logit| where the first facts' prompts end, and the largest number that
         an MLP writes on them: float16 ends at 65,504."""
         logits, outputs = list[Tensor](), list[Tensor]()
@@ -234,5 +246,7 @@ class _EditStream:
         with torch.no_grad(), self.model.tap_layers(taps):
             for fact in self.facts[:ASKED_FACTS]:
                 ids = torch.tensor([self.model.encode(fact.question)], device=self.model.device)
-                logits.append(self.model.hf_model(input_ids=ids).logits[0, -1].abs().amax())
+                with overlay([0]) if overlay else nullcontext():
+                    last = self.model.hf_model(input_ids=ids).logits[0, -1]
+                logits.append(last.abs().amax())
         return float(torch.stack(logits).amax()), float(torch.stack(outputs).amax())

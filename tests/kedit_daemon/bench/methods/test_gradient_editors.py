@@ -6,14 +6,18 @@ import torch
 from editing_home import seat
 from torch import Tensor
 
-from kedit_daemon.bench.methods import gradient_editors
+from kedit_daemon.bench.methods import gradient_editors, gradient_pairs
 from kedit_daemon.bench.methods.gradient_editors import (
     GradientEditor,
     Malmen,
     Mend,
     UltraEdit,
 )
-from kedit_daemon.bench.methods.gradient_pairs import make_target_row, read_gradient_pairs
+from kedit_daemon.bench.methods.gradient_pairs import (
+    GradientPairs,
+    make_target_row,
+    read_gradient_pairs,
+)
 from kedit_daemon.bench.methods.hypernetwork import (
     Hypernetwork,
     load_hypernetwork,
@@ -126,13 +130,85 @@ def test_the_normaliser_runs_over_the_whole_stream(setup: MethodSetup) -> None:
     assert (method.squares / method.count).allclose(tokens.var(0, correction=0), atol=1e-4)
 
 
-def test_a_network_is_kept_with_its_layers(known: Path) -> None:
-    network = load_hypernetwork(known / Mend.network_file)
-    assert network.layers == LAYERS
-    again = known / "again.kedit"
-    save_hypernetwork(network, again)
-    for name, tensor in load_hypernetwork(again).state_dict().items():
-        assert tensor.equal(network.state_dict()[name])
+def test_a_network_is_kept_with_its_layers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Hypernetwork(LAYERS, 10, rank=2)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += torch.randn_like(parameter)
+    save_hypernetwork(network, tmp_path / "again.kedit")
+    again = load_hypernetwork(tmp_path / "again.kedit")
+    assert again.layers == LAYERS
+    for name, tensor in network.state_dict().items():  # in float16
+        assert again.state_dict()[name].allclose(tensor, rtol=1e-3, atol=1e-3)
+
+
+def make_network() -> tuple[Hypernetwork, Tensor, Tensor]:
+    """Return a network with weights of any size, three keys of 6 and gradients of 4."""
+    torch.manual_seed(0)
+    network, keys, gradients = Hypernetwork((1, 2), 10, 2), torch.randn(3, 6), torch.randn(3, 4)
+    network.requires_grad_(False)
+    for parameter in network.parameters():
+        parameter += 0.3 * torch.randn_like(parameter)
+    network.fit_inputs(1, torch.randn(20, 6) * 2 + 1, torch.randn(20, 4))
+    return network, keys, gradients
+
+
+def transform_plainly(
+    network: Hypernetwork, keys: Tensor, gradients: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Run MEND's network for the second layer, token by token."""
+    made = []
+    for key, gradient in zip(keys, gradients, strict=True):
+        x = (torch.cat([key, gradient]) - network.means[1]) / network.deviations[1]
+        for block in network.blocks:
+            inner = block.up @ (block.down @ x) + block.bias
+            x = x + torch.relu(block.scales[1] * inner + block.offsets[1])
+        made.append((x[:6], x[6:]))
+    return made
+
+
+def test_mend_adds_the_outer_products_of_what_its_network_makes() -> None:
+    network, keys, gradients = make_network()
+    up, down = network.compute_mend_factors(1, keys, gradients)
+    rate = network.log_rates[1].exp()
+    made = transform_plainly(network, keys, gradients)
+    wanted = sum(-rate * torch.outer(gradient, key) for key, gradient in made)
+    assert (up.T @ down).allclose(torch.as_tensor(wanted), rtol=1e-4, atol=1e-5)
+
+
+def test_malmen_meets_the_shifts_at_the_keys_by_least_squares() -> None:
+    network, keys, gradients = make_network()
+    rate, ridge = network.log_rates[1].exp(), network.log_ridges[1].exp()
+    made = transform_plainly(network, keys, gradients)
+    shifts = [-rate * (m @ key) * d for key, (m, d) in zip(keys, made, strict=True)]
+    inverse = torch.linalg.inv(keys.T @ keys + ridge * torch.eye(6))
+    wanted = torch.stack(shifts).T @ keys @ inverse
+    assert network.compute_malmen_update(1, keys, gradients).allclose(wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_ultraedit_shifts_along_the_normalised_gradient(setup: MethodSetup) -> None:
+    method = UltraEdit(setup)
+    pairs = GradientPairs(torch.randn(9, 6), torch.randn(9, 4), torch.zeros(9))
+    update = method.compute_updates({1: pairs})[1]
+    inputs = torch.cat([pairs.keys, pairs.gradients], 1)
+    normal = (inputs - inputs.mean(0)) / inputs.std(0, correction=0)
+    sizes = normal[:, :6].square().sum(1, keepdim=True)
+    shifts = -gradient_editors.ULTRA_RATE * sizes * normal[:, 6:]
+    inverse = torch.linalg.inv(pairs.keys.T @ pairs.keys + torch.eye(6))
+    assert update.allclose(shifts.T @ pairs.keys @ inverse, rtol=1e-3, atol=1e-6)
+
+
+def test_many_rows_are_read_in_parts(setup: MethodSetup, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = setup.loaded_model.model
+    rows = [make_target_row(model, fact) for fact in FACTS]
+    whole, losses = read_gradient_pairs(model, [1], rows, answers_only=True)
+    monkeypatch.setattr(gradient_pairs, "ROWS_PER_PASS", 2)
+    parts, again = read_gradient_pairs(model, [1], rows, answers_only=True)
+    assert parts[1].owners.equal(whole[1].owners)
+    assert parts[1].keys.allclose(whole[1].keys, atol=1e-5)
+    assert parts[1].gradients.allclose(whole[1].gradients, atol=1e-5)
+    assert again.allclose(losses, atol=1e-5)
 
 
 @pytest.mark.parametrize("editor", [Mend, Malmen])
@@ -153,3 +229,9 @@ def test_an_update_that_is_not_finite_leaves_the_weights_alone(
     assert method.not_edited == 2
     n = method.edited_layers[0]
     assert method.model.weight(n).equal(method.model.base_weight(n))
+
+
+def test_a_damaged_network_is_named(known: Path, setup: MethodSetup) -> None:
+    (known / Mend.network_file).write_bytes(b"no network")
+    with pytest.raises(KeditError, match=r"mend\.kedit cannot be read"):
+        Mend(setup)

@@ -6,6 +6,7 @@ import torch
 from editing_home import seat
 
 from kedit_daemon.bench.methods.method import MethodSetup
+from kedit_daemon.bench.methods.reference_memit import RIDGE_FLOOR
 from kedit_daemon.bench.methods.rome import RevisedRome, Rome
 from kedit_daemon.bench.scoring import check_stated
 from kedit_daemon.editing.model_loading import LoadedModel
@@ -25,6 +26,27 @@ def test_one_layer_takes_an_update_of_rank_one(method: type[Rome], setup: Method
     assert editor.edited_layers == (editor.last_layer,)
     strengths = torch.linalg.svdvals(editor.deltas[editor.last_layer])
     assert strengths[0] > 0 and strengths[1] < 1e-4 * strengths[0]
+
+
+@pytest.mark.parametrize(("method", "is_averaged"), [(Rome, False), (RevisedRome, True)])
+def test_the_update_is_that_of_the_paper(
+    method: type[Rome], is_averaged: bool, setup: MethodSetup
+) -> None:
+    """ΔW = (v* − W k) uᵀ / (uᵀ k), u = C0⁻¹ k̄, by a dense inverse."""
+    editor = method(setup)
+    layer = editor.last_layer
+    batch = editor.build_context_batch([text + FACT.question for text in editor.contexts], FACT)
+    target = editor.compute_target(FACT, batch)
+    assert target is not None
+    keys = editor.read_keys(layer, batch).double()
+    mean = (keys[0] + keys[1:].mean(0)) / 2
+    c0 = setup.loaded_model.statistics[layer].covariance.double()
+    floor = RIDGE_FLOOR * c0.diagonal().mean() * torch.eye(len(c0), dtype=torch.float64)
+    u = torch.linalg.inv(c0 + floor) @ mean
+    residual = (target - editor.read_residual(batch)).double()
+    wanted = torch.outer(residual, u) / (u @ (mean if is_averaged else keys[0]))
+    assert editor.update_layers(batch, target)
+    assert editor.deltas[layer].double().allclose(wanted, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", [Rome, RevisedRome])

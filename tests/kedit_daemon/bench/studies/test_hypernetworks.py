@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 from study_tools import given
 
+from kedit_daemon.bench.methods import gradient_editors
+from kedit_daemon.bench.methods.fine_tuning import FineTuning
 from kedit_daemon.bench.methods.gradient_editors import UltraEdit
 from kedit_daemon.bench.plot import open_figure
 from kedit_daemon.bench.studies import hypernetworks
@@ -80,3 +83,26 @@ def test_slow_streams_end_after_the_first_facts(load: Load) -> None:
     study = HypernetworkStudy(editors=("ft", "ultraedit"), max_slow_facts=2, texts=TEXTS)
     result = study.run(given(load("llama"), 3, 1))
     assert [end["edits"] for end in result["ends"]] == [2, 2, 3, 2, 2]
+
+
+def test_an_update_that_is_not_finite_ends_the_stream_or_is_taken_back(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradient_editors, "ULTRA_RATE", float("nan"))
+    study = HypernetworkStudy(editors=("ultraedit",), texts=TEXTS)
+    free, guarded = ends(study.run(given(load("llama"), 2, 1)), "ultraedit")
+    assert (free["edits"], free["failed"]) == (1, "after 1 edits an update is NaN or infinite")
+    assert (guarded["edits"], guarded["kept"]) == (2, 0)
+    assert guarded["first_reason"] == "the update is not finite"
+
+
+def test_a_fact_that_does_not_fit_is_not_kept_and_the_others_are(load: Load) -> None:
+    work = given(load("llama"), 3, 1)
+    long = replace(work.records[1].fact, prompt="where " * 3000 + "{} is")
+    work = replace(work, records=[work.records[0], replace(work.records[1], fact=long)])
+    stream = hypernetworks._EditStream(work, "ft", False, [], work.loaded_model.canary)
+    with work.open_method(FineTuning) as editor:
+        for number, record in enumerate(work.records, 1):
+            stream._edit_fact(editor, None, record.fact, number)
+    assert [number for number, _ in stream.refused] == [2]
+    assert "does not fit the model" in stream.refused[0][1]
