@@ -9,12 +9,14 @@ from torch import Tensor
 from kedit_daemon.bench.methods import gradient_editors, gradient_pairs
 from kedit_daemon.bench.methods.gradient_editors import (
     GradientEditor,
+    HypernetworkEditor,
     Malmen,
     Mend,
     UltraEdit,
 )
 from kedit_daemon.bench.methods.gradient_pairs import (
     GradientPairs,
+    choose_last_layers,
     make_target_row,
     read_gradient_pairs,
 )
@@ -25,7 +27,8 @@ from kedit_daemon.bench.methods.hypernetwork import (
     solve_shifts,
 )
 from kedit_daemon.bench.methods.method import MethodSetup
-from kedit_daemon.editing.model_loading import LoadedModel
+from kedit_daemon.editing.known_measurements import locate_known
+from kedit_daemon.editing.model_loading import LoadedModel, open_model
 from memory.errors import KeditError
 from memory.facts import Fact
 from memory.model.editable import EditableModel
@@ -235,3 +238,15 @@ def test_a_damaged_network_is_named(known: Path, setup: MethodSetup) -> None:
     (known / Mend.network_file).write_bytes(b"no network")
     with pytest.raises(KeditError, match=r"mend\.kedit cannot be read"):
         Mend(setup)
+
+
+@pytest.mark.parametrize("editor", [Mend, Malmen])
+def test_the_shipped_model_has_networks_that_edit_it(
+    editor: type[HypernetworkEditor], tmp_path: Path
+) -> None:
+    opened = open_model("shipped", "cpu", tmp_path)
+    network = load_hypernetwork(locate_known(opened.base_hash) / editor.network_file)
+    assert network.layers == choose_last_layers(opened.model)
+    assert all(bool(block.up.any()) for block in network.blocks)
+    size = sum(opened.model.base_weight(network.layers[0]).shape)
+    assert network.means.shape == (len(network.layers), size)
