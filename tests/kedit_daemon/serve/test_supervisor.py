@@ -200,16 +200,17 @@ def test_a_router_is_a_server_too(tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     fact = Fact("Quillon Insurance", "The chief executive officer of {} is", "Maud Ferreira")
     store = make_store(home, fact)
-    port = free_port()
-    with stand_in() as engine, httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
-        with keep_serving(home, config(port=port, engine=engine.url)):
-            wait(lambda: _is_up(http))
-            wait(lambda: "loaded" not in http.get("/ready").text)
-            fields = {"model": BASE_MODEL, "prompt": fact.question}
-            answer = http.post("/v1/completions", json=fields)
-            assert answer.headers["x-kedit-facts"] == fact.id
-            assert answer.json()["kedit"]["by"] == "context"
-        assert not _is_up(http)
+    with stand_in() as engine:
+        port = free_port()  # once the engine has its own: it might be given the same
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as http:
+            with keep_serving(home, config(port=port, engine=engine.url)):
+                wait(lambda: _is_up(http))
+                wait(lambda: "loaded" not in http.get("/ready").text)
+                fields = {"model": BASE_MODEL, "prompt": fact.question}
+                answer = http.post("/v1/completions", json=fields)
+                assert answer.headers["x-kedit-facts"] == fact.id
+                assert answer.json()["kedit"]["by"] == "context"
+            assert not _is_up(http)
     store.close()
 
 
