@@ -229,7 +229,9 @@ def test_what_is_shipped_of_known_models_is_small_and_whole() -> None:
     folders = list(KNOWN_MODELS.glob("*"))
     sizes = [path.stat().st_size for folder in folders for path in folder.iterdir()]
     assert sum(sizes) <= 10_000_000
-    for folder in (path.parent for path in KNOWN_MODELS.glob("*/kedit.json")):
+    sites = [path.parent for path in KNOWN_MODELS.glob("*/kedit.json")]
+    assert sites
+    for folder in sites:
         assert (read_weights_hash(folder / "kedit.json") or "").startswith(folder.name)
         layers = unpack_statistics((folder / STATISTICS_FILE).read_bytes())
         site = load_site(folder, max(layers) + 1)
