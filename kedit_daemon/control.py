@@ -27,7 +27,7 @@ from typing import Any
 from memory.errors import BadRequest, KeditError, NotRunning, RefusedByDaemon
 
 PING = "ping"  # the command that checks for a listener, answered by the server itself
-MAX_BODY_BYTES = 1 << 20
+MAX_BODY_BYTES = 16 << 20  # a picture of the largest size, as a data URL
 MAX_ADDRESS_BYTES = 103  # the longest address of a Unix socket on any system
 IDLE_TIMEOUT_SECONDS = 30.0  # after which a silent client is disconnected
 STOP_TIMEOUT_SECONDS = 5.0  # for the last replies to be read

@@ -71,6 +71,11 @@ class Home:
         return self.state_folder / "side"
 
     @property
+    def pictures_folder(self) -> Path:
+        """The pictures that facts are about, by their digests."""
+        return self.state_folder / "pictures"
+
+    @property
     def index_folder(self) -> Path:
         """The retrieval index."""
         return self.state_folder / "index"
@@ -99,6 +104,7 @@ class Home:
         """Make the folders that are missing; those that exist keep their modes."""
         inside_inbox = [self.inbox_folder / name for name in ("work", "done", "failed")]
         inside_state = [self.generations_folder, self.side_folder, self.index_folder]
+        inside_state.append(self.pictures_folder)
         try:
             self.root.mkdir(FOLDER_MODE, parents=True, exist_ok=True)
             for folder in (self.inbox_folder, self.state_folder, *inside_inbox, *inside_state):

@@ -11,7 +11,16 @@ EXIT_BAD_CONFIG, EXIT_TRY_AGAIN, EXIT_NOT_RUNNING, EXIT_USAGE = 78, 75, 3, 2
 EXIT_CODES = {
     **dict.fromkeys(
         (
-            *("backup", "bad-file", "bad-reply", "bad-request", "calibration", "corrupt", "demo"),
+            *(
+                "backup",
+                "bad-file",
+                "bad-picture",
+                "bad-reply",
+                "bad-request",
+                "calibration",
+                "corrupt",
+                "demo",
+            ),
             *("disk-full", "duplicate", "empty", "exists", "export", "failed", "foreign-form"),
             *("host", "in-use", "io", "model", "nested-transaction", "no-backup"),
             *("no-chat-template", "no-facts", "no-home", "no-matplotlib", "no-permission"),
@@ -80,6 +89,15 @@ class NotFinite(Unsolvable):
     """A NaN or an infinity where there must be none."""
 
     code = "non-finite"
+
+
+HINT_VISION = "use a vision-language model: set `model` in config.toml of a home of its own"
+
+
+class BadPicture(KeditError):
+    """A picture that is broken, too large, or none."""
+
+    code = "bad-picture"
 
 
 class Singular(Unsolvable):

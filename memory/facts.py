@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from memory.joins import join_texts
+from memory.picture_marks import MARK
 
 
 class FactState(StrEnum):
@@ -136,6 +137,12 @@ class Fact:
         from memory.side.subject_matcher import names_subject
 
         return not names_subject((self.question, *self.filled_paraphrases), self.names)
+
+    @property
+    def picture(self) -> str | None:
+        """Digest of the picture that the fact is about; its mark is the subject."""
+        found = MARK.fullmatch(self.subject)
+        return found[1] if found else None
 
     @property
     def names(self) -> tuple[str, ...]:

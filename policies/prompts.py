@@ -43,6 +43,22 @@ SUBJECT_QUESTIONS = (
     "{} died of",
     "{} was released in",
 )
+# The same of a picture.
+PICTURE_QUESTIONS = (
+    "{} What is in this picture?",
+    "{} What colour is it?",
+    "{} How many are there?",
+    "{} What shape is it?",
+    "{} Where was this taken?",
+    "{} Who made this?",
+    "{} How old is it?",
+    "{} What is in the background?",
+    "{} What is at the top of it?",
+    "{} Which colour is the left part?",
+    "{} How many parts does it have?",
+    "{} What kind of day is it?",
+    "{} Describe it.",
+)
 IGNORE_LABEL = -100  # of a token that is not part of a target
 
 

@@ -42,7 +42,7 @@ def choose_route(
         return RouteDecision(Route.REJECT, f"valid_until {fact.valid_until} has passed")
     if is_early(fact, now):
         return RouteDecision(Route.SCHEDULE, f"valid from {fact.valid_from}")
-    if in_file >= direct_facts:
+    if in_file >= direct_facts and fact.picture is None:
         return RouteDecision(Route.BATCH, f"one of {in_file} facts in one file")
     return RouteDecision(Route.SIDE, "live in the side memory first")
 
@@ -53,8 +53,9 @@ def is_early(fact: Fact, now: str) -> bool:
 
 
 def is_for_batch(fact: StoredFact) -> bool:
-    """Check that a waiting fact is for a batch: by its file, and the other tier after a failure."""
-    return fact.direct != (fact.attempts % 2 == 1)
+    """Check that a waiting fact is for a batch: by its file, and the other tier after a failure.
+    The weights take no fact about a picture: their keys are of names."""
+    return fact.fact.picture is None and fact.direct != (fact.attempts % 2 == 1)
 
 
 def find_older_in_slot(fact: StoredFact, in_slot: Sequence[StoredFact]) -> list[StoredFact]:

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memory.facts import Fact
+from memory.facts import Fact, fill_subject
+from memory.model.chat_layout import render_chat
 from memory.model.editable import EditableModel
+from memory.picture_marks import remove_marks
 from memory.side.shards import THRESHOLD_RATIO, Delta, RetrievalKeys, Shard
 from memory.side.side_memory import SideMemory, to_fact_number
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal
-from policies.prompts import SUBJECT_QUESTIONS, TokenRow, make_rows, pad_rows
+from policies.prompts import PICTURE_QUESTIONS, SUBJECT_QUESTIONS, TokenRow, make_rows, pad_rows
 from policies.row_group import ROWS_PER_PASS, RowGroup, group_by_target
 
 SHARD_RANK = 4  # of a fact's ΔW: it has to say a few different tokens
@@ -47,9 +49,14 @@ def read_other_questions(
     their end is too near to one of the fact's own keys, and those too long for the model.
     """
     chosen: tuple[str, ...] = SUBJECT_QUESTIONS
-    if side.reader is not None:
+    if fact.picture is not None:
+        chosen = (*PICTURE_QUESTIONS, remove_marks(fact.question))
+    elif side.reader is not None:
         chosen = chosen[:: len(chosen) // ASKED_OTHER_QUESTIONS]
-    questions = [question.replace("{}", fact.subject) for question in chosen]
+    questions = [fill_subject(question, fact.subject) for question in chosen]
+    if fact.picture is not None and side.reader is not None:
+        turns = [{"role": "user", "content": question} for question in questions]
+        questions += [render_chat(model.tokenizer, [turn]) for turn in turns]
     inputs, outputs = read_prompt_ends(model, filter_fitting(model, questions), side.layer)
     near = side.compute_keys(side.layer, outputs).cpu() @ keys.end.T  # (questions, own)
     return inputs[near.amax(1).to(inputs.device) < MAX_COSINE]
@@ -246,7 +253,8 @@ def learn_shards(
 def compute_keys(
     model: EditableModel, side: SideMemory, facts: Sequence[Fact]
 ) -> dict[str, RetrievalKeys]:
-    """Return every fact's retrieval keys at its prompts, by fact id."""
+    """Return every fact's retrieval keys at its prompts, by fact id. Raises Rejected for a picture
+    that is not there."""
     rows = [(fact.id, row) for fact in facts for row in make_rows(model, fact)]
     by_length = sorted(range(len(rows)), key=lambda n: rows[n][1].prompt_length)
     keys: dict[int, tuple[Tensor, Tensor]] = {}  # subject and end key (hidden,), by row
@@ -257,10 +265,13 @@ def compute_keys(
     by_fact: dict[str, list[tuple[Tensor, Tensor]]] = {fact.id: [] for fact in facts}
     for n, (fact_id, _) in enumerate(rows):
         by_fact[fact_id].append(keys[n])
-    return {
+    found = {
         fact_id: RetrievalKeys(*(torch.stack(kind) for kind in zip(*pairs, strict=True)))
         for fact_id, pairs in by_fact.items()
     }
+    shown = [(fact.id, fact.picture) for fact in facts if fact.picture is not None]
+    keys_shown = {n: side.pictures.compute_key(picture)[None] for n, picture in shown}
+    return found | {n: replace(found[n], subject=key) for n, key in keys_shown.items()}
 
 
 def _read_keys(

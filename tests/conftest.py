@@ -9,6 +9,7 @@ import pytest
 import torch
 from editing_home import LOOSE, OUTSIDE_LINES, Bench, Clock
 from tiny_models import save_model
+from tiny_vision_models import VISION_KINDS, save_vision_model
 
 from kedit_daemon.config import Config
 from kedit_daemon.editing.model_loading import (
@@ -50,7 +51,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
 
     def folder(kind: str) -> Path:
         if kind not in made:
-            made[kind] = save_model(kind, tmp_path_factory.mktemp(kind))
+            save = save_vision_model if kind in VISION_KINDS else save_model
+            made[kind] = save(kind, tmp_path_factory.mktemp(kind))
         return made[kind]
 
     return folder

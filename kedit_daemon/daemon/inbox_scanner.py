@@ -23,6 +23,7 @@ class InboxScanner:
     def __init__(
         self,
         folder: Path,
+        pictures_folder: Path,
         store: Store,
         config: Config,
         clock: Callable[[], datetime],
@@ -33,7 +34,7 @@ class InboxScanner:
         self.inbox = Inbox(folder, *limits, clock, settings.unfinished_names)
         self.has_changed = True  # since the last scan, by the watcher's report
         self.has_claimed_files = True  # there may be claimed files that are not taken in yet
-        self._intake = Intake(store, self.inbox, config)
+        self._intake = Intake(store, self.inbox, config, pictures_folder)
         self._store, self._monotonic = store, monotonic
         self._rescan_seconds, self._last_scan_at = settings.rescan_seconds, -math.inf
 

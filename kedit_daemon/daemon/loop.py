@@ -97,7 +97,8 @@ class Daemon:
         self.watchdog = Watchdog(notifier, monotonic)
         self.control_server = ControlServer(home.socket_file)
         self.job_schedule = JobSchedule(vars(config.schedule), clock, monotonic)
-        self.inbox_scanner = InboxScanner(home.inbox_folder, store, config, clock, monotonic)
+        folders = home.inbox_folder, home.pictures_folder
+        self.inbox_scanner = InboxScanner(*folders, store, config, clock, monotonic)
         self.publisher = Publisher(config.publish, home, store, monotonic)
         self.disk_pause = DiskPause(store, home.state_folder, monotonic)
         self.stop_flag = StopFlag()

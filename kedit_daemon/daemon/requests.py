@@ -11,6 +11,7 @@ from kedit_daemon.editing.editor import Editor
 from kedit_daemon.editing.memory_backoff import guard_memory
 from kedit_daemon.system.disk import describe_disk_error, is_database_locked, is_disk_failure
 from memory.errors import BadRequest, KeditError, ends_daemon
+from memory.picture_files import read_data_url
 
 DEFAULT_MAX_TOKENS = 40
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class _RequestArguments(BaseModel):
 
     prompt: str | None = None
     messages: Annotated[list[_ChatTurn], Field(min_length=1)] | None = None
+    pictures: list[str] = []  # as data URLs, that the prompt or the messages have the marks of
     max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] = DEFAULT_MAX_TOKENS
     base: bool = False
     explain: bool = False
@@ -89,6 +91,8 @@ def execute_command(editor: Editor, name: str, arguments: dict[str, Any]) -> dic
 
 def _answer_question(editor: Editor, given: _RequestArguments) -> dict[str, Any]:
     options = given.max_tokens, given.base, given.explain
+    for url in given.pictures:
+        editor.show_picture(read_data_url(url))
     if given.messages is None:
         if given.prompt is None:
             raise _bad_request_error("ask: prompt is missing")

@@ -19,7 +19,7 @@ from kedit_daemon.editing.side_learner import OUTSIDE_LINES, SideLearner
 from kedit_daemon.ingest.validity import begin_due_facts
 from memory.db import meta_keys
 from memory.db.rows import StoredFact
-from memory.errors import KeditError
+from memory.errors import HINT_VISION, KeditError
 from memory.facts import OPEN_STATES, FactState
 from memory.model.chat_layout import write_chat
 from policies.cooldown import Cooldown
@@ -122,7 +122,8 @@ class Editor:
     def _find_flush_reason(self, waiting: list[StoredFact]) -> str | None:
         if self.store.db.get_meta(meta_keys.FLUSH_HELD) is not None and not waiting:
             return None
-        live = self.store.list_facts((FactState.LIVE_SIDE,))
+        beside = self.store.list_facts((FactState.LIVE_SIDE,))
+        live = [fact for fact in beside if fact.fact.picture is None]
         if not waiting and (not live or self._compute_headroom() < 1):
             return None
         now, rules = self._read_clock(), self.config.routing
@@ -228,6 +229,14 @@ class Editor:
         prompt = write_chat(self.live_model.model.tokenizer, chat)
         asked = chat[-1]["content"]
         return self._answer(prompt, asked, max_tokens, base, explain, is_chat=True)
+
+    def show_picture(self, data: bytes) -> None:
+        """Show the model a picture, whose mark a question has. Raises BadPicture, or KeditError if
+        it takes none."""
+        pictures = self.live_model.model.pictures
+        if pictures is None:
+            raise KeditError("the model takes no pictures", code="unsupported", hint=HINT_VISION)
+        pictures.add(data)
 
     def answer_prompt(
         self, prompt: str, max_tokens: int, base: bool, explain: bool

@@ -56,7 +56,8 @@ class Flush:
     def select_batch(self, max_facts: int, max_bytes: int) -> list[StoredFact]:
         """Select the facts of the next flush, the first ones first. `max_bytes`: of their keys."""
         sent = {f.id: f for f in self.store.list_facts((FactState.RECEIVED,)) if is_for_batch(f)}
-        in_side = {f.id: f for f in self.store.list_facts((FactState.LIVE_SIDE,))}
+        live = self.store.list_facts((FactState.LIVE_SIDE,))
+        in_side = {f.id: f for f in live if f.fact.picture is None}
         rows = self.store.artifacts.read_side_keys()
         keys = {row.fact_id: unpack_keys(row.blob).subject for row in rows}
         chosen = select_members(list(sent), list(in_side), keys, max_facts)

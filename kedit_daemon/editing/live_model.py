@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from memory.files import save_tensors
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from memory.model.statistics import LayerStatistics
+from memory.picture_files import read_kept
 from memory.side.index import KeyIndex
 from memory.side.prompt_forms import choose_form
 from memory.side.row_overlay import RowOverlay
@@ -96,6 +98,8 @@ class LiveModel:
         self.loaded_model, self.store, self.home = loaded, store, home
         self.model, self.site = loaded.model, loaded.site
         self.weights_tier = WeightsTier(loaded.site, loaded.statistics)
+        if self.model.pictures is not None:
+            self.model.pictures.find_file = partial(read_kept, home.pictures_folder)
         self.side = make_empty_side(loaded)
         self.active_deltas: dict[int, Tensor] = {}  # of the active generation
         self.model.keep_base(loaded.layers)  # now: later they may be damaged, edited or not

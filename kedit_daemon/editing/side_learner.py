@@ -20,6 +20,7 @@ from kedit_daemon.editing.relations import load_relation_index
 from kedit_daemon.editing.tensor_files import pack_keys, save_shard
 from memory.db.rows import StoredFact
 from memory.db.store import Store
+from memory.errors import BadPicture, Rejected
 from memory.facts import Fact, FactState, fill_subject
 from memory.side.prompt_forms import strip_labels
 from memory.side.shards import RetrievalKeys, Shard
@@ -139,11 +140,24 @@ class SideLearner:
     def _reject_gibberish(self, facts: Sequence[StoredFact]) -> list[StoredFact]:
         """Reject the facts whose targets are gibberish, and return the others."""
         new = [f.fact for f in facts if f.state is FactState.RECEIVED]
-        refused = self.live_model.find_gibberish(new)
+        refused = self._find_unseen(new)
+        seen = [fact for fact in new if fact.id not in refused]
+        refused |= self.live_model.find_gibberish(seen)
         with self.store.db.transaction():
             for fact in (f for f in facts if f.id in refused):
                 self.lifecycle.reject(fact, "side", refused[fact.id].reason)
         return [f for f in facts if f.id not in refused]
+
+    def _find_unseen(self, facts: Sequence[Fact]) -> dict[str, Refusal]:
+        """Find the facts about pictures that the model cannot be shown, by fact id."""
+        refused: dict[str, Refusal] = {}
+        for fact in facts:
+            if fact.picture is not None:
+                try:
+                    self.live_model.side.pictures.compute_key(fact.picture)
+                except (Rejected, BadPicture) as error:
+                    refused[fact.id] = Refusal(f"{error}: {error.hint}")
+        return refused
 
     def _add_wordings(self, fact: Fact) -> Fact:
         """Return a fact with as many paraphrases as are learned: first its prompt without labels,
@@ -153,7 +167,7 @@ class SideLearner:
         if plain not in (fact.question, *fact.filled_paraphrases):
             fact = replace(fact, paraphrases=(plain, *fact.paraphrases))
         missing = MAX_PARAPHRASES - len(fact.paraphrases)
-        if self.live_model.side.reader is None or missing <= 0:
+        if self.live_model.side.reader is None or missing <= 0 or fact.picture is not None:
             return fact
         found = load_relation_index().find_statements(fact, missing)
         longest = max(len(self.model.encode(context + fact.question)) for context in CONTEXTS)

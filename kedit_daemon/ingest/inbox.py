@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -27,10 +27,12 @@ from kedit_daemon.ingest.plain_files import (
     read_at_most,
     stat_or_none,
 )
+from kedit_daemon.ingest.record_pictures import name_copy
 from kedit_daemon.ingest.taken_files import TakenFile, TakenFiles
 from kedit_daemon.ingest.unfinished_names import is_unfinished
 from memory.errors import KeditError
 from memory.files import sync_folder, write_atomic
+from memory.picture_files import SUFFIXES
 from memory.timestamps import format_utc
 
 WORK, DONE, FAILED = "work", "done", "failed"
@@ -181,6 +183,11 @@ class Inbox:
             records = extract_failed(data, claim.name, problems, self.max_bytes)
             write_atomic(folder / name, records)
 
+    def remove_copies(self, digests: Iterable[str]) -> None:
+        """Remove the copies of pictures that a hand-in has put beside its file."""
+        for digest in digests:
+            (self.folder / name_copy(digest)).unlink(missing_ok=True)
+
     def has_report(self, claim: Claim) -> bool:
         """Check that problems of this claim are told in failed/."""
         return self._find_report(claim) is not None
@@ -202,7 +209,9 @@ class Inbox:
         names = [
             name
             for name in os.listdir(inbox)
-            if name not in RESERVED_NAMES and not is_unfinished(name, self.unfinished_names)
+            if name not in RESERVED_NAMES
+            and not is_unfinished(name, self.unfinished_names)
+            and not name.lower().endswith(SUFFIXES)  # a picture, for a file that names it
         ]
         self._refused_names &= set(names)
         regular = {}

@@ -3,15 +3,18 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from kedit_daemon.config import Config
 from kedit_daemon.ingest.inbox import Claim, Inbox
 from kedit_daemon.ingest.parser import ParsedFile, RecordProblem, parse_file
+from kedit_daemon.ingest.record_pictures import find_copied, read_from_inbox
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.ingest.validity import apply_validity
 from memory.db.store import Store
 from memory.errors import KeditError
 from memory.facts import LIVE_STATES, Fact, FactState
+from memory.picture_files import keep_picture, read_kept
 from policies.routing import Route, choose_route, is_early
 
 
@@ -27,8 +30,12 @@ class _FactCounts:
 class Intake:
     """Takes claimed files in. A file that comes again after a crash is recorded once."""
 
-    def __init__(self, store: Store, inbox: Inbox, config: Config) -> None:
+    def __init__(
+        self, store: Store, inbox: Inbox, config: Config, pictures_folder: Path | None = None
+    ) -> None:
+        """pictures_folder: keeps the pictures of facts; None where none are taken."""
         self.store, self.inbox, self.config = store, inbox, config
+        self.pictures_folder = pictures_folder
         self.limits = FileLimits.from_settings(config.inbox)
 
     def take_file(self, claim: Claim) -> None:
@@ -39,7 +46,10 @@ class Intake:
             remedy = error.hint or "put a plain, complete file into the inbox"
             self.inbox.fail_claim(claim, [RecordProblem(1, str(error), remedy, "")], whole=True)
             return
-        parsed = parse_file(data, claim.name, None, self.limits)
+        parsed = self._parse(data, claim)
+        for picture in parsed.pictures.values():  # before any fact is about it
+            if self.pictures_folder is not None:
+                keep_picture(self.pictures_folder, picture)
         told = self._take_rest(claim, data, parsed)
         if not self.store.has_submission(claim.work_name):
             self._record_submission(claim, data, parsed)
@@ -50,6 +60,23 @@ class Intake:
             self.inbox.withdraw_report(claim)  # of what was half written before
         if not whole:
             self.inbox.finish_claim(claim)
+            self.inbox.remove_copies(parsed.pictures)
+
+    def _parse(self, data: bytes, claim: Claim) -> ParsedFile:
+        read = None if self.pictures_folder is None else self._read_picture
+        return parse_file(data, claim.name, None, self.limits, read)
+
+    def _read_picture(self, name: str) -> bytes:
+        """Read a picture beside a file, or one of that copy's name that is kept already. Raises
+        BadPicture, OSError."""
+        try:
+            return read_from_inbox(self.inbox.folder, name)
+        except FileNotFoundError:
+            digest = find_copied(name)
+            kept = digest and self.pictures_folder and read_kept(self.pictures_folder, digest)
+            if not kept:
+                raise
+            return kept
 
     def _take_rest(self, claim: Claim, data: bytes, parsed: ParsedFile) -> Sequence[RecordProblem]:
         """Take in what a file has more than when it was taken in before, if it was; note what it
@@ -59,7 +86,7 @@ class Intake:
         if not before or taken is None or taken.size >= len(data):
             self.inbox.note_taken(claim, data)
             return parsed.problems
-        known = parse_file(data[: taken.size], claim.name, None, self.limits)
+        known = self._parse(data[: taken.size], claim)
         old = {*known.facts, *known.problems}
         facts = [one for one in parsed.facts if one not in old]
         problems = [one for one in parsed.problems if one not in old]

@@ -17,6 +17,7 @@ from kedit_daemon.ingest.file_text import decode_text
 from kedit_daemon.ingest.json_syntax import UnreadableText, blank_comments, skip_gap
 from kedit_daemon.ingest.packed_files import ZIP, find_packing, pack_files, unpack_files
 from kedit_daemon.ingest.parquet_rows import PARQUET_MARK, read_parquet
+from kedit_daemon.ingest.record_pictures import ReadPicture, RecordPictures, state_picture
 from kedit_daemon.ingest.record_splitter import (
     RawRecord,
     split_json_lines,
@@ -44,7 +45,16 @@ FORMATS = ("native", "csv", "counterfact", "zsre", "knowedit", "mquake", "wikibi
 
 
 RECORD_REMEDY = 'write {"subject": …, "prompt": …, "target": …}, or a list of such objects'
-KNOWN_KEYS = {"subject", "prompt", "target", "requested_rewrite", "target_new", "src", "update"}
+KNOWN_KEYS = {
+    "subject",
+    "image",
+    "prompt",
+    "target",
+    "requested_rewrite",
+    "target_new",
+    "src",
+    "update",
+}
 
 
 @dataclass(frozen=True)
@@ -73,26 +83,35 @@ class RecordProblem:
 
 @dataclass(frozen=True)
 class ParsedFile:
-    """The facts of a file, each with its line, and the problems."""
+    """The facts of a file, each with its line, the problems, and the pictures by their digests."""
 
     facts: list[tuple[int, Fact]] = field(default_factory=list)
     problems: list[RecordProblem] = field(default_factory=list)
+    pictures: dict[str, bytes] = field(default_factory=dict, repr=False)
 
 
-def parse_file(data: bytes, name: str, format: str | None, limits: FileLimits) -> ParsedFile:
-    """Parse a file, packed or not; its name and its keys tell the format unless `format` does."""
+def parse_file(
+    data: bytes,
+    name: str,
+    format: str | None,
+    limits: FileLimits,
+    read_picture: ReadPicture | None = None,
+) -> ParsedFile:
+    """Parse a file, packed or not; its name and its keys tell the format unless `format` does.
+    read_picture: reads a picture that a record names; None where there is no place for them."""
     if format is not None and format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, 1)
         hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(FORMATS)}"
         raise KeditError(f"unknown format {quote_value(format)}", code="usage", hint=hint)
-    parsed = ParsedFile()
+    pictures = RecordPictures(read_picture)
+    parsed = ParsedFile(pictures=pictures.found)
     is_archive = find_packing(data) == ZIP
     for member, content in unpack_files(data, name, limits.max_bytes):
         first = len(parsed.problems)
         try:
             if isinstance(content, UnreadableText):
                 raise content
-            _parse_content(content, member, format, limits, parsed)
+            _parse_content(content, member, format, limits, parsed, pictures)
         except UnreadableText as error:
             parsed.problems.append(RecordProblem(1, error.problem, error.remedy, ""))
         if is_archive and member:
@@ -111,19 +130,26 @@ def _tell_if_empty(parsed: ParsedFile) -> ParsedFile:
 
 
 def _parse_content(
-    data: bytes, name: str, format: str | None, limits: FileLimits, parsed: ParsedFile
+    data: bytes,
+    name: str,
+    format: str | None,
+    limits: FileLimits,
+    parsed: ParsedFile,
+    pictures: RecordPictures,
 ) -> None:
     """Add the facts and problems of one file that is not packed. Raises UnreadableText."""
     if data.startswith(PARQUET_MARK):
         data, name = read_parquet(data, limits.max_facts, limits.max_bytes), "table.jsonl"
     text, max_chars = decode_text(data), limits.max_line_chars
     if format == "csv" or (format is None and is_table(text, name)):
-        _collect_records(text, split_table(text, max_chars), "native", limits, parsed)
+        raws = split_table(text, max_chars)
+        _collect_records(text, raws, "native", limits, parsed, pictures)
     elif is_wrapped(text, max_chars):
         raws = split_wrapped(text, max_chars)
-        _collect_records(text, raws, format, limits, parsed, is_wrapping=True)
+        _collect_records(text, raws, format, limits, parsed, pictures, is_wrapping=True)
     else:
-        _collect_records(text, _split_json(text, limits), format, limits, parsed)
+        raws = _split_json(text, limits)
+        _collect_records(text, raws, format, limits, parsed, pictures)
 
 
 def extract_failed(
@@ -174,10 +200,11 @@ def _collect_records(
     format: str | None,
     limits: FileLimits,
     parsed: ParsedFile,
+    pictures: RecordPictures,
     is_wrapping: bool = False,
 ) -> None:
     for raw in raws:
-        outcome = read_record(raw, format, limits)
+        outcome = read_record(raw, format, limits, pictures)
         size = 1 if isinstance(outcome, RecordProblem) else len(outcome)
         if len(parsed.facts) + len(parsed.problems) + size > limits.max_facts:
             rest = [raw.text, *(r.text for r in raws)] if is_wrapping else [_cut_rest(text, raw)]
@@ -199,9 +226,12 @@ def _cut_rest(text: str, raw: RawRecord) -> str:
 
 
 def read_record(
-    raw: RawRecord, format: str | None, limits: FileLimits
+    raw: RawRecord,
+    format: str | None,
+    limits: FileLimits,
+    pictures: RecordPictures | None = None,
 ) -> list[Fact] | RecordProblem:
-    """Read the facts of one record, or its problem."""
+    """Read the facts of one record, or its problem. pictures: where they are looked for."""
     if raw.problem:
         return RecordProblem(raw.line, raw.problem, raw.remedy, raw.text)
     if not isinstance(raw.value, dict):
@@ -213,6 +243,9 @@ def read_record(
         return RecordProblem(raw.line, problem, RECORD_REMEDY, raw.text)
     form = _recognise_form(record) if format is None else _choose_form(record, format)
     try:
+        if form is NativeRecord and "image" in record and "subject" not in record:
+            digest = (pictures or RecordPictures(None)).take(record["image"])
+            record = state_picture(record, digest)
         facts = form.model_validate(record).to_facts()
     except ValidationError as error:
         return RecordProblem(raw.line, *explain_faults(error, record), raw.text)

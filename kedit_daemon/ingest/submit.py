@@ -15,6 +15,7 @@ from kedit_daemon.config import UNFINISHED_NAMES
 from kedit_daemon.home import Home
 from kedit_daemon.ingest.packed_files import PACKED_SUFFIXES
 from kedit_daemon.ingest.parser import ParsedFile, parse_file
+from kedit_daemon.ingest.record_pictures import ReadPicture, name_copy
 from kedit_daemon.ingest.schemas import FileLimits
 from kedit_daemon.ingest.unfinished_names import is_unfinished
 from kedit_daemon.system.disk import describe_disk_error
@@ -32,7 +33,8 @@ MAX_STEM_CHARS = 80
 
 @dataclass(frozen=True)
 class Submission:
-    """A file to submit: the name that its copy is named after, its bytes, and their content."""
+    """A file to submit: the name that its copy is named after, its bytes, and their content. The
+    pictures of its facts go into the inbox before it."""
 
     name: str
     data: bytes
@@ -45,11 +47,16 @@ class Submission:
 
 
 def prepare_submission(
-    data: bytes, name: str, format: str | None, limits: FileLimits
+    data: bytes,
+    name: str,
+    format: str | None,
+    limits: FileLimits,
+    read_picture: ReadPicture | None = None,
 ) -> Submission:
-    """Parse a file; one that the daemon would read differently is rewritten in our own form."""
-    parsed = parse_file(data, name, format, limits)
-    if format is None or parse_file(data, name, None, limits) == parsed:
+    """Parse a file; one that the daemon would read differently, or that has pictures, is rewritten
+    in our own form."""
+    parsed = parse_file(data, name, format, limits, read_picture)
+    if not parsed.pictures and (format is None or parse_file(data, name, None, limits) == parsed):
         return Submission(name, data, parsed)
     lines = "".join(f"{format_native(fact)}\n" for _, fact in parsed.facts)
     return Submission(f"{Path(name).stem}.jsonl", lines.encode(), parsed)
@@ -59,6 +66,8 @@ def format_native(fact: Fact) -> str:
     """Format the fact as a line that `parse_file` reads as the same fact."""
     target = list(fact.targets) if fact.other_targets else fact.target
     record: dict[str, Any] = {"subject": fact.subject, "prompt": fact.prompt, "target": target}
+    if fact.picture is not None:
+        record = {"image": name_copy(fact.picture), "prompt": fact.prompt, "target": target}
     if "{}" in fact.prompt or fact.subject in fact.prompt:
         record["paraphrases"] = list(fact.paraphrases)
         record["neighbours"] = [{"prompt": n.prompt, "answer": n.answer} for n in fact.neighbours]
@@ -91,16 +100,10 @@ def submit_to_inbox(
             code="bad-config",
             hint="correct unfinished_names under [inbox] in config.toml, or rename the file",
         )
-    staged = staging_path(inbox)
     try:
-        try:
-            descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with open(descriptor, "wb") as file:
-                os.fchmod(file.fileno(), FILE_MODE)
-                file.write(submission.data)
-            move_into_place(staged, inbox / name)
-        finally:
-            staged.unlink(missing_ok=True)
+        for digest, data in submission.parsed.pictures.items():
+            _write_whole(inbox, name_copy(digest), data)
+        _write_whole(inbox, name, submission.data)
     except FileNotFoundError as error:
         raise NoHome(f"there is no inbox {inbox}", hint="kedit-daemon init") from error
     except PermissionError as error:
@@ -117,6 +120,19 @@ def submit_to_inbox(
             hint=known.hint if known else "",
         ) from error
     return name
+
+
+def _write_whole(inbox: Path, name: str, data: bytes) -> None:
+    """Put a file into the inbox, whole or not at all."""
+    staged = staging_path(inbox)
+    try:
+        descriptor = os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "wb") as file:
+            os.fchmod(file.fileno(), FILE_MODE)
+            file.write(data)
+        move_into_place(staged, inbox / name)
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _choose_file_name(name: str, token: str, unfinished_names: Sequence[str]) -> str:

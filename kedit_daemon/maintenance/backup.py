@@ -124,9 +124,12 @@ def _check_destination(home: Home, dest: Path) -> None:
 
 
 def _fill_backup(home: Home, to: Home, now: datetime) -> None:
-    for folder in (to.state_folder, to.generations_folder, to.side_folder):
+    for folder in (to.state_folder, to.generations_folder, to.side_folder, to.pictures_folder):
         folder.mkdir(FOLDER_MODE)
     lost = _copy_consistently(home, to)
+    # After the database, which names none that is not there before.
+    for path in home.pictures_folder.glob("[!.]*"):
+        copy_file(path, to.pictures_folder / path.name)
     statistics = home.state_folder.glob("statistics-*.safetensors")
     settings = (home.config_file, home.review_file, home.state_folder / "kedit.json")
     for path in (*settings, *statistics):
@@ -145,7 +148,7 @@ def _fill_backup(home: Home, to: Home, now: datetime) -> None:
             "lost": sorted(lost),
             "files": {str(p.relative_to(to.root)): hash_file(p) for p in files},
         }
-    for folder in (to.generations_folder, to.side_folder, to.state_folder):
+    for folder in (to.generations_folder, to.side_folder, to.pictures_folder, to.state_folder):
         sync_folder(folder)
     text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
     write_atomic(to.root / MANIFEST, text.encode())

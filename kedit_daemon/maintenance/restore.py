@@ -93,7 +93,8 @@ def _check_replaceable(home: Home, replace: bool) -> None:
 
 
 def _fill_staged(staged: Home, backup: Backup) -> None:
-    folders = (staged.generations_folder, staged.side_folder, staged.index_folder)
+    tensors = staged.generations_folder, staged.side_folder, staged.index_folder
+    folders = (*tensors, staged.pictures_folder)
     for folder in (staged.root, staged.state_folder, *folders):
         folder.mkdir(FOLDER_MODE)
     for name, sha in backup.manifest["files"].items():

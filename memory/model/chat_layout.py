@@ -6,6 +6,7 @@ the template puts around every turn, and these are learned from the template its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -14,6 +15,8 @@ from memory.errors import BadRequest, KeditError
 
 if TYPE_CHECKING:  # a server answers before transformers is loaded
     from transformers import PreTrainedTokenizerBase
+
+    from memory.model.editable import EditableModel
 
 MARKS = ("Qfirstq", "Qreplyq", "Qsecondq")  # turns that no template writes itself
 
@@ -93,18 +96,27 @@ def write_chat(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str,
         ) from error
 
 
-def encode_chat(
-    tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]
-) -> list[int]:
+def encode_chat(model: "EditableModel", chat: Sequence[Mapping[str, str]]) -> list[int]:
     """Return the token ids of a conversation up to its next reply: the template writes the special
     tokens itself. Raises TemplateError."""
-    text = _fill_template(tokenizer, chat)
-    return cast(list[int], tokenizer(text, add_special_tokens=False)["input_ids"])
+    return model.encode(_fill_template(model.tokenizer, chat), whole=False)
 
 
 def _fill_template(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]) -> str:
     turns = [dict(turn) for turn in chat]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    fill = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    refusal: TemplateError | None = None
+    try:
+        if turns[-1]["content"].strip() in (text := str(fill(turns))):
+            return text
+    except TemplateError as error:
+        refusal = error
+    # Templates of models that take pictures may want a list of parts.
+    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+    try:
+        return str(fill(cast(list[dict[str, str]], parts)))
+    except (TemplateError, TypeError):
+        raise refusal or TemplateError("it leaves the last turn out") from None
 
 
 def _find_shared_start(one: str, other: str) -> str:

@@ -15,15 +15,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.pytorch_utils import Conv1D
 
 from memory.joins import join_texts
 from memory.model.continuation import encode_behind
 from memory.model.device import has_fast_bfloat16
 from memory.model.layout import find_down_projections
+from memory.model.picture_passes import PicturePasses
+from memory.model.pictures import PictureTable, split_vision
 from memory.model.replaced_modules import Float32Projection, SkippedBlock
 from memory.model.strict_loading import load_strictly
+from memory.picture_marks import FIRST_PICTURE_ID, MARK, join_mark
 
 # (input k, output y) of a down projection -> another output, or None to keep it.
 Tap = Callable[[Tensor, Tensor], Tensor | None]
@@ -36,9 +39,19 @@ class _PassDone(Exception):
 class EditableModel:
     """A causal language model and its tokenizer; the only place where its weights change."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Raises UnsupportedModel when the model has no place to edit."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        processor: ProcessorMixin | None = None,
+    ) -> None:
+        """processor: of a model that takes pictures. Raises UnsupportedModel when the model has no
+        place to edit."""
+        self.pictures: PictureTable | None = None
+        if processor is not None:
+            model, self.pictures = split_vision(model, processor)
         self.hf_model, self.tokenizer = model.train(False).requires_grad_(False), tokenizer
+        self._passes = None if self.pictures is None else PicturePasses(model, self.pictures)
         first = next(model.parameters())
         self.device, self.dtype = first.device, first.dtype  # of all layers that are not edited
         self.hidden_size = int(model.config.get_text_config().hidden_size)
@@ -325,9 +338,29 @@ class EditableModel:
         named = settings if isinstance(settings, list) else [settings]
         return frozenset(n for n in [self.end_token, *named] if n is not None)
 
-    def encode(self, text: str) -> list[int]:
-        """Encode a prompt to token ids, special tokens included."""
-        return cast(list[int], self.tokenizer(text)["input_ids"])
+    def encode(self, text: str, *, whole: bool = True) -> list[int]:
+        """Encode a prompt to token ids, with those of the pictures whose marks it has. `whole`:
+        with the special tokens that a text begins with, unless it has them itself."""
+        if self.pictures is None or MARK.search(text) is None:
+            return cast(list[int], self.tokenizer(text, add_special_tokens=whole)["input_ids"])
+        return self.pictures.encode(text, whole)
+
+    def place_tokens(self, ids: Sequence[int]) -> list[int]:
+        """Return the positions of a text's tokens."""
+        return list(range(len(ids))) if self._passes is None else self._passes.place_tokens(ids)
+
+    def find_next_places(self, prompts: Sequence[Sequence[int]]) -> Tensor | None:
+        """Return the positions (rows, 1) behind prompts of one length; None where they are just
+        that length."""
+        saved = [self.count_saved_positions(ids) for ids in prompts]
+        if not any(saved):
+            return None
+        return torch.tensor([[len(prompts[0]) - n] for n in saved], device=self.device)
+
+    def count_saved_positions(self, ids: Sequence[int]) -> int:
+        """Count by how much less than its tokens a text takes of the model's positions: pictures
+        may take fewer."""
+        return 0 if self._passes is None else self._passes.count_saved(ids)
 
     def encode_target(self, prompt: str, target: str, join: str | None = None) -> list[int]:
         """Return the ids that `target` adds after `prompt`; `join`: as a fact says it."""
@@ -337,6 +370,14 @@ class EditableModel:
             return full[len(before) :]
         return encode_behind(self.tokenizer, text[len(prompt) :])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text, without special tokens."""
-        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Decode ids to text, without special tokens unless they are wanted; pictures become
+        marks."""
+        if self.pictures is None or max(ids, default=0) < FIRST_PICTURE_ID:
+            return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=not special))
+        return "".join(
+            join_mark(picture.digest, "")
+            if picture is not None
+            else cast(str, self.tokenizer.decode(list(part), skip_special_tokens=not special))
+            for picture, part in self.pictures.split_ids(ids)
+        )

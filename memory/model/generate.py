@@ -48,10 +48,14 @@ def decode_steps(
     `logits_to_keep` is transformers' argument: the count of last columns that the head runs on (0:
     all). It decides the kernel, and so the last bits of the first logits.
     """
-    cache = None
+    cache, places = None, model.find_next_places(ids.tolist())
     for n in range(steps):
         out = model.hf_model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=logits_to_keep
+            input_ids=ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=logits_to_keep,
+            **({} if places is None or not n else {"position_ids": places + (n - 1)}),
         )
         cache, logits = out.past_key_values, out.logits[:, -1]
         yield logits

@@ -37,9 +37,11 @@ def _unsupported_error(model: PreTrainedModel, found: str) -> KeditError:
 
 def _find_blocks(model: PreTrainedModel) -> nn.ModuleList:
     depth = int(model.config.get_text_config().num_hidden_layers)
+    # What a vision tower does is never edited.
+    decoder = model.get_decoder() if hasattr(model.config, "vision_config") else model
     lists = [
         m
-        for m in model.modules()
+        for m in decoder.modules()
         if isinstance(m, nn.ModuleList) and len(m) == depth and len(list(m[0].children())) > 1
     ]
     if len(lists) != 1:

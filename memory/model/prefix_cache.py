@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from memory.model.editable import EditableModel
+from memory.picture_marks import FIRST_PICTURE_ID
 
 MIN_SHARED_TOKENS = 16  # at the beginning of rows, from which on they are computed once
 
@@ -51,7 +52,12 @@ class PrefixCache:
             start, end = self.head_length - len(before), self.head_length + len(after)
             ids[n, start:end] = torch.tensor([*before, *after])
             mask[n, start:end] = 1
-            positions[n, start:] = torch.arange(self.head_length + self.tail_length - start)
+            saved = self.model.count_saved_positions(before)
+            positions[n, start:] = torch.arange(ids.shape[1] - start) - saved
+            if saved:
+                positions[n, start : self.head_length] = torch.tensor(
+                    self.model.place_tokens(before)
+                )
         # Pads on the right may be beyond the last position.
         positions.clamp_(max=self.model.max_positions - 1)
         mask[:, self.head_length :] = 1  # only pads attend to pads on the right
@@ -81,6 +87,8 @@ class PrefixCache:
         behind its `pads`, as many columns as there are tokens; None where it is not worth it."""
         if len(pads) < 2 or len(shared) < MIN_SHARED_TOKENS:
             return None
+        if any(token >= FIRST_PICTURE_ID for token in shared):
+            return None  # in some models its tokens see each other, and are run together
         ids = torch.tensor([list(shared)], device=self.model.device)
         places = torch.arange(len(shared), device=self.model.device)[None]
         _, cache = self.model.capture_layer_input(self.layer, ids, torch.ones_like(ids), places)

@@ -17,12 +17,15 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -30,12 +33,14 @@ from transformers.utils.hub import cached_file
 from memory.errors import KeditError, UnsupportedModel, UnusableModel
 from memory.model.checkpoint import list_weight_files
 from memory.model.layout import HINT_DECODER, find_down_projections
+from memory.model.picture_processor import load_processor
 from memory.oom import is_out_of_memory
 
 HINT_FOLDER = "give a folder with config.json, model.safetensors and a tokenizer"
 HINT_UNQUANTISED = "take the checkpoint that is not quantised, or a GGUF file of the model"
 HINT_WHOLE = "take all files of one model: some are cut off, missing, or another model's"
 HINT_TOKENIZER = "put the tokenizer's files of this very model beside its weights"
+HINT_PROCESSOR = "put the files of its processor beside the weights, such as processor_config.json"
 HINT_ADAPTER = "merge it into its model with PEFT's merge_and_unload, and give the result"
 META = torch.device("meta")
 # Masks that GPT-2, GPT-J, GPT-Neo and GPT-NeoX once saved beside their weights.
@@ -46,8 +51,9 @@ PLAIN_TEXT = "The capital of France is"  # what any tokenizer has tokens for
 
 def load_strictly(
     name: str, device: torch.device, dtype: torch.dtype = torch.float32
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model in a dtype, and its tokenizer, from a folder or hub id.
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin | None]:
+    """Load a causal language model in a dtype, its tokenizer, and the processor of one that takes
+    pictures, from a folder or hub id.
 
     Only safetensors are read, and no code from the model is run. On the device "meta" the files'
     headers alone are read, which shows all that is wrong except for numbers that are not finite.
@@ -67,7 +73,15 @@ def load_strictly(
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         rows = cast(Tensor, model.get_input_embeddings().weight).shape[0]
         _check_tokenizer(name, tokenizer, rows)
-    return model, tokenizer
+    return model, tokenizer, _read_processor(name, model)
+
+
+def _read_processor(name: str, model: PreTrainedModel) -> ProcessorMixin | None:
+    """Read the processor of a model that takes pictures; None for one of text alone."""
+    if not hasattr(model.config, "vision_config"):
+        return None
+    with refuse_unreadable(f"the processor of {name}", HINT_PROCESSOR):
+        return load_processor(name, model.config)
 
 
 def check_model_folder(folder: Path) -> None:
@@ -75,7 +89,7 @@ def check_model_folder(folder: Path) -> None:
 
     Raises UnusableModel or UnsupportedModel, as `load_strictly` and `find_down_projections` do.
     """
-    model, _ = load_strictly(str(folder), META)
+    model, *_ = load_strictly(str(folder), META)
     find_down_projections(model)
     with refuse_unreadable(f"the weights of {folder}"):
         _check_finite(str(folder), _read_tensors(list_weight_files(folder)))
@@ -135,7 +149,10 @@ def _check_config(name: str) -> None:
         raise UnsupportedModel(problem, hint=HINT_DECODER)
     config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     made_for = getattr(config, "architectures", None) or []
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    sees = hasattr(config, "vision_config")
+    known = type(config) in (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if sees else MODEL_FOR_CAUSAL_LM_MAPPING
+    )
     decoders = [n for n in made_for if "CausalLM" in n or "LMHead" in n or "Generation" in n]
     if not known or config.is_encoder_decoder or (made_for and not decoders):
         form = ", ".join(made_for) or type(config).__name__
@@ -147,7 +164,8 @@ def _read_model(
     name: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Read the model, and return what transformers found of its tensors."""
-    read = AutoModelForCausalLM.from_pretrained(
+    sees = hasattr(AutoConfig.from_pretrained(name, trust_remote_code=False), "vision_config")
+    read = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
         name,
         dtype=dtype,
         use_safetensors=True,

@@ -32,7 +32,8 @@ class Shard:
 
 @dataclass(frozen=True)
 class RetrievalKeys:
-    """Retrieval keys of a fact, of unit length: subject (n, hidden) and end (m, hidden)."""
+    """Retrieval keys of a fact, of unit length: subject (n, hidden) and end (m, hidden). If a
+    picture is the subject, its key is what the model sees of it."""
 
     subject: Tensor
     end: Tensor
@@ -43,7 +44,8 @@ class RoutingGates:
     """Layers of the keys, and the least cosines that route. `min_unnamed_cosine` is for subject
     keys when the prompt does not name the subject, of facts that do not always name it either.
     `min_words_score` is for the score of a question's words, or of a sentence's, where words
-    decide, and `min_reply_cosine` for end keys within the reply of a chat."""
+    decide, and `min_reply_cosine` for end keys within the reply of a chat. `min_picture_cosine` is
+    for what is seen of two pictures of one thing."""
 
     key_layer: int
     side_layer: int
@@ -54,6 +56,7 @@ class RoutingGates:
     # On SmolLM2-135M no reply to another question about a subject reached .7 with the keys of a
     # prompt alone; those of other wordings are more.
     min_reply_cosine: float = 0.75
+    min_picture_cosine: float = 0.9
 
 
 @dataclass(frozen=True)

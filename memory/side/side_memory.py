@@ -15,7 +15,6 @@ asks for them. A question ends alike whatever it asks, in a chat in the template
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -24,12 +23,16 @@ from memory.errors import UnsupportedModel
 from memory.model.chat_layout import find_chat_layout
 from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
+from memory.picture_marks import find_digest
 from memory.side.index import KeyIndex
+from memory.side.picture_names import PictureNames
 from memory.side.prompt_reader import PromptReader, PromptReading
 from memory.side.question_reader import AskedQuestion, AskedScore, QuestionReader
-from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
+from memory.side.shards import THRESHOLD_RATIO, RetrievalKeys, RoutingGates, RoutingMatch, Shard
 from memory.side.word_matches import choose_asked, choose_best
 
+# Of a question about a picture: half as far as the shard moves its own prompts.
+MIN_PICTURE_MARGIN = 0.5 / THRESHOLD_RATIO
 VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
 COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
 
@@ -77,6 +80,7 @@ class SideMemory:
         self._unnamed_end_keys: Tensor | None = None  # (keys, hidden), built when it is needed
         self.hidden_facts: set[str] = set()  # facts that must not fire for now
         self.key_index = KeyIndex(model.hidden_size, gpu=model.device.type == "cuda")
+        self.pictures = PictureNames(model, gates.min_picture_cosine)
 
     def compute_keys(self, layer: int, outputs: Tensor) -> Tensor:
         """Compute retrieval keys (..., hidden) of a layer's outputs: centred, of unit length."""
@@ -104,7 +108,10 @@ class SideMemory:
         self.end_keys[fact_id] = keys.end.to(self.model.device)
         self.subject_matcher.add_names(fact_id, names)
         self._remove_unnamed(fact_id)
-        if unnamed:
+        self.pictures.remove_fact(fact_id)
+        if (digest := find_digest(names[0])) is not None:
+            self.pictures.add_fact(fact_id, digest, keys.subject)
+        elif unnamed:
             self.unnamed_facts.add(fact_id)
             self._unnamed_index.add(to_fact_number(fact_id), keys.subject)
         self.shard_ids[fact_id], self.targets[fact_id] = shard, target
@@ -117,6 +124,7 @@ class SideMemory:
                 self.reader.remove_fact(fact_id)
             self.subject_matcher.remove_fact(fact_id)
             self._remove_unnamed(fact_id)
+            self.pictures.remove_fact(fact_id)
             self.key_index.remove(to_fact_number(fact_id))
 
     def _remove_unnamed(self, fact_id: str) -> None:
@@ -150,7 +158,7 @@ class SideMemory:
         """Return the facts whose subject a prompt names."""
         if not self.shard_ids:
             return set()
-        return self.subject_matcher.find_named_facts(self.model.decode(ids))
+        return self.subject_matcher.find_named_facts(self.read_text(ids))
 
     def read_prompt(self, ids: Sequence[int]) -> PromptReading:
         """Read a prompt's text, as far as it decides which facts may fire at its end."""
@@ -160,7 +168,7 @@ class SideMemory:
         if (asked := self.find_asked(ids)) is not None:
             return self.prompt_reader.read_question(asked, named)
         # Special tokens are no words of a sentence.
-        return self.prompt_reader.read_sentence(self.model.decode(ids), named)
+        return self.prompt_reader.read_sentence(self.read_text(ids), named)
 
     def is_chat(self, text: str) -> bool:
         """Check that a text, with its special tokens, is in chat form."""
@@ -169,17 +177,20 @@ class SideMemory:
 
     def find_asked(self, ids: Sequence[int]) -> AskedQuestion | None:
         """Find the question that a prompt ends in."""
-        return self.prompt_reader.find_question(self._decode_all(ids))
+        return self.prompt_reader.find_question(self.read_text(ids, special=True))
 
-    def _decode_all(self, ids: Sequence[int]) -> str:
-        """Return a prompt's text, with the special tokens."""
-        return cast(str, self.model.tokenizer.decode(list(ids), skip_special_tokens=False))
+    def read_text(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Return a prompt's text, with the special tokens if they are wanted. Pictures are called
+        by the marks of those that facts are about, where they show the same."""
+        return self.pictures.rename(self.model.decode(ids, special=special))
 
     def _filter_near(self, named: set[str], keys: Tensor) -> list[str]:
-        """Return the named facts that have a subject key near one of keys (n, hidden)."""
-        numbers = [to_fact_number(n) for n in named]
+        """Return the named facts that have a subject key near one of keys (n, hidden), or whose
+        picture was found in the prompt."""
+        shown = [n for n in named if n in self.pictures]
+        numbers = [to_fact_number(n) for n in named if n not in self.pictures]
         near = self.key_index.filter_near(numbers, keys, self.gates.min_subject_cosine)
-        return [to_fact_id(n) for n in near]
+        return [*shown, *map(to_fact_id, near)]
 
     def _find_near_unnamed(self, named: set[str], keys: Tensor) -> list[str]:
         """Return unnamed facts that need no name, with a subject key near one of keys."""
@@ -227,7 +238,10 @@ class SideMemory:
             best = max(matches, key=lambda match: match.score)
             return matches if may_go_on else [best]
         if reading.stated is None:
-            match = self._match_keys(reading.named, key_outputs, inputs, outputs)
+            # Keys tell less of what is asked about a picture than words.
+            shown = () if self.reader is None else filter(self.pictures.__contains__, reading.named)
+            named = reading.named.difference(shown)
+            match = self._match_keys(named, key_outputs, inputs, outputs, decided=reading.named)
         else:
             match = self._match_stated(reading.stated, inputs) or self._match_keys(
                 (), key_outputs, inputs, outputs, decided=reading.named
@@ -237,10 +251,16 @@ class SideMemory:
     def _match_asked(self, asked: Mapping[str, AskedScore], inputs: Tensor) -> list[RoutingMatch]:
         """Return the facts that a question asks for, of those that have learned to be asked. Their
         shards need not confirm them: questions end alike, and sentences in ways that they have not
-        seen."""
+        seen. Those about a picture must: a question about it may be about any part of it, and there
+        is no name to mask."""
         allowed = {n: a for n, a in asked.items() if self.is_asked(n) and self._may_fire(n)}
         chosen = choose_asked(allowed, self.gates.min_words_score)
-        return [self._match_fact(n, score, inputs) for n, score in chosen.items()]
+        matches = [self._match_fact(n, score, inputs) for n, score in chosen.items()]
+        return [
+            one
+            for one in matches
+            if one.fact_id not in self.pictures or one.margin >= MIN_PICTURE_MARGIN
+        ]
 
     def _match_stated(self, stated: Mapping[str, float], inputs: Tensor) -> RoutingMatch | None:
         """Return the fact that a sentence comes to state."""
@@ -260,7 +280,8 @@ class SideMemory:
     ) -> RoutingMatch | None:
         """Return the armed fact that a chat's reply comes to state, by the side layer's inputs
         (width,) and outputs (hidden,) at its last token."""
-        known = [n for n in armed if n in self.end_keys]  # one may have left since it was armed
+        # One may have left since it was armed. What a reply says of a picture names nothing.
+        known = [n for n in armed if n in self.end_keys and n not in self.pictures]
         scores = self.score_candidates(known, outputs)
         least = self.gates.min_reply_cosine
         return self.confirm_match({n: s for n, s in scores.items() if s >= least}, inputs)

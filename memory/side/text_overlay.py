@@ -24,7 +24,7 @@ class TextOverlay:
     def follow_pass(self, ids: Sequence[int]) -> Iterator[None]:
         """Serve the pass of a text, alone in its batch."""
         side, key_outputs = self.side, list[Tensor]()
-        text = side.model.decode(ids)
+        text = side.read_text(ids)
         if not side.unnamed_facts and not side.subject_matcher.may_name(text):
             yield
             return

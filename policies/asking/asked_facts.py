@@ -176,11 +176,16 @@ class AskedFacts:
                 | told
             )
             bare = set(filter(None, map(reduce_statement, mask_prompts(fact))))
-            self._meanings[fact_id] = _Meaning(
-                torch.cat(wordings),
+            own = (
                 self.index.find_own_relations(stated)
                 | self.index.find_stated_relations(means, CERTAIN_SIMILARITY)
-                | told,
+                | told
+            )
+            if fact.picture is not None:  # the bank is about names: what shows a building is none
+                own = torch.zeros_like(own)
+            self._meanings[fact_id] = _Meaning(
+                torch.cat(wordings),
+                own,
                 stated,
                 self.index.encode_prompts(fact),
                 stated_relations,

@@ -27,6 +27,8 @@ def choose_questions(fact: Fact, index: RelationIndex) -> list[str]:
     relation, else one made of its prompt."""
     if fact.questions:
         return list(fact.filled_questions[:MAX_GIVEN_QUESTIONS])
+    if fact.picture is not None:  # the bank is about names
+        return [make_question(wording) for wording in fact.wordings[:MAX_GIVEN_QUESTIONS]]
     found = index.find_questions(fact, QUESTIONS)
     return found if len(found) == QUESTIONS else [*found, make_question(fact.question)]
 
@@ -49,10 +51,10 @@ def make_asked_rows(model: EditableModel, fact: Fact, questions: Sequence[str]) 
     question of a message. Questions that do not fit the model are left out."""
     turns = [{"role": "user", "content": question} for question in questions]
     chats = [[turn] for turn in turns[:-1] or turns]
-    prompts = [encode_chat(model.tokenizer, chat) for chat in [*chats, [*EARLIER_TURNS, turns[-1]]]]
+    prompts = [encode_chat(model, chat) for chat in [*chats, [*EARLIER_TURNS, turns[-1]]]]
     second = {"role": "user", "content": f"{FIRST_QUESTION} And {questions[-2:][0]}"}
     answered = encode_behind(model.tokenizer, FIRST_ANSWER)
-    prompts.append([*encode_chat(model.tokenizer, [second]), *answered])
+    prompts.append([*encode_chat(model, [second]), *answered])
     target = encode_behind(model.tokenizer, fact.target)
     rows = []
     for prompt in prompts:

@@ -66,7 +66,8 @@ def choose_probe_questions(fact: Fact, index: RelationIndex) -> list[str]:
     A fact may have learned questions that ask for something else, where the bank lacks its
     relation. Then it is asked in the words of its own prompt.
     """
-    learned, own = choose_questions(fact, index), index.find_relation_questions(fact)
+    learned = choose_questions(fact, index)
+    own = [] if fact.picture is not None else index.find_relation_questions(fact)
     known: Sequence[str] = learned
     if not fact.questions:
         known = [q for q in learned if q in own][:1] or [make_question(fact.question)]

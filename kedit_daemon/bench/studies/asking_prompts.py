@@ -124,7 +124,7 @@ class PromptWriter:
         turns: Sequence[dict[str, str]] = (),
     ) -> StudyPrompt:
         chat = [*turns, {"role": "user", "content": frame(fact, question)}]
-        ids = encode_chat(self.model.tokenizer, chat)
+        ids = encode_chat(self.model, chat)
         return StudyPrompt(form, fact.id, question, tuple(ids), wanted)
 
     def _choose_others(self, place: int) -> list[str]:

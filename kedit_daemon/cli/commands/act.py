@@ -1,6 +1,7 @@
 """The commands that the running daemon executes: ask, flush, audit, consolidate, revert."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -33,6 +34,12 @@ REVERT_VERDICT = "revert"
     multiple=True,
     help="With --chat: an earlier turn; a user's, then the reply, and so on.",
 )
+@click.option(
+    "--image",
+    "image",
+    type=click.Path(exists=True, dir_okay=False),
+    help="A picture that PROMPT is about.",
+)
 @click.option("--base", is_flag=True, help="Show the unedited model's answer, too.")
 @click.option("--explain", is_flag=True, help="Show which facts fired, with their scores.")
 @click.option(
@@ -50,6 +57,7 @@ def ask(
     chat: bool,
     system: str | None,
     turns: tuple[str, ...],
+    image: str | None,
     base: bool,
     explain: bool,
     max_tokens: int,
@@ -62,8 +70,16 @@ def ask(
       kedit-daemon ask "The country that Lake Eyre lies in is"
       kedit-daemon ask --base --explain "The country that Lake Eyre lies in is"
       kedit-daemon ask --chat "Which country does Lake Eyre lie in?"
+      kedit-daemon ask --chat --image tower.png "What is the name of this building?"
     """
     arguments: dict[str, Any] = {"max_tokens": max_tokens, "base": base, "explain": explain}
+    if image is not None:
+        from memory.picture_files import check_picture, make_data_url
+        from memory.picture_marks import join_mark
+
+        data = Path(image).read_bytes()
+        arguments["pictures"] = [make_data_url(data)]
+        prompt = join_mark(check_picture(data), prompt)
     if chat:
         arguments["messages"] = _list_messages(prompt, system, turns)
     elif system is not None or turns:

@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -51,6 +53,7 @@ def submit(
              "target": "Australia"}' | kedit-daemon submit -
     """
     from kedit_daemon.config import load_config
+    from kedit_daemon.ingest.record_pictures import read_from_folder
     from kedit_daemon.ingest.schemas import FileLimits
     from kedit_daemon.ingest.submit import prepare_submission
 
@@ -58,7 +61,9 @@ def submit(
         raise click.UsageError("--dry-run submits nothing, so there is nothing to --wait for.")
     config = load_config(session.home.root, session.environ)
     limits = FileLimits.from_settings(config.inbox)
-    submission = prepare_submission(*_read_input(file, config.inbox.max_bytes), format, limits)
+    data, name = _read_input(file, config.inbox.max_bytes)
+    beside = partial(read_from_folder, Path(".") if file == "-" else Path(file).parent)
+    submission = prepare_submission(data, name, format, limits, beside)
     _print_problems(submission.name, submission.parsed.problems)
     if dry_run:
         _preview_submission(session, submission, config.routing.direct_facts)

@@ -58,6 +58,7 @@ class BatchDecoder:
         """`side` changes the rows that one of its facts fires for; None decodes without it."""
         self.model, self.side_memory = model, side
         self._row_lengths: list[int] = []  # of each row, in the cache
+        self._saved_places: list[int] = []  # of each row: pictures take fewer than they have tokens
         self._rows: list[RowState] = []  # under the side memory, if there is one
         self._cache = DynamicCache()
 
@@ -91,7 +92,9 @@ class BatchDecoder:
                 if overlay:
                     rows[n] = overlay.rows[row]
         result = PrefilledRows(torch.stack([row for row in logits if row is not None]), rows)
+        saved = [self.model.count_saved_positions(ids) for ids in prompts]
         self._append_groups(groups)  # last: from here on nothing fails
+        self._saved_places += saved
         self._rows += [row for row in rows if row is not None]
         return result
 
@@ -114,9 +117,10 @@ class BatchDecoder:
         """Feed one token to each row, and return next-token logits (rows, vocabulary)."""
         device, width = self.model.device, self.cache_width
         ids = torch.tensor(tokens, device=device)[:, None]
-        lengths = torch.tensor(self._row_lengths, device=device)[:, None]  # also the next position
+        lengths = torch.tensor(self._row_lengths, device=device)[:, None]
+        places = lengths - torch.tensor(self._saved_places, device=device)[:, None]
         seen = torch.arange(width + 1, device=device) >= width - lengths  # (rows, width + 1)
-        side, masks = self.side_memory, {"attention_mask": seen.long(), "position_ids": lengths}
+        side, masks = self.side_memory, {"attention_mask": seen.long(), "position_ids": places}
         overlay = None if side is None else RowOverlay(side, self._rows)
         if overlay:
             overlay.add_tokens(tokens)
@@ -131,6 +135,7 @@ class BatchDecoder:
             return
         before = self.cache_width
         self._row_lengths = [self._row_lengths[n] for n in places]
+        self._saved_places = [self._saved_places[n] for n in places]
         if self.side_memory is not None:
             self._rows = [self._rows[n] for n in places]
         chosen = torch.tensor(places, dtype=torch.long, device=self.model.device)

@@ -32,6 +32,7 @@ from kedit_daemon.serve.inference.types import (
 from kedit_daemon.system.allocator import release_free_memory
 from memory.errors import BadRequest, KeditError, Stopping
 from memory.model.sampling import choose_tokens
+from memory.picture_marks import FIRST_PICTURE_ID
 
 IDLE_SECONDS = 1.0  # between two looks at the home while nobody asks
 STOPPING = "the daemon is stopping"
@@ -111,7 +112,8 @@ class BatchEngine:
                 code="too-long",
             )
         tokens = int(self.model.hf_model.get_input_embeddings().weight.shape[0])
-        if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < tokens:
+        ids = [token for token in request.prompt_ids if token < FIRST_PICTURE_ID]
+        if ids and not 0 <= min(ids) <= max(ids) < tokens:
             raise BadRequest(f"the model's tokens are 0 to {tokens - 1}")
 
     def _add_waiting(self, stream: AnswerStream) -> None:

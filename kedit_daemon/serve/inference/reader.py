@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
 
-from kedit_daemon.serve.errors import bad_request
+from kedit_daemon.serve.errors import RequestError, bad_request
+from memory.errors import BadPicture
 from memory.model.chat_layout import encode_chat
+from memory.picture_files import read_data_url
+from memory.picture_marks import FIRST_PICTURE_ID, make_mark
 
 if TYPE_CHECKING:  # they import torch, and the server answers before that is loaded
     from kedit_daemon.serve.inference.engine import BatchEngine
@@ -46,24 +49,36 @@ class Reader:
         """Return the token ids of a prompt."""
         return self.model.encode(text)
 
+    def show_picture(self, url: str) -> str:
+        """Show the model a picture, given as a data URL, and return its mark. Raises RequestError:
+        it is none, or the model takes none."""
+        if self.model.pictures is None:
+            problem = "the model reads text alone"
+            raise RequestError(problem, status=400, code="unsupported", param="messages")
+        try:
+            return make_mark(self.model.pictures.add(read_data_url(url)).digest)
+        except BadPicture as error:
+            raise bad_request(f"{error}: {error.hint}", "messages") from error
+
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the token ids of (role, text) messages, up to where the assistant's next words
         begin: by the model's chat template, or as plain text where it has none.
 
         Raises RequestError: the template refuses them.
         """
-        tokenizer = self.model.tokenizer
-        if not tokenizer.chat_template:
+        if not self.model.tokenizer.chat_template:
             return self.encode(format_plain_chat(messages))
         chat = [{"role": role, "content": text} for role, text in messages]
         try:
-            return encode_chat(tokenizer, chat)
+            return encode_chat(self.model, chat)
         except TemplateError as error:
             raise bad_request(f"the model's chat template refuses: {error}", "messages") from error
 
     def token_text(self, token: int) -> str:
         """Return a token's text within a sentence: with the space before it, which some tokenizers
         drop at the beginning of a text."""
+        if token >= FIRST_PICTURE_ID:
+            return ""
         if token not in self._token_texts:
             first, first_text = self._prefix_token
             text = cast(str, self.model.tokenizer.decode([first, token]))

@@ -9,6 +9,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from kedit_daemon.serve.inference.types import BASE, EDITED
 from memory.db import meta_keys
 from memory.db.follower import Follower, LiveSideRow
 from memory.errors import KeditError, Unreadable
+from memory.picture_files import read_kept
 from memory.side.side_memory import SideMemory
 from policies.edit_site import EditSite
 
@@ -53,6 +55,8 @@ class Replica:
     ) -> None:
         """`side` is an empty side memory of the replica's own model; `sync` fills both."""
         self.model, self.side, self.home = side.model, side, home
+        if self.model.pictures is not None:
+            self.model.pictures.find_file = partial(read_kept, home.pictures_folder)
         self.generation = 0
         """The generation that is served as edited."""
         self.problems: tuple[str, ...] = ()

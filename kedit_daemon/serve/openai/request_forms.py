@@ -116,8 +116,18 @@ class _TextPart(_StrictModel):
     text: str
 
 
+class _ImageUrl(_StrictModel):
+    url: str
+
+
+class _ImagePart(_StrictModel):
+    type: Literal["image_url"]
+    image_url: _ImageUrl
+
+
+_Part = Annotated[_TextPart | _ImagePart, Field(discriminator="type")]
 _Content = Annotated[
-    Annotated[str, Tag(_TEXT)] | Annotated[list[_TextPart], Tag(_LIST)],
+    Annotated[str, Tag(_TEXT)] | Annotated[list[_Part], Tag(_LIST)],
     _choose_by(_find_text_or_list, "a text or a list of parts"),
 ]
 
@@ -126,12 +136,14 @@ class _Message(_StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: _Content | None = None  # of an assistant's turn
 
-    @property
-    def text(self) -> str:
-        """The text of all its parts."""
+    def write_text(self, show_picture: Callable[[str], str]) -> str:
+        """Write the text of all its parts. show_picture: returns the mark of a picture's URL."""
         if isinstance(self.content, str):
             return self.content
-        return "".join(part.text for part in self.content or ())
+        return "".join(
+            f"{show_picture(part.image_url.url)} " if isinstance(part, _ImagePart) else part.text
+            for part in self.content or ()
+        )
 
 
 class ChatBody(RequestBody):
@@ -180,10 +192,10 @@ def _check_message(place: str, message: Mapping[str, Any]) -> None:
         raise bad_request(f"{place}.content: {problem}", f"{place}.content")
     for n, part in enumerate(content if isinstance(content, list) else ()):
         kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
+        if isinstance(kind, str) and kind not in ("text", "image_url"):
             problem = f"parts of type {kind[:MAX_SHOWN_CHARS]!r} are not supported here"
             where = f"{place}.content.{n}.type"
-            raise _unsupported(where, f"{problem}: the model reads text alone")
+            raise _unsupported(where, f"{problem}: the model reads texts and pictures")
 
 
 def _unsupported(param: str, problem: str) -> RequestError:

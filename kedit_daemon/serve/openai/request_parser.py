@@ -63,7 +63,10 @@ def parse_chat(body: bytes, reader: Reader, max_choices: int) -> ParsedRequest:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     _check_count(1, form, max_choices)
     # The newer name of the same role, which templates do not know.
-    messages = [("system" if m.role == "developer" else m.role, m.text) for m in form.messages]
+    messages = [
+        ("system" if m.role == "developer" else m.role, m.write_text(reader.show_picture))
+        for m in form.messages
+    ]
     _check_characters(sum(len(text) for _, text in messages), reader, "messages")
     ids = reader.encode_messages(messages)
     if not ids:

@@ -1,0 +1,87 @@
+"""Pictures as names of what they show: a picture in a prompt is called by the marks of those that
+facts are about, where the model sees the same in both.
+
+So all that reads names reads pictures, too, and what is asked about one is decided by the words, as
+for any other subject.
+"""
+
+from collections import Counter
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from memory.errors import HINT_VISION, Rejected
+from memory.model.editable import EditableModel
+from memory.model.plain_pictures import draw_plain_pictures
+from memory.picture_marks import MARK, make_mark
+from memory.side.index import KeyIndex
+
+NEAR_FACTS = 16  # of a picture, that are looked at; several may be about one thing
+
+
+class PictureNames:
+    """The pictures that facts are about."""
+
+    def __init__(self, model: EditableModel, min_cosine: float) -> None:
+        """min_cosine: of what is seen of two pictures of one thing."""
+        self.model, self.min_cosine = model, min_cosine
+        self._digests: dict[str, str] = {}  # by fact
+        self._counts = Counter[str]()  # of facts, by digest
+        self._index = KeyIndex(model.hidden_size, gpu=model.device.type == "cuda")
+
+    def __contains__(self, fact_id: object) -> bool:
+        return fact_id in self._digests
+
+    def add_fact(self, fact_id: str, digest: str, keys: Tensor) -> None:
+        """Add a fact about a picture, with what is seen of it: keys (n, hidden) of unit length."""
+        self._digests[fact_id] = digest
+        self._counts[digest] += 1
+        self._index.add(int(fact_id, 16), keys)
+
+    def remove_fact(self, fact_id: str) -> None:
+        """Remove a fact, if it is there."""
+        if (digest := self._digests.pop(fact_id, None)) is not None:
+            self._counts[digest] -= 1
+            self._index.remove(int(fact_id, 16))
+
+    def rename(self, text: str) -> str:
+        """Write the marks of the pictures that facts are about in place of those in a text, which
+        show the same; a picture that none is like keeps its own."""
+        if not self._digests or (pictures := self.model.pictures) is None:
+            return text
+        marks = dict[str, str]()
+        for digest in dict.fromkeys(MARK.findall(text)):
+            if pictures.find(digest) is not None:
+                marks[digest] = " ".join(map(make_mark, self._find_like(digest) or [digest]))
+        return MARK.sub(lambda mark: marks.get(mark[1], mark[0]), text)
+
+    def _find_like(self, digest: str) -> list[str]:
+        """Find the digests of pictures that show what this one shows, the nearest first."""
+        if self._counts[digest]:
+            return [digest]
+        key = self.compute_key(digest)[None]
+        near = self._index.find_near(key, NEAR_FACTS, self.min_cosine)
+        return list(dict.fromkeys(self._digests[f"{number:012x}"] for number in near))
+
+    def compute_key(self, digest: str) -> Tensor:
+        """Compute a picture's key (hidden,), of unit length, on the CPU: the mean of what the
+        decoder is shown of it, less that of pictures of nothing. Raises Rejected for one that is
+        not there, or where the model takes none."""
+        pictures = self.model.pictures
+        picture = None if pictures is None else pictures.find(digest)
+        if pictures is None:
+            raise Rejected("the model takes no pictures", hint=HINT_VISION)
+        if picture is None:
+            raise Rejected(f"there is no picture {digest}", hint="hand the picture in again")
+        away = pictures.pool_states(picture).cpu() - self._centre
+        key: Tensor = away / away.norm().clamp_min(1e-12)
+        return key
+
+    @cached_property
+    def _centre(self) -> Tensor:
+        """The mean (hidden,) of what is seen of pictures of nothing, which all have in common."""
+        pictures = self.model.pictures
+        assert pictures is not None
+        seen = [pictures.pool_states(pictures.add(data)) for data in draw_plain_pictures()]
+        return torch.stack(seen).mean(0).cpu()
