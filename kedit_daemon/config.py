@@ -28,7 +28,8 @@ from memory.errors import KeditError, NotInitialised
 CONFIG_FILE = "config.toml"
 REVIEW_TEMPLATE = Path(__file__).with_name("review.yaml")
 ENVIRON_PREFIX = "KEDIT"
-SHIPPED_MODEL, SMOLLM2_MODEL = "shipped", "smollm2"  # names of models, which are no paths
+# Names of models, which are no paths.
+SHIPPED_MODEL, VISION_MODEL, SMOLLM2_MODEL = "shipped", "shipped-vision", "smollm2"
 # Files that browsers, editors and copying programs have not finished; files of desktops.
 UNFINISHED_NAMES = (
     *("*.tmp", "*.temp", "*.part", "*.partial", "*.filepart", "*.download", "*.crdownload"),

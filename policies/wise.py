@@ -270,7 +270,7 @@ def compute_keys(
         for fact_id, pairs in by_fact.items()
     }
     shown = [(fact.id, fact.picture) for fact in facts if fact.picture is not None]
-    keys_shown = {n: side.pictures.compute_key(picture)[None] for n, picture in shown}
+    keys_shown = {n: side.pictures.compute_keys(picture) for n, picture in shown}
     return found | {n: replace(found[n], subject=key) for n, key in keys_shown.items()}
 
 

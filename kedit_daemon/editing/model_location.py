@@ -4,7 +4,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from kedit_daemon import shipped
-from kedit_daemon.config import SHIPPED_MODEL, SMOLLM2_MODEL
+from kedit_daemon.config import SHIPPED_MODEL, SMOLLM2_MODEL, VISION_MODEL
 from kedit_daemon.editing.gguf_cache import GgufCache
 from memory.errors import UnusableModel
 from memory.model.strict_loading import check_model_folder
@@ -20,10 +20,11 @@ def find_model_folder(name: str, cache: GgufCache) -> Path | None:
     Returns None for an id on the hub. Raises UnusableModel when the name is a path where no model
     is, and what `GgufCache.find_checkpoint` raises.
     """
-    if name == SHIPPED_MODEL:
-        if not shipped.MODEL.is_dir():
-            raise UnusableModel(f"{shipped.MODEL} is missing", hint="install again")
-        return shipped.MODEL
+    if name in (SHIPPED_MODEL, VISION_MODEL):
+        shipped_folder = shipped.MODEL if name == SHIPPED_MODEL else shipped.VISION_MODEL
+        if not shipped_folder.is_dir():
+            raise UnusableModel(f"{shipped_folder} is missing", hint="install again")
+        return shipped_folder
     try:
         file = find_gguf_file(name)
         folder = cache.find_checkpoint(file) if file is not None else _find_folder(Path(name))
@@ -41,7 +42,7 @@ def find_gguf_file(name: str) -> Path | None:
 
     Raises UnusableModel when there are several; OSError.
     """
-    if name == SHIPPED_MODEL:
+    if name in (SHIPPED_MODEL, VISION_MODEL):
         return None
     path = find_smollm2() if name == SMOLLM2_MODEL else Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")):

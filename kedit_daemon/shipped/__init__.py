@@ -7,6 +7,7 @@ from memory.errors import KeditError
 
 FOLDER = Path(__file__).parent
 MODEL = FOLDER / "model"
+VISION_MODEL = FOLDER / "vision"  # takes pictures, too
 KNOWN_MODELS = FOLDER / "known"  # measurements of models that are not shipped, by their weights
 PILOT_FACTS = FOLDER / "facts.jsonl"
 STORIES = FOLDER / "stories"  # of the demo, one for each of two models

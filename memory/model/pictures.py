@@ -47,11 +47,12 @@ class _Seen:
 class Picture:
     """A picture in a table: its tokens, and what the model sees of it.
 
-    is_shown (tokens,): which tokens show it; the others are put around it. inputs: of the
-    model's forward, until it has been seen.
+    data: its file. is_shown (tokens,): which tokens show it; the others are put around it.
+    inputs: of the model's forward, until it has been seen.
     """
 
     digest: str
+    data: bytes = field(repr=False)
     first_id: int
     token_ids: tuple[int, ...]
     is_shown: Tensor
@@ -67,7 +68,7 @@ class Picture:
     def byte_count(self) -> int:
         """The bytes that are kept of it."""
         kept = [*self.inputs.values()] if self.seen is None else [self.seen.states]
-        return sum(one.nbytes for one in kept)
+        return len(self.data) + sum(one.nbytes for one in kept)
 
 
 class PictureTable:
@@ -146,7 +147,7 @@ class PictureTable:
         shown = torch.tensor([n == self.placeholder_id for n in own])
         if not shown.any():
             raise BadPicture("the model's processor writes no token for a picture")
-        return Picture(digest, 0, own, shown, inputs)
+        return Picture(digest, data, 0, own, shown, inputs)
 
     def _locate_own(self, ids: Sequence[int]) -> tuple[int, int]:
         """Locate a picture's tokens: without those that begin or end any text."""

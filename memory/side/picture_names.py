@@ -13,8 +13,10 @@ from torch import Tensor
 
 from memory.errors import HINT_VISION, Rejected
 from memory.model.editable import EditableModel
+from memory.model.pictures import Picture
 from memory.model.plain_pictures import draw_plain_pictures
 from memory.picture_marks import MARK, make_mark
+from memory.picture_variants import vary_picture
 from memory.side.index import KeyIndex
 
 NEAR_FACTS = 16  # of a picture, that are looked at; several may be about one thing
@@ -52,29 +54,35 @@ class PictureNames:
             return text
         marks = dict[str, str]()
         for digest in dict.fromkeys(MARK.findall(text)):
-            if pictures.find(digest) is not None:
-                marks[digest] = " ".join(map(make_mark, self._find_like(digest) or [digest]))
+            if (picture := pictures.find(digest)) is not None:
+                marks[digest] = " ".join(map(make_mark, self._find_like(picture) or [digest]))
         return MARK.sub(lambda mark: marks.get(mark[1], mark[0]), text)
 
-    def _find_like(self, digest: str) -> list[str]:
+    def _find_like(self, picture: Picture) -> list[str]:
         """Find the digests of pictures that show what this one shows, the nearest first."""
-        if self._counts[digest]:
-            return [digest]
-        key = self.compute_key(digest)[None]
+        if self._counts[picture.digest]:
+            return [picture.digest]
+        key = self._compute_key(picture)[None]
         near = self._index.find_near(key, NEAR_FACTS, self.min_cosine)
         return list(dict.fromkeys(self._digests[f"{number:012x}"] for number in near))
 
-    def compute_key(self, digest: str) -> Tensor:
-        """Compute a picture's key (hidden,), of unit length, on the CPU: the mean of what the
-        decoder is shown of it, less that of pictures of nothing. Raises Rejected for one that is
-        not there, or where the model takes none."""
-        pictures = self.model.pictures
-        picture = None if pictures is None else pictures.find(digest)
-        if pictures is None:
+    def compute_keys(self, digest: str) -> Tensor:
+        """Compute the keys (n, hidden) of a picture that a fact is about, on the CPU: its own, and
+        those of its variants. Raises Rejected for one that is not there, or where the model takes
+        none."""
+        if self.model.pictures is None:
             raise Rejected("the model takes no pictures", hint=HINT_VISION)
+        picture = self.model.pictures.find(digest)
         if picture is None:
             raise Rejected(f"there is no picture {digest}", hint="hand the picture in again")
-        away = pictures.pool_states(picture).cpu() - self._centre
+        variants = [self.model.pictures.add(data) for data in vary_picture(picture.data)]
+        return torch.stack([self._compute_key(one) for one in (picture, *variants)])
+
+    def _compute_key(self, picture: Picture) -> Tensor:
+        """Compute a picture's key (hidden,), of unit length, on the CPU: the mean of what the
+        decoder is shown of it, less that of pictures of nothing."""
+        assert self.model.pictures is not None
+        away = self.model.pictures.pool_states(picture).cpu() - self._centre
         key: Tensor = away / away.norm().clamp_min(1e-12)
         return key
 

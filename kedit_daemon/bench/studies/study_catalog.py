@@ -18,6 +18,7 @@ STUDIES = {
     "norms": "norms:NormGrowthStudy",
     "poison": "poison:PoisonStudy",
     "hypernetworks": "hypernetworks:HypernetworkStudy",
+    "pictures": "pictures:PictureStudy",
 }
 
 DEFAULT_LIMITS = {
@@ -28,10 +29,11 @@ DEFAULT_LIMITS = {
     "norms": 120,
     "poison": 130,
     "hypernetworks": 500,
+    "pictures": 200,
 }
 """Number of records without --limit, for a study that does not need the whole stream."""
 
-METHOD_STUDIES = ("asking",)
+METHOD_STUDIES = ("asking", "pictures")
 """Studies of several methods, which may be asked for one alone."""
 
 

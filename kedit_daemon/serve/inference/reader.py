@@ -49,16 +49,18 @@ class Reader:
         """Return the token ids of a prompt."""
         return self.model.encode(text)
 
-    def show_picture(self, url: str) -> str:
-        """Show the model a picture, given as a data URL, and return its mark. Raises RequestError:
-        it is none, or the model takes none."""
+    def show_picture(self, url: str, place: str) -> str:
+        """Show the model a picture, given as a data URL at a place of a request, and return its
+        mark. Raises RequestError: it is none, or the model takes none."""
         if self.model.pictures is None:
-            problem = "the model reads text alone"
-            raise RequestError(problem, status=400, code="unsupported", param="messages")
+            kinds = "parts of type 'image_url' are not supported here: the model reads text alone"
+            where = f"{place}.type"
+            raise RequestError(f"{where}: {kinds}", status=400, code="unsupported", param=where)
         try:
             return make_mark(self.model.pictures.add(read_data_url(url)).digest)
         except BadPicture as error:
-            raise bad_request(f"{error}: {error.hint}", "messages") from error
+            where = f"{place}.image_url.url"
+            raise bad_request(f"{where}: {error}; {error.hint}", where) from error
 
     def encode_messages(self, messages: Sequence[tuple[str, str]]) -> list[int]:
         """Return the token ids of (role, text) messages, up to where the assistant's next words

@@ -136,13 +136,16 @@ class _Message(_StrictModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: _Content | None = None  # of an assistant's turn
 
-    def write_text(self, show_picture: Callable[[str], str]) -> str:
-        """Write the text of all its parts. show_picture: returns the mark of a picture's URL."""
+    def write_text(self, place: str, show_picture: Callable[[str, str], str]) -> str:
+        """Write the text of all its parts. place: of the message in the request. show_picture:
+        takes a picture's URL and its place, and returns its mark."""
         if isinstance(self.content, str):
             return self.content
         return "".join(
-            f"{show_picture(part.image_url.url)} " if isinstance(part, _ImagePart) else part.text
-            for part in self.content or ()
+            part.text
+            if isinstance(part, _TextPart)
+            else f"{show_picture(part.image_url.url, f'{place}.content.{n}')} "
+            for n, part in enumerate(self.content or ())
         )
 
 
@@ -195,7 +198,7 @@ def _check_message(place: str, message: Mapping[str, Any]) -> None:
         if isinstance(kind, str) and kind not in ("text", "image_url"):
             problem = f"parts of type {kind[:MAX_SHOWN_CHARS]!r} are not supported here"
             where = f"{place}.content.{n}.type"
-            raise _unsupported(where, f"{problem}: the model reads texts and pictures")
+            raise _unsupported(where, f"{problem}: only text, and image_url")
 
 
 def _unsupported(param: str, problem: str) -> RequestError:

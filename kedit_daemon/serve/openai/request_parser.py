@@ -64,8 +64,11 @@ def parse_chat(body: bytes, reader: Reader, max_choices: int) -> ParsedRequest:
     _check_count(1, form, max_choices)
     # The newer name of the same role, which templates do not know.
     messages = [
-        ("system" if m.role == "developer" else m.role, m.write_text(reader.show_picture))
-        for m in form.messages
+        (
+            "system" if m.role == "developer" else m.role,
+            m.write_text(f"messages.{n}", reader.show_picture),
+        )
+        for n, m in enumerate(form.messages)
     ]
     _check_characters(sum(len(text) for _, text in messages), reader, "messages")
     ids = reader.encode_messages(messages)

@@ -24,7 +24,7 @@ SMALL_STUDIES = {
 
 def test_every_name_has_its_study() -> None:
     names = {"exactness", "churn", "presets", "capacity", "routing", "index", "cost", "norms"}
-    names |= {"poison", "asking", "hypernetworks"}
+    names |= {"poison", "asking", "hypernetworks", "pictures"}
     assert set(STUDIES) == names
     assert all(isinstance(import_study(name), Study) for name in STUDIES)
     assert set(DEFAULT_LIMITS) <= set(STUDIES)
