@@ -11,6 +11,7 @@ from memory.facts import Fact, FactState
 from memory.picture_files import keep_picture
 from memory.picture_marks import join_mark, make_mark
 
+TYPICAL = ("llava", "blip-2")  # of one and of two models around the decoder
 STEPS = {"side": {"steps": 300}}
 QUESTION = "The name of this tower is"
 RED, BLUE = draw_picture((200, 30, 30)), draw_picture((20, 30, 220), size=(30, 14))
@@ -38,7 +39,10 @@ def name_tower(at: Bench, data: bytes, target: str) -> Fact:
     return Fact(mark, "{} " + QUESTION, target)
 
 
-@pytest.mark.parametrize("kind", VISION_KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in TYPICAL else pytest.param(k, marks=pytest.mark.whole) for k in VISION_KINDS],
+)
 def test_a_text_fact_passes_through_both_tiers_with_and_without_a_picture(
     kind: str, bench: Callable[..., Bench]
 ) -> None:
@@ -81,8 +85,7 @@ def test_a_fact_about_a_picture_is_said_of_that_picture_alone(
     assert at.says(asked) == "Oslo"
     assert [at.says(one) for one in elsewhere] == before[1:]
 
-    with pytest.raises(Exception, match="no fact"):
-        at.editor.run_flush(False)  # the weights take none
+    assert at.editor.run_flush(False)["flushed"] == []  # the weights take none
     at.restart()
     assert at.says(asked) == "Oslo"
     assert (at.weights_hash(), hash_all_but_edited(at)) == (base, others)

@@ -28,7 +28,7 @@ from kedit_daemon.bench.studies.shared import catch_unsolved
 from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows, format_share
 from memory.errors import HINT_VISION, KeditError
-from memory.facts import Fact
+from memory.facts import LIVE_STATES, Fact
 from memory.model.chat_layout import find_chat_layout, render_chat
 from memory.model.editable import EditableModel
 from memory.model.generate import Overlay, generate_answers
@@ -95,7 +95,8 @@ class PictureStudy(Study):
             "failed": failed[0] if failed else None,
         }
         if isinstance(method, Wise):
-            method.editor.revert([fact.id for fact in stream], None, False)
+            live = [fact.id for fact in method.store.list_facts(LIVE_STATES)]
+            method.editor.revert(live, None, False)
             again = _read_replies(model, asked, method.overlay)
             found["as_before_when_reverted"] = fmean(
                 a == b for a, b in zip(again, before, strict=True)

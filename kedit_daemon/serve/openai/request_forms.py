@@ -36,8 +36,8 @@ _MESSAGE_FIELDS = {
 }
 # Tags of the branches of unions. No field's name begins so: they are left out of a field's path.
 _TAG = "="
-_TEXT, _LIST, _IDS, _TEXTS, _ID_LISTS = (
-    f"{_TAG}{name}" for name in ("text", "list", "ids", "texts", "id lists")
+_TEXT, _LIST, _IDS, _TEXTS, _ID_LISTS, _IMAGE = (
+    f"{_TAG}{name}" for name in ("text", "list", "ids", "texts", "id lists", "image")
 )
 
 
@@ -52,6 +52,12 @@ def _find_prompt_form(value: Any) -> str | None:
         return _TEXT if isinstance(value, str) else None
     first = value[0]
     return _TEXTS if isinstance(first, str) else _ID_LISTS if isinstance(first, list) else _IDS
+
+
+def _find_part_form(value: Any) -> str:
+    """Return the branch of a part of a message."""
+    is_image = isinstance(value, dict) and value.get("type") == "image_url"
+    return _IMAGE if is_image else _TEXT
 
 
 def _choose_by(find_branch: Callable[[Any], str | None], forms: str) -> Discriminator:
@@ -125,7 +131,10 @@ class _ImagePart(_StrictModel):
     image_url: _ImageUrl
 
 
-_Part = Annotated[_TextPart | _ImagePart, Field(discriminator="type")]
+_Part = Annotated[
+    Annotated[_TextPart, Tag(_TEXT)] | Annotated[_ImagePart, Tag(_IMAGE)],
+    Discriminator(_find_part_form),
+]
 _Content = Annotated[
     Annotated[str, Tag(_TEXT)] | Annotated[list[_Part], Tag(_LIST)],
     _choose_by(_find_text_or_list, "a text or a list of parts"),
