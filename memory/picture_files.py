@@ -83,10 +83,9 @@ def make_data_url(data: bytes) -> str:
 def keep_picture(folder: Path, data: bytes) -> str:
     """Keep a picture in a folder, by its digest, which is returned. Raises BadPicture."""
     digest = check_picture(data)
-    path = folder / digest
-    if not path.exists():
+    if read_kept(folder, digest) is None:
         folder.mkdir(exist_ok=True)
-        write_atomic(path, data)
+        write_atomic(folder / digest, data)
     return digest
 
 

@@ -23,7 +23,7 @@ def hash_all_but_edited(at: Bench) -> str:
     assert pictures is not None
     digest = hashlib.sha256()
     for name, tensor in sorted(pictures.model.state_dict().items()):
-        if "down_proj" not in name and "fc2" not in name or "vision" in name:
+        if ("down_proj" not in name and "fc2" not in name) or "vision" in name:
             digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 

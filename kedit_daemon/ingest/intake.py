@@ -47,8 +47,9 @@ class Intake:
             self.inbox.fail_claim(claim, [RecordProblem(1, str(error), remedy, "")], whole=True)
             return
         parsed = self._parse(data, claim)
-        for picture in parsed.pictures.values():  # before any fact is about it
-            if self.pictures_folder is not None:
+        shown = {fact.picture for _, fact in parsed.facts}
+        for digest, picture in parsed.pictures.items():  # before any fact is about it
+            if self.pictures_folder is not None and digest in shown:
                 keep_picture(self.pictures_folder, picture)
         told = self._take_rest(claim, data, parsed)
         if not self.store.has_submission(claim.work_name):

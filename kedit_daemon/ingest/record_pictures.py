@@ -20,6 +20,7 @@ from memory.picture_marks import make_mark
 ReadPicture = Callable[[str], bytes]
 """Takes the name that a record gives; raises BadPicture, or OSError."""
 
+MAX_FILE_PICTURES = 1 << 28  # bytes of all pictures of a file, which are in memory together
 COPY_PREFIX = "picture-"  # of the copies that `submit` puts into the inbox
 HINT_BESIDE = "put the picture beside the file before the file itself, and hand the record in again"
 
@@ -31,6 +32,7 @@ class RecordPictures:
         """read: reads a picture beside the file; None where there is no such place."""
         self._read = read
         self.found: dict[str, bytes] = {}
+        self._byte_count = 0
 
     def take(self, given: object) -> str:
         """Read the picture that a record gives, and return its digest. Raises a fault of the
@@ -45,6 +47,10 @@ class RecordPictures:
         except OSError as error:
             problem = f'"image": {quote_value(given)} cannot be read: {error.strerror or error}'
             raise make_fault(problem, HINT_BESIDE) from None
+        self._byte_count += 0 if digest in self.found else len(data)
+        if self._byte_count > MAX_FILE_PICTURES:
+            problem = f'"image": the pictures of one file have more than {MAX_FILE_PICTURES} bytes'
+            raise make_fault(problem, "hand the rest in as a file of its own")
         self.found[digest] = data
         return digest
 

@@ -35,9 +35,11 @@ MAX_SNAPSHOTS = 20  # taken while the daemon drops files that the last one names
 DATABASE_NAME = "state/kedit.db"
 HEAD_NAME = f"state/{event_log.HEAD_FILE}"
 _TENSOR_FILE = re.compile(r"state/(generations|side)/([0-9a-f]{64})\.safetensors")
+_PICTURE = re.compile(r"[0-9a-f]{32}")
 # The files that a manifest may name: it may come from anywhere, and they are written into a home.
 _ALLOWED_FILES = re.compile(
     rf"config\.toml|review\.yaml|{re.escape(DATABASE_NAME)}|{re.escape(HEAD_NAME)}|{_TENSOR_FILE.pattern}"
+    rf"|state/pictures/{_PICTURE.pattern}"
     r"|state/kedit\.json|state/statistics-[0-9a-f]+(-[0-9a-f]{64})?\.safetensors"
 )
 
@@ -128,8 +130,9 @@ def _fill_backup(home: Home, to: Home, now: datetime) -> None:
         folder.mkdir(FOLDER_MODE)
     lost = _copy_consistently(home, to)
     # After the database, which names none that is not there before.
-    for path in home.pictures_folder.glob("[!.]*"):
-        copy_file(path, to.pictures_folder / path.name)
+    for path in home.pictures_folder.glob("*"):
+        if _PICTURE.fullmatch(path.name):
+            copy_file(path, to.pictures_folder / path.name)
     statistics = home.state_folder.glob("statistics-*.safetensors")
     settings = (home.config_file, home.review_file, home.state_folder / "kedit.json")
     for path in (*settings, *statistics):

@@ -6,7 +6,6 @@ the template puts around every turn, and these are learned from the template its
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from jinja2 import TemplateError
@@ -104,19 +103,28 @@ def encode_chat(model: "EditableModel", chat: Sequence[Mapping[str, str]]) -> li
 
 def _fill_template(tokenizer: "PreTrainedTokenizerBase", chat: Sequence[Mapping[str, str]]) -> str:
     turns = [dict(turn) for turn in chat]
-    fill = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-    refusal: TemplateError | None = None
+    if _wants_parts(tokenizer):
+        turns = list(map(_put_in_parts, turns))
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def _wants_parts(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Check that a template leaves a turn's text out unless it is in a list of parts, as those of
+    models that take pictures may."""
+    turn = {"role": "user", "content": MARKS[0]}
     try:
-        if turns[-1]["content"].strip() in (text := str(fill(turns))):
-            return text
-    except TemplateError as error:
-        refusal = error
-    # Templates of models that take pictures may want a list of parts.
-    parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    try:
-        return str(fill(cast(list[dict[str, str]], parts)))
-    except (TemplateError, TypeError):
-        raise refusal or TemplateError("it leaves the last turn out") from None
+        if MARKS[0] in str(tokenizer.apply_chat_template([turn], tokenize=False)):
+            return False
+        parts = [_put_in_parts(turn)]
+        return MARKS[0] in str(tokenizer.apply_chat_template(parts, tokenize=False))
+    except (TemplateError, ValueError, TypeError):
+        return False
+
+
+def _put_in_parts(turn: Mapping[str, str]) -> dict[str, str]:
+    """Return a turn with its text as the only part of its content."""
+    parts = [{"type": "text", "text": turn["content"]}]
+    return {**turn, "content": cast(str, parts)}
 
 
 def _find_shared_start(one: str, other: str) -> str:

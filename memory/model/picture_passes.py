@@ -94,8 +94,9 @@ class PicturePasses:
         """Put what is seen of the pictures in the place of the placeholders' embeddings."""
         if self._ids is None or output.shape[:2] != self._ids.shape:
             return output
+        rows, self._ids = self._ids.tolist(), None
         changed = output.clone()
-        for n, row in enumerate(self._ids.tolist()):
+        for n, row in enumerate(rows):
             start = 0
             for picture, part in self.table.split_ids(row):
                 if picture is not None:

@@ -26,8 +26,8 @@ from memory.errors import BadPicture
 from memory.picture_files import open_picture
 from memory.picture_marks import FIRST_PICTURE_ID, MARK, make_digest
 
-MAX_KEPT_BYTES = 1 << 28  # of pictures that no row may need any more
-LEAST_KEPT = 64  # of the newest, which waiting rows may need
+MAX_KEPT_BYTES = 1 << 28  # of pictures' files and of what is seen of them
+MAX_PICTURES = 4096  # whose ids are known
 
 
 class _DecoderReached(Exception):
@@ -47,16 +47,15 @@ class _Seen:
 class Picture:
     """A picture in a table: its tokens, and what the model sees of it.
 
-    data: its file. is_shown (tokens,): which tokens show it; the others are put around it.
-    inputs: of the model's forward, until it has been seen.
+    is_shown (tokens,): which tokens show it; the others are put around it. data: its file, and
+    seen: what the decoder gets of it, as long as they are kept.
     """
 
     digest: str
-    data: bytes = field(repr=False)
     first_id: int
     token_ids: tuple[int, ...]
     is_shown: Tensor
-    inputs: Mapping[str, Tensor] = field(repr=False)
+    data: bytes | None = field(default=None, repr=False)
     seen: _Seen | None = field(default=None, repr=False)
 
     @property
@@ -67,8 +66,7 @@ class Picture:
     @property
     def byte_count(self) -> int:
         """The bytes that are kept of it."""
-        kept = [*self.inputs.values()] if self.seen is None else [self.seen.states]
-        return len(self.data) + sum(one.nbytes for one in kept)
+        return len(self.data or b"") + (0 if self.seen is None else self.seen.states.nbytes)
 
 
 class PictureTable:
@@ -95,6 +93,7 @@ class PictureTable:
         self._digests: list[str] = []  # of the same
         self._next_id = FIRST_PICTURE_ID
         self._lock = Lock()  # requests are read in other threads than the one that runs the model
+        self._processing = Lock()  # one picture at a time: unpacked, they are large
 
     # Adding -------------------------------------------------------------------------------------
 
@@ -104,7 +103,7 @@ class PictureTable:
         with self._lock:
             if (known := self._use(digest)) is not None:
                 return known
-        prepared = self._prepare(digest, data)
+        prepared = self._prepare(data)
         with self._lock:
             if (known := self._use(digest)) is not None:
                 return known
@@ -130,24 +129,33 @@ class PictureTable:
         return known
 
     def _forget_oldest(self) -> None:
+        """Let go of the oldest pictures' bytes where there are too many, and of the oldest ones."""
         kept = sum(one.byte_count for one in self._pictures.values())
-        while kept > MAX_KEPT_BYTES and len(self._pictures) > LEAST_KEPT:
+        for picture in [*self._pictures.values()][:-1]:
+            if kept <= MAX_KEPT_BYTES:
+                break
+            kept -= picture.byte_count
+            picture.data = picture.seen = None
+        while len(self._pictures) > MAX_PICTURES:
             _, gone = self._pictures.popitem(last=False)
-            kept -= gone.byte_count
             at = bisect_right(self._first_ids, gone.first_id) - 1
             del self._first_ids[at], self._digests[at]
 
-    def _prepare(self, digest: str, data: bytes) -> Picture:
-        """Make the inputs of a picture alone, as the model's own processor does."""
-        image = open_picture(data)
-        inputs = dict(self._processor(text=self._written, images=[image], return_tensors="pt"))
-        ids = inputs["input_ids"][0].tolist()
+    def _prepare(self, data: bytes) -> Picture:
+        """Make a picture of its file, without ids of its own."""
+        ids = self._process(data)["input_ids"][0].tolist()
         begin, end = self._locate_own(ids)
         own = tuple(ids[begin:end])
         shown = torch.tensor([n == self.placeholder_id for n in own])
         if not shown.any():
             raise BadPicture("the model's processor writes no token for a picture")
-        return Picture(digest, data, 0, own, shown, inputs)
+        return Picture(make_digest(data), 0, own, shown, data)
+
+    def _process(self, data: bytes) -> dict[str, Tensor]:
+        """Make the inputs of a picture alone, as the model's own processor does."""
+        with self._processing:
+            image = open_picture(data)
+            return dict(self._processor(text=self._written, images=[image], return_tensors="pt"))
 
     def _locate_own(self, ids: Sequence[int]) -> tuple[int, int]:
         """Locate a picture's tokens: without those that begin or end any text."""
@@ -219,6 +227,17 @@ class PictureTable:
             yield picture, ids[start:end]
             start = end
 
+    def pool_file(self, data: bytes) -> Tensor:
+        """Return the same as `pool_states` of a picture that is not added. Raises BadPicture."""
+        return self.pool_states(self._prepare(data))
+
+    def read_file(self, picture: Picture) -> bytes:
+        """Return a picture's file. Raises BadPicture if it is not kept any more."""
+        data = picture.data or self.find_file(picture.digest)
+        if data is None:
+            raise BadPicture("the picture was not kept so long", hint="send it again")
+        return data
+
     def pool_states(self, picture: Picture) -> Tensor:
         """Return the mean (hidden,) of what the decoder is shown of a picture, in float32."""
         shown = picture.is_shown.to(self.model.device)
@@ -227,18 +246,19 @@ class PictureTable:
     def see(self, picture: Picture) -> _Seen:
         """Compute what enters the decoder for a picture, once. Only for the thread that runs the
         model."""
-        if picture.seen is None:
-            caught = self._run_to_decoder(picture.inputs)
-            begin, end = self._locate_own(picture.inputs["input_ids"][0].tolist())
+        if (seen := picture.seen) is None:
+            inputs = self._process(self.read_file(picture))
+            caught = self._run_to_decoder(inputs)
+            begin, end = self._locate_own(inputs["input_ids"][0].tolist())
             states = caught["inputs_embeds"][0, begin:end].detach()
             positions = caught.get("position_ids")
             if positions is not None and positions.ndim == 3:
                 own = positions[-3:, 0, begin:end]
-                picture.seen = _Seen(states, own - own[:, :1])
+                seen = _Seen(states, own - own[:, :1])
             else:
-                picture.seen = _Seen(states, None)
-            picture.inputs = {}
-        return picture.seen
+                seen = _Seen(states, None)
+            picture.seen = seen
+        return seen
 
     def _run_to_decoder(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """Run the model up to its decoder, and return what it hands to it."""
@@ -257,6 +277,10 @@ class PictureTable:
                 self.model.forward(**on_device)
         finally:
             handle.remove()
+            # Qwen2-VL keeps how far the picture moves what follows, for whatever text comes next.
+            for module in self.model.modules():
+                if getattr(module, "rope_deltas", None) is not None:
+                    cast(Any, module).rope_deltas = None
         return caught
 
 

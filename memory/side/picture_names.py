@@ -62,8 +62,9 @@ class PictureNames:
         """Find the digests of pictures that show what this one shows, the nearest first."""
         if self._counts[picture.digest]:
             return [picture.digest]
-        key = self._compute_key(picture)[None]
-        near = self._index.find_near(key, NEAR_FACTS, self.min_cosine)
+        assert self.model.pictures is not None
+        keys = self._make_keys(self.model.pictures.pool_states(picture)[None])
+        near = self._index.find_near(keys, NEAR_FACTS, self.min_cosine)
         return list(dict.fromkeys(self._digests[f"{number:012x}"] for number in near))
 
     def compute_keys(self, digest: str) -> Tensor:
@@ -75,21 +76,21 @@ class PictureNames:
         picture = self.model.pictures.find(digest)
         if picture is None:
             raise Rejected(f"there is no picture {digest}", hint="hand the picture in again")
-        variants = [self.model.pictures.add(data) for data in vary_picture(picture.data)]
-        return torch.stack([self._compute_key(one) for one in (picture, *variants)])
+        variants = vary_picture(self.model.pictures.read_file(picture))
+        pooled = [self.model.pictures.pool_file(data) for data in variants]
+        return self._make_keys(torch.stack([self.model.pictures.pool_states(picture), *pooled]))
 
-    def _compute_key(self, picture: Picture) -> Tensor:
-        """Compute a picture's key (hidden,), of unit length, on the CPU: the mean of what the
-        decoder is shown of it, less that of pictures of nothing."""
-        assert self.model.pictures is not None
-        away = self.model.pictures.pool_states(picture).cpu() - self._centre
-        key: Tensor = away / away.norm().clamp_min(1e-12)
-        return key
+    def _make_keys(self, pooled: Tensor) -> Tensor:
+        """Make keys (n, hidden) of unit length, on the CPU, of means of what the decoder is shown
+        of pictures: less what pictures of nothing have as well."""
+        away = pooled.cpu() - self._centre
+        keys: Tensor = away / away.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        return keys
 
     @cached_property
     def _centre(self) -> Tensor:
         """The mean (hidden,) of what is seen of pictures of nothing, which all have in common."""
         pictures = self.model.pictures
         assert pictures is not None
-        seen = [pictures.pool_states(pictures.add(data)) for data in draw_plain_pictures()]
+        seen = [pictures.pool_file(data) for data in draw_plain_pictures()]
         return torch.stack(seen).mean(0).cpu()

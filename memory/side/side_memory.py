@@ -23,7 +23,7 @@ from memory.errors import UnsupportedModel
 from memory.model.chat_layout import find_chat_layout
 from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
-from memory.picture_marks import find_digest
+from memory.picture_marks import MARK
 from memory.side.index import KeyIndex
 from memory.side.picture_names import PictureNames
 from memory.side.prompt_reader import PromptReader, PromptReading
@@ -109,8 +109,8 @@ class SideMemory:
         self.subject_matcher.add_names(fact_id, names)
         self._remove_unnamed(fact_id)
         self.pictures.remove_fact(fact_id)
-        if (digest := find_digest(names[0])) is not None:
-            self.pictures.add_fact(fact_id, digest, keys.subject)
+        if (mark := MARK.fullmatch(next(iter(names), ""))) is not None:
+            self.pictures.add_fact(fact_id, mark[1], keys.subject)
         elif unnamed:
             self.unnamed_facts.add(fact_id)
             self._unnamed_index.add(to_fact_number(fact_id), keys.subject)

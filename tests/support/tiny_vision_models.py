@@ -74,9 +74,11 @@ def save_vision_model(kind: str, folder: Path) -> Path:
     config = AutoConfig.for_model(kind, **_make_settings(kind, len(tokenizer), ids))
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.15)
+            elif "post_feedforward" in name:  # Gemma's, behind an MLP that would weigh too little
+                parameter.fill_(5.0)
     model.save_pretrained(folder)
     if kind == "qwen2_5_vl":  # its processor wants a part for videos, which is not installed
         tokenizer.save_pretrained(folder)

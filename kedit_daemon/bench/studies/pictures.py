@@ -1,8 +1,8 @@
 """A stream of facts about pictures and about names, on a vision-language model, by method: what is
 said of them afterwards, and what else has changed.
 
-Everything is asked in a chat. What is asked beside the facts counts as changed if the reply is not
-the unedited model's.
+What is about pictures is asked in a chat, names in their prompts. What is asked beside the facts
+counts as changed if the reply is not the unedited model's.
 """
 
 import time

@@ -112,7 +112,9 @@ class BatchEngine:
                 code="too-long",
             )
         tokens = int(self.model.hf_model.get_input_embeddings().weight.shape[0])
-        ids = [token for token in request.prompt_ids if token < FIRST_PICTURE_ID]
+        ids = list(request.prompt_ids)
+        if self.model.pictures is not None:
+            ids = [token for token in ids if token < FIRST_PICTURE_ID]
         if ids and not 0 <= min(ids) <= max(ids) < tokens:
             raise BadRequest(f"the model's tokens are 0 to {tokens - 1}")
 

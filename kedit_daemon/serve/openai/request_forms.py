@@ -157,6 +157,11 @@ class _Message(_StrictModel):
             for n, part in enumerate(self.content or ())
         )
 
+    def count_pictures(self) -> int:
+        """Count the parts that are pictures."""
+        parts = self.content if isinstance(self.content, list) else ()
+        return sum(isinstance(part, _ImagePart) for part in parts)
+
 
 class ChatBody(RequestBody):
     """A conversation to continue."""

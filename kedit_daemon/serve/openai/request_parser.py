@@ -14,6 +14,7 @@ from kedit_daemon.serve.openai.request_forms import (
 )
 
 COMPLETION_TOKENS = 16  # OpenAI's default
+MAX_PICTURES = 16  # of a conversation
 CHAT_TOKENS = 4096  # default at most
 BASE_SUFFIX, GENERATION_SUFFIX = "@base", "@gen-"
 
@@ -62,6 +63,8 @@ def parse_chat(body: bytes, reader: Reader, max_choices: int) -> ParsedRequest:
     if form.top_logprobs is not None and not form.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
     _check_count(1, form, max_choices)
+    if sum(message.count_pictures() for message in form.messages) > MAX_PICTURES:
+        raise bad_request(f"messages: more than {MAX_PICTURES} pictures", "messages")
     # The newer name of the same role, which templates do not know.
     messages = [
         (
@@ -169,9 +172,9 @@ def _encode_prompt(prompt: str | list[int], reader: Reader, tokens: int) -> tupl
     if isinstance(prompt, str):
         _check_characters(len(prompt), reader, "prompt")
         prompt = reader.encode(prompt)
+    elif not all(0 <= n < reader.vocabulary_size for n in prompt):
+        raise bad_request(f"ids of tokens go from 0 to {reader.vocabulary_size - 1}", "prompt")
     if not prompt:
         raise bad_request("there is nothing in the prompt", "prompt")
     _check_tokens(len(prompt), tokens, reader, "prompt")
-    if not all(0 <= n < reader.vocabulary_size for n in prompt):
-        raise bad_request(f"ids of tokens go from 0 to {reader.vocabulary_size - 1}", "prompt")
     return tuple(prompt)

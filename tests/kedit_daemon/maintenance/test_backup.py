@@ -19,6 +19,7 @@ from memory.files import hash_file
 from memory.model.editable import EditableModel
 from policies.edit_site import SITE_FILE
 
+PICTURE = "0123456789abcdef" * 2
 NOW = datetime(2026, 3, 1, tzinfo=UTC)
 
 
@@ -38,6 +39,8 @@ def at(tmp_path: Path, model: EditableModel) -> Iterator[Published]:
     (at.home.state_folder / "statistics-0123456789abcdef.safetensors").write_bytes(b"figures")
     (at.home.index_folder / f"{'0' * 64}.safetensors").write_bytes(b"index")
     (at.home.inbox_folder / "waits.jsonl").write_text("{}")
+    (at.home.pictures_folder / PICTURE).write_bytes(b"picture")
+    (at.home.pictures_folder / ".0123456789abcdef.tmp").write_bytes(b"half a picture")
     yield at
     at.store.close()
 
@@ -81,7 +84,7 @@ def test_it_holds_what_the_database_names_and_no_more(at: Published, tmp_path: P
     ]
     names = {str(p.relative_to(at.home.root)) for p in tensors}
     names |= {"config.toml", "state/kedit.db", "state/audit.head", f"state/{SITE_FILE}"}
-    names |= {"state/statistics-0123456789abcdef.safetensors"}
+    names |= {"state/statistics-0123456789abcdef.safetensors", f"state/pictures/{PICTURE}"}
     assert files(made.path).keys() == names | {MANIFEST}
     told = made.manifest
     assert json.loads((made.path / MANIFEST).read_bytes()) == told

@@ -123,11 +123,16 @@ def test_the_oldest_pictures_are_forgotten_and_their_ids_refused(
     llava: EditableModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("memory.model.pictures.MAX_KEPT_BYTES", 1)
-    monkeypatch.setattr("memory.model.pictures.LEAST_KEPT", 2)
+    monkeypatch.setattr("memory.model.pictures.MAX_PICTURES", 2)
     table = table_of(llava)
     pictures = [table.add(draw_picture((n * 20, 50, 90))) for n in range(4)]
     assert table.find(pictures[3].digest) is pictures[3]
     assert table.find_by_id(pictures[2].first_id) is pictures[2]
+    with pytest.raises(BadPicture, match="not kept so long"):
+        table.see(pictures[2])
+    table.find_file = lambda _digest: draw_picture((40, 50, 90))  # one that a home keeps
+    assert table.see(pictures[2]).states.shape[0] == len(pictures[2].ids)
+    table.find_file = lambda _digest: None
     with pytest.raises(BadPicture, match="not kept so long") as caught:
         table.find_by_id(pictures[0].first_id)
     assert caught.value.hint == "send it again"
