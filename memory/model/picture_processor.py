@@ -1,4 +1,4 @@
-"""Loading of what turns a picture into a model's inputs, for pictures alone.
+"""What turns a picture into a model's inputs: its loading, for pictures alone, and what it writes.
 
 Processors that take videos too want packages for these, which nothing here needs.
 """
@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     Idefics3Processor,
     PreTrainedConfig,
+    PreTrainedModel,
     ProcessorMixin,
     SmolVLMProcessor,
 )
@@ -61,3 +62,31 @@ def _list_parts(kind: type[ProcessorMixin]) -> Collection[str]:
 
 def _accept_part(_self: ProcessorMixin, _name: str, part: object) -> type:
     return type(part)
+
+
+def find_placeholder_id(model: PreTrainedModel) -> int:
+    """Find the id of the token whose place a picture takes."""
+    names = ("image_token_id", "image_token_index")
+    return int(next(n for name in names if (n := getattr(model.config, name, None)) is not None))
+
+
+def _make_chat(content: object) -> list[Any]:
+    return [{"role": "user", "content": content}]
+
+
+def find_written(processor: ProcessorMixin, placeholder: str) -> str:
+    """Find how a picture is written: as the chat template does, else as the processor wants it."""
+    if "num_query_tokens" in inspect.signature(type(processor).__init__).parameters:
+        return ""  # BLIP-2's writes it by itself
+    parts = [{"type": "image"}, {"type": "text", "text": "Qtextq"}]
+    with suppress(Exception):  # a template may fail in any way, and there may be none
+        with_it, without = (
+            str(processor.apply_chat_template(chat))
+            for chat in (_make_chat(parts), _make_chat(parts[1:]))
+        )
+        pairs = enumerate(zip(with_it, without, strict=False))
+        start = next(n for n, (a, b) in pairs if a != b)
+        written = with_it[start : with_it.index("Qtextq")]
+        if written.strip():
+            return written
+    return str(getattr(processor, "boi_token", None) or placeholder)

@@ -9,7 +9,6 @@ know of pictures. What the tower sees is computed once, before the first pass th
 the model's own forward: whatever an architecture does before its decoder's first block is done.
 """
 
-import inspect
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from memory.errors import BadPicture
+from memory.model.picture_processor import find_placeholder_id, find_written
 from memory.picture_files import open_picture
 from memory.picture_marks import FIRST_PICTURE_ID, MARK, make_digest
 
@@ -84,9 +84,9 @@ class PictureTable:
         self.model, self.find_file = model, find_file
         self._decoder, self._processor = decoder, processor
         self.tokenizer = cast(PreTrainedTokenizerBase, processor.tokenizer)
-        self.placeholder_id = _find_placeholder_id(model)
+        self.placeholder_id = find_placeholder_id(model)
         self.placeholder = str(self.tokenizer.convert_ids_to_tokens(self.placeholder_id))
-        self._written = _find_written(processor, self.placeholder)
+        self._written = find_written(processor, self.placeholder)
         self._empty = cast(list[int], self.tokenizer("")["input_ids"])
         self._pictures: OrderedDict[str, Picture] = OrderedDict()  # the last used come last
         self._first_ids: list[int] = []  # of the blocks, in order
@@ -292,31 +292,3 @@ def split_vision(
     decoder = cast(PreTrainedModel, model.get_decoder())
     table = PictureTable(model.train(False).requires_grad_(False), decoder, processor)
     return (model if decoder.get_output_embeddings() is None else decoder), table
-
-
-def _find_placeholder_id(model: PreTrainedModel) -> int:
-    """Find the id of the token whose place a picture takes."""
-    names = ("image_token_id", "image_token_index")
-    return int(next(n for name in names if (n := getattr(model.config, name, None)) is not None))
-
-
-def _make_chat(content: object) -> list[Any]:
-    return [{"role": "user", "content": content}]
-
-
-def _find_written(processor: ProcessorMixin, placeholder: str) -> str:
-    """Find how a picture is written: as the chat template does, else as the processor wants it."""
-    if "num_query_tokens" in inspect.signature(type(processor).__init__).parameters:
-        return ""  # BLIP-2's writes it by itself
-    parts = [{"type": "image"}, {"type": "text", "text": "Qtextq"}]
-    with suppress(Exception):  # a template may fail in any way, and there may be none
-        with_it, without = (
-            str(processor.apply_chat_template(chat))
-            for chat in (_make_chat(parts), _make_chat(parts[1:]))
-        )
-        pairs = enumerate(zip(with_it, without, strict=False))
-        start = next(n for n, (a, b) in pairs if a != b)
-        written = with_it[start : with_it.index("Qtextq")]
-        if written.strip():
-            return written
-    return str(getattr(processor, "boi_token", None) or placeholder)

@@ -42,6 +42,11 @@ def prepare_as_published(model: EditableModel) -> dict[str, torch.Tensor]:
     return dict(table._processor(text=written, images=[open_picture(RED)], return_tensors="pt"))
 
 
+def are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether logits differ by rounding alone, for their size."""
+    return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
+
+
 def test_a_text_with_a_picture_is_read_and_continued_as_by_the_model_itself(
     seeing: EditableModel,
 ) -> None:
@@ -69,8 +74,8 @@ def test_rows_with_and_without_pictures_run_together(seeing: EditableModel) -> N
         ]
         if len(rows[0]) == len(rows[1]):
             both = seeing.hf_model(input_ids=torch.tensor(rows), use_cache=False).logits[:, -1]
-            assert torch.allclose(both, torch.stack(alone), atol=1e-5)
-        assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+            assert are_alike(both, torch.stack(alone))
+        assert not are_alike(alone[0], alone[1])
         texts.append(f"{TEXT} 5 is")
         rows = [seeing.encode(text) for text in texts]
         alone.append(
@@ -79,7 +84,7 @@ def test_rows_with_and_without_pictures_run_together(seeing: EditableModel) -> N
         cache = PrefixCache(seeing, 2, len(rows), max(map(len, rows)) - 1, 1)
         cache.fill_rows(0, [row[:-1] for row in rows], [row[-1:] for row in rows])
         replayed = cache.logits(torch.zeros(len(rows), 1, dtype=torch.long))[:, 0]
-    assert torch.allclose(replayed, torch.stack(alone), atol=1e-5)
+    assert are_alike(replayed, torch.stack(alone))
 
 
 def test_ids_tell_the_picture_and_become_its_mark_again(llava: EditableModel) -> None:
