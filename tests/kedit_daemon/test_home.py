@@ -81,6 +81,7 @@ def test_create_makes_every_folder_and_may_be_repeated(tmp_path: Path) -> None:
         "state/generations",
         "state/side",
         "state/index",
+        "state/pictures",
     }
     assert stat.S_IMODE(home.inbox_folder.stat().st_mode) == 0o2770
     assert not stat.S_IMODE(home.state_folder.stat().st_mode) & stat.S_IRWXO
