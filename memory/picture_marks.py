@@ -1,4 +1,4 @@
-"""Marks of pictures: how a text says that a picture stands at a place, by the picture's digest.
+"""Marks of pictures, by which a text says that one stands at a place: they have its digest.
 
 A mark is plain text, so that facts, prompts, conversations and logs may hold one. Whoever encodes a
 text for a model puts the picture's tokens in the mark's place.

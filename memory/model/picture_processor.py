@@ -1,4 +1,5 @@
-"""What turns a picture into a model's inputs: its loading, for pictures alone, and what it writes.
+"""Processors, which turn a picture into a model's inputs: their loading, for pictures alone, and
+what they write in a text.
 
 Processors that take videos too want packages for these, which nothing here needs.
 """

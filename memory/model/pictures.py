@@ -36,7 +36,7 @@ class _DecoderReached(Exception):
 
 @dataclass
 class _Seen:
-    """What enters the decoder for a picture: states (tokens, hidden), and positions (3, tokens)
+    """Input of the decoder for a picture: states (tokens, hidden), and positions (3, tokens)
     from 0 on where the model has them in three dimensions."""
 
     states: Tensor

@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Texts:
-    """What is taught without pictures: facts, and lines of ordinary text."""
+    """Lessons without pictures: facts, and lines of ordinary text."""
 
     facts: Facts
     lines: Sequence[str]

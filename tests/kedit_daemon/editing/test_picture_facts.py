@@ -34,7 +34,7 @@ def name_building(at: Bench, seed: int, target: str) -> Fact:
 
 
 def ask(at: Bench, data: bytes, question: str = QUESTION) -> str:
-    """What is said in a chat about a picture, as the command asks."""
+    """The answer in a chat about a picture, as the command asks."""
     content = join_mark(make_digest(data), question)
     given = {
         "messages": [{"role": "user", "content": content}],

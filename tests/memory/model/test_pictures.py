@@ -43,7 +43,7 @@ def prepare_as_published(model: EditableModel) -> dict[str, torch.Tensor]:
 
 
 def are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether logits differ by rounding alone, for their size."""
+    """Logits that differ by rounding alone, for their size."""
     return bool((one - other).abs().max() <= 1e-5 * other.abs().max())
 
 
