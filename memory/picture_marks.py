@@ -27,11 +27,6 @@ def find_digest(text: str) -> str | None:
     return found[1] if found else None
 
 
-def list_digests(text: str) -> list[str]:
-    """List the digests of all pictures in a text, in their order."""
-    return MARK.findall(text)
-
-
 def join_mark(digest: str, text: str) -> str:
     """Write a picture before a text; the blank between is none of the model's."""
     return f"{make_mark(digest)} {text}"

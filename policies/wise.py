@@ -21,8 +21,9 @@ from memory.facts import Fact, fill_subject
 from memory.model.chat_layout import render_chat
 from memory.model.editable import EditableModel
 from memory.picture_marks import remove_marks
+from memory.side.index import to_fact_number
 from memory.side.shards import THRESHOLD_RATIO, Delta, RetrievalKeys, Shard
-from memory.side.side_memory import SideMemory, to_fact_number
+from memory.side.side_memory import SideMemory
 from policies.divergence import DivergenceWatch, StepReadings, check_output_shift
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal

@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 48  # pixels, of a finished picture
 _FINE = 2  # a picture is drawn so many times larger, and then reduced
-KINDS = ("shape", "count", "digit", "landmark")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black")
 MAX_COUNT = 6

@@ -27,11 +27,11 @@ from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
 from memory.model.statistics import LayerStatistics
 from memory.picture_files import read_kept
-from memory.side.index import KeyIndex
+from memory.side.index import KeyIndex, to_fact_number
 from memory.side.prompt_forms import choose_form
 from memory.side.row_overlay import RowOverlay
 from memory.side.shards import RetrievalKeys, RoutingMatch
-from memory.side.side_memory import SideMemory, to_fact_number
+from memory.side.side_memory import SideMemory
 from policies.edit_site import EditSite
 from policies.edit_terms import Refusal, unpack_terms
 from policies.gibberish import find_gibberish

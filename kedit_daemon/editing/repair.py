@@ -12,7 +12,8 @@ from kedit_daemon.editing.live_model import LiveModel
 from memory.db import meta_keys
 from memory.errors import KeditError
 from memory.facts import FactState
-from memory.side.side_memory import SideMemory, to_fact_id
+from memory.side.index import to_fact_id
+from memory.side.side_memory import SideMemory
 from policies.edit_terms import unpack_terms
 
 TERMS_PER_TURN = 200  # facts whose stored targets are checked in one turn

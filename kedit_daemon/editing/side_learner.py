@@ -154,7 +154,7 @@ class SideLearner:
         for fact in facts:
             if fact.picture is not None:
                 try:
-                    self.live_model.side.pictures.compute_keys(fact.picture)
+                    self.live_model.side.pictures.check(fact.picture)
                 except (Rejected, BadPicture) as error:
                     refused[fact.id] = Refusal(f"{error}: {error.hint}")
         return refused

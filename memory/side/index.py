@@ -27,6 +27,16 @@ TIMING_TRIES = 5  # of which the quickest counts: other load on the machine must
 ORDINAL_BITS = 15  # of a vector's id: its ordinal among the keys of its fact number
 
 
+def to_fact_number(fact_id: str) -> int:
+    """Convert a fact's id, 12 hex digits, to its number in the index."""
+    return int(fact_id, 16)
+
+
+def to_fact_id(number: int) -> str:
+    """Convert a fact's number in the index to its id."""
+    return f"{number:012x}"
+
+
 class _VectorStore(Protocol):
     """Vectors under ids, flat or in lists."""
 

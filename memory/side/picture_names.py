@@ -13,11 +13,11 @@ from torch import Tensor
 
 from memory.errors import HINT_VISION, Rejected
 from memory.model.editable import EditableModel
-from memory.model.pictures import Picture
+from memory.model.pictures import Picture, PictureTable
 from memory.model.plain_pictures import draw_plain_pictures
 from memory.picture_marks import MARK, make_mark
 from memory.picture_variants import vary_picture
-from memory.side.index import KeyIndex
+from memory.side.index import KeyIndex, to_fact_id, to_fact_number
 
 NEAR_FACTS = 16  # of a picture, that are looked at; several may be about one thing
 
@@ -39,13 +39,13 @@ class PictureNames:
         """Add a fact about a picture, with what is seen of it: keys (n, hidden) of unit length."""
         self._digests[fact_id] = digest
         self._counts[digest] += 1
-        self._index.add(int(fact_id, 16), keys)
+        self._index.add(to_fact_number(fact_id), keys)
 
     def remove_fact(self, fact_id: str) -> None:
         """Remove a fact, if it is there."""
         if (digest := self._digests.pop(fact_id, None)) is not None:
             self._counts[digest] -= 1
-            self._index.remove(int(fact_id, 16))
+            self._index.remove(to_fact_number(fact_id))
 
     def rename(self, text: str) -> str:
         """Write the marks of the pictures that facts are about in place of those in a text, which
@@ -65,20 +65,24 @@ class PictureNames:
         assert self.model.pictures is not None
         keys = self._make_keys(self.model.pictures.pool_states(picture)[None])
         near = self._index.find_near(keys, NEAR_FACTS, self.min_cosine)
-        return list(dict.fromkeys(self._digests[f"{number:012x}"] for number in near))
+        return list(dict.fromkeys(self._digests[to_fact_id(number)] for number in near))
 
     def compute_keys(self, digest: str) -> Tensor:
         """Compute the keys (n, hidden) of a picture that a fact is about, on the CPU: its own, and
-        those of its variants. Raises Rejected for one that is not there, or where the model takes
-        none."""
+        those of its variants. Raises what `check` does."""
+        pictures, picture = self.check(digest)
+        pooled = [pictures.pool_file(data) for data in vary_picture(pictures.read_file(picture))]
+        return self._make_keys(torch.stack([pictures.pool_states(picture), *pooled]))
+
+    def check(self, digest: str) -> tuple[PictureTable, Picture]:
+        """Check that the model can be shown a picture, and return it with its table. Raises
+        Rejected for one that is not there, or where the model takes none; BadPicture."""
         if self.model.pictures is None:
             raise Rejected("the model takes no pictures", hint=HINT_VISION)
         picture = self.model.pictures.find(digest)
         if picture is None:
             raise Rejected(f"there is no picture {digest}", hint="hand the picture in again")
-        variants = vary_picture(self.model.pictures.read_file(picture))
-        pooled = [self.model.pictures.pool_file(data) for data in variants]
-        return self._make_keys(torch.stack([self.model.pictures.pool_states(picture), *pooled]))
+        return self.model.pictures, picture
 
     def _make_keys(self, pooled: Tensor) -> Tensor:
         """Make keys (n, hidden) of unit length, on the CPU, of means of what the decoder is shown

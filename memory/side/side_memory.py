@@ -24,7 +24,7 @@ from memory.model.chat_layout import find_chat_layout
 from memory.model.continuation import encode_behind
 from memory.model.editable import EditableModel
 from memory.picture_marks import MARK
-from memory.side.index import KeyIndex
+from memory.side.index import KeyIndex, to_fact_id, to_fact_number
 from memory.side.picture_names import PictureNames
 from memory.side.prompt_reader import PromptReader, PromptReading
 from memory.side.question_reader import AskedQuestion, AskedScore, QuestionReader
@@ -35,16 +35,6 @@ from memory.side.word_matches import choose_asked, choose_best
 MIN_PICTURE_MARGIN = 0.5 / THRESHOLD_RATIO
 VECTORS_PER_TOKEN = 16  # nearest vectors searched for each token; a fact has several
 COSINE_TOLERANCE = 1e-5  # of a cosine computed in a product of another shape
-
-
-def to_fact_number(fact_id: str) -> int:
-    """Convert a fact's id, 12 hex digits, to its number in the index."""
-    return int(fact_id, 16)
-
-
-def to_fact_id(number: int) -> str:
-    """Convert a fact's number in the index to its id."""
-    return f"{number:012x}"
 
 
 class SideMemory:

@@ -17,7 +17,7 @@ from memory.picture_files import (
     read_data_url,
     read_kept,
 )
-from memory.picture_marks import find_digest, join_mark, list_digests, make_digest, remove_marks
+from memory.picture_marks import find_digest, join_mark, make_digest, remove_marks
 from memory.picture_variants import vary_picture
 
 RED = draw_picture()
@@ -82,7 +82,6 @@ def test_marks_stand_in_texts() -> None:
     text = join_mark(digest, "What is it?")
     assert text == f"[image {digest}] What is it?"
     assert (find_digest(text), find_digest("What?")) == (digest, None)
-    assert list_digests(text + text) == [digest, digest]
     assert remove_marks(f"See {text}") == "See What is it?"
 
 

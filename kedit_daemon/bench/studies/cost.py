@@ -24,9 +24,10 @@ from kedit_daemon.bench.studies.study import Study, StudyInput
 from kedit_daemon.bench.table import align_rows
 from kedit_daemon.editing.live_model import make_empty_side
 from kedit_daemon.shipped import read_ordinary_lines
+from memory.side.index import to_fact_id, to_fact_number
 from memory.side.row_overlay import RowOverlay
 from memory.side.shards import Delta, RetrievalKeys, Shard
-from memory.side.side_memory import SideMemory, to_fact_id, to_fact_number
+from memory.side.side_memory import SideMemory
 from policies.wise import compute_keys
 
 UNNAMED_SHARE = 0.01  # share of the facts that do not name their subject, for the last group

@@ -31,8 +31,7 @@ from memory.db.overview import fetch_overview
 from memory.db.store import JOB_OK
 from memory.errors import KeditError
 from memory.facts import FactState
-from memory.side.index import KeyIndex
-from memory.side.side_memory import to_fact_number
+from memory.side.index import KeyIndex, to_fact_number
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -14,7 +14,7 @@ from memory.db import meta_keys
 from memory.errors import KeditError
 from memory.facts import FactState
 from memory.files import save_tensors
-from memory.side.side_memory import to_fact_id
+from memory.side.index import to_fact_id
 
 ONE, TWO, THREE = seat(1, "Oslo"), seat(2, "Lima"), seat(3, "Cairo")
 Make = Callable[..., Bench]

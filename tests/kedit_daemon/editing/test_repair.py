@@ -12,8 +12,7 @@ from kedit_daemon.editing.repair import find_damage
 from memory.db import meta_keys
 from memory.facts import Fact
 from memory.files import tensors_path
-from memory.side.index import KeyIndex
-from memory.side.side_memory import to_fact_number
+from memory.side.index import KeyIndex, to_fact_number
 from policies.edit_terms import Refusal
 
 STEPS = {"steps": 300}

@@ -24,10 +24,10 @@ from torch import Tensor
 from memory.errors import KeditError
 from memory.model.editable import EditableModel
 from memory.model.generate import generate_answers
-from memory.side.index import KeyIndex
+from memory.side.index import KeyIndex, to_fact_id, to_fact_number
 from memory.side.row_overlay import RowOverlay
 from memory.side.shards import RetrievalKeys, RoutingGates, RoutingMatch, Shard
-from memory.side.side_memory import SideMemory, to_fact_id, to_fact_number
+from memory.side.side_memory import SideMemory
 
 LONGER = f"{FIRST} Rome. It is"  # names the subject of FIRST, and asks something else
 
